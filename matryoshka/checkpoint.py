@@ -1,0 +1,279 @@
+"""Model files: the only door between training and everything after it.
+
+Ours: `model.safetensors` (weights, and in its metadata what rebuilds the model alone). Also read and written:
+the plain state_dicts of MRL's and ffcv-imagenet's repositories, whose key names are known here and only here.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from matryoshka.data.augment import Preprocessing
+from matryoshka.models import BACKBONES, ModelSpec, NestedModel, backbone, build
+from matryoshka.models.blurpool import apply_blurpool
+from matryoshka.nested import default_dims
+
+FORMAT = "matryoshka-model-1"
+
+
+class CheckpointError(ValueError):
+    """A file that is not the checkpoint that was asked for; the message names the file and the remedy."""
+
+    user_error = True
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save_model(model: NestedModel, path: str | Path, config: Mapping | None = None) -> None:
+    """Write `model.safetensors`: weights + model spec, preprocessing, class names and (flat) training config."""
+    about = {
+        "format": FORMAT,
+        "model": asdict(model.spec),
+        "preprocessing": asdict(model.preprocessing),
+        "classes": model.classes,
+        "config": dict(config or {}),
+    }
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    write_atomically(path, save(tensors, {"matryoshka": json.dumps(about)}))
+
+
+def save_upstream(model: NestedModel, path: str | Path) -> None:
+    """Write `final_weights.pt`: a plain state_dict with upstream's keys, always behind its `module.` prefix."""
+    buffer = io.BytesIO()
+    torch.save({f"module.{key}": value for key, value in to_upstream(model).items()}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Replace `path` by `content`, whole or not at all: temporary name, flush to disk, rename, flush the folder."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+# ---------------------------------------------------------------- key names
+
+
+def to_upstream(model: NestedModel) -> dict[str, Tensor]:
+    """Weights under upstream's names: torchvision's for the trunk, `fc.*` for the head; no `module.` prefix."""
+    state = {}
+    for key, value in model.state_dict().items():
+        room, rest = key.split(".", 1)
+        if room == "head":
+            i, leaf = rest.removeprefix("heads.").split(".")
+            rest = f"fc.nesting_classifier_{i}.{leaf}" if len(model.dims) > 1 else f"fc.{leaf}"
+        state[rest] = value.detach().cpu().contiguous()
+    return state
+
+
+def from_upstream(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our names for upstream's (without prefix), in its new and its old style."""
+    ours = {}
+    for key, value in state.items():
+        if key.startswith("fc.nesting_classifier_"):
+            ours[f"head.heads.{key.removeprefix('fc.nesting_classifier_')}"] = value
+        elif key.startswith("fc."):
+            ours[f"head.heads.0.{key.removeprefix('fc.')}"] = value
+        else:
+            ours[f"trunk.{key}"] = value
+    return ours
+
+
+# ---------------------------------------------------------------- reading
+
+
+def load_model(
+    path: str | Path,
+    mrl: bool = False,
+    efficient: bool = False,
+    rep_size: int | None = None,
+    dims: tuple[int, ...] | None = None,
+    arch: str | None = None,
+) -> NestedModel:
+    """The model of a checkpoint, on the CPU, in eval mode. Input normalised float [B, 3, H, W], logits [G, B, C].
+
+    `model.safetensors` needs no further argument. For a bare upstream `.pt`, a `params.json` beside it gives
+    arch, head and dims; without one they come from keys and shapes, and the flags decide what those cannot tell:
+    `efficient` for an old-style MRL-E file (same keys as a fixed feature), `dims` for MRL-E prefixes other than
+    the powers of two. `model.notes` lists what had to be assumed. CheckpointError names file and disagreement.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint file; give a model.safetensors or a .pt file")
+    asked = {"mrl": mrl, "efficient": efficient, "rep_size": rep_size, "dims": dims, "arch": arch}
+    if path.suffix == ".safetensors":
+        spec, preprocessing, classes, state = _read_safetensors(path)
+        notes: list[str] = []
+    else:
+        spec, preprocessing, notes, state = _read_upstream(path, asked)
+        classes = None
+    _check_asked(path, spec, asked)
+    model = build(spec)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: the weights do not fit {spec.arch}: {_first_line(error)}") from None
+    model.preprocessing, model.classes, model.notes = preprocessing, classes, notes
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[min(1, len(lines) - 1)] if lines else type(error).__name__
+
+
+def _check_asked(path: Path, spec: ModelSpec, asked: dict) -> None:
+    """Flags that contradict the file are an error: nobody should read numbers of another model than asked for."""
+    head = spec.head_name
+    if asked["efficient"] and head != "mrl-e":
+        raise CheckpointError(f"{path}: efficient was asked for, but the checkpoint's head is {head}; drop the flag")
+    if asked["mrl"] and not asked["efficient"] and head != "mrl":
+        hint = "add the efficient flag" if head == "mrl-e" else "drop the flag"
+        raise CheckpointError(f"{path}: mrl was asked for, but the checkpoint's head is {head}; {hint}")
+    if asked["rep_size"] is not None and asked["rep_size"] != spec.dims[-1]:
+        raise CheckpointError(
+            f"{path}: rep_size {asked['rep_size']} was asked for, but the checkpoint's is {spec.dims[-1]}"
+        )
+    if asked["dims"] is not None and tuple(asked["dims"]) != spec.dims:
+        raise CheckpointError(
+            f"{path}: dims {list(asked['dims'])} were asked for, the checkpoint has {list(spec.dims)}"
+        )
+    if asked["arch"] is not None and asked["arch"] != spec.arch:
+        raise CheckpointError(f"{path}: arch {asked['arch']} was asked for, but the checkpoint is a {spec.arch}")
+
+
+def _read_safetensors(path: Path) -> tuple[ModelSpec, Preprocessing, list[str] | None, dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("matryoshka", "null"))
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: a safetensors file, but not one of ours (no {FORMAT} metadata)")
+        model = about["model"]
+        spec = ModelSpec(**{**model, "dims": tuple(model["dims"])})
+        given = about["preprocessing"]
+        preprocessing = Preprocessing(**{**given, "mean": tuple(given["mean"]), "std": tuple(given["std"])})
+    except (SafetensorError, json.JSONDecodeError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors checkpoint ({_first_line(error)})") from None
+    return spec, preprocessing, about.get("classes"), state
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    """An upstream state_dict without its `module.` prefix. weights_only: a pickle that wants more is refused."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint of plain tensors ({_first_line(error)})") from None
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"{path}: not a plain state_dict; expected upstream's final_weights.pt")
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return dict(state)
+
+
+def _read_upstream(path: Path, asked: dict) -> tuple[ModelSpec, Preprocessing, list[str], dict[str, Tensor]]:
+    state = _read_state_dict(path)
+    params = _params_beside(path)
+    notes: list[str] = []
+    widths = _head_widths(path, state)
+    widest = widths[-1]
+    trunk = {key: tuple(value.shape) for key, value in state.items() if not key.startswith("fc.")}
+    arch, trunk_width, blurpool = _recognise(path, trunk, asked["arch"] or params.get("model.arch"))
+
+    nested_keys = "fc.weight" not in state
+    said_efficient = asked["efficient"] or bool(params.get("model.efficient"))
+    if len(widths) > 1:  # one classifier per prefix: MRL, its dims are in the shapes
+        dims, efficient = widths, False
+    elif nested_keys or said_efficient:  # MRL-E: the dims are in no shape
+        dims, efficient = _shared_dims(asked, params, widest, notes), True
+    else:
+        dims, efficient = widths, False
+        if params.get("model.mrl"):
+            raise CheckpointError(
+                f"{path}: params.json beside it says model.mrl=1, but it has one classifier, fc.weight"
+            )
+        if widest == trunk_width and not params:
+            notes.append(
+                f"read as a fixed feature of width {widest}; an old-style MRL-E file looks the same: "
+                "if it is one, ask for efficient"
+            )
+    num_classes = next(len(v) for k, v in state.items() if k.startswith("fc.") and k.endswith("weight"))
+    size = params.get("validation.resolution")
+    preprocessing = Preprocessing(size=int(size)) if size else Preprocessing()
+    return ModelSpec(arch, num_classes, dims, efficient, blurpool), preprocessing, notes, from_upstream(state)
+
+
+def _params_beside(path: Path) -> dict:
+    file = path.with_name("params.json")
+    if not file.is_file():
+        return {}
+    try:
+        params = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error}); mend or remove it") from None
+    return params if isinstance(params, dict) else {}
+
+
+def _head_widths(path: Path, state: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Input widths of the classifiers, in order."""
+    if "fc.weight" in state:
+        return (state["fc.weight"].shape[1],)
+    widths: list[int] = []
+    while (weight := state.get(f"fc.nesting_classifier_{len(widths)}.weight")) is not None:
+        widths.append(weight.shape[1])
+    if not widths:
+        raise CheckpointError(f"{path}: no classifier (fc.weight or fc.nesting_classifier_0.weight) among its keys")
+    return tuple(widths)
+
+
+def _shared_dims(asked: dict, params: dict, width: int, notes: list[str]) -> tuple[int, ...]:
+    if asked["dims"] is not None:
+        return tuple(asked["dims"])
+    if params.get("model.dims"):
+        return tuple(params["model.dims"])
+    if "model.nesting_start" in params:
+        return default_dims(width, 2 ** int(params["model.nesting_start"]))
+    dims = default_dims(width)
+    notes.append(
+        f"MRL-E weights do not tell their prefixes: {list(dims)} assumed; if it was trained with others, give dims"
+    )
+    return dims
+
+
+def _recognise(path: Path, trunk: dict[str, tuple[int, ...]], arch: str | None) -> tuple[str, int, bool]:
+    """(arch, feature width, blurpool) whose trunk has exactly these keys and shapes."""
+    blurpool = any(key.endswith(".blur_filter") for key in trunk)
+    for name in [arch] if arch in BACKBONES else list(BACKBONES):
+        with torch.device("meta"):
+            candidate, width = backbone(name)
+            if blurpool:
+                apply_blurpool(candidate)
+        if {key: tuple(value.shape) for key, value in candidate.state_dict().items()} == trunk:
+            return name, width, blurpool
+    if arch:
+        raise CheckpointError(f"{path}: its weights are not those of a {arch}")
+    raise CheckpointError(f"{path}: its weights fit no known backbone ({', '.join(sorted(BACKBONES))})")

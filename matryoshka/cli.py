@@ -1,0 +1,141 @@
+"""The command `matryoshka`: one name for all programs, and the demo, a short sequence of them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from matryoshka import __version__, config
+
+PROGRAMS = {  # subcommand: (module with main(argv), what it does)
+    "write": ("matryoshka.train.write_imagenet", "image folder -> .beton"),
+    "train": ("matryoshka.train.train_imagenet", "train MRL, MRL-E or a fixed feature"),
+    "eval": ("matryoshka.inference.pytorch_inference", "accuracy of every prefix of a checkpoint"),
+}
+
+
+def usage() -> str:
+    rows = {"demo": "the whole path on handwritten digits, a few minutes on a CPU"}
+    rows |= {name: text for name, (_, text) in PROGRAMS.items()}
+    lines = "\n".join(f"  {name:8} {text}" for name, text in rows.items())
+    head = "usage: matryoshka COMMAND [options]      (COMMAND --help lists its options)"
+    return f"{head}\n\n{lines}\n\nmatryoshka {__version__}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    command, rest = argv[0], argv[1:]
+    if command == "--version":
+        print(__version__)
+        return 0
+    if command == "demo":
+        return demo(rest)
+    if command not in PROGRAMS:
+        print(f"error: unknown command {command!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    return run(command, rest)
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    return importlib.import_module(PROGRAMS[command][0]).main(argv) or 0
+
+
+# Digits are not photos: no mirror images, mild crops, small pictures; a full-frame central crop to evaluate.
+DEMO_OPTIONS = [
+    "--model.arch=resnet10",
+    "--training.epochs=8",
+    "--training.batch_size=64",
+    "--lr.lr=0.1",
+    "--training.weight_decay=5e-4",
+    "--training.label_smoothing=0.1",
+    "--data.flip=0",
+    "--data.scale=0.7,1",
+    "--data.ratio=0.9,1.1",
+    "--resolution.min_res=32",
+    "--resolution.max_res=32",
+    "--validation.resolution=32",
+    "--validation.crop_ratio=1",
+    "--validation.lr_tta=0",
+    "--logging.log_level=1",
+]
+DEMO_BASELINES = (8, 512)
+
+
+@config.program
+def demo(argv: Sequence[str]) -> int:
+    """Digits as an image folder -> .beton -> MRL training -> accuracy of every prefix, beside fixed features."""
+    from matryoshka.checkpoint import write_atomically
+    from matryoshka.data.sources import write_digits_folder
+    from matryoshka.report import accuracy_table, plot_accuracy
+
+    if len(argv) > 1 or any(a.startswith("-") for a in argv):
+        print("usage: matryoshka demo [FOLDER]      (default: runs/demo; an earlier demo there is replaced)")
+        return 0 if argv[0] in ("-h", "--help") else 2
+    started = time.perf_counter()
+    folder = Path(argv[0] if argv else "runs/demo")
+    runs = {"mrl": ["--model.mrl=1"]} | {f"ff{d}": [f"--model.fixed_feature={d}"] for d in DEMO_BASELINES}
+    for name in ("images", *runs):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    step("1/4  handwritten digits as an image folder", folder / "images")
+    write_digits_folder(folder / "images")
+    step("2/4  image folder -> .beton")
+    for split in ("train", "val"):
+        run("write", [f"--cfg.data_dir={folder / 'images' / split}", f"--cfg.write_path={folder / split}.beton",
+                      "--cfg.write_mode=jpg", "--cfg.max_resolution=64", "--cfg.jpeg_quality=95"])  # fmt: skip
+    data = [f"--data.train_dataset={folder}/train.beton", f"--data.val_dataset={folder}/val.beton"]
+    results = {}
+    for name, model in runs.items():
+        step(f"3/4  train {name}", folder / name)
+        run("train", [*DEMO_OPTIONS, *model, *data, f"--logging.folder={folder}", f"--logging.run_id={name}"])
+    step("4/4  accuracy of every prefix on the held-out digits")
+    for name in runs:
+        output = folder / name / "results.json"
+        run(
+            "eval",
+            [
+                f"--path={folder / name / 'model.safetensors'}",
+                f"--data-root={folder}/val.beton",
+                f"--output={output}",
+            ],
+        )
+        results[name] = json.loads(output.read_text())
+
+    prefixes = {int(d): values for d, values in results["mrl"]["prefixes"].items()}
+    for width in DEMO_BASELINES:
+        baseline = results[f"ff{width}"]["prefixes"][str(width)]
+        prefixes[width] |= {"ff_top1": baseline["top1"], "ff_top5": baseline["top5"]}
+    summary = results["mrl"] | {
+        "prefixes": {str(d): values for d, values in prefixes.items()},
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    write_atomically(folder / "results.json", (json.dumps(summary, indent=1) + "\n").encode())
+    plot_accuracy(folder / "accuracy.png", prefixes, f"Handwritten digits, {summary['images']} held-out images")
+
+    step(f"done in {summary['seconds']:.0f} s")
+    print(accuracy_table(prefixes))
+    print("FF: a separate model trained for that width alone\n")
+    for what, where in (
+        ("results", "results.json"),
+        ("plot", "accuracy.png"),
+        ("model", "mrl/model.safetensors"),
+    ):
+        print(f"{what:8} {folder / where}")
+    return 0
+
+
+def step(title: str, where: Path | None = None) -> None:
+    print(f"\n== {title}{f' -> {where}' if where else ''}", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

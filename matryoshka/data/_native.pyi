@@ -1,0 +1,41 @@
+"""The native core (matryoshka/native/), as Python sees it. Arrays must have these types: nothing is converted."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Buffer = bytes | bytearray | memoryview | np.ndarray
+
+class Pool:
+    """Threads that decode_batch runs on; they end with this object."""
+
+    def __init__(self, num_threads: int) -> None: ...
+    @property
+    def num_threads(self) -> int: ...
+
+def random_crops(
+    width: NDArray[np.int32],
+    height: NDArray[np.int32],
+    index: NDArray[np.int64],
+    seed: int,
+    epoch: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    flip: float,
+) -> NDArray[np.int32]: ...
+def center_crops(width: NDArray[np.int32], height: NDArray[np.int32], ratio: float) -> NDArray[np.int32]: ...
+def decode_batch(
+    pool: Pool,
+    data: Buffer,
+    offset: NDArray[np.uint64],
+    size: NDArray[np.uint64],
+    mode: NDArray[np.uint8],
+    width: NDArray[np.int32],
+    height: NDArray[np.int32],
+    crops: NDArray[np.int32],
+    out: NDArray[np.uint8],
+) -> NDArray[np.uint8]: ...
+def decode(data: Buffer) -> NDArray[np.uint8]: ...
+def jpeg_size(data: Buffer) -> tuple[int, int, int]: ...
+def encode(image: NDArray[np.uint8], quality: int) -> bytes: ...
+def resize(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]: ...
+def status_message(code: int) -> str: ...

@@ -1,0 +1,159 @@
+"""The .beton file layout (FFCV, version 2), declared once for the writer and the reader.
+
+    header | field descriptors | one metadata record per sample | zeros | pages | allocation table
+
+Integers are little-endian, offsets count bytes from the start of the file. There is no magic number and no
+checksum: whoever reads must check (`reader.py`). docs/data_format.md explains the parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+VERSION = 2
+MIN_PAGE = 1 << 21
+MAX_PAGE = 1 << 31  # the last power of two that the header's 32 bits hold
+DEFAULT_PAGE = 1 << 23
+
+# Type numbers of fields. 255 marks a class of the writing program, whose record only that program knows.
+FLOAT, INT, IMAGE, BYTES, NDARRAY, JSON, TENSOR, CUSTOM = 0, 1, 2, 3, 4, 5, 6, 255
+
+# Values of an image record's mode.
+JPG, RAW = 0, 1
+
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("table", "<u8"),  # written last: 0 marks a file that was never finished
+    ]
+)
+DESCRIPTOR = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
+TABLE_ROW = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
+
+_IMAGE_RECORD = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])
+_SPAN_RECORD = np.dtype([("pointer", "<u8"), ("size", "<u8")])
+
+# Type number -> (metadata of one sample, alignment inside the record).
+FIELDS: dict[int, tuple[np.dtype, int]] = {
+    FLOAT: (np.dtype("<f8"), 8),
+    INT: (np.dtype("<i8"), 8),
+    IMAGE: (_IMAGE_RECORD, 1),
+    BYTES: (_SPAN_RECORD, 1),
+    NDARRAY: (np.dtype("<u8"), 8),
+    JSON: (_SPAN_RECORD, 1),
+    TENSOR: (np.dtype("<u8"), 8),
+}
+
+
+class BetonError(ValueError):
+    """A dataset that cannot be read or written; the message names the file and the sample."""
+
+    user_error = True  # programs print the message alone, without a traceback
+
+
+class Samples(NamedTuple):
+    """Where the stored images of one batch are: what the native decoder takes.
+
+    data: uint8 [N], a memory map or a buffer; sample b is data[offset[b] : offset[b] + size[b]].
+    offset, size: uint64 [B]. mode: uint8 [B], JPG (a whole JPEG stream) or RAW (RGB, height x width x 3).
+    width, height: int32 [B], pixels.
+    """
+
+    data: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    mode: np.ndarray
+    width: np.ndarray
+    height: np.ndarray
+
+
+def align(offset: int, alignment: int) -> int:
+    """The next multiple of `alignment` that is not below `offset`."""
+    return -(-offset // alignment) * alignment
+
+
+def record_dtype(types: list[int]) -> np.dtype:
+    """The metadata record of one sample, with the members f0, f1, ... in field order.
+
+    Every member starts at a multiple of its alignment, and the record is padded to the largest alignment.
+    KeyError for an unknown type.
+    """
+    offsets, end = [], 0
+    for kind in types:
+        member, alignment = FIELDS[kind]
+        offsets.append(align(end, alignment))
+        end = offsets[-1] + member.itemsize
+    return np.dtype(
+        {
+            "names": [f"f{k}" for k in range(len(types))],
+            "formats": [FIELDS[kind][0] for kind in types],
+            "offsets": offsets,
+            "itemsize": align(end, max(FIELDS[kind][1] for kind in types)),
+        }
+    )
+
+
+def page_size_for(largest: int) -> int:
+    """Bytes of a page: the default, or the next power of two that holds one region of `largest` bytes.
+
+    ValueError when that is more than the header can say.
+    """
+    size = max(DEFAULT_PAGE, 1 << (largest - 1).bit_length())
+    if size > MAX_PAGE:
+        raise ValueError(f"{largest} bytes do not fit into one page (at most {MAX_PAGE} bytes)")
+    return size
+
+
+class Pages:
+    """The writing side: packs samples (image, label) into pages as they come, then puts the rest around them.
+
+    write(data, offset) stores bytes in the file. most: no more samples than this are added. page_size: bytes.
+    count: samples so far.
+    """
+
+    def __init__(self, write: Callable[[bytes | bytearray, int], None], most: int, page_size: int) -> None:
+        self._write, self._page_size = write, page_size
+        self._fields = np.array([(IMAGE, b"image", b""), (INT, b"label", b"")], DESCRIPTOR)
+        self._records = np.zeros(most, record_dtype([IMAGE, INT]))
+        self._table = np.zeros(most, TABLE_ROW)
+        # with fewer samples than `most`, zeros stay between the last record and the first page
+        self._page_at = align(HEADER.itemsize + self._fields.nbytes + self._records.nbytes, page_size)
+        self._page = bytearray(page_size)
+        self._used = 0
+        self.count = 0
+
+    def add(self, payload: bytes | memoryview, mode: int, width: int, height: int, label: int) -> None:
+        """Append one sample; payload: bytes. ValueError when it is larger than a page."""
+        size = len(payload)
+        if size > self._page_size:
+            raise ValueError(f"{size} bytes do not fit into a page of {self._page_size}")
+        if self._used + size > self._page_size:
+            self._close_page()
+        pointer = self._page_at + self._used
+        self._page[self._used : self._used + size] = payload
+        self._records[self.count] = (mode, width, height, pointer), label
+        self._table[self.count] = self.count, pointer, size
+        self._used += size
+        self.count += 1
+
+    def _close_page(self) -> None:
+        self._page[self._used :] = bytes(self._page_size - self._used)
+        self._write(self._page, self._page_at)
+        self._page_at += self._page_size
+        self._used = 0
+
+    def finish(self) -> int:
+        """Write what is left, the header last; returns the bytes of the file."""
+        self._close_page()
+        table = self._table[: self.count].tobytes()
+        self._write(table, self._page_at)
+        self._write(self._fields.tobytes() + self._records[: self.count].tobytes(), HEADER.itemsize)
+        header = (VERSION, len(self._fields), self._page_size, self.count, self._page_at)
+        self._write(np.array(header, HEADER).tobytes(), 0)
+        return self._page_at + len(table)

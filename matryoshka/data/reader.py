@@ -1,0 +1,259 @@
+"""A .beton file as a memory map, with everything that the file says about itself checked before it is used.
+
+    data = BetonFile("train.beton")
+    samples = data.fetch(np.array([3, 1, 2]))    # where the stored images are
+    labels = data.labels[[3, 1, 2]]
+
+Opening reads the metadata and the allocation table and never an image. A file that passes cannot send the
+decoder outside its bytes; what is *inside* a JPEG stream is the decoder's to check.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+
+from matryoshka.data import layout
+from matryoshka.data.layout import BetonError, Samples
+
+
+def manifest_path(path: str | os.PathLike) -> Path:
+    """The side file of a .beton: `<file>.json`."""
+    return Path(f"{os.fspath(path)}.json")
+
+
+class BetonFile:
+    """An opened and validated .beton file.
+
+    path: where it is. fields: [(name, type number)], see layout.py. labels: int64 [N], the Int field called
+    "label", else the first Int field. width, height: int32 [N]. mode: uint8 [N], layout.JPG or layout.RAW.
+    offset, size: uint64 [N], bytes of each image in the file. manifest: the side file's content, or None.
+    classes: names by label, or None. num_classes: len(classes), without names the largest label + 1.
+
+    BetonError for anything that is not a whole, consistent .beton file with an image field.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        file = self._open()
+        self._map: mmap.mmap | None = file
+        self._size = len(file)
+        self._data = np.frombuffer(file, np.uint8)
+        self._read_header()
+        self._read_fields()
+        self._read_samples()
+        if hasattr(mmap, "MADV_DONTNEED"):  # the arrays are copies: hand the pages of metadata and table back
+            file.madvise(mmap.MADV_DONTNEED)
+        self._read_manifest()
+
+    # ------------------------------------------------------------------------------------------ use
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    @property
+    def labels(self) -> np.ndarray:
+        if self._labels is None:
+            raise self._error("has no integer field that could be the label")
+        return self._labels
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes) if self.classes is not None else max(int(self.labels.max()) + 1, 0)
+
+    def fetch(self, indices: np.ndarray) -> Samples:
+        """The stored images of `indices` (int64 [B]) as places in the memory map: nothing is copied.
+
+        IndexError for an index outside the file, BetonError when the file was closed.
+        """
+        if self._map is None:
+            raise self._error("is closed")
+        columns = (self.offset, self.size, self.mode, self.width, self.height)
+        return Samples(self._data, *(column[indices] for column in columns))
+
+    def name(self, index: int) -> str:
+        """A sample in words, for error messages; with the original file name where the side file has it."""
+        names = (self.manifest or {}).get("names")
+        original = f" ({names[index]})" if names else ""
+        return f"sample {index}{original}"
+
+    def preload(self) -> None:
+        """Ask the system to read the whole file into the page cache, in the background."""
+        if self._map is not None and hasattr(mmap, "MADV_WILLNEED"):
+            self._map.madvise(mmap.MADV_WILLNEED)
+
+    def close(self) -> None:
+        """Let the file go. Batches that were fetched before stay valid: the map lives as long as they do."""
+        self._map = None
+        self._data = np.empty(0, np.uint8)
+
+    def __enter__(self) -> BetonFile:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    # --------------------------------------------------------------------------------------- checks
+
+    def _error(self, reason: str) -> BetonError:
+        return BetonError(f"{self.path}: {reason}")
+
+    def _open(self) -> mmap.mmap:
+        try:
+            status = self.path.stat()  # before opening: to open a pipe would wait for its other end
+            if not stat.S_ISREG(status.st_mode):
+                raise self._error("is not a regular file")
+            if status.st_size < layout.HEADER.itemsize:
+                raise self._error(f"is not a .beton file: {status.st_size} bytes are fewer than its header")
+            with self.path.open("rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise self._error(error.strerror or str(error)) from error
+
+    def _rows(self, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
+        return np.frombuffer(self._data, dtype, count, offset)
+
+    def _read_header(self) -> None:
+        header = self._rows(layout.HEADER, 0, 1)[0]
+        version, self._page_size = int(header["version"]), int(header["page_size"])
+        self._num_fields, self._num_samples = int(header["num_fields"]), int(header["num_samples"])
+        self._table = int(header["table"])
+        size = self._size
+        if version != layout.VERSION:
+            raise self._error(f"is not a .beton file of version {layout.VERSION} (its first two bytes say {version})")
+        if self._table == 0:
+            raise self._error("was never finished: its writer stopped before the end; write it again")
+        if not layout.MIN_PAGE <= self._page_size <= layout.MAX_PAGE or self._page_size & (self._page_size - 1):
+            raise self._error(f"page size {self._page_size} is not a power of two from 2 MiB to 2 GiB")
+        if self._num_fields == 0 or self._num_samples == 0:
+            raise self._error(f"holds nothing: {self._num_fields} fields, {self._num_samples} samples")
+        self._fields_end = layout.HEADER.itemsize + self._num_fields * layout.DESCRIPTOR.itemsize
+        if self._fields_end > size:
+            raise self._error(f"is cut off: {self._num_fields} field descriptors do not fit into {size} bytes")
+        if self._table > size:
+            raise self._error(f"is cut off: its allocation table is at byte {self._table}, it has {size}")
+        if (size - self._table) % layout.TABLE_ROW.itemsize:
+            raise self._error(f"is cut off: the {size - self._table} bytes of its allocation table are not whole rows")
+        if size == self._table:
+            raise self._error("was never finished: its allocation table is empty; write it again")
+
+    def _read_fields(self) -> None:
+        self.fields: list[tuple[str, int]] = []
+        for row in self._rows(layout.DESCRIPTOR, layout.HEADER.itemsize, self._num_fields):
+            name, kind = row["name"].decode("ascii", "backslashreplace"), int(row["type"])
+            if kind == layout.CUSTOM:
+                raise self._error(f"field {name!r} has a custom type, which only the program that wrote it can read")
+            if kind not in layout.FIELDS:
+                raise self._error(f"field {name!r} has the unknown type {kind}")
+            self.fields.append((name, kind))
+        self._image = self._field(layout.IMAGE, "image")
+        if self._image is None:
+            raise self._error(f"has no image field, only {', '.join(name for name, _ in self.fields)}")
+
+    def _field(self, kind: int, preferred: str) -> str | None:
+        """The record member of the field of this type: the one called `preferred`, else the first."""
+        members = [(name, f"f{k}") for k, (name, t) in enumerate(self.fields) if t == kind]
+        named = [member for name, member in members if name == preferred]
+        return named[0] if named else members[0][1] if members else None
+
+    def _read_samples(self) -> None:
+        record = layout.record_dtype([kind for _, kind in self.fields])
+        self._records_end = self._fields_end + self._num_samples * record.itemsize
+        if self._records_end > self._table:
+            raise self._error(
+                f"metadata of {self._num_samples} samples ends at byte {self._records_end}, "
+                f"behind the start of the allocation table ({self._table})"
+            )
+        records = self._rows(record, self._fields_end, self._num_samples)
+        label = self._field(layout.INT, "label")
+        self._labels = None if label is None else records[label].astype(np.int64)
+        image = records[self._image]
+        self.mode = image["mode"].copy()
+        self.width = image["width"].astype(np.int32)
+        self.height = image["height"].astype(np.int32)
+        self.offset = image["pointer"].astype(np.uint64)
+        self._reject((self.width == 0) | (self.height == 0), "has no pixels (width or height is 0)")
+        self._reject(self.mode > layout.RAW, "has an unknown mode (neither jpg nor raw)")
+        table = self._regions()
+        self._check_overlap(table)
+        self.size = self._join(table)
+        pixels = self.width.astype(np.uint64) * self.height.astype(np.uint64)
+        wrong = (self.mode == layout.RAW) & (self.size != 3 * pixels)
+        self._reject(wrong, "is stored raw in a region that is not 3 x width x height bytes")
+
+    def _reject(self, wrong: np.ndarray, reason: str, sample: np.ndarray | None = None) -> None:
+        """BetonError for the first True of `wrong`; its sample is its position, or given by `sample`."""
+        if wrong.any():
+            first = int(wrong.argmax())
+            raise self._error(f"sample {first if sample is None else sample[first]} {reason}")
+
+    def _regions(self) -> np.ndarray:
+        """The rows of the allocation table that hold bytes, each inside the pages and inside one page."""
+        rows = (self._size - self._table) // layout.TABLE_ROW.itemsize
+        table = self._rows(layout.TABLE_ROW, self._table, rows)
+        if not table["size"].all():  # an empty value has a region without bytes, at a place that means nothing
+            table = table[table["size"] > 0]
+        sample, pointer, size = table["sample"], table["pointer"], table["size"]
+        self._reject(sample >= self._num_samples, "of the allocation table does not exist", sample)
+        outside = (pointer < self._records_end) | (pointer > self._table) | (size > self._table - pointer)
+        self._reject(outside, f"has a region outside the pages (bytes {self._records_end} to {self._table})", sample)
+        shift = np.uint64(self._page_size.bit_length() - 1)
+        crosses = (pointer >> shift) != ((pointer + size - np.uint64(1)) >> shift)
+        self._reject(crosses, "has a region that crosses the end of a page", sample)
+        return table
+
+    def _check_overlap(self, table: np.ndarray) -> None:
+        sample, pointer, size = table["sample"], table["pointer"], table["size"]
+        if (pointer[1:] <= pointer[:-1]).any():  # FFCV's table is in the order in which its workers finished
+            order = np.argsort(pointer, kind="stable")
+            sample, pointer, size = sample[order], pointer[order], size[order]
+        overlap = pointer[1:] < pointer[:-1] + size[:-1]
+        self._reject(overlap, "has a region that overlaps the next one", sample)
+
+    def _join(self, table: np.ndarray) -> np.ndarray:
+        """Bytes of every image, uint64 [N]: its sample.s region that starts where the record says."""
+        is_image = table["pointer"] == self.offset[table["sample"]]  # other fields have regions, too
+        found = np.zeros(self._num_samples, np.uint64)
+        found[table["sample"][is_image]] = table["size"][is_image]
+        self._reject(found == 0, "points to bytes that are not the start of one of its regions")
+        return found
+
+    def _read_manifest(self) -> None:
+        self.manifest: dict | None = None
+        self.classes: list[str] | None = None
+        path = manifest_path(self.path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return
+        except (OSError, UnicodeDecodeError) as error:
+            raise BetonError(f"{path}: cannot be read: {error}") from error
+        try:
+            self.manifest = manifest = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BetonError(f"{path}: is not JSON: {error}") from error
+        if not isinstance(manifest, dict):
+            raise BetonError(f"{path}: is not a JSON object")
+        for key, actual in (("num_samples", len(self)), ("num_bytes", self._size)):
+            if manifest.get(key, actual) != actual:
+                raise BetonError(
+                    f"{path}: describes another file ({key} is {manifest[key]}, not {actual}); "
+                    "remove it, or write the data set again"
+                )
+        for key in ("classes", "names"):
+            value = manifest.get(key)
+            if value is not None and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+                raise BetonError(f"{path}: {key} is not a list of texts")
+        self.classes = manifest.get("classes")
+        if len(manifest.get("names") or self.mode) != len(self):
+            raise BetonError(f"{path}: names has {len(manifest['names'])} entries for {len(self)} samples")
+        if self.classes is not None and self._labels is not None:
+            self._reject(
+                self._labels >= len(self.classes),
+                f"has a label beyond the {len(self.classes)} names in {path}",
+            )

@@ -1,0 +1,292 @@
+"""Where samples come from before there is a .beton: image folders and scikit-learn's digits.
+
+A source has `classes` (list of str), `labels` (int64 [N]), `len()`, `read(i)` -> the bytes of an image file,
+and `name(i)` -> a text for lists and messages. That is all that `write_beton` asks of it: a new source is one
+class here. `decode_image` turns the bytes of any image file into RGB.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from matryoshka.data import _native
+from matryoshka.data.layout import JPG, RAW, BetonError, Samples
+from matryoshka.data.reader import BetonFile
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+# Formats that photos come in: Pillow's other readers (PostScript, ...) should not see hostile files.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
+# Pillow's own limit for "decompression bombs", here for every decoder: half a gigabyte of RGB.
+MAX_PIXELS = 178_956_970
+_ORIENTATION = 0x0112  # the EXIF tag
+
+
+class Decoded(NamedTuple):
+    """An image and what was noticed on the way.
+
+    pixels: uint8 [H, W, 3] RGB. content: Pillow's name of the file format. grayscale, cmyk: what the file
+    held. orientation: the EXIF tag, 1 (upright) to 8, not applied. damage: why the native decoder refused
+    a file that Pillow then read, else "".
+    """
+
+    pixels: np.ndarray
+    content: str
+    grayscale: bool = False
+    cmyk: bool = False
+    orientation: int = 1
+    damage: str = ""
+
+
+def is_jpeg(data: bytes) -> bool:
+    return data[:2] == b"\xff\xd8"
+
+
+def decode_image(data: bytes) -> Decoded:
+    """The bytes of an image file as RGB. ValueError with the reason when neither decoder can read them.
+
+    JPEG is decoded natively; everything else, and what the native decoder refuses, by Pillow: first frame,
+    alpha dropped as torchvision's ImageFolder does, 16-bit samples scaled to 8.
+    """
+    if not data:
+        raise ValueError("the file is empty")
+    if is_jpeg(data):
+        damage = ""
+        try:
+            components = _checked_jpeg_size(data)[2]
+            if components in (1, 3):  # CMYK is Pillow's
+                pixels = _native.decode(data)
+                return Decoded(pixels, "JPEG", grayscale=components == 1, orientation=_exif_orientation(data))
+        except ValueError as error:
+            damage = str(error)
+        return _decode_with_pillow(data)._replace(content="JPEG", damage=damage)  # Pillow may say MPO
+    return _decode_with_pillow(data)
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """uint8 [H, W, 3] as the camera was held, for the EXIF orientation 1 to 8."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _checked_jpeg_size(data: bytes) -> tuple[int, int, int]:
+    width, height, components = _native.jpeg_size(data)
+    _check_pixels(width, height)
+    return width, height, components
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} is more than {MAX_PIXELS} pixels")
+
+
+def _exif_orientation(data: bytes) -> int:
+    if b"Exif\0\0" not in data:  # most photos of a data set: spare them Pillow
+        return 1
+    try:
+        return _orientation(Image.open(io.BytesIO(data), formats=_FORMATS))
+    except Exception:  # Pillow's header parser raises many types; the pixels are good whatever the header says
+        return 1
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # as above
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _decode_with_pillow(data: bytes) -> Decoded:
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            _check_pixels(*image.size)
+            return Decoded(
+                _to_rgb(image),
+                image.format or "?",
+                grayscale=image.mode in ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L"),
+                cmyk=image.mode == "CMYK",
+                orientation=_orientation(image),
+            )
+    except Image.UnidentifiedImageError:  # its text holds a memory address, and manifests are reproducible
+        raise ValueError("is not an image in a known format, or its header is damaged") from None
+    except Exception as error:  # a hostile file makes Pillow raise nearly anything (struct.error, SyntaxError, ...)
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined range")
+    if image.mode.startswith("I"):  # Pillow's convert cuts everything above 255
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError("32-bit pixels have no defined range")
+        return np.repeat((values // 257).astype(np.uint8)[:, :, None], 3, axis=2)
+    image.info.pop("transparency", None)  # dropped either way, but Pillow warns about a palette's
+    return np.array(image.convert("RGB"))
+
+
+class ImageFolder:
+    """One subfolder per class, as torchvision's ImageFolder reads it: `root/<class>/**/<image>`.
+
+    path: the root. classes: names of the subfolders, sorted; a label is a position in it. labels: int64 [N].
+    Samples are sorted by class, folder, file name. Hidden files and folders are left out, symbolic links are
+    followed.
+
+    BetonError when the folder is missing, has no class folders, or a class has no images.
+    """
+
+    def __init__(self, root: str | os.PathLike) -> None:
+        self.path = Path(root)
+        if not self.path.exists():
+            raise BetonError(f"{self.path}: there is no such folder")
+        if not self.path.is_dir():
+            raise BetonError(f"{self.path}: is not a folder")
+        self.classes = sorted(e.name for e in os.scandir(self.path) if e.is_dir() and not e.name.startswith("."))
+        if not self.classes:
+            raise BetonError(f"{self.path}: has no class folders (expected {self.path}/<class>/<image>)")
+        self._names: list[str] = []
+        counts = []
+        for name in self.classes:
+            found = sorted(_images(self.path / name))
+            if not found:
+                raise BetonError(f"{self.path / name}: holds no images ({' '.join(EXTENSIONS)})")
+            self._names += [os.path.join(name, folder, file) for folder, file in found]
+            counts.append(len(found))
+        self.labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def read(self, index: int) -> bytes:
+        """The file's bytes. OSError when it cannot be read."""
+        return (self.path / self._names[index]).read_bytes()
+
+    def name(self, index: int) -> str:
+        """The file's path, relative to the root."""
+        return self._names[index]
+
+    def preload(self) -> None:
+        """Nothing: a folder's files are read when they are wanted."""
+
+    def fetch(self, indices: np.ndarray) -> Samples:
+        """Read the images of `indices` (int64 [B]) into one buffer, for training straight from a folder.
+
+        JPEG bytes that the native decoder takes stay as they are, everything else becomes raw RGB.
+        BetonError naming the file when one cannot be read.
+        """
+        # file reads wait, Pillow leaves the GIL: threads help both
+        with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1)), "matryoshka-folder") as readers:
+            stored = list(readers.map(self._stored, indices.tolist()))
+        size = np.array([len(data) for data, *_ in stored], np.uint64)
+        mode, width, height = (np.array([row[k] for row in stored], np.int32) for k in (1, 2, 3))
+        data = np.frombuffer(b"".join(row[0] for row in stored), np.uint8)
+        return Samples(data, np.cumsum(size) - size, size, mode.astype(np.uint8), width, height)
+
+    def _stored(self, index: int) -> tuple[bytes, int, int, int]:
+        """(bytes, mode, width, height) of one image."""
+        try:
+            data = self.read(index)
+            if is_jpeg(data):
+                try:
+                    width, height, components = _checked_jpeg_size(data)
+                    if components in (1, 3):
+                        return data, JPG, width, height
+                except ValueError:
+                    pass  # Pillow reads it, or says what is wrong
+            pixels = decode_image(data).pixels
+            return pixels.tobytes(), RAW, pixels.shape[1], pixels.shape[0]
+        except (OSError, ValueError) as error:
+            raise BetonError(f"{self.path / self._names[index]}: {error}") from error
+
+
+def _images(root: Path, folder: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, str]]:
+    """(folder relative to root, file name) of every image below root."""
+    status = os.stat(root / folder)
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:  # a symbolic link to one of its own parents
+        return
+    with os.scandir(root / folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _images(root, os.path.join(folder, entry.name), (*above, identity))
+            elif entry.name.lower().endswith(EXTENSIONS):
+                yield folder, entry.name
+
+
+class Digits:
+    """scikit-learn's handwritten digits: 1,797 images of 10 classes that need no download.
+
+    The 8x8 images of 17 gray levels are spread over 0..255 and enlarged to 32x32. split: "train" (80 %) or
+    "val", stratified and always the same. Needs scikit-learn.
+    """
+
+    SIZE = 32
+
+    def __init__(self, split: str) -> None:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        if split not in ("train", "val"):
+            raise BetonError(f"digits: split {split!r} is neither train nor val")
+        pixels, labels = load_digits(return_X_y=True)
+        everything = np.arange(len(labels))
+        train, val = train_test_split(everything, test_size=0.2, random_state=0, stratify=labels)
+        self._positions = np.sort(train if split == "train" else val)
+        self._images = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        self.classes = [str(digit) for digit in range(10)]
+        self.labels = labels[self._positions].astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> Image.Image:
+        """An RGB image of 32x32 pixels."""
+        small = Image.fromarray(self._images[self._positions[index]])
+        return small.resize((self.SIZE, self.SIZE), Image.Resampling.BICUBIC).convert("RGB")
+
+    def read(self, index: int) -> bytes:
+        file = io.BytesIO()
+        self.image(index).save(file, "PNG")
+        return file.getvalue()
+
+    def name(self, index: int) -> str:
+        return f"{self.classes[self.labels[index]]}/{self._positions[index]:04d}.png"
+
+
+def write_digits_folder(root: str | os.PathLike) -> None:
+    """Write the digits as image folders of JPEG files, `root/{train,val}/<class>/<number>.jpg`."""
+    for split in ("train", "val"):
+        digits = Digits(split)
+        for index in range(len(digits)):
+            path = (Path(root) / split / digits.name(index)).with_suffix(".jpg")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            digits.image(index).save(path, quality=95)
+
+
+def open_dataset(path: str | os.PathLike) -> BetonFile | ImageFolder:
+    """A file is a .beton, a folder an image folder; BetonError for anything else."""
+    if os.path.isdir(path):
+        return ImageFolder(path)
+    if os.path.exists(path):
+        return BetonFile(path)
+    raise BetonError(f"{os.fspath(path)}: there is no such file or folder")

@@ -1,0 +1,165 @@
+"""Processes and devices: torchrun's environment, rank helpers, precision. A no-op on one process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+DEVICES = ("auto", "cuda", "mps", "cpu")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+class DistributedError(ValueError):
+    """Processes or devices that cannot be had; the message names the option and the remedy."""
+
+    user_error = True
+
+
+@dataclass(frozen=True)
+class DistConfig:
+    """Section `dist`: used only with training.distributed=1 and without torchrun, whose environment wins."""
+
+    world_size: int = field(default=0, metadata={"help": "processes to start; 0: one for each visible GPU, else 1"})
+    address: str = field(default="localhost", metadata={"help": "rendezvous host"})
+    port: int = field(default=0, metadata={"help": "rendezvous port; 0: any free one"})
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: rank of `size`, local_rank of `local_size` on this machine, and its device."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def started_by_torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def check(distributed: bool | None, device: str) -> None:
+    """DistributedError for a combination of options, environment and hardware that cannot run.
+
+    distributed: None is undecided, which under torchrun means yes.
+    """
+    size = int(os.environ["WORLD_SIZE"]) if started_by_torchrun() else 1
+    if size > 1 and distributed is False:
+        raise DistributedError(
+            f"training.distributed=0 under torchrun with {size} processes: each would train the whole model on "
+            "its own; leave it out, or start one process"
+        )
+    pick_device(device, 0)
+
+
+def processes_to_start(config: DistConfig, distributed: bool | None, device: str) -> int:
+    """How many processes this one shall start through torchrun's launcher; 1 when it can do the work itself."""
+    if started_by_torchrun() or not distributed:
+        return 1
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    if config.world_size < 0:
+        raise DistributedError(f"dist.world_size={config.world_size}: expected 0 (all GPUs) or a number of processes")
+    if gpus and config.world_size > gpus:
+        raise DistributedError(
+            f"dist.world_size={config.world_size}: only {gpus} GPUs are visible; lower it, or add --training.device=cpu"
+        )
+    return config.world_size or gpus or 1
+
+
+def launch(processes: int, config: DistConfig, script: str, argv: Sequence[str]) -> int:
+    """Run `script argv` in so many processes with torchrun's own launcher; the exit code of the first to fail."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    rendezvous = ["--standalone"]
+    if config.port:
+        rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint={config.address}:{config.port}"]
+    try:
+        run(parse_args([*rendezvous, f"--nproc-per-node={processes}", script, *argv]))
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode or 1
+    return 0
+
+
+def pick_device(name: str, local_rank: int) -> torch.device:
+    """auto: CUDA, else Apple's MPS, else CPU. DistributedError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise DistributedError(
+                f"device=cuda: {torch.cuda.device_count()} GPUs are visible, process {local_rank} needs one; "
+                "use device=cpu or fewer processes"
+            )
+        return torch.device("cuda", local_rank)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise DistributedError("device=mps: this machine has no Apple GPU; use device=cpu or auto")
+    return torch.device(name)
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[World]:
+    """This process's World; inside, the default process group exists where torchrun started more than one."""
+    if not started_by_torchrun():
+        yield World(pick_device(device, 0))
+        return
+    env = os.environ
+    local_rank = int(env.get("LOCAL_RANK", 0))
+    world = World(
+        pick_device(device, local_rank), int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank,
+        int(env.get("LOCAL_WORLD_SIZE", 1)),
+    )  # fmt: skip
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+        dist.init_process_group("nccl", device_id=world.device)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def broadcast(value, world: World):
+    """Rank 0's (small, picklable) value on every rank."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=world.device if world.device.type == "cuda" else None)
+    return box[0]
+
+
+def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
+    """The elementwise sum over all ranks, on all ranks; `tensor` is left alone."""
+    tensor = tensor.detach().clone()
+    if world.size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """auto: bf16 on a GPU that has it, else fp16 there; fp32 on CPU and MPS. DistributedError for fp16 on a CPU."""
+    if name == "auto":
+        if device.type != "cuda":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if name == "fp16" and device.type == "cpu":
+        raise DistributedError("precision=fp16 needs a GPU; use fp32 or bf16 on a CPU")
+    return name
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """torch.autocast for bf16 and fp16, nothing for fp32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)

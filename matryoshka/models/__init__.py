@@ -1,0 +1,191 @@
+"""Backbones with a nested head: `build(ModelSpec)` -> NestedModel.
+
+Adding a backbone: a function `(weights: str | None) -> (trunk, width)` and its name in BACKBONES. The trunk
+maps images [B, 3, H, W] to features [B, D].
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from matryoshka.data.augment import Preprocessing
+from matryoshka.models.blurpool import apply_blurpool
+from matryoshka.nested import NestedLinear, check_dims, default_dims
+
+__all__ = ["BACKBONES", "ModelConfig", "ModelError", "ModelSpec", "NestedModel", "build", "model_spec"]
+
+
+class ModelError(ValueError):
+    """A model option that cannot be met; the message names the option and the remedy."""
+
+    user_error = True
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Section `model`."""
+
+    arch: str = field(default="resnet18", metadata={"help": "backbone by its torchvision name, any ResNet"})
+    pretrained: bool = field(default=False, metadata={"help": "start from torchvision's ImageNet weights"})
+    mrl: bool = field(default=False, metadata={"help": "MRL: one classifier per prefix"})
+    efficient: bool = field(default=False, metadata={"help": "MRL-E: one classifier sliced per prefix; wins over mrl"})
+    nesting_start: int = field(default=3, metadata={"help": "the shortest prefix is 2^nesting_start"})
+    fixed_feature: int = field(
+        default=0, metadata={"help": "baseline: width of the feature that is classified; 0 is the trunk's"}
+    )
+    dims: tuple[int, ...] | None = field(
+        default=None,
+        metadata={"help": "prefix lengths, e.g. 8,12,512; unset: powers of two from 2^nesting_start to the width"},
+    )
+    relative_importance: tuple[float, ...] | None = field(
+        default=None, metadata={"help": "loss weight of each prefix; unset: all 1"}
+    )
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """All that is needed to rebuild a model without its training config."""
+
+    arch: str
+    num_classes: int
+    dims: tuple[int, ...]
+    efficient: bool = False
+    blurpool: bool = False
+
+    @property
+    def head_name(self) -> str:
+        """`mrl`, `mrl-e` or `ff<width>`."""
+        if len(self.dims) == 1:
+            return f"ff{self.dims[0]}"
+        return "mrl-e" if self.efficient else "mrl"
+
+
+class NestedModel(nn.Module):
+    """trunk: images [B, 3, H, W] (normalised float) -> features [B, D]; head: features -> logits [G, B, C]."""
+
+    def __init__(self, trunk: nn.Module, head: NestedLinear, width: int, spec: ModelSpec) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = head
+        self.width = width
+        self.spec = spec
+        self.preprocessing = Preprocessing()
+        self.classes: list[str] | None = None
+        self.notes: list[str] = []  # what a loader of a bare state_dict had to assume
+
+    def check_classes(self, dataset) -> None:
+        """ModelError unless the labels of `dataset` (path, classes, num_classes) mean this model's outputs."""
+        count = self.spec.num_classes
+        if dataset.num_classes > count or (dataset.classes and dataset.num_classes != count):
+            raise ModelError(
+                f"{dataset.path}: has {dataset.num_classes} classes, the model {count}; "
+                "evaluate it on the classes that it was trained on"
+            )
+        if dataset.classes and self.classes and dataset.classes != self.classes:
+            raise ModelError(f"{dataset.path}: its class names are not those that the model was trained on")
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return self.head.dims
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.trunk(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.trunk(images))
+
+
+def _torchvision_resnet(name: str, weights: str | None) -> tuple[nn.Module, int]:
+    import torchvision  # 2 to 5 s, which `--help` and a mistyped option should not take
+
+    trunk = torchvision.models.get_model(name, weights=weights)
+    return _without_classifier(trunk)
+
+
+def _resnet10(weights: str | None) -> tuple[nn.Module, int]:
+    """One basic block per stage (4.9 M parameters): for small images and machines without a GPU."""
+    if weights is not None:
+        raise ModelError("model.pretrained: there are no published weights for resnet10; choose another model.arch")
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    return _without_classifier(ResNet(BasicBlock, [1, 1, 1, 1]))
+
+
+def _without_classifier(resnet: nn.Module) -> tuple[nn.Module, int]:
+    classifier = resnet.get_submodule("fc")
+    assert isinstance(classifier, nn.Linear)
+    resnet.add_module("fc", nn.Identity())
+    return resnet, classifier.in_features
+
+
+RESNETS = (  # torchvision's, all of them
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2"),
+)
+BACKBONES: dict[str, Callable[[str | None], tuple[nn.Module, int]]] = {
+    "resnet10": _resnet10,
+    **{name: partial(_torchvision_resnet, name) for name in RESNETS},
+}
+
+
+def backbone(arch: str, weights: str | None = None) -> tuple[nn.Module, int]:
+    """(trunk, feature width) by name. ModelError for an unknown name or weights that cannot be had."""
+    if arch not in BACKBONES:
+        near = difflib.get_close_matches(arch, BACKBONES, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ModelError(f"model.arch={arch!r} is unknown{hint}; known: {', '.join(sorted(BACKBONES))}")
+    try:
+        return BACKBONES[arch](weights)
+    except (OSError, KeyError) as error:  # the download failed, or torchvision has no such weights
+        raise ModelError(f"model.pretrained: the weights {weights} of {arch} cannot be had: {error}") from error
+
+
+def model_spec(config: ModelConfig, num_classes: int, blurpool: bool = False) -> ModelSpec:
+    """The model that the options describe. ModelError names the option that cannot be met."""
+    with torch.device("meta"):  # only the width is wanted
+        _, width = backbone(config.arch)
+    nested = config.mrl or config.efficient
+    if nested and config.fixed_feature:
+        raise ModelError("model.fixed_feature is the baseline's width: leave it out with model.mrl or model.efficient")
+    if config.dims is not None and not nested:
+        raise ModelError("model.dims needs model.mrl=1 or model.efficient=1 (a single width is model.fixed_feature)")
+    try:
+        if not nested:
+            dims = check_dims((config.fixed_feature or width,), width)
+        elif config.dims is not None:
+            dims = check_dims(config.dims, width)
+        else:
+            dims = default_dims(width, check_start(config.nesting_start, width))
+    except ValueError as error:
+        option = "dims" if config.dims is not None else "fixed_feature"
+        raise ModelError(f"model.{option}: {error} ({config.arch})") from None
+    weights = config.relative_importance
+    if weights is not None and len(weights) != len(dims):
+        raise ModelError(
+            f"model.relative_importance has {len(weights)} weights for the {len(dims)} prefixes {list(dims)}"
+        )
+    return ModelSpec(config.arch, num_classes, dims, config.efficient, blurpool)
+
+
+def check_start(nesting_start: int, width: int) -> int:
+    """2^nesting_start, at most the feature width."""
+    if nesting_start < 0 or 2**nesting_start > width:
+        raise ModelError(
+            f"model.nesting_start={nesting_start}: 2^{nesting_start} must be between 1 and the width {width}"
+        )
+    return 2**nesting_start
+
+
+def build(spec: ModelSpec, weights: str | None = None) -> NestedModel:
+    """The model of `spec`; `weights`: a torchvision weights name for the trunk (downloaded), None for random."""
+    trunk, width = backbone(spec.arch, weights)
+    head = NestedLinear(check_dims(spec.dims, width), spec.num_classes, spec.efficient)
+    if spec.blurpool:
+        apply_blurpool(trunk)
+    return NestedModel(trunk, head, width, spec)

@@ -1,0 +1,228 @@
+// The Python module matryoshka.data._native: argument checks, memory, and the GIL. No image work happens here.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <tuple>
+#include <utility>
+
+#include "crop.hpp"
+#include "jpeg.hpp"
+#include "pool.hpp"
+#include "sample.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace matryoshka {
+namespace {
+
+template <class T>
+using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using CropRows = nb::ndarray<const int32_t, nb::shape<-1, 5>, nb::c_contig, nb::device::cpu>;
+using Pixels = nb::ndarray<const uint8_t, nb::shape<-1, -1, 3>, nb::c_contig, nb::device::cpu>;
+using Batch = nb::ndarray<uint8_t, nb::shape<-1, -1, -1, 3>, nb::c_contig, nb::device::cpu>;
+using Interval = std::pair<double, double>;
+
+// Any contiguous object with a buffer: bytes, memoryview, mmap, NumPy array, read-only or not. Holding it keeps
+// the memory where it is, also while the GIL is released.
+class Buffer {
+ public:
+  explicit Buffer(nb::handle object) {
+    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw nb::python_error();
+  }
+  ~Buffer() { PyBuffer_Release(&view_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  Bytes bytes() const { return {static_cast<const uint8_t*>(view_.buf), static_cast<size_t>(view_.len)}; }
+
+ private:
+  Py_buffer view_;
+};
+
+void require(bool condition, const char* text) {
+  if (!condition) throw nb::value_error(text);
+}
+
+void require_ok(Status status) {
+  if (status != Status::ok) throw nb::value_error(message(status));
+}
+
+int as_side(size_t side) {
+  require(side >= 1, "an image has at least one pixel");
+  require(side <= std::numeric_limits<int>::max(), message(Status::too_large));
+  return static_cast<int>(side);
+}
+
+template <class T>
+struct NewArray {
+  T* data;
+  nb::object array;
+};
+
+template <class T>
+NewArray<T> new_array(std::initializer_list<size_t> shape) {
+  size_t count = 1;
+  for (size_t n : shape) count *= n;
+  std::unique_ptr<T[]> memory(new T[count]);
+  nb::capsule owner(memory.get(), [](void* p) noexcept { delete[] static_cast<T*>(p); });
+  T* data = memory.release();
+  return {data, nb::cast(nb::ndarray<nb::numpy, T>(data, shape, owner))};
+}
+
+template <class Function>
+nb::object crop_rows(Vector<int32_t> width, Vector<int32_t> height, Function crop_of) {
+  require(width.shape(0) == height.shape(0), "width and height differ in length");
+  auto [rows, array] = new_array<int32_t>({width.shape(0), 5});
+  {
+    nb::gil_scoped_release release;
+    for (size_t i = 0; i < width.shape(0); ++i) {
+      const Crop crop = crop_of(i);
+      const int32_t row[5] = {crop.x, crop.y, crop.width, crop.height, crop.flip};
+      std::copy(row, row + 5, rows + 5 * i);
+    }
+  }
+  return array;
+}
+
+nb::object random_crops(Vector<int32_t> width, Vector<int32_t> height, Vector<int64_t> index, uint64_t seed,
+                        uint64_t epoch, Interval scale, Interval ratio, double flip) {
+  const auto ordered = [](Interval i) { return 0 < i.first && i.first <= i.second && std::isfinite(i.second); };
+  require(index.shape(0) == width.shape(0), "width and index differ in length");
+  require(ordered(scale), "scale must be two numbers with 0 < low <= high");
+  require(ordered(ratio), "ratio must be two numbers with 0 < low <= high");
+  require(0 <= flip && flip <= 1, "flip must be a probability");
+  return crop_rows(width, height, [&](size_t i) {
+    return random_crop(width.data()[i], height.data()[i], static_cast<uint64_t>(index.data()[i]), seed, epoch,
+                       {scale.first, scale.second}, {ratio.first, ratio.second}, flip);
+  });
+}
+
+nb::object center_crops(Vector<int32_t> width, Vector<int32_t> height, double ratio) {
+  require(0 < ratio && ratio <= 1, "ratio must be in (0, 1]");
+  return crop_rows(width, height,
+                   [&](size_t i) { return center_crop(width.data()[i], height.data()[i], ratio); });
+}
+
+nb::object decode_batch(Pool& pool, nb::handle data, Vector<uint64_t> offset, Vector<uint64_t> size,
+                        Vector<uint8_t> mode, Vector<int32_t> width, Vector<int32_t> height, CropRows crops,
+                        Batch out) {
+  const size_t count = offset.shape(0);
+  require(size.shape(0) == count && mode.shape(0) == count && width.shape(0) == count &&
+              height.shape(0) == count && crops.shape(0) == count && out.shape(0) == count,
+          "offset, size, mode, width, height, crops and out differ in length");
+  const int out_height = as_side(out.shape(1)), out_width = as_side(out.shape(2));
+  const size_t slot = 3 * static_cast<size_t>(out_height) * out_width;
+  const Buffer buffer(data);
+  auto [status, array] = new_array<uint8_t>({count});
+  {
+    nb::gil_scoped_release release;
+    pool.run(count, [&, status = status](size_t i, int) {
+      const int32_t* c = crops.data() + 5 * i;
+      const Sample sample{offset.data()[i], size.data()[i],   mode.data()[i],
+                          width.data()[i],  height.data()[i], {c[0], c[1], c[2], c[3], c[4]}};
+      const Image image{out.data() + i * slot, out_height, out_width};
+      status[i] = static_cast<uint8_t>(decode_sample(buffer.bytes(), sample, image));
+    });
+  }
+  return array;
+}
+
+JpegSize checked_size(Bytes jpeg) {
+  JpegSize size;
+  Status status;
+  {
+    nb::gil_scoped_release release;
+    status = read_jpeg_size(jpeg, &size);
+  }
+  require_ok(status);
+  return size;
+}
+
+std::tuple<int, int, int> jpeg_size(nb::handle data) {
+  const Buffer buffer(data);
+  const JpegSize size = checked_size(buffer.bytes());
+  return {size.width, size.height, size.components};
+}
+
+nb::object decode(nb::handle data) {
+  const Buffer buffer(data);
+  const JpegSize size = checked_size(buffer.bytes());
+  auto [pixels, array] = new_array<uint8_t>({static_cast<size_t>(size.height), static_cast<size_t>(size.width), 3});
+  Status status;
+  {
+    nb::gil_scoped_release release;
+    status = decode_jpeg(buffer.bytes(), {pixels, size.height, size.width});
+  }
+  require_ok(status);
+  return array;
+}
+
+nb::bytes encode(Pixels image, int quality) {
+  const int height = as_side(image.shape(0)), width = as_side(image.shape(1));
+  require(1 <= quality && quality <= 100, "quality must be between 1 and 100");
+  thread_local JpegEncoder encoder;
+  Status status;
+  {
+    nb::gil_scoped_release release;
+    status = encoder.encode(image.data(), width, height, quality);
+  }
+  require_ok(status);
+  return nb::bytes(encoder.data(), encoder.size());
+}
+
+nb::object resize(Pixels image, int64_t height, int64_t width) {
+  const int in_height = as_side(image.shape(0)), in_width = as_side(image.shape(1));
+  require(height >= 1 && width >= 1, "an image has at least one pixel");
+  require(height <= kMaxPixels && width <= kMaxPixels && height * width <= kMaxPixels,
+          message(Status::too_large));
+  auto [pixels, array] = new_array<uint8_t>({static_cast<size_t>(height), static_cast<size_t>(width), 3});
+  {
+    nb::gil_scoped_release release;
+    const Image out{pixels, static_cast<int>(height), static_cast<int>(width)};
+    resize_image(image.data(), in_height, in_width, out);
+  }
+  return array;
+}
+
+const char* status_message(int64_t code) {
+  require(0 <= code && code < static_cast<int64_t>(Status::count), "not a status");
+  return message(static_cast<Status>(code));
+}
+
+}  // namespace
+}  // namespace matryoshka
+
+NB_MODULE(_native, m) {
+  using namespace matryoshka;
+  m.doc() = "Crops, JPEG and resampling of whole batches, on threads, without the GIL.";
+  nb::set_leak_warnings(false);  // a pool that lives until the interpreter ends is no leak
+
+  nb::class_<Pool>(m, "Pool", "Threads that decode_batch runs on; they end with this object.")
+      .def(nb::init<int>(), "num_threads"_a)
+      .def_prop_ro("num_threads", &Pool::num_threads);
+
+  m.def("random_crops", &random_crops, "width"_a.noconvert(), "height"_a.noconvert(), "index"_a.noconvert(),
+        "seed"_a, "epoch"_a, "scale"_a, "ratio"_a, "flip"_a,
+        "RandomResizedCrop and flip of (seed, epoch, index) as int32 rows (x, y, width, height, flip).");
+  m.def("center_crops", &center_crops, "width"_a.noconvert(), "height"_a.noconvert(), "ratio"_a,
+        "The central square of int(ratio * shorter side), as int32 rows (x, y, width, height, 0).");
+  m.def("decode_batch", &decode_batch, "pool"_a, "data"_a, "offset"_a.noconvert(), "size"_a.noconvert(),
+        "mode"_a.noconvert(), "width"_a.noconvert(), "height"_a.noconvert(), "crops"_a.noconvert(),
+        "out"_a.noconvert(),
+        "Decode, crop and resize samples of a file image `data` into out [B, H, W, 3]; returns one status per\n"
+        "sample, 0 where it went well. A failed sample's slot is zero. Data behind the crop is not looked at.");
+  m.def("decode", &decode, "data"_a, "A whole JPEG as uint8 [height, width, 3].");
+  m.def("jpeg_size", &jpeg_size, "data"_a, "(width, height, components) from a JPEG's header.");
+  m.def("encode", &encode, "image"_a.noconvert(), "quality"_a, "uint8 [height, width, 3] as a 4:2:0 JPEG.");
+  m.def("resize", &resize, "image"_a.noconvert(), "height"_a, "width"_a,
+        "Area averaging where an axis shrinks, bilinear where it grows.");
+  m.def("status_message", &status_message, "code"_a, "What a status of decode_batch means.");
+}

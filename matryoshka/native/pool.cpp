@@ -1,0 +1,104 @@
+#include "pool.hpp"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace matryoshka {
+
+struct Pool::State {
+  std::mutex one_run;  // held for the whole of a run
+
+  std::mutex mutex;  // guards everything below except `next`
+  std::condition_variable work, done;
+  uint64_t run_number = 0;
+  bool stop = false;
+  size_t busy = 0;
+  const Task* task = nullptr;
+  size_t count = 0;
+  std::exception_ptr error;
+
+  std::atomic<size_t> next{0};
+  std::vector<std::thread> threads;
+  pid_t owner = getpid();
+
+  void work_loop(int thread);
+  void shut_down();
+};
+
+void Pool::State::work_loop(int thread) {
+  std::unique_lock<std::mutex> lock(mutex);
+  for (uint64_t seen = 0;;) {
+    work.wait(lock, [&] { return stop || run_number != seen; });
+    if (stop) return;
+    seen = run_number;
+    lock.unlock();
+    std::exception_ptr failure;
+    try {
+      for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) (*task)(i, thread);
+    } catch (...) {
+      failure = std::current_exception();
+      next.store(count, std::memory_order_relaxed);
+    }
+    lock.lock();
+    if (failure && !error) error = failure;
+    if (--busy == 0) done.notify_one();
+  }
+}
+
+void Pool::State::shut_down() {
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    stop = true;
+  }
+  work.notify_all();
+  for (std::thread& thread : threads) thread.join();
+}
+
+Pool::Pool(int num_threads) {
+  if (num_threads < 1 || num_threads > kMaxThreads)
+    throw std::invalid_argument("num_threads must be between 1 and 1024");
+  state_ = new State;
+  try {
+    state_->threads.reserve(num_threads);
+    for (int i = 0; i < num_threads; ++i) state_->threads.emplace_back([s = state_, i] { s->work_loop(i); });
+  } catch (...) {  // the system refuses more threads
+    state_->shut_down();
+    delete state_;
+    throw;
+  }
+}
+
+Pool::~Pool() {
+  // In a forked child the threads do not exist: joining them would hang, destroying them would terminate.
+  if (state_->owner != getpid()) return;
+  state_->shut_down();
+  delete state_;
+}
+
+int Pool::num_threads() const { return static_cast<int>(state_->threads.size()); }
+
+void Pool::run(size_t count, const Task& task) {
+  if (state_->owner != getpid()) throw std::runtime_error("this Pool belongs to the parent process; make a new one");
+  std::lock_guard<std::mutex> one_run(state_->one_run);
+  std::unique_lock<std::mutex> lock(state_->mutex);
+  state_->task = &task;
+  state_->count = count;
+  state_->error = nullptr;
+  state_->next.store(0, std::memory_order_relaxed);
+  state_->busy = state_->threads.size();
+  ++state_->run_number;
+  state_->work.notify_all();
+  state_->done.wait(lock, [this] { return state_->busy == 0; });
+  if (state_->error) std::rethrow_exception(std::exchange(state_->error, nullptr));
+}
+
+}  // namespace matryoshka

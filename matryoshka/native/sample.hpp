@@ -1,0 +1,43 @@
+// The way of one sample: bytes in a file -> checked -> decoded -> resampled into its slot of the batch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "crop.hpp"
+#include "status.hpp"
+
+namespace matryoshka {
+
+struct Bytes {
+  const uint8_t* data;
+  size_t size;
+};
+
+enum class Mode : uint8_t { jpeg = 0, raw = 1 };  // as in the file format; raw is RGB, [height, width, 3]
+
+struct Sample {
+  uint64_t offset, size;
+  uint8_t mode;
+  int32_t width, height;
+  Crop crop;
+};
+
+struct Image {
+  uint8_t* pixels;  // RGB, [height, width, 3]
+  int height, width;
+};
+
+// Nothing that the sample says is believed before it is checked. After a failure the slot is all zero.
+Status decode_sample(Bytes file, const Sample& sample, Image out) noexcept;
+
+// The size of a whole JPEG; and its pixels, into an image of exactly this size.
+struct JpegSize {
+  int width, height, components;
+};
+Status read_jpeg_size(Bytes jpeg, JpegSize* size);
+Status decode_jpeg(Bytes jpeg, Image out);
+
+void resize_image(const uint8_t* pixels, int height, int width, Image out);
+
+}  // namespace matryoshka

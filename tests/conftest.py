@@ -1,0 +1,54 @@
+"""Small real data for all tests: scikit-learn's digits as an image folder and as .beton files."""
+
+import os
+
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", ".hypothesis")
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from matryoshka.data import Digits, write_beton
+
+
+@pytest.fixture(scope="session")
+def photo():
+    """A smooth 'photo' with detail, uint8 [H, W, 3], of any size."""
+
+    def make(width: int, height: int, seed: int = 0) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        small = rng.integers(0, 256, (max(2, height // 8), max(2, width // 8), 3), dtype=np.uint8)
+        image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+        noise = rng.integers(-12, 13, (height, width, 3))
+        return np.clip(np.asarray(image).astype(int) + noise, 0, 255).astype(np.uint8)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, photo):
+    """An image folder {train,val}/{ant,bee,cat}/*.jpg of photos of different sizes: 20 and 9 images."""
+    root = tmp_path_factory.mktemp("photos")
+    for split, counts in (("train", (8, 7, 5)), ("val", (3, 3, 3))):
+        for label, (name, count) in enumerate(zip(("ant", "bee", "cat"), counts, strict=True)):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = photo(48 + 5 * i, 70 - 3 * i, seed=100 * label + i)
+                Image.fromarray(image).save(root / split / name / f"{i}.jpg", quality=92)
+    return root
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """{split: path} of two .beton files with 10 classes: 400 training and 100 validation digits, 32 px."""
+    root = tmp_path_factory.mktemp("digits")
+    for split, n in (("train", 400), ("val", 100)):
+        write_beton(
+            Digits(split),
+            root / f"{split}.beton",
+            max_resolution=64,
+            write_mode="jpg",
+            jpeg_quality=95,
+            subset=n,
+        )
+    return {split: root / f"{split}.beton" for split in ("train", "val")}

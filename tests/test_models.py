@@ -1,0 +1,163 @@
+"""Backbones, their options, BlurPool, schedules, parameter groups, accuracy."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import top_k_accuracy_score
+from torch import nn
+from torchvision import models
+
+from matryoshka.metrics import PrefixAccuracy
+from matryoshka.models import BACKBONES, ModelConfig, ModelError, ModelSpec, build, model_spec
+from matryoshka.models.blurpool import BlurPoolConv2d
+from matryoshka.optim import LrConfig, lr_at, parameter_groups, peak_epoch, peak_lr
+
+SMALL = ["resnet10", "resnet18", "resnet50"]
+
+
+@pytest.mark.parametrize("arch", SMALL)
+@pytest.mark.parametrize("efficient", [False, True])
+def test_forward_backward_every_parameter_gets_a_gradient(arch, efficient):
+    model = build(ModelSpec(arch, 7, (8, 16, 512), efficient, blurpool=True))
+    logits = model(images := torch.randn(2, 3, 40, 33))
+    assert logits.shape == (3, 2, 7)
+    assert model.features(images).shape == (2, model.width)
+    logits.square().sum().backward()
+    # features beyond the longest prefix are not classified: only there may a gradient be zero, nowhere missing
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("arch", sorted(set(BACKBONES) - set(SMALL)))
+def test_every_backbone_builds(arch):
+    with torch.device("meta"):
+        model = build(ModelSpec(arch, 5, (8,), blurpool=True))
+        assert model(torch.empty(2, 3, 32, 32)).shape == (1, 2, 5)
+
+
+def test_every_torchvision_resnet_is_there():
+    names = {n for n in models.list_models() if models.get_model_builder(n).__module__ == "torchvision.models.resnet"}
+    assert set(BACKBONES) == names | {"resnet10"}
+
+
+def test_spec_from_options():
+    spec = model_spec(ModelConfig(arch="resnet50", mrl=True), 1000)
+    assert spec.dims == (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+    assert spec.head_name == "mrl"
+    assert model_spec(ModelConfig(mrl=True, nesting_start=4), 10).dims == (16, 32, 64, 128, 256, 512)
+    assert model_spec(ModelConfig(efficient=True, dims=(8, 12, 512)), 10).head_name == "mrl-e"
+    assert model_spec(ModelConfig(efficient=True, mrl=True), 10).efficient
+    assert model_spec(ModelConfig(), 10).dims == (512,)
+    assert model_spec(ModelConfig(fixed_feature=64), 10).head_name == "ff64"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"arch": "resnet81"}, ["resnet81", "did you mean resnet18"]),
+        ({"arch": "vgg16"}, ["vgg16", "resnet50"]),
+        ({"fixed_feature": 2048}, ["model.fixed_feature", "512"]),
+        ({"mrl": True, "fixed_feature": 8}, ["model.fixed_feature"]),
+        ({"mrl": True, "dims": (8, 4096)}, ["model.dims", "4096"]),
+        ({"dims": (8, 16)}, ["model.dims", "model.mrl"]),
+        ({"mrl": True, "nesting_start": 12}, ["model.nesting_start"]),
+        ({"mrl": True, "relative_importance": (1.0,)}, ["model.relative_importance"]),
+    ],
+)
+def test_options_that_cannot_be_met(options, words):
+    with pytest.raises(ModelError) as error:
+        model_spec(ModelConfig(**options), 10)
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
+
+
+def test_blurpool_places_and_values():
+    model = build(ModelSpec("resnet50", 10, (2048,), blurpool=True))
+    wrapped = {name for name, m in model.named_modules() if isinstance(m, BlurPoolConv2d)}
+    assert wrapped == {f"trunk.layer{n}.0.{c}" for n in (2, 3, 4) for c in ("conv2", "downsample.0")}
+    conv = nn.Conv2d(16, 2, 3, stride=2, padding=1)
+    image = torch.randn(1, 16, 7, 6)
+    padded = np.pad(image.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    blurred = np.zeros_like(image.numpy())
+    for i in range(7):
+        for j in range(6):
+            kernel = np.outer([1, 2, 1], [1, 2, 1]) / 16
+            blurred[0, :, i, j] = (padded[0, :, i : i + 3, j : j + 3] * kernel).sum((1, 2))
+    np.testing.assert_allclose(BlurPoolConv2d(conv)(image).detach(), conv(torch.tensor(blurred)).detach(), atol=1e-5)
+
+
+# ---------------------------------------------------------------- schedules
+
+
+def test_cyclic_schedule():
+    config = LrConfig(lr_peak_epoch=2)
+    for epoch in np.linspace(0, 16, 33):
+        expected = np.interp(epoch, [0, 2, 16], [1e-4 * 1.7, 1.7, 0])
+        assert lr_at(float(epoch), config, 1.7, 16) == pytest.approx(expected, abs=1e-12)
+
+
+def test_peak_beyond_the_run_moves_into_it():
+    config = LrConfig(lr_peak_epoch=2)
+    assert [peak_epoch(config, e) for e in (1, 2, 3, 16)] == [0, 0, 2, 2]
+    for epochs in (1, 2):
+        rates = [lr_at(e / 10, config, 1.0, epochs) for e in range(10 * epochs)]
+        assert max(rates) == 1.0
+        assert all(0 < r <= 1 for r in rates)
+
+
+def test_step_and_constant_schedules():
+    step = LrConfig(lr_schedule_type="step", step_ratio=0.1, step_length=30)
+    assert [lr_at(e, step, 2.0, 90) for e in (0, 29.99, 30, 60)] == pytest.approx([2, 2, 0.2, 0.02])
+    assert lr_at(55.5, LrConfig(lr_schedule_type="constant"), 0.3, 90) == 0.3
+
+
+def test_rate_is_linear_in_the_global_batch():
+    recipe = LrConfig(lr_per_256=0.10625)
+    assert peak_lr(recipe, 1024) == pytest.approx(0.425)
+    assert peak_lr(recipe, 4096) == pytest.approx(1.7)
+    assert peak_lr(LrConfig(lr=0.5, lr_per_256=9), 4096) == 0.5
+
+
+def test_weight_decay_groups_by_type():
+    model = build(ModelSpec("resnet18", 10, (8, 512)))
+    norms, others = parameter_groups(model, 1e-4, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)] for p in norms["params"]}
+    assert "trunk.layer2.0.downsample.1.weight" in found  # the one that a name test misses
+    assert len(found) == 2 * sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert len(norms["params"]) + len(others["params"]) == len(names)
+    assert (norms["weight_decay"], others["weight_decay"]) == (0.0, 1e-4)
+
+
+# ---------------------------------------------------------------- accuracy
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(2, 40),
+    c=st.integers(6, 12),
+    g=st.integers(1, 3),
+    cut=st.integers(1, 39),
+    seed=st.integers(0, 2**31),
+)
+def test_accuracy_equals_scikit_learn(n, c, g, cut, seed):
+    rng = np.random.default_rng(seed)
+    logits, labels = rng.normal(size=(g, n, c)).astype(np.float32), rng.integers(0, c, n)
+    metric = PrefixAccuracy(range(8, 8 + g))
+    for part in (slice(0, cut), slice(cut, n)):  # in two batches, one maybe empty
+        metric.update(torch.tensor(logits[:, part]), torch.tensor(labels[part]))
+    result = metric.compute()
+    for i, dim in enumerate(range(8, 8 + g)):
+        for key, k in (("top1", 1), ("top5", 5)):
+            expected = 100 * top_k_accuracy_score(labels, logits[i], k=k, labels=range(c))
+            assert result[dim][key] == pytest.approx(expected, abs=1e-9)
+
+
+def test_accuracy_of_ties_and_nan():
+    metric = PrefixAccuracy((8,))
+    metric.update(torch.zeros(1, 10, 10), torch.arange(10))  # all equal: argmax says class 0
+    assert metric.compute()[8] == {"top1": 10.0, "top5": 50.0}
+    metric.reset()
+    metric.update(torch.full((1, 10, 10), torch.nan), torch.arange(10))
+    assert metric.compute()[8] == {"top1": 0.0, "top5": 0.0}

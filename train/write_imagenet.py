@@ -1,0 +1,80 @@
+"""Write a folder of images as one .beton file.
+
+    python train/write_imagenet.py --cfg.data_dir=imagenet/train --cfg.write_path=train.beton \\
+        --cfg.max_resolution=500 --cfg.write_mode=proportion --cfg.compress_probability=0.5
+
+`--cfg.dataset=digits --cfg.split=train` needs no images at all. Class names, options and what was wrong with
+which image go to `<write_path>.json`. Exit status 2 when nothing could be written.
+"""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from matryoshka.config import program, read
+from matryoshka.data import BetonError, Digits, ImageFolder, WriterConfig, write_beton
+from matryoshka.data.reader import manifest_path
+
+SHOWN = 10
+
+
+def open_source(cfg: WriterConfig) -> ImageFolder | Digits:
+    if cfg.dataset == "digits":
+        if cfg.split is None:
+            raise BetonError("cfg.dataset=digits needs cfg.split=train or cfg.split=val")
+        return Digits(cfg.split)
+    if cfg.data_dir is None:
+        raise BetonError(f"cfg.dataset={cfg.dataset} needs cfg.data_dir, the folder of class folders")
+    return ImageFolder(cfg.data_dir)
+
+
+def summary(manifest: dict, path: str, seconds: float) -> str:
+    counts, written = manifest["counts"], manifest["num_samples"]
+    lines = [
+        f"{written:,} images of {len(manifest['classes'])} classes: {counts['jpg']:,} jpg, {counts['raw']:,} raw, "
+        f"{counts['resized']:,} reduced to {manifest['options']['max_resolution']} pixels",
+    ]
+    for key, text in (
+        ("cmyk", "CMYK, stored as RGB"),
+        ("other_content", "called .jpg and something else inside"),
+        ("damaged", "damaged, but readable"),
+        ("broken", "LEFT OUT, not readable"),
+    ):
+        found = manifest[key]
+        if found:
+            lines.append(f"{len(found)} {text}:")
+            lines += [": ".join(("  " + entry["name"], *list(entry.values())[1:])) for entry in found[:SHOWN]]
+        if len(found) > SHOWN:
+            lines.append(f"  and {len(found) - SHOWN} more, see {manifest_path(path)}")
+    lines.append(f"{manifest['num_bytes'] / 1e6:,.1f} MB in {seconds:.1f} s, {written / seconds:,.0f} images/s")
+    lines.append(f"written: {path}")
+    return "\n".join(lines)
+
+
+@program
+def main(argv=None):
+    cfg = read(
+        {"cfg": WriterConfig}, argv, prog="write_imagenet.py", description=(__doc__ or "").partition("\n")[0]
+    ).cfg
+    source = open_source(cfg)
+    start = time.perf_counter()
+    with tqdm(total=None, unit=" images", disable=None, file=sys.stderr) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        manifest = write_beton(
+            source,
+            cfg.write_path,
+            num_workers=cfg.num_workers,
+            chunk_size=cfg.chunk_size,
+            progress=progress,
+            **cfg.options(),
+        )
+    print(summary(manifest, cfg.write_path, time.perf_counter() - start))
+
+
+if __name__ == "__main__":
+    main()
