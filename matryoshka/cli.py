@@ -119,7 +119,8 @@ def demo(argv: Sequence[str]) -> int:
         "seconds": round(time.perf_counter() - started, 1),
     }
     write_atomically(folder / "results.json", (json.dumps(summary, indent=1) + "\n").encode())
-    plot_accuracy(folder / "accuracy.png", prefixes, f"Handwritten digits, {summary['images']} held-out images")
+    images = summary["images"]
+    plot_accuracy(folder / "accuracy.png", prefixes, f"Handwritten digits, {images} held-out images", images)
 
     step(f"done in {summary['seconds']:.0f} s")
     print(accuracy_table(prefixes))
