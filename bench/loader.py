@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         kilobytes = sum(f.stat().st_size for f in folder.rglob("*.jpg")) / len(ImageFolder(folder)) / 1000
         print(f"{len(ImageFolder(folder))} photos, {kilobytes:.1f} kB each, RandomResizedCrop({args.size}) + flip")
         rows = []
-        print(f"{'threads':>7}  {'ratio':>6}  {'ours':>9}  {'DataLoader':>10}   images/s (CPU time for 1 thread, else wall)")
+        columns = f"{'threads':>7}  {'ratio':>6}  {'ours':>9}  {'DataLoader':>10}"
+        print(f"{columns}   images/s (CPU time for 1 thread, else wall)")
         for threads in args.threads:
             clock = time.process_time if threads == 1 else time.perf_counter
             peers = {"matryoshka": ours(beton, args.size, threads), "torchvision": theirs(folder, args.size, threads)}

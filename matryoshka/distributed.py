@@ -139,6 +139,13 @@ def broadcast(value, world: World):
     return box[0]
 
 
+def share_buffers(module: torch.nn.Module, world: World) -> None:
+    """Rank 0's buffers on every rank: each has its own last update of the batch-norm statistics."""
+    if world.size > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
     """The elementwise sum over all ranks, on all ranks; `tensor` is left alone."""
     tensor = tensor.detach().clone()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matryoshka.inference import pytorch_inference
 
 from matryoshka import distributed
 from matryoshka.distributed import DistConfig, DistributedError
@@ -123,6 +124,12 @@ def test_both_ways_to_start_two_processes(tmp_path, digits):
     logs = [json.loads((tmp_path / name / "log").read_text()) for name in ("torchrun", "own")]
     weights = [torch.load(tmp_path / name / "final_weights.pt", weights_only=True) for name in ("torchrun", "own")]
     assert logs[0]["train_loss"] == logs[1]["train_loss"]
+    results = tmp_path / "results.json"
+    model = tmp_path / "own" / "model.safetensors"
+    pytorch_inference.main([f"--path={model}", f"--data-root={digits['val']}", "--tta", f"--output={results}"])
+    alone = json.loads(results.read_text())["prefixes"]  # one process, the saved weights
+    for d, accuracy in alone.items():
+        assert logs[1][f"top_1_{d}"] == pytest.approx(accuracy["top1"] / 100, abs=1e-9), d
     assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
 
 

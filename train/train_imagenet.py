@@ -260,6 +260,7 @@ def validate(model: NestedModel, loader: Loader, precision: str, tta: bool, worl
     from matryoshka.metrics import PrefixAccuracy  # torchmetrics takes seconds to import: not before it is needed
 
     started = time.perf_counter()
+    distributed.share_buffers(model, world)  # all shards are judged by the model that rank 0 saves
     metric = PrefixAccuracy(model.dims).to(world.device)
     for prediction in predict(model, loader, precision, tta):
         metric.update(prediction.logits, prediction.labels)
