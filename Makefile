@@ -1,19 +1,26 @@
-# make setup | demo | test | lint | bench      each first sets up what it needs; PYTHON=python3.12 chooses another one
+# make setup | demo | test | lint | fuzz | interop | bench-peers | bench
+# Each first sets up what it needs; PYTHON=python3.12 chooses another one (interop and bench-peers: always 3.11).
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard matryoshka/native/*)
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
+FFCV := .venv-ffcv
+UV_FFCV := $(BIN)/uv pip install --quiet --python $(FFCV)/bin/python
 
-.PHONY: setup setup-dev demo test lint format bench clean
+.PHONY: setup setup-dev demo test lint format fuzz interop bench-peers bench clean
 .DEFAULT_GOAL := setup
 
 setup: .venv/.ready
 setup-dev: .venv/.ready-dev
 
-.venv/.ready: requirements.txt $(SOURCES)
+$(BIN)/uv:
+	@echo "setup: .venv"
+	@rm -rf .venv
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+
+.venv/.ready: requirements.txt $(SOURCES) | $(BIN)/uv
 	@sh native-deps.sh
-	@test -x $(BIN)/uv || { echo "setup: .venv"; rm -rf .venv; $(PYTHON) -m venv .venv; \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9; }
 	@echo "setup: requirements.txt and the native core (a minute on a new machine)"
 	@$(UV) --reinstall-package matryoshka -r requirements.txt
 	@touch $@
@@ -39,9 +46,47 @@ format: setup-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# PHOTOS: a folder of class folders with JPEG photos
+# N damaged files (20,000). SANITIZE=1: with a native core that stops at memory errors and undefined behaviour.
+SANITIZED := build/sanitized
+fuzz: setup-dev
+ifeq ($(SANITIZE),1)
+	@$(UV) cmake ninja 'nanobind>=3.0'
+	@mkdir -p $(SANITIZED)
+	@$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DMATRYOSHKA_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir) > $(SANITIZED).log || { cat $(SANITIZED).log; exit 1; }
+	@$(BIN)/ninja -C $(SANITIZED) > $(SANITIZED).log || { cat $(SANITIZED).log; exit 1; }
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	  $(BIN)/python tests/fuzz.py --cases $(or $(N),20000) --limit 120 --native $$(ls $(SANITIZED)/_native*.so) $(FUZZ_ARGS)
+else
+	$(BIN)/python tests/fuzz.py --cases $(or $(N),20000) $(FUZZ_ARGS)
+endif
+
+# FFCV and the other peers live in an environment of their own: they need Python 3.11 and 700 MB of system packages.
+$(FFCV)/.ready: requirements.txt requirements-dev.txt requirements-ffcv.txt ffcv-deps.sh $(SOURCES) | $(BIN)/uv
+	@sh native-deps.sh
+	@sh ffcv-deps.sh
+	@test -x $(FFCV)/bin/python || { echo "setup: $(FFCV)"; $(BIN)/uv venv --quiet --python 3.11 $(FFCV); }
+	@echo "setup: requirements.txt, FFCV and the native core (minutes on a new machine)"
+	@$(UV_FFCV) --reinstall-package matryoshka --config-settings=build-dir=build/ffcv-{wheel_tag} \
+	  -r requirements.txt -r requirements-dev.txt -r requirements-ffcv.txt
+	@touch $@
+
+$(FFCV)/.ready-peers: requirements-peers.txt $(FFCV)/.ready
+	@echo "setup: requirements-peers.txt"
+	@$(UV_FFCV) -r requirements-peers.txt
+	@touch $@
+
+# Files of the real FFCV in our reader, ours in the real FFCV
+interop: $(FFCV)/.ready
+	OMP_NUM_THREADS=1 $(FFCV)/bin/python -m pytest -q tests/test_interop.py $(PYTEST_ARGS)
+
+bench-peers: $(FFCV)/.ready-peers
+
+# PHOTOS: a folder of class folders with JPEG photos. Without `make bench-peers` some peers are missing, by name.
 bench: setup
-	$(BIN)/python bench/loader.py $(if $(PHOTOS),--photos $(PHOTOS))
+	@if [ -e $(FFCV)/.ready-peers ]; then $(MAKE) --no-print-directory bench-peers; fi
+	@if [ -e $(FFCV)/.ready-peers ]; then bin=$(FFCV)/bin; else bin=$(BIN); fi; \
+	  $$bin/python bench/loader.py $(if $(PHOTOS),--photos $(PHOTOS)) $(BENCH_ARGS)
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv $(FFCV) build

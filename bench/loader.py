@@ -1,31 +1,72 @@
-"""Images per second of our loader beside torchvision's ImageFolder + DataLoader, on the same photos.
+"""Loaders side by side, on the same photos: ours, FFCV, DALI, torchvision, simplejpeg + cv2.
 
-    python bench/loader.py [--photos FOLDER] [--threads 1 2] [--blocks 5] [--size 224]
+    python bench/loader.py [--photos FOLDER] [--threads 1 2] [--blocks 5] [--cases "RRC 224" ...]
 
-Both read the same JPEGs (long side 500, quality 90), make a RandomResizedCrop, a flip and uint8 batches. The two
-take turns, block by block; a block is one pass. One thread: images per second of CPU time, which a busy machine
-disturbs less than wall time. More threads: wall time, with as many DataLoader workers as we have threads.
+All take turns, block by block; a block is one pass over the photos (long side 500, quality 90). What counts is
+images per second of CPU time, over all threads and processes, which a busy machine disturbs little; the ratio of
+wall times stands beside it. `make bench-peers` installs the peers; what is missing or fails is named at the end.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
+import os
+import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+# GNU OpenMP's idle threads spin, which would count as FFCV's CPU time; read when the library is loaded
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import peers
 import torch
-import torchvision
-from PIL import Image
+from entropy import mean_needed
+from material import Material, kilobytes, write_many
+from measure import OURS, Block, Outcome, Run, rate, ratio, take_turns
 from record import append, spread
-from sklearn.datasets import load_sample_images
 
-from matryoshka.data import ImageFolder, Loader, RandomResizedCrop, write_beton
+from matryoshka.data import BetonFile, ImageFolder, write_beton
+from matryoshka.data.writer import WriteOptions
 
 BATCH = 64
+FFCV_FILE = "matryoshka, FFCV's file"
+BARE = "bare decode"
+MANY = 1_281_167
+
+
+class Case(NamedTuple):
+    """One line of the table for every peer. goal: how many times as fast as a peer we want to be at least."""
+
+    crop: str
+    size: int
+    file: str
+    rivals: tuple[str, ...]
+    goal: dict[str, float]
+
+
+ALL = ("FFCV", "DALI", "torchvision PIL", "torchvision v2", "simplejpeg + cv2")
+RIVALS: dict[str, Callable[[peers.Task, int], Run]] = {
+    "FFCV": peers.ffcv,
+    "DALI": peers.dali,
+    "torchvision PIL": peers.torchvision_pil,
+    "torchvision v2": peers.torchvision_v2,
+    "simplejpeg + cv2": peers.simplejpeg_cv2,
+}
+CASES = {
+    "RRC 224": Case("random", 224, "jpg", ALL, {"FFCV": 2.5, FFCV_FILE: 1.8}),
+    "RRC 160": Case("random", 160, "jpg", ALL, {"FFCV": 2.5}),
+    "centre 224": Case("center", 224, "jpg", ALL, {"FFCV": 1.7}),
+    "raw 256, RRC 224": Case("random", 224, "raw", ("FFCV",), {"FFCV": 1.2}),
+    "small 32, pad-crop": Case("pad", 32, "small", ("FFCV", "torchvision PIL"), {"torchvision PIL": 3}),
+}
+WRITERS = {"write": 1.5, "write, lossless": 6.0}
+OPEN = "open 1.28 M"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,75 +74,165 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--photos", type=Path, help="folder of class folders; default: pieces of scikit-learn's two photos")
     p.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     p.add_argument("--blocks", type=int, default=5)
-    p.add_argument("--size", type=int, default=224)
-    p.add_argument("--images", type=int, default=600, help="at least so many images in a block, by repetition")
+    p.add_argument("--images", type=int, default=450, help="at least so many photos in a block, by repetition")
+    p.add_argument("--many", type=int, default=MANY, help="samples of the file that is opened")
+    p.add_argument("--cases", nargs="+", choices=[*CASES, *WRITERS, OPEN], help="default: all")
+    p.add_argument("--peers", nargs="*", choices=ALL, default=ALL, help="default: all")
     p.add_argument("--no-record", action="store_true", help="do not append to bench/results/")
     args = p.parse_args(argv)
+    wanted = args.cases or [*CASES, *WRITERS, OPEN]
     torch.set_num_threads(1)
 
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "photos"
-        prepare(args.photos, folder, args.images)
-        beton = Path(scratch) / "photos.beton"
-        write_beton(ImageFolder(folder), beton, max_resolution=500, write_mode="jpg", jpeg_quality=90)
-        kilobytes = sum(f.stat().st_size for f in folder.rglob("*.jpg")) / len(ImageFolder(folder)) / 1000
-        print(f"{len(ImageFolder(folder))} photos, {kilobytes:.1f} kB each, RandomResizedCrop({args.size}) + flip")
-        rows = []
-        columns = f"{'threads':>7}  {'ratio':>6}  {'ours':>9}  {'DataLoader':>10}"
-        print(f"{columns}   images/s (CPU time for 1 thread, else wall)")
-        for threads in args.threads:
-            clock = time.process_time if threads == 1 else time.perf_counter
-            peers = {"matryoshka": ours(beton, args.size, threads), "torchvision": theirs(folder, args.size, threads)}
-            rates: dict[str, list[float]] = {name: [] for name in peers}
-            for block in range(args.blocks + 1):
-                for name, run in peers.items():
-                    start = clock()
-                    images = run()
-                    if block:  # the first one warms the page cache and the allocator up
-                        rates[name].append(images / (clock() - start))
-            ratio = statistics.median(a / b for a, b in zip(*rates.values(), strict=True))
-            a, b = (statistics.median(r) for r in rates.values())
-            print(f"{threads:7d}  {ratio:5.2f}x  {a:9.0f}  {b:10.0f}")
-            for name, values in rates.items():
-                rows.append(
-                    {"bench": "loader", "peer": name, "threads": threads, "size": args.size, "kB": round(kilobytes, 1)}
-                    | {"clock": clock.__name__, "ratio": round(ratio, 3), "images_per_s": spread(values)}
-                )
+        table = Table()
+        if OPEN in wanted:  # first: it forks
+            opening(Path(scratch), args.many, args.blocks, args.peers, table)
+        material = Material(Path(scratch), args.photos, args.images, "FFCV" in args.peers)
+        table.failed |= material.failed
+        describe(material)
+        for name in wanted:
+            for threads in args.threads:
+                if name in CASES:
+                    loading(name, material, threads, args.blocks, args.peers, table)
+                elif name in WRITERS:
+                    writing(name, material, threads, args.blocks, args.peers, table)
+        table.scaling()
+        for name, reason in table.failed.items():
+            print(f"not measured: {name}: {reason}")
         if not args.no_record:
-            print(f"appended to {append('loader', rows).name}")
+            print(f"appended to {append('loader', table.rows).name}")
     return 0
 
 
-def prepare(photos: Path | None, folder: Path, images: int) -> None:
-    """An image folder of at least `images` JPEGs with a long side of at most 500 pixels, quality 90."""
-    if photos is None:
-        pieces = [Image.fromarray(im) for im in load_sample_images().images]
-        sources = [im.crop((8 * k, 4 * k, 540 + 8 * k, 380 + 4 * k)) for im in pieces for k in range(10)]
-    else:
-        data = ImageFolder(photos)
-        sources = [Image.open(data.path / data.name(i)).convert("RGB") for i in range(len(data))]
-    for i in range(-(-images // len(sources)) * len(sources)):
-        image = sources[i % len(sources)]
-        if max(image.size) > 500:
-            image = image.copy()
-            image.thumbnail((500, 500))
-        path = folder / f"class{i % 2}" / f"{i:05d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, quality=90)
+class Table:
+    """Prints lines as they come, keeps rows for bench/results/."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict] = []
+        self.failed: dict[str, str] = {}
+        self._wall: dict[str, dict[int, float]] = {}  # case: {threads: our images/s}
+        print(f"{'case':24} {'threads':>7} {'ratio':>6} {'goal':>5}  {'peer':24} "
+              f"{'ours':>7} {'peer':>7}  images per CPU second   {'wall':>6}", flush=True)  # fmt: skip
+
+    def add(self, case: str, threads: int, outcome: Outcome, goal: dict[str, float], **about) -> None:
+        """A line for every peer. Where there is another run of ours, it is the one on FFCV's file."""
+        self.failed |= {f"{name} ({case})": reason for name, reason in outcome.failed.items()}
+        blocks = outcome.blocks
+        if OURS not in blocks:
+            return
+        ours = [name for name in blocks if name.startswith(OURS)]
+        self._wall.setdefault(case, {})[threads] = rate(blocks[OURS], "wall")
+        for name in blocks:
+            row = {"bench": "loader", "case": case, "peer": name, "threads": threads, **about}
+            row |= {clock: spread([b.images / getattr(b, clock) for b in blocks[name]]) for clock in ("cpu", "wall")}
+            row |= {f"ratio of {us}": round(ratio(blocks[us], blocks[name]), 3) for us in ours if name not in ours}
+            self.rows.append(row)
+            if name not in (*ours, BARE):
+                self._line(case, threads, name, blocks[OURS], blocks[name], goal.get(name))
+        if FFCV_FILE in blocks and "FFCV" in blocks:
+            self._line(case + ", FFCV's file", threads, "FFCV", blocks[FFCV_FILE], blocks["FFCV"], goal.get(FFCV_FILE))
+        if len(blocks) == len(ours):
+            print(f"{case:24} {threads:7d} {'':6} {'':5}  {'(no peer)':24} {rate(blocks[OURS]):7.0f}", flush=True)
+
+    @staticmethod
+    def _line(case: str, threads: int, peer: str, ours: list[Block], theirs: list[Block], goal: float | None) -> None:
+        value = ratio(ours, theirs)
+        mark = "" if goal is None else f"{goal:g}x" + ("" if value >= goal else "!")
+        print(f"{case:24} {threads:7d} {value:5.2f}x {mark:>5}  {peer:24} {rate(ours):7.0f} {rate(theirs):7.0f}  "
+              f"{'':20} {ratio(ours, theirs, 'wall'):5.2f}x", flush=True)  # fmt: skip
+
+    def scaling(self) -> None:
+        for case, wall in self._wall.items():
+            if 1 in wall and len(wall) > 1:
+                most = max(wall)
+                print(f"{case}: {wall[1]:.0f} -> {wall[most]:.0f} images/s of wall time from 1 to {most} threads, "
+                      f"{wall[most] / wall[1]:.2f}x")  # fmt: skip
 
 
-def ours(path: Path, size: int, threads: int) -> Callable[[], int]:
-    loader = Loader(path, BATCH, order="random", image=RandomResizedCrop(size), num_workers=threads)
-    return lambda: sum(len(batch.images) for batch in loader)
+def describe(m: Material) -> None:
+    stored = [f"{kilobytes(m.jpg):.1f} kB each in our file"]
+    if m.ffcv.exists():
+        stored.append(f"{kilobytes(m.ffcv):.1f} kB in FFCV's")
+    print(f"{len(ImageFolder(m.folder))} photos of at most 500 pixels, quality 90: {', '.join(stored)}", flush=True)
 
 
-def theirs(folder: Path, size: int, threads: int) -> Callable[[], int]:
-    transforms = torchvision.transforms
-    steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
-    data = torchvision.datasets.ImageFolder(str(folder), transforms.Compose(steps))
-    workers = {} if threads == 1 else {"num_workers": threads, "persistent_workers": True}  # 1: in this process
-    loader = torch.utils.data.DataLoader(data, BATCH, shuffle=True, **workers)
-    return lambda: sum(len(images) for images, _ in loader)
+def loading(name: str, m: Material, threads: int, blocks: int, chosen: list[str], table: Table) -> None:
+    case = CASES[name]
+    task = peers.Task(case.crop, case.size, BATCH if case.crop != "pad" else 8 * BATCH, m, getattr(m, case.file))
+    make: dict[str, Callable[[], Run]] = {OURS: partial(peers.ours, task, threads)}
+    theirs = m.ffcv if case.file == "jpg" else None  # FFCV reads what FFCV wrote
+    if theirs is not None and theirs.exists():
+        make[FFCV_FILE] = partial(peers.ours, task, threads, theirs)
+    for rival in case.rivals:
+        if rival in chosen:
+            extra = {"file": theirs} if rival == "FFCV" else {}
+            make[rival] = partial(RIVALS[rival], task, threads, **extra)
+    limit = name == "RRC 224" and threads == 1
+    if limit:
+        make[BARE] = partial(peers.bare_decode, m.jpg)
+    outcome = take_turns(make, blocks)
+    table.add(name, threads, outcome, case.goal, size=case.size, kB=round(kilobytes(task.file), 1))
+    if limit and {OURS, BARE} <= set(outcome.blocks):
+        with BetonFile(m.jpg) as data:
+            needed, stored = mean_needed(data, case.size)
+        ours, bare = (rate(outcome.blocks[who]) * size / 1e6 for who, size in ((OURS, needed), (BARE, stored)))
+        print(
+            f"physical limit: libjpeg-turbo alone decodes {bare:.1f} MB per core-second, of whole images; we decode "
+            f"{ours:.1f} MB, of the {needed / stored:.0%} that the crops need, and do all the rest: {ours / bare:.0%}",
+            flush=True,
+        )
+        table.rows.append({"bench": "loader", "case": "physical limit", "peer": BARE, "bare_mb": bare, "ours_mb": ours}
+                          | {"needed_kB": needed / 1e3, "stored_kB": stored / 1e3})  # fmt: skip
+
+
+def writing(name: str, m: Material, threads: int, blocks: int, chosen: list[str], table: Table) -> None:
+    """Originals -> 500 px q90; lossless: photos that fit are stored as they are, which FFCV cannot."""
+    options: dict = {"max_resolution": 500, "write_mode": "jpg", "jpeg_quality": 90}
+    lossless = name != "write"
+    if lossless and "transcode" not in {f.name for f in fields(WriteOptions)}:
+        table.failed[name] = "our writer has no cfg.transcode"
+        return
+    source = ImageFolder(m.folder if lossless else m.originals)
+    options |= {"subset": min(len(source), len(ImageFolder(m.originals)))}
+
+    def make_ours() -> Run:
+        more = {"transcode": "fit"} if lossless else {}
+        return lambda: write_beton(source, m.root / "w", num_workers=threads, **more, **options)["num_samples"]
+
+    def make_ffcv() -> Run:
+        peers.need("ffcv")
+        from matryoshka.data.ffcv_backend import write_with_ffcv
+
+        return lambda: write_with_ffcv(source, m.root / "w", num_workers=threads, **options)["num_samples"]
+
+    rivals = {"FFCV": make_ffcv} if "FFCV" in chosen else {}
+    outcome = take_turns({OURS: make_ours} | rivals, blocks)
+    table.add(name, threads, outcome, {"FFCV": WRITERS[name]})
+
+
+def opening(folder: Path, samples: int, blocks: int, chosen: list[str], table: Table) -> None:
+    path = folder / "many.beton"
+    write_many(path, samples)
+    rivals = ["FFCV"] if "FFCV" in chosen else []
+    program = [sys.executable, Path(__file__).with_name("opening.py"), path, str(blocks), *rivals]
+    try:
+        done = subprocess.run(program, capture_output=True, text=True, timeout=600, check=True)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+        table.failed[OPEN] = str(error)
+        return
+    finally:
+        path.unlink()
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for peer in dict.fromkeys(row["peer"] for row in rows):
+        values = {key: spread([row[key] for row in rows if row["peer"] == peer]) for key in rows[0] if key != "peer"}
+        table.rows.append({"bench": "loader", "case": OPEN, "peer": peer, "samples": samples} | values)
+        print(
+            f"open {samples:,} samples: {peer:12} {values['cpu']['median']:.3f} s of CPU time, "
+            f"{values['peak_mb']['median']:.0f} MB at most, {values['held_mb']['median']:.0f} MB held",
+            flush=True,
+        )
+    if rivals and "FFCV" not in {row["peer"] for row in rows}:
+        table.failed[f"FFCV ({OPEN})"] = f"missing: ffcv is not installed ({peers.INSTALL})"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from matryoshka import __version__, config
 
 PROGRAMS = {  # subcommand: (module with main(argv), what it does)
     "write": ("matryoshka.train.write_imagenet", "image folder -> .beton"),
+    "data": ("matryoshka.train.check_data", "info, verify: what is in a .beton, and whether it is sound"),
     "train": ("matryoshka.train.train_imagenet", "train MRL, MRL-E or a fixed feature"),
     "eval": ("matryoshka.inference.pytorch_inference", "accuracy of every prefix of a checkpoint"),
 }

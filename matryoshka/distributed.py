@@ -146,6 +146,15 @@ def share_buffers(module: torch.nn.Module, world: World) -> None:
             dist.broadcast(buffer, src=0)
 
 
+def gather(values: list, world: World) -> list:
+    """The (small, picklable) values of all ranks in one list, on all ranks."""
+    if world.size == 1:
+        return list(values)
+    boxes: list = [None] * world.size
+    dist.all_gather_object(boxes, values)
+    return [value for box in boxes for value in box]
+
+
 def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
     """The elementwise sum over all ranks, on all ranks; `tensor` is left alone."""
     tensor = tensor.detach().clone()

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import os
 import threading
 import time
 
@@ -169,22 +170,48 @@ def threads_of_a_loader() -> int:
     return sum(t.name.startswith("matryoshka-loader") for t in threading.enumerate())
 
 
-def test_an_abandoned_epoch_leaves_nothing_behind(beton):
-    loader = Loader(beton, 2, order="random", image=RandomResizedCrop(64), num_workers=2)
-    for _ in range(50):
+def resident_memory() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_an_abandoned_epoch_leaves_nothing_behind(beton, in_memory):
+    loader = Loader(beton, 2, order="random", image=RandomResizedCrop(64), num_workers=2, in_memory=in_memory)
+    memory = []
+    for epoch in range(200):
         for _batch in loader:
             break
         assert threads_of_a_loader() == 0
+        if os.path.exists("/proc/self/statm") and epoch >= 50:  # what is kept for reuse is there by then
+            memory.append(resident_memory())
+    assert not memory or max(memory) - memory[0] < 8 << 20
     iterator = iter(loader)
     next(iterator)
-    assert threads_of_a_loader() == 1
+    assert threads_of_a_loader() >= 1
     del iterator
     gc.collect()
     deadline = time.time() + 5
     while threads_of_a_loader() and time.time() < deadline:
         time.sleep(0.01)
     assert threads_of_a_loader() == 0
-    assert len(loader._slots._arrays) <= loader.prefetch + 3
+
+
+def test_an_error_on_the_loading_thread_reaches_next(beton):
+    """Also one that is no BetonError; the epoch is over, the next one works."""
+
+    class Broken(CenterCrop):
+        def crops(self, *_):
+            raise ZeroDivisionError("in the thread")
+
+    loader = Loader(beton, 4, image=Broken(8))
+    iterator = iter(loader)
+    with pytest.raises(ZeroDivisionError, match="in the thread"):
+        next(iterator)
+    assert next(iterator, None) is None
+    assert threads_of_a_loader() == 0
+    loader.image = CenterCrop(8)
+    assert len(list(loader)) == 5
 
 
 def test_a_broken_sample_is_an_error_in_next_that_names_it(tmp_path, beton):
@@ -208,7 +235,8 @@ def test_arguments(beton, tmp_path):
         Loader(beton, 21, drop_last=True)
     with pytest.raises(BetonError, match=r"nothing.beton"):
         Loader(tmp_path / "nothing.beton", 4)
-    for bad in ({"order": "shuffled"}, {"rank": 2, "world": 2}, {"seed": -1}, {"prefetch": 0}):
+    bad_ones = ({"order": "shuffled"}, {"rank": 2, "world": 2}, {"seed": -1}, {"prefetch": 0}, {"window_pages": 0})
+    for bad in bad_ones:
         with pytest.raises(ValueError, match=next(iter(bad))):
             Loader(beton, 4, **bad)
     for make in (

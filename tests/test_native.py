@@ -17,8 +17,8 @@ from matryoshka.data import _native
 
 MESSAGES = ["ok", "truncated or corrupt JPEG data", "not a JPEG", "JPEG dimensions differ from the metadata"]
 MESSAGES += ["raw size does not match its dimensions", "unknown mode", "outside the file", "bad crop"]
-MESSAGES += ["unsupported colour space (CMYK)", "image too large"]
-OK, CORRUPT, NOT_JPEG, DIMENSIONS, RAW_SIZE, MODE, OUTSIDE, CROP, COLOUR, TOO_LARGE = range(len(MESSAGES))
+MESSAGES += ["unsupported colour space (CMYK)", "image too large", "not a baseline JPEG"]
+OK, CORRUPT, NOT_JPEG, DIMENSIONS, RAW_SIZE, MODE, OUTSIDE, CROP, COLOUR, TOO_LARGE, NOT_BASELINE = range(len(MESSAGES))
 JPG, RAW = 0, 1
 KINDS = {"444": {"subsampling": 0}, "422": {"subsampling": 1}, "420": {"subsampling": 2}}
 KINDS |= {"progressive": {"progressive": True}, "restarts": {"restart_marker_blocks": 2}}

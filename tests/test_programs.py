@@ -334,15 +334,6 @@ def test_programs_run_in_place(cwd, script):
     assert "usage" in done.stdout
 
 
-def test_the_loader_bench(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import loader as bench
-
-    few = ["--threads", "1", "2", "--blocks", "1", "--images", "20", "--size", "32", "--no-record"]
-    assert bench.main(few) == 0
-    assert capsys.readouterr().out.count("x  ") == 2
-
-
 def test_the_demo(tmp_path, monkeypatch, capsys):
     """The whole path on fewer epochs; its numbers are shown by `make demo`."""
     monkeypatch.setattr(cli, "DEMO_OPTIONS", [*cli.DEMO_OPTIONS, "--training.epochs=1"])

@@ -133,6 +133,44 @@ def test_odd_sources_are_converted_or_listed(tmp_path):
     assert (BetonFile(tmp_path / "x").width[6], BetonFile(tmp_path / "y").width[6]) == (32, 24)
 
 
+def test_transcode_keeps_the_coefficients_of_what_fits(tmp_path):
+    image, turned = photo(96, 64), Image.Exif()
+    turned[0x0112] = 6
+    files = {
+        "plain": encoded(image, "JPEG", quality=97, subsampling=0),
+        "grey": encoded(image.convert("L"), "JPEG"),
+        "turned": encoded(image, "JPEG", exif=turned),
+        "large": encoded(photo(200, 90), "JPEG"),
+        "progressive": encoded(image, "JPEG", progressive=True),
+        "cmyk": encoded(image.convert("CMYK"), "JPEG"),
+        "cut": encoded(photo(96, 64, seed=1), "JPEG", quality=95)[:-700],
+        "png": encoded(image),
+    }
+    source = Files([(name, content, 0) for name, content in files.items()])
+
+    def write(**options):
+        manifest = write_beton(source, tmp_path / "x", max_resolution=100, **options)
+        _, _, records, rows, data = parse(tmp_path / "x")
+        kept = []
+        for (mode, width, height, _, _), (_, at, size) in zip(records, rows, strict=True):
+            name = list(files)[len(kept)]  # "cut" comes behind all that matter
+            stored = np.asarray(Image.open(io.BytesIO(data[at : at + size])).convert("RGB")) if mode == 0 else None
+            original = np.asarray(Image.open(io.BytesIO(files[name])).convert("RGB")) if name != "cut" else None
+            kept.append(stored is not None and np.array_equal(stored, original))
+            assert max(width, height) <= 100
+        return [name for name, k in zip(files, kept, strict=False) if k], manifest["counts"]
+
+    names, counts = write(write_mode="jpg", transcode="fit")
+    assert names == ["plain", "grey", "turned"]
+    assert (counts["transcoded"], counts["grayscale"], counts["exif_orientation"]) == (3, 1, 1)
+    assert counts["transcoded_source_bytes"] == sum(len(files[name]) for name in names)
+    assert 0 < counts["transcoded_bytes"] < counts["transcoded_source_bytes"] + 1000
+    assert write(write_mode="jpg", transcode="fit", exif_rotate=True)[0] == ["plain", "grey"]
+    assert write(write_mode="raw", transcode="fit")[1]["transcoded"] == 0
+    assert write(write_mode="raw", transcode="always")[0] == ["plain", "grey", "turned"]
+    assert "transcoded" not in write(write_mode="jpg")[1]
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_upright_is_what_pillow_does(orientation):
     exif = Image.Exif()
@@ -148,6 +186,7 @@ NONSENSE = [
     ("compress_probability=0.5 .*write_mode=jpg", {"compress_probability": 0.5, "write_mode": "jpg"}),
     ("smart_threshold=5 .*write_mode=raw", {"smart_threshold": 5, "write_mode": "raw"}),
     ("write_mode=png", {"write_mode": "png"}), ("jpeg_quality=0", {"jpeg_quality": 0}),
+    ("transcode=maybe", {"transcode": "maybe"}),
     ("max_resolution=0", {"max_resolution": 0}), ("subset=5.* 1 to 4", {"subset": 5}),
 ]
 # fmt: on

@@ -9,6 +9,7 @@ Several GPUs: --training.distributed=1, or torchrun. Everything of the run goes 
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -25,6 +26,7 @@ from matryoshka.train.imagenet_data import (  # pyright: ignore[reportMissingImp
     ValidationConfig,
     check_classes,
     check_crops,
+    check_loader,
     make_loaders,
     resolution_at,
     training_crop,
@@ -134,6 +136,7 @@ def check(cfg: SimpleNamespace, processes: int) -> None:
     if data.num_workers < 0 or training.seed < 0:
         raise config.ConfigError("data.num_workers and training.seed must not be negative")
     check_crops(cfg)
+    check_loader(cfg)
     distributed.check(training.distributed, training.device)
     distributed.pick_precision(training.precision, distributed.pick_device(training.device, 0))
     if not training.eval_only:
@@ -230,6 +233,10 @@ def train(cfg: SimpleNamespace, world: World) -> None:
             per_prefix_loss = {f"loss/{d}": value for d, value in zip(spec.dims, prefix_losses, strict=True)}
             top1 = {f"top_1/{d}": a["top1"] for d, a in accuracy.items()}
             log.scalars({"loss": mean_loss, "lr": lr} | per_prefix_loss | top1 | speed, done)
+        if cfg.data.on_error == "skip":
+            skipped = list_skipped(train_loader, epoch, log, world)
+            if skipped:
+                say(f"note     {skipped} images were left out of this epoch, see skipped.jsonl")
 
     if log:
         checkpoint.save_upstream(model, log.path / "final_weights.pt")
@@ -242,7 +249,8 @@ def train_step(ddp, batch, optimizer, scaler, loss_of, precision, global_size: i
     """One optimizer step on this rank's share of a global batch; (loss, loss per prefix [G]), detached.
 
     DDP averages gradients over ranks; weighting the local mean by its share makes that the gradient of the mean
-    over the whole batch, also where the shares are uneven.
+    over the whole batch, also where the shares are uneven. Images that data.on_error=skip left out count with a
+    gradient of zero: the others keep their weight, and no rank needs to know what the other ranks lost.
     """
     images = normalise(batch.images)
     optimizer.zero_grad(set_to_none=True)
@@ -294,6 +302,16 @@ def progress(loader: Loader, epoch: int, cfg: SimpleNamespace, world: World):
     """A bar on a terminal; elsewhere the plain loader (a line per epoch is printed anyway)."""
     shown = world.is_main and sys.stderr.isatty()
     return tqdm(loader, desc=f"epoch {epoch}", total=len(loader), leave=False, disable=not shown, unit="step")
+
+
+def list_skipped(loader: Loader, epoch: int, log: RunLog | None, world: World) -> int:
+    """Append what an epoch left out, on all ranks, to the run's skipped.jsonl; how many images that were."""
+    skipped = sorted(distributed.gather(loader.skipped, world))
+    loader.skipped.clear()
+    if log and skipped:
+        with open(log.path / "skipped.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"epoch": epoch} | s._asdict()) + "\n" for s in skipped)
+    return len(skipped)
 
 
 def report_step(bar, log, cfg, step: int, loss, lr: float, waited: float, started: float) -> None:

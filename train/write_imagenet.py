@@ -29,19 +29,27 @@ def open_source(cfg: WriterConfig) -> ImageFolder | Digits:
     return ImageFolder(cfg.data_dir)
 
 
+def write_function(cfg: WriterConfig):
+    if cfg.writer == "native":
+        return write_beton
+    from matryoshka.data.ffcv_backend import write_with_ffcv  # imports torch, as FFCV does
+
+    return write_with_ffcv
+
+
 def summary(manifest: dict, path: str, seconds: float) -> str:
     counts, written = manifest["counts"], manifest["num_samples"]
-    lines = [
-        f"{written:,} images of {len(manifest['classes'])} classes: {counts['jpg']:,} jpg, {counts['raw']:,} raw, "
-        f"{counts['resized']:,} reduced to {manifest['options']['max_resolution']} pixels",
-    ]
+    first = f"{written:,} images of {len(manifest['classes'])} classes: {counts['jpg']:,} jpg, {counts['raw']:,} raw"
+    if "resized" in counts:  # FFCV does not say
+        first += f", {counts['resized']:,} reduced to {manifest['options']['max_resolution']} pixels"
+    lines = [first]
     for key, text in (
         ("cmyk", "CMYK, stored as RGB"),
         ("other_content", "called .jpg and something else inside"),
         ("damaged", "damaged, but readable"),
         ("broken", "LEFT OUT, not readable"),
     ):
-        found = manifest[key]
+        found = manifest.get(key, [])
         if found:
             lines.append(f"{len(found)} {text}:")
             lines += [": ".join(("  " + entry["name"], *list(entry.values())[1:])) for entry in found[:SHOWN]]
@@ -65,7 +73,7 @@ def main(argv=None):
             bar.total = total
             bar.update(done - bar.n)
 
-        manifest = write_beton(
+        manifest = write_function(cfg)(
             source,
             cfg.write_path,
             num_workers=cfg.num_workers,

@@ -2,13 +2,16 @@
 
 from typing import TYPE_CHECKING
 
+from matryoshka.data.crops import CenterCrop, PadCrop, RandomResizedCrop
 from matryoshka.data.layout import BetonError
 from matryoshka.data.reader import BetonFile
 from matryoshka.data.sources import Digits, ImageFolder, open_dataset
+from matryoshka.data.state import StateError
 from matryoshka.data.writer import WriterConfig, write_beton
 
 if TYPE_CHECKING:
-    from matryoshka.data.loader import Batch, CenterCrop, Loader, RandomResizedCrop
+    from matryoshka.data.loader import Batch, Loader
+    from matryoshka.data.resident import ResidentLoader
 
 __all__ = [
     "Batch",
@@ -18,7 +21,10 @@ __all__ = [
     "Digits",
     "ImageFolder",
     "Loader",
+    "PadCrop",
     "RandomResizedCrop",
+    "ResidentLoader",
+    "StateError",
     "WriterConfig",
     "open_dataset",
     "write_beton",
@@ -27,8 +33,12 @@ __all__ = [
 
 def __getattr__(name: str):
     # the loader imports torch, which takes seconds that writing and inspecting files can do without
-    if name in ("Batch", "CenterCrop", "Loader", "RandomResizedCrop"):
+    if name in ("Batch", "Loader"):
         from matryoshka.data import loader
 
         return getattr(loader, name)
+    if name == "ResidentLoader":
+        from matryoshka.data.resident import ResidentLoader
+
+        return ResidentLoader
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,17 +14,24 @@ import json
 import mmap
 import os
 import stat
+import zlib
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 
-from matryoshka.data import layout
+from matryoshka.data import fields, layout
 from matryoshka.data.layout import BetonError, Samples
 
 
 def manifest_path(path: str | os.PathLike) -> Path:
     """The side file of a .beton: `<file>.json`."""
     return Path(f"{os.fspath(path)}.json")
+
+
+def printable(text: str) -> str:
+    """`text` from a file as it may go to a terminal: on one line, control characters as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class BetonFile:
@@ -44,6 +51,7 @@ class BetonFile:
         self._map: mmap.mmap | None = file
         self._size = len(file)
         self._data = np.frombuffer(file, np.uint8)
+        self._by_position: fields.Regions | None = None  # made when a field needs it
         self._read_header()
         self._read_fields()
         self._read_samples()
@@ -76,10 +84,55 @@ class BetonFile:
         columns = (self.offset, self.size, self.mode, self.width, self.height)
         return Samples(self._data, *(column[indices] for column in columns))
 
+    def field(self, name: str, indices: np.ndarray) -> Any:
+        """The values of a field of `indices` (int64 [B]): float -> float64 [B], integer -> int64 [B], bytes ->
+        list of read-only uint8 [n], JSON -> list of objects, array and tensor -> [B, *shape] of the stored dtype.
+
+        IndexError for an index outside the file. BetonError for a field that is not there or that is the image
+        (`fetch` finds images), for damage, and when the file was closed.
+        """
+        if self._map is None:
+            raise self._error("is closed")
+        names = [known for known, _ in self.fields]
+        if name not in names:
+            raise self._error(f"has no field {name!r}; it has {', '.join(map(repr, names))}")
+        k = names.index(name)
+        kind = self.fields[k][1]
+        if kind == layout.IMAGE:
+            raise self._error(f"field {name!r} holds images: fetch() finds them, a Loader decodes them")
+        samples = np.arange(len(self))[indices]  # negative ones count from the end, as they do for fetch
+        column = self._records()[f"f{k}"][samples]
+        if kind in (layout.FLOAT, layout.INT):
+            return fields.read_numbers(column)
+
+        def fail(reason: str) -> NoReturn:
+            raise self._error(f"field {name!r}: {reason}")
+
+        if self._by_position is None:
+            self._by_position = fields.Regions(self._regions())
+        place = (self._data, self._by_position, column, samples, fail)
+        if kind == layout.BYTES:
+            return fields.read_bytes(*place)
+        if kind == layout.JSON:
+            return fields.read_json(*place)
+        return fields.read_arrays(*place, self._descriptors()[k]["arguments"].tobytes())
+
+    @property
+    def page_size(self) -> int:
+        return self._page_size
+
+    @property
+    def num_bytes(self) -> int:
+        return self._size
+
+    def fingerprint(self) -> int:
+        """A number that changes when other images are stored: for the states of loaders."""
+        return zlib.crc32(self.size.tobytes())
+
     def name(self, index: int) -> str:
         """A sample in words, for error messages; with the original file name where the side file has it."""
         names = (self.manifest or {}).get("names")
-        original = f" ({names[index]})" if names else ""
+        original = f" ({printable(names[index])})" if names else ""
         return f"sample {index}{original}"
 
     def preload(self) -> None:
@@ -118,6 +171,12 @@ class BetonFile:
     def _rows(self, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
         return np.frombuffer(self._data, dtype, count, offset)
 
+    def _descriptors(self) -> np.ndarray:
+        return self._rows(layout.DESCRIPTOR, layout.HEADER.itemsize, self._num_fields)
+
+    def _records(self) -> np.ndarray:
+        return self._rows(self._record, self._fields_end, self._num_samples)
+
     def _read_header(self) -> None:
         header = self._rows(layout.HEADER, 0, 1)[0]
         version, self._page_size = int(header["version"]), int(header["page_size"])
@@ -144,7 +203,7 @@ class BetonFile:
 
     def _read_fields(self) -> None:
         self.fields: list[tuple[str, int]] = []
-        for row in self._rows(layout.DESCRIPTOR, layout.HEADER.itemsize, self._num_fields):
+        for row in self._descriptors():
             name, kind = row["name"].decode("ascii", "backslashreplace"), int(row["type"])
             if kind == layout.CUSTOM:
                 raise self._error(f"field {name!r} has a custom type, which only the program that wrote it can read")
@@ -153,7 +212,7 @@ class BetonFile:
             self.fields.append((name, kind))
         self._image = self._field(layout.IMAGE, "image")
         if self._image is None:
-            raise self._error(f"has no image field, only {', '.join(name for name, _ in self.fields)}")
+            raise self._error(f"has no image field, only {', '.join(repr(name) for name, _ in self.fields)}")
 
     def _field(self, kind: int, preferred: str) -> str | None:
         """The record member of the field of this type: the one called `preferred`, else the first."""
@@ -162,14 +221,14 @@ class BetonFile:
         return named[0] if named else members[0][1] if members else None
 
     def _read_samples(self) -> None:
-        record = layout.record_dtype([kind for _, kind in self.fields])
-        self._records_end = self._fields_end + self._num_samples * record.itemsize
+        self._record = layout.record_dtype([kind for _, kind in self.fields])
+        self._records_end = self._fields_end + self._num_samples * self._record.itemsize
         if self._records_end > self._table:
             raise self._error(
                 f"metadata of {self._num_samples} samples ends at byte {self._records_end}, "
                 f"behind the start of the allocation table ({self._table})"
             )
-        records = self._rows(record, self._fields_end, self._num_samples)
+        records = self._records()
         label = self._field(layout.INT, "label")
         self._labels = None if label is None else records[label].astype(np.int64)
         image = records[self._image]
@@ -228,6 +287,8 @@ class BetonFile:
         self.classes: list[str] | None = None
         path = manifest_path(self.path)
         try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise BetonError(f"{path}: is not a regular file")
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -186,35 +187,47 @@ class ImageFolder:
     def preload(self) -> None:
         """Nothing: a folder's files are read when they are wanted."""
 
-    def fetch(self, indices: np.ndarray) -> Samples:
+    def fingerprint(self) -> int:
+        """A number that changes when files come, go or get other names: for the states of loaders."""
+        return zlib.crc32("\n".join(self._names).encode(errors="surrogateescape"))
+
+    def fetch(self, indices: np.ndarray, unreadable: dict[int, str] | None = None) -> Samples:
         """Read the images of `indices` (int64 [B]) into one buffer, for training straight from a folder.
 
         JPEG bytes that the native decoder takes stay as they are, everything else becomes raw RGB.
-        BetonError naming the file when one cannot be read.
+        BetonError naming the file when one cannot be read; but where `unreadable` is given, it gets the reason,
+        by index, and the sample has no bytes and no size.
         """
+
+        def stored_or_nothing(index: int) -> tuple[bytes, int, int, int]:
+            try:
+                return self._stored(index)
+            except (OSError, ValueError) as error:
+                if unreadable is None:
+                    raise BetonError(f"{self.path / self._names[index]}: {error}") from error
+                unreadable[index] = str(error)
+                return b"", RAW, 0, 0
+
         # file reads wait, Pillow leaves the GIL: threads help both
         with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1)), "matryoshka-folder") as readers:
-            stored = list(readers.map(self._stored, indices.tolist()))
+            stored = list(readers.map(stored_or_nothing, indices.tolist()))
         size = np.array([len(data) for data, *_ in stored], np.uint64)
         mode, width, height = (np.array([row[k] for row in stored], np.int32) for k in (1, 2, 3))
         data = np.frombuffer(b"".join(row[0] for row in stored), np.uint8)
         return Samples(data, np.cumsum(size) - size, size, mode.astype(np.uint8), width, height)
 
     def _stored(self, index: int) -> tuple[bytes, int, int, int]:
-        """(bytes, mode, width, height) of one image."""
-        try:
-            data = self.read(index)
-            if is_jpeg(data):
-                try:
-                    width, height, components = _checked_jpeg_size(data)
-                    if components in (1, 3):
-                        return data, JPG, width, height
-                except ValueError:
-                    pass  # Pillow reads it, or says what is wrong
-            pixels = decode_image(data).pixels
-            return pixels.tobytes(), RAW, pixels.shape[1], pixels.shape[0]
-        except (OSError, ValueError) as error:
-            raise BetonError(f"{self.path / self._names[index]}: {error}") from error
+        """(bytes, mode, width, height) of one image. OSError or ValueError when it cannot be read."""
+        data = self.read(index)
+        if is_jpeg(data):
+            try:
+                width, height, components = _checked_jpeg_size(data)
+                if components in (1, 3):
+                    return data, JPG, width, height
+            except ValueError:
+                pass  # Pillow reads it, or says what is wrong
+        pixels = decode_image(data).pixels
+        return pixels.tobytes(), RAW, pixels.shape[1], pixels.shape[0]
 
 
 def _images(root: Path, folder: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, str]]:

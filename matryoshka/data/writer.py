@@ -8,13 +8,12 @@ decides the order. Both files appear under their names only when they are whole 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -24,15 +23,16 @@ import numpy as np
 from matryoshka.data import _native, layout
 from matryoshka.data.layout import BetonError
 from matryoshka.data.reader import manifest_path
-from matryoshka.data.sources import decode_image, upright
+from matryoshka.data.replacement import Replacement as _Replacement
+from matryoshka.data.sources import _exif_orientation, decode_image, upright
 
 MODES = ("proportion", "jpg", "raw", "smart")
+TRANSCODE = ("never", "fit", "always")  # only baseline JPEGs within max_resolution; about twice quality 90's bytes
 MAX_RESOLUTION = 26_754  # the largest square whose pixels fit into the largest page
 # A window of chunks is held in memory: a chunk of large raw images is cut to this many bytes.
 _CHUNK_BYTES = 16 << 20
 # The errors of a file that is not there for us; any other OSError (a disk that fails) stops the writing.
 _UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError)
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -48,6 +48,7 @@ class WriteOptions:
     compress_probability: float | None = _option(None, "share stored as jpg, only for proportion (0.5)")
     smart_threshold: int | None = _option(None, "only for smart: jpg above this many raw bytes; unset: all raw")
     jpeg_quality: float = _option(90, "1 to 100")
+    transcode: str = _option("never", "copy JPEGs losslessly; fit: if stored as jpg; always: also for raw", TRANSCODE)
     subset: int = _option(-1, "store this many samples, evenly over the classes; -1: all")
     seed: int = _option(0, "of the subset and of proportion's choices")
     exif_rotate: bool = _option(False, "turn photos upright by their EXIF tag before storing them")
@@ -56,8 +57,9 @@ class WriteOptions:
     def __post_init__(self) -> None:
         mode, probability, threshold = self.write_mode, self.compress_probability, self.smart_threshold
         wrong = []
-        if mode not in MODES:
-            wrong.append(f"write_mode={mode}: expected one of {', '.join(MODES)}")
+        for name, choices in (("write_mode", MODES), ("transcode", TRANSCODE)):
+            if getattr(self, name) not in choices:
+                wrong.append(f"{name}={getattr(self, name)}: expected one of {', '.join(choices)}")
         if probability is not None and mode != "proportion":
             wrong.append(f"compress_probability={probability} is for write_mode=proportion, not write_mode={mode}")
         if threshold is not None and mode != "smart":
@@ -86,6 +88,7 @@ class WriterConfig(WriteOptions):
     data_dir: str | None = _option(None, "the folder that holds the class folders")
     num_workers: int = _option(0, "threads, 0: all cores; does not change the file")
     chunk_size: int = _option(100, "most samples per unit of work; does not change the file")
+    writer: str = _option("native", "ffcv: FFCV's own writer, for comparison", ("native", "ffcv"))
 
     def options(self) -> dict:
         """The part that write_beton takes as keywords."""
@@ -112,6 +115,7 @@ class _Stored(NamedTuple):
     width: int = 0
     height: int = 0
     notes: tuple[tuple[str, str], ...] = ()  # (kind, reason), counted or listed in the manifest
+    source_bytes: int = 0  # of a transcoded JPEG
 
 
 def write_beton(
@@ -236,6 +240,8 @@ def _encode(source: Source, index: int, options: WriteOptions) -> _Stored:
         data = source.read(index)
     except _UNREADABLE as error:
         return _Stored(index, notes=(("broken", error.strerror or type(error).__name__),))
+    if options.transcode != "never" and (copy := _transcoded(data, index, options)):
+        return copy
     try:
         image = decode_image(data)
     except ValueError as error:
@@ -265,6 +271,22 @@ def _encode(source: Source, index: int, options: WriteOptions) -> _Stored:
     else:
         payload, mode = np.ascontiguousarray(pixels).reshape(-1).data, layout.RAW
     return _Stored(index, payload, mode, width, height, tuple(notes))
+
+
+def _transcoded(data: bytes, index: int, options: WriteOptions) -> _Stored | None:
+    """The source's own coefficients with restart markers; None where they cannot or need not be kept."""
+    try:
+        width, height, components = _native.jpeg_size(data)
+        turned = _exif_orientation(data) != 1
+        if max(width, height) > options.max_resolution or (turned and options.exif_rotate):
+            return None
+        if options.transcode == "fit" and not _stored_as_jpg(options, 3 * width * height, index):
+            return None
+        payload = _native.transcode(data)
+    except ValueError:  # not a JPEG, progressive, CMYK, damaged
+        return None
+    notes = (("grayscale", ""),) * (components == 1) + (("exif_orientation", ""),) * turned
+    return _Stored(index, payload, layout.JPG, width, height, notes, len(data))
 
 
 def reduced_size(height: int, width: int, max_resolution: int) -> tuple[int, int]:
@@ -299,7 +321,9 @@ class _Manifest:
     def __init__(self, source: Source, options: WriteOptions) -> None:
         self._source, self._options = source, options
         self._names: list[str] = []
-        self._counts = dict.fromkeys(("jpg", "raw", "resized", "grayscale", "exif_orientation"), 0)
+        self._counts: dict[str, int] = dict.fromkeys(("jpg", "raw", "resized", "grayscale", "exif_orientation"), 0)
+        if options.transcode != "never":
+            self._counts |= dict.fromkeys(("transcoded", "transcoded_source_bytes", "transcoded_bytes"), 0)
         self._lists: dict[str, list[dict]] = {"cmyk": [], "other_content": [], "damaged": [], "broken": []}
 
     @property
@@ -315,6 +339,10 @@ class _Manifest:
                 self._lists[kind].append({"name": name} | ({"reason": reason} if reason else {}))
         if sample.width:
             self._counts["jpg" if sample.mode == layout.JPG else "raw"] += 1
+            if sample.source_bytes:
+                self._counts["transcoded"] += 1
+                self._counts["transcoded_source_bytes"] += sample.source_bytes
+                self._counts["transcoded_bytes"] += len(sample.payload)
             if self._options.names:
                 self._names.append(name)
 
@@ -328,58 +356,3 @@ class _Manifest:
             **self._lists,
             **({"names": self._names} if self._options.names else {}),
         }
-
-
-# --------------------------------------------------------------------------------------------- files
-
-
-class _Replacement:
-    """A file under a temporary name beside `path`; `publish` gives it that name, leaving removes it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._written = 0
-
-    def __enter__(self) -> _Replacement:
-        flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
-        try:
-            self._fd = os.open(self._temporary, flags, 0o666)
-        except OSError as error:
-            raise self._explained(error, 0) from error
-        return self
-
-    def __exit__(self, *_) -> None:
-        with suppress(OSError):
-            os.close(self._fd)
-        with suppress(FileNotFoundError):
-            self._temporary.unlink()
-
-    def write(self, data: bytes | bytearray, offset: int) -> None:
-        view = memoryview(data)
-        try:
-            while view:
-                n = os.pwrite(self._fd, view, offset)
-                view, offset = view[n:], offset + n
-        except OSError as error:
-            raise self._explained(error, max(self._written, offset + len(view))) from error
-        self._written = max(self._written, offset)
-
-    def flush(self) -> None:
-        try:
-            os.fsync(self._fd)
-        except OSError as error:
-            raise self._explained(error, self._written) from error
-
-    def publish(self) -> None:
-        os.replace(self._temporary, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the name, too, must survive a power cut
-        finally:
-            os.close(folder)
-
-    def _explained(self, error: OSError, needed: int) -> Exception:
-        if error.errno in _NO_SPACE:
-            return BetonError(f"{self.path}: not written: {error.strerror} ({needed} bytes and more are needed)")
-        return OSError(error.errno, error.strerror, str(self.path))

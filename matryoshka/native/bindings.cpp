@@ -13,7 +13,7 @@
 #include <utility>
 
 #include "crop.hpp"
-#include "jpeg.hpp"
+#include "jpeg_write.hpp"
 #include "pool.hpp"
 #include "sample.hpp"
 
@@ -113,7 +113,7 @@ nb::object center_crops(Vector<int32_t> width, Vector<int32_t> height, double ra
 
 nb::object decode_batch(Pool& pool, nb::handle data, Vector<uint64_t> offset, Vector<uint64_t> size,
                         Vector<uint8_t> mode, Vector<int32_t> width, Vector<int32_t> height, CropRows crops,
-                        Batch out) {
+                        Batch out, bool exact) {
   const size_t count = offset.shape(0);
   require(size.shape(0) == count && mode.shape(0) == count && width.shape(0) == count &&
               height.shape(0) == count && crops.shape(0) == count && out.shape(0) == count,
@@ -129,7 +129,7 @@ nb::object decode_batch(Pool& pool, nb::handle data, Vector<uint64_t> offset, Ve
       const Sample sample{offset.data()[i], size.data()[i],   mode.data()[i],
                           width.data()[i],  height.data()[i], {c[0], c[1], c[2], c[3], c[4]}};
       const Image image{out.data() + i * slot, out_height, out_width};
-      status[i] = static_cast<uint8_t>(decode_sample(buffer.bytes(), sample, image));
+      status[i] = static_cast<uint8_t>(decode_sample(buffer.bytes(), sample, exact, image));
     });
   }
   return array;
@@ -165,17 +165,29 @@ nb::object decode(nb::handle data) {
   return array;
 }
 
-nb::bytes encode(Pixels image, int quality) {
-  const int height = as_side(image.shape(0)), width = as_side(image.shape(1));
-  require(1 <= quality && quality <= 100, "quality must be between 1 and 100");
-  thread_local JpegEncoder encoder;
+template <class Write>
+nb::bytes written(Write write) {
+  thread_local JpegWriter writer;
   Status status;
   {
     nb::gil_scoped_release release;
-    status = encoder.encode(image.data(), width, height, quality);
+    status = write(writer);
   }
   require_ok(status);
-  return nb::bytes(encoder.data(), encoder.size());
+  return nb::bytes(writer.data(), writer.size());
+}
+
+nb::bytes encode(Pixels image, int quality, int tile) {
+  const int height = as_side(image.shape(0)), width = as_side(image.shape(1));
+  require(1 <= quality && quality <= 100, "quality must be between 1 and 100");
+  require(tile >= 0, "tile must be at least 0");
+  return written([&](JpegWriter& w) { return w.encode(image.data(), width, height, quality, tile); });
+}
+
+nb::bytes transcode(nb::handle data, int tile) {
+  require(tile >= 0, "tile must be at least 0");
+  const Buffer buffer(data);
+  return written([&](JpegWriter& w) { return w.transcode(buffer.bytes(), tile); });
 }
 
 nb::object resize(Pixels image, int64_t height, int64_t width) {
@@ -216,12 +228,17 @@ NB_MODULE(_native, m) {
         "The central square of int(ratio * shorter side), as int32 rows (x, y, width, height, 0).");
   m.def("decode_batch", &decode_batch, "pool"_a, "data"_a, "offset"_a.noconvert(), "size"_a.noconvert(),
         "mode"_a.noconvert(), "width"_a.noconvert(), "height"_a.noconvert(), "crops"_a.noconvert(),
-        "out"_a.noconvert(),
+        "out"_a.noconvert(), "exact"_a = true,
         "Decode, crop and resize samples of a file image `data` into out [B, H, W, 3]; returns one status per\n"
-        "sample, 0 where it went well. A failed sample's slot is zero. Data behind the crop is not looked at.");
+        "sample, 0 where it went well. A failed sample's slot is zero. Data outside of the crop may go unread.\n"
+        "exact: the pixels that resampling the whole decoded image gives; False: faster, for training.");
   m.def("decode", &decode, "data"_a, "A whole JPEG as uint8 [height, width, 3].");
   m.def("jpeg_size", &jpeg_size, "data"_a, "(width, height, components) from a JPEG's header.");
-  m.def("encode", &encode, "image"_a.noconvert(), "quality"_a, "uint8 [height, width, 3] as a 4:2:0 JPEG.");
+  m.def("encode", &encode, "image"_a.noconvert(), "quality"_a, "tile"_a = 64,
+        "uint8 [height, width, 3] as a 4:2:0 JPEG, with restart markers about every `tile` pixels; 0: without.");
+  m.def("transcode", &transcode, "data"_a, "tile"_a = 64,
+        "A baseline JPEG with restart markers about every `tile` pixels (0: without), the same in every pixel.\n"
+        "ValueError for damaged, progressive, arithmetic and CMYK files.");
   m.def("resize", &resize, "image"_a.noconvert(), "height"_a, "width"_a,
         "Area averaging where an axis shrinks, bilinear where it grows.");
   m.def("status_message", &status_message, "code"_a, "What a status of decode_batch means.");

@@ -4,14 +4,19 @@
 #include <new>
 #include <vector>
 
+#include "baseline.hpp"
 #include "jpeg.hpp"
 #include "resample.hpp"
+#include "tiles.hpp"
 
 namespace matryoshka {
 namespace {
 
 // What a thread needs for any number of samples.
 struct Workspace {
+  Tiles tiles;
+  BaselineDecoder baseline;
+  PlaneResampler plane_resampler;
   JpegDecoder decoder;
   Resampler resampler;
   std::vector<uint8_t> rows;
@@ -22,18 +27,18 @@ Workspace& workspace() {
   return instance;
 }
 
+// Ends the image when the scope ends.
 class OpenJpeg {
  public:
-  OpenJpeg(JpegDecoder& decoder, Bytes jpeg) : decoder_(decoder), status(decoder.open(jpeg.data, jpeg.size)) {}
+  OpenJpeg(JpegDecoder& decoder, Bytes jpeg) : status(decoder.open(jpeg)), decoder_(decoder) {}
   ~OpenJpeg() { decoder_.close(); }
   OpenJpeg(const OpenJpeg&) = delete;
   OpenJpeg& operator=(const OpenJpeg&) = delete;
 
+  const Status status;
+
  private:
   JpegDecoder& decoder_;
-
- public:
-  const Status status;
 };
 
 bool fits(const Crop& crop, int32_t width, int32_t height) {
@@ -52,51 +57,75 @@ Status check(Bytes file, const Sample& sample) {
   return fits(sample.crop, sample.width, sample.height) ? Status::ok : Status::bad_crop;
 }
 
-void begin(Resampler& resampler, const Crop& crop, Image out) {
-  resampler.begin(crop.width, crop.height, crop.flip != 0, out.pixels, out.height, out.width);
-}
-
 void decode_raw(const uint8_t* pixels, int32_t width, const Crop& crop, Image out) {
   Resampler& resampler = workspace().resampler;
-  begin(resampler, crop, out);
+  resampler.begin(crop, 1, out);
   const size_t stride = 3 * static_cast<size_t>(width);
   const uint8_t* row = pixels + stride * crop.y + 3 * static_cast<size_t>(crop.x);
   for (int32_t y = 0; y < crop.height; ++y, row += stride) resampler.push(row);
 }
 
-Status decode_jpeg_crop(Bytes bytes, const Sample& sample, Image out) {
-  auto& [decoder, resampler, rows] = workspace();
-  const OpenJpeg jpeg(decoder, bytes);
-  if (jpeg.status != Status::ok) return jpeg.status;
-  if (decoder.width() != sample.width || decoder.height() != sample.height) return Status::wrong_dimensions;
-  if (const Status status = decoder.start(); status != Status::ok) return status;
-
-  const Crop& crop = sample.crop;
-  begin(resampler, crop, out);
-  const size_t stride = 3 * static_cast<size_t>(sample.width), left = 3 * static_cast<size_t>(crop.x);
-  rows.resize(2 * stride);  // the resampler looks back one row
-  for (int32_t y = 0; y < crop.y + crop.height; ++y) {
-    uint8_t* row = rows.data() + (y & 1) * stride;
-    if (const Status status = decoder.read_row(row); status != Status::ok) return status;
-    if (y >= crop.y) resampler.push(row + left);
+// The rows of `crop`, in the coordinates of the image that is open.
+Status push_rows(const Crop& crop, bool halve) {
+  Workspace& w = workspace();
+  if (const Status status = w.decoder.start(crop.x, crop.width, halve); status != Status::ok) return status;
+  const size_t stride = 3 * static_cast<size_t>(w.decoder.row_width());
+  const size_t left = 3 * static_cast<size_t>(crop.x - w.decoder.row_x());
+  const int window = w.resampler.window() + 1;
+  if (w.rows.size() < window * stride) w.rows.resize(window * stride);
+  if (const Status status = w.decoder.skip_to(crop.y, w.rows.data()); status != Status::ok) return status;
+  for (int32_t y = 0; y < crop.height; ++y) {
+    uint8_t* row = w.rows.data() + y % window * stride;
+    if (const Status status = w.decoder.read_row(row); status != Status::ok) return status;
+    w.resampler.push(row + left);
   }
   return Status::ok;
 }
 
-Status decode_checked(Bytes file, const Sample& sample, Image out) {
+Status decode_jpeg_crop(Bytes bytes, const Sample& sample, bool exact, Image out) {
+  Workspace& w = workspace();
+  Crop crop = sample.crop;
+  bool spliced = false;
+  if (w.tiles.parse(bytes)) {
+    const Frame& frame = w.tiles.frame();
+    if (frame.width != sample.width || frame.height != sample.height) return Status::wrong_dimensions;
+    // Where that fails, libjpeg decides what is wrong, or that it is tolerable.
+    if (!exact && w.baseline.accepts(w.tiles) && w.baseline.decode(w.tiles, crop) == Status::ok &&
+        w.plane_resampler.resample(w.baseline.views(), w.baseline.planes(), crop, out))
+      return Status::ok;
+    spliced = w.tiles.splice(crop);
+    if (spliced) crop.x -= w.tiles.x(), crop.y -= w.tiles.y();
+  }
+  const OpenJpeg jpeg(w.decoder, spliced ? w.tiles.stream() : bytes);
+  if (jpeg.status != Status::ok) return jpeg.status;
+  if (!spliced && (w.decoder.width() != sample.width || w.decoder.height() != sample.height))
+    return Status::wrong_dimensions;
+
+  const bool halve = !exact && crop.width >= 2 * int64_t{out.width} && crop.height >= 2 * int64_t{out.height};
+  w.resampler.begin(crop, halve ? 2 : 1, out);
+  if (halve) {  // all pixels of the half-size image that lie in the crop, if only in part
+    const int32_t right = (crop.x + crop.width + 1) / 2, bottom = (crop.y + crop.height + 1) / 2;
+    crop = {crop.x / 2, crop.y / 2, right - crop.x / 2, bottom - crop.y / 2, crop.flip};
+  }
+  if (const Status status = push_rows(crop, halve); status != Status::ok) return status;
+  if (spliced && w.decoder.left_data_before(w.tiles.data_end())) return Status::corrupt;
+  return Status::ok;
+}
+
+Status decode_checked(Bytes file, const Sample& sample, bool exact, Image out) {
   if (const Status status = check(file, sample); status != Status::ok) return status;
   const Bytes bytes{file.data + sample.offset, static_cast<size_t>(sample.size)};
-  if (sample.mode == static_cast<uint8_t>(Mode::jpeg)) return decode_jpeg_crop(bytes, sample, out);
+  if (sample.mode == static_cast<uint8_t>(Mode::jpeg)) return decode_jpeg_crop(bytes, sample, exact, out);
   decode_raw(bytes.data, sample.width, sample.crop, out);
   return Status::ok;
 }
 
 }  // namespace
 
-Status decode_sample(Bytes file, const Sample& sample, Image out) noexcept {
+Status decode_sample(Bytes file, const Sample& sample, bool exact, Image out) noexcept {
   Status status;
   try {
-    status = decode_checked(file, sample, out);
+    status = decode_checked(file, sample, exact, out);
   } catch (const std::bad_alloc&) {  // a row of this image does not fit into memory
     status = Status::too_large;
   }
@@ -116,7 +145,7 @@ Status decode_jpeg(Bytes bytes, Image out) {
   const OpenJpeg jpeg(decoder, bytes);
   if (jpeg.status != Status::ok) return jpeg.status;
   if (decoder.width() != out.width || decoder.height() != out.height) return Status::wrong_dimensions;
-  if (const Status status = decoder.start(); status != Status::ok) return status;
+  if (const Status status = decoder.start(0, out.width); status != Status::ok) return status;
   const size_t stride = 3 * static_cast<size_t>(out.width);
   for (int y = 0; y < out.height; ++y)
     if (const Status status = decoder.read_row(out.pixels + y * stride); status != Status::ok) return status;

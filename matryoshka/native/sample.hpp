@@ -4,15 +4,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "bytes.hpp"
 #include "crop.hpp"
+#include "image.hpp"
 #include "status.hpp"
 
 namespace matryoshka {
-
-struct Bytes {
-  const uint8_t* data;
-  size_t size;
-};
 
 enum class Mode : uint8_t { jpeg = 0, raw = 1 };  // as in the file format; raw is RGB, [height, width, 3]
 
@@ -23,13 +20,9 @@ struct Sample {
   Crop crop;
 };
 
-struct Image {
-  uint8_t* pixels;  // RGB, [height, width, 3]
-  int height, width;
-};
-
 // Nothing that the sample says is believed before it is checked. After a failure the slot is all zero.
-Status decode_sample(Bytes file, const Sample& sample, Image out) noexcept;
+// `exact`: the pixels that resampling the whole decoded image gives; otherwise the fastest way, for training.
+Status decode_sample(Bytes file, const Sample& sample, bool exact, Image out) noexcept;
 
 // The size of a whole JPEG; and its pixels, into an image of exactly this size.
 struct JpegSize {

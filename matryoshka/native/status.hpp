@@ -16,6 +16,7 @@ enum class Status : uint8_t {
   bad_crop,
   colour_space,
   too_large,
+  not_baseline,
   count
 };
 
@@ -31,6 +32,7 @@ inline const char* message(Status status) {
     case Status::bad_crop: return "bad crop";
     case Status::colour_space: return "unsupported colour space (CMYK)";
     case Status::too_large: return "image too large";
+    case Status::not_baseline: return "not a baseline JPEG";
     case Status::count: break;
   }
   return nullptr;

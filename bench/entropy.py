@@ -1,0 +1,71 @@
+"""How many bytes of a JPEG stream have to be entropy-decoded to show a crop: what no decoder can go below."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from matryoshka.data import BetonFile, RandomResizedCrop
+
+MARGIN = 2  # pixels around the crop, which chroma upsampling looks at
+_RESTART = re.compile(b"\xff[\xd0-\xd7]")
+
+
+def needed_parts(stream: bytes, crop: tuple[int, int, int, int]) -> list[tuple[int, int]]:
+    """(first byte, end) of the segments between restart markers that `crop` (x, y, w, h) touches.
+
+    Without markers, rows are taken to be as long as each other, and everything down to the crop's last row is needed.
+    """
+    width, height, unit_w, unit_h, interval, start = _layout(stream)
+    x, y, w, h = crop
+    columns, rows = -(-width // unit_w), -(-height // unit_h)
+    top, bottom = max(0, y - MARGIN) // unit_h, min(height - 1, y + h - 1 + MARGIN) // unit_h
+    left, right = max(0, x - MARGIN) // unit_w, min(width - 1, x + w - 1 + MARGIN) // unit_w
+    if not interval:
+        return [(start, start + round((len(stream) - start) * (bottom + 1) / rows))]
+    edges = [start, *(match.start() for match in _RESTART.finditer(stream, start)), len(stream)]
+    first = np.arange(len(edges) - 1) * interval  # unit number, row by row
+    last = np.minimum(first + interval, columns * rows) - 1
+    needed = np.zeros(len(first), bool)
+    for row in range(top, bottom + 1):
+        needed |= (last >= row * columns + left) & (first <= row * columns + right)
+    return [(edges[k], edges[k + 1]) for k in np.flatnonzero(needed).tolist()]
+
+
+def _layout(stream: bytes) -> tuple[int, int, int, int, int, int]:
+    """(width, height, width and height of an MCU, restart interval, first byte behind the header)."""
+    at, interval = 2, 0
+    width = height = unit_w = unit_h = 0
+    while True:
+        kind, size = stream[at + 1], int.from_bytes(stream[at + 2 : at + 4], "big")
+        body = stream[at + 4 : at + 2 + size]
+        if kind in (0xC0, 0xC1, 0xC2):
+            height, width = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
+            factors = [body[7 + 3 * k] for k in range(body[5])] if body[5] > 1 else [0x11]
+            unit_w, unit_h = 8 * max(f >> 4 for f in factors), 8 * max(f & 15 for f in factors)
+        elif kind == 0xDD:
+            interval = int.from_bytes(body[:2], "big")
+        at += 2 + size
+        if kind == 0xDA:
+            return width, height, unit_w, unit_h, interval, at
+
+
+def mean_needed(data: BetonFile, size: int, epochs: int = 4) -> tuple[float, float]:
+    """(bytes needed, bytes stored) of a JPEG image of `data`, on average, for RandomResizedCrop(size)."""
+    index = np.arange(len(data))
+    samples = data.fetch(index)
+    streams = [
+        samples.data[at : at + n].tobytes()
+        for at, n in zip(samples.offset.tolist(), samples.size.tolist(), strict=True)
+    ]
+    needed = [
+        sum(end - start for start, end in needed_parts(stream, (x, y, w, h)))
+        for epoch in range(epochs)
+        for stream, (x, y, w, h, _) in zip(
+            streams,
+            RandomResizedCrop(size).crops(samples.width, samples.height, index, 0, epoch).tolist(),
+            strict=True,
+        )
+    ]
+    return float(np.mean(needed)), float(samples.size.mean())

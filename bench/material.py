@@ -1,0 +1,125 @@
+"""What the loader bench reads and writes: photos, .beton files of them, a file of 1.28 million samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from matryoshka.data import BetonFile, ImageFolder, layout, write_beton
+
+SMALL = 32  # pixels of the images that stand for CIFAR's
+CLASSES = ["class0", "class1"]
+
+
+@dataclass
+class Material:
+    """Files of one run; `images` of each at least, by repetition. `ffcv` is there where its writer works."""
+
+    root: Path
+    photos: Path | None
+    images: int
+    with_ffcv: bool = True
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.originals = self.root / "originals"
+        self.folder = self.root / "photos"
+        self._prepare()
+        data = ImageFolder(self.folder)
+        self.jpg, self.raw, self.small = (self.root / f"{name}.beton" for name in ("jpg", "raw", "small"))
+        write_beton(data, self.jpg, max_resolution=500, write_mode="jpg", jpeg_quality=90)
+        write_beton(data, self.raw, max_resolution=256, write_mode="raw")
+        self.pieces = _pieces(data, 16 * self.images)
+        write_beton(_Pieces(self.pieces), self.small, max_resolution=SMALL, write_mode="raw")
+        self.ffcv = self.root / "ffcv.beton"
+        if not self.with_ffcv:
+            return
+        try:
+            from matryoshka.data.ffcv_backend import write_with_ffcv
+
+            write_with_ffcv(data, self.ffcv, max_resolution=500, write_mode="jpg", jpeg_quality=90)
+        except Exception as error:
+            self.failed["FFCV's writer"] = str(error).splitlines()[0]
+
+    def _prepare(self) -> None:
+        """originals/: photos as they are. photos/: JPEGs with a long side of at most 500 pixels, quality 90."""
+        if self.photos is None:
+            whole = [Image.fromarray(image) for image in load_sample_images().images]
+            sources = [image.crop((8 * k, 4 * k, 540 + 8 * k, 380 + 4 * k)) for image in whole for k in range(10)]
+            original = [None] * len(sources)
+        else:
+            data = ImageFolder(self.photos)
+            original = [data.read(i) for i in range(len(data))]
+            sources = [Image.open(data.path / data.name(i)).convert("RGB") for i in range(len(data))]
+        for i in range(-(-self.images // len(sources)) * len(sources)):
+            image, stored = sources[i % len(sources)], original[i % len(sources)]
+            name = f"{CLASSES[i % 2]}/{i:05d}.jpg"
+            for folder in (self.originals, self.folder):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if i < len(sources):
+                if stored is None:
+                    image.save(self.originals / name, quality=95)
+                else:
+                    (self.originals / name).write_bytes(stored)
+            if max(image.size) > 500:
+                image = image.copy()
+                image.thumbnail((500, 500))
+            image.save(self.folder / name, quality=90)
+
+
+def _pieces(data: ImageFolder, n: int) -> np.ndarray:
+    """uint8 [n, SMALL, SMALL, 3] from photos."""
+    rng = np.random.default_rng(0)
+    photo = np.asarray(Image.open(data.path / data.name(0)).convert("RGB"))
+    y = rng.integers(0, photo.shape[0] - SMALL + 1, n)
+    x = rng.integers(0, photo.shape[1] - SMALL + 1, n)
+    return np.stack([photo[b : b + SMALL, a : a + SMALL] for a, b in zip(x, y, strict=True)])
+
+
+class _Pieces:
+    """A source of small images."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels, self.classes = pixels, CLASSES
+        self.labels = np.arange(len(pixels)) % 2
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def name(self, index: int) -> str:
+        return f"{index}.ppm"
+
+    def read(self, index: int) -> bytes:
+        return b"P6 %d %d 255\n" % (SMALL, SMALL) + self.pixels[index].tobytes()
+
+
+def kilobytes(path: Path) -> float:
+    """Of a stored image, on average."""
+    with BetonFile(path) as data:
+        return float(data.size.mean()) / 1000
+
+
+def write_many(path: Path, samples: int) -> None:
+    """A .beton of `samples` images of which nothing but the headers is ever written: 50 kB holes."""
+    record = layout.record_dtype([layout.IMAGE, layout.INT])
+    page, size = layout.DEFAULT_PAGE, 50_000
+    fields = np.array([(layout.IMAGE, b"image", b""), (layout.INT, b"label", b"")], layout.DESCRIPTOR)
+    first = layout.align(layout.HEADER.itemsize + fields.nbytes + samples * record.itemsize, page)
+    index = np.arange(samples, dtype=np.uint64)
+    a_page = page // size
+    pointer = first + index // a_page * page + index % a_page * size
+    records, table = np.zeros(samples, record), np.zeros(samples, layout.TABLE_ROW)
+    records["f0"]["width"], records["f0"]["height"], records["f0"]["pointer"] = 500, 375, pointer
+    records["f1"] = index % 1000
+    table["sample"], table["pointer"], table["size"] = index, pointer, size
+    end = first + -(-samples // a_page) * page
+    header = np.array((layout.VERSION, 2, page, samples, end), layout.HEADER)
+    with open(path, "wb") as file:
+        for part in (header, fields, records):
+            file.write(part.tobytes())
+        file.seek(end)
+        file.write(table.tobytes())

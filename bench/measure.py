@@ -1,0 +1,116 @@
+"""Turns of competitors, block by block, in CPU seconds; one that fails or hangs is dropped by name."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+Run = Callable[[], int]  # one block; how many images it did
+OURS = "matryoshka"
+
+
+class Missing(Exception):
+    """A competitor that is not installed."""
+
+
+class Block(NamedTuple):
+    images: int
+    cpu: float  # seconds, all threads and child processes
+    wall: float
+
+
+class Outcome(NamedTuple):
+    blocks: dict[str, list[Block]]
+    failed: dict[str, str]  # name: reason
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of its children, living and gone."""
+    alive = sum(map(_cpu_of, (child.pid for child in multiprocessing.active_children())))  # reaps the others, too
+    gone = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + gone.ru_utime + gone.ru_stime + alive
+
+
+def _cpu_of(pid: int | None) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:  # it ended just now
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError after `seconds` of waiting; only Python's main thread can be woken up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_) -> None:
+        raise TimeoutError(f"no end after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def take_turns(make: Mapping[str, Callable[[], Run]], blocks: int, limit: float = 300) -> Outcome:
+    """`blocks` blocks of every competitor, in turns, after one that does not count (caches, compilation).
+
+    make: name -> what prepares a competitor and returns its block. limit: seconds for a block, or to prepare.
+    """
+    runs: dict[str, Run] = {}
+    outcome = Outcome({name: [] for name in make}, {})
+
+    @contextmanager
+    def noted(name: str) -> Iterator[None]:
+        try:
+            with time_limit(limit):
+                yield
+        except Missing as error:
+            outcome.failed[name] = f"missing: {error}"
+        except Exception as error:  # of whatever kind: the others go on
+            outcome.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        if name in outcome.failed:
+            runs.pop(name, None)
+            outcome.blocks.pop(name)
+
+    for name, prepare in make.items():
+        with noted(name):
+            runs[name] = prepare()
+    for block in range(blocks + 1):
+        for name, run in list(runs.items()):
+            torch.set_num_threads(1)  # FFCV sets it
+            with noted(name):
+                cpu, wall = cpu_seconds(), time.perf_counter()
+                images = run()
+                done = Block(images, cpu_seconds() - cpu, time.perf_counter() - wall)
+                if block:
+                    outcome.blocks[name].append(done)
+    return outcome
+
+
+def rate(blocks: list[Block], clock: str = "cpu") -> float:
+    """Images per second of a clock, the median of blocks."""
+    return statistics.median(block.images / getattr(block, clock) for block in blocks)
+
+
+def ratio(ours: list[Block], theirs: list[Block], clock: str = "cpu") -> float:
+    """How many times as fast as theirs ours is: the median over turns."""
+    pairs = zip(ours, theirs, strict=True)
+    return statistics.median((a.images / getattr(a, clock)) / (b.images / getattr(b, clock)) for a, b in pairs)

@@ -1,0 +1,382 @@
+"""FFCV's own writer and loader behind our interfaces, for comparison; needs the extra `[ffcv]` (Python 3.11).
+
+    write_with_ffcv(ImageFolder("imagenet/train"), "train.beton", max_resolution=500, write_mode="jpg")
+    for batch in FFCVLoader("train.beton", 256, order="random", image=RandomResizedCrop(224)): ...
+
+What FFCV does not do is refused by name, never ignored. Nothing else in the library needs this file.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields, replace
+from importlib.util import find_spec
+from multiprocessing.sharedctypes import RawArray
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from matryoshka.data import layout
+from matryoshka.data import writer as native
+from matryoshka.data.crops import EVALUATION_CROP, CenterCrop, Crop, RandomResizedCrop
+from matryoshka.data.layout import BetonError
+from matryoshka.data.loader import Batch, available_cores
+from matryoshka.data.reader import BetonFile, manifest_path
+from matryoshka.data.sources import decode_image, upright
+from matryoshka.data.writer import Source, WriteOptions
+
+# What FFCV's image field takes, and what we do for it before (the subset, EXIF) and after (names).
+_WRITER_KNOWS = {"max_resolution", "write_mode", "compress_probability", "smart_threshold", "jpeg_quality"}
+_WRITER_KNOWS |= {"subset", "seed", "exif_rotate", "names"}
+_ORDERS = {"random": "RANDOM", "quasi_random": "QUASI_RANDOM", "sequential": "SEQUENTIAL"}
+
+
+def check_installed(option: str) -> None:
+    """BetonError that says how to install FFCV, where it is not. option: what asked for it."""
+    if find_spec("ffcv") is None:
+        raise _not_installed(option, "which is not installed")
+
+
+def _not_installed(option: str, reason: str) -> BetonError:
+    return BetonError(
+        f"{option} needs FFCV, {reason}: with Python 3.11, "
+        "apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev && pip install '.[ffcv]'"
+    )
+
+
+def _import_ffcv(option: str) -> None:
+    check_installed(option)
+    try:
+        import ffcv.loader
+        import ffcv.writer  # noqa: F401
+    except (ImportError, OSError) as error:  # a system library that is gone is an OSError of ctypes
+        raise _not_installed(option, f"which cannot be imported here ({error})") from error
+
+
+# ------------------------------------------------------------------------------------------- writing
+
+
+def write_with_ffcv(
+    source: Source,
+    path: str | os.PathLike,
+    *,
+    num_workers: int = 0,
+    chunk_size: int = 100,
+    progress: Callable[[int, int], None] | None = None,
+    **options,
+) -> dict:
+    """`write_beton` by FFCV's DatasetWriter: the same arguments, the same side file, worker processes.
+
+    The manifest's counts are jpg and raw alone. The bytes depend on the workers' timing. BetonError also for
+    options that FFCV does not have, and for an image that cannot be read: FFCV cannot leave one out.
+    """
+    path = Path(path)
+    wanted = WriteOptions(**options)
+    for option in fields(wanted):
+        value = getattr(wanted, option.name)
+        if option.name not in _WRITER_KNOWS and value != option.default:
+            raise BetonError(
+                f"{option.name}={value} is not for writer=ffcv, FFCV has no such option; writer=native has"
+            )
+    if wanted.write_mode == "proportion" and wanted.seed != 0:
+        raise BetonError(
+            f"seed={wanted.seed} is not for writer=ffcv with write_mode=proportion: FFCV draws without a seed; "
+            "writer=native has one"
+        )
+    if wanted.subset != -1 and not 1 <= wanted.subset <= len(source):
+        raise BetonError(f"{path}: not written: subset={wanted.subset}: expected -1 (all) or 1 to {len(source)}")
+    if num_workers < 0 or chunk_size < 1:
+        raise BetonError(f"{path}: not written: {num_workers=}, {chunk_size=}: expected at least 0 and 1")
+    native._check_place(path)
+    _import_ffcv("writer=ffcv")
+    if wanted.write_mode == "proportion" and wanted.compress_probability is None:
+        wanted = replace(wanted, compress_probability=0.5)
+    indices = native.select_subset(source.labels, wanted.subset, wanted.seed)
+    images = _Images(source, wanted.exif_rotate)
+
+    with native._Replacement(path) as file, native._Replacement(manifest_path(path)) as side:
+        _run_writer(str(file._temporary), images, indices, wanted, num_workers, chunk_size, progress, path)
+        with BetonFile(file._temporary) as written:
+            jpg = int((written.mode == layout.JPG).sum())
+            content = {
+                "num_samples": len(written),
+                "num_bytes": file._temporary.stat().st_size,
+                "classes": source.classes,
+                "options": {"writer": "ffcv"} | asdict(wanted),
+                "counts": {"jpg": jpg, "raw": len(written) - jpg},
+            }
+        if wanted.names:
+            content["names"] = [source.name(index) for index in indices.tolist()]
+        side.write(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n", 0)
+        file.flush()
+        side.flush()
+        side.publish()
+        file.publish()
+    return content
+
+
+class _Images:
+    """What FFCV's workers read: (RGB, label). `failed` marks what could not be read, for the parent process.
+
+    An exception in a worker would leave FFCV's writer waiting for ever.
+    """
+
+    def __init__(self, source: Source, exif_rotate: bool) -> None:
+        self.source, self.exif_rotate = source, exif_rotate
+        self.failed = RawArray("b", len(source))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def pixels(self, index: int) -> np.ndarray:
+        image = decode_image(self.source.read(index))
+        return upright(image.pixels, image.orientation) if self.exif_rotate else image.pixels
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        try:
+            return self.pixels(index), int(self.source.labels[index])
+        except Exception:  # reported by `check` in the parent
+            self.failed[index] = 1
+            return np.zeros((1, 1, 3), np.uint8), 0
+
+    def check(self, path: Path) -> None:
+        """BetonError naming the first image that failed."""
+        found = np.flatnonzero(np.frombuffer(self.failed, np.int8))
+        if len(found):
+            first = int(found[0])
+            try:
+                self.pixels(first)
+                reason = "it could not be read"
+            except Exception as error:
+                reason = str(error)
+            raise BetonError(
+                f"{path}: not written: {self.source.name(first)}: {reason}; writer=ffcv cannot leave an image out, "
+                "writer=native can"
+            )
+
+
+def _run_writer(
+    temporary: str,
+    images: _Images,
+    indices: np.ndarray,
+    wanted: WriteOptions,
+    num_workers: int,
+    chunk_size: int,
+    progress: Callable[[int, int], None] | None,
+    path: Path,
+) -> None:
+    import ffcv.writer
+    from ffcv.fields import IntField, RGBImageField
+
+    image = RGBImageField(
+        wanted.write_mode,
+        wanted.max_resolution,
+        wanted.smart_threshold,
+        int(wanted.jpeg_quality),
+        wanted.compress_probability or 0,
+    )
+    page = layout.page_size_for(3 * wanted.max_resolution**2)
+    workers = num_workers or available_cores()
+    writer = ffcv.writer.DatasetWriter(temporary, {"image": image, "label": IntField()}, page, workers)
+    before = set(multiprocessing.active_children())
+    started: set = set()
+
+    class Bar:  # in the place of the progress bar that FFCV prints
+        done = 0
+
+        def __init__(self, total: int) -> None:
+            self.total = int(total)
+
+        def update(self, n: int) -> None:
+            self.done += int(n)
+            if progress is not None:
+                progress(self.done, self.total)
+
+        def close(self) -> None:
+            started.update(set(multiprocessing.active_children()) - before)
+
+    def pause(seconds: float) -> None:  # FFCV's loop waits for its workers here, also when one is dead
+        started.update(set(multiprocessing.active_children()) - before)
+        images.check(path)
+        if any(worker.exitcode for worker in started):
+            raise BetonError(f"{path}: not written: a worker of FFCV's writer failed (its error is above); free space?")
+        time.sleep(seconds)
+
+    names = {"tqdm": Bar, "sleep": pause}
+    original = {name: getattr(ffcv.writer, name) for name in names}
+    try:
+        for name, value in names.items():
+            setattr(ffcv.writer, name, value)
+        writer.from_indexed_dataset(images, indices.tolist(), chunksize=chunk_size)
+    except BaseException:
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.terminate()
+        if getattr(writer, "metadata_sm", None) is not None:
+            writer.metadata_sm.unlink()
+        raise
+    finally:
+        for name, value in original.items():
+            setattr(ffcv.writer, name, value)
+        for worker in started | (set(multiprocessing.active_children()) - before):
+            worker.join()
+    images.check(path)
+
+
+# ------------------------------------------------------------------------------------------- loading
+
+
+class FFCVLoader:
+    """FFCV's Loader with the interface of `Loader`: the same arguments, the same batches, also the index.
+
+    Unlike there: crops and flips come from FFCV's own generators, which no seed reaches; a sample that cannot
+    be decoded is trained on as whatever was in its buffer; order="random" under several processes gives some
+    samples twice where the set does not divide; `image` may change its size between epochs, nothing else.
+    in_memory: FFCV's os_cache. BetonError also when FFCV's thread dies, where FFCV itself waits for ever.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        batch_size: int,
+        *,
+        order: str = "random",
+        image: Crop = EVALUATION_CROP,
+        num_workers: int = 0,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+        drop_last: bool = False,
+        rank: int = 0,
+        world: int = 1,
+        in_memory: bool = True,
+    ) -> None:
+        if order not in _ORDERS:
+            raise ValueError(f"order={order!r}: expected one of {', '.join(_ORDERS)}")
+        if os.path.isdir(path):
+            raise BetonError(f"{os.fspath(path)}: is a folder, FFCV reads .beton files; write one, or loader=native")
+        self.dataset = BetonFile(path)  # FFCV checks nothing
+        if batch_size % world:
+            raise BetonError(f"a global batch of {batch_size} does not divide by {world} processes, as FFCV needs")
+        if order == "quasi_random" and world > 1:
+            raise BetonError("order=quasi_random works with loader=native or one process; FFCV has it for one only")
+        _import_ffcv("loader=ffcv")
+        from ffcv.loader import Loader, OrderOption
+
+        self.batch_size, self.device, self.wait = batch_size, torch.device(device), 0.0
+        self._image = image
+        # FFCV's distributed sampler repeats samples to make the shares even: not in an evaluation
+        part = np.arange(rank, len(self.dataset), world).astype(np.uint64) if order == "sequential" else None
+        self._loader = Loader(
+            str(path),
+            batch_size=batch_size // world,
+            num_workers=min(num_workers or available_cores(), available_cores()),  # more raise in FFCV
+            os_cache=in_memory,
+            order=getattr(OrderOption, _ORDERS[order]),
+            distributed=world > 1 and order == "random",
+            seed=seed,
+            indices=part,
+            pipelines=self._pipelines(),
+            drop_last=drop_last,
+        )
+
+    def _pipelines(self) -> dict[str, Any]:
+        """Pipelines that end in tensors: FFCV hangs on a CPU where anything compiled follows `ToTensor`."""
+        from ffcv.fields.basics import IntDecoder
+        from ffcv.fields.decoders import CenterCropRGBImageDecoder, RandomResizedCropRGBImageDecoder
+        from ffcv.pipeline import PipelineSpec
+        from ffcv.transforms import RandomHorizontalFlip, ToDevice, ToTensor
+
+        class Index(IntDecoder):
+            """The position of each sample in the file, which FFCV keeps to itself."""
+
+            def generate_code(self) -> Callable:
+                def decode(indices, destination, metadata, storage_state):
+                    for i in range(len(indices)):
+                        destination[i] = indices[i]
+                    return destination[: len(indices)]
+
+                return decode
+
+        size, flip = (self._image.size, self._image.size), []
+        if isinstance(self._image, RandomResizedCrop):
+            self._decoder = RandomResizedCropRGBImageDecoder(size, self._image.scale, self._image.ratio)
+            flip = [RandomHorizontalFlip(self._image.flip)] if self._image.flip else []
+        elif isinstance(self._image, CenterCrop):
+            self._decoder = CenterCropRGBImageDecoder(size, self._image.ratio)
+        else:
+            raise BetonError(f"{type(self._image).__name__} works with loader=native, FFCV does not have it")
+
+        def to_tensor() -> list:
+            return [ToTensor(), *([] if self.device.type == "cpu" else [ToDevice(self.device)])]
+
+        image = _named(self.dataset, layout.IMAGE, "image")
+        label = _named(self.dataset, layout.INT, "label")
+        index = "index" + "_" * 16  # longer than any name in a file
+        pipelines: dict[str, Any] = {name: None for name, _ in self.dataset.fields}
+        pipelines[image] = [self._decoder, *flip, *to_tensor()]
+        pipelines[label] = [IntDecoder(), *to_tensor()]
+        pipelines[index] = PipelineSpec(label, Index(), to_tensor())
+        outputs = [name for name in pipelines if pipelines[name] is not None]
+        self._positions = [outputs.index(name) for name in (image, label, index)]
+        return pipelines
+
+    @property
+    def image(self) -> Crop:
+        return self._image
+
+    @image.setter
+    def image(self, value: Crop) -> None:
+        if type(value) is not type(self._image) or replace(value, size=self._image.size) != self._image:
+            raise BetonError("only the size of the crops can change between epochs with loader=ffcv")
+        self._image = value
+        self._decoder.output_size = (value.size, value.size)
+
+    @property
+    def epoch(self) -> int:
+        """Number of the next epoch."""
+        return self._loader.next_epoch
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self._loader.next_epoch = value
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._batches(iter(self._loader))
+
+    def _batches(self, epoch) -> Iterator[Batch]:
+        try:
+            while True:
+                start = time.perf_counter()
+                while epoch.output_queue.empty():
+                    if not epoch.is_alive() and epoch.output_queue.empty():
+                        raise BetonError(f"{self.dataset.path}: FFCV's loading thread died (its error is above)")
+                    time.sleep(0.0005)
+                try:
+                    values = next(epoch)
+                except StopIteration:
+                    return
+                finally:
+                    self.wait += time.perf_counter() - start
+                # copies, because FFCV writes later batches into the same memory
+                images, labels, index = (values[k].clone() for k in self._positions)
+                yield Batch(images, labels.view(-1), index.view(-1))
+        finally:
+            epoch.close()
+
+
+def _named(dataset: BetonFile, kind: int, preferred: str) -> str:
+    """The field that `dataset` takes as image or label."""
+    names = [name for name, t in dataset.fields if t == kind]
+    if not names:
+        raise BetonError(f"{dataset.path}: has no field that could be the {preferred}")
+    return preferred if preferred in names else names[0]

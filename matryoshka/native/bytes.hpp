@@ -1,0 +1,13 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace matryoshka {
+
+struct Bytes {
+  const uint8_t* data;
+  size_t size;
+};
+
+}  // namespace matryoshka

@@ -1,0 +1,210 @@
+#include "jpeg_write.hpp"
+
+#include <algorithm>
+#include <cstdlib>
+#include <type_traits>
+
+#include "jpeg_errors.hpp"
+
+namespace matryoshka {
+namespace {
+
+// The destination: one block of memory that grows and is kept for the next image.
+struct Destination {
+  jpeg_destination_mgr base;
+  JOCTET* block;
+  size_t capacity, size;
+};
+
+boolean destination_grow(j_compress_ptr info) {
+  Destination* destination = reinterpret_cast<Destination*>(info->dest);
+  const size_t used = destination->capacity, capacity = used ? 2 * used : size_t{1} << 16;
+  void* block = std::realloc(destination->block, capacity);
+  if (!block) jpeg_fail(reinterpret_cast<j_common_ptr>(info), Status::too_large);
+  destination->block = static_cast<JOCTET*>(block);
+  destination->capacity = capacity;
+  destination->base.next_output_byte = destination->block + used;
+  destination->base.free_in_buffer = capacity - used;
+  return TRUE;
+}
+
+void destination_begin(j_compress_ptr info) {
+  Destination* destination = reinterpret_cast<Destination*>(info->dest);
+  destination->size = 0;
+  if (!destination->block) destination_grow(info);
+  destination->base.next_output_byte = destination->block;
+  destination->base.free_in_buffer = destination->capacity;
+}
+
+void destination_end(j_compress_ptr info) {
+  Destination* destination = reinterpret_cast<Destination*>(info->dest);
+  destination->size = destination->capacity - destination->base.free_in_buffer;
+}
+
+}  // namespace
+
+struct JpegWriter::State {
+  jpeg_compress_struct info;
+  jpeg_decompress_struct original;  // of a transcode; reports its errors to the same place
+  JpegErrors errors;
+  JpegSource source;
+  Destination destination;
+  bool created, reader_created;
+};
+
+namespace {
+
+template <class State>
+void create_writer(State* s) {
+  if (s->created) return;
+  s->info.err = install(&s->errors);
+  jpeg_create_compress(&s->info);
+  s->created = true;
+  s->destination.base.init_destination = destination_begin;
+  s->destination.base.empty_output_buffer = destination_grow;
+  s->destination.base.term_destination = destination_end;
+  s->info.dest = &s->destination.base;
+}
+
+template <class State>
+void create_reader(State* s) {
+  if (s->reader_created) return;
+  s->original.err = install(&s->errors);
+  jpeg_create_decompress(&s->original);
+  s->reader_created = true;
+  s->original.mem->max_memory_to_use = kMaxCoefficientBytes;
+  install(&s->source, &s->original);
+}
+
+template <class State>
+Status encode_image(State* s, const uint8_t* rgb, int width, int height, int quality, int tile) {
+  static_assert(std::is_trivial_v<State>);
+  if (setjmp(s->errors.escape)) return s->errors.status;
+  create_writer(s);
+  s->info.image_width = width;
+  s->info.image_height = height;
+  s->info.input_components = 3;
+  s->info.in_color_space = JCS_RGB;
+  jpeg_set_defaults(&s->info);
+  jpeg_set_quality(&s->info, quality, TRUE);
+  s->info.dct_method = JDCT_ISLOW;
+  s->info.restart_interval = restart_interval(width, 2 * DCTSIZE, tile);
+  jpeg_start_compress(&s->info, TRUE);
+  while (s->info.next_scanline < s->info.image_height) {
+    const size_t offset = 3 * static_cast<size_t>(width) * s->info.next_scanline;
+    JSAMPROW rows[1] = {const_cast<JSAMPROW>(rgb + offset)};  // libjpeg only reads it
+    jpeg_write_scanlines(&s->info, rows, 1);
+  }
+  jpeg_finish_compress(&s->info);
+  return Status::ok;
+}
+
+// Whether all coefficients have codes in the standard DC tables and in those AC tables that the source used: the
+// encoder does not look. Restarts change DC differences, nothing else.
+bool are_ordinary(jpeg_decompress_struct* from, jvirt_barray_ptr* coefficients) {
+  if (jpeg_has_multiple_scans(from)) return false;  // tables may have changed on the way
+  for (int i = 0; i < from->num_components; ++i) {
+    const jpeg_component_info& c = from->comp_info[i];
+    int extreme = 0;
+    for (JDIMENSION y = 0; y < c.height_in_blocks; ++y) {
+      const auto info = reinterpret_cast<j_common_ptr>(from);
+      JBLOCKARRAY row = from->mem->access_virt_barray(info, coefficients[i], y, 1, FALSE);
+      const JCOEF* values = row[0][0];
+      for (size_t k = 0; k < size_t{DCTSIZE2} * c.width_in_blocks; ++k) extreme |= values[k] ^ values[k] >> 15;
+    }
+    if (extreme > 1023) return false;
+  }
+  return true;
+}
+
+// Counting symbols for better tables would take longer than all the rest.
+void keep_ac_tables(const jpeg_decompress_struct* from, jpeg_compress_struct* to) {
+  for (int i = 0; i < NUM_HUFF_TBLS; ++i) {
+    const JHUFF_TBL* table = from->ac_huff_tbl_ptrs[i];
+    if (!table) continue;
+    JHUFF_TBL*& slot = to->ac_huff_tbl_ptrs[i];
+    if (!slot) slot = jpeg_alloc_huff_table(reinterpret_cast<j_common_ptr>(to));
+    std::copy_n(table->bits, 17, slot->bits);
+    std::copy_n(table->huffval, 256, slot->huffval);
+    slot->sent_table = FALSE;
+  }
+  for (int i = 0; i < to->num_components; ++i) to->comp_info[i].ac_tbl_no = from->comp_info[i].ac_tbl_no;
+}
+
+template <class State>
+Status transcode_image(State* s, const uint8_t* data, size_t size, int tile) {
+  if (setjmp(s->errors.escape)) return s->errors.status;
+  create_writer(s);
+  create_reader(s);
+  refill(&s->source, data, size);
+  jpeg_decompress_struct& from = s->original;
+  forget_tables(&from);
+  jpeg_read_header(&from, TRUE);
+  if (int64_t{from.image_width} * from.image_height > kMaxPixels) return Status::too_large;
+  if (from.progressive_mode || from.arith_code || from.data_precision != BITS_IN_JSAMPLE)
+    return Status::not_baseline;
+  switch (from.jpeg_color_space) {
+    case JCS_GRAYSCALE:
+    case JCS_YCbCr:
+    case JCS_RGB:
+      break;
+    default:
+      return Status::colour_space;
+  }
+  jvirt_barray_ptr* coefficients = jpeg_read_coefficients(&from);
+  if (s->source.ran_dry && jpeg_has_multiple_scans(&from)) return Status::corrupt;
+  if (!has_tables(from)) return Status::corrupt;
+  jpeg_copy_critical_parameters(&from, &s->info);
+  s->info.optimize_coding = !are_ordinary(&from, coefficients);
+  if (!s->info.optimize_coding) keep_ac_tables(&from, &s->info);
+  const int mcu = DCTSIZE * (from.num_components == 1 ? 1 : from.max_h_samp_factor);
+  s->info.restart_interval = restart_interval(static_cast<int>(from.image_width), mcu, tile);
+  jpeg_write_coefficients(&s->info, coefficients);
+  jpeg_finish_compress(&s->info);
+  return Status::ok;
+}
+
+}  // namespace
+
+unsigned restart_interval(int image_width, int mcu_width, int tile) {
+  if (tile <= 0) return 0;
+  const int64_t row = (int64_t{image_width} + mcu_width - 1) / mcu_width;
+  const int64_t wanted = std::max<int64_t>(1, (int64_t{tile} + mcu_width / 2) / mcu_width);
+  int64_t best = row;
+  for (int64_t n = 1; n < row; ++n) {  // a row has at most 8192 MCUs
+    if (row % n != 0) continue;
+    // Nearest as a ratio. Tiles of less than half the wanted width are left out: every tile costs about 4 bytes.
+    const auto distance = [&](int64_t m) { return m > wanted ? double(m) / wanted : double(wanted) / m; };
+    if (2 * n >= wanted && distance(n) <= distance(best)) best = n;
+  }
+  return static_cast<unsigned>(best);
+}
+
+JpegWriter::JpegWriter() : state_(new State()) {}
+
+JpegWriter::~JpegWriter() {
+  if (state_->created) jpeg_destroy_compress(&state_->info);
+  if (state_->reader_created) jpeg_destroy_decompress(&state_->original);
+  std::free(state_->destination.block);
+}
+
+Status JpegWriter::encode(const uint8_t* rgb, int width, int height, int quality, int tile) {
+  const Status status = encode_image(state_.get(), rgb, width, height, quality, tile);
+  if (status != Status::ok && state_->created) jpeg_abort_compress(&state_->info);
+  return status;
+}
+
+Status JpegWriter::transcode(Bytes jpeg, int tile) {
+  if (jpeg.size < 2 || jpeg.data[0] != 0xFF || jpeg.data[1] != 0xD8) return Status::not_jpeg;
+  const Status status = transcode_image(state_.get(), jpeg.data, jpeg.size, tile);
+  // libjpeg keeps Huffman tables that it finds: those of this image are not for the next one.
+  if (state_->created) jpeg_destroy_compress(&state_->info);
+  state_->created = false;
+  if (state_->reader_created) jpeg_abort_decompress(&state_->original);
+  return status;
+}
+
+const uint8_t* JpegWriter::data() const { return state_->destination.block; }
+size_t JpegWriter::size() const { return state_->destination.size; }
+
+}  // namespace matryoshka

@@ -1,0 +1,14 @@
+#define MATRYOSHKA_KERNELS kBaselineKernels
+#include "kernels.inc"
+
+namespace matryoshka {
+
+const Kernels& kernels() {
+#ifdef MATRYOSHKA_AVX2
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
+  if (avx2) return kAvx2Kernels;
+#endif
+  return kBaselineKernels;
+}
+
+}  // namespace matryoshka

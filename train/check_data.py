@@ -1,0 +1,398 @@
+"""What is in a .beton file, and whether all of it is sound.
+
+    matryoshka data info train.beton
+    matryoshka data verify train.beton        # decodes every image, on all cores
+    matryoshka data verify photos/train       # the images of a folder, before they are written
+
+Exit status: 0 sound, 1 some samples are broken (they are listed), 2 not readable at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from matryoshka import config
+from matryoshka.data import BetonError, BetonFile, ImageFolder, _native, layout, open_dataset
+from matryoshka.data.fields import TYPE_NAMES
+from matryoshka.data.reader import manifest_path, printable
+from matryoshka.data.sources import decode_image
+
+LOOKED_AT = 500  # images whose JPEG header `info` reads
+SHOWN = 20  # samples that a list on the terminal names
+BATCH = 256
+SMALL = 16  # pixels: `verify` throws the decoded images away
+LISTS = {  # of the side file: what the writer noticed
+    "broken": "left out, not readable",
+    "damaged": "damaged, but readable",
+    "cmyk": "CMYK, stored as RGB",
+    "other_content": "called .jpg, something else inside",
+}
+COUNTS = {"resized": "reduced", "grayscale": "grayscale", "exif_orientation": "with an EXIF orientation"}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="matryoshka data", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    commands = p.add_subparsers(dest="command", required=True, metavar="info|verify")
+    info = commands.add_parser("info", help="fields, sizes, classes, how images are stored", allow_abbrev=False)
+    info.add_argument("path", metavar="FILE", help="a .beton file")
+    verify = commands.add_parser("verify", help="decode everything and list what is broken", allow_abbrev=False)
+    verify.add_argument("path", metavar="FILE", help="a .beton file, or a folder of class folders")
+    verify.add_argument("--workers", type=int, default=0, help="threads; default: all cores")
+    for command in (info, verify):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    return p
+
+
+@config.program
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.command == "info":
+        with BetonFile(args.path) as data:
+            facts = describe(data)
+        print(json.dumps(facts, indent=1) if args.json else info_text(facts))
+        return 0
+    if args.workers < 0:
+        raise config.ConfigError(f"--workers {args.workers}: expected 0 (all cores) or more")
+    found = verify_all(open_dataset(args.path), args.workers or cores())
+    print(json.dumps(found, indent=1) if args.json else verify_text(found))
+    return 1 if found["broken"] else 0
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ------------------------------------------------------------------------------------------------ info
+
+
+class JpegHeader(NamedTuple):
+    """process: baseline, progressive, ... sampling: 4:2:0, ... spacing: pixels of an MCU row from one restart
+    marker to the next, 0 without them."""
+
+    process: str
+    sampling: str
+    spacing: int
+
+
+PROCESSES = {0xC0: "baseline", 0xC1: "extended", 0xC2: "progressive", 0xC9: "arithmetic", 0xCA: "arithmetic"}
+SAMPLINGS = {"11": "4:4:4", "21": "4:2:2", "22": "4:2:0", "12": "4:4:0", "41": "4:1:1"}
+
+
+def jpeg_header(data: bytes) -> JpegHeader | None:
+    """From the marker segments before the first scan; None where they are not a JPEG's."""
+    at, interval, frame = 2, 0, None
+    while data[:2] == b"\xff\xd8" and at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        length = int.from_bytes(data[at + 2 : at + 4], "big")
+        body = data[at + 4 : at + 2 + length]
+        if length < 2 or len(body) != length - 2:
+            return None
+        if marker == 0xDD and len(body) >= 2:
+            interval = int.from_bytes(body[:2], "big")
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            frame = PROCESSES.get(marker, f"SOF{marker - 0xC0}"), body
+        elif marker == 0xDA:
+            return _header(*frame, interval) if frame else None
+        at += 2 + length
+    return None
+
+
+def _header(process: str, body: bytes, interval: int) -> JpegHeader | None:
+    factors = [divmod(body[k], 16) for k in range(7, len(body), 3)]
+    if len(body) < 6 or not factors or len(factors) != body[5]:
+        return None
+    (h, v), *others = factors
+    name = "grayscale" if not others else SAMPLINGS.get(f"{h}{v}") if set(others) == {(1, 1)} else None
+    name = name or " ".join(f"{a}x{b}" for a, b in factors)
+    return JpegHeader(process, name, interval * 8 * (max(a for a, _ in factors) if others else 1))
+
+
+def spread(values: np.ndarray) -> dict[str, float]:
+    return {"min": int(values.min()), "median": float(np.median(values)), "max": int(values.max())}
+
+
+def describe(data: BetonFile) -> dict[str, Any]:
+    """What `info --json` prints."""
+    jpg = np.flatnonzero(data.mode == layout.JPG)
+    facts: dict[str, Any] = {
+        "path": str(data.path),
+        "version": layout.VERSION,
+        "fields": [{"name": name, "type": TYPE_NAMES[kind]} for name, kind in data.fields],
+        "samples": len(data),
+        "file_bytes": data.num_bytes,
+        "page_bytes": data.page_size,
+        "modes": {"jpg": len(jpg), "raw": len(data) - len(jpg)},
+        "image_bytes": spread(data.size),
+        "width": spread(data.width),
+        "height": spread(data.height),
+        "jpeg": jpeg_facts(data, jpg) if len(jpg) else None,
+        "classes": data.classes,
+        "labels": label_facts(data) if layout.INT in (kind for _, kind in data.fields) else None,
+        "side_file": str(manifest_path(data.path)) if data.manifest is not None else None,
+        "options": {},
+        "counts": {},
+        "noticed": {},
+    }
+    manifest = data.manifest or {}  # another program may have written anything there
+    for key in ("options", "counts"):
+        if isinstance(manifest.get(key), dict):
+            facts[key] = manifest[key]
+    facts["noticed"] = {key: len(manifest[key]) for key in LISTS if isinstance(manifest.get(key), list)}
+    return facts
+
+
+def jpeg_facts(data: BetonFile, jpg: np.ndarray) -> dict[str, Any]:
+    some = jpg[np.linspace(0, len(jpg) - 1, min(LOOKED_AT, len(jpg))).astype(np.int64)]
+    samples = data.fetch(some)
+    headers = [
+        jpeg_header(samples.data[o : o + min(s, 1 << 16)].tobytes())
+        for o, s in zip(samples.offset.tolist(), samples.size.tolist(), strict=True)
+    ]
+    known = [header for header in headers if header]
+    spacings = np.array([header.spacing for header in known if header.spacing])
+    return {
+        "looked_at": len(some),
+        "process": dict(Counter(header.process for header in known).most_common()),
+        "sampling": dict(Counter(header.sampling for header in known).most_common()),
+        "with_restart_markers": len(spacings),
+        "restart_spacing": spread(spacings) if len(spacings) else None,
+        "no_header": len(headers) - len(known),
+    }
+
+
+def label_facts(data: BetonFile) -> dict[str, Any]:
+    values, counts = np.unique(data.labels, return_counts=True)
+    return {
+        "smallest": int(values[0]),
+        "largest": int(values[-1]),
+        "different": len(values),
+        "per_class": spread(counts),
+        "fewest": int(values[counts.argmin()]),
+        "most": int(values[counts.argmax()]),
+        "without_images": max(0, len(data.classes) - len(values)) if data.classes else 0,
+    }
+
+
+def amount(n: float) -> str:
+    """Bytes for people."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= size:
+            return f"{n / size:,.1f} {unit}"
+    return f"{n:.0f} bytes"
+
+
+def counted(counts: dict[str, int], total: int) -> str:
+    return ", ".join(f"{name} {100 * n / total:.0f} %" if n < total else f"all {name}" for name, n in counts.items())
+
+
+def of_range(values: dict[str, float], unit: str = "") -> str:
+    if values["min"] == values["max"]:
+        return f"{values['min']:,}{unit}"
+    return f"{values['min']:,} to {values['max']:,}{unit}, median {values['median']:,.0f}"
+
+
+def rows_text(rows: Iterable[tuple[str, str]]) -> str:
+    """A title and a wrapped text in each row."""
+    lines = []
+    for title, text in rows:
+        wrapped = textwrap.wrap(text, 104, break_on_hyphens=False, break_long_words=False) or [""]
+        lines += [f"  {title:14}{wrapped[0]}", *(f"  {'':14}{line}" for line in wrapped[1:])]
+    return "\n".join(lines)
+
+
+def info_text(facts: dict[str, Any]) -> str:
+    modes, jpeg, labels, classes = facts["modes"], facts["jpeg"], facts["labels"], facts["classes"]
+    rows = [
+        ("format", f".beton version {facts['version']}, {facts['page_bytes'] / 2**20:g} MiB pages"),
+        ("size", f"{amount(facts['file_bytes'])}, {facts['samples']:,} samples"),
+        ("fields", ", ".join(f"{printable(f['name'])} ({f['type']})" for f in facts["fields"])),
+        ("stored as", counted({mode: n for mode, n in modes.items() if n}, facts["samples"])),
+        ("per image", " to ".join(amount(facts["image_bytes"][k]) for k in ("min", "max"))
+         + f", median {amount(facts['image_bytes']['median'])}"),
+        ("width", of_range(facts["width"], " px")),
+        ("height", of_range(facts["height"], " px")),
+    ]  # fmt: skip
+    if jpeg:
+        known = jpeg["looked_at"] - jpeg["no_header"]
+        kinds = [counted(jpeg[key], known) for key in ("process", "sampling") if known]
+        marked = jpeg["with_restart_markers"]
+        if not marked:
+            restarts = "no restart markers: a crop decodes from the top of its image"
+        else:
+            share = "all" if marked == known else f"{100 * marked / known:.0f} %"
+            restarts = f"{share} with restart markers, every {of_range(jpeg['restart_spacing'], ' px')}"
+        lost = [f"{jpeg['no_header']} WITHOUT A HEADER"] if jpeg["no_header"] else []
+        rows.append(("jpeg", "; ".join([*kinds, restarts, *lost]) + f"  (of {jpeg['looked_at']:,} looked at)"))
+    if labels:
+        name = [printable(c) for c in classes] if classes else None
+
+        def called(label: int) -> str:
+            return f"{label} ({name[label]})" if name and 0 <= label < len(name) else str(label)
+
+        if name:
+            more = f", ... {name[-1]}" if len(name) > 8 else ""
+            rows.append(("classes", f"{len(name):,}: {', '.join(name[:8])}{more}"))
+        else:
+            rows.append(("classes", "no names: there is no side file, classes are numbers"))
+        rows.append(("labels", f"{called(labels['smallest'])} to {called(labels['largest'])}, "
+                     f"{labels['different']:,} different"))  # fmt: skip
+        uneven = labels["per_class"]["min"] < labels["per_class"]["max"]
+        ends = f"; fewest: {called(labels['fewest'])}, most: {called(labels['most'])}" if uneven else ""
+        rows.append(("per class", of_range(labels["per_class"], " images") + (ends or " each")))
+        if labels["without_images"]:
+            rows.append(("", f"{labels['without_images']:,} classes have no image"))
+    if facts["options"]:
+        options = {k: v for k, v in facts["options"].items() if v is not None}
+        rows.append(("written with", printable(", ".join(f"{k}={v}" for k, v in options.items()))))
+    noticed = [f"{facts['counts'][k]:,} {text}" for k, text in COUNTS.items()
+               if isinstance(facts["counts"].get(k), int) and facts["counts"][k]]  # fmt: skip
+    noticed += [f"{n:,} {LISTS[key]}" for key, n in facts["noticed"].items() if n]
+    if noticed:
+        rows.append(("noticed", ", ".join(noticed) + f"  (lists: {Path(facts['side_file']).name})"))
+    return f"{facts['path']}\n{rows_text(rows)}"
+
+
+# ---------------------------------------------------------------------------------------------- verify
+
+
+def verify_all(data: BetonFile | ImageFolder, workers: int) -> dict[str, Any]:
+    """What `verify --json` prints. broken: [{index, name, reason}], sorted; noticed: the same, but readable."""
+    start = time.perf_counter()
+    broken: list[dict] = []
+    noticed: list[dict] = []
+    with tqdm(total=len(data), unit=" images", disable=None, file=sys.stderr, leave=False) as bar:
+        if isinstance(data, BetonFile):
+            decoded = verify_beton(data, workers, broken, bar.update)
+        else:
+            decoded = verify_folder(data, workers, broken, noticed, bar.update)
+    seconds = time.perf_counter() - start
+    return {
+        "path": str(data.path),
+        "samples": len(data),
+        "bytes": decoded,
+        "broken_samples": len({entry["index"] for entry in broken}),
+        "broken": sorted(broken, key=lambda entry: entry["index"]),
+        "noticed": noticed,
+        "workers": workers,
+        "seconds": round(seconds, 3),
+        "images_per_s": round(len(data) / seconds, 1),
+    }
+
+
+def verify_beton(data: BetonFile, workers: int, broken: list[dict], done: Callable[[int], Any]) -> int:
+    """Every image, label and value of a .beton; returns the bytes of its images."""
+
+    def report(index: int, reason: str) -> None:
+        name = ((data.manifest or {}).get("names") or {index: ""})[index]
+        broken.append({"index": index, "name": name, "reason": reason})
+
+    if layout.INT in (kind for _, kind in data.fields):
+        for index in np.flatnonzero(data.labels < 0).tolist():
+            report(index, f"label {data.labels[index]} is negative")
+        # a label beyond the class names was refused when the file was opened
+    others = [name for name, kind in data.fields if kind != layout.IMAGE]
+    pool = _native.Pool(workers)
+    out = np.empty((BATCH, SMALL, SMALL, 3), np.uint8)
+    for start in range(0, len(data), BATCH):
+        indices = np.arange(start, min(start + BATCH, len(data)))
+        samples, n = data.fetch(indices), len(indices)
+        crops = np.zeros((n, 5), np.int32)
+        crops[:, 2], crops[:, 3] = samples.width, samples.height  # the whole image: every byte is decoded
+        status = _native.decode_batch(
+            pool, samples.data, samples.offset, samples.size, samples.mode, samples.width, samples.height,
+            crops, out[:n],
+        )  # fmt: skip
+        for k in np.flatnonzero(status).tolist():
+            report(int(indices[k]), _native.status_message(int(status[k])))
+        for name in others:
+            for index, reason in unreadable(data, name, indices):
+                report(index, reason)
+        done(n)
+    return int(data.size.sum())
+
+
+def unreadable(data: BetonFile, name: str, indices: np.ndarray) -> Iterable[tuple[int, str]]:
+    """(index, reason) where the values of a field cannot be read."""
+    try:
+        data.field(name, indices)
+    except BetonError:
+        for index in indices:
+            try:
+                data.field(name, np.array([index]))
+            except BetonError as error:
+                yield int(index), str(error).removeprefix(f"{data.path}: ")
+
+
+def verify_folder(
+    data: ImageFolder, workers: int, broken: list[dict], noticed: list[dict], done: Callable[[int], Any]
+) -> int:
+    """Every image of a folder, read as the writer will read it; returns the bytes of its files."""
+
+    def check(index: int) -> tuple[int, str, list[str]]:
+        """(bytes, why it is broken, what else there is to say)"""
+        try:
+            content = data.read(index)
+            image = decode_image(content)
+        except (OSError, ValueError) as error:
+            return 0, str(getattr(error, "strerror", None) or error), []
+        notes = [f"{LISTS['damaged']}: {image.damage}"] if image.damage else []
+        notes += [LISTS["cmyk"]] if image.cmyk else []
+        if image.content != "JPEG" and data.name(index).lower().endswith((".jpg", ".jpeg")):
+            notes.append(f"{LISTS['other_content']}: {image.content}")
+        return len(content), "", notes
+
+    total = 0
+    with ThreadPoolExecutor(workers, "matryoshka-verify") as pool:
+        try:
+            for start in range(0, len(data), BATCH):  # pool.map takes all of its arguments at once
+                indices = range(start, min(start + BATCH, len(data)))
+                for index, (size, reason, notes) in zip(indices, pool.map(check, indices), strict=True):
+                    entry = {"index": index, "name": data.name(index)}
+                    broken.extend([entry | {"reason": reason}] if reason else [])
+                    noticed.extend(entry | {"reason": note} for note in notes)
+                    total += size
+                    done(1)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return total
+
+
+def verify_text(found: dict[str, Any]) -> str:
+    lines = []
+    for title, entries in (("noticed", found["noticed"]), ("BROKEN", found["broken"])):
+        lines += [f"{title}:"] * bool(entries)
+        for entry in entries[:SHOWN]:
+            name = f" {printable(entry['name'])}" if entry["name"] else ""
+            lines.append(f"  {entry['index']:>8}{name}  {printable(entry['reason'])}")
+        if len(entries) > SHOWN:
+            lines.append(f"  and {len(entries) - SHOWN:,} more; --json lists all of them")
+    n, bad = found["samples"], found["broken_samples"]
+    verdict = f"{bad:,} of {n:,} samples are BROKEN" if bad else f"sound: all {n:,} samples decode"
+    lines.append(
+        f"{found['path']}: {verdict}  ({amount(found['bytes'])} in {found['seconds']:.1f} s, "
+        f"{found['images_per_s']:,.0f} images/s, {found['workers']} thread{'s' * (found['workers'] != 1)})"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
