@@ -10,20 +10,14 @@ checksum ("payload").
 """
 
 import copy
-import io
-import json
 import os
 import struct
-import tempfile
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-import numpy as np
-from beton_files import PAGE, build
-from PIL import Image
+from beton_files import PAGE
 
 HUGE = [0, 1, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**50, 2**63 - 1, 2**63, 2**64 - 1]
 ALL_FIELDS = [(2, b"image"), (1, b"label"), (0, b"weight"), (3, b"blob"), (5, b"info"), (4, b"array"), (6, b"tensor")]
@@ -108,75 +102,6 @@ class Draft:
                 file.seek(place)
                 file.write(data)
             file.truncate(self.cut if self.cut is not None else table + len(rows))
-
-
-# ---------------------------------------------------------------------------------------------------- bases
-
-
-def picture(width: int, height: int, seed: int) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-    noisy = np.asarray(small) + rng.normal(0, 10, (height, width, 3))
-    return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
-
-
-PLAIN = [("RGB", {"subsampling": s, "quality": q}) for s, q in ((0, 90), (1, 60), (2, 90))]
-PLAIN += [("L", {}), ("RGB", {"progressive": True}), ("RGB", {"optimize": True, "subsampling": 0}), None]
-TILED = [("RGB", {"restart_marker_blocks": b, "subsampling": s}) for b, s in ((1, 2), (2, 0), (3, 1), (4, 2))]
-TILED += [("L", {"restart_marker_blocks": 2}), ("RGB", {"restart_marker_rows": 1})]
-TILED += [("RGB", {"progressive": True, "restart_marker_rows": 1})]
-SIZES = [(64, 48), (61, 37), (33, 70), (120, 90), (16, 16), (1, 1), (90, 7)]
-
-
-def stored(kind, width: int, height: int, seed: int) -> tuple[int, int, int, bytes]:
-    """(mode, width, height, bytes); kind: (Pillow mode, options) or None for raw pixels."""
-    image, file = picture(width, height, seed), io.BytesIO()
-    if kind is None:
-        return 1, width, height, image.tobytes()
-    image.convert(kind[0]).save(file, "JPEG", **kind[1])
-    return 0, width, height, file.getvalue()
-
-
-def ours(width: int, height: int, seed: int) -> tuple[int, int, int, bytes]:
-    """As our own writer stores it."""
-    from matryoshka.data import _native
-
-    return 0, width, height, _native.encode(np.asarray(picture(width, height, seed)), 90)
-
-
-@cache
-def bases() -> list[Draft]:
-    """Sound files: FFCV's layout without and with restart markers, other field orders, every type of field."""
-
-    def images(kinds, first, sizes=SIZES):
-        return [stored(kind, *sizes[(first + k) % len(sizes)], first + k) for k, kind in enumerate(kinds)]
-
-    own = [ours(170, 100, 5), ours(130, 40, 6), ours(48, 48, 7)]
-    files = [
-        (IMAGE_LABEL, [(*image, i % 3) for i, image in enumerate(images(PLAIN, 0))]),
-        (IMAGE_LABEL, [(*image, i % 3) for i, image in enumerate(images(TILED, 0))]),
-        (LABEL_IMAGE, [(i, *image) for i, image in enumerate(images([*PLAIN[2:], *TILED[3:]], 3))]),
-        (ALONE, [*own, *images(TILED[:4], 0, [(150, 60), (200, 33), (64, 64), (31, 120)])]),
-    ]
-    everything = []
-    for i, image in enumerate([*images([*TILED[1:5], None], 1), own[0]]):
-        info, blob = json.dumps({"i": i}).encode() + b"\0", b"" if i == 2 else bytes(range(i + 3))
-        array, tensor = np.arange(6, dtype="<i4").tobytes(), np.ones(1, "<f8").tobytes()
-        everything.append((*image, i, i / 4, blob, len(blob), info, len(info), array, tensor))
-    files.append((EVERYTHING, everything))
-    drafts = []
-    with tempfile.TemporaryDirectory() as folder:
-        for layout, samples in files:
-            backwards = layout in (LABEL_IMAGE, EVERYTHING)  # FFCV's table is in the order its workers finished
-            order = reversed if backwards else list
-            drafts.append(
-                Draft(layout, build(Path(folder) / "x", layout.fields, layout.record, samples, order).read_bytes())
-            )
-    for k, shape, name in ((5, (2, 3), b'[["", "<i4"]]'), (6, (1,), b'[["", "<f8"]]')):
-        text = struct.pack("<32QQ", *shape, *[0] * (32 - len(shape)), len(name)) + name
-        place = 24 + 1041 * k + 17
-        drafts[-1].head[place : place + len(text)] = text
-    return drafts
 
 
 # ------------------------------------------------------------------------------------------------ mutations

@@ -7,21 +7,16 @@ import sys
 from pathlib import Path
 from random import Random
 
+import mutate
+import mutate_jpeg  # noqa: F401 (registers its kinds)
 import numpy as np
 import pytest
 from attacks.hostile import AT_OPENING, ATTACKS
+from mutate_bases import bases
 
 from matryoshka.data import BetonError, BetonFile, CenterCrop, Loader
 
 TESTS = Path(__file__).resolve().parent
-
-
-@pytest.fixture(scope="module")
-def mutate():
-    import mutate
-    import mutate_jpeg  # noqa: F401 (registers its kinds)
-
-    return mutate
 
 
 def test_thousands_of_damaged_files(tmp_path):
@@ -34,31 +29,31 @@ def test_thousands_of_damaged_files(tmp_path):
     assert "failures: 0" in done.stdout
 
 
-def test_cases_are_the_same_in_every_run(mutate, tmp_path):
+def test_cases_are_the_same_in_every_run(tmp_path):
     names = sorted(mutate.KINDS)
     for case in range(20):
         files = []
         for _ in range(2):
-            rng, draft = Random(case), mutate.bases()[case % 4].copy()
+            rng, draft = Random(case), bases()[case % 4].copy()
             mutate.apply(draft, rng.choice(names), rng)
             draft.write(tmp_path / "x")
             files.append((tmp_path / "x").read_bytes())
         assert files[0] == files[1]
 
 
-def test_every_kind_of_damage_changes_something(mutate):
+def test_every_kind_of_damage_changes_something():
     def state(draft):
         return draft.head, draft.body, draft.rows, draft.cut
 
-    sound = [state(base) for base in mutate.bases()]
+    sound = [state(base) for base in bases()]
     for name in mutate.KINDS:
         changed = 0
         for seed in range(40):
-            draft = mutate.bases()[seed % len(sound)].copy()
+            draft = bases()[seed % len(sound)].copy()
             mutate.apply(draft, name, Random(seed))
             changed += state(draft) != sound[seed % len(sound)]
         assert changed, name
-    assert [state(base) for base in mutate.bases()] == sound  # copies share nothing with their base
+    assert [state(base) for base in bases()] == sound  # copies share nothing with their base
 
 
 def decoded(path):
@@ -74,9 +69,9 @@ def decoded(path):
 
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("base", [0, 1])
-def test_named_attacks(mutate, tmp_path, name, base):
+def test_named_attacks(tmp_path, name, base):
     change, when, message = ATTACKS[name]
-    draft, sample = mutate.bases()[base].copy(), 1 + base
+    draft, sample = bases()[base].copy(), 1 + base
     draft.write(tmp_path / "sound")
     if "restart" in name and base == 0:
         pytest.skip("this file has no restart markers")

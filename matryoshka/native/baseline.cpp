@@ -1,7 +1,6 @@
 #include "baseline.hpp"
 
 #include <algorithm>
-#include <cstring>
 
 #include "kernels.hpp"
 
@@ -38,24 +37,16 @@ bool BaselineDecoder::accepts(const Tiles& tiles) {
   return f.components == 1 || blocks <= 10;
 }
 
-// Without the zeros behind each 0xFF. Only stuffed ones are here: Tiles has found no marker.
-void BaselineDecoder::unstuff(Bytes segment) {
-  if (segment_.size() < segment.size + kSegmentPadding) segment_.resize(segment.size + kSegmentPadding);
-  uint8_t* to = segment_.data();
-  const uint8_t* from = segment.data;
-  const uint8_t* const end = from + segment.size;
-  while (from < end) {
-    const uint8_t* stop = static_cast<const uint8_t*>(std::memchr(from, 0xFF, end - from));
-    if (!stop) stop = end;
-    std::memcpy(to, from, stop - from);
-    to += stop - from;
-    from = stop;
-    while (from < end && *from == 0xFF) ++from;
-    if (from < end) *to++ = 0xFF, ++from;  // else: the file ends within a pair
+// Behind the last MCU of [begin, end) that lies in the box, or begin.
+int64_t BaselineDecoder::end_of_wanted(int64_t begin, int64_t end) const {
+  const int first_row = std::max(static_cast<int>(begin / scan_.columns), scan_.top);
+  int row = std::min(static_cast<int>((end - 1) / scan_.columns), scan_.bottom - 1);
+  for (; row >= first_row; --row) {
+    const int64_t row_begin = int64_t{row} * scan_.columns;
+    const int64_t low = std::max(begin, row_begin + scan_.left), high = std::min(end, row_begin + scan_.right);
+    if (low < high) return high;
   }
-  scan_.data = segment_.data();
-  scan_.size = to - segment_.data();
-  std::memset(to, 0, kSegmentPadding);
+  return begin;
 }
 
 Status BaselineDecoder::decode(Tiles& tiles, const Crop& crop) {
@@ -88,20 +79,18 @@ Status BaselineDecoder::decode(Tiles& tiles, const Crop& crop) {
     plane.pixels = c.plane + y * c.stride + x;
   }
 
-  for (int64_t k = number(scan_.top, scan_.left); k <= last_segment; ++k) {
+  // A header whose interval is not that of the data puts all blocks at wrong places. One segment that is read to
+  // its end shows it; the image's last one may be shorter and shows nothing.
+  const int64_t first_segment = number(scan_.top, scan_.left);
+  const int64_t probe = std::min(first_segment, (total - 1) / interval - 1);
+  for (int64_t k = std::max(int64_t{0}, std::min(probe, first_segment)); k <= last_segment; ++k) {
     const int64_t begin = k * interval, end = std::min(begin + interval, total);
-    const int first_row = std::max(static_cast<int>(begin / f.columns), scan_.top);
-    int64_t wanted_end = begin;
-    for (int row = std::min(static_cast<int>((end - 1) / f.columns), scan_.bottom - 1); row >= first_row; --row) {
-      const int64_t row_begin = int64_t{row} * f.columns;
-      const int64_t low = std::max(begin, row_begin + scan_.left), high = std::min(end, row_begin + scan_.right);
-      if (low >= high) continue;
-      wanted_end = high;
-      break;
-    }
+    const int64_t wanted_end = k == probe ? end : end_of_wanted(begin, end);
     if (wanted_end == begin) continue;
     if (tiles.segment(k).size > kMaxBytes) return Status::too_large;
-    unstuff(tiles.segment(k));
+    const Bytes data = tiles.unstuffed(k);
+    scan_.data = data.data;
+    scan_.size = data.size;
     scan_.first = begin;
     scan_.last = wanted_end;
     scan_.complete = wanted_end == end && end < total;

@@ -26,13 +26,13 @@ class BaselineDecoder {
   const PlaneView* views() const { return plane_; }
 
  private:
-  void unstuff(Bytes segment);
+  int64_t end_of_wanted(int64_t begin, int64_t end) const;
 
   HuffmanTable tables_[2][4] = {};
   uint16_t factors_[4][kZigzag] = {};
   BlockScan scan_{};
   PlaneView plane_[3] = {};
-  std::vector<uint8_t> segment_, memory_;
+  std::vector<uint8_t> memory_;
 };
 
 }  // namespace matryoshka

@@ -174,7 +174,7 @@ nb::bytes written(Write write) {
     status = write(writer);
   }
   require_ok(status);
-  return nb::bytes(writer.data(), writer.size());
+  return nb::bytes(writer.result().data, writer.result().size);
 }
 
 nb::bytes encode(Pixels image, int quality, int tile) {

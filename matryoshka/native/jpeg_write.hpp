@@ -6,7 +6,9 @@
 #include <memory>
 
 #include "bytes.hpp"
+#include "recode.hpp"
 #include "status.hpp"
+#include "tiles.hpp"
 
 namespace matryoshka {
 
@@ -26,12 +28,14 @@ class JpegWriter {
   // The coefficients of a baseline JPEG, unchanged, without its metadata.
   Status transcode(Bytes jpeg, int tile);
   // The last image, until the next one.
-  const uint8_t* data() const;
-  size_t size() const;
+  Bytes result() const { return result_; }
 
  private:
   struct State;
   std::unique_ptr<State> state_;
+  Tiles tiles_;
+  Recoder recoder_;
+  Bytes result_{};
 };
 
 }  // namespace matryoshka

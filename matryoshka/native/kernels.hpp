@@ -9,6 +9,7 @@
 namespace matryoshka {
 
 struct BlockScan;
+struct RecodeScan;
 
 constexpr int kBatch = 16;         // rows resampled together
 constexpr int kMaxNarrowTaps = 64;  // up to here the truncation of 16-bit products stays below 1/8 grey level
@@ -33,6 +34,8 @@ struct Kernels {
                      int width);
   // Entropy decoding and inverse DCT of a run of MCUs, see entropy.hpp. False for damage.
   bool (*decode_blocks)(BlockScan& scan);
+  // Entropy-coded MCUs with other restart markers, see recode.hpp. False for damage.
+  bool (*recode_blocks)(RecodeScan& scan);
 };
 
 const Kernels& kernels();

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <numeric>
 
+#include "entropy.hpp"
+
 namespace matryoshka {
 namespace {
 
@@ -164,6 +166,8 @@ bool Tiles::parse(Bytes jpeg) {
 }
 
 bool Tiles::find_segments(size_t last) {
+  const size_t mcus = static_cast<size_t>(frame_.columns) * frame_.rows;
+  const size_t total = frame_.interval ? (mcus + frame_.interval - 1) / frame_.interval : 1;
   segments_.clear();
   segments_.push_back(frame_.scan);
   const uint8_t* const end = jpeg_.data + jpeg_.size;
@@ -176,21 +180,46 @@ bool Tiles::find_segments(size_t last) {
     if (at == end) break;
     const uint8_t marker = *at++;
     if (marker == 0) continue;
+    const bool is_restart = kFirstRestart <= marker && marker < kFirstRestart + 8;
     const bool is_last = segments_.size() == last + 1;
+    if (is_last && segments_.size() == total) {
+      last_end_ = first - jpeg_.data;
+      return !is_restart;
+    }
+    if (marker != kFirstRestart + (segments_.size() - 1) % 8) return false;
     if (is_last) {
       last_end_ = first - jpeg_.data;
       return true;
     }
-    if (marker != kFirstRestart + (segments_.size() - 1) % 8) return false;
     segments_.push_back(at - jpeg_.data);
   }
   last_end_ = jpeg_.size;  // a file may lack its end marker
-  return segments_.size() == last + 1;
+  return segments_.size() == total && last + 1 == total;
 }
 
 Bytes Tiles::segment(size_t k) const {
   const size_t begin = segments_[k], end = k + 1 < segments_.size() ? segments_[k + 1] - 2 : last_end_;
   return {jpeg_.data + begin, end - begin};
+}
+
+// Only stuffed zeros are left out: find_segments has found no other marker.
+Bytes Tiles::unstuffed(size_t k) {
+  const Bytes from = segment(k);
+  if (unstuffed_.size() < from.size + kSegmentPadding) unstuffed_.resize(from.size + kSegmentPadding);
+  uint8_t* to = unstuffed_.data();
+  const uint8_t* at = from.data;
+  const uint8_t* const end = at + from.size;
+  while (at < end) {
+    const uint8_t* stop = static_cast<const uint8_t*>(std::memchr(at, 0xFF, end - at));
+    if (!stop) stop = end;
+    std::memcpy(to, at, stop - at);
+    to += stop - at;
+    at = stop;
+    while (at < end && *at == 0xFF) ++at;
+    if (at < end) *to++ = 0xFF, ++at;  // else: the file ends within a pair
+  }
+  std::memset(to, 0, kSegmentPadding);
+  return {unstuffed_.data(), static_cast<size_t>(to - unstuffed_.data())};
 }
 
 void Tiles::write_header(int width, int height) {

@@ -50,6 +50,9 @@ class Tiles {
   // missing or out of order.
   bool find_segments(size_t last);
   Bytes segment(size_t k) const;
+  // Its entropy-coded data without the zeros behind each 0xFF, until the next call; kSegmentPadding zeros follow.
+  Bytes unstuffed(size_t k);
+  const std::vector<HeaderPart>& header() const { return header_; }
 
   Bytes stream() const { return {stream_.data(), stream_.size()}; }
   // Where a decoder of the whole stream has to arrive, or null if it may stop before.
@@ -63,7 +66,7 @@ class Tiles {
   std::vector<HeaderPart> header_;
   std::vector<size_t> segments_;  // where each begins; its marker stands in the two bytes before
   size_t last_end_ = 0;           // of the last segment looked for
-  std::vector<uint8_t> stream_;
+  std::vector<uint8_t> stream_, unstuffed_;
   size_t data_end_ = 0;
   int x_ = 0, y_ = 0;
 };

@@ -1,0 +1,172 @@
+"""Uses one damaged .beton file in every way; the fuzzer compares with what the sound file gave."""
+
+from functools import cache
+from pathlib import Path
+from random import Random
+
+import mutate_bases
+import numpy as np
+from matryoshka.train import check_data
+
+from matryoshka.data import BetonError, BetonFile, CenterCrop, Loader, RandomResizedCrop, _native
+from matryoshka.data.sources import decode_image
+
+RANDOM, SMALL = ((0.08, 1.0), (0.75, 4 / 3), 0.5), ((0.01, 0.05), (0.5, 2.0), 0.5)
+# name, crops of (width, height, index), output side, exact pixels or those for training
+VIEWS = [("whole", lambda w, h, _: whole(w, h), 16, True)]
+VIEWS += [("centre", lambda w, h, _: _native.center_crops(w, h, 0.875), 96, True)]
+for _k in range(3):
+    _random = lambda w, h, i, k=_k: _native.random_crops(w, h, i, 7, k, *RANDOM)  # noqa: E731
+    _tiny = lambda w, h, i, k=_k: _native.random_crops(w, h, i, 7, k, *SMALL)  # noqa: E731
+    VIEWS += [(f"random {_k}", _random, 128, True), (f"tiny {_k}", _tiny, 24, True)]
+    VIEWS += [(f"training {_k}", _random, 64, False), (f"training tiny {_k}", _tiny, 24, False)]
+VIEWS += [("training small", lambda w, h, _: whole(w, h), 12, False)]  # may decode at half size
+
+
+def whole(width, height):
+    return np.stack([0 * width, 0 * width, width, height, 0 * width], 1).astype(np.int32)
+
+
+class Failure(Exception):
+    """What must not happen, in words."""
+
+
+def decode(pool, data: BetonFile, view) -> tuple[np.ndarray, np.ndarray]:
+    """(status, pixels) of every sample."""
+    indices = np.arange(len(data))
+    samples = data.fetch(indices)
+    crops = view[1](samples.width, samples.height, indices)
+    out = np.full((len(data), view[2], view[2], 3), 7, np.uint8)
+    status = _native.decode_batch(
+        pool, samples.data, samples.offset, samples.size, samples.mode, samples.width, samples.height, crops,
+        out, view[3],
+    )  # fmt: skip
+    if out[status != 0].any():
+        raise Failure(f"{view[0]}: a refused sample has left pixels")
+    return status, out
+
+
+def compare_with_whole_decode(pool, data: BetonFile, view, status: np.ndarray, out: np.ndarray) -> None:
+    """A crop must be that of the whole image, whichever bytes the decoder looked at."""
+    for i in np.flatnonzero((status == 0) & (data.mode == 0)).tolist():
+        start, size = int(data.offset[i]), int(data.size[i])
+        try:
+            pixels = _native.decode(data.fetch(np.array([i])).data[start : start + size])
+        except ValueError:
+            continue  # the damage lies outside the crop
+        shape = [np.array([n], np.int32) for n in pixels.shape[1::-1]]
+        raw, index = pixels.reshape(-1), np.array([i])
+        again = np.empty((1, view[2], view[2], 3), np.uint8)
+        zero, one = np.zeros(1, np.uint64), np.ones(1, np.uint8)
+        crops = view[1](*shape, index)
+        _native.decode_batch(pool, raw, zero, np.array([raw.size], np.uint64), one, *shape, crops, again)
+        if (again[0] != out[i]).any():
+            raise Failure(f"{view[0]}: sample {i}: the crop differs from that of the whole image")
+
+
+def probe(pool, path: Path, rng: Random, expected: dict | None) -> dict:
+    """Uses a file in every way. expected: {view: pixels} and labels of the sound file, None to return these."""
+    try:
+        data = BetonFile(path)
+    except BetonError as error:
+        check_message(error, path)
+        return {"outcome": "refused", "reason": str(error)}
+    labels = data.labels.tolist() if any(kind == 1 for _, kind in data.fields) else None
+    results = {view[0]: decode(pool, data, view) for view in (VIEWS if expected is None else picked(rng))}
+    if expected is None:
+        # What the training decoder finds damaged libjpeg may decode, as it does for evaluation.
+        libjpeg = {view[0]: decode(pool, data, (*view[:3], True))[1] for view in VIEWS}
+        return results | {"labels": labels, "libjpeg": libjpeg}
+    refused, stricter = np.zeros(len(data), np.uint8), False
+    changed = len(data) != len(next(iter(expected.values()))[0])
+    for name, (status, out) in results.items():
+        stricter = stricter or bool(((status != 0) & (results["whole"][0] == 0)).any())
+        refused = np.maximum(refused, status)
+        if not changed:
+            ok = status == 0
+            changed = not all(map(same_pixels, out[ok], expected[name][1][ok], expected["libjpeg"][name][ok]))
+    if rng.random() < 0.3:
+        view = rng.choice([view for view in VIEWS if view[0] in results and view[3]])
+        compare_with_whole_decode(pool, data, view, *results[view[0]])
+    if rng.random() < 0.2:
+        compare_after_others(data)
+    if rng.random() < 0.1:
+        as_file_of_its_own(data, rng.randrange(len(data)))
+    for name, _ in data.fields:
+        try:
+            data.field(name, np.arange(len(data)))
+        except BetonError as error:
+            check_message(error, path)
+    if rng.random() < 0.05:
+        check_data.describe(data)
+        check_data.info_text(check_data.describe(data))
+    if rng.random() < 0.03:
+        through_loader(path, data, rng)
+    return {
+        "outcome": "samples refused" if refused.any() else "decodes",
+        "reason": _native.status_message(int(refused.max())),
+        "changed": changed,
+        "stricter": stricter,
+        "labels": labels != expected["labels"],
+    }
+
+
+def same_pixels(out: np.ndarray, sound: np.ndarray, libjpeg: np.ndarray) -> bool:
+    """Of one sample. Where libjpeg decodes at half size for training, it is as good as the mean colour error says."""
+    if (out == sound).all() or (out == libjpeg).all():
+        return True
+    halved = len(out) == VIEWS[-1][2]
+    return halved and bool(np.abs(out.astype(int) - libjpeg).mean() < 3)
+
+
+def picked(rng: Random) -> list:
+    return [VIEWS[0], *rng.sample(VIEWS[1:], 4)]
+
+
+def as_file_of_its_own(data: BetonFile, index: int) -> None:
+    """What the writer does with the bytes of an image."""
+    samples = data.fetch(np.array([index]))
+    content = samples.data[int(samples.offset[0]) : int(samples.offset[0] + samples.size[0])].tobytes()
+    for use in (_native.jpeg_size, _native.decode, _native.transcode, decode_image):
+        try:
+            result = use(content)
+        except ValueError:
+            continue
+        if use is _native.transcode and (_native.decode(result) != _native.decode(content)).any():
+            raise Failure("transcode changes pixels")
+
+
+def through_loader(path: Path, data: BetonFile, rng: Random) -> None:
+    image = rng.choice([RandomResizedCrop(20), CenterCrop(24)])
+    try:
+        for batch in Loader(path, rng.randint(1, 4), order="random", image=image, num_workers=2, seed=rng.randrange(9)):
+            if batch.images.shape[1:] != (image.size, image.size, 3):
+                raise Failure(f"the loader made {batch.images.shape}")
+    except BetonError as error:
+        check_message(error, path)
+        if "sample" not in str(error) and "no integer field" not in str(error):
+            raise Failure(f"an error that names no sample: {error}") from None
+
+
+def compare_after_others(data: BetonFile) -> None:
+    """The pixels of an image must not depend on the image that its thread has decoded before."""
+    pool, results = _native.Pool(1), []
+    for quality in (5, 95):
+        _native.decode_batch(pool, *neighbour(quality))
+        results.append(decode(pool, data, VIEWS[0]))
+    (status, out), (status_2, out_2) = results
+    if (status != status_2).any() or (out != out_2).any():
+        raise Failure("the result depends on the image decoded before")
+
+
+@cache
+def neighbour(quality: int) -> tuple:
+    jpeg = _native.encode(np.asarray(mutate_bases.picture(16, 16, 0)), quality)
+    size, crops = np.array([16], np.int32), np.array([[0, 0, 16, 16, 0]], np.int32)
+    spans = np.zeros(1, np.uint64), np.array([len(jpeg)], np.uint64), np.zeros(1, np.uint8)
+    return jpeg, *spans, size, size, crops, np.empty((1, 8, 8, 3), np.uint8)
+
+
+def check_message(error: BetonError, path: Path) -> None:
+    if str(path) not in str(error) or not str(error).isprintable():
+        raise Failure(f"not a message of one line that names the file: {error!r}")
