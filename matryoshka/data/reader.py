@@ -15,6 +15,7 @@ import mmap
 import os
 import stat
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +23,8 @@ import numpy as np
 
 from matryoshka.data import fields, layout
 from matryoshka.data.layout import BetonError, Samples
+
+PART = 1 << 16  # rows of metadata looked at together
 
 
 def manifest_path(path: str | os.PathLike) -> Path:
@@ -32,6 +35,11 @@ def manifest_path(path: str | os.PathLike) -> Path:
 def printable(text: str) -> str:
     """`text` from a file as it may go to a terminal: on one line, control characters as escapes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _not_empty(rows: np.ndarray) -> np.ndarray:
+    """An empty value has a region without bytes, at a place that means nothing."""
+    return rows if rows["size"].all() else rows[rows["size"] > 0]
 
 
 class BetonFile:
@@ -55,8 +63,6 @@ class BetonFile:
         self._read_header()
         self._read_fields()
         self._read_samples()
-        if hasattr(mmap, "MADV_DONTNEED"):  # the arrays are copies: hand the pages of metadata and table back
-            file.madvise(mmap.MADV_DONTNEED)
         self._read_manifest()
 
     # ------------------------------------------------------------------------------------------ use
@@ -228,22 +234,27 @@ class BetonFile:
                 f"metadata of {self._num_samples} samples ends at byte {self._records_end}, "
                 f"behind the start of the allocation table ({self._table})"
             )
-        records = self._records()
         label = self._field(layout.INT, "label")
-        self._labels = None if label is None else records[label].astype(np.int64)
-        image = records[self._image]
-        self.mode = image["mode"].copy()
-        self.width = image["width"].astype(np.int32)
-        self.height = image["height"].astype(np.int32)
-        self.offset = image["pointer"].astype(np.uint64)
+        n = self._num_samples
+        self._labels = None if label is None else np.empty(n, np.int64)
+        self.width, self.height = np.empty(n, np.int32), np.empty(n, np.int32)
+        self.mode, self.offset, self.size = np.empty(n, np.uint8), np.empty(n, np.uint64), np.zeros(n, np.uint64)
+        for part, records in self._parts(self._record, self._fields_end, n):
+            if self._labels is not None:
+                self._labels[part] = records[label]
+            image = records[self._image]
+            self.width[part], self.height[part] = image["width"], image["height"]
+            self.mode[part], self.offset[part] = image["mode"], image["pointer"]
         self._reject((self.width == 0) | (self.height == 0), "has no pixels (width or height is 0)")
         self._reject(self.mode > layout.RAW, "has an unknown mode (neither jpg nor raw)")
-        table = self._regions()
-        self._check_overlap(table)
-        self.size = self._join(table)
-        pixels = self.width.astype(np.uint64) * self.height.astype(np.uint64)
-        wrong = (self.mode == layout.RAW) & (self.size != 3 * pixels)
-        self._reject(wrong, "is stored raw in a region that is not 3 x width x height bytes")
+        self._read_table()
+        self._reject(self.size == 0, "points to bytes that are not the start of one of its regions")
+        for start in range(0, n, PART):
+            part = slice(start, start + PART)
+            pixels = self.width[part].astype(np.uint64) * self.height[part].astype(np.uint64)
+            wrong = (self.mode[part] == layout.RAW) & (self.size[part] != 3 * pixels)
+            which = np.arange(start, start + len(wrong))
+            self._reject(wrong, "is stored raw in a region that is not 3 x width x height bytes", which)
 
     def _reject(self, wrong: np.ndarray, reason: str, sample: np.ndarray | None = None) -> None:
         """BetonError for the first True of `wrong`; its sample is its position, or given by `sample`."""
@@ -251,36 +262,53 @@ class BetonFile:
             first = int(wrong.argmax())
             raise self._error(f"sample {first if sample is None else sample[first]} {reason}")
 
-    def _regions(self) -> np.ndarray:
-        """The rows of the allocation table that hold bytes, each inside the pages and inside one page."""
-        rows = (self._size - self._table) // layout.TABLE_ROW.itemsize
-        table = self._rows(layout.TABLE_ROW, self._table, rows)
-        if not table["size"].all():  # an empty value has a region without bytes, at a place that means nothing
-            table = table[table["size"] > 0]
-        sample, pointer, size = table["sample"], table["pointer"], table["size"]
+    def _parts(self, dtype: np.dtype, offset: int, count: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """(which of `count` rows, these rows); what was read is handed back, so opening a file needs little memory."""
+        for start in range(0, count, PART):
+            part = slice(start, min(start + PART, count))
+            begin, end = offset + start * dtype.itemsize, offset + part.stop * dtype.itemsize
+            yield part, self._rows(dtype, begin, part.stop - start)
+            if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+                begin -= begin % mmap.PAGESIZE
+                self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def _table_rows(self) -> int:
+        return (self._size - self._table) // layout.TABLE_ROW.itemsize
+
+    def _read_table(self) -> None:
+        """Bytes of every image: its sample's region that starts where the record says. Checks all regions."""
+        ordered, end = True, np.uint64(0)
+        for _, part in self._parts(layout.TABLE_ROW, self._table, self._table_rows()):
+            rows = self._checked(_not_empty(part))
+            sample, pointer, size = rows["sample"], rows["pointer"], rows["size"]
+            is_image = pointer == self.offset[sample]  # other fields have regions, too
+            self.size[sample[is_image]] = size[is_image]
+            if len(rows) and ordered:
+                ends = np.concatenate([[end], pointer + size])
+                ordered, end = bool((pointer >= ends[:-1]).all()), ends[-1]
+        if not ordered:  # FFCV's table is in the order in which its workers finished
+            rows = self._regions()
+            pointer = rows["pointer"]
+            order = np.argsort(pointer, kind="stable")
+            pointer, size = pointer[order], rows["size"][order]
+            self._reject(
+                pointer[1:] < pointer[:-1] + size[:-1], "has a region that overlaps the next one", rows["sample"][order]
+            )
+
+    def _checked(self, rows: np.ndarray) -> np.ndarray:
+        """Each inside the pages and inside one page."""
+        sample, pointer, size = rows["sample"], rows["pointer"], rows["size"]
         self._reject(sample >= self._num_samples, "of the allocation table does not exist", sample)
         outside = (pointer < self._records_end) | (pointer > self._table) | (size > self._table - pointer)
         self._reject(outside, f"has a region outside the pages (bytes {self._records_end} to {self._table})", sample)
         shift = np.uint64(self._page_size.bit_length() - 1)
         crosses = (pointer >> shift) != ((pointer + size - np.uint64(1)) >> shift)
         self._reject(crosses, "has a region that crosses the end of a page", sample)
-        return table
+        return rows
 
-    def _check_overlap(self, table: np.ndarray) -> None:
-        sample, pointer, size = table["sample"], table["pointer"], table["size"]
-        if (pointer[1:] <= pointer[:-1]).any():  # FFCV's table is in the order in which its workers finished
-            order = np.argsort(pointer, kind="stable")
-            sample, pointer, size = sample[order], pointer[order], size[order]
-        overlap = pointer[1:] < pointer[:-1] + size[:-1]
-        self._reject(overlap, "has a region that overlaps the next one", sample)
-
-    def _join(self, table: np.ndarray) -> np.ndarray:
-        """Bytes of every image, uint64 [N]: its sample.s region that starts where the record says."""
-        is_image = table["pointer"] == self.offset[table["sample"]]  # other fields have regions, too
-        found = np.zeros(self._num_samples, np.uint64)
-        found[table["sample"][is_image]] = table["size"][is_image]
-        self._reject(found == 0, "points to bytes that are not the start of one of its regions")
-        return found
+    def _regions(self) -> np.ndarray:
+        """The rows of the allocation table that hold bytes."""
+        return _not_empty(self._rows(layout.TABLE_ROW, self._table, self._table_rows()))
 
     def _read_manifest(self) -> None:
         self.manifest: dict | None = None
