@@ -20,7 +20,7 @@ $(BIN)/uv:
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
 
 .venv/.ready: requirements.txt $(SOURCES) | $(BIN)/uv
-	@sh native-deps.sh
+	@sh system-deps.sh native
 	@echo "setup: requirements.txt and the native core (a minute on a new machine)"
 	@$(UV) --reinstall-package matryoshka -r requirements.txt
 	@touch $@
@@ -62,9 +62,9 @@ else
 endif
 
 # FFCV and the other peers live in an environment of their own: they need Python 3.11 and 700 MB of system packages.
-$(FFCV)/.ready: requirements.txt requirements-dev.txt requirements-ffcv.txt ffcv-deps.sh $(SOURCES) | $(BIN)/uv
-	@sh native-deps.sh
-	@sh ffcv-deps.sh
+$(FFCV)/.ready: requirements.txt requirements-dev.txt requirements-ffcv.txt system-deps.sh $(SOURCES) | $(BIN)/uv
+	@sh system-deps.sh native
+	@sh system-deps.sh ffcv
 	@test -x $(FFCV)/bin/python || { echo "setup: $(FFCV)"; $(BIN)/uv venv --quiet --python 3.11 $(FFCV); }
 	@echo "setup: requirements.txt, FFCV and the native core (minutes on a new machine)"
 	@$(UV_FFCV) --reinstall-package matryoshka --config-settings=build-dir=build/ffcv-{wheel_tag} \

@@ -176,6 +176,15 @@ def test_a_file_that_is_cut_while_it_is_used(paged, tmp_path, order):
         PagedFile(loader.dataset)
 
 
+def test_a_mapped_file_that_is_cut_while_it_is_used(paged, tmp_path):
+    path = tmp_path / "cut.beton"
+    path.write_bytes(paged.read_bytes())
+    loader = Loader(path, 8, order="random", image=CenterCrop(16), prefetch=1)
+    os.truncate(path, PAGE)
+    with pytest.raises(BetonError, match=rf"cut\.beton: was cut off while it was in use: {PAGE} of"):
+        list(loader)
+
+
 def test_a_read_error_names_the_file(paged, monkeypatch):
     def broken(*_):
         raise OSError(5, "Input/output error")

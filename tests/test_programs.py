@@ -237,6 +237,13 @@ MISTAKES = [
     (["--resolution.min_res=0"], ["resolution.min_res"]),
     (["--validation.crop_ratio=2"], ["validation.crop_ratio"]),
     (["--lr.lr=-1"], ["lr.lr"]),
+    (["--data.order=sorted"], ["data.order", "sorted", "quasi_random"]),
+    (["--data.window_pages=0"], ["data.window_pages=0"]),
+    (["--data.on_error=ignore"], ["data.on_error", "ignore", "skip"]),
+    (["--data.loader=dali"], ["data.loader", "dali", "ffcv"]),
+    (["--data.loader=ffcv", "--data.resident=1"], ["data.resident", "data.loader=native"]),
+    (["--data.num_workers=-1"], ["data.num_workers=-1"]),
+    (["--training.seed=-1"], ["training.seed=-1"]),
 ]
 
 

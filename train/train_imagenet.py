@@ -133,8 +133,9 @@ def check(cfg: SimpleNamespace, processes: int) -> None:
                         ("validation.batch_size", cfg.validation.batch_size)):  # fmt: skip
         if value < 1:
             raise config.ConfigError(f"{name}={value}: expected 1 or more")
-    if data.num_workers < 0 or training.seed < 0:
-        raise config.ConfigError("data.num_workers and training.seed must not be negative")
+    for name, value in (("data.num_workers", data.num_workers), ("training.seed", training.seed)):
+        if value < 0:
+            raise config.ConfigError(f"{name}={value}: expected 0 or more")
     check_crops(cfg)
     check_loader(cfg)
     distributed.check(training.distributed, training.device)

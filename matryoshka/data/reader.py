@@ -83,10 +83,9 @@ class BetonFile:
     def fetch(self, indices: np.ndarray) -> Samples:
         """The stored images of `indices` (int64 [B]) as places in the memory map: nothing is copied.
 
-        IndexError for an index outside the file, BetonError when the file was closed.
+        IndexError for an index outside the file, BetonError when the file was closed or cut off meanwhile.
         """
-        if self._map is None:
-            raise self._error("is closed")
+        self._check_open()
         columns = (self.offset, self.size, self.mode, self.width, self.height)
         return Samples(self._data, *(column[indices] for column in columns))
 
@@ -97,8 +96,7 @@ class BetonFile:
         IndexError for an index outside the file. BetonError for a field that is not there or that is the image
         (`fetch` finds images), for damage, and when the file was closed.
         """
-        if self._map is None:
-            raise self._error("is closed")
+        self._check_open()
         names = [known for known, _ in self.fields]
         if name not in names:
             raise self._error(f"has no field {name!r}; it has {', '.join(map(repr, names))}")
@@ -158,6 +156,12 @@ class BetonFile:
         self.close()
 
     # --------------------------------------------------------------------------------------- checks
+
+    def _check_open(self) -> None:
+        if self._map is None:
+            raise self._error("is closed")
+        if (now := self._map.size()) < self._size:  # to read what is gone would end the process (SIGBUS)
+            raise self._error(f"was cut off while it was in use: {now} of {self._size} bytes are left")
 
     def _error(self, reason: str) -> BetonError:
         return BetonError(f"{self.path}: {reason}")
