@@ -82,11 +82,12 @@ interop: $(FFCV)/.ready
 
 bench-peers: $(FFCV)/.ready-peers
 
-# PHOTOS: a folder of class folders with JPEG photos. Without `make bench-peers` some peers are missing, by name.
+# PHOTOS, SMALL: folders of class folders, of JPEG photos and of 32-pixel images. Without `make bench-peers` some peers
+# are missing, by name.
 bench: setup
 	@if [ -e $(FFCV)/.ready-peers ]; then $(MAKE) --no-print-directory bench-peers; fi
 	@if [ -e $(FFCV)/.ready-peers ]; then bin=$(FFCV)/bin; else bin=$(BIN); fi; \
-	  $$bin/python bench/loader.py $(if $(PHOTOS),--photos $(PHOTOS)) $(BENCH_ARGS)
+	  $$bin/python bench/loader.py $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(SMALL),--small $(SMALL)) $(BENCH_ARGS)
 
 clean:
 	rm -rf .venv $(FFCV) build

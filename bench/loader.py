@@ -72,6 +72,9 @@ OPEN = "open 1.28 M"
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--photos", type=Path, help="folder of class folders; default: pieces of scikit-learn's two photos")
+    p.add_argument(
+        "--small", type=Path, help="folder of class folders of 32-pixel images (CIFAR); default: pieces of a photo"
+    )
     p.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     p.add_argument("--blocks", type=int, default=5)
     p.add_argument("--images", type=int, default=450, help="at least so many photos in a block, by repetition")
@@ -87,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         table = Table()
         if OPEN in wanted:  # first: it forks
             opening(Path(scratch), args.many, args.blocks, args.peers, table)
-        material = Material(Path(scratch), args.photos, args.images, "FFCV" in args.peers)
+        material = Material(Path(scratch), args.photos, args.images, "FFCV" in args.peers, args.small)
         table.failed |= material.failed
         describe(material)
         for name in wanted:

@@ -23,6 +23,7 @@ class Material:
     photos: Path | None
     images: int
     with_ffcv: bool = True
+    small_photos: Path | None = None
     failed: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -33,7 +34,7 @@ class Material:
         self.jpg, self.raw, self.small = (self.root / f"{name}.beton" for name in ("jpg", "raw", "small"))
         write_beton(data, self.jpg, max_resolution=500, write_mode="jpg", jpeg_quality=90)
         write_beton(data, self.raw, max_resolution=256, write_mode="raw")
-        self.pieces = _pieces(data, 16 * self.images)
+        self.pieces = _pieces(data, 16 * self.images) if self.small_photos is None else _small(self.small_photos)
         write_beton(_Pieces(self.pieces), self.small, max_resolution=SMALL, write_mode="raw")
         self.ffcv = self.root / "ffcv.beton"
         if not self.with_ffcv:
@@ -78,6 +79,12 @@ def _pieces(data: ImageFolder, n: int) -> np.ndarray:
     y = rng.integers(0, photo.shape[0] - SMALL + 1, n)
     x = rng.integers(0, photo.shape[1] - SMALL + 1, n)
     return np.stack([photo[b : b + SMALL, a : a + SMALL] for a, b in zip(x, y, strict=True)])
+
+
+def _small(folder: Path) -> np.ndarray:
+    """uint8 [n, SMALL, SMALL, 3], every image of a folder, as CIFAR's are."""
+    data = ImageFolder(folder)
+    return np.stack([np.asarray(Image.open(data.path / data.name(i)).convert("RGB")) for i in range(len(data))])
 
 
 class _Pieces:
