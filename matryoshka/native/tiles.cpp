@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <numeric>
 
 #include "entropy.hpp"
 
@@ -242,7 +241,8 @@ void Tiles::write_header(int width, int height) {
 
 bool Tiles::splice(const Crop& crop) {
   const Frame& f = frame_;
-  if (f.interval == 0 || jpeg_.size > UINT32_MAX) return false;
+  // Other intervals than divisors of a row: a segment read only in part would not show that the header lies about it.
+  if (f.interval == 0 || f.columns % f.interval || jpeg_.size > UINT32_MAX) return false;
   // Where chroma has fewer samples, a pixel depends on the sample beside its own as well, 2 pixels away.
   const int margin_x = f.max_h > 1 ? 2 : 0, margin_y = f.max_v > 1 ? 2 : 0;
   int left = std::max(0, crop.x - margin_x) / f.mcu_width;
@@ -250,19 +250,11 @@ bool Tiles::splice(const Crop& crop) {
   int top = std::max(0, crop.y - margin_y) / f.mcu_height;
   int bottom = std::min(f.rows, round_up(crop.y + crop.height + margin_y, f.mcu_height));
 
-  const bool tiled = f.columns % f.interval == 0;
-  // Rows of MCUs after which a segment begins at the left edge again.
-  const int period = f.interval / std::gcd(f.interval, f.columns);
-  top = top / period * period;
-  if (tiled) {
-    left = left / f.interval * f.interval;
-    right = round_up(right, f.interval) * f.interval;
-    // libjpeg upsamples images of up to 2 chroma columns in another way: an edge tile may be as narrow as that.
-    const int width = std::min(f.width, right * f.mcu_width) - left * f.mcu_width;
-    if (width < 4 * f.max_h) left = std::max(0, left - f.interval);
-  } else {
-    left = 0, right = f.columns;
-  }
+  left = left / f.interval * f.interval;
+  right = round_up(right, f.interval) * f.interval;
+  // libjpeg upsamples images of up to 2 chroma columns in another way: an edge tile may be as narrow as that.
+  const int width = std::min(f.width, right * f.mcu_width) - left * f.mcu_width;
+  if (width < 4 * f.max_h) left = std::max(0, left - f.interval);
   if (left == 0 && right == f.columns && top == 0) return false;  // nothing to leave out but the end
 
   const auto segment = [&](int row, int column) {
@@ -282,17 +274,11 @@ bool Tiles::splice(const Crop& crop) {
     for (size_t k = from + 1; k <= to; ++k)
       stream_[shift + segments_[k] - begin - 1] = static_cast<uint8_t>(kFirstRestart + restarts++ % 8);
   };
-  if (tiled) {
-    for (int row = top; row < bottom; ++row) {
-      if (row > top) stream_.insert(stream_.end(), {0xFF, static_cast<uint8_t>(kFirstRestart + restarts++ % 8)});
-      copy(segment(row, left), segment(row, right - 1));
-    }
-  } else {
-    copy(segment(top, 0), last);
+  for (int row = top; row < bottom; ++row) {
+    if (row > top) stream_.insert(stream_.end(), {0xFF, static_cast<uint8_t>(kFirstRestart + restarts++ % 8)});
+    copy(segment(row, left), segment(row, right - 1));
   }
-  // The last segment of a splice that is not cut at tiles may hold blocks that nobody asks for.
-  const bool whole = tiled || bottom == f.rows || static_cast<int64_t>(bottom) * f.columns % f.interval == 0;
-  data_end_ = whole ? stream_.size() : 0;
+  data_end_ = stream_.size();
   stream_.insert(stream_.end(), {0xFF, kEnd});
   stream_.resize(stream_.size() + kPadding);
   return true;

@@ -55,8 +55,8 @@ class Tiles {
   const std::vector<HeaderPart>& header() const { return header_; }
 
   Bytes stream() const { return {stream_.data(), stream_.size()}; }
-  // Where a decoder of the whole stream has to arrive, or null if it may stop before.
-  const uint8_t* data_end() const { return data_end_ ? stream_.data() + data_end_ : nullptr; }
+  // Where a decoder of the whole stream has to arrive.
+  const uint8_t* data_end() const { return stream_.data() + data_end_; }
 
  private:
   void write_header(int width, int height);
