@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -37,20 +38,61 @@ def check_dims(dims: Iterable[int], width: int) -> tuple[int, ...]:
     return dims
 
 
-def nested_logits(features: Tensor, heads: Sequence[tuple[Tensor, Tensor | None]], dims: Sequence[int]) -> Tensor:
+Head = tuple[Tensor, Tensor | None]  # weight [C, >= d], bias [C] or None
+
+
+def nested_logits(features: Tensor, heads: Sequence[Head], dims: Sequence[int], fused: bool | None = None) -> Tensor:
     """Logits of every prefix: `features[:, :d] @ W[:, :d].T + b` for each d -> [G, B, C].
 
-    features [B, D]; heads: one (weight [C, >= d], bias [C] or None) per prefix (MRL), or a single pair
-    that all prefixes share by slicing its columns (MRL-E; the whole bias is added to each prefix).
+    features [B, D]; heads: one per prefix (MRL), or a single one that all prefixes share by slicing its columns
+    (MRL-E; the whole bias is added to each prefix).
+    fused: True computes all prefixes in one product with zeros where a prefix has no columns, few launches and up
+    to G times the arithmetic; False the exact arithmetic prefix by prefix; None: True on a GPU, where launches
+    cost more than arithmetic (bench/step.py), else False.
     """
     if len(heads) not in (1, len(dims)):
         raise ValueError(f"{len(heads)} heads for {len(dims)} dims: give one per prefix, or one for all")
     if features.shape[-1] < dims[-1]:
         raise ValueError(f"features have {features.shape[-1]} columns, the longest prefix needs {dims[-1]}")
-    logits = []
-    for i, d in enumerate(dims):
-        weight, bias = heads[i] if len(heads) > 1 else heads[0]
-        logits.append(F.linear(features[:, :d], weight[:, :d], bias))
+    if len(dims) == 1:
+        return F.linear(features[:, : dims[0]], heads[0][0][:, : dims[0]], heads[0][1])[None]
+    fused = features.is_cuda if fused is None else fused
+    compute = _in_one_product if fused else _prefix_by_prefix if len(heads) > 1 else _segment_by_segment
+    return compute(features[:, : dims[-1]], heads, dims)
+
+
+def _in_one_product(features: Tensor, heads: Sequence[Head], dims: Sequence[int]) -> Tensor:
+    width = dims[-1]
+    if len(heads) == 1:  # the features of each prefix, with zeros behind it
+        weight, bias = heads[0]
+        prefixes = features * _inside(tuple(dims), features.device)[:, None].to(features.dtype)
+        return F.linear(prefixes, weight[:, :width], bias)
+    padded = torch.stack([F.pad(weight[:, :d], (0, width - d)) for (weight, _), d in zip(heads, dims, strict=True)])
+    many = features.expand(len(dims), *features.shape)
+    biases = [bias for _, bias in heads if bias is not None]
+    if not biases:
+        return torch.bmm(many, padded.mT)
+    return torch.baddbmm(torch.stack(biases)[:, None], many, padded.mT)
+
+
+@cache
+def _inside(dims: tuple[int, ...], device: torch.device) -> Tensor:
+    """[G, D]: whether a prefix has a column. Kept: to make it would copy from the host in every step."""
+    return (torch.arange(dims[-1]) < torch.tensor(dims)[:, None]).to(device)
+
+
+def _prefix_by_prefix(features: Tensor, heads: Sequence[Head], dims: Sequence[int]) -> Tensor:
+    return torch.stack(
+        [F.linear(features[:, :d], weight[:, :d], bias) for (weight, bias), d in zip(heads, dims, strict=True)]
+    )
+
+
+def _segment_by_segment(features: Tensor, heads: Sequence[Head], dims: Sequence[int]) -> Tensor:
+    """A shared classifier: each prefix adds the columns that are new to the logits of the one before."""
+    weight, bias = heads[0]
+    logits = [F.linear(features[:, : dims[0]], weight[:, : dims[0]], bias)]
+    for begin, end in itertools.pairwise(dims):
+        logits.append(logits[-1] + F.linear(features[:, begin:end], weight[:, begin:end]))
     return torch.stack(logits)
 
 

@@ -39,17 +39,34 @@ def oracle_loss(logits, labels, weights, smoothing):
 @settings(max_examples=40, deadline=None)
 @given(
     dims=dims_strategy, classes=st.integers(1, 5), batch=st.integers(1, 4), extra=st.integers(0, 5),
-    shared=st.booleans(), seed=st.integers(0, 2**31),
+    shared=st.booleans(), bias=st.booleans(), fused=st.booleans(), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_logits_equal_the_formula(dims, classes, batch, extra, shared, seed):
+def test_logits_and_gradients_equal_the_formula(dims, classes, batch, extra, shared, bias, fused, seed):
     torch.manual_seed(seed)
-    head = NestedLinear(dims, classes, shared).double()
-    x = torch.randn(batch, dims[-1] + extra, dtype=torch.float64)
+    head = NestedLinear(dims, classes, shared, bias).double()
+    x = torch.randn(batch, dims[-1] + extra, dtype=torch.float64, requires_grad=True)
     weights = [h.weight.detach().numpy() for h in head.heads]
-    biases = [h.bias.detach().numpy() for h in head.heads]
-    logits = head(x)
+    biases = [h.bias.detach().numpy() if bias else np.zeros(classes) for h in head.heads]
+    logits = nested_logits(x, [(h.weight, h.bias) for h in head.heads], dims, fused)
     assert logits.shape == (len(dims), batch, classes)
-    np.testing.assert_allclose(logits.detach(), oracle_logits(x.numpy(), weights, biases, dims), rtol=0, atol=1e-12)
+    features = x.detach().numpy()
+    np.testing.assert_allclose(logits.detach(), oracle_logits(features, weights, biases, dims), rtol=0, atol=1e-12)
+    assert torch.equal(head(x), nested_logits(x, [(h.weight, h.bias) for h in head.heads], dims))
+
+    # of sum(slope * logits), by the product rule
+    slope = torch.randn_like(logits)
+    logits.backward(slope)
+    to_features, to_weights = np.zeros_like(features), [np.zeros_like(w) for w in weights]
+    for g, d in enumerate(dims):
+        k = 0 if len(weights) == 1 else g
+        to_features[:, :d] += slope[g].numpy() @ weights[k][:, :d]
+        to_weights[k][:, :d] += slope[g].numpy().T @ features[:, :d]
+    np.testing.assert_allclose(x.grad, to_features, rtol=0, atol=1e-12)
+    for k, h in enumerate(head.heads):
+        np.testing.assert_allclose(h.weight.grad, to_weights[k], rtol=0, atol=1e-12)
+        if bias:
+            of = slope if len(weights) == 1 else slope[k : k + 1]
+            np.testing.assert_allclose(h.bias.grad, of.numpy().sum((0, 1)), rtol=0, atol=1e-12)
 
 
 @settings(max_examples=40, deadline=None)

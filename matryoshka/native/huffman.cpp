@@ -30,6 +30,21 @@ void add(uint32_t* fast, uint32_t code, int length, uint8_t symbol, bool dc) {
 
 }  // namespace
 
+void HuffmanTable::define_skips() {
+  for (uint32_t bits = 0; bits < 1u << kSkipBits; ++bits) {
+    uint32_t used = 0, passed = 0, end = 0;
+    while (!end) {
+      const uint32_t ahead = bits << used & ((1u << kSkipBits) - 1);  // zeros stand for what is not known
+      const uint32_t entry = fast[ahead >> (kSkipBits - kFastBits)], length = entry & 31, run = entry >> 8 & 255;
+      if (entry & kSlow || used + length > kSkipBits) break;
+      used += length;
+      end = run == kEndOfBlock;
+      passed += end ? 0 : run + 1;
+    }
+    skip[bits] = static_cast<uint16_t>(used | passed << 4 | end << 11);
+  }
+}
+
 bool HuffmanTable::define(const uint8_t* from, size_t size, bool dc) {
   if (valid && std::memcmp(definition, from, size) == 0) return true;  // usually that of the last image
   valid = false;
@@ -51,6 +66,7 @@ bool HuffmanTable::define(const uint8_t* from, size_t size, bool dc) {
     last_code[length] = static_cast<int32_t>(code << (16 - length));  // the first that is longer
   }
   last_code[17] = INT32_MAX;
+  if (!dc) define_skips();
   valid = true;
   return true;
 }
