@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | fuzz | interop | bench-peers | bench
+# make setup | demo | test | lint | fuzz | chaos | interop | bench-peers | bench
 # Each first sets up what it needs; PYTHON=python3.12 chooses another one (interop and bench-peers: always 3.11).
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,7 +7,7 @@ UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 FFCV := .venv-ffcv
 UV_FFCV := $(BIN)/uv pip install --quiet --python $(FFCV)/bin/python
 
-.PHONY: setup setup-dev demo test lint format fuzz interop bench-peers bench clean
+.PHONY: setup setup-dev demo test lint format fuzz chaos interop bench-peers bench clean
 .DEFAULT_GOAL := setup
 
 setup: .venv/.ready
@@ -60,6 +60,10 @@ ifeq ($(SANITIZE),1)
 else
 	$(BIN)/python tests/fuzz.py --cases $(or $(N),20000) $(FUZZ_ARGS)
 endif
+
+# KILLS training runs that are killed (20) must end like one that is left alone
+chaos: setup-dev
+	$(BIN)/python tests/chaos.py --kills $(or $(KILLS),20) $(CHAOS_ARGS)
 
 # FFCV and the other peers live in an environment of their own: they need Python 3.11 and 700 MB of system packages.
 $(FFCV)/.ready: requirements.txt requirements-dev.txt requirements-ffcv.txt system-deps.sh $(SOURCES) | $(BIN)/uv

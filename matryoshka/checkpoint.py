@@ -13,6 +13,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,11 +21,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from matryoshka.data.augment import Preprocessing
-from matryoshka.models import BACKBONES, ModelSpec, NestedModel, backbone, build
+from matryoshka.models import BACKBONES, TIMM, ModelSpec, NestedModel, backbone, build
 from matryoshka.models.blurpool import apply_blurpool
 from matryoshka.nested import default_dims
 
-FORMAT = "matryoshka-model-1"
+FORMAT, TRAINING_FORMAT = "matryoshka-model-1", "matryoshka-training-1"
 
 
 class CheckpointError(ValueError):
@@ -38,15 +39,22 @@ class CheckpointError(ValueError):
 
 def save_model(model: NestedModel, path: str | Path, config: Mapping | None = None) -> None:
     """Write `model.safetensors`: weights + model spec, preprocessing, class names and (flat) training config."""
-    about = {
-        "format": FORMAT,
-        "model": asdict(model.spec),
-        "preprocessing": asdict(model.preprocessing),
-        "classes": model.classes,
-        "config": dict(config or {}),
-    }
+    about = {"format": FORMAT, **describe(model), "config": dict(config or {})}
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     write_atomically(path, save(tensors, {"matryoshka": json.dumps(about)}))
+
+
+def describe(model: NestedModel) -> dict:
+    """What rebuilds a model, beside its weights, as JSON holds it."""
+    return {
+        "model": asdict(model.spec), "preprocessing": asdict(model.preprocessing), "classes": model.classes
+    }  # fmt: skip
+
+
+def preprocessing_of(about: Mapping) -> Preprocessing:
+    """What `describe` wrote."""
+    given = about["preprocessing"]
+    return Preprocessing(**{**given, "mean": tuple(given["mean"]), "std": tuple(given["std"])})
 
 
 def save_upstream(model: NestedModel, path: str | Path) -> None:
@@ -56,15 +64,20 @@ def save_upstream(model: NestedModel, path: str | Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
+def write_atomically(path: str | Path, *content: bytes | memoryview) -> None:
     """Replace `path` by `content`, whole or not at all: temporary name, flush to disk, rename, flush the folder."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        file = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+        try:
+            for part in content:
+                rest = memoryview(part)
+                while rest:
+                    rest = rest[os.write(file, rest) :]
+            os.fsync(file)
+        finally:
+            os.close(file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -106,6 +119,16 @@ def from_upstream(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- reading
 
 
+class Contents(NamedTuple):
+    """What a model file says: all that rebuilds the model. state: weights under our names."""
+
+    spec: ModelSpec
+    preprocessing: Preprocessing
+    classes: list[str] | None
+    notes: list[str]
+    state: dict[str, Tensor]
+
+
 def load_model(
     path: str | Path,
     mrl: bool = False,
@@ -122,15 +145,8 @@ def load_model(
     the powers of two. `model.notes` lists what had to be assumed. CheckpointError names file and disagreement.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint file; give a model.safetensors or a .pt file")
     asked = {"mrl": mrl, "efficient": efficient, "rep_size": rep_size, "dims": dims, "arch": arch}
-    if path.suffix == ".safetensors":
-        spec, preprocessing, classes, state = _read_safetensors(path)
-        notes: list[str] = []
-    else:
-        spec, preprocessing, notes, state = _read_upstream(path, asked)
-        classes = None
+    spec, preprocessing, classes, notes, state = read(path, efficient=efficient, dims=dims, arch=arch)
     _check_asked(path, spec, asked)
     model = build(spec)
     try:
@@ -139,6 +155,18 @@ def load_model(
         raise CheckpointError(f"{path}: the weights do not fit {spec.arch}: {_first_line(error)}") from None
     model.preprocessing, model.classes, model.notes = preprocessing, classes, notes
     return model.eval()
+
+
+def read(
+    path: str | Path, *, efficient: bool = False, dims: tuple[int, ...] | None = None, arch: str | None = None
+) -> Contents:
+    """A model file without building its model. The flags decide what a bare `.pt` cannot tell, as in load_model."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint file; give a model.safetensors or a .pt file")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return _read_upstream(path, {"efficient": efficient, "dims": dims, "arch": arch})
 
 
 def _first_line(error: Exception) -> str:
@@ -166,20 +194,21 @@ def _check_asked(path: Path, spec: ModelSpec, asked: dict) -> None:
         raise CheckpointError(f"{path}: arch {asked['arch']} was asked for, but the checkpoint is a {spec.arch}")
 
 
-def _read_safetensors(path: Path) -> tuple[ModelSpec, Preprocessing, list[str] | None, dict[str, Tensor]]:
+def _read_safetensors(path: Path) -> Contents:
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("matryoshka", "null"))
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        if not isinstance(about, dict) or about.get("format") != FORMAT:
-            raise CheckpointError(f"{path}: a safetensors file, but not one of ours (no {FORMAT} metadata)")
+            if not isinstance(about, dict) or about.get("format") not in (FORMAT, TRAINING_FORMAT):
+                raise CheckpointError(f"{path}: a safetensors file, but not one of ours (no {FORMAT} metadata)")
+            prefix = "" if about["format"] == FORMAT else "model."  # beside the optimizer's state and more
+            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a dict)
+            state = {key[len(prefix) :]: file.get_tensor(key) for key in keys}
         model = about["model"]
         spec = ModelSpec(**{**model, "dims": tuple(model["dims"])})
-        given = about["preprocessing"]
-        preprocessing = Preprocessing(**{**given, "mean": tuple(given["mean"]), "std": tuple(given["std"])})
+        preprocessing = preprocessing_of(about)
     except (SafetensorError, json.JSONDecodeError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors checkpoint ({_first_line(error)})") from None
-    return spec, preprocessing, about.get("classes"), state
+    return Contents(spec, preprocessing, about.get("classes"), [], state)
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -195,7 +224,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _read_upstream(path: Path, asked: dict) -> tuple[ModelSpec, Preprocessing, list[str], dict[str, Tensor]]:
+def _read_upstream(path: Path, asked: dict) -> Contents:
     state = _read_state_dict(path)
     params = _params_beside(path)
     notes: list[str] = []
@@ -224,7 +253,8 @@ def _read_upstream(path: Path, asked: dict) -> tuple[ModelSpec, Preprocessing, l
     num_classes = next(len(v) for k, v in state.items() if k.startswith("fc.") and k.endswith("weight"))
     size = params.get("validation.resolution")
     preprocessing = Preprocessing(size=int(size)) if size else Preprocessing()
-    return ModelSpec(arch, num_classes, dims, efficient, blurpool), preprocessing, notes, from_upstream(state)
+    spec = ModelSpec(arch, num_classes, dims, efficient, blurpool)
+    return Contents(spec, preprocessing, None, notes, from_upstream(state))
 
 
 def _params_beside(path: Path) -> dict:
@@ -267,7 +297,8 @@ def _shared_dims(asked: dict, params: dict, width: int, notes: list[str]) -> tup
 def _recognise(path: Path, trunk: dict[str, tuple[int, ...]], arch: str | None) -> tuple[str, int, bool]:
     """(arch, feature width, blurpool) whose trunk has exactly these keys and shapes."""
     blurpool = any(key.endswith(".blur_filter") for key in trunk)
-    for name in [arch] if arch in BACKBONES else list(BACKBONES):
+    named = [arch] if arch and (arch in BACKBONES or arch.startswith(TIMM)) else []
+    for name in named or BACKBONES:  # timm's are too many to try
         with torch.device("meta"):
             candidate, width = backbone(name)
             if blurpool:

@@ -16,6 +16,7 @@ PROGRAMS = {  # subcommand: (module with main(argv), what it does)
     "write": ("matryoshka.train.write_imagenet", "image folder -> .beton"),
     "data": ("matryoshka.train.check_data", "info, verify: what is in a .beton, and whether it is sound"),
     "train": ("matryoshka.train.train_imagenet", "train MRL, MRL-E or a fixed feature"),
+    "runs": ("matryoshka.train.list_runs", "table of the training runs in a folder"),
     "eval": ("matryoshka.inference.pytorch_inference", "accuracy of every prefix of a checkpoint"),
 }
 

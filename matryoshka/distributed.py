@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -91,6 +93,32 @@ def launch(processes: int, config: DistConfig, script: str, argv: Sequence[str])
     return 0
 
 
+def prepare(device: torch.device, seed: int, deterministic: bool) -> None:
+    """Seed, and the backends' choice between speed and the same numbers in every run."""
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def why_not_compile(device: torch.device) -> str | None:
+    """Tries torch.compile on a small network, forward and backward; the reason where it does not work here.
+
+    What is usually missing is a C++ compiler, Python's headers or Triton: everything else, too, fails then.
+    """
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()).to(device)
+    try:
+        torch.compile(network)(torch.ones(2, 4, device=device)).sum().backward()
+    except Exception as error:  # of whatever kind: training can go on without
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return f"torch.compile fails: {(lines or [type(error).__name__])[0]}"
+    finally:
+        torch._dynamo.reset()
+    return None
+
+
 def pick_device(name: str, local_rank: int) -> torch.device:
     """auto: CUDA, else Apple's MPS, else CPU. DistributedError for a device that is not there."""
     if name == "auto":
@@ -139,6 +167,23 @@ def broadcast(value, world: World):
     return box[0]
 
 
+def on_main(function: Callable[[], T], world: World) -> T:
+    """Rank 0's result on every rank; where it raises an error for the user, every rank does."""
+    if world.size == 1:
+        return function()
+    result: Any = None
+    error: ValueError | None = None
+    if world.is_main:
+        try:
+            result = function()
+        except ValueError as raised:
+            error = raised
+    result, error = broadcast((result, error), world)
+    if error is not None:
+        raise error if world.is_main else SystemExit(2)
+    return result
+
+
 def share_buffers(module: torch.nn.Module, world: World) -> None:
     """Rank 0's buffers on every rank: each has its own last update of the batch-norm statistics."""
     if world.size > 1:
@@ -161,6 +206,16 @@ def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
     if world.size > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def stack_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
+    """[ranks, *shape], on all ranks."""
+    tensor = tensor.detach().clone()
+    if world.size == 1:
+        return tensor[None]
+    parts = [torch.empty_like(tensor) for _ in range(world.size)]
+    dist.all_gather(parts, tensor)
+    return torch.stack(parts)
 
 
 def pick_precision(name: str, device: torch.device) -> str:

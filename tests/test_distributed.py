@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,52 +19,78 @@ from matryoshka.distributed import DistConfig, DistributedError
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What every process does: one step of the training loop's own function in float64, batch norm in eval mode.
-STEP = """
-import functools, json, sys, torch
+# One step of the training loop's own function in float64, batch norm in eval mode, by forks of one process.
+STEPS = """
+import functools, os, sys, torch
+from types import SimpleNamespace
 from matryoshka import distributed
-from matryoshka.data import Loader, RandomResizedCrop
-from matryoshka.data import augment
+from matryoshka.data import Loader, RandomResizedCrop, augment
+from matryoshka.guard import Guard
 from matryoshka.metrics import PrefixAccuracy
 from matryoshka.models import ModelSpec, build
 from matryoshka.nested import nested_cross_entropy
 from matryoshka.predict import predict
 from matryoshka.train import train_imagenet as program
+from matryoshka.trainstate import TrainState
 
-beton, out, batch = sys.argv[1], sys.argv[2], int(sys.argv[3])
+beton, val, out, batch, micro = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
+torch.set_num_threads(1)
 program.normalise = lambda images: augment.normalise(images, dtype=torch.float64)
-with distributed.joined("cpu") as world:
-    torch.manual_seed(0)
-    model = build(ModelSpec("resnet10", 10, (8, 32, 512))).double()
-    ddp = program.distribute(model, world).eval()
-    ranks = dict(rank=world.rank, world=world.size)
-    loader = Loader(beton, batch, image=RandomResizedCrop(32), drop_last=True, seed=7, **ranks)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    weights = torch.tensor([2.0, 1.0, 1.0]).double()
-    loss_of = functools.partial(nested_cross_entropy, weights=weights, label_smoothing=0.1)
-    program.nested_cross_entropy = None  # the step must use the loss that it is given
-    class NoFloat(torch.nn.Module):  # keep the logits in float64
-        def __init__(self, inner):
-            super().__init__(); self.inner = inner
-        def forward(self, x):
-            return Double(self.inner(x))
-    class Double:
-        def __init__(self, logits): self.logits = logits
-        def float(self): return self.logits
-    order = []
-    for k, b in enumerate(loader):
-        order.append(b.index.tolist())
-        if k == 0:
-            program.train_step(NoFloat(ddp), b, optimizer, scaler, loss_of, "fp32", batch, world)
-    metric = PrefixAccuracy(model.dims)
-    evaluation = Loader(beton, 30, order="sequential", **ranks)
-    evaluation.image = RandomResizedCrop(32)
-    for p in predict(model.float(), evaluation):
-        metric.update(p.logits, p.labels)
-    accuracy = metric.compute()
-    gradient = torch.cat([p.grad.flatten() for p in model.double().parameters()]) if world.is_main else None
-    torch.save({"order": order, "accuracy": accuracy, "gradient": gradient}, f"{out}.{world.rank}")
+program.nested_cross_entropy = None  # the step must use the loss that it is given
+
+class NoFloat(torch.nn.Module):  # keeps the logits in float64
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.no_sync = inner, getattr(inner, "no_sync", None)
+    def forward(self, x):
+        return SimpleNamespace(float=functools.partial(lambda logits: logits, self.inner(x)))
+
+def work():
+    with distributed.joined("cpu") as world:
+        torch.manual_seed(0)
+        model = build(ModelSpec("resnet10", 10, (8, 32, 512))).double()
+        ddp = program.distribute(model, world).eval()
+        ranks = dict(rank=world.rank, world=world.size, num_workers=1)
+        loader = Loader(beton, batch, image=RandomResizedCrop(32), drop_last=True, seed=7, **ranks)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        state = TrainState(model, optimizer, loader, scaler, torch.zeros(5).double(), {})
+        weights = torch.tensor([2.0, 1.0, 1.0]).double()
+        loss_of = functools.partial(nested_cross_entropy, weights=weights, label_smoothing=0.1)
+        cfg = SimpleNamespace(
+            data=SimpleNamespace(mixup=0, cutmix=0, randaugment=0), training=SimpleNamespace(seed=1, batch_size=micro)
+        )
+        order = []
+        for k, b in enumerate(loader):
+            order.append(b.index.tolist())
+            if k == 0:
+                guard = Guard(model, world.device)
+                program.train_step(cfg, world, NoFloat(ddp), state, guard, "fp32", loss_of, b, 0.0)
+        metric = PrefixAccuracy(model.dims)
+        evaluation = Loader(val, 30, order="sequential", **ranks)
+        evaluation.image = RandomResizedCrop(32)
+        for p in predict(model.float(), evaluation):
+            metric.update(p.logits, p.labels)
+        gradient = torch.cat([p.grad.flatten() for p in model.double().parameters()]) if world.is_main else None
+        totals = distributed.sum_over_ranks(state.totals, world)
+        found = {"order": order, "accuracy": metric.compute(), "gradient": gradient, "totals": totals}
+        torch.save(found, f"{out}.{world.size}.{world.rank}")
+
+for size, port in zip(map(int, sys.argv[6].split(",")), map(int, sys.argv[7].split(","))):
+    children = []
+    for rank in range(size):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            code = 1
+            try:
+                work()
+                code = 0
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * size
 """
 
 
@@ -82,23 +111,37 @@ def torchrun(processes: int, *command, timeout=280):
     return done.stdout
 
 
-@pytest.mark.parametrize("batch", [32, 33])
-def test_processes_see_one_order_and_compute_one_gradient(tmp_path, digits, batch):
-    """2 gloo processes against 1, same global batch, also where it does not divide: order, gradient, accuracy."""
-    script = tmp_path / "step.py"
-    script.write_text(STEP)
-    results = {}
-    for world in (1, 2):
-        torchrun(world, script, digits["train"], tmp_path / f"world{world}", batch)
-        results[world] = [torch.load(f"{tmp_path}/world{world}.{r}", weights_only=False) for r in range(world)]
-    alone, ranks = results[1][0], results[2]
-    joined = [[i for r in ranks for i in r["order"][k]] for k in range(len(alone["order"]))]
-    assert joined == alone["order"]
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.mark.parametrize(("batch", "micro", "worlds"), [(32, 64, (1, 2)), (33, 5, (1, 2, 3, 4, 7))])
+def test_processes_see_one_order_and_compute_one_gradient(tmp_path, digits, batch, micro, worlds):
+    """2, 3, 4 and 7 gloo processes against 1, same global batch, also where it does not divide, and cut into parts."""
+    script = tmp_path / "steps.py"
+    script.write_text(STEPS)
+    ports = ",".join(map(str, free_ports(len(worlds))))
+    arguments = [digits["train"], digits["val"], tmp_path / "out", batch, micro, ",".join(map(str, worlds)), ports]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = {w: [torch.load(f"{tmp_path}/out.{w}.{r}", weights_only=False) for r in range(w)] for w in worlds}
+    alone = results[1][0]
     assert len(alone["order"]) == 400 // batch
-    difference = (alone["gradient"] - ranks[0]["gradient"]).abs().max().item()
-    assert difference <= 1e-10, difference
     assert alone["gradient"].abs().max() > 1e-3
-    assert ranks[0]["accuracy"] == ranks[1]["accuracy"] == alone["accuracy"]
+    assert alone["totals"][-1] == batch
+    for ranks in results.values():
+        joined = [[i for r in ranks for i in r["order"][k]] for k in range(len(alone["order"]))]
+        assert joined == alone["order"]
+        difference = (alone["gradient"] - ranks[0]["gradient"]).abs().max().item()
+        assert difference <= 1e-10, difference
+        assert torch.allclose(ranks[0]["totals"], alone["totals"], rtol=1e-12)
+        assert all(r["accuracy"] == alone["accuracy"] for r in ranks)
 
 
 def train_options(digits, folder, run_id, *more):
@@ -131,6 +174,48 @@ def test_both_ways_to_start_two_processes(tmp_path, digits):
     for d, accuracy in alone.items():
         assert logs[1][f"top_1_{d}"] == pytest.approx(accuracy["top1"] / 100, abs=1e-9), d
     assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
+
+
+def children(pid):
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+def test_two_agents_go_on_after_a_worker_was_killed(tmp_path, digits):
+    """Two torchrun agents with a c10d rendezvous, as on two machines; the restarted run ends with the same weights."""
+    script = ROOT / "train" / "train_imagenet.py"
+    options = ["--training.batch_size=50", "--training.epochs=3", "--training.checkpoint_every_steps=1"]
+    torchrun(2, script, *train_options(digits, tmp_path, "alone", *options))
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_ports(1)[0]}", "--rdzv-id=killed"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3"]
+    command += [*rendezvous, script, *train_options(digits, tmp_path, "killed", *options)]
+    run, files = tmp_path / "killed", [open(tmp_path / f"agent{k}.txt", "w") for k in range(2)]  # noqa: SIM115
+    agents = [subprocess.Popen(command, cwd=ROOT, env=env, stdout=f, stderr=subprocess.STDOUT) for f in files]
+    try:
+        deadline = time.monotonic() + 200
+        while not list(run.glob("checkpoints/step_[3-9]*")):
+            assert time.monotonic() < deadline
+            assert [agent.poll() for agent in agents] == [None, None], (tmp_path / "agent0.txt").read_text()[-3000:]
+            time.sleep(0.05)
+        os.kill(children(agents[1].pid)[-1], signal.SIGKILL)
+        assert [agent.wait(timeout=250) for agent in agents] == [0, 0], (tmp_path / "agent0.txt").read_text()[-3000:]
+    finally:
+        for agent, file in zip(agents, files, strict=True):
+            agent.kill()
+            file.close()
+    kinds = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
+    assert kinds[:2] == ["start", "go on"]
+    alone = tmp_path / "alone"
+    assert [r["train_loss"] for r in log_of(run)] == [r["train_loss"] for r in log_of(alone)]
+    weights = [torch.load(path / "final_weights.pt", weights_only=True) for path in (alone, run)]
+    assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
+
+
+def log_of(run):
+    return [json.loads(line) for line in (run / "log").read_text().splitlines()]
 
 
 def test_a_users_mistake_in_a_launched_run_is_one_line(tmp_path, digits):

@@ -1,7 +1,13 @@
-"""Backbones, their options, BlurPool, schedules, parameter groups, accuracy."""
+"""Backbones, their options, BlurPool, trunks of timm, schedules, parameter groups, accuracy."""
 
+import json
+import logging
+import sys
+
+import huggingface_hub
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,9 +15,11 @@ from sklearn.metrics import top_k_accuracy_score
 from torch import nn
 from torchvision import models
 
+from matryoshka.checkpoint import CheckpointError, load_model, save_model, save_upstream
 from matryoshka.metrics import PrefixAccuracy
 from matryoshka.models import BACKBONES, ModelConfig, ModelError, ModelSpec, build, model_spec
 from matryoshka.models.blurpool import BlurPoolConv2d
+from matryoshka.models.transfer import check_start, start_model
 from matryoshka.optim import LrConfig, lr_at, parameter_groups, peak_epoch, peak_lr
 
 SMALL = ["resnet10", "resnet18", "resnet50"]
@@ -85,6 +93,78 @@ def test_blurpool_places_and_values():
             kernel = np.outer([1, 2, 1], [1, 2, 1]) / 16
             blurred[0, :, i, j] = (padded[0, :, i : i + 3, j : j + 3] * kernel).sum((1, 2))
     np.testing.assert_allclose(BlurPoolConv2d(conv)(image).detach(), conv(torch.tensor(blurred)).detach(), atol=1e-5)
+
+
+# ---------------------------------------------------------------- trunks of timm
+
+
+@pytest.mark.parametrize("arch", ["timm:test_resnet", "timm:test_vit", "timm:test_mambaout"])
+def test_a_timm_checkpoint_rebuilds_its_model_alone(monkeypatch, tmp_path, arch):
+    spec = model_spec(ModelConfig(arch=arch, mrl=True), 10, blurpool=arch == "timm:test_resnet")
+    source = build(spec).eval()
+    save_model(source, tmp_path / "model.safetensors")
+    save_upstream(source, tmp_path / "final_weights.pt")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    images = torch.randn(2, 3, 160, 160)
+    expected = source(images)
+    assert expected.shape == (len(spec.dims), 2, 10)
+    assert torch.equal(load_model(tmp_path / "model.safetensors")(images), expected)
+    assert torch.equal(load_model(tmp_path / "final_weights.pt", arch=arch)(images), expected)
+    with pytest.raises(CheckpointError, match="fit no known backbone"):
+        load_model(tmp_path / "final_weights.pt")
+    (tmp_path / "params.json").write_text(json.dumps({"model.arch": arch}))
+    assert torch.equal(load_model(tmp_path / "final_weights.pt")(images), expected)
+
+
+def test_a_transformer_takes_other_sizes():
+    config = ModelConfig(arch="timm:vit_tiny_patch16_224")
+    model, _ = start_model(config, spec := model_spec(config, 10))
+    torch.manual_seed(0)
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    plain.load_state_dict(model.trunk.state_dict())
+    images = torch.randn(1, 3, 224, 224)
+    assert torch.equal(model.eval().features(images), plain.eval()(images))
+    assert model.features(images[..., :160, :160]).shape == (1, 192)
+    check_start(config, spec, sizes=(128, 160, 224))
+
+
+@pytest.mark.parametrize(
+    ("arch", "sizes", "words"),
+    [
+        ("timm:test_vit", (160, 100), ["100 pixels", "160x160", "patch size"]),
+        ("timm:convit_tiny", (224, 160), ["160 pixels", "224x224"]),
+        ("timm:mobilenetv5_300m_enc", (256,), ["[2, 2048, 16, 16]", "one vector"]),
+    ],
+)
+def test_sizes_and_features_that_do_not_fit(arch, sizes, words):
+    config = ModelConfig(arch=arch)
+    with pytest.raises(ModelError) as error:
+        check_start(config, model_spec(config, 10), sizes=sizes)
+    assert all(word in str(error.value) for word in [arch, *words])
+    assert "\n" not in str(error.value)
+
+
+def test_without_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ModelError, match=r"^model.arch=timm:test_vit needs timm: pip install timm$"):
+        model_spec(ModelConfig(arch="timm:test_vit"), 10)
+
+
+@pytest.mark.parametrize(
+    ("arch", "words"),
+    [
+        ("timm:vit_tiny_patch16", ["did you mean timm:vit_tiny_patch16_"]),
+        ("timm:hf-hub:timm/resnet18", ["unknown to timm"]),
+        ("timm:resnet18.foo", ["Invalid pretrained tag"]),
+        ("timm:", ["unknown to timm"]),
+    ],
+)
+def test_models_that_timm_does_not_know(arch, words, caplog):
+    with caplog.at_level(logging.WARNING), pytest.raises(ModelError) as error:
+        model_spec(ModelConfig(arch=arch), 10)
+    assert all(word in str(error.value) for word in [f"model.arch={arch}", *words])
+    assert "\n" not in str(error.value)
+    assert caplog.records == []
 
 
 # ---------------------------------------------------------------- schedules

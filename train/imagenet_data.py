@@ -65,6 +65,11 @@ class DataConfig:
         default=(0.08, 1.0), metadata={"help": "crop area, share of the image: low,high"}
     )
     ratio: tuple[float, float] = field(default=(3 / 4, 4 / 3), metadata={"help": "crop aspect ratio: low,high"})
+    mixup: float = field(default=0.0, metadata={"help": "alpha of mixup; with cutmix, either by halves; 0: none"})
+    cutmix: float = field(default=0.0, metadata={"help": "alpha of CutMix; 0: none"})
+    randaugment: float = field(
+        default=0.0, metadata={"help": "magnitude of RandAugment, 0 (none) to 10; 2 operations an image"}
+    )
 
 
 @dataclass(frozen=True)
@@ -77,12 +82,12 @@ class ValidationConfig:
     lr_tta: bool = field(default=True, metadata={"help": "add the logits of the mirror image"})
 
 
-def make_loaders(cfg: SimpleNamespace, world: World) -> tuple[Loader, Loader]:
+def make_loaders(cfg: SimpleNamespace, world: World, global_batch: int) -> tuple[Loader, Loader]:
     """The training loader (only full global batches) and the validation loader."""
     native = {} if cfg.data.loader == "ffcv" else {"window_pages": cfg.data.window_pages, "on_error": cfg.data.on_error}
     train_loader = loader_class(cfg)(
         cfg.data.train_dataset,
-        cfg.training.batch_size * world.size,
+        global_batch,
         order=training_order(cfg, world),
         image=training_crop(cfg, resolution_at(0, cfg.resolution)),
         drop_last=True,

@@ -1,11 +1,22 @@
-"""Batched operations on the device; uint8 travels there, floats are made there."""
+"""Batched operations on the device; uint8 travels there, floats are made there.
+
+Random ones draw all their numbers on the host, from a generator that is given: the device is never waited for, and
+the result is a pure function of the arguments and the generator's state.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+Number = float | np.ndarray  # one for all images, or [n]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -28,10 +39,17 @@ def normalise(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """uint8 [B, H, W, 3] -> (x / 255 - mean) / std, [B, 3, H, W] in channels_last memory."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(1, 3, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(1, 3, 1, 1)
+    scale, shift = _scale_and_shift(mean, std, images.device)
     # a permuted NHWC tensor is channels_last already: no copy but the conversion to float
     return torch.addcmul(shift, images.permute(0, 3, 1, 2).float(), scale).to(dtype)
+
+
+@cache
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two [1, 3, 1, 1]. Kept: to make them would copy from the host, and wait for the device, in every step."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
+    return scale.view(1, 3, 1, 1), shift.view(1, 3, 1, 1)
 
 
 def resized_crops(images: Tensor, crops: Tensor, size: int) -> Tensor:
@@ -70,9 +88,197 @@ def _resize_weights(start: Tensor, length: Tensor, source: int, target: int) -> 
 def shifted(images: Tensor, windows: Tensor, padding: int) -> Tensor:
     """uint8 [B, S, S, 3] with `padding` black pixels around, cut to `windows`: PadCrop's, integers [B, 5]."""
     b, size = images.shape[:2]
-    padded = torch.nn.functional.pad(images, (0, 0, padding, padding, padding, padding))
+    padded = F.pad(images, (0, 0, padding, padding, padding, padding))
     x, y, _, _, flip = windows.long().unbind(1)
     steps = torch.arange(size, device=images.device)
     across = torch.where(flip.bool()[:, None], steps.flip(0), steps)
     which = torch.arange(b, device=images.device)[:, None, None]
     return padded[which, (y[:, None] + steps)[:, :, None], (x[:, None] + across)[:, None, :]]
+
+
+# ---------------------------------------------------------------- random: mixtures of two images
+
+
+def step_rng(seed: int, step: int, rank: int) -> np.random.Generator:
+    """The generator of one rank's step, the same after a resume. No two steps or ranks share a part of a stream."""
+    # the last word of the counter is 0 in the streams of order.py
+    counter, key = np.array([0, 0, step, 1], dtype=np.uint64), np.array([seed, rank], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(counter=counter, key=key))
+
+
+class Mixed(NamedTuple):
+    """A batch in which each image may show a second one: its target is share x labels + (1 - share) x other."""
+
+    images: Tensor  # [B, 3, H, W]
+    labels: Tensor  # int64 [B]
+    other: Tensor  # int64 [B]
+    share: float
+
+
+def mix(images: Tensor, labels: Tensor, mixup: float, cutmix: float, rng: np.random.Generator) -> Mixed:
+    """Each image with the one before it in the batch; the first with the last.
+
+    mixup: the weighted mean (Zhang et al. 2018, arXiv 1710.09412). cutmix: a rectangle of the other image, of which
+    the part inside the image counts (Yun et al. 2019, arXiv 1905.04899). Both are the alpha of the share's
+    Beta(alpha, alpha), 0 for off; with both on, a batch takes either with probability 1/2.
+    images: float [B, 3, H, W], whose memory layout is kept; labels: int64 [B].
+    """
+    if not mixup and not cutmix:
+        return Mixed(images, labels, labels, 1.0)
+    if mixup and not (cutmix and rng.random() < 0.5):
+        share = float(rng.beta(mixup, mixup))
+        mixed = images * share
+        mixed[1:].add_(images[:-1], alpha=1 - share)  # not roll: on CUDA it drops the layout
+        mixed[:1].add_(images[-1:], alpha=1 - share)
+        return Mixed(mixed, labels, labels.roll(1), share)
+    height, width = images.shape[2:]
+    side = (1 - float(rng.beta(cutmix, cutmix))) ** 0.5
+    rows, columns = _interval(height, side, rng), _interval(width, side, rng)
+    mixed = images.clone()
+    mixed[1:, :, rows, columns] = images[:-1, :, rows, columns]
+    mixed[:1, :, rows, columns] = images[-1:, :, rows, columns]
+    area = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return Mixed(mixed, labels, labels.roll(1), 1 - area / (height * width))
+
+
+def _interval(length: int, part: float, rng: np.random.Generator) -> slice:
+    """`part` of `length` pixels around a uniform centre, clipped."""
+    size = int(length * part)
+    start = int(rng.integers(length)) - size // 2
+    return slice(max(start, 0), min(start + size, length))
+
+
+def mixed_loss(
+    loss_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], logits: Tensor, mixed: Mixed
+) -> tuple[Tensor, Tensor]:
+    """share x loss_of(logits, labels) + (1 - share) x loss_of(logits, other), of both: the scalar and the [G]."""
+    loss, per_prefix = loss_of(logits, mixed.labels)
+    if mixed.share == 1:
+        return loss, per_prefix
+    other, other_per_prefix = loss_of(logits, mixed.other)
+    share = mixed.share
+    return share * loss + (1 - share) * other, share * per_prefix + (1 - share) * other_per_prefix
+
+
+# ---------------------------------------------------------------- random: RandAugment
+
+
+def rand_augment(images: Tensor, magnitude: float, rng: np.random.Generator) -> Tensor:
+    """RandAugment (Cubuk et al. 2020, arXiv 1909.13719): each image through two operations of its own.
+
+    uint8 [B, H, W, 3] -> the same. magnitude: 0 (unchanged) to 10, the paper's scale; torchvision calls 30 what is 10
+    here, with the same ranges: every operation grows stronger with it. ValueError outside.
+    """
+    if not 0 <= magnitude <= 10:
+        raise ValueError(f"magnitude={magnitude}: expected 0 to 10")
+    if magnitude == 0:
+        return images
+    for _ in range(2):
+        operations = rng.integers(len(OPERATIONS), size=len(images))
+        signs = 1 - 2 * rng.integers(2, size=len(images))
+        images = distorted(images, operations, signs * (magnitude / 10))
+    return images
+
+
+def distorted(images: Tensor, operations: np.ndarray, levels: np.ndarray) -> Tensor:
+    """Image i by the operation number `operations[i]` of OPERATIONS: uint8 [B, H, W, 3] -> the same.
+
+    operations: integers [B]. levels: float [B], -1 to 1; the sign matters to geometry and to enhancement only.
+    """
+    order = np.argsort(operations, kind="stable")  # each operation works on all of its images at once
+    there, back = _on_device(np.stack([order, np.argsort(order)]), images)
+    images, levels = images[there], levels[order]
+    ends = np.searchsorted(operations[order], np.arange(len(OPERATIONS) + 1)).tolist()
+    for k, operation in enumerate(OPERATIONS.values()):
+        own = slice(ends[k], ends[k + 1])
+        if own.start < own.stop:
+            images[own] = operation(images[own], levels[own])
+    return images[back]
+
+
+SHIFT = 150 / 331  # of the image's side, at the highest level
+
+# uint8 [n, H, W, 3], float [n] -> uint8 [n, H, W, 3], with Pillow's arithmetic. torchvision's functionals take one
+# level for all images, and its affine and sharpness copy constants from the host, which waits for the device.
+OPERATIONS: dict[str, Callable[[Tensor, np.ndarray], Tensor]] = {
+    "identity": lambda images, levels: images,
+    "shear_x": lambda images, levels: _affine(images, (1, 0.3 * levels, 0), (0, 1, 0)),
+    "shear_y": lambda images, levels: _affine(images, (1, 0, 0), (0.3 * levels, 1, 0)),
+    "translate_x": lambda images, levels: _affine(images, (1, 0, -SHIFT * images.shape[2] * levels), (0, 1, 0)),
+    "translate_y": lambda images, levels: _affine(images, (1, 0, 0), (0, 1, -SHIFT * images.shape[1] * levels)),
+    "rotate": lambda images, levels: _rotated(images, np.radians(30 * levels)),
+    "brightness": lambda images, levels: _away_from(torch.zeros_like(images), images, levels),
+    "color": lambda images, levels: _away_from(_grey(images), images, levels),
+    "contrast": lambda images, levels: _away_from(_mean_grey(images), images, levels),
+    "sharpness": lambda images, levels: _away_from(_smooth(images), images, levels),
+    "posterize": lambda images, levels: images & _each(256 - 2 ** np.round(4 * abs(levels)), images, np.uint8),
+    "solarize": lambda images, levels: torch.where(images < _each(255 * (1 - abs(levels)), images), images, ~images),
+    "autocontrast": lambda images, levels: _torchvision("autocontrast", images),
+    "equalize": lambda images, levels: _torchvision("equalize", images),
+}
+
+
+def _on_device(numbers: np.ndarray, images: Tensor) -> Tensor:
+    return torch.from_numpy(numbers).to(images.device, non_blocking=True)
+
+
+def _each(numbers: np.ndarray, images: Tensor, dtype: type = np.float32) -> Tensor:
+    """A number for each image, [n, 1, 1, 1]."""
+    return _on_device(numbers.astype(dtype), images).view(-1, 1, 1, 1)
+
+
+def _affine(images: Tensor, column: tuple[Number, ...], row: tuple[Number, ...]) -> Tensor:
+    """The pixel with its centre at (x, y) shows the one that holds (column . (x, y, 1), row . (x, y, 1)).
+
+    Coordinates in pixels from the image's corner; black outside.
+    """
+    n, height, width, _ = images.shape
+    numbers = np.stack([np.broadcast_to(number, n) for number in (*column, *row)]).astype(np.float32)
+    a, b, c, d, e, f = _on_device(numbers, images).view(6, n, 1, 1)
+    x = torch.arange(width, device=images.device) + 0.5
+    y = torch.arange(height, device=images.device)[:, None] + 0.5
+    u, v = (a * x + b * y + c).floor().long(), (d * x + e * y + f).floor().long()  # [n, H, W]
+    inside = (u >= 0) & (u < width) & (v >= 0) & (v < height)
+    which = torch.arange(n, device=images.device)[:, None, None]
+    return images[which, v.clamp(0, height - 1), u.clamp(0, width - 1)] * inside[..., None]
+
+
+def _rotated(images: Tensor, angle: np.ndarray) -> Tensor:
+    """About the centre, anticlockwise; radians [n]."""
+    cos, sin, x, y = np.cos(angle), np.sin(angle), images.shape[2] / 2, images.shape[1] / 2
+    return _affine(images, (cos, -sin, x - cos * x + sin * y), (sin, cos, y - sin * x - cos * y))
+
+
+def _away_from(plain: Tensor, images: Tensor, levels: np.ndarray) -> Tensor:
+    """From `plain` beyond the image where the level is positive, towards it where it is negative."""
+    plain = plain.int()
+    return (plain + _each(1 + 0.9 * levels, images) * (images - plain)).clamp_(0, 255).to(torch.uint8)
+
+
+def _grey(images: Tensor) -> Tensor:
+    """Pillow's "L", int32 [n, H, W, 1]."""
+    red, green, blue = images.int().split(1, dim=3)
+    return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
+
+
+def _mean_grey(images: Tensor) -> Tensor:
+    """Rounded, [n, 1, 1, 1]; in integers, which do not depend on the order of a sum."""
+    pixels = images.shape[1] * images.shape[2]
+    return (2 * _grey(images).sum((1, 2, 3), keepdim=True) + pixels) // (2 * pixels)
+
+
+def _smooth(images: Tensor) -> Tensor:
+    """Pillow's SMOOTH: the mean of 3 x 3 pixels with weight 5 in the middle; pixels at the border stay."""
+    if min(images.shape[1:3]) < 3:
+        return images
+    planes = images.permute(0, 3, 1, 2).float()
+    sums = F.avg_pool2d(planes, 3, 1, divisor_override=1) + 4 * planes[:, :, 1:-1, 1:-1]
+    smooth = images.clone()
+    smooth[:, 1:-1, 1:-1] = (sums / 13 + 0.5).to(torch.uint8).permute(0, 2, 3, 1)
+    return smooth
+
+
+def _torchvision(name: str, images: Tensor) -> Tensor:
+    from torchvision.transforms.v2 import functional  # seconds, which other programs should not take
+
+    return getattr(functional, name)(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

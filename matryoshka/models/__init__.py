@@ -1,7 +1,7 @@
 """Backbones with a nested head: `build(ModelSpec)` -> NestedModel.
 
 Adding a backbone: a function `(weights: str | None) -> (trunk, width)` and its name in BACKBONES. The trunk
-maps images [B, 3, H, W] to features [B, D].
+maps images [B, 3, H, W] to features [B, D]. `timm:NAME` is any model of timm that does so.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from matryoshka.data.augment import Preprocessing
 from matryoshka.models.blurpool import apply_blurpool
 from matryoshka.nested import NestedLinear, check_dims, default_dims
 
-__all__ = ["BACKBONES", "ModelConfig", "ModelError", "ModelSpec", "NestedModel", "build", "model_spec"]
+__all__ = ["BACKBONES", "TIMM", "ModelConfig", "ModelError", "ModelSpec", "NestedModel", "build", "model_spec"]
 
 
 class ModelError(ValueError):
@@ -31,8 +32,16 @@ class ModelError(ValueError):
 class ModelConfig:
     """Section `model`."""
 
-    arch: str = field(default="resnet18", metadata={"help": "backbone by its torchvision name, any ResNet"})
-    pretrained: bool = field(default=False, metadata={"help": "start from torchvision's ImageNet weights"})
+    arch: str = field(default="resnet18", metadata={"help": "backbone: a ResNet by its torchvision name, or timm:NAME"})
+    pretrained: bool = field(default=False, metadata={"help": "short for model.init=torchvision:<arch>, or timm:"})
+    init: str | None = field(
+        default=None,
+        metadata={"help": "start weights: a checkpoint (.safetensors, .pt), torchvision:NAME[.WEIGHTS], timm:NAME"},
+    )
+    freeze: str = field(
+        default="",
+        metadata={"help": "stages that keep their start weights: trunk, or e.g. stem,layer1,layer2 or patch_embed"},
+    )
     mrl: bool = field(default=False, metadata={"help": "MRL: one classifier per prefix"})
     efficient: bool = field(default=False, metadata={"help": "MRL-E: one classifier sliced per prefix; wins over mrl"})
     nesting_start: int = field(default=3, metadata={"help": "the shortest prefix is 2^nesting_start"})
@@ -78,6 +87,7 @@ class NestedModel(nn.Module):
         self.preprocessing = Preprocessing()
         self.classes: list[str] | None = None
         self.notes: list[str] = []  # what a loader of a bare state_dict had to assume
+        self.frozen: tuple[str, ...] = ()  # modules that stay in eval mode, see transfer.apply_freeze
 
     def check_classes(self, dataset) -> None:
         """ModelError unless the labels of `dataset` (path, classes, num_classes) mean this model's outputs."""
@@ -94,6 +104,12 @@ class NestedModel(nn.Module):
     def dims(self) -> tuple[int, ...]:
         return self.head.dims
 
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for name in self.frozen:  # names, not modules: a copy, or a conversion to SyncBatchNorm, has its own
+            self.get_submodule(name).eval()
+        return self
+
     def features(self, images: Tensor) -> Tensor:
         return self.trunk(images)
 
@@ -104,14 +120,18 @@ class NestedModel(nn.Module):
 def _torchvision_resnet(name: str, weights: str | None) -> tuple[nn.Module, int]:
     import torchvision  # 2 to 5 s, which `--help` and a mistyped option should not take
 
-    trunk = torchvision.models.get_model(name, weights=weights)
+    trunk = torchvision.models.get_model(name)
+    if weights is not None:
+        published = torchvision.models.get_model_weights(name)[weights]
+        # get_model(weights=...) would unpickle whatever is in the file
+        trunk.load_state_dict(published.get_state_dict(check_hash=True, weights_only=True))
     return _without_classifier(trunk)
 
 
 def _resnet10(weights: str | None) -> tuple[nn.Module, int]:
     """One basic block per stage (4.9 M parameters): for small images and machines without a GPU."""
     if weights is not None:
-        raise ModelError("model.pretrained: there are no published weights for resnet10; choose another model.arch")
+        raise ModelError("model.init: there are no published weights for resnet10; choose another model.arch")
     from torchvision.models.resnet import BasicBlock, ResNet
 
     return _without_classifier(ResNet(BasicBlock, [1, 1, 1, 1]))
@@ -124,6 +144,50 @@ def _without_classifier(resnet: nn.Module) -> tuple[nn.Module, int]:
     return resnet, classifier.in_features
 
 
+def _timm_model(name: str, weights: str | None) -> tuple[nn.Module, int]:
+    """A model of timm without its classifier. weights: its name, with the tag of published weights or without.
+
+    A transformer made for one image size gets timm's resampling of position embeddings where timm has it: other
+    sizes work, the native one gives the same numbers. Never a download unless weights are asked for.
+    """
+    option = f"model.arch={TIMM}{name}" if weights is None else f"model.init={TIMM}{weights}"
+    timm = import_timm(option)
+    if not timm.is_model(name):  # nor is hf-hub:..., for which timm would download the architecture
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f" (did you mean {TIMM}{near[0]}?)" if near else ""
+        raise ModelError(f"{option} is unknown to timm {timm.__version__}{hint}")
+    make: Callable[..., Any] = partial(
+        timm.create_model, weights or name, pretrained=weights is not None, num_classes=0
+    )
+    try:
+        fixed = getattr(timm.models.get_pretrained_cfg(name), "fixed_input_size", False)
+        try:
+            trunk = make(dynamic_img_size=True) if fixed else make()
+        except TypeError:  # this model has no such option
+            trunk = make()
+    except (RuntimeError, AssertionError) as error:  # an unknown tag, a name that was given up, weights that misfit
+        raise ModelError(f"{option}: {one_line(error)}") from None
+    # the two differ where a model has a hidden layer before its classifier, which belongs to the trunk
+    width: Any = getattr(trunk, "head_hidden_size", None) or trunk.num_features
+    return trunk, width
+
+
+def import_timm(option: str):
+    """The module timm. ModelError, naming the option that needs it, where it is not installed."""
+    try:
+        import timm
+    except ImportError:
+        raise ModelError(f"{option} needs timm: pip install timm") from None
+    return timm
+
+
+def one_line(error: Exception) -> str:
+    """What another library says, without line breaks and not at length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+TIMM = "timm:"  # before the name of one of timm's models
 RESNETS = (  # torchvision's, all of them
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
     *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2"),
@@ -136,14 +200,22 @@ BACKBONES: dict[str, Callable[[str | None], tuple[nn.Module, int]]] = {
 
 def backbone(arch: str, weights: str | None = None) -> tuple[nn.Module, int]:
     """(trunk, feature width) by name. ModelError for an unknown name or weights that cannot be had."""
-    if arch not in BACKBONES:
+    if arch.startswith(TIMM):
+        make = partial(_timm_model, arch.removeprefix(TIMM))
+    elif arch in BACKBONES:
+        make = BACKBONES[arch]
+    else:
         near = difflib.get_close_matches(arch, BACKBONES, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ModelError(f"model.arch={arch!r} is unknown{hint}; known: {', '.join(sorted(BACKBONES))}")
+        raise ModelError(f"model.arch={arch!r} is unknown{hint}; known: {', '.join(sorted(BACKBONES))}, {TIMM}NAME")
+    if weights is None:
+        return make(None)
     try:
-        return BACKBONES[arch](weights)
-    except (OSError, KeyError) as error:  # the download failed, or torchvision has no such weights
-        raise ModelError(f"model.pretrained: the weights {weights} of {arch} cannot be had: {error}") from error
+        return make(weights)
+    except ModelError:
+        raise
+    except Exception as error:  # no such weights, no network, a damaged file: each library has its own exceptions
+        raise ModelError(f"model.init: the weights {weights} of {arch} cannot be had: {one_line(error)}") from error
 
 
 def model_spec(config: ModelConfig, num_classes: int, blurpool: bool = False) -> ModelSpec:
@@ -161,7 +233,7 @@ def model_spec(config: ModelConfig, num_classes: int, blurpool: bool = False) ->
         elif config.dims is not None:
             dims = check_dims(config.dims, width)
         else:
-            dims = default_dims(width, check_start(config.nesting_start, width))
+            dims = default_dims(width, shortest_prefix(config.nesting_start, width))
     except ValueError as error:
         option = "dims" if config.dims is not None else "fixed_feature"
         raise ModelError(f"model.{option}: {error} ({config.arch})") from None
@@ -173,7 +245,7 @@ def model_spec(config: ModelConfig, num_classes: int, blurpool: bool = False) ->
     return ModelSpec(config.arch, num_classes, dims, config.efficient, blurpool)
 
 
-def check_start(nesting_start: int, width: int) -> int:
+def shortest_prefix(nesting_start: int, width: int) -> int:
     """2^nesting_start, at most the feature width."""
     if nesting_start < 0 or 2**nesting_start > width:
         raise ModelError(
@@ -183,7 +255,10 @@ def check_start(nesting_start: int, width: int) -> int:
 
 
 def build(spec: ModelSpec, weights: str | None = None) -> NestedModel:
-    """The model of `spec`; `weights`: a torchvision weights name for the trunk (downloaded), None for random."""
+    """The model of `spec`; `weights`: the name of published ones for the trunk (downloaded), None for random.
+
+    A name is torchvision's, such as IMAGENET1K_V2, or timm's for the model, such as resnet18.a1_in1k.
+    """
     trunk, width = backbone(spec.arch, weights)
     head = NestedLinear(check_dims(spec.dims, width), spec.num_classes, spec.efficient)
     if spec.blurpool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,3 +35,15 @@ def apply_blurpool(module: nn.Module) -> None:
             setattr(module, name, BlurPoolConv2d(child))
         elif not isinstance(child, BlurPoolConv2d):
             apply_blurpool(child)
+
+
+def with_or_without_blurpool(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state_dict under the names of `like`, of the same model, where only one of the two has BlurPool.
+
+    The convolutions keep their weights; the filters, which are constants, are those of `like`.
+    """
+    blurred = [key.removesuffix(".blur_filter") for key in (*state, *like) if key.endswith(".blur_filter")]
+    wrapped = {f"{name}.conv.{leaf}": f"{name}.{leaf}" for name in blurred for leaf in ("weight", "bias")}
+    filters = {key: value for key, value in like.items() if key.endswith(".blur_filter")}
+    names = {plain: inner for inner, plain in wrapped.items()} if filters else wrapped
+    return filters | {names.get(k, k): value for k, value in state.items() if not k.endswith(".blur_filter")}

@@ -1,0 +1,218 @@
+#!/usr/bin/env bash
+# Everything that has to be shown on a machine with an NVIDIA GPU, step by step; a step that fails stops no other.
+#
+#   bash bench/gpu.sh [STEP ...]        default: info build tests heads eager data compiled train profile suite
+#
+# PYTHON   python3 with torch and torchvision; what is built goes into build/gpu/venv, which sees its packages
+# WHEELS   without network: a folder with *.whl of what pyproject.toml asks for and that python lacks and, where
+#          jpeglib.h is missing, *.deb with it. Made where there is a network, for Python 3.12 and Debian:
+#            pip wheel --no-deps -w wheels scikit-build-core nanobind pathspec fastargs terminaltables
+#            (cd wheels && apt-get download libjpeg62-turbo-dev libjpeg62-turbo)
+# DATA     a folder with train* and val*: .beton, .ffcv or image folders; without: digits, and pieces of two photos
+# OUT      build/gpu/results: summary.txt, log.txt, profile.txt, train.log, step.jsonl, end_to_end.jsonl
+# LIMIT    1700: seconds for all steps together; what would begin later is skipped. Where a call may last 10 minutes:
+#            LIMIT=580 bash bench/gpu.sh info build heads eager      and then, on the same machine,
+#            LIMIT=580 bash bench/gpu.sh tests data compiled         and    train profile suite
+# SMOKE=1  tiny arguments, with or without a GPU: shows that this script works
+#
+# Exit status: 1 when a step failed. A step that is skipped is named and is no failure.
+set -uo pipefail
+for path in WHEELS DATA OUT; do # as seen from where this was called
+  [ -z "${!path:-}" ] || export "$path=$(realpath -m "${!path}")"
+done
+case ${PYTHON:-} in */*) PYTHON=$(realpath -ms "$PYTHON") ;; esac
+cd "$(dirname "$0")/.." || exit 2
+
+python=$(command -v "${PYTHON:-python3}") || { echo "no ${PYTHON:-python3}"; exit 2; }
+smoke=${SMOKE:-}
+work=$PWD/build/gpu
+out=${OUT:-$work/results}
+wheels=${WHEELS:-}
+deadline=$((SECONDS + ${LIMIT:-1700}))
+steps=${*:-info build tests heads eager data compiled train profile suite}
+failed=0
+export PYTHONUNBUFFERED=1
+mkdir -p "$work" "$out" || exit 2
+: >"$out/log.txt"
+: >"$out/summary.txt"
+
+note() { # STEP RESULT
+  printf '%-10s %s\n' "$1" "$2" | tee -a "$out/summary.txt"
+}
+
+# run STEP SECONDS COMMAND...: within its limit and what is left of the whole; its output also goes to log.txt
+run() {
+  local step=$1 limit=$2 left=$((deadline - SECONDS)) start=$SECONDS status
+  shift 2
+  if [ "$left" -lt 10 ]; then
+    note "$step" "skipped: no time left"
+    return 1
+  fi
+  echo "== $step: $*" | tee -a "$out/log.txt"
+  timeout --kill-after=10 $((limit < left ? limit : left)) "$@" 2>&1 | tee -a "$out/log.txt"
+  status=${PIPESTATUS[0]}
+  case $status in
+  0) note "$step" "ok, $((SECONDS - start)) s" && return 0 ;;
+  124 | 137) note "$step" "FAILED: stopped after $((SECONDS - start)) s" ;;
+  *) note "$step" "FAILED: status $status after $((SECONDS - start)) s" ;;
+  esac
+  failed=1
+  return 1
+}
+
+info() {
+  nvidia-smi 2>/dev/null || echo "no nvidia-smi"
+  echo "commit $(git rev-parse HEAD 2>/dev/null || echo "${COMMIT:-unknown}"), $(nproc --all) cores, $("$python" --version)"
+  "$python" - <<'EOF'
+import torch, torchvision
+print("torch", torch.__version__, "torchvision", torchvision.__version__, "CUDA", torch.version.cuda)
+for i in range(torch.cuda.device_count()):
+    print(torch.cuda.get_device_properties(i))
+EOF
+}
+
+# An environment that sees the packages of $python but keeps what is installed here to itself.
+build() {
+  local site missing
+  [ -x "$py" ] || "$python" -m venv --without-pip "$work/venv" || return 1
+  site=$("$py" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  "$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' >"$site/outer.pth"
+  missing=$("$py" - <<'EOF'
+import sys, tomllib
+from importlib import metadata
+try:
+    from packaging.requirements import Requirement
+except ImportError:  # pip's own
+    from pip._vendor.packaging.requirements import Requirement
+about = tomllib.load(open("pyproject.toml", "rb"))
+wanted = about["build-system"]["requires"] + about["project"]["dependencies"] + ["pytest", "hypothesis", "pathspec"]
+for requirement in map(Requirement, wanted):
+    try:
+        if requirement.specifier.contains(metadata.version(requirement.name), prereleases=True):
+            continue
+    except metadata.PackageNotFoundError:
+        pass
+    print(requirement.name)
+EOF
+  ) || return 1
+  echo "missing: ${missing:-nothing}"
+  # shellcheck disable=SC2086  # a list of names
+  [ -z "$missing" ] || install $missing || return 1
+  if ! header && ! sh system-deps.sh native; then return 1; fi
+  install --no-build-isolation --config-settings=build-dir=build/gpu/{wheel_tag} -e . || return 1
+  "$py" -c 'from matryoshka.data import _native; print("native core:", _native.__file__)'
+}
+
+install() {
+  "$python" -m pip --python "$py" install --no-deps --disable-pip-version-check ${wheels:+--no-index --find-links "$wheels"} "$@"
+}
+
+header() {
+  printf '#include <cstdio>\n#include <jpeglib.h>\n' | ${CXX:-c++} -x c++ -fsyntax-only - 2>/dev/null
+}
+
+# jpeglib.h and its library out of Debian packages, for this script alone
+unpack_jpeg() {
+  local deb lib
+  header && return
+  for deb in ${wheels:+"$wheels"/*jpeg*.deb}; do
+    [ -e "$deb" ] && dpkg-deb -x "$deb" "$work/jpeg"
+  done
+  [ -d "$work/jpeg/usr" ] || return
+  lib=$(dirname "$(find "$work/jpeg/usr/lib" -name 'libjpeg.so*' | head -n 1)")
+  export CMAKE_PREFIX_PATH=$work/jpeg/usr LD_LIBRARY_PATH=$lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+  CPATH=$(dirname "$(find "$work/jpeg/usr/include" -name jconfig.h | head -n 1)"):$work/jpeg/usr/include
+  LIBRARY_PATH=$lib
+  export CPATH LIBRARY_PATH
+}
+
+# one NAME: the first of DATA's files or folders that is called so, nothing without DATA
+one() {
+  local found
+  for found in ${DATA:+"$DATA"/"$1"*.beton "$DATA"/"$1"*.ffcv "$DATA"/"$1"}; do
+    [ -e "$found" ] && echo "$found" && return
+  done
+}
+
+# Options of the trainer that TRAIN_ARGS replaces as a whole
+train() {
+  local train val options
+  train=$(one train) val=$(one val)
+  if [ -z "$train" ] || [ -z "$val" ]; then
+    rm -rf "$work/demo"
+    "$work/venv/bin/matryoshka" demo "$work/demo"
+    return
+  fi
+  options=${TRAIN_ARGS:---config-file rn18_configs/rn18_16_epochs.yaml --training.epochs=2 --training.batch_size=256}
+  # shellcheck disable=SC2086  # a list of options
+  "$work/venv/bin/matryoshka" train $options --model.mrl=1 --data.train_dataset="$train" --data.val_dataset="$val" \
+    --logging.folder="$work/trainlogs" || return 1
+  cp "$(ls -td "$work"/trainlogs/*/log | head -n 1)" "$out/train.log"
+}
+
+# fresh NAME: the rows that this run has added to bench/results/
+fresh() {
+  local file=bench/results/$1.jsonl
+  [ -e "$file" ] && tail -n +"$(($2 + 1))" "$file" >"$out/$1.jsonl"
+}
+
+lines() { [ -e "bench/results/$1.jsonl" ] && wc -l <"bench/results/$1.jsonl" || echo 0; }
+
+profile() {
+  set -o pipefail
+  "$py" bench/step.py --profile "$@" | tee "$out/profile.txt"
+}
+
+py=$work/venv/bin/python
+unpack_jpeg
+step_rows=$(lines step) data_rows=$(lines end_to_end)
+export -f info build install header one train profile
+export python py wheels work out
+gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))' 2>/dev/null || echo 0)
+if [ "$smoke" ]; then
+  tiny=(--no-record --blocks 1 --seconds 0 --classes 10 --batch 4 --res 32)
+  heads=(--arch --widths 16 "${tiny[@]}") eager=(--widths --arch resnet10 --modes eager "${tiny[@]}")
+  compiled=(--widths --arch resnet10 --modes compiled --kinds FF MRL "${tiny[@]}")
+  data=(--no-record --arch resnet10 --images 32 --batch 4 --res 32 --steps 2 --blocks 1 --classes 10)
+  profiled=(--arch resnet10 --modes eager --batch 4 --res 32 --classes 10)
+else
+  heads=(--arch)
+  eager=(--widths --modes eager --kinds FF MRL MRL-E "official MRL" --seconds 0.3 --limit 280)
+  compiled=(--widths --modes compiled --res 224 --batch 256 --kinds FF MRL MRL-E "official MRL" --limit 200)
+  file=$(one train)
+  data=(--threads 4 8 0 ${file:+--data "$file"})
+  profiled=(--arch rn50 --res 224 --batch 256 --modes eager)
+fi
+
+built=1
+for step in $steps; do
+  if [ "$gpu" = 0 ] && [ -z "$smoke" ] && [ "$step" != info ]; then
+    note "$step" "skipped: torch sees no GPU"
+    continue
+  fi
+  case $step in
+  info | build) ;;
+  *) if [ -z "$built" ] || [ ! -x "$py" ]; then
+    note "$step" "skipped: the native core is not built"
+    continue
+  fi ;;
+  esac
+  case $step in
+  info) run info 60 bash -c info ;;
+  build) run build 300 bash -c build || built= ;;
+  tests) run tests 150 "$py" -m pytest -q -p no:cacheprovider -k "gpu or cuda" tests ;;
+  heads) run heads 120 "$py" bench/step.py "${heads[@]}" ;;
+  eager) run eager 340 "$py" bench/step.py "${eager[@]}" ;;
+  compiled) run compiled 300 "$py" bench/step.py "${compiled[@]}" ;;
+  data) run data 180 "$py" bench/end_to_end.py "${data[@]}" ;;
+  train) run train 300 bash -c train ;;
+  profile) run profile 90 bash -c 'profile "$@"' profile "${profiled[@]}" ;;
+  suite) run suite 400 "$py" -m pytest -q -p no:cacheprovider ${smoke:+-k nested} tests ;;
+  *) note "$step" "skipped: there is no such step" ;;
+  esac
+done
+fresh step "$step_rows"
+fresh end_to_end "$data_rows"
+echo "== results in $out"
+cat "$out/summary.txt"
+exit $failed

@@ -1,0 +1,116 @@
+"""The machine under a bench of training steps: its device and clock, its peaks, and what a step asks of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from measure import Block, Run
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from matryoshka.distributed import pick_device, pick_precision
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MATMUL, COPY = "matmul", "copy"
+
+
+class Machine(NamedTuple):
+    """clock: `cpu` (seconds of all threads, which a busy machine disturbs little) or, beside a GPU, `wall`."""
+
+    device: torch.device
+    precision: str
+    threads: int
+
+    @property
+    def clock(self) -> str:
+        return "cpu" if self.device.type == "cpu" else "wall"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
+
+
+def machine(device: str, precision: str, threads: int) -> Machine:
+    found = pick_device(device, 0)
+    torch.backends.cudnn.benchmark = True
+    return Machine(found, pick_precision(precision, found), threads)
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what the device has been asked to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def repeated(here: Machine, call: Callable[[], object], amount: int, seconds: float) -> Run:
+    """A block of calls, each counted as `amount`: as many as take about `seconds`."""
+
+    def block(times: int) -> int:
+        torch.set_num_threads(here.threads)
+        for _ in range(times):
+            call()
+        finish(here.device)
+        return times * amount
+
+    block(2)  # compilation, choice of kernels
+    start = time.perf_counter()
+    block(1)
+    times = max(1, round(seconds / (time.perf_counter() - start)))
+    return lambda: block(times)
+
+
+def peaks(here: Machine, seconds: float) -> dict[str, Callable[[], Run]]:
+    """What the machine can do, as competitors that take turns: FLOPs of a square product, bytes of a copy."""
+    gpu = here.device.type != "cpu"
+
+    def product() -> Run:
+        n = 8192 if gpu else 1024
+        a, b = (torch.randn(n, n, device=here.device).to(here.dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        return repeated(here, lambda: torch.mm(a, b, out=out), 2 * n**3, seconds / 2)
+
+    def copy() -> Run:
+        source = torch.ones((4 if gpu else 1) * 2**28, device=here.device)  # 4 or 1 GiB: no cache holds it
+        target = torch.empty_like(source)
+        return repeated(here, lambda: target.copy_(source), 2 * source.nbytes, seconds / 2)
+
+    return {MATMUL: product, COPY: copy}
+
+
+class Asked(NamedTuple):
+    """What a call asks for. bytes: the inputs and outputs of every operator, which running them one by one moves."""
+
+    flops: int
+    bytes: int
+
+
+def asked(call: Callable[[], object]) -> Asked:
+    with FlopCounterMode(display=False) as flops, _Traffic() as traffic:
+        call()
+    return Asked(flops.get_total_flops(), traffic.bytes)
+
+
+class _Traffic(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            leaves = tree_leaves((args, kwargs, result))
+            self.bytes += sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+        return result
+
+
+def ratios(a: list[Block], b: list[Block], clock: str) -> list[float]:
+    """Of every turn: how many times as fast as b a was."""
+    pairs = zip(a, b, strict=True)
+    return [(x.images / getattr(x, clock)) / (y.images / getattr(y, clock)) for x, y in pairs]

@@ -1,0 +1,154 @@
+"""The training steps that are measured: a fixed feature, MRL and MRL-E, ours and with the paper's own loops.
+
+Everything but head and loss is the same. The paper's head and loss are written anew from what its repository does
+(arXiv 2205.13147): a linear layer for every prefix, or slices of a single one, in a Python loop; a cross-entropy for
+every output; their weighted sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from machine import Machine
+from torch import Tensor, nn
+
+from matryoshka.data.augment import normalise
+from matryoshka.distributed import autocast
+from matryoshka.models import backbone
+from matryoshka.nested import NestedLinear, default_dims, nested_cross_entropy, nested_logits
+from matryoshka.optim import parameter_groups
+
+FF, MRL, MRL_E, OFFICIAL, OFFICIAL_E = KINDS = ("FF", "MRL", "MRL-E", "official MRL", "official MRL-E")
+MODES = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}  # torch.compile's
+SMOOTHING = 0.1
+SHORT = {"rn18": "resnet18", "rn34": "resnet34", "rn50": "resnet50", "rn101": "resnet101", "rn152": "resnet152"}
+
+
+class OfficialHead(nn.Module):
+    """features [B, D] -> a tuple of logits [B, C], one for each prefix."""
+
+    def __init__(self, dims: Sequence[int], classes: int, shared: bool) -> None:
+        super().__init__()
+        self.dims, self.shared = tuple(dims), shared
+        self.heads = nn.ModuleList(nn.Linear(d, classes) for d in (self.dims[-1:] if shared else self.dims))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        outputs = ()
+        for i, d in enumerate(self.dims):
+            if self.shared:
+                head = self.heads[0]
+                outputs += (F.linear(features[:, :d], head.weight[:, :d], head.bias),)  # type: ignore[index,arg-type]
+            else:
+                outputs += (self.heads[i](features[:, :d]),)
+        return outputs
+
+
+class OfficialLoss(nn.Module):
+    """The sum over prefixes of weight x cross-entropy; all weights are 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=SMOOTHING)
+
+    def forward(self, outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        losses = torch.stack([self.criterion(output.float(), labels) for output in outputs])
+        return (torch.ones_like(losses) * losses).sum()
+
+
+class OurLoss(nn.Module):
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return nested_cross_entropy(logits.float(), labels, label_smoothing=SMOOTHING)[0]
+
+
+class OurHead(NestedLinear):
+    """NestedLinear with a choice of how the logits are computed."""
+
+    fused: bool | None = None
+
+    def forward(self, features: Tensor) -> Tensor:
+        return nested_logits(features, [(h.weight, h.bias) for h in self.heads], self.dims, self.fused)  # type: ignore[misc]
+
+
+class _Objective(nn.Module):
+    """(images or features, labels) -> loss."""
+
+    def __init__(self, trunk: nn.Module, head: nn.Module, loss: nn.Module) -> None:
+        super().__init__()
+        self.trunk, self.head, self.loss = trunk, head, loss
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(self.head(self.trunk(inputs)), labels)
+
+
+def objective(kind: str, trunk: nn.Module, width: int, classes: int, fused: bool | None = None) -> nn.Module:
+    dims = (width,) if kind == FF else default_dims(width)
+    if kind.startswith("official"):
+        return _Objective(trunk, OfficialHead(dims, classes, kind == OFFICIAL_E), OfficialLoss())
+    head = OurHead(dims, classes, kind == MRL_E)
+    head.fused = fused
+    return _Objective(trunk, head, OurLoss())
+
+
+class Step:
+    """A training step as the trainer does it: images uint8 [B, H, W, 3] and labels [B] -> loss; updates the weights."""
+
+    def __init__(self, kind: str, arch: str, classes: int, here: Machine) -> None:
+        torch.manual_seed(0)
+        trunk, width = backbone(SHORT.get(arch, arch))
+        self.here = here
+        model = objective(kind, trunk, width, classes).to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = torch.optim.SGD(parameter_groups(model, 5e-5, 0), lr=0.01, momentum=0.9, fused=True)
+        self.compute: Callable[[Tensor, Tensor], Tensor] = model
+
+    def compile(self, mode: str) -> None:
+        if MODES[mode] is not None:
+            self.compute = torch.compile(self.compute, mode=MODES[mode])
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        inputs = normalise(images)
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.here.device, self.here.precision):
+            loss = self.compute(inputs, labels)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+def synthetic(batch: int, size: int, classes: int, here: Machine) -> tuple[Tensor, Tensor]:
+    """A batch on the device: images uint8 [B, size, size, 3], labels [B]."""
+    images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=here.device)
+    return images, torch.randint(0, classes, (batch,), device=here.device)
+
+
+def head_call(kind: str, width: int, batch: int, classes: int, fused: bool | None, here: Machine) -> Callable[[], None]:
+    """Forward and backward of head and loss alone, on features of the dtype that the trunk gives."""
+    torch.manual_seed(0)
+    compute = objective(kind, nn.Identity(), width, classes, fused).to(here.device)
+    features = torch.randn(batch, width, device=here.device).to(here.dtype).requires_grad_()
+    labels = torch.randint(0, classes, (batch,), device=here.device)
+    leaves = [features, *compute.parameters()]
+
+    def call() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        with autocast(here.device, here.precision):
+            loss = compute(features, labels)
+        loss.backward()
+
+    return call
+
+
+def as_graph(call: Callable[[], None]) -> Callable[[], None]:
+    """The same work as one CUDA graph: the time of the device alone, which is what counts behind a busy trunk."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
