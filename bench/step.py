@@ -76,8 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         heads(args, args.head_batch or [16, 64, 256] + [1024] * gpu, here, report)
     if cases:
         print(f"{'time of a step over FF':28} {'MRL':>7} {'goal':>6} {'low-high':>11} {'best':>7} {'MRL-E':>7} "
-              f"{'official':>8} {'off. -E':>7}  {'FF':>8} {'MRL':>8} {'official':>8}  images/s  {'of matmul':>9} {'of copy':>8}",
-              flush=True)  # fmt: skip
+              f"{'official':>8} {'off. -E':>7}  {'FF':>8} {'MRL':>8} {'official':>8}  images/s  {'of matmul':>9} "
+              f"{'of copy':>8}", flush=True)  # fmt: skip
     for case in cases:
         if not report.late(case.name):
             steps(case, args, here, report)

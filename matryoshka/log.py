@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -11,7 +12,7 @@ import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -131,21 +132,27 @@ class RunLog:
         """To Weights & Biases, over an axis of ours: its own never goes back, what follows a rollback would be lost."""
         if self._wandb is None:
             return
-        try:
+        with self._wandb_may_fail():
             for name in values.keys() - self._wandb_names:
                 self._wandb.define_metric(name, step_metric=axis)
                 self._wandb_names.add(name)
             self._wandb.log({**values, axis: at})
+
+    @contextlib.contextmanager
+    def _wandb_may_fail(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # of its own process, of its server: the training is worth more
             self._wandb = None
             self.note({"event": "problem", "text": f"no more logging to Weights & Biases: {error!r}"})
 
     def close(self) -> None:
+        if self._wandb is not None:
+            with self._wandb_may_fail():
+                self._wandb.finish()
         for file in self._lines.values():
             file.close()
         self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
 
 
 def _start_wandb(project: str, path: Path, params: Mapping, going_on: bool) -> Any:

@@ -31,7 +31,6 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
            "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
            "BOOL": torch.bool}  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_ALIGN = 64
 
 
 @dataclass(frozen=True)
@@ -49,24 +48,23 @@ class _Arena:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.shape = _shape(tensors)
         self.entries: dict[str, dict] = {}
-        places, end = [], 0
-        for name, tensor in tensors.items():
-            size = tensor.numel() * tensor.element_size()
-            self.entries[name] = {
-                "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + size],
-            }  # fmt: skip
-            places.append((end, size))
-            end += size
-        # safetensors allows no holes: the block is as dense as the file, and views are bytes where dtypes do not align
+        # The widest numbers first: safetensors allows no holes, and so every view is aligned.
+        self._names = sorted(tensors, key=lambda name: -tensors[name].element_size())
+        end = 0
+        for name in self._names:
+            tensor, begin = tensors[name], end
+            end += tensor.numel() * tensor.element_size()
+            about = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+            self.entries[name] = about
         on_gpu = any(tensor.is_cuda for tensor in tensors.values())
         self.block = torch.empty(end, dtype=torch.uint8, pin_memory=on_gpu)
-        self._slices = [self.block[begin : begin + size] for begin, size in places]
+        self._views = [_view(self.block, self.entries[name]) for name in self._names]
         self.event = torch.cuda.Event() if on_gpu else None
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Queued behind the work of the current stream; `wait` for it before the block is read."""
-        for place, tensor in zip(self._slices, tensors.values(), strict=True):
-            place.copy_(tensor.detach().contiguous().view(-1).view(torch.uint8), non_blocking=True)
+        for view, name in zip(self._views, self._names, strict=True):
+            view.copy_(tensors[name].detach(), non_blocking=True)
         if self.event is not None:
             self.event.record()
 
@@ -75,12 +73,16 @@ class _Arena:
             self.event.synchronize()
 
     def poisoned(self) -> str | None:
-        """The first tensor of weights or of an optimizer's state that is not finite."""
-        for (name, entry), place in zip(self.entries.items(), self._slices, strict=True):
-            dtype = _DTYPES[entry["dtype"]]
-            if dtype.is_floating_point and not torch.isfinite(place.clone().view(dtype)).all():
+        """The first tensor that is not finite."""
+        for name, view in zip(self._names, self._views, strict=True):
+            if view.is_floating_point() and not torch.isfinite(view).all():
                 return name
         return None
+
+
+def _view(block: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    begin, end = entry["data_offsets"]
+    return block[begin:end].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
 
 
 def _shape(tensors: Mapping[str, Tensor]) -> list:
@@ -244,8 +246,6 @@ def read(path: Path) -> Saved:
     if f"{zlib.crc32(data):08x}" != meta.get("crc32"):
         raise CheckpointError(f"{path}: its checksum is wrong; it is damaged")
     whole = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    tensors = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        tensors[name] = whole[begin:end].clone().view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+    # copies: aligned as libraries expect it (torch.set_rng_state crashes otherwise), each free to live on alone
+    tensors = {name: _view(whole, entry).clone() for name, entry in header.items()}
     return Saved(path, json.loads(meta["matryoshka"]), tensors)

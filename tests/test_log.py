@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -62,13 +64,23 @@ def test_a_run_that_goes_on_drops_what_its_checkpoint_does_not_know(tmp_path):
 
 
 def records(path):
-    """The records of the newest offline run of Weights & Biases below a run folder.
+    """The records of the offline run of Weights & Biases below a run folder, once its own process has written all."""
+    (file,) = path.glob("wandb/offline-run-*/run-*.wandb")
+    until = time.monotonic() + 30  # `finish` comes back a little earlier
+    while True:
+        found = whole_records(file)
+        if any(record.HasField("exit") for record in found) or time.monotonic() > until:
+            return found
+        time.sleep(0.02)
+
+
+def whole_records(file):
+    """What is in a .wandb file so far.
 
     Blocks of 32 KiB after a file header of 7 bytes; a piece of a record is [crc32, length: u16, kind: u8], data.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
-    file = max(path.glob("wandb/offline-run-*/run-*.wandb"), key=lambda p: p.stat().st_mtime_ns)
     data, at, whole, found = file.read_bytes(), 7, b"", []
     assert data[:4] == b":W&B"
     while at + 7 <= len(data):
@@ -129,20 +141,23 @@ def test_wandb_goes_on_with_the_run_of_this_folder(tmp_path, offline):
     for path, going_on in ((tmp_path / "run", None), (tmp_path / "run", (5, 1)), (tmp_path / "other" / "run", None)):
         RunLog(path, {}, "", going_on=going_on, wandb="project").close()
         ids.append(next(r.run.run_id for r in records(path) if r.HasField("run")))
+        shutil.rmtree(path / "wandb")
     assert ids[0] == ids[1] != ids[2]
 
 
-def test_wandb_that_breaks_does_not_end_a_run(tmp_path, offline, monkeypatch):
+@pytest.mark.parametrize("call", ["log", "finish"])
+def test_wandb_that_breaks_does_not_end_a_run(tmp_path, offline, monkeypatch, call):
     import wandb
 
     def broken(*_):
         raise BrokenPipeError("gone")
 
     log = RunLog(tmp_path / "run", {}, "", wandb="project")
-    monkeypatch.setattr(wandb.Run, "log", broken)
+    monkeypatch.setattr(wandb.Run, call, broken)
     for step in (1, 2):
         log.scalars({"loss": 1.0}, step)
     log.close()
+    monkeypatch.undo()
     wandb.finish()
     problems = lines(tmp_path / "run" / "events.jsonl")
     assert [(line["event"], "gone" in line["text"]) for line in problems] == [("problem", True)]

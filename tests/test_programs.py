@@ -245,6 +245,18 @@ MISTAKES = [
     (["--data.loader=ffcv", "--data.resident=1"], ["data.resident", "data.loader=native"]),
     (["--data.num_workers=-1"], ["data.num_workers=-1"]),
     (["--training.seed=-1"], ["training.seed=-1"]),
+    (["--training.sync_bn=1"], ["training.sync_bn=1", "GPU"]),
+    (["--training.compile=1", "--training.deterministic=1"], ["training.compile", "training.deterministic"]),
+    (["--training.accumulate=2", "--training.global_batch_size=64"], ["training.accumulate", "global_batch_size"]),
+    (["--training.keep_last=0"], ["training.keep_last=0"]),
+    (["--training.optimizer=adam"], ["training.optimizer", "adam", "adamw"]),
+    (["--training.resume=nowhere"], ["training.resume=nowhere"]),
+    (["--training.ema=2"], ["training.ema=2"]),
+    (["--data.randaugment=30"], ["data.randaugment=30", "10"]),
+    (["--data.mixup=-1"], ["data.mixup=-1"]),
+    (["--lr.warmup_epochs=1"], ["lr.warmup_epochs", "cyclic"]),
+    (["--model.init=nowhere.pt"], ["model.init", "nowhere.pt"]),
+    (["--model.freeze=layer9"], ["model.freeze", "layer9", "layer4"]),
 ]
 
 
