@@ -77,7 +77,7 @@ def peaks(here: Machine, seconds: float) -> dict[str, Callable[[], Run]]:
         return repeated(here, lambda: torch.mm(a, b, out=out), 2 * n**3, seconds / 2)
 
     def copy() -> Run:
-        source = torch.ones((4 if gpu else 1) * 2**28, device=here.device)  # 4 or 1 GiB: no cache holds it
+        source = torch.ones(2**30 if gpu else 2**26, device=here.device)  # 4 GiB or 256 MiB: no cache holds it
         target = torch.empty_like(source)
         return repeated(here, lambda: target.copy_(source), 2 * source.nbytes, seconds / 2)
 

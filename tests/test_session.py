@@ -1,9 +1,7 @@
 """Runs that are stopped, killed, poisoned, or that hang; and what they go on with."""
 
-import errno
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -15,14 +13,12 @@ import numpy as np
 import pytest
 import torch
 from matryoshka.train import train_imagenet
-from safetensors import safe_open
 
 from matryoshka import session, snapshot
-from matryoshka.checkpoint import CheckpointError, load_model
+from matryoshka.checkpoint import load_model
 from matryoshka.distributed import World
 from matryoshka.guard import Guard
 from matryoshka.optim import make_optimizer, parameter_groups
-from matryoshka.snapshot import Snapshots
 from matryoshka.watch import REQUEUE, HangWatch, Vote
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,120 +49,6 @@ def alone(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     assert train_imagenet.main(options(digits, folder, "run")) == 0
     return folder / "run"
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-def tensors(scale=1.0):
-    return {
-        "model.w": torch.arange(6, dtype=torch.float32).view(2, 3) * scale, "n": torch.tensor(5),
-        "half": torch.full((3,), scale, dtype=torch.bfloat16), "rng": torch.arange(7, dtype=torch.uint8),
-        "empty": torch.zeros(0, 4), "wide": torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last) * scale,
-    }  # fmt: skip
-
-
-def test_a_checkpoint_is_safetensors_and_comes_back(tmp_path):
-    snapshots = Snapshots(tmp_path / "c", {"config": {"a": 1}}, keep_last=2)
-    given = tensors()
-    for step in (1, 2, 3, 20):
-        snapshots.save(step, given, {"step": step}, best=step == 2)
-        for tensor in given.values():  # training goes on: the copy must not see it
-            tensor.add_(1)
-    snapshots.wait()
-    assert snapshots.problems() == []
-    names = sorted(p.name for p in (tmp_path / "c").iterdir())
-    assert names == ["best.safetensors", "last.safetensors", "step_20.safetensors", "step_3.safetensors"]
-    saved, notes = snapshot.newest(tmp_path / "c")
-    assert (notes, saved.about["progress"], saved.about["config"]) == ([], {"step": 20}, {"a": 1})
-    with safe_open(tmp_path / "c" / "last.safetensors", "pt") as file:  # the real library reads the same
-        assert set(file.keys()) == set(given)
-        for name, tensor in tensors().items():
-            expected = tensor.add(3)
-            assert torch.equal(saved.tensors[name], expected)
-            assert torch.equal(file.get_tensor(name), expected)
-            assert saved.tensors[name].dtype == tensor.dtype
-    assert snapshot.read(tmp_path / "c" / "best.safetensors").about["progress"] == {"step": 2}
-    snapshot.forget_after(tmp_path / "c", 3)
-    assert snapshot.newest(tmp_path / "c")[0].about["step"] == 3
-
-
-@pytest.mark.parametrize("call", ["write", "fsync", "replace", "link", "short"])
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_write_that_fails_leaves_the_last_good_one(tmp_path, monkeypatch, call, number):
-    snapshots = Snapshots(tmp_path, {}, keep_last=3)
-    snapshots.save(1, tensors(), {})
-    snapshots.wait()
-    original, left = getattr(os, "write" if call == "short" else call), [number]
-
-    def failing(*args, **kwargs):
-        left[0] -= 1
-        if call == "short":
-            return original(args[0], bytes(args[1])[: max(1, len(args[1]) // 3)])
-        if left[0] == 0:
-            raise OSError(errno.ENOSPC if number < 3 else errno.EIO, "No space left on device")
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(os, "write" if call == "short" else call, failing)
-    snapshots.save(2, tensors(2.0), {})
-    snapshots.wait()
-    monkeypatch.undo()
-    problems = snapshots.problems()
-    saved, notes = snapshot.newest(tmp_path)
-    assert notes == []
-    assert saved.about["step"] in ((2,) if call == "short" else (1, 2))
-    assert torch.equal(saved.tensors["model.w"], tensors(float(saved.about["step"]))["model.w"])
-    snapshot.read(tmp_path / "last.safetensors")
-    assert not list(tmp_path.glob(".*.tmp"))
-    if call != "short" and left[0] <= 0:
-        assert len(problems) == 1
-        assert "step 2 not written: No space" in problems[0]
-    snapshots.save(3, tensors(3.0), {})  # and the next one works
-    snapshots.wait()
-    assert snapshot.newest(tmp_path)[0].about["step"] == 3
-
-
-def test_a_full_disk(tmp_path):
-    snapshots, limit = Snapshots(tmp_path, {}, keep_last=3), resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    snapshots.save(1, tensors(), {})
-    snapshots.wait()
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
-        snapshots.save(2, {"big": torch.zeros(100_000)}, {})
-        snapshots.wait()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, before)
-    assert "step 2 not written" in snapshots.problems()[0]
-    assert snapshot.newest(tmp_path)[0].about["step"] == 1
-
-
-def test_poisoned_states_are_not_written(tmp_path):
-    snapshots = Snapshots(tmp_path, {}, keep_last=3)
-    for bad in (float("nan"), float("inf")):
-        snapshots.save(1, {"model.w": torch.tensor([1.0, bad])}, {})
-        snapshots.wait()
-        assert snapshots.problems() == ["checkpoint of step 1 not written: model.w is not finite"]
-    assert snapshot.newest(tmp_path) == (None, [])
-
-
-def test_damaged_checkpoints_are_passed_over_and_named(tmp_path):
-    snapshots = Snapshots(tmp_path, {}, keep_last=9)
-    for step in (1, 2, 3, 4):
-        snapshots.save(step, tensors(step), {})
-    snapshots.wait()
-    cut, flipped, other = (tmp_path / f"step_{k}.safetensors" for k in (4, 3, 2))
-    (tmp_path / "last.safetensors").unlink()
-    cut.write_bytes(cut.read_bytes()[:-5])
-    flipped.write_bytes(flipped.read_bytes()[:-5] + b"\x07" + flipped.read_bytes()[-4:])
-    other.write_bytes(b"<html>not found</html>")
-    saved, notes = snapshot.newest(tmp_path)
-    assert saved.about["step"] == 1
-    assert [str(p) in note for p, note in zip((cut, flipped, other), notes, strict=True)] == [True] * 3
-    for path in (other, tmp_path / "nowhere"):
-        with pytest.raises(CheckpointError, match=path.name):
-            snapshot.read(path)
 
 
 def test_a_training_checkpoint_is_a_model(alone):
@@ -355,18 +237,47 @@ def test_a_skipped_step_changes_nothing(name):
 # ---------------------------------------------------------------- hangs, votes, kills
 
 
-def test_a_hang_leaves_stacks_and_ends(tmp_path):
-    code = (
-        "import time\nfrom pathlib import Path\nfrom matryoshka.watch import HangWatch\n"
-        "def waits_for_nothing():\n    time.sleep(60)\n"
-        f"with HangWatch(Path({str(tmp_path / 'stacks')!r}), 3, 1.0) as watch:\n"
-        "    for _ in range(4):\n        time.sleep(0.5); watch.beat()\n    waits_for_nothing()\n"
-    )
+HANG = """
+import os, socket, sys, time
+from pathlib import Path
+import torch, torch.distributed as dist
+from matryoshka.watch import HangWatch
+
+def waits_for_nothing():
+    time.sleep(60)
+
+def work(rank):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo")
+    with HangWatch(Path(sys.argv[1]), rank, 2.0) as watch:
+        for step in range(4):
+            time.sleep(0.8)
+            watch.beat()
+        if rank == 1:
+            waits_for_nothing()
+        dist.all_reduce(torch.zeros(1))
+
+with socket.create_server(("127.0.0.1", 0)) as free:
+    port = free.getsockname()[1]
+children = []
+for rank in range(2):
+    children.append(os.fork())
+    if children[-1] == 0:
+        work(rank)
+        os._exit(0)
+print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+"""
+
+
+def test_a_hang_leaves_the_stacks_of_all_ranks_and_ends(tmp_path):
+    """Rank 1 hangs, rank 0 waits for it in an all-reduce: both end with status 1 and say where they were."""
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False)
-    assert done.returncode == 1
-    assert time.monotonic() - start < 50
-    assert "waits_for_nothing" in (tmp_path / "stacks" / "rank_3.txt").read_text()
+    command = [sys.executable, "-c", HANG, str(tmp_path / "stacks")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.stdout == "[1, 1]\n", done.stderr
+    assert time.monotonic() - start < 58
+    assert "waits_for_nothing" in (tmp_path / "stacks" / "rank_1.txt").read_text()
+    assert "all_reduce" in (tmp_path / "stacks" / "rank_0.txt").read_text()
     with HangWatch(tmp_path / "none", 0, 100.0) as watch:
         watch.beat()
     assert not (tmp_path / "none").exists()
