@@ -47,7 +47,7 @@ def run(tmp_path_factory, digits):
 
 def test_the_run_folder(run, digits):
     assert {p.name for p in run.iterdir()} == {
-        "params.json", "config.yaml", "env.json", "log", "events.jsonl", "checkpoints", "tensorboard",
+        "params.json", "config.yaml", "env.json", "log", "events.jsonl", "checkpoints", "accuracy.png", "tensorboard",
         "final_weights.pt", "model.safetensors",
     }  # fmt: skip
     lines = [json.loads(line) for line in (run / "log").read_text().splitlines()]

@@ -110,8 +110,9 @@ def train(cfg: SimpleNamespace, world: World) -> None:
         checkpoint.describe(model), ema,
     )  # fmt: skip
     weights = cfg.model.relative_importance and torch.tensor(cfg.model.relative_importance, device=world.device)
+    guard = Guard(model, world.device, t.clip)
     step_of = partial(
-        train_step, cfg, world, ddp, state, Guard(model, world.device, t.clip), precision,
+        train_step, cfg, world, ddp, state, guard, precision,
         partial(nested_cross_entropy, weights=weights, label_smoothing=t.label_smoothing),
     )  # fmt: skip
 
@@ -125,9 +126,9 @@ def train(cfg: SimpleNamespace, world: World) -> None:
         say(f"note     {note}")
 
     with Session(
-        state, step_of.args[4], world, start, options, config.to_yaml(cfg), say=say,
-        global_batch=train_loader.batch_size, keep_last=t.keep_last, every_steps=t.checkpoint_every_steps,
-        every_minutes=t.checkpoint_every_minutes, skip_limit=t.skip_limit, hang_timeout=t.hang_timeout,
+        state, guard, world, start, options, config.to_yaml(cfg), say=say, global_batch=train_loader.batch_size,
+        keep_last=t.keep_last, every_steps=t.checkpoint_every_steps, every_minutes=t.checkpoint_every_minutes,
+        skip_limit=t.skip_limit, hang_timeout=t.hang_timeout, wandb=cfg.logging.wandb,
     ) as session:  # fmt: skip
         if start.saved:
             say(f"go on    after step {session.progress.step}, epoch {session.progress.epoch}")
@@ -141,6 +142,7 @@ def train(cfg: SimpleNamespace, world: World) -> None:
             if ema is not None:
                 checkpoint.save_model(ema.module, start.path / "model_ema.safetensors", options)  # type: ignore[arg-type]
             checkpoint.save_model(model, start.path / FINAL, options)  # last: it says that the run is finished
+            draw(start.path, say)
             say(f"model    {start.path / FINAL}")
 
 
@@ -292,6 +294,16 @@ def compile_model(ddp: torch.nn.Module, cfg, device: torch.device) -> str:
         return f", not compiled ({reason})"
     ddp.compile()
     return ", compiled"
+
+
+def draw(run: Path, say) -> None:
+    """The chart of a run that is safe already: whatever goes wrong is said, no more."""
+    from matryoshka.report import plot_run  # matplotlib: 1 s
+
+    try:
+        plot_run(run, run / "accuracy.png")
+    except Exception as error:
+        say(f"note     no chart of this run: {error}")
 
 
 def notes_on(cfg) -> list[str]:
