@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+REQUEUE = 75  # status of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, start the same command again
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -80,6 +81,7 @@ def processes_to_start(config: DistConfig, distributed: bool | None, device: str
 
 def launch(processes: int, config: DistConfig, script: str, argv: Sequence[str]) -> int:
     """Run `script argv` in so many processes with torchrun's own launcher; the exit code of the first to fail."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
@@ -90,6 +92,8 @@ def launch(processes: int, config: DistConfig, script: str, argv: Sequence[str])
         run(parse_args([*rendezvous, f"--nproc-per-node={processes}", script, *argv]))
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode or 1
+    except SignalException:  # the processes were told, and have left a checkpoint
+        return REQUEUE
     return 0
 
 

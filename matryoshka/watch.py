@@ -15,9 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from matryoshka.distributed import World
+from matryoshka.distributed import REQUEUE, World
 
-REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 

@@ -11,6 +11,7 @@ options.
 from __future__ import annotations
 
 import contextlib
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -134,8 +135,8 @@ def train(cfg: SimpleNamespace, world: World) -> None:
             say(f"go on    after step {session.progress.step}, epoch {session.progress.epoch}")
         while session.progress.epoch < t.epochs:
             with session.rollback():
-                seconds, waited, lr = train_epoch(cfg, session, state, step_of, peak)
-                end_epoch(cfg, session, state, val_loader, precision, world, (seconds, waited, lr), say)
+                measured = train_epoch(cfg, session, state, step_of, peak)
+                end_epoch(cfg, session, state, val_loader, precision, world, measured, say)
         if world.is_main:
             session.snapshots.wait()
             checkpoint.save_upstream(model, start.path / "final_weights.pt")
@@ -146,24 +147,23 @@ def train(cfg: SimpleNamespace, world: World) -> None:
             say(f"model    {start.path / FINAL}")
 
 
-def train_epoch(
-    cfg, session: Session, state: TrainState[NestedModel], step_of, peak: float
-) -> tuple[float, float, float]:
-    """The steps that are left of the epoch; (seconds, seconds of them waiting for data, last learning rate)."""
+def train_epoch(cfg, session: Session, state: TrainState[NestedModel], step_of, peak: float) -> dict[str, float]:
+    """The steps that are left of the epoch: seconds, of them waiting for data (wait), last lr, median norm."""
     loader, epoch, steps = state.loader, session.progress.epoch, len(state.loader)
     loader.image = training_crop(cfg, resolution_at(epoch, cfg.resolution))
     loader.load_state_dict(loader.state_dict() | {"epoch": epoch, "batch": session.progress.step - epoch * steps})
     state.model.train()
-    started, waited, lr = time.perf_counter(), loader.wait, 0.0
+    started, waited, norms = time.perf_counter(), loader.wait, []
+    lr = session.rate * lr_at(session.progress.step / steps, cfg.lr, peak, cfg.training.epochs)
     with contextlib.closing(progress_bar(loader, session, cfg)) as bar:
         for batch in bar:
             lr = session.rate * lr_at(session.progress.step / steps, cfg.lr, peak, cfg.training.epochs)
             loss, norm, skip = step_of(batch, lr)
             reports = session.after_step(loss, norm, skip)
+            norms += [report.norm for report in reports]
             report_steps(bar, session, cfg, reports, lr, loader.wait - waited, time.perf_counter() - started)
-    if not lr:  # all of its steps were done before
-        lr = session.rate * lr_at(session.progress.step / steps, cfg.lr, peak, cfg.training.epochs)
-    return time.perf_counter() - started, loader.wait - waited, lr
+    norm = statistics.median(norms or [0.0])
+    return {"seconds": time.perf_counter() - started, "wait": loader.wait - waited, "lr": lr, "norm": norm}
 
 
 def train_step(
@@ -217,7 +217,7 @@ def end_epoch(
     epoch, dims = session.progress.epoch, state.model.dims
     *losses, images = session.end_epoch()
     mean_loss, *prefix_losses = (value / max(images, 1) for value in losses)
-    seconds, waited, lr = measured
+    seconds, lr = measured["seconds"], measured["lr"]
     values, accuracy, averaged = {"current_lr": lr}, {}, {}
     if cfg.logging.log_level > 0 or epoch == cfg.training.epochs - 1:
         tta, watched = cfg.validation.lr_tta, session.watched
@@ -228,14 +228,14 @@ def end_epoch(
             values |= {f"ema_{key}": value for key, value in accuracy_keys(averaged).items()}
     shown = "  ".join(f"{d}: {a['top1']:.1f}" for d, a in accuracy.items()) or "not evaluated"
     shown += "".join(f"  (average {a['top1']:.1f})" for d, a in averaged.items() if d == dims[-1])
-    speed = {"images_per_s": images / seconds, "data_wait": waited / seconds}
+    speed = {"images_per_s": images / seconds, "data_wait": measured["wait"] / seconds}
     say(f"epoch {epoch:3d}  loss {mean_loss:.3f}  lr {lr:.3g}  {speed['images_per_s']:.0f} images/s  "
         f"wait {100 * speed['data_wait']:.0f} %  top-1 {shown}")  # fmt: skip
     skipped = distributed.gather(state.loader.skipped, world) if cfg.data.on_error == "skip" else []
     state.loader.skipped.clear()
     if session.log:
         session.log.event(values | {"train_loss": mean_loss, "epoch": epoch} | speed)
-        scalars = {"loss": mean_loss, "lr": lr, **speed}
+        scalars = {"loss": mean_loss, "lr": lr, "gradient_norm": measured["norm"], **speed}
         scalars |= {f"loss/{d}": value for d, value in zip(dims, prefix_losses, strict=True)}
         scalars |= {f"top_1/{d}": a["top1"] for d, a in accuracy.items()}
         scalars |= {f"ema_top_1/{d}": a["top1"] for d, a in averaged.items()}
