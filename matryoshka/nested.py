@@ -90,9 +90,12 @@ def _prefix_by_prefix(features: Tensor, heads: Sequence[Head], dims: Sequence[in
 def _segment_by_segment(features: Tensor, heads: Sequence[Head], dims: Sequence[int]) -> Tensor:
     """A shared classifier: each prefix adds the columns that are new to the logits of the one before."""
     weight, bias = heads[0]
-    logits = [F.linear(features[:, : dims[0]], weight[:, : dims[0]], bias)]
-    for begin, end in itertools.pairwise(dims):
-        logits.append(logits[-1] + F.linear(features[:, begin:end], weight[:, begin:end]))
+    sizes = [end - begin for begin, end in itertools.pairwise((0, *dims))]
+    # split, not slices: the gradient of each slice would be a whole matrix of zeros around it
+    parts = zip(features.split(sizes, 1), weight[:, : dims[-1]].split(sizes, 1), strict=True)
+    logits = []
+    for x, w in parts:
+        logits.append(logits[-1] + F.linear(x, w) if logits else F.linear(x, w, bias))
     return torch.stack(logits)
 
 

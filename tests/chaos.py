@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -224,6 +225,7 @@ def main(argv: list[str] | None = None) -> int:
                 if found != expected:
                     wrong += 1
                     print(f"{run_id}: WRONG after {dict(places)}: {found[0][:16]}, log {found[1]}", flush=True)
+                shutil.rmtree(folder / "runs" / run_id)
     told = ", ".join(f"{n} {place}" for place, n in sorted(total.items()))
     print(f"{sum(total.values())} kills ({told}) in {time.perf_counter() - start:.0f} s; runs that differ: {wrong}")
     return int(wrong > 0)
