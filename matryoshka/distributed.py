@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -151,15 +153,58 @@ def joined(device: str) -> Iterator[World]:
         pick_device(device, local_rank), int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank,
         int(env.get("LOCAL_WORLD_SIZE", 1)),
     )  # fmt: skip
+    store: dict[str, Any] = {}
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = {"store": fresh_store(world.rank, world.size), "rank": world.rank, "world_size": world.size}
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-        dist.init_process_group("nccl", device_id=world.device)
+        dist.init_process_group("nccl", device_id=world.device, **store)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **store)
     try:
         yield world
     finally:
         dist.destroy_process_group()
+
+
+def fresh_store(rank: int, size: int, patience: float = 900.0) -> Any:
+    """A part of the agents' store (a Store) that no earlier attempt has written to.
+
+    Restarted workers get the store of the workers before them (torch 2.15: MASTER_PORT stays), find the addresses of
+    dead processes there and fail to connect. Nothing in the environment tells attempts apart for all ranks, so rank 0
+    names this one, and hands the name to whoever answers to a number that only this attempt's process knows.
+    """
+    from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    until = time.monotonic() + patience
+
+    def wait(ready: Callable[[], bool]) -> None:
+        while not ready():
+            if time.monotonic() > until:
+                raise TimeoutError(f"rank {rank} of {size}: the others have not joined after {patience:.0f} s")
+            time.sleep(0.02)
+
+    if rank:
+        me = secrets.token_hex(8)
+        store.set(f"hello/{rank}", me)
+        wait(lambda: store.check([f"name/{me}"]))
+        name = store.get(f"name/{me}").decode()
+        store.add(f"here/{name}", 1)
+        wait(lambda: store.check([f"go/{name}"]))
+        return PrefixStore(name, store)
+
+    name = secrets.token_hex(8)
+
+    def all_are_here() -> bool:
+        for other in range(1, size):  # again and again: an earlier attempt's number is replaced when this one's comes
+            if store.check([f"hello/{other}"]):
+                store.set(f"name/{store.get(f'hello/{other}').decode()}", name)
+        return store.add(f"here/{name}", 0) == size - 1
+
+    wait(all_are_here)
+    store.set(f"go/{name}", "")
+    return PrefixStore(name, store)
 
 
 def broadcast(value, world: World):

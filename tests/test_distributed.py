@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # One step of the training loop's own function in float64, batch norm in eval mode, by forks of one process.
 STEPS = """
-import functools, os, sys, torch
+import functools, os, sys, traceback, torch
 from types import SimpleNamespace
 from matryoshka import distributed
 from matryoshka.data import Loader, RandomResizedCrop, augment
@@ -35,7 +35,7 @@ from matryoshka.trainstate import TrainState
 
 beton, val, out, batch, micro = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
 torch.set_num_threads(1)
-program.normalise = lambda images: augment.normalise(images, dtype=torch.float64)
+program.normalise = lambda images, *scale: augment.normalise(images, *scale, dtype=torch.float64)
 program.nested_cross_entropy = None  # the step must use the loss that it is given
 
 class NoFloat(torch.nn.Module):  # keeps the logits in float64
@@ -87,6 +87,8 @@ for size, port in zip(map(int, sys.argv[6].split(",")), map(int, sys.argv[7].spl
             try:
                 work()
                 code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 os._exit(code)

@@ -1,20 +1,25 @@
 """data.on_error: a sample that cannot be decoded ends the run, or leaves its batch and is listed."""
 
+import contextlib
 import functools
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from matryoshka.train import train_imagenet
-from test_distributed import torchrun
+from test_distributed import ROOT, torchrun
 from test_programs import options, refused
 
 from matryoshka.data import BetonError, BetonFile, CenterCrop, Loader, RandomResizedCrop, ResidentLoader
+from matryoshka.data.augment import Preprocessing
 from matryoshka.data.slots import Batch
 from matryoshka.distributed import World
+from matryoshka.guard import Guard
 from matryoshka.nested import nested_cross_entropy
+from matryoshka.trainstate import TrainState
 
 BROKEN = (7, 130, 131, 399)
 
@@ -111,6 +116,9 @@ def test_the_gradient_is_that_of_the_images_that_are_left_over_the_whole_batch()
     images = torch.randint(0, 256, (8, 4, 4, 3), dtype=torch.uint8)
     labels = torch.arange(8) % 3
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3), torch.nn.Unflatten(0, (1, -1)))
+    model.preprocessing, model.no_sync = Preprocessing(), contextlib.nullcontext
+    plain = SimpleNamespace(mixup=0, cutmix=0, randaugment=0)
+    cfg = SimpleNamespace(data=plain, training=SimpleNamespace(seed=0, batch_size=3))
     loss_of = functools.partial(nested_cross_entropy, weights=None, label_smoothing=0.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     world = World(torch.device("cpu"), 0, 2)
@@ -118,7 +126,10 @@ def test_the_gradient_is_that_of_the_images_that_are_left_over_the_whole_batch()
     def gradient(which, global_size, world):
         batch = Batch(images[which], labels[which], torch.tensor(which))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        train_imagenet.train_step(model, batch, optimizer, scaler, loss_of, "fp32", global_size, world)
+        loader = SimpleNamespace(batch_size=global_size)
+        state = TrainState(model, optimizer, loader, scaler, torch.zeros(3), {})
+        guard = Guard(model, world.device)
+        train_imagenet.train_step(cfg, world, model, state, guard, "fp32", loss_of, batch, 0.0)
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     by_ddp = (gradient([0, 2, 3], 8, world) + gradient([4, 5, 6, 7], 8, world)) / 2
@@ -138,23 +149,9 @@ def test_a_run_lists_what_it_skipped(damaged, digits, tmp_path, capsys):
     assert "damaged.beton: sample" in refused(train_imagenet.main, options(data, tmp_path, "strict"), capsys)
 
 
-BOTH = """
-import pathlib, sys, types
-from matryoshka import distributed
-from matryoshka.data import CenterCrop, Loader
-from matryoshka.train.train_imagenet import list_skipped
-
-with distributed.joined("cpu") as world:
-    loader = Loader(sys.argv[1], 50, image=CenterCrop(8), on_error="skip", in_memory=False, rank=world.rank, world=2)
-    sum(1 for _ in loader)
-    log = types.SimpleNamespace(path=pathlib.Path(sys.argv[2])) if world.is_main else None
-    assert list_skipped(loader, 3, log, world) == 4
-    assert loader.skipped == []
-"""
-
-
-def test_two_processes_list_what_both_skipped(damaged, tmp_path):
-    (tmp_path / "both.py").write_text(BOTH)
-    torchrun(2, tmp_path / "both.py", damaged, tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-    assert [(line["epoch"], line["index"]) for line in lines] == [(3, i) for i in BROKEN]
+def test_two_processes_list_what_both_skipped(damaged, digits, tmp_path):
+    data = {"train": damaged, "val": digits["val"]}
+    more = ["--data.on_error=skip", "--training.batch_size=50", "--training.epochs=1"]
+    torchrun(2, ROOT / "train" / "train_imagenet.py", *options(data, tmp_path, "run", *more))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["index"]) for line in lines] == [(0, i) for i in BROKEN]
