@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from matryoshka.inference import pytorch_inference
+from matryoshka.train import train_imagenet
 
 from matryoshka import distributed
 from matryoshka.distributed import DistConfig, DistributedError
@@ -214,6 +215,22 @@ def test_two_agents_go_on_after_a_worker_was_killed(tmp_path, digits):
     assert [r["train_loss"] for r in log_of(run)] == [r["train_loss"] for r in log_of(alone)]
     weights = [torch.load(path / "final_weights.pt", weights_only=True) for path in (alone, run)]
     assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
+
+
+def test_another_number_of_processes_goes_on_with_the_same_batches(tmp_path, digits, capsys):
+    """One process, then two of smaller batches: the global batch stays, the finished epoch is not trained again."""
+    options = ["--training.epochs=2", "--training.global_batch_size=100", "--training.batch_size=100"]
+    train_imagenet.main([*train_options(digits, tmp_path, "run"), *options])
+    alone, options = log_of(tmp_path / "run"), ["--training.epochs=2", "--training.batch_size=30"]
+    resume = f"--training.resume={tmp_path / 'run' / 'checkpoints' / 'step_4.safetensors'}"
+    out = torchrun(2, ROOT / "train" / "train_imagenet.py", *train_options(digits, tmp_path, "run"), *options, resume)
+    assert "2 x cpu" in out
+    assert "2 epochs x 4 steps of 100 images" in out
+    assert "go on    after step 4, epoch 1" in out
+    together = log_of(tmp_path / "run")
+    assert [line["epoch"] for line in together] == [0, 1]
+    assert together[0]["train_loss"] == alone[0]["train_loss"]
+    assert together[1]["train_loss"] == pytest.approx(alone[1]["train_loss"], rel=0.2)  # batch norm sees parts
 
 
 def log_of(run):

@@ -144,6 +144,16 @@ def test_a_checkpoint_can_be_chosen(digits, tmp_path, alone, capsys):
     assert losses(tmp_path / "copy")[0] == losses(alone)[0]
 
 
+def test_checkpoints_by_the_clock(digits, tmp_path):
+    """Every 6 ms, which every step takes longer than: one after each; without it those of start and epoch alone."""
+    for minutes, steps in ((0.0001, [0, 1, 2, 3, 4]), (0, [0, 4])):
+        run = tmp_path / f"every{minutes}"
+        more = [f"--training.checkpoint_every_minutes={minutes}", "--training.keep_last=9", "--training.epochs=1"]
+        assert train_imagenet.main(options(digits, tmp_path, run.name, *more)) == 0
+        found = sorted(int(path.stem.removeprefix("step_")) for path in run.glob("checkpoints/step_*"))
+        assert found == steps
+
+
 # ---------------------------------------------------------------- poison
 
 

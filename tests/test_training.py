@@ -85,6 +85,14 @@ def test_the_average_of_weights_follows_its_formula(digits, tmp_path, capsys):
     assert differ(load_model(tmp_path / "run" / "model_ema.safetensors").state_dict(), plain)
 
 
+def test_weights_and_biases_hears_of_a_run(digits, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(digits, tmp_path, "run", "--logging.wandb=project")
+    assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
+
+
 def test_compilation_is_tried_and_told(digits, tmp_path, capsys, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
