@@ -8,7 +8,7 @@ model.safetensors needs no further flag. Upstream's .pt files take upstream's fl
 --rep_size. Starts under torchrun too: every image is counted once.
 
 --save_* write logits and softmax, float32 [prefixes, images, classes], predictions, int64 [prefixes, images], and
-labels (gt), int64 [images], in the data set's order; for ImageNet-A and -R over their 200 classes.
+labels (gt), int64 [images], in the data set's order; for ImageNet-A, -R and -O over their 200 classes.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ import json
 import os
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from matryoshka.inference.published import (  # pyright: ignore[reportMissingImports] (folder inference, installed)
-    PREFIXES,
-    load_published,
+from matryoshka.inference.resized_images import (  # pyright: ignore[reportMissingImports] (folder inference, installed)
+    CROP,
+    RESIZE,
+    ResizedImages,
 )
-from matryoshka.inference.resized_images import CROP, RESIZE, ResizedImages  # pyright: ignore[reportMissingImports]
 from matryoshka.inference.saved_arrays import (  # pyright: ignore[reportMissingImports]
     KINDS,
     Collected,
@@ -35,11 +38,15 @@ from matryoshka.inference.saved_arrays import (  # pyright: ignore[reportMissing
 )
 from tqdm import tqdm
 
-from matryoshka import checkpoint, config, distributed
-from matryoshka.data import CenterCrop, Loader, open_dataset
+from matryoshka import analysis, checkpoint, config, distributed
+from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader, open_dataset
 from matryoshka.data.augment import Preprocessing
-from matryoshka.imagenet_sets import FOLDERS, canonical, find, match
+from matryoshka.data.subset import Subset
+from matryoshka.imagenet_sets import FOLDERS, OUTSIDE, ImageNetError, Labelling, canonical, find, find_outside, match
+from matryoshka.log import environment
+from matryoshka.models import NestedModel, with_prefixes
 from matryoshka.predict import predict
+from matryoshka.published import PREFIXES, load_published
 from matryoshka.report import accuracy_table
 
 PREPROCESSING = ("checkpoint", "upstream", "ffcv")
@@ -59,6 +66,12 @@ def parser() -> argparse.ArgumentParser:
         "--dataset", default="V1", help=f"one of {', '.join(FOLDERS)}; default V1, the validation set of ImageNet-1K"
     )
     p.add_argument(
+        "--ood",
+        metavar="DATA",
+        help="images of none of the model's classes (a .beton, a folder of folders): how well the confidence tells "
+        "them from those of the data set; --dataset O does so for ImageNet-O",
+    )
+    p.add_argument(
         "--data-root",
         default=os.environ.get("IMAGENET_DIR", "../../IMAGENET"),
         help="folder that holds the dataset's folder (val, imagenetv2-matched-frequency-format-val, imagenet-a, "
@@ -68,6 +81,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mrl", action="store_true", help="an upstream checkpoint trained with MRL")
     p.add_argument("--efficient", action="store_true", help="with --mrl: MRL-E")
     p.add_argument("--rep_size", type=int, help="width of an upstream fixed-feature checkpoint")
+    p.add_argument("--old_ckpt", action="store_true", help="an upstream checkpoint with the keys of its first release")
+    p.add_argument(
+        "--nesting-list",
+        metavar="D,D,...",
+        help="prefixes to evaluate: some of an MRL checkpoint's, or any lengths of an MRL-E checkpoint; default: all",
+    )
     p.add_argument("--tta", action="store_true", help="add the logits of the mirror image")
     p.add_argument(
         "--preprocessing",
@@ -87,97 +106,189 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+class Outcome(NamedTuple):
+    """Of one data set. accuracy: {prefix: {top1, top5}}. confidence: float32 [G, N], or [G, 0] where it was not wanted.
+    seconds: of all; of them `wait` waiting for data."""
+
+    accuracy: dict[int, dict[str, float]]
+    confidence: np.ndarray
+    seconds: float
+    wait: float
+
+
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.batch_size < 1 or args.workers < 0:
-        raise config.ConfigError("--batch-size must be 1 or more, --workers 0 or more")
-    if args.output and not Path(args.output).resolve().parent.is_dir():
-        raise config.ConfigError(f"--output {args.output}: its folder does not exist; make it first")
+    check(args)
     name = canonical(args.dataset)
+    if name == "O" and args.ood:
+        raise config.ConfigError(f"--ood {args.ood}: --dataset O brings its own, {OUTSIDE}/; drop one of the two")
+    outside = find_outside(args.data_root) if name == "O" else args.ood
     dataset = open_dataset(find(name, args.data_root))
-    if args.path.startswith(PREFIXES):
-        if args.mrl or args.efficient or args.rep_size is not None:
-            raise config.ConfigError(f"--path {args.path}: a baseline takes no --mrl, --efficient or --rep_size")
-        model = load_published(args.path)
-    else:
-        # the flags of upstream say --mrl --efficient for MRL-E; the checkpoint's own words are mrl and efficient
-        model = checkpoint.load_model(args.path, args.mrl and not args.efficient, args.efficient, args.rep_size)
+    strange = open_dataset(outside) if outside else None
+    model = load(args)
+    head = model.spec.head_name
+    if args.nesting_list:
+        with_prefixes(model, prefix_lengths(args.nesting_list))
     labelling = match(name, dataset, model)
+    data = selected(dataset, labelling)
     kinds = [kind for kind in KINDS if getattr(args, f"save_{kind}")]
     if args.upstream_names and not kinds:
         raise config.ConfigError("--upstream_names: nothing to name; add --save_logits or another --save_*")
     place = Path(args.output).parent if args.output else Path()
-    given = model.preprocessing
-    if args.preprocessing == "upstream":
-        model.preprocessing = Preprocessing(CROP, CROP / RESIZE, given.mean, given.std)
-    elif args.preprocessing == "ffcv":
-        model.preprocessing = Preprocessing(given.size, 224 / 256, given.mean, given.std)
-    from matryoshka.metrics import PrefixAccuracy  # torchmetrics takes seconds to import: not before it is needed
+    set_preprocessing(model, args.preprocessing)
 
     with distributed.joined(args.device) as world:
         precision = distributed.pick_precision(args.precision, world.device)
         model = model.to(world.device).to(memory_format=torch.channels_last)
-        options = {
-            "order": "sequential", "num_workers": args.workers, "device": world.device,
-            "rank": world.rank, "world": world.size,
-        }  # fmt: skip
-        if args.preprocessing == "upstream":
-            loader = ResizedImages(dataset, args.batch_size * world.size, **options)
-        else:
-            crop = CenterCrop(model.preprocessing.size, model.preprocessing.ratio)
-            loader = Loader(dataset, args.batch_size * world.size, image=crop, **options)
         labelling = labelling.to(world.device)
-        started = time.perf_counter()
-        metric = PrefixAccuracy(model.dims).to(world.device)
         collected = Collected(kinds)
-        bar = tqdm(loader, leave=False, unit="batch", disable=not (world.is_main and sys.stderr.isatty()))
-        for raw in predict(model, bar, precision, args.tta):
-            prediction = raw._replace(logits=labelling.select(raw.logits), labels=labelling.labels[raw.labels])
-            metric.update(prediction.logits, prediction.labels)
-            collected.add(prediction)
-        accuracy = metric.compute()
-        seconds = time.perf_counter() - started
-        size = model.preprocessing.size
-        settings = [f"{args.preprocessing}{size}", precision]
+        outcome = evaluate(model, data, labelling, args, world, precision, collected, strange is not None)
+        accuracy = outcome.accuracy
+        if strange is not None:
+            nowhere = labelling._replace(
+                labels=torch.zeros(strange.num_classes, dtype=torch.int64, device=world.device)
+            )
+            other = evaluate(model, strange, nowhere, args, world, precision, Collected([]), True)
+            accuracy = (
+                {
+                    d: values | analysis.out_of_distribution(*rows)._asdict()
+                    for (d, values), *rows in zip(accuracy.items(), outcome.confidence, other.confidence, strict=True)
+                }
+                if world.is_main
+                else accuracy
+            )
         variant = "" if dataset.path.name in FOLDERS[name] else dataset.path.name
-        names = file_names(kinds, model.spec, args.path, name, variant, settings, args.tta, args.upstream_names)
-        for kind, array in collected.arrays(len(dataset), world):
+        settings = [f"{args.preprocessing}{model.preprocessing.size}", precision]
+        names = file_names(kinds, head, model.dims, args.path, name, variant, settings, args.tta, args.upstream_names)
+        for kind, array in collected.arrays(len(data), world):
             write_array(place / names[kind], array)
 
     if world.is_main:
-        for note in model.notes:
-            print(f"note: {note}")
-        print(f"{args.path}: {model.spec.arch}, {model.spec.head_name}, {model.spec.num_classes} classes")
-        print(f"{dataset.path}: {name}, {len(dataset):,} images at {size} px{', tta' if args.tta else ''}")
-        if labelling.names and len(present := set(labelling.labels.tolist())) < len(labelling.names):
-            print(f"note: {len(present)} of the {len(labelling.names)} classes of {name} are there")
-        print(accuracy_table(accuracy))
-        print(
-            f"{len(dataset) / seconds:.0f} images/s, {100 * loader.wait / seconds:.0f} % of the time waiting for data"
-        )
+        known = labelling.names or model.classes
+        results = {
+            "prefixes": {str(d): values for d, values in accuracy.items()},
+            "checkpoint": str(args.path),
+            "arch": model.spec.arch,
+            "head": head,
+            "dims": list(model.dims),
+            "dataset": name,
+            "data": str(dataset.path),
+            "classes": model.spec.num_classes if labelling.columns is None else len(labelling.columns),
+            "class_names": known,
+            "images": len(data),
+            **({"ood": str(strange.path), "ood_images": len(strange)} if strange is not None else {}),
+            "preprocessing": args.preprocessing,
+            "resolution": model.preprocessing.size,
+            "crop_ratio": model.preprocessing.ratio,
+            "tta": args.tta,
+            "precision": precision,
+            "images_per_s": len(data) / outcome.seconds,
+            "data_wait": outcome.wait / outcome.seconds,
+            "arrays": names,
+            "environment": environment(),
+        }
+        show(args, results, model, labelling)
         if args.output:
-            results = {
-                "prefixes": {str(d): values for d, values in accuracy.items()},
-                "checkpoint": str(args.path),
-                "arch": model.spec.arch,
-                "head": model.spec.head_name,
-                "dataset": name,
-                "data": str(dataset.path),
-                "classes": model.spec.num_classes if labelling.columns is None else len(labelling.columns),
-                "images": len(dataset),
-                "preprocessing": args.preprocessing,
-                "resolution": size,
-                "tta": args.tta,
-                "precision": precision,
-                "images_per_s": len(dataset) / seconds,
-                "arrays": names,
-            }
             checkpoint.write_atomically(args.output, (json.dumps(results, indent=1) + "\n").encode())
             print(f"results  {args.output}")
         for kind, file in names.items():
             print(f"{kind:11}  {place / file}")
     return 0
+
+
+def check(args: Namespace) -> None:
+    if args.batch_size < 1 or args.workers < 0:
+        raise config.ConfigError("--batch-size must be 1 or more, --workers 0 or more")
+    if args.output and not Path(args.output).resolve().parent.is_dir():
+        raise config.ConfigError(f"--output {args.output}: its folder does not exist; make it first")
+
+
+def prefix_lengths(text: str) -> list[int]:
+    try:
+        return [int(d) for d in text.split(",")]
+    except ValueError:
+        raise config.ConfigError(f"--nesting-list {text}: expected lengths with commas, such as 8,64,512") from None
+
+
+def load(args: Namespace) -> NestedModel:
+    if args.path.startswith(PREFIXES):
+        if args.mrl or args.efficient or args.old_ckpt or args.rep_size is not None:
+            raise config.ConfigError(
+                f"--path {args.path}: a baseline takes no --mrl, --efficient, --rep_size or --old_ckpt"
+            )
+        return load_published(args.path)
+    # the flags of upstream say --mrl --efficient for MRL-E; the checkpoint's own words are mrl and efficient
+    mrl = args.mrl and not args.efficient
+    return checkpoint.load_model(args.path, mrl, args.efficient, args.rep_size, old_style=args.old_ckpt)
+
+
+def selected(dataset: BetonFile | ImageFolder, labelling: Labelling) -> BetonFile | ImageFolder | Subset:
+    """The images that have a label."""
+    counted = labelling.labels.numpy()[dataset.labels] >= 0
+    if not counted.any():
+        raise ImageNetError(f"{dataset.path}: has no images of these classes; give the whole validation set")
+    return dataset if counted.all() else Subset(dataset, np.flatnonzero(counted))
+
+
+def set_preprocessing(model: NestedModel, name: str) -> None:
+    given = model.preprocessing
+    if name == "upstream":
+        model.preprocessing = Preprocessing(CROP, CROP / RESIZE, given.mean, given.std)
+    elif name == "ffcv":
+        model.preprocessing = Preprocessing(given.size, 224 / 256, given.mean, given.std)
+
+
+def evaluate(
+    model: NestedModel,
+    data: BetonFile | ImageFolder | Subset,
+    labelling: Labelling,
+    args: Namespace,
+    world: distributed.World,
+    precision: str,
+    collected: Collected,
+    confidences: bool,
+) -> Outcome:
+    """One pass over the data, every image once on one of the ranks."""
+    from matryoshka.metrics import PrefixAccuracy  # torchmetrics takes seconds to import: not before it is needed
+
+    options = {
+        "order": "sequential", "num_workers": args.workers, "device": world.device,
+        "rank": world.rank, "world": world.size,
+    }  # fmt: skip
+    if args.preprocessing == "upstream":
+        loader = ResizedImages(data, args.batch_size * world.size, **options)
+    else:
+        crop = CenterCrop(model.preprocessing.size, model.preprocessing.ratio)
+        loader = Loader(data, args.batch_size * world.size, image=crop, **options)
+    started = time.perf_counter()
+    metric = PrefixAccuracy(model.dims).to(world.device)
+    highest = [np.empty((len(model.dims), 0), np.float32)]
+    bar = tqdm(loader, leave=False, unit="batch", disable=not (world.is_main and sys.stderr.isatty()))
+    for raw in predict(model, bar, precision, args.tta):
+        prediction = raw._replace(logits=labelling.select(raw.logits), labels=labelling.labels[raw.labels])
+        metric.update(prediction.logits, prediction.labels)
+        collected.add(prediction)
+        if confidences:
+            highest.append(prediction.logits.softmax(2).amax(2).cpu().numpy())
+    accuracy = metric.compute()
+    seconds = time.perf_counter() - started
+    return Outcome(accuracy, np.concatenate(distributed.gather(highest, world), 1), seconds, loader.wait)
+
+
+def show(args: Namespace, results: dict, model: NestedModel, labelling: Labelling) -> None:
+    for note in [] if args.nesting_list and model.head.shared else model.notes:
+        print(f"note: {note}")
+    print(f"{args.path}: {results['arch']}, {results['head']}, {model.spec.num_classes} classes")
+    tta = ", tta" if args.tta else ""
+    print(f"{results['data']}: {results['dataset']}, {results['images']:,} images at {results['resolution']} px{tta}")
+    present = set(labelling.labels[labelling.labels >= 0].tolist())
+    if labelling.names and len(present) < len(labelling.names):
+        print(f"note: {len(present)} of the {len(labelling.names)} classes of {results['dataset']} are there")
+    if "ood" in results:
+        print(f"{results['ood']}: {results['ood_images']:,} images of other classes, to be told by low confidence")
+    print(accuracy_table({int(d): values for d, values in results["prefixes"].items()}))
+    print(f"{results['images_per_s']:.0f} images/s, {100 * results['data_wait']:.0f} % of the time waiting for data")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from matryoshka.checkpoint import write_atomically
 from matryoshka.distributed import World, gather
-from matryoshka.models import ModelSpec
 from matryoshka.predict import Prediction
 
 KINDS = ("logits", "softmax", "predictions", "gt")
@@ -28,7 +27,8 @@ KINDS = ("logits", "softmax", "predictions", "gt")
 
 def file_names(
     kinds: Sequence[str],
-    spec: ModelSpec,
+    head: str,
+    dims: Sequence[int],
     checkpoint: str,
     dataset: str,
     variant: str,
@@ -36,21 +36,22 @@ def file_names(
     tta: bool,
     upstream: bool = False,
 ) -> dict[str, str]:
-    """{kind: file name}. checkpoint: as --path says it. variant: the data's own name where that is not the usual one.
+    """{kind: file name}. head: mrl, mrl-e or ff<width>. checkpoint: as --path says it. variant: the data's own name
+    where that is not the usual one.
 
     settings: what else changes the numbers.
     """
     if upstream:
-        nested, shown = len(spec.dims) > 1, "sketch" if dataset == "Sketch" else dataset
-        stem = f"mrl={nested}_efficient={nested and spec.efficient}_dataset={shown}_tta={tta}"
+        shown = "sketch" if dataset == "Sketch" else dataset
+        stem = f"mrl={head.startswith('mrl')}_efficient={head == 'mrl-e'}_dataset={shown}_tta={tta}"
         return {kind: f"gt_dataset={shown}.pth" if kind == "gt" else f"{stem}_{kind}.pth" for kind in kinds}
     path = Path(checkpoint)
     where = f"{path.resolve().parent.name}-{path.stem}" if path.is_file() else checkpoint  # every run has model.*
     words = [
         "-".join(filter(None, (dataset, _word(variant)))),
         _word(where),
-        spec.head_name,
-        *dims_word(spec),
+        head,
+        *([dims_word(dims)] if head.startswith("mrl") else []),
         *settings,
     ]
     return {kind: "_".join([*words, *(["tta"] if tta else []), f"{kind}.npy"]) for kind in kinds}
@@ -60,12 +61,9 @@ def _word(text: str) -> str:
     return re.sub(r"[^\w.=-]+", "-", text)[:80]
 
 
-def dims_word(spec: ModelSpec) -> list[str]:
-    """The prefixes, joined; of more than 16 the first, the last and their number. Empty for a fixed feature."""
-    if len(spec.dims) == 1:
-        return []
-    few = len(spec.dims) <= 16
-    return ["-".join(map(str, spec.dims)) if few else f"{spec.dims[0]}-{spec.dims[-1]}x{len(spec.dims)}"]
+def dims_word(dims: Sequence[int]) -> str:
+    """The prefixes, joined; of more than 16 the first, the last and their number."""
+    return "-".join(map(str, dims)) if len(dims) <= 16 else f"{dims[0]}-{dims[-1]}x{len(dims)}"
 
 
 class Collected:

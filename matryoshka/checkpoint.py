@@ -136,17 +136,21 @@ def load_model(
     rep_size: int | None = None,
     dims: tuple[int, ...] | None = None,
     arch: str | None = None,
+    old_style: bool = False,
 ) -> NestedModel:
     """The model of a checkpoint, on the CPU, in eval mode. Input normalised float [B, 3, H, W], logits [G, B, C].
 
     `model.safetensors` needs no further argument. For a bare upstream `.pt`, a `params.json` beside it gives
     arch, head and dims; without one they come from keys and shapes, and the flags decide what those cannot tell:
     `efficient` for an old-style MRL-E file (same keys as a fixed feature), `dims` for MRL-E prefixes other than
-    the powers of two. `model.notes` lists what had to be assumed. CheckpointError names file and disagreement.
+    the powers of two. `old_style` insists on a file with the old keys.
+    `model.notes` lists what had to be assumed. CheckpointError names file and disagreement.
     """
     path = Path(path)
     asked = {"mrl": mrl, "efficient": efficient, "rep_size": rep_size, "dims": dims, "arch": arch}
-    spec, preprocessing, classes, notes, state = read(path, efficient=efficient, dims=dims, arch=arch)
+    spec, preprocessing, classes, notes, state = read(
+        path, efficient=efficient, dims=dims, arch=arch, old_style=old_style
+    )
     _check_asked(path, spec, asked)
     model = build(spec)
     try:
@@ -158,15 +162,22 @@ def load_model(
 
 
 def read(
-    path: str | Path, *, efficient: bool = False, dims: tuple[int, ...] | None = None, arch: str | None = None
+    path: str | Path,
+    *,
+    efficient: bool = False,
+    dims: tuple[int, ...] | None = None,
+    arch: str | None = None,
+    old_style: bool = False,
 ) -> Contents:
     """A model file without building its model. The flags decide what a bare `.pt` cannot tell, as in load_model."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file; give a model.safetensors or a .pt file")
     if path.suffix == ".safetensors":
+        if old_style:
+            raise CheckpointError(f"{path}: not a checkpoint of upstream's old style, but one of ours; drop old_ckpt")
         return _read_safetensors(path)
-    return _read_upstream(path, {"efficient": efficient, "dims": dims, "arch": arch})
+    return _read_upstream(path, {"efficient": efficient, "dims": dims, "arch": arch, "old_style": old_style})
 
 
 def _first_line(error: Exception) -> str:
@@ -234,6 +245,10 @@ def _read_upstream(path: Path, asked: dict) -> Contents:
     arch, trunk_width, blurpool = _recognise(path, trunk, asked["arch"] or params.get("model.arch"))
 
     nested_keys = "fc.weight" not in state
+    if asked["old_style"] and nested_keys and len(widths) == 1:  # MRL and fixed features kept their keys
+        raise CheckpointError(
+            f"{path}: not of upstream's old style: its MRL-E classifier is nesting_classifier_0; drop old_ckpt"
+        )
     said_efficient = asked["efficient"] or bool(params.get("model.efficient"))
     if len(widths) > 1:  # one classifier per prefix: MRL, its dims are in the shapes
         dims, efficient = widths, False

@@ -25,9 +25,11 @@ FOLDERS = {  # data set -> names of its folder, the first that is there
     "A": ("imagenet-a",),
     "R": ("imagenet-r", "imagenet-r_"),
     "Sketch": ("sketch",),
+    "O": ("val",),  # the images whose classes are among ImageNet-O's, to tell its images from
 }
+OUTSIDE = "imagenet-o"
 CLASSES = 1000
-SUBSETS = ("A", "R")  # of 200 classes each
+SUBSETS = ("A", "R", "O")  # of 200 classes each
 
 
 class ImageNetError(ValueError):
@@ -37,8 +39,8 @@ class ImageNetError(ValueError):
 
 
 class Labelling(NamedTuple):
-    """labels: int64 [K], the label that each label of the data set stands for. columns: int64 [C], the outputs that
-    those labels count, None for all. names: [C] names of the labels, where they are known."""
+    """labels: int64 [K], the label that each label of the data set stands for, -1 for none. columns: int64 [C], the
+    outputs that those labels count, None for all. names: [C] names of the labels, where they are known."""
 
     labels: Tensor
     columns: Tensor | None = None
@@ -60,7 +62,7 @@ def _lists() -> dict[str, list[str]]:
 
 
 def wnids(name: str = "V1") -> list[str]:
-    """WordNet ids of the classes of a data set in the order of its labels: 1000, for A and R 200 of them."""
+    """WordNet ids of the classes of a data set in the order of its labels: 1000, for A, R and O 200 of them."""
     return _lists()[name.lower() if name in SUBSETS else "1k"]
 
 
@@ -90,12 +92,21 @@ def find(name: str, root: str | Path) -> Path:
     return path
 
 
+def find_outside(root: str | Path) -> Path:
+    """The folder of ImageNet-O below `root`: images of classes that ImageNet-1K lacks."""
+    path = Path(root) / OUTSIDE
+    if not path.is_dir():
+        raise ImageNetError(f"--data-root {root}: --dataset O needs {OUTSIDE}/ and {FOLDERS['O'][0]}/ in it")
+    return path
+
+
 def match(name: str, dataset: BetonFile | ImageFolder, model: NestedModel) -> Labelling:
     """What the labels of `dataset`, opened as data set `name`, mean for `model`.
 
     A class folder counts by its name, a WordNet id or (V2) a number, never by its rank among the folders that are
     there; a .beton without names has the set's own labels. As V1, and where the model was trained on the very same
-    names, any data set with the model's classes will do. ImageNetError, or the model's own, names what disagrees.
+    names, any data set with the model's classes will do. As O, classes that are not among its 200 get the label -1.
+    ImageNetError, or the model's own, names what disagrees.
     """
     names, count = dataset.classes, model.spec.num_classes
     if len(dataset) and not 0 <= dataset.labels.min() <= dataset.labels.max() < dataset.num_classes:
@@ -103,7 +114,7 @@ def match(name: str, dataset: BetonFile | ImageFolder, model: NestedModel) -> La
             f"{dataset.path}: has labels outside of its {dataset.num_classes} classes; write it again with sound labels"
         )
     same = Labelling(torch.arange(dataset.num_classes), None, names)
-    if names and names == model.classes:
+    if names and names == model.classes and name != "O":
         return same
     known = _class_indices(name, names or [])
     if name == "V1" and (count != CLASSES or not known or model.classes not in (None, wnids())):
@@ -118,6 +129,11 @@ def match(name: str, dataset: BetonFile | ImageFolder, model: NestedModel) -> La
         )
     kept = wnids(name)
     columns = torch.tensor([wnids().index(wnid) for wnid in kept]) if name in SUBSETS else None
+    position = {wnids().index(wnid): label for label, wnid in enumerate(kept)}
+    if name == "O":  # its own images have other classes: these are those of V1
+        whole = match("V1", dataset, model)
+        of_class = [known.get(folder, -1) for folder in names] if names else whole.labels.tolist()
+        return Labelling(torch.tensor([position.get(i, -1) for i in of_class]), columns, kept)
     if not names:
         if dataset.num_classes > len(kept):
             raise ImageNetError(
@@ -125,7 +141,6 @@ def match(name: str, dataset: BetonFile | ImageFolder, model: NestedModel) -> La
                 "write it with its class names"
             )
         return Labelling(same.labels, columns, kept)
-    position = {wnids().index(wnid): label for label, wnid in enumerate(kept)}
     strangers = [folder for folder in names if known.get(folder) not in position]
     if strangers:
         raise ImageNetError(

@@ -26,7 +26,8 @@ class RunError(ValueError):
 
 def accuracy_table(prefixes: Mapping[int, Mapping[str, float]]) -> str:
     """A plain text table of {prefix: {column: percent}}; `-` where a column has no value for a prefix."""
-    titles = {"top1": "top-1 %", "top5": "top-5 %", "ff_top1": "FF top-1 %", "ff_top5": "FF top-5 %"}
+    titles = {"top1": "top-1 %", "top5": "top-5 %", "ff_top1": "FF top-1 %", "ff_top5": "FF top-5 %",
+              "auroc": "AUROC %", "aupr": "AUPR %", "fpr95": "FPR95 %"}  # fmt: skip
     columns = [key for key in titles if any(key in row for row in prefixes.values())]
     lines = ["  ".join(["prefix", *(f"{titles[key]:>10}" for key in columns)])]
     for dim, row in prefixes.items():

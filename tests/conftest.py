@@ -52,3 +52,23 @@ def digits(tmp_path_factory):
             subset=n,
         )
     return {split: root / f"{split}.beton" for split in ("train", "val")}
+
+
+@pytest.fixture(scope="session")
+def imagenet_root(tmp_path_factory, photo):
+    """A small tree of ImageNet's test sets."""
+    from imagenet_small import write_tree
+
+    root = tmp_path_factory.mktemp("imagenet")
+    write_tree(root, photo)
+    return root
+
+
+@pytest.fixture(scope="session")
+def imagenet_checkpoint(tmp_path_factory):
+    """A model of ImageNet's 1000 classes."""
+    from imagenet_small import write_checkpoint
+
+    path = tmp_path_factory.mktemp("run") / "model.safetensors"
+    write_checkpoint(path)
+    return path

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from matryoshka.inference import pytorch_inference
+from imagenet_small import FOLDERS, ROOT, SUBSET, WNIDS, evaluate, refused
 from matryoshka.inference.resized_images import resize_and_crop
 from PIL import Image
 from safetensors.torch import save_file
@@ -23,53 +23,6 @@ from matryoshka.checkpoint import load_model, save_model
 from matryoshka.data import open_dataset, write_beton
 from matryoshka.data.augment import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from matryoshka.models import ModelSpec, build
-
-ROOT = Path(__file__).resolve().parents[1]
-INFO = Path(timm.__file__).parent / "data" / "_info"
-WNIDS = (INFO / "imagenet_synsets.txt").read_text().split()
-SUBSET = {s: [int(i) for i in (INFO / f"imagenet_{s.lower()}_indices.txt").read_text().split()] for s in "AR"}
-PRESENT = {  # class indices of the folders of each set
-    "V1": [0, 7, 999],
-    "V2": [2, 10, 100],
-    "A": [SUBSET["A"][i] for i in (3, 50, 199)],
-    "R": [SUBSET["R"][i] for i in (0, 120, 130)],
-    "Sketch": [1, 500, 998],
-}
-FOLDERS = {
-    "V1": "val", "V2": "imagenetv2-matched-frequency-format-val", "A": "imagenet-a", "R": "imagenet-r_",
-    "Sketch": "sketch",
-}  # fmt: skip
-LIKELY = sorted({i for classes in PRESENT.values() for i in classes})
-OUTSIDE = next(i for i in range(1000) if i not in {*SUBSET["A"], *SUBSET["R"], *LIKELY})
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory, photo):
-    """All five sets, 3 classes of 3, 2 and 4 images each, 32 x 32 pixels."""
-    root = tmp_path_factory.mktemp("imagenet")
-    for k, (name, classes) in enumerate(PRESENT.items()):
-        for j, c in enumerate(classes):
-            place = root / FOLDERS[name] / (str(c) if name == "V2" else WNIDS[c])
-            place.mkdir(parents=True)
-            for i in range((3, 2, 4)[j]):
-                Image.fromarray(photo(32, 32, seed=100 * k + 10 * j + i)).save(place / f"{i}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """1000 classes at random, of which those that are there are likely, and one that is in no set is likelier."""
-    torch.manual_seed(0)
-    model = build(ModelSpec("resnet10", 1000, (8, 64, 512)))
-    model.preprocessing = Preprocessing(size=32, ratio=1.0)
-    with torch.no_grad():
-        for head in model.head.heads:
-            head.bias[LIKELY] += 3 * head.weight.abs().max()
-            head.bias[OUTSIDE] += 100
-            head.weight *= 3
-    path = tmp_path_factory.mktemp("run") / "model.safetensors"
-    save_model(model, path)
-    return path
 
 
 def one_by_one(model, name, root):
@@ -99,27 +52,14 @@ def accuracy(logits, labels):
     return {key: pytest.approx(100 * count / len(labels)) for key, count in hits.items()}
 
 
-def evaluate(checkpoint, data, folder, *more):
-    """(results.json, {kind: array}) of a run that saves everything into `folder`."""
-    folder.mkdir(exist_ok=True)
-    output = folder / "results.json"
-    save = [f"--save_{kind}" for kind in ("logits", "softmax", "predictions", "gt")]
-    argv = [f"--path={checkpoint}", f"--data-root={data}", f"--output={output}", "--workers=1", "--device=cpu"]
-    assert pytorch_inference.main([*argv, "--batch-size=4", *save, *more]) == 0
-    results = json.loads(output.read_text())
-    load = {".npy": np.load, ".pth": lambda path: torch.load(path, weights_only=True).numpy()}
-    arrays = {kind: load[Path(file).suffix](folder / file) for kind, file in results["arrays"].items()}
-    return results, arrays
-
-
 def shown(results):
     return {(g, k): row[f"top{k}"] for g, row in enumerate(results["prefixes"].values()) for k in (1, 5)}
 
 
 @pytest.mark.parametrize("name", list(FOLDERS))
-def test_a_set_equals_loops_over_single_images(name, root, checkpoint, tmp_path, capsys):
-    results, arrays = evaluate(checkpoint, root, tmp_path, f"--dataset={name.upper()}")
-    logits, labels = one_by_one(load_model(checkpoint), name, root)
+def test_a_set_equals_loops_over_single_images(name, imagenet_root, imagenet_checkpoint, tmp_path, capsys):
+    results, arrays = evaluate(imagenet_checkpoint, imagenet_root, tmp_path, f"--dataset={name.upper()}")
+    logits, labels = one_by_one(load_model(imagenet_checkpoint), name, imagenet_root)
     assert (arrays["logits"].dtype, arrays["softmax"].dtype) == (np.float32, np.float32)
     assert (arrays["predictions"].dtype, arrays["gt"].dtype) == (np.int64, np.int64)
     assert arrays["logits"].shape == (3, 9, 200 if name in SUBSET else 1000)
@@ -137,60 +77,71 @@ def test_a_set_equals_loops_over_single_images(name, root, checkpoint, tmp_path,
         for d, row in zip((8, 64, 512), arrays["predictions"], strict=True)
     ]
     for kind, file in results["arrays"].items():
-        assert all(word in file for word in (name, checkpoint.parent.name, "model", "mrl", "8-64-512", "fp32", kind))
+        assert all(
+            word in file for word in (name, imagenet_checkpoint.parent.name, "model", "mrl", "8-64-512", "fp32", kind)
+        )
 
 
-def test_numbered_folders_keep_their_numbers_in_a_beton(root, checkpoint, tmp_path):
+def test_numbered_folders_keep_their_numbers_in_a_beton(imagenet_root, imagenet_checkpoint, tmp_path):
     beton = tmp_path / "v2.beton"
-    source = open_dataset(root / FOLDERS["V2"])
+    source = open_dataset(imagenet_root / FOLDERS["V2"])
     write_beton(source, beton, write_mode="raw", max_resolution=32)
-    _, there = evaluate(checkpoint, root, tmp_path / "folder", "--dataset=v2")
-    _, here = evaluate(checkpoint, beton, tmp_path / "beton", "--dataset=v2")
+    _, there = evaluate(imagenet_checkpoint, imagenet_root, tmp_path / "folder", "--dataset=v2")
+    _, here = evaluate(imagenet_checkpoint, beton, tmp_path / "beton", "--dataset=v2")
     assert all(np.array_equal(there[kind], here[kind]) for kind in there)
     assert sorted(set(here["gt"].tolist())) == [2, 10, 100]
 
 
-def test_variants_of_v2_do_not_share_a_file(root, checkpoint, tmp_path):
+def test_variants_of_v2_do_not_share_a_file(imagenet_root, imagenet_checkpoint, tmp_path):
     variant = tmp_path / "imagenetv2-threshold0.7-format-val"
-    variant.symlink_to(root / FOLDERS["V2"])
-    files = [evaluate(checkpoint, data, tmp_path, "--dataset=V2")[0]["arrays"]["gt"] for data in (root, variant)]
+    variant.symlink_to(imagenet_root / FOLDERS["V2"])
+    files = [
+        evaluate(imagenet_checkpoint, data, tmp_path, "--dataset=V2")[0]["arrays"]["gt"]
+        for data in (imagenet_root, variant)
+    ]
     assert files[0].startswith("V2_")
     assert files[1].startswith("V2-imagenetv2-threshold0.7-format-val_")
 
 
-def test_a_beton_without_names_has_the_sets_own_labels(root, checkpoint, tmp_path):
+def test_a_beton_without_names_has_the_sets_own_labels(imagenet_root, imagenet_checkpoint, tmp_path):
     beton = tmp_path / "a.beton"
-    source = open_dataset(root / FOLDERS["A"])
+    source = open_dataset(imagenet_root / FOLDERS["A"])
     write_beton(source, beton, write_mode="raw", max_resolution=32)
     Path(f"{beton}.json").unlink()
-    _, arrays = evaluate(checkpoint, beton, tmp_path, "--dataset=A")
+    _, arrays = evaluate(imagenet_checkpoint, beton, tmp_path, "--dataset=A")
     np.testing.assert_array_equal(arrays["gt"], source.labels)
     assert arrays["logits"].shape == (3, 9, 200)
-    v1, arrays = evaluate(checkpoint, beton, tmp_path)
+    v1, arrays = evaluate(imagenet_checkpoint, beton, tmp_path)
     assert v1["classes"] == arrays["logits"].shape[2] == 1000
 
 
-def test_upstreams_names_and_shapes(root, checkpoint, tmp_path):
-    data = root / FOLDERS["Sketch"]  # the set's own folder
-    results, arrays = evaluate(checkpoint, data, tmp_path, "--dataset=sketch", "--upstream_names", "--tta")
+def test_upstreams_names_and_shapes(imagenet_root, imagenet_checkpoint, tmp_path):
+    data = imagenet_root / FOLDERS["Sketch"]  # the set's own folder
+    results, arrays = evaluate(imagenet_checkpoint, data, tmp_path, "--dataset=sketch", "--upstream_names", "--tta")
     stem = "mrl=True_efficient=False_dataset=sketch_tta=True"
     kinds = ("logits", "softmax", "predictions")
     assert results["arrays"] == {k: f"{stem}_{k}.pth" for k in kinds} | {"gt": "gt_dataset=sketch.pth"}
     assert arrays["predictions"].shape == (3, 9)
     baseline = build(ModelSpec("resnet10", 1000, (64,)))
     save_model(baseline, tmp_path / "ff.safetensors")
-    results, arrays = evaluate(tmp_path / "ff.safetensors", root, tmp_path, "--upstream_names", "--preprocessing=ffcv")
+    results, arrays = evaluate(
+        tmp_path / "ff.safetensors", imagenet_root, tmp_path, "--upstream_names", "--preprocessing=ffcv"
+    )
     assert {kind: a.shape for kind, a in arrays.items()} == {
         "logits": (9, 1000), "softmax": (9, 1000), "predictions": (9,), "gt": (9,)
     }  # fmt: skip
 
 
-def test_ranks_save_what_one_process_saves(root, checkpoint, tmp_path):
+def test_ranks_save_what_one_process_saves(imagenet_root, imagenet_checkpoint, tmp_path):
     """Two gloo processes, global batches of 4: the last one, of 1 image, has no share for the second."""
-    _, alone = evaluate(checkpoint, root, tmp_path, "--dataset=R")
+    _, alone = evaluate(imagenet_checkpoint, imagenet_root, tmp_path, "--dataset=R")
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [ROOT / "inference" / "pytorch_inference.py", f"--path={checkpoint}", f"--data-root={root}"]
+    command += [
+        ROOT / "inference" / "pytorch_inference.py",
+        f"--path={imagenet_checkpoint}",
+        f"--data-root={imagenet_root}",
+    ]
     command += ["--dataset=R", "--batch-size=2", "--device=cpu", "--workers=1", f"--output={tmp_path / 'two.json'}"]
     command += [f"--save_{kind}" for kind in alone]
     for file in tmp_path.glob("*.npy"):
@@ -239,22 +190,24 @@ def test_preprocessing_is_what_was_asked_for(folder, tmp_path):
 # ---------------------------------------------------------------- baselines
 
 
-def test_torchvisions_model_is_a_baseline(root, tmp_path, monkeypatch):
+def test_torchvisions_model_is_a_baseline(imagenet_root, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     torch.manual_seed(3)
     model = torchvision.models.resnet18().eval()
     url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     torch.save(model.state_dict(), tmp_path / "hub" / "checkpoints" / url.rsplit("/", 1)[1])
-    results, arrays = evaluate("torchvision:resnet18", root, tmp_path, "--preprocessing=upstream", "--dataset=V2")
+    results, arrays = evaluate(
+        "torchvision:resnet18", imagenet_root, tmp_path, "--preprocessing=upstream", "--dataset=V2"
+    )
     assert (results["head"], results["resolution"], list(results["prefixes"])) == ("ff512", 224, ["512"])
-    file = root / FOLDERS["V2"] / "10" / "0.png"  # sorted before 100 and 2
+    file = imagenet_root / FOLDERS["V2"] / "10" / "0.png"  # sorted before 100 and 2
     shown_to_it = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms()(Image.open(file))
     with torch.inference_mode():
         np.testing.assert_allclose(arrays["logits"][0, 0], model(shown_to_it[None])[0], atol=1e-3)
 
 
-def test_timms_model_is_a_baseline(root, tmp_path, monkeypatch):
+def test_timms_model_is_a_baseline(imagenet_root, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     torch.manual_seed(3)
@@ -265,10 +218,10 @@ def test_timms_model_is_a_baseline(root, tmp_path, monkeypatch):
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text("0" * 40)
     save_file(model.state_dict(), place / "snapshots" / ("0" * 40) / "model.safetensors")
-    results, arrays = evaluate("timm:test_resnet", root, tmp_path, "--dataset=A")
+    results, arrays = evaluate("timm:test_resnet", imagenet_root, tmp_path, "--dataset=A")
     assert results["resolution"] == cfg["input_size"][-1]
-    own = evaluate("timm:test_resnet", root, tmp_path, "--preprocessing=upstream")[1]
-    picture = resize_and_crop(Image.open(next(p for p in sorted((root / "val").rglob("*.png")))))
+    own = evaluate("timm:test_resnet", imagenet_root, tmp_path, "--preprocessing=upstream")[1]
+    picture = resize_and_crop(Image.open(next(p for p in sorted((imagenet_root / "val").rglob("*.png")))))
     image = (picture / 255 - cfg["mean"]) / np.array(cfg["std"])
     with torch.inference_mode():
         logits = model(torch.tensor(image.transpose(2, 0, 1)[None], dtype=torch.float32))[0]
@@ -287,20 +240,17 @@ def test_the_lists_are_timms():
     assert "Apache-2.0" in lists["source"]
 
 
-def refused(argv, capsys):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        pytorch_inference.main(argv)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == 2
-    assert len(lines) == 1, lines
-    return lines[0]
-
-
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--dataset=O"], ["--dataset O", "V1, V2, A, R, Sketch"]),
+        (["--dataset=V3"], ["--dataset V3", "V1, V2, A, R, Sketch, O"]),
+        (["--dataset=O"], ["--data-root", "imagenet-o/"]),
+        (["--ood={root}/nowhere"], ["nowhere", "no such"]),
+        (["--nesting-list=8,16"], ["nesting list", "no classifier for 16", "8, 64, 512"]),
+        (["--nesting-list=64,8"], ["nesting list", "increasing"]),
+        (["--nesting-list=few"], ["--nesting-list few", "8,64,512"]),
+        (["--old_ckpt"], ["old style", "drop old_ckpt"]),
+        (["--path=torchvision:resnet50", "--old_ckpt"], ["--old_ckpt", "baseline"]),
         (["--dataset=A", "--data-root={root}/sketch"], ["sketch", "no class of A", "imagenet-a"]),
         (["--dataset=Sketch", "--data-root={root}/" + FOLDERS["V2"]], ["no class of Sketch"]),
         (["--dataset=V2", "--data-root={other}"], ["imagenetv2-threshold0.7-format-val", "imagenetv2-top-images"]),
@@ -314,7 +264,7 @@ def refused(argv, capsys):
         (["--path=timm:test_vit"], ["timm:test_vit", "cannot be had"]),
     ],
 )
-def test_mistakes_are_one_line(root, checkpoint, tmp_path, monkeypatch, capsys, argv, words):
+def test_mistakes_are_one_line(imagenet_root, imagenet_checkpoint, tmp_path, monkeypatch, capsys, argv, words):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for variant in ("threshold0.7-format-val", "top-images-format-val"):
@@ -324,17 +274,17 @@ def test_mistakes_are_one_line(root, checkpoint, tmp_path, monkeypatch, capsys, 
     named.classes = [f"c{i}" for i in range(1000)]
     save_model(named, tmp_path / "named.safetensors")
     places = {
-        "root": root, "other": tmp_path / "other", "small": tmp_path / "small.safetensors",
+        "root": imagenet_root, "other": tmp_path / "other", "small": tmp_path / "small.safetensors",
         "named": tmp_path / "named.safetensors",
     }  # fmt: skip
     given = [word.format(**places) for word in argv]
-    line = refused([f"--path={checkpoint}", f"--data-root={root}", *given], capsys)
+    line = refused([f"--path={imagenet_checkpoint}", f"--data-root={imagenet_root}", *given], capsys)
     assert line.startswith("error: ")
     assert all(word in line for word in words), line
 
 
-def test_weights_that_cannot_be_had_are_one_line(root, tmp_path, monkeypatch, capsys):
+def test_weights_that_cannot_be_had_are_one_line(imagenet_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
-    line = refused(["--path=torchvision:resnet18", f"--data-root={root}"], capsys)
+    line = refused(["--path=torchvision:resnet18", f"--data-root={imagenet_root}"], capsys)
     assert "torchvision:resnet18: the weights cannot be had: no network" in line

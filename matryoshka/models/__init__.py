@@ -7,8 +7,8 @@ maps images [B, 3, H, W] to features [B, D]. `timm:NAME` is any model of timm th
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
 
@@ -19,7 +19,17 @@ from matryoshka.data.augment import Preprocessing
 from matryoshka.models.blurpool import apply_blurpool
 from matryoshka.nested import NestedLinear, check_dims, default_dims
 
-__all__ = ["BACKBONES", "TIMM", "ModelConfig", "ModelError", "ModelSpec", "NestedModel", "build", "model_spec"]
+__all__ = [
+    "BACKBONES",
+    "TIMM",
+    "ModelConfig",
+    "ModelError",
+    "ModelSpec",
+    "NestedModel",
+    "build",
+    "model_spec",
+    "with_prefixes",
+]
 
 
 class ModelError(ValueError):
@@ -252,6 +262,23 @@ def shortest_prefix(nesting_start: int, width: int) -> int:
             f"model.nesting_start={nesting_start}: 2^{nesting_start} must be between 1 and the width {width}"
         )
     return 2**nesting_start
+
+
+def with_prefixes(model: NestedModel, dims: Sequence[int]) -> NestedModel:
+    """The same weights with other prefixes: some of those that have a classifier (MRL), or any lengths up to the
+    classifier's (MRL-E). Changes `model` and returns it; ModelError says what there is."""
+    head = model.head
+    try:
+        dims = check_dims(dims, head.dims[-1])
+    except ValueError as error:
+        raise ModelError(f"nesting list: {error}") from None
+    if not head.shared:
+        if unknown := [d for d in dims if d not in head.dims]:
+            raise ModelError(f"nesting list: no classifier for {unknown[0]}, only for {', '.join(map(str, head.dims))}")
+        head.heads = nn.ModuleList(head.heads[head.dims.index(d)] for d in dims)
+    head.dims = dims
+    model.spec = replace(model.spec, dims=dims)
+    return model
 
 
 def build(spec: ModelSpec, weights: str | None = None) -> NestedModel:

@@ -14,19 +14,31 @@ from matryoshka.models.transfer import FIRST_WEIGHTS, TORCHVISION
 PREFIXES = (TORCHVISION, TIMM)
 
 
-def load_published(name: str) -> NestedModel:
+def load_any(name: str, option: str = "--path", **flags: Any) -> NestedModel:
+    """The model of a checkpoint file or of a published baseline, on the CPU, in eval mode.
+
+    option: what the user calls the name. flags: those of checkpoint.load_model; a published model takes none of them.
+    """
+    if not name.startswith(PREFIXES):
+        return checkpoint.load_model(name, **flags)
+    if given := [flag for flag, value in flags.items() if value not in (None, False)]:
+        raise ModelError(f"{option} {name}: a published baseline takes no {', '.join(given)}; leave it out")
+    return load_published(name, option)
+
+
+def load_published(name: str, option: str = "--path") -> NestedModel:
     """The model with its own classifier and preprocessing, on the CPU, in eval mode.
 
     Weights come from the caches of torch and Hugging Face, which download what they lack. ModelError, one line, for
-    unknown names and weights that cannot be had.
+    unknown names and weights that cannot be had; option: what the user calls the name.
     """
     load = _timm if name.startswith(TIMM) else _torchvision
     try:
         model = load(name)
     except ModelError as error:
-        raise ModelError(f"--path {name}: {error}") from None
+        raise ModelError(f"{option} {name}: {error}") from None
     except Exception as error:  # no network, a damaged file: each library has its own exceptions
-        raise ModelError(f"--path {name}: the weights cannot be had: {one_line(error)}") from error
+        raise ModelError(f"{option} {name}: the weights cannot be had: {one_line(error)}") from error
     model.notes = ["a published baseline: one prefix, the whole feature"]
     return model.eval()
 
