@@ -35,6 +35,7 @@ demo: setup
 
 # Threads of the tests' own processes would fight for the cores: one each, and one process per core.
 test: setup-dev
+	@if [ "$$(id -u)" = 0 ]; then sh system-deps.sh browser || true; fi  # without it the tests of pages are skipped
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $${PYTEST_WORKERS:-2} -q $(PYTEST_ARGS)
 
 lint: setup-dev

@@ -1,7 +1,7 @@
 #!/bin/sh
 # What has to come from the system, checked by use: `native` (a compiler and libjpeg-turbo's header for the image
-# core) or `ffcv` (OpenCV and libturbojpeg for the real FFCV). Installs packages through apt-get where that is possible
-# without asking; otherwise says in one message what to run.
+# core), `ffcv` (OpenCV and libturbojpeg for the real FFCV) or `browser` (Chromium, for the tests of pages). Installs
+# packages through apt-get where that is possible without asking; otherwise says in one message what to run.
 set -u
 
 case ${1:-native} in
@@ -30,8 +30,15 @@ ffcv)
   Debian/Ubuntu  sudo apt-get install $packages
   elsewhere      the packages that give pkg-config the names opencv4 and libturbojpeg"
   ;;
+browser)
+  packages="chromium"
+  present() {
+    command -v chromium >/dev/null 2>&1 || command -v chromium-browser >/dev/null 2>&1 || command -v google-chrome >/dev/null 2>&1
+  }
+  help="no Chromium: the tests of pages in a browser are skipped. Debian: apt-get install chromium"
+  ;;
 *)
-  echo "usage: sh system-deps.sh [native|ffcv]" >&2
+  echo "usage: sh system-deps.sh [native|ffcv|browser]" >&2
   exit 2
   ;;
 esac

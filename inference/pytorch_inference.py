@@ -46,7 +46,7 @@ from matryoshka.imagenet_sets import FOLDERS, OUTSIDE, ImageNetError, Labelling,
 from matryoshka.log import environment
 from matryoshka.models import NestedModel, with_prefixes
 from matryoshka.predict import predict
-from matryoshka.published import PREFIXES, load_published
+from matryoshka.published import load_any
 from matryoshka.report import accuracy_table
 
 PREPROCESSING = ("checkpoint", "upstream", "ffcv")
@@ -126,7 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     outside = find_outside(args.data_root) if name == "O" else args.ood
     dataset = open_dataset(find(name, args.data_root))
     strange = open_dataset(outside) if outside else None
-    model = load(args)
+    # the flags of upstream say --mrl --efficient for MRL-E; the checkpoint's own words are mrl and efficient
+    flags = {"mrl": args.mrl and not args.efficient, "efficient": args.efficient, "rep_size": args.rep_size}
+    model = load_any(args.path, **flags, old_ckpt=args.old_ckpt)
     head = model.spec.head_name
     if args.nesting_list:
         with_prefixes(model, prefix_lengths(args.nesting_list))
@@ -209,18 +211,6 @@ def prefix_lengths(text: str) -> list[int]:
         return [int(d) for d in text.split(",")]
     except ValueError:
         raise config.ConfigError(f"--nesting-list {text}: expected lengths with commas, such as 8,64,512") from None
-
-
-def load(args: Namespace) -> NestedModel:
-    if args.path.startswith(PREFIXES):
-        if args.mrl or args.efficient or args.old_ckpt or args.rep_size is not None:
-            raise config.ConfigError(
-                f"--path {args.path}: a baseline takes no --mrl, --efficient, --rep_size or --old_ckpt"
-            )
-        return load_published(args.path)
-    # the flags of upstream say --mrl --efficient for MRL-E; the checkpoint's own words are mrl and efficient
-    mrl = args.mrl and not args.efficient
-    return checkpoint.load_model(args.path, mrl, args.efficient, args.rep_size, old_style=args.old_ckpt)
 
 
 def selected(dataset: BetonFile | ImageFolder, labelling: Labelling) -> BetonFile | ImageFolder | Subset:

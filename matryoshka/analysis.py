@@ -99,10 +99,12 @@ def trends(accuracy: np.ndarray) -> list[str]:
     names = {(): "flat", (1,): "rising", (-1,): "falling", (1, -1): "rise-dip", (-1, 1): "dip-rise"}
     found = []
     for values in accuracy.T:
-        steps = np.sign(np.diff(values))
-        signs = [int(s) for s in steps if s]
+        if np.isnan(values).any():
+            found.append("absent")
+            continue
+        signs = [int(step) for step in np.sign(np.diff(values)) if step]
         runs = tuple(s for i, s in enumerate(signs) if i == 0 or s != signs[i - 1])
-        found.append("absent" if np.isnan(values).any() else names.get(runs, "mixed"))
+        found.append(names.get(runs, "mixed"))
     return found
 
 

@@ -136,20 +136,20 @@ def load_model(
     rep_size: int | None = None,
     dims: tuple[int, ...] | None = None,
     arch: str | None = None,
-    old_style: bool = False,
+    old_ckpt: bool = False,
 ) -> NestedModel:
     """The model of a checkpoint, on the CPU, in eval mode. Input normalised float [B, 3, H, W], logits [G, B, C].
 
     `model.safetensors` needs no further argument. For a bare upstream `.pt`, a `params.json` beside it gives
     arch, head and dims; without one they come from keys and shapes, and the flags decide what those cannot tell:
     `efficient` for an old-style MRL-E file (same keys as a fixed feature), `dims` for MRL-E prefixes other than
-    the powers of two. `old_style` insists on a file with the old keys.
+    the powers of two. `old_ckpt` insists on a file with the old keys.
     `model.notes` lists what had to be assumed. CheckpointError names file and disagreement.
     """
     path = Path(path)
     asked = {"mrl": mrl, "efficient": efficient, "rep_size": rep_size, "dims": dims, "arch": arch}
     spec, preprocessing, classes, notes, state = read(
-        path, efficient=efficient, dims=dims, arch=arch, old_style=old_style
+        path, efficient=efficient, dims=dims, arch=arch, old_ckpt=old_ckpt
     )
     _check_asked(path, spec, asked)
     model = build(spec)
@@ -167,17 +167,17 @@ def read(
     efficient: bool = False,
     dims: tuple[int, ...] | None = None,
     arch: str | None = None,
-    old_style: bool = False,
+    old_ckpt: bool = False,
 ) -> Contents:
     """A model file without building its model. The flags decide what a bare `.pt` cannot tell, as in load_model."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file; give a model.safetensors or a .pt file")
     if path.suffix == ".safetensors":
-        if old_style:
+        if old_ckpt:
             raise CheckpointError(f"{path}: not a checkpoint of upstream's old style, but one of ours; drop old_ckpt")
         return _read_safetensors(path)
-    return _read_upstream(path, {"efficient": efficient, "dims": dims, "arch": arch, "old_style": old_style})
+    return _read_upstream(path, {"efficient": efficient, "dims": dims, "arch": arch, "old_ckpt": old_ckpt})
 
 
 def _first_line(error: Exception) -> str:
@@ -245,7 +245,7 @@ def _read_upstream(path: Path, asked: dict) -> Contents:
     arch, trunk_width, blurpool = _recognise(path, trunk, asked["arch"] or params.get("model.arch"))
 
     nested_keys = "fc.weight" not in state
-    if asked["old_style"] and nested_keys and len(widths) == 1:  # MRL and fixed features kept their keys
+    if asked["old_ckpt"] and nested_keys and len(widths) == 1:  # MRL and fixed features kept their keys
         raise CheckpointError(
             f"{path}: not of upstream's old style: its MRL-E classifier is nesting_classifier_0; drop old_ckpt"
         )

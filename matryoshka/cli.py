@@ -17,14 +17,19 @@ PROGRAMS = {  # subcommand: (module with main(argv), what it does)
     "data": ("matryoshka.train.check_data", "info, verify: what is in a .beton, and whether it is sound"),
     "train": ("matryoshka.train.train_imagenet", "train MRL, MRL-E or a fixed feature"),
     "runs": ("matryoshka.train.list_runs", "table of the training runs in a folder"),
+    "probe": ("matryoshka.train.linear_probe", "nested classifiers on a frozen backbone"),
     "eval": ("matryoshka.inference.pytorch_inference", "accuracy of every prefix of a checkpoint"),
+    "analyze": ("matryoshka.inference.analyze", "cascades, oracle, superclasses, calibration of saved predictions"),
+    "gradcam": ("matryoshka.inference.gradcam", "where every prefix looks: heat maps of images"),
+    "baselines": ("matryoshka.inference.baselines", "1-NN, class means, SVD, random features of a checkpoint"),
+    "report": ("matryoshka.inference.report", "one HTML page that shows a model"),
 }
 
 
 def usage() -> str:
     rows = {"demo": "the whole path on handwritten digits, a few minutes on a CPU"}
     rows |= {name: text for name, (_, text) in PROGRAMS.items()}
-    lines = "\n".join(f"  {name:8} {text}" for name, text in rows.items())
+    lines = "\n".join(f"  {name:10} {text}" for name, text in rows.items())
     head = "usage: matryoshka COMMAND [options]      (COMMAND --help lists its options)"
     return f"{head}\n\n{lines}\n\nmatryoshka {__version__}"
 
@@ -73,7 +78,7 @@ DEMO_BASELINES = (8, 512)
 
 @config.program
 def demo(argv: Sequence[str]) -> int:
-    """Digits as an image folder -> .beton -> MRL training -> accuracy of every prefix, beside fixed features."""
+    """Digits as an image folder -> .beton -> MRL training -> accuracy of every prefix, beside others -> a page."""
     from matryoshka.checkpoint import write_atomically
     from matryoshka.data.sources import write_digits_folder
     from matryoshka.report import accuracy_table, plot_accuracy
@@ -88,18 +93,18 @@ def demo(argv: Sequence[str]) -> int:
         shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
 
-    step("1/4  handwritten digits as an image folder", folder / "images")
+    step("1/6  handwritten digits as an image folder", folder / "images")
     write_digits_folder(folder / "images")
-    step("2/4  image folder -> .beton")
+    step("2/6  image folder -> .beton")
     for split in ("train", "val"):
         run("write", [f"--cfg.data_dir={folder / 'images' / split}", f"--cfg.write_path={folder / split}.beton",
                       "--cfg.write_mode=jpg", "--cfg.max_resolution=64", "--cfg.jpeg_quality=95"])  # fmt: skip
     data = [f"--data.train_dataset={folder}/train.beton", f"--data.val_dataset={folder}/val.beton"]
     results = {}
     for name, model in runs.items():
-        step(f"3/4  train {name}", folder / name)
+        step(f"3/6  train {name}", folder / name)
         run("train", [*DEMO_OPTIONS, *model, *data, f"--logging.folder={folder}", f"--logging.run_id={name}"])
-    step("4/4  accuracy of every prefix on the held-out digits")
+    step("4/6  accuracy of every prefix on the held-out digits")
     for name in runs:
         output = folder / name / "results.json"
         run(
@@ -108,6 +113,7 @@ def demo(argv: Sequence[str]) -> int:
                 f"--path={folder / name / 'model.safetensors'}",
                 f"--data-root={folder}/val.beton",
                 f"--output={output}",
+                *(["--save_logits", "--save_gt"] if name == "mrl" else []),
             ],
         )
         results[name] = json.loads(output.read_text())
@@ -124,13 +130,26 @@ def demo(argv: Sequence[str]) -> int:
     images = summary["images"]
     plot_accuracy(folder / "accuracy.png", prefixes, f"Handwritten digits, {images} held-out images", images)
 
-    step(f"done in {summary['seconds']:.0f} s")
+    mrl = folder / "mrl"
+    model = f"--path={mrl / 'model.safetensors'}"
+    step("5/6  what the predictions tell; other uses of the embedding; where the prefixes look")
+    run("analyze", [f"--results={mrl / 'results.json'}"])
+    run("baselines", [model, f"--train-data={folder}/train.beton", f"--val-data={folder}/val.beton",
+                      f"--output={mrl / 'baselines.json'}"])  # fmt: skip
+    run("gradcam", [model, f"--data={folder}/val.beton", f"--output={mrl / 'gradcam'}", "--images=4"])
+    step("6/6  one page of all of it")
+    results = [str(folder / name / "results.json") for name in runs]
+    run("report", [f"--run={mrl}", "--results", *results, "--title=Handwritten digits",
+                   f"--output={folder / 'report.html'}"])  # fmt: skip
+
+    step(f"done in {time.perf_counter() - started:.0f} s")
     print(accuracy_table(prefixes))
     print("FF: a separate model trained for that width alone\n")
     for what, where in (
         ("results", "results.json"),
         ("plot", "accuracy.png"),
         ("model", "mrl/model.safetensors"),
+        ("report", "report.html"),  # the last line: what to open
     ):
         print(f"{what:8} {folder / where}")
     return 0

@@ -1,4 +1,4 @@
-"""Batches -> logits of every prefix, all from one forward pass."""
+"""Batches -> logits of every prefix, all from one forward pass; or the features that they are made of."""
 
 from __future__ import annotations
 
@@ -37,3 +37,30 @@ def predict(
             if tta:
                 logits = logits + model(images.flip(3)).float()
         yield Prediction(logits, batch.labels, batch.index)
+
+
+@torch.inference_mode()
+def extract_features(
+    model: NestedModel, batches: Iterable[Batch], count: int, precision: str = "fp32"
+) -> tuple[Tensor, Tensor]:
+    """(features float32 [N, D], labels int64 [N]) of the trunk, on the CPU, in the data set's order. For one process.
+
+    count: N, the images of the data set; every one has to come once, else ValueError. Puts the model into eval mode
+    (and leaves it there). The features are written where they stay: memory is N x D numbers and a batch.
+    """
+    model.eval()
+    mean, std = model.preprocessing.mean, model.preprocessing.std
+    features, labels = torch.empty(count, model.width), torch.empty(count, dtype=torch.int64)
+    missing = torch.ones(count, dtype=torch.bool)
+    for batch in batches:
+        with autocast(batch.images.device, precision):
+            got = model.features(normalise(batch.images, mean, std))
+        index = batch.index.cpu()
+        features[index] = got.float().cpu()
+        labels[index] = batch.labels.cpu()
+        missing[index] = False
+    if missing.any():
+        raise ValueError(
+            f"{int(missing.sum())} of {count} images did not come, the first is {int(missing.int().argmax())}"
+        )
+    return features, labels

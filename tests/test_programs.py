@@ -365,4 +365,7 @@ def test_the_demo(tmp_path, monkeypatch, capsys):
     assert {"top1", "top5", "ff_top1", "ff_top5"} == set(results["prefixes"]["8"])
     assert {"top1", "top5"} == set(results["prefixes"]["512"])
     assert (tmp_path / "demo" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out.strip().endswith("model.safetensors")
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert "Handwritten digits" in page
+    assert 'id="gradcam"' in page
+    assert capsys.readouterr().out.strip().endswith(f"report   {tmp_path / 'demo' / 'report.html'}")

@@ -1,0 +1,302 @@
+"""What the saved predictions of all prefixes tell: cascades, oracle, superclasses, trends, calibration, agreement.
+
+    matryoshka eval    --path model.safetensors --data-root val.beton --save_logits --save_gt --output out/results.json
+    matryoshka analyze --results out/results.json                                         # -> out/analysis.json
+    matryoshka analyze --softmax mrl=True_..._softmax.pth --gt gt_dataset=V1.pth --dims 8,16,32,64,128,256,512,1024,2048
+
+Needs the labels (gt) and logits or softmax; predictions alone do for oracle, trends, agreement and superclasses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matryoshka.inference.prediction_arrays import (  # pyright: ignore[reportMissingImports]
+    SCORES,
+    ArrayError,
+    Arrays,
+    from_files,
+    from_results,
+)
+
+from matryoshka import analysis, config, superclasses
+from matryoshka.cascade import GRID, cascade, certify, evaluate, exits, split_indices
+from matryoshka.checkpoint import write_atomically
+
+ANALYSES = ("cascade", "oracle", "superclasses", "trends", "calibration", "agreement")
+NEED_SCORES = ("cascade", "calibration")
+FIT = 5000  # images that a temperature is fitted on: one parameter needs no more, and each costs 1000 exponentials
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="analyze.py", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    p.add_argument("--results", help="results.json of an evaluation that saved arrays")
+    for kind in SCORES:
+        p.add_argument(f"--{kind}", help="the array itself, .npy or upstream's .pth, in place of --results")
+    p.add_argument("--gt", help="its labels")
+    p.add_argument("--dims", help="its prefix lengths, with commas")
+    p.add_argument("--only", default=",".join(ANALYSES), help="some of %(default)s")
+    p.add_argument("--splits", type=int, default=30, help="random splits of the images, default 30")
+    p.add_argument("--learn", type=float, default=0.2, help="share that thresholds are learned on, default 0.2")
+    p.add_argument("--seed", type=int, default=0, help="of the splits")
+    p.add_argument(
+        "--epsilon", default="0.5,1,2", help="certified cascades: accuracy in points that may be lost, default 0.5,1,2"
+    )
+    p.add_argument("--delta", type=float, default=0.05, help="with which probability more may be lost, default 0.05")
+    p.add_argument("--bins", type=int, default=analysis.BINS, help="of confidence, default 15")
+    p.add_argument("--superclasses", metavar="LEVEL", help=superclasses.LEVELS)
+    p.add_argument("--output", help="file to write; default: analysis.json beside the results, else here")
+    return p
+
+
+@config.program
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    wanted, epsilons = check(args)
+    started = time.perf_counter()
+    arrays = from_results(args.results) if args.results else from_files(vars(args))
+    if missing := [name for name in wanted if name in NEED_SCORES and arrays.scores is None]:
+        if args.only != parser().get_default("only"):
+            raise ArrayError(f"--only {missing[0]}: needs --logits or --softmax; save them with eval --save_logits")
+        wanted = [name for name in wanted if name not in missing]
+    output = Path(args.output) if args.output else Path(args.results or "").parent / "analysis.json"
+    if not output.resolve().parent.is_dir():
+        raise config.ConfigError(f"--output {output}: its folder does not exist; make it first")
+
+    found: dict[str, Any] = {
+        **arrays.about, "dims": list(arrays.dims), "images": len(arrays.labels), "classes": arrays.num_classes,
+        "seed": args.seed,
+    }  # fmt: skip
+    if missing:
+        print(f"note: no {' and no '.join(missing)} without logits or softmax")
+    predictions, confidence = arrays.answers()
+    correct = predictions == arrays.labels
+    found["top1"] = dict(zip(map(str, arrays.dims), percent(correct.mean(1)), strict=True))
+    print(f"{found['images']:,} images, {arrays.num_classes} classes, prefixes {' '.join(map(str, arrays.dims))}")
+    for name in wanted:
+        if name == "cascade":
+            found[name] = cascades(arrays, confidence, correct, args, epsilons)
+        elif name == "oracle":
+            found[name] = bounds(arrays, predictions)
+        elif name == "superclasses":
+            if (part := by_superclass(arrays, predictions, args)) is not None:
+                found[name] = part
+        elif name == "trends":
+            found |= by_class(arrays, predictions)
+        elif name == "calibration":
+            found[name] = calibrations(arrays, confidence, correct, args)
+        elif name == "agreement":
+            found[name] = agreements(arrays, predictions)
+    found["seconds"] = round(time.perf_counter() - started, 2)
+    write_atomically(output, (json.dumps(found, indent=1) + "\n").encode())
+    print(f"\nanalysis  {output}  ({found['seconds']:.1f} s)")
+    return 0
+
+
+def check(args: argparse.Namespace) -> tuple[list[str], list[float]]:
+    """(analyses, epsilons in points)."""
+    wanted = args.only.split(",")
+    if unknown := [name for name in wanted if name not in ANALYSES]:
+        raise config.ConfigError(f"--only {unknown[0]}: unknown; known: {', '.join(ANALYSES)}")
+    try:
+        epsilons = [float(text) for text in args.epsilon.split(",")]
+    except ValueError:
+        epsilons = []
+    if not epsilons or not all(0 < e < 100 for e in epsilons):
+        raise config.ConfigError(f"--epsilon {args.epsilon}: expected points between 0 and 100, such as 0.5,1")
+    for name, good in (
+        ("splits", args.splits > 0), ("learn", 0 < args.learn < 1), ("delta", 0 < args.delta < 1),
+        ("bins", args.bins > 0), ("seed", args.seed >= 0),
+    ):  # fmt: skip
+        if not good:
+            raise config.ConfigError(f"--{name} {getattr(args, name)}: out of range, see --help")
+    return wanted, epsilons
+
+
+def percent(values: np.ndarray) -> list[float | None]:
+    """Fractions as percent, to 0.001; None for NaN, which JSON lacks."""
+    return [None if np.isnan(v) else round(100 * float(v), 3) for v in values]
+
+
+def spread(values: np.ndarray, factor: float = 1.0) -> dict[str, float]:
+    """Mean and standard deviation (ddof 1) over splits."""
+    deviation = values.std(ddof=1) if len(values) > 1 else 0.0
+    return {"mean": round(factor * float(values.mean()), 4), "std": round(factor * float(deviation), 4)}
+
+
+# ---------------------------------------------------------------- the analyses: numbers for the file, lines to read
+
+
+def cascades(arrays: Arrays, confidence: np.ndarray, correct: np.ndarray, args, epsilons: list[float]) -> dict:
+    n, dims = len(arrays.labels), arrays.dims
+    learn = round(args.learn * n)
+    if len(dims) < 2 or not 0 < learn < n:
+        raise ArrayError(f"--only cascade: needs two prefixes and {2 if n < 2 else 'more'} images on both sides")
+    result = cascade(confidence, correct, dims, args.splits, args.learn, args.seed)
+    print(f"\n== cascade: thresholds from {learn:,} images, measured on {n - learn:,}; {args.splits} splits")
+    print("  ends at    top-1 %           mean dim           dims asked    threshold before")
+    caps = []
+    for g, dim in enumerate(dims):
+        row: dict[str, Any] = {
+            "dim": dim, "top1": spread(result.accuracy[:, g], 100), "expected_dim": spread(result.expected_dim[:, g]),
+            "cumulative_dim": spread(result.cumulative_dim[:, g]),
+            "threshold": spread(result.thresholds[:, g - 1]) if g else None,
+        }  # fmt: skip
+        caps.append(row)
+        shown = [f"{row[key]['mean']:8.2f} ± {row[key]['std']:<6.2f}" for key in ("top1", "expected_dim")]
+        threshold = f"{row['threshold']['mean']:10.3f}" if g else f"{'-':>10}"
+        print(f"  {dim:7d}  {'  '.join(shown)}  {row['cumulative_dim']['mean']:10.2f}  {threshold}")
+    certified = [certificate(confidence, correct, dims, points, args) for points in epsilons]
+    return {
+        "splits": args.splits, "learn_images": learn, "test_images": n - learn,
+        "grid": [float(GRID[0]), float(GRID[-1]), len(GRID)], "caps": caps, "delta": args.delta, "certified": certified,
+    }  # fmt: skip
+
+
+def certificate(confidence: np.ndarray, correct: np.ndarray, dims: Sequence[int], points: float, args) -> dict:
+    """For all images; and how certificates from one half of them hold on the other, over the splits."""
+    whole = certify(confidence, correct, dims, points / 100, args.delta, args.seed)
+    losses, lengths = [], []
+    for mine, rest in split_indices(correct.shape[1], args.splits, correct.shape[1] // 2, args.seed):
+        half = certify(confidence[:, mine], correct[:, mine], dims, points / 100, args.delta, args.seed)
+        there = evaluate(exits(confidence[:, rest], half.thresholds), correct[:, rest], dims)
+        losses.append(100 * float(correct[-1, rest].mean() - there.accuracy[-1]))
+        lengths.append(there.expected_dim[-1])
+    above = sum(loss > points for loss in losses)
+    said = f"{whole.expected_dim:.1f} of {dims[-1]} dims" if whole.certified else "nothing shorter than the longest"
+    print(
+        f"  certified at {100 * (1 - args.delta):g} %: at most {points:g} points lost with {said}; from half of the "
+        f"images, on the other half: {np.mean(losses):.2f} lost, above {points:g} in {above} of {len(losses)} splits"
+    )
+    return {
+        "epsilon": points, "certified": whole.certified, "expected_dim": whole.expected_dim,
+        "thresholds": [None if np.isinf(t) else float(t) for t in whole.thresholds],
+        "loss_bound": round(100 * whole.loss_bound, 4), "top1": round(100 * whole.accuracy, 3),
+        "held_out": {"loss": spread(np.array(losses)), "expected_dim": spread(np.array(lengths)), "above": above},
+    }  # fmt: skip
+
+
+def bounds(arrays: Arrays, predictions: np.ndarray) -> dict:
+    result = analysis.oracle(predictions, arrays.labels, arrays.dims)
+    shares = dict(zip([*map(str, arrays.dims), "never"], percent(result.shares), strict=True))
+    print("\n== oracle: the first prefix that is right, % of the images")
+    print("  " + "  ".join(f"{name:>6}" for name in shares))
+    print("  " + "  ".join(f"{value:6.2f}" for value in shares.values()))
+    print(
+        f"  some prefix is right {100 * result.accuracy:.2f} %, the majority {100 * result.majority_accuracy:.2f} %, "
+        f"the longest {shown_last(predictions, arrays)} %; mean dim of the oracle {result.expected_dim:.1f}"
+    )
+    return {
+        "first_right": shares, "top1": round(100 * result.accuracy, 3), "expected_dim": result.expected_dim,
+        "majority_top1": round(100 * result.majority_accuracy, 3),
+    }  # fmt: skip
+
+
+def shown_last(predictions: np.ndarray, arrays: Arrays) -> str:
+    return f"{100 * (predictions[-1] == arrays.labels).mean():.2f}"
+
+
+def by_superclass(arrays: Arrays, predictions: np.ndarray, args) -> dict | None:
+    """None, and a note, where the classes are not ImageNet's; an error if a level was asked for."""
+    try:
+        if arrays.class_names is None:
+            raise superclasses.SuperclassError("the names of the classes are not known")
+        grouping = superclasses.superclasses(arrays.class_names, args.superclasses)
+    except superclasses.SuperclassError as error:
+        if args.superclasses:
+            raise
+        print(f"\nnote: no superclasses: {error}")
+        return None
+    groups, names = grouping.groups, grouping.names
+    count = len(names)
+    images = np.bincount(groups[arrays.labels], minlength=count)
+    result: dict[str, Any] = {
+        "names": list(names), "images": images.tolist(),
+        "classes": np.bincount(groups, minlength=count).tolist(), "confusion": {}, "top1": {}, "within": {},
+    }  # fmt: skip
+    print(f"\n== superclasses: {count}-way (with '{names[0]}': {images[0]:,} images), top-1 %, and within them")
+    for g, dim in enumerate(arrays.dims):
+        confusion = analysis.superclass_confusion(predictions[g], arrays.labels, groups, count)
+        with np.errstate(invalid="ignore"):
+            each = np.diag(confusion) / confusion.sum(1)
+        result["confusion"][str(dim)] = confusion.tolist()
+        result["top1"][str(dim)] = percent(np.array([np.trace(confusion) / confusion.sum()]))[0]
+        line = f"  {dim:6d}  {result['top1'][str(dim)]:6.2f}"
+        if arrays.scores is not None:
+            within = analysis.within_superclass(arrays.scores[g], arrays.labels, groups, count)
+            result["within"][str(dim)] = percent(within)
+            line += f"  {100 * float(np.nanmean(within[1:])):6.2f}"
+        worst = int(np.nanargmin(np.where(images > 0, each, np.nan)))
+        print(f"{line}   worst: {names[worst]} {100 * each[worst]:.0f} %")
+    return result
+
+
+def by_class(arrays: Arrays, predictions: np.ndarray) -> dict:
+    accuracy = analysis.class_accuracy(predictions, arrays.labels, arrays.num_classes)
+    kinds = analysis.trends(accuracy)
+    counts = {kind: kinds.count(kind) for kind in analysis.TRENDS if kind in kinds}
+    print("\n== trends of the classes from the shortest prefix to the longest")
+    print("  " + ", ".join(f"{kind} {count}" for kind, count in counts.items()))
+    images = np.bincount(arrays.labels, minlength=arrays.num_classes)
+    names = arrays.class_names or [str(c) for c in range(arrays.num_classes)]
+    rows = [
+        {"name": name, "shown": superclasses.name_of(name), "images": int(n), "top1": percent(values), "trend": kind}
+        for name, n, values, kind in zip(names, images, accuracy.T, kinds, strict=True)
+    ]
+    return {"trends": counts, "per_class": rows}
+
+
+def calibrations(arrays: Arrays, confidence: np.ndarray, correct: np.ndarray, args) -> dict:
+    """Temperatures are fitted on some images and judged on the others."""
+    assert arrays.scores is not None
+    n = len(arrays.labels)
+    ((fit, rest),) = split_indices(n, 1, min(FIT, n // 2), args.seed)
+    fit, rest = np.sort(fit), np.sort(rest)
+    print(f"\n== calibration: expected error in points; temperature from {len(fit):,} images, then on {len(rest):,}")
+    print("  prefix      ECE    temperature    ECE before    ECE after")
+    result = {}
+    for g, dim in enumerate(arrays.dims):
+        whole = analysis.calibration(confidence[g], correct[g], args.bins)
+        result[str(dim)] = {
+            "ece": round(100 * whole.ece, 3),
+            "bins": {"images": whole.counts.tolist(), "confidence": percent(whole.confidence),
+                     "top1": percent(whole.accuracy)},
+        }  # fmt: skip
+        line = f"  {dim:6d}  {100 * whole.ece:7.2f}"
+        if len(fit):
+            temperature = analysis.fit_temperature(arrays.logits(g, fit), arrays.labels[fit])
+            before = analysis.calibration(confidence[g, rest], correct[g, rest], args.bins)
+            cooled = np.concatenate([
+                analysis.top_confidence(arrays.logits(g, part)[None] / np.float32(temperature))[1][0]
+                for part in np.array_split(rest, max(1, len(rest) // 4096))
+            ])  # fmt: skip
+            after = analysis.calibration(cooled, correct[g, rest], args.bins)
+            result[str(dim)] |= {
+                "temperature": round(temperature, 4), "held_out_ece": round(100 * before.ece, 3),
+                "held_out_ece_after": round(100 * after.ece, 3),
+            }  # fmt: skip
+            line += f"  {temperature:13.3f}  {100 * before.ece:12.2f}  {100 * after.ece:11.2f}"
+        print(line)
+    return result
+
+
+def agreements(arrays: Arrays, predictions: np.ndarray) -> list[list[float | None]]:
+    same = analysis.agreement(predictions)
+    print("\n== agreement: images for which two prefixes say the same, %")
+    print("  " + " " * 6 + "".join(f"{dim:8d}" for dim in arrays.dims))
+    for dim, row in zip(arrays.dims, same, strict=True):
+        print(f"  {dim:6d}" + "".join(f"{100 * value:8.2f}" for value in row))
+    return [percent(row) for row in same]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
