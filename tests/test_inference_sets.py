@@ -134,7 +134,8 @@ def test_upstreams_names_and_shapes(imagenet_root, imagenet_checkpoint, tmp_path
 
 def test_ranks_save_what_one_process_saves(imagenet_root, imagenet_checkpoint, tmp_path):
     """Two gloo processes, global batches of 4: the last one, of 1 image, has no share for the second."""
-    _, alone = evaluate(imagenet_checkpoint, imagenet_root, tmp_path, "--dataset=R")
+    more = ["--dataset=R", f"--ood={imagenet_root / FOLDERS['Sketch']}"]
+    results, alone = evaluate(imagenet_checkpoint, imagenet_root, tmp_path, *more)
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [
@@ -142,15 +143,17 @@ def test_ranks_save_what_one_process_saves(imagenet_root, imagenet_checkpoint, t
         f"--path={imagenet_checkpoint}",
         f"--data-root={imagenet_root}",
     ]
-    command += ["--dataset=R", "--batch-size=2", "--device=cpu", "--workers=1", f"--output={tmp_path / 'two.json'}"]
+    command += [*more, "--batch-size=2", "--device=cpu", "--workers=1", f"--output={tmp_path / 'two.json'}"]
     command += [f"--save_{kind}" for kind in alone]
     for file in tmp_path.glob("*.npy"):
         file.unlink()
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    files = json.loads((tmp_path / "two.json").read_text())["arrays"]
+    together = json.loads((tmp_path / "two.json").read_text())
     for kind, array in alone.items():
-        np.testing.assert_allclose(np.load(tmp_path / files[kind]), array, atol=1e-5)
+        np.testing.assert_allclose(np.load(tmp_path / together["arrays"][kind]), array, atol=1e-5)
+    assert together["prefixes"] == {d: pytest.approx(row) for d, row in results["prefixes"].items()}
+    assert "auroc" in together["prefixes"]["8"]
 
 
 # ---------------------------------------------------------------- preprocessing
