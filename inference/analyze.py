@@ -64,10 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted, epsilons = check(args)
     started = time.perf_counter()
     arrays = from_results(args.results) if args.results else from_files(vars(args))
-    if missing := [name for name in wanted if name in NEED_SCORES and arrays.scores is None]:
-        if args.only != parser().get_default("only"):
-            raise ArrayError(f"--only {missing[0]}: needs --logits or --softmax; save them with eval --save_logits")
-        wanted = [name for name in wanted if name not in missing]
+    chosen = args.only != parser().get_default("only")
+    for name, reason in cannot(arrays, args.learn).items():
+        if name in wanted and chosen:
+            raise ArrayError(f"--only {name}: {reason}")
+        if name in wanted:
+            wanted.remove(name)
+            print(f"note: no {name}: {reason}")
     output = Path(args.output) if args.output else Path(args.results or "").parent / "analysis.json"
     if not output.resolve().parent.is_dir():
         raise config.ConfigError(f"--output {output}: its folder does not exist; make it first")
@@ -76,8 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         **arrays.about, "dims": list(arrays.dims), "images": len(arrays.labels), "classes": arrays.num_classes,
         "seed": args.seed,
     }  # fmt: skip
-    if missing:
-        print(f"note: no {' and no '.join(missing)} without logits or softmax")
     predictions, confidence = arrays.answers()
     correct = predictions == arrays.labels
     found["top1"] = dict(zip(map(str, arrays.dims), percent(correct.mean(1)), strict=True))
@@ -105,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(args: argparse.Namespace) -> tuple[list[str], list[float]]:
     """(analyses, epsilons in points)."""
     wanted = args.only.split(",")
+    if args.results and (both := [k for k in (*SCORES, "gt", "dims") if getattr(args, k)]):
+        raise config.ConfigError(f"--results {args.results}: names its own arrays; drop --{both[0]}, or --results")
     if unknown := [name for name in wanted if name not in ANALYSES]:
         raise config.ConfigError(f"--only {unknown[0]}: unknown; known: {', '.join(ANALYSES)}")
     try:
@@ -115,11 +118,23 @@ def check(args: argparse.Namespace) -> tuple[list[str], list[float]]:
         raise config.ConfigError(f"--epsilon {args.epsilon}: expected points between 0 and 100, such as 0.5,1")
     for name, good in (
         ("splits", args.splits > 0), ("learn", 0 < args.learn < 1), ("delta", 0 < args.delta < 1),
-        ("bins", args.bins > 0), ("seed", args.seed >= 0),
+        ("bins", 0 < args.bins <= 1000), ("seed", args.seed >= 0),
     ):  # fmt: skip
         if not good:
             raise config.ConfigError(f"--{name} {getattr(args, name)}: out of range, see --help")
     return wanted, epsilons
+
+
+def cannot(arrays: Arrays, learn: float) -> dict[str, str]:
+    """Analyses that these arrays do not allow, and why."""
+    n = len(arrays.labels)
+    if arrays.scores is None:
+        return dict.fromkeys(NEED_SCORES, "needs --logits or --softmax; save them with eval --save_logits")
+    if len(arrays.dims) < 2:
+        return {"cascade": "needs two prefixes or more"}
+    if not 0 < round(learn * n) < n:
+        return {"cascade": f"needs more than {n} images, to learn from some and measure on others"}
+    return {}
 
 
 def percent(values: np.ndarray) -> list[float | None]:
@@ -139,8 +154,6 @@ def spread(values: np.ndarray, factor: float = 1.0) -> dict[str, float]:
 def cascades(arrays: Arrays, confidence: np.ndarray, correct: np.ndarray, args, epsilons: list[float]) -> dict:
     n, dims = len(arrays.labels), arrays.dims
     learn = round(args.learn * n)
-    if len(dims) < 2 or not 0 < learn < n:
-        raise ArrayError(f"--only cascade: needs two prefixes and {2 if n < 2 else 'more'} images on both sides")
     result = cascade(confidence, correct, dims, args.splits, args.learn, args.seed)
     print(f"\n== cascade: thresholds from {learn:,} images, measured on {n - learn:,}; {args.splits} splits")
     print("  ends at    top-1 %           mean dim           dims asked    threshold before")
@@ -209,10 +222,10 @@ def by_superclass(arrays: Arrays, predictions: np.ndarray, args) -> dict | None:
     """None, and a note, where the classes are not ImageNet's; an error if a level was asked for."""
     try:
         if arrays.class_names is None:
-            raise superclasses.SuperclassError("the names of the classes are not known")
+            raise superclasses.SuperclassError("--superclasses: the classes have no names; analyze --results FILE")
         grouping = superclasses.superclasses(arrays.class_names, args.superclasses)
     except superclasses.SuperclassError as error:
-        if args.superclasses:
+        if args.superclasses is not None:
             raise
         print(f"\nnote: no superclasses: {error}")
         return None
@@ -223,18 +236,20 @@ def by_superclass(arrays: Arrays, predictions: np.ndarray, args) -> dict | None:
         "names": list(names), "images": images.tolist(),
         "classes": np.bincount(groups, minlength=count).tolist(), "confusion": {}, "top1": {}, "within": {},
     }  # fmt: skip
-    print(f"\n== superclasses: {count}-way (with '{names[0]}': {images[0]:,} images), top-1 %, and within them")
+    print(f"\n== superclasses: {count}-way (with '{names[0]}': {images[0]:,} images)")
+    print("  prefix   top-1 %  within the group %")
     for g, dim in enumerate(arrays.dims):
         confusion = analysis.superclass_confusion(predictions[g], arrays.labels, groups, count)
         with np.errstate(invalid="ignore"):
             each = np.diag(confusion) / confusion.sum(1)
         result["confusion"][str(dim)] = confusion.tolist()
         result["top1"][str(dim)] = percent(np.array([np.trace(confusion) / confusion.sum()]))[0]
-        line = f"  {dim:6d}  {result['top1'][str(dim)]:6.2f}"
+        line = f"  {dim:6d}  {result['top1'][str(dim)]:8.2f}"
         if arrays.scores is not None:
             within = analysis.within_superclass(arrays.scores[g], arrays.labels, groups, count)
             result["within"][str(dim)] = percent(within)
-            line += f"  {100 * float(np.nanmean(within[1:])):6.2f}"
+            some = within[1:][~np.isnan(within[1:])]
+            line += f"  {100 * some.mean():18.2f}" if len(some) else f"  {'-':>18}"
         worst = int(np.nanargmin(np.where(images > 0, each, np.nan)))
         print(f"{line}   worst: {names[worst]} {100 * each[worst]:.0f} %")
     return result

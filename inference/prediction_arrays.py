@@ -15,6 +15,7 @@ import torch
 from matryoshka.analysis import top_confidence
 from matryoshka.imagenet_sets import CLASSES, wnids
 
+MAX_CLASSES = 10_000_000
 SCORES = ("logits", "softmax", "predictions")  # the first that is there is used
 
 
@@ -62,11 +63,16 @@ def from_results(path: str | Path) -> Arrays:
         names, dims = dict(results["arrays"]), [int(d) for d in results["prefixes"]]
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise ArrayError(f"{file}: not the results.json of an evaluation; make one with eval --output") from None
+    classes = results.get("class_names")
+    if not all(isinstance(name, str) for name in names.values()) or not (
+        classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))
+    ):
+        raise ArrayError(f"{file}: damaged: arrays and class_names hold texts; make it again with eval --output")
     kind = next((kind for kind in SCORES if kind in names), None)
     if kind is None or "gt" not in names:
         raise ArrayError(f"{file}: names no {'gt' if kind else 'logits'} array; evaluate with --save_logits --save_gt")
     about = {key: results.get(key) for key in ("checkpoint", "arch", "head", "dataset", "data", "tta", "precision")}
-    return _checked(kind, file.parent / names[kind], file.parent / names["gt"], dims, results.get("class_names"), about)
+    return _checked(kind, file.parent / names[kind], file.parent / names["gt"], dims, classes, about)
 
 
 def from_files(given: Mapping[str, Any]) -> Arrays:
@@ -102,7 +108,11 @@ def _checked(
     if dims != sorted(set(dims)) or dims[0] < 1:
         raise ArrayError(f"--dims {','.join(map(str, dims))}: expected positive and increasing lengths")
     labels = np.asarray(labels, np.int64)
+    if kind in ("logits", "softmax") and kind != (really := _kind_of(array)):
+        raise ArrayError(f"{file}: holds {really}, not {kind}; give it as --{really}")
     if kind == "predictions":
+        if array.max() > MAX_CLASSES:
+            raise ArrayError(f"{file}: has predictions of {array.max()}, more than {MAX_CLASSES:,} classes")
         classes = len(names) if names else int(max(array.max(), labels.max())) + 1
         if not 0 <= array.min() <= array.max() < classes:
             raise ArrayError(f"{file}: has predictions outside of 0 to {classes - 1}")
@@ -117,6 +127,12 @@ def _checked(
     scores = None if kind == "predictions" else array
     predictions = np.asarray(array, np.int64) if kind == "predictions" else np.empty((0, 0), np.int64)
     return Arrays(scores, kind == "logits", predictions, labels, tuple(dims), classes, names, about)
+
+
+def _kind_of(array: np.ndarray) -> str:
+    """softmax where some rows lie between 0 and 1 and sum to 1, else logits."""
+    rows = np.asarray(array[:, :: max(1, array.shape[1] // 16)], np.float64)
+    return "softmax" if rows.min() >= 0 and np.allclose(rows.sum(2), 1, atol=0.02) else "logits"
 
 
 def _read(path: Path) -> np.ndarray:

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -95,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"upstream: shorter side resized to {RESIZE} by Pillow, central {CROP} pixels; ffcv: central crop of "
         "224/256 of the shorter side, resized by area to the checkpoint's size; default: as the checkpoint says",
     )
+    p.add_argument("--resolution", type=int, help="pixels; default: as the checkpoint says")
     p.add_argument("--workers", type=int, default=0, help="decoding threads; default: all cores")
     p.add_argument("--batch-size", type=int, default=256, help="images per process")
     p.add_argument("--device", default="auto", choices=distributed.DEVICES)
@@ -108,10 +110,11 @@ def parser() -> argparse.ArgumentParser:
 
 class Outcome(NamedTuple):
     """Of one data set. accuracy: {prefix: {top1, top5}}. confidence: float32 [G, N], or [G, 0] where it was not wanted.
-    seconds: of all; of them `wait` waiting for data."""
+    not_finite: images with NaN or infinity among their logits. seconds: of all; of them `wait` waiting for data."""
 
     accuracy: dict[int, dict[str, float]]
     confidence: np.ndarray
+    not_finite: int
     seconds: float
     wait: float
 
@@ -130,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = {"mrl": args.mrl and not args.efficient, "efficient": args.efficient, "rep_size": args.rep_size}
     model = load_any(args.path, **flags, old_ckpt=args.old_ckpt)
     head = model.spec.head_name
-    if args.nesting_list:
+    if args.nesting_list is not None:
         with_prefixes(model, prefix_lengths(args.nesting_list))
     labelling = match(name, dataset, model)
     data = selected(dataset, labelling)
@@ -138,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.upstream_names and not kinds:
         raise config.ConfigError("--upstream_names: nothing to name; add --save_logits or another --save_*")
     place = Path(args.output).parent if args.output else Path()
-    set_preprocessing(model, args.preprocessing)
+    set_preprocessing(model, args.preprocessing, args.resolution)
 
     with distributed.joined(args.device) as world:
         precision = distributed.pick_precision(args.precision, world.device)
@@ -146,28 +149,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         labelling = labelling.to(world.device)
         collected = Collected(kinds)
         outcome = evaluate(model, data, labelling, args, world, precision, collected, strange is not None)
-        accuracy = outcome.accuracy
+        accuracy, confidence = outcome.accuracy, outcome.confidence
         if strange is not None:
-            nowhere = labelling._replace(
-                labels=torch.zeros(strange.num_classes, dtype=torch.int64, device=world.device)
-            )
-            other = evaluate(model, strange, nowhere, args, world, precision, Collected([]), True)
-            accuracy = (
-                {
-                    d: values | analysis.out_of_distribution(*rows)._asdict()
-                    for (d, values), *rows in zip(accuracy.items(), outcome.confidence, other.confidence, strict=True)
-                }
-                if world.is_main
-                else accuracy
-            )
+            nowhere = torch.zeros(strange.num_classes, dtype=torch.int64, device=world.device)
+            labels = labelling._replace(labels=nowhere)
+            unknown = evaluate(model, strange, labels, args, world, precision, Collected([]), True).confidence
+            for g, d in enumerate(model.dims if world.is_main else ()):
+                accuracy[d] |= analysis.out_of_distribution(confidence[g], unknown[g])._asdict()
         variant = "" if dataset.path.name in FOLDERS[name] else dataset.path.name
         settings = [f"{args.preprocessing}{model.preprocessing.size}", precision]
         names = file_names(kinds, head, model.dims, args.path, name, variant, settings, args.tta, args.upstream_names)
-        for kind, array in collected.arrays(len(data), world):
-            write_array(place / names[kind], array)
-
-    if world.is_main:
-        known = labelling.names or model.classes
         results = {
             "prefixes": {str(d): values for d, values in accuracy.items()},
             "checkpoint": str(args.path),
@@ -177,9 +168,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "dataset": name,
             "data": str(dataset.path),
             "classes": model.spec.num_classes if labelling.columns is None else len(labelling.columns),
-            "class_names": known,
+            "class_names": labelling.names or model.classes,
             "images": len(data),
             **({"ood": str(strange.path), "ood_images": len(strange)} if strange is not None else {}),
+            "not_finite": outcome.not_finite,
             "preprocessing": args.preprocessing,
             "resolution": model.preprocessing.size,
             "crop_ratio": model.preprocessing.ratio,
@@ -190,7 +182,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             "arrays": names,
             "environment": environment(),
         }
-        show(args, results, model, labelling)
+        if world.is_main:
+            show(args, results, model, labelling)
+        for kind, array in collected.arrays(len(data), world):
+            write_array(place / names[kind], array)
+
+    if world.is_main:
         if args.output:
             checkpoint.write_atomically(args.output, (json.dumps(results, indent=1) + "\n").encode())
             print(f"results  {args.output}")
@@ -202,8 +199,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(args: Namespace) -> None:
     if args.batch_size < 1 or args.workers < 0:
         raise config.ConfigError("--batch-size must be 1 or more, --workers 0 or more")
-    if args.output and not Path(args.output).resolve().parent.is_dir():
+    if not 0 <= args.workers <= 1024 or (args.resolution is not None and not 1 <= args.resolution <= 8192):
+        raise config.ConfigError("--workers must be at most 1024, --resolution 1 to 8192")
+    if args.resolution is not None and args.preprocessing == "upstream":
+        raise config.ConfigError(f"--resolution {args.resolution}: --preprocessing upstream is of {CROP} pixels")
+    place = Path(args.output or "results.json").resolve().parent
+    if not place.is_dir():
         raise config.ConfigError(f"--output {args.output}: its folder does not exist; make it first")
+    if args.output and Path(args.output).is_dir():
+        raise config.ConfigError(f"--output {args.output}: is a folder; name a file in it")
+    if args.output or any(getattr(args, f"save_{kind}") for kind in KINDS):
+        try:  # now, not after hours
+            tempfile.TemporaryFile(dir=place).close()
+        except OSError as error:
+            raise config.ConfigError(f"--output: cannot write to {place}: {error.strerror}") from None
 
 
 def prefix_lengths(text: str) -> list[int]:
@@ -221,8 +230,11 @@ def selected(dataset: BetonFile | ImageFolder, labelling: Labelling) -> BetonFil
     return dataset if counted.all() else Subset(dataset, np.flatnonzero(counted))
 
 
-def set_preprocessing(model: NestedModel, name: str) -> None:
+def set_preprocessing(model: NestedModel, name: str, resolution: int | None) -> None:
     given = model.preprocessing
+    if resolution is not None:
+        given = Preprocessing(resolution, given.ratio, given.mean, given.std)
+        model.preprocessing = given
     if name == "upstream":
         model.preprocessing = Preprocessing(CROP, CROP / RESIZE, given.mean, given.std)
     elif name == "ffcv":
@@ -253,17 +265,21 @@ def evaluate(
         loader = Loader(data, args.batch_size * world.size, image=crop, **options)
     started = time.perf_counter()
     metric = PrefixAccuracy(model.dims).to(world.device)
+    bad = torch.zeros((), dtype=torch.int64, device=world.device)
     highest = [np.empty((len(model.dims), 0), np.float32)]
     bar = tqdm(loader, leave=False, unit="batch", disable=not (world.is_main and sys.stderr.isatty()))
     for raw in predict(model, bar, precision, args.tta):
         prediction = raw._replace(logits=labelling.select(raw.logits), labels=labelling.labels[raw.labels])
         metric.update(prediction.logits, prediction.labels)
+        bad += (~prediction.logits.isfinite()).any(2).any(0).sum()
         collected.add(prediction)
         if confidences:
             highest.append(prediction.logits.softmax(2).amax(2).cpu().numpy())
     accuracy = metric.compute()
     seconds = time.perf_counter() - started
-    return Outcome(accuracy, np.concatenate(distributed.gather(highest, world), 1), seconds, loader.wait)
+    confidence = np.concatenate(distributed.gather(highest, world), 1)
+    not_finite = int(distributed.sum_over_ranks(bad, world))
+    return Outcome(accuracy, confidence, not_finite, seconds, loader.wait)
 
 
 def show(args: Namespace, results: dict, model: NestedModel, labelling: Labelling) -> None:
@@ -275,6 +291,8 @@ def show(args: Namespace, results: dict, model: NestedModel, labelling: Labellin
     present = set(labelling.labels[labelling.labels >= 0].tolist())
     if labelling.names and len(present) < len(labelling.names):
         print(f"note: {len(present)} of the {len(labelling.names)} classes of {results['dataset']} are there")
+    if results["not_finite"]:
+        print(f"note: {results['not_finite']:,} images have logits that are not finite; the model diverged")
     if "ood" in results:
         print(f"{results['ood']}: {results['ood_images']:,} images of other classes, to be told by low confidence")
     print(accuracy_table({int(d): values for d, values in results["prefixes"].items()}))

@@ -27,6 +27,7 @@ from matryoshka.report import Run, RunError, read_run, short_dims
 from matryoshka.superclasses import name_of
 
 FILES = ("results.json", "analysis.json", "baselines.json")  # looked for in --run
+NEEDED = ("checkpoint", "arch", "head", "dataset", "data", "images", "classes", "resolution")  # of results.json
 THUMBNAIL, HEAT_MAP = 160, 1500  # pixels of the longer side at most
 
 
@@ -70,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise config.ConfigError(f"--output {output}: its folder does not exist; make it first")
 
     results = [read(path, "prefixes", "results of matryoshka eval") for path in places]
+    for path, one in zip(places, results, strict=True):
+        if missing := [key for key in NEEDED if key not in one]:
+            raise ReportError(f"{path}: not the results of matryoshka eval: it has no {missing[0]!r}")
     subject = results[0]
     analysed = args.analysis or found.get("analysis.json")
     beside = args.baselines or found.get("baselines.json")
@@ -84,12 +88,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if evidence.analysis is not None:
         check_same(evidence.analysis, subject, str(analysed))
+    if evidence.baselines is not None and differs(evidence.baselines.get("checkpoint"), subject.get("checkpoint")):
+        raise ReportError(
+            f"{beside}: is of {evidence.baselines.get('checkpoint')}, the results of {subject.get('checkpoint')}; "
+            "run matryoshka baselines on this checkpoint"
+        )
     budget = MAX_IMAGE_BYTES
     if args.samples:
         budget -= add_samples(evidence, places[0], args.samples, args.seed, budget)
     if args.gradcam or (args.run and maps.is_dir()):
         add_heat_maps(evidence, maps, budget)
-    page = render(evidence).encode()
+    page = render(evidence)
     write_atomically(output, page)
     for note in evidence.notes:
         print(f"note: {note}")
@@ -133,6 +142,18 @@ def check_same(found: dict[str, Any], subject: dict[str, Any], path: str) -> Non
             f"{path}: is of {found.get('images')} images and dims {found.get('dims')}, the results of "
             f"{subject['images']} images and {[int(d) for d in subject['prefixes']]}; analyze the arrays of these"
         )
+
+    theirs, ours = found["top1"], {d: row.get("top1") for d, row in subject["prefixes"].items()}
+    if any(abs(theirs[d] - ours[d]) > 0.01 for d in ours if isinstance(theirs.get(d), float)):
+        raise ReportError(f"{path}: its accuracies are not those of the results; analyze the arrays of these results")
+
+
+def differs(one: Any, other: Any) -> bool:
+    """Whether two names of checkpoints are certainly not the same file; folders may have moved."""
+    if not isinstance(one, str) or not isinstance(other, str):
+        return False
+    a, b = Path(one), Path(other)
+    return one != other and (a.name, a.parent.name) != (b.name, b.parent.name)
 
 
 # ---------------------------------------------------------------- pictures
@@ -216,20 +237,22 @@ def add_heat_maps(evidence: Evidence, folder: Path, budget: int) -> None:
     """The montages of gradcam.json, as many as there is room for."""
     try:
         entries = json.loads((folder / "gradcam.json").read_text(encoding="utf-8"))
-        files = [(folder / entry["file"], str(entry["image"])) for entry in entries]
+        names = [(str(entry["file"]), str(entry["image"])) for entry in entries]
     except FileNotFoundError:
         raise ReportError(f"--gradcam {folder}: has no gradcam.json; make one with matryoshka gradcam") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ReportError(f"{folder / 'gradcam.json'}: damaged; make it again with matryoshka gradcam") from None
-    for number, (file, name) in enumerate(files):
+    for number, (file, name) in enumerate(names):
+        if Path(file).name != file or "\0" in file:  # nothing outside of the folder gets onto the page
+            raise ReportError(f"{folder / 'gradcam.json'}: {file!r} is not the name of a picture in that folder")
         try:
-            with Image.open(file, formats=("PNG", "JPEG")) as picture:
+            with Image.open(folder / file, formats=("PNG", "JPEG")) as picture:
                 shown = Picture(address(picture, HEAT_MAP), name)
-        except OSError as error:
-            raise ReportError(f"{file}: cannot be read: {error}") from None
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise ReportError(f"{folder / file}: cannot be read: {error}") from None
         budget -= len(shown.address)
         if budget < 0:
-            evidence.notes.append(f"{number} of {len(files)} Grad-CAM pictures: the others are in {folder}")
+            evidence.notes.append(f"{number} of {len(names)} Grad-CAM pictures: the others are in {folder}")
             break
         evidence.heat_maps.append(shown)
 

@@ -16,13 +16,23 @@ TRENDS = ("rising", "rise-dip", "dip-rise", "falling", "flat", "mixed", "absent"
 BINS = 15  # of confidence, as Guo et al.
 
 
+class AnalysisError(ValueError):
+    """Numbers that no analysis can use; the message says where they are."""
+
+    user_error = True
+
+
 def top_confidence(scores: np.ndarray, logits: bool = True, chunk: int = ROWS) -> tuple[np.ndarray, np.ndarray]:
     """(predictions int64 [G, N], confidence float32 [G, N]): the class that scores highest, the first of equals, and
-    its softmax probability; with logits=False the score itself. Reads a memory map part by part."""
+    its softmax probability; with logits=False the score itself. Reads a memory map part by part. AnalysisError for
+    scores that are not finite."""
     predictions = np.empty(scores.shape[:2], np.int64)
     confidence = np.empty(scores.shape[:2], np.float32)
     for g in range(len(scores)):
         for part, rows in _parts(scores[g], chunk):
+            if not np.isfinite(rows.sum(dtype=np.float64)):
+                first = part.start + int(np.flatnonzero(~np.isfinite(rows).all(1))[0])
+                raise AnalysisError(f"prefix number {g + 1}, image {first}: scores are not finite; the model diverged")
             best = rows.argmax(1)
             highest = np.take_along_axis(rows, best[:, None], 1)
             predictions[g, part] = best
@@ -155,6 +165,8 @@ def out_of_distribution(inside: np.ndarray, outside: np.ndarray) -> OutOfDistrib
     """
     from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve  # a second to import
 
+    if not (np.isfinite(inside).all() and np.isfinite(outside).all()):
+        raise AnalysisError("unknown classes: confidences are not finite; the model diverged")
     unknown = np.repeat([0, 1], [len(inside), len(outside)])
     score = -np.concatenate([inside, outside])
     lost, found, _ = roc_curve(unknown, score, drop_intermediate=False)

@@ -148,7 +148,7 @@ def certify(
         if harm - gain > epsilon:
             break
         expected = float(np.asarray(dims, float)[left].mean())
-        if expected <= best.expected_dim:
+        if expected < best.expected_dim:
             early = bool((left < len(dims) - 1).any())
             best = Certificate(thresholds, early, harm - gain, expected, float(answers.mean()), float(full.mean()))
     return best

@@ -104,8 +104,7 @@ def match(name: str, dataset: BetonFile | ImageFolder, model: NestedModel) -> La
     """What the labels of `dataset`, opened as data set `name`, mean for `model`.
 
     A class folder counts by its name, a WordNet id or (V2) a number, never by its rank among the folders that are
-    there; a .beton without names has the set's own labels. As V1, and where the model was trained on the very same
-    names, any data set with the model's classes will do. As O, classes that are not among its 200 get the label -1.
+    there; a .beton without names has the set's own labels. As V1, any data set with the model's classes will do. As O, classes that are not among its 200 get the label -1.
     ImageNetError, or the model's own, names what disagrees.
     """
     names, count = dataset.classes, model.spec.num_classes
@@ -114,7 +113,7 @@ def match(name: str, dataset: BetonFile | ImageFolder, model: NestedModel) -> La
             f"{dataset.path}: has labels outside of its {dataset.num_classes} classes; write it again with sound labels"
         )
     same = Labelling(torch.arange(dataset.num_classes), None, names)
-    if names and names == model.classes and name != "O":
+    if name == "V1" and names and names == model.classes:
         return same
     known = _class_indices(name, names or [])
     if name == "V1" and (count != CLASSES or not known or model.classes not in (None, wnids())):

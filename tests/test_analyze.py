@@ -145,9 +145,18 @@ def test_predictions_alone(folder, arrays, capsys):
     np.save(folder / "p.npy", logits.argmax(2))
     given = [f"--predictions={folder / 'p.npy'}", f"--gt={folder / 'gt.npy'}", "--dims=8,32,512"]
     found = run(*given, output=folder / "a.json")
-    assert "no cascade and no calibration without logits" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "note: no cascade: needs --logits or --softmax" in said
+    assert "note: no calibration" in said
     assert {"oracle", "trends", "agreement"} <= set(found)
     assert not {"cascade", "calibration"} & set(found)
+
+
+def test_a_fixed_feature_has_no_cascade(folder, arrays, capsys):
+    np.save(folder / "one.npy", arrays[0][2:])
+    found = run(f"--logits={folder / 'one.npy'}", f"--gt={folder / 'gt.npy'}", "--dims=512", output=folder / "a.json")
+    assert "note: no cascade: needs two prefixes" in capsys.readouterr().out
+    assert {"oracle", "trends", "calibration", "agreement"} <= set(found)
 
 
 def test_beside_the_results_by_default(folder):
@@ -172,6 +181,12 @@ def hostile(folder):
     np.save(folder / "short.npy", np.zeros(N - 1, np.int64))
     np.save(folder / "big.npy", np.full(N, C))
     np.save(folder / "float.npy", np.zeros(N))
+    logits = np.load(folder / "logits.npy")
+    np.save(folder / "softmax.npy", softmax(logits, 2))
+    for name, value in (("nan", np.nan), ("inf", np.inf), ("minus", -np.inf)):
+        logits[1, 77, 3] = value
+        np.save(folder / f"{name}.npy", logits)
+    np.save(folder / "many.npy", np.full((3, N), 10**12))
     np.save(folder / "flat.npy", np.zeros(5))
     (folder / "page.npy").write_text("<!doctype html><title>404</title>")
     content = (folder / "logits.npy").read_bytes()
@@ -184,6 +199,7 @@ def hostile(folder):
     results = json.loads((folder / "results.json").read_text())
     for name, change in (
         ("names", {"class_names": ["a"]}), ("digits", {"class_names": [str(c) for c in range(C)]}),
+        ("classes", {"class_names": 5}),
         ("lost", {"arrays": {"logits": "nowhere.npy", "gt": "gt.npy"}}), ("pair", {"prefixes": {"8": {}, "16": {}}}),
     ):  # fmt: skip
         (folder / f"{name}.json").write_text(json.dumps(results | change))
@@ -212,6 +228,17 @@ FILES = ["--logits={}/logits.npy", "--gt={}/gt.npy", "--dims=8,32,512"]
         ([*FILES, "--logits={}/cut.npy"], ["cut.npy", "not a whole array"]),
         ([*FILES, "--logits={}/bomb.pth"], ["bomb.pth", "not a whole array"]),
         ([*FILES, "--logits={}/objects.npy"], ["objects.npy", "not a whole array"]),
+        ([*FILES, "--logits={}/nan.npy"], ["prefix number 2, image 77", "not finite"]),
+        ([*FILES, "--logits={}/inf.npy"], ["prefix number 2, image 77", "not finite"]),
+        ([*FILES, "--logits={}/minus.npy"], ["prefix number 2, image 77", "not finite"]),
+        ([*FILES, "--logits={}/softmax.npy"], ["softmax.npy", "--softmax"]),
+        (["--softmax={}/logits.npy", "--gt={}/gt.npy", "--dims=8,32,512"], ["logits.npy", "--logits"]),
+        (["--predictions={}/many.npy", "--gt={}/gt.npy", "--dims=8,32,512"], ["many.npy", "1000000000000"]),
+        (["--results={}/results.json", "--logits={}/logits.npy"], ["--results", "drop --logits"]),
+        (["--results={}/classes.json"], ["classes.json", "damaged"]),
+        (["--results={}/results.json", "--superclasses="], ["superclasses"]),
+        ([*FILES, "--superclasses=paper", "--only=superclasses"], ["--superclasses", "--results"]),
+        ([*FILES, "--bins=100000000"], ["--bins"]),
         ([*FILES, "--logits={}/dict.pth"], ["dict.pth", "not a whole array"]),
         ([*FILES, "--dims=8,16"], ["has 3 prefixes", "names 2"]),
         ([*FILES, "--dims=8,512,32"], ["--dims", "increasing"]),

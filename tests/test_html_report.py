@@ -134,6 +134,25 @@ def test_samples_are_the_images_and_their_answers(evaluated):
     assert "<article>" not in page_of(evaluated, "--samples=0")
 
 
+def test_models_are_told_apart(evaluated, tmp_path):
+    """A nested model of one prefix is no fixed feature; other images, and other classes, are not drawn beside these."""
+    results = json.loads((evaluated / "results.json").read_text()) | {"arrays": {}}
+    one = results | {"checkpoint": "b/m.safetensors", "prefixes": {"32": {"top1": 61.25, "top5": 99.0}}, "dims": [32]}
+    elsewhere = results | {"checkpoint": "c/m.safetensors", "data": "other", "head": "ff8"}
+    classes = results | {"checkpoint": "d/m.safetensors", "classes": 77, "head": "ff8"}
+    twice = results | {"tta": True}
+    for name, content in (("a", results), ("b", one), ("c", elsewhere), ("d", classes), ("e", twice)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    files = [str(tmp_path / f"{name}.json") for name in "abcde"]
+    assert report.main(["--results", *files, f"--output={tmp_path / 'r.html'}"]) == 0
+    shown = Text((tmp_path / "r.html").read_text()).all()
+    assert "fixed features" not in shown
+    assert "resnet10, MRL, run" in shown
+    assert "resnet10, MRL, b" in shown
+    assert "resnet10, MRL, mirrored images added, run" in shown
+    assert "61.25" in shown
+
+
 def test_the_class_count_of_imagenet_gets_the_papers_curves(evaluated, tmp_path):
     results = json.loads((evaluated / "results.json").read_text()) | {
         "classes": 1000,
@@ -167,6 +186,12 @@ MISTAKES = [
     (["--results", "{}/analysis.json"], ["analysis.json", "'prefixes'"]),
     (["--run={}", "--analysis={}/results.json"], ["results.json", "'top1'"]),
     (["--run={}", "--analysis={}/other.json"], ["other.json", "60 images", "7 images"]),
+    (["--run={}", "--analysis={}/stale.json"], ["stale.json", "accuracies"]),
+    (["--run={}", "--baselines={}/foreign.json"], ["foreign.json", "another/model.safetensors"]),
+    (["--run={}", "--analysis={}/half.json"], ["JSON files", "make them again"]),
+    (["--results", "{}/half.json"], ["half.json", "'prefixes'"]),
+    (["--results", "{}/probe.json", "--samples=0"], ["probe.json", "'checkpoint'"]),
+    (["--run={}", "--gradcam={}/outside"], ["'../secret.png'", "not the name of a picture"]),
     (["--run={}", "--gradcam={}/empty"], ["--gradcam", "matryoshka gradcam"]),
     (["--run={}", "--gradcam={}/torn"], ["gradcam.json", "damaged"]),
     (["--run={}", "--gradcam={}/lost"], ["1.png"]),
@@ -184,7 +209,13 @@ def test_mistakes_are_one_line(evaluated, tmp_path, monkeypatch, capsys, argv, w
     (folder / "page.html").write_text("<!doctype html>")
     found = json.loads((folder / "analysis.json").read_text())
     (folder / "other.json").write_text(json.dumps(found | {"images": 7}))
-    for name, text in (("torn", '[{"image": '), ("lost", '[{"image": "a", "file": "1.png"}]')):
+    (folder / "stale.json").write_text(json.dumps(found | {"top1": dict.fromkeys(found["top1"], 1.0)}))
+    (folder / "foreign.json").write_text('{"methods": {"a": {}}, "checkpoint": "another/model.safetensors"}')
+    half = {key: value for key, value in found.items() if key != "oracle"} | {"oracle": {"top1": "high"}}
+    (folder / "half.json").write_text(json.dumps(half))
+    (folder / "probe.json").write_text(json.dumps({"prefixes": {"8": {"top1": 50.0}}, "images": 60}))
+    outside = '[{"image": "a", "file": "../secret.png"}]'
+    for name, text in (("outside", outside), ("torn", '[{"image": '), ("lost", '[{"image": "a", "file": "1.png"}]')):
         (folder / name).mkdir()
         (folder / name / "gradcam.json").write_text(text)
     (folder / "empty").mkdir()
@@ -291,13 +322,34 @@ def test_superclasses_are_drawn(chromium, evaluated, tmp_path):
     assert said == []
 
 
-def test_on_paper_nothing_is_folded_away(chromium, evaluated, tmp_path):
+def test_paper_is_white(chromium, evaluated, tmp_path):
+    """Also of somebody whose screen is dark, by the system or by the button."""
     page_of(evaluated)
+    page, _, _ = open_page(chromium, evaluated / "report.html", color_scheme="dark")
+    for _ in range(2):
+        page.emulate_media(media="print", color_scheme="dark")
+        page.screenshot(path=tmp_path / "print.png")
+        assert np.asarray(Image.open(tmp_path / "print.png").convert("L")).mean() > 200
+        page.emulate_media(media="screen", color_scheme="dark")
+        page.evaluate("document.documentElement.dataset.theme = 'dark'")
+
+
+def test_on_paper_nothing_is_folded_away(chromium, evaluated, tmp_path):
+    found = json.loads((evaluated / "analysis.json").read_text())
+    many = [found["per_class"][i % 10] | {"name": f"class {i}"} for i in range(70)]
+    (tmp_path / "a.json").write_text(json.dumps(found | {"per_class": many}))
+    page_of(evaluated, f"--analysis={tmp_path / 'a.json'}")
     page, said, _ = open_page(chromium, evaluated / "report.html")
+    rows = page.locator("#class-table tbody tr")
+    page.locator("#next").click()
+    assert page.locator("#page").inner_text() == "page 2 of 3"
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator("details:not([open])").count() == 0
+    assert rows.count() == 70
     page.pdf(path=tmp_path / "page.pdf", format="A4")
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator("details:not([open])").count() > 0
+    assert rows.count() == 25
+    assert page.locator("#page").inner_text() == "page 2 of 3"
     assert said == []

@@ -69,6 +69,45 @@ def test_a_validation_set_without_these_classes(imagenet_checkpoint, tmp_path, p
     assert "no images of these classes" in line
 
 
+@pytest.fixture
+def diverged(tmp_path):
+    """A model whose second prefix says NaN."""
+    model = build(ModelSpec("resnet10", 1000, (8, 64)))
+    model.preprocessing = Preprocessing(size=32, ratio=1.0)
+    with torch.no_grad():
+        model.head.heads[1].bias[5] = np.nan
+    save_model(model, tmp_path / "nan.safetensors")
+    return tmp_path / "nan.safetensors"
+
+
+def test_a_model_that_diverged_is_noticed(imagenet_root, diverged, tmp_path, capsys):
+    results, _ = evaluate(diverged, imagenet_root, tmp_path / "nan")
+    assert results["not_finite"] == 9
+    assert "note: 9 images have logits that are not finite" in capsys.readouterr().out
+    line = refused([f"--path={diverged}", f"--data-root={imagenet_root}", f"--ood={imagenet_root / 'sketch'}"], capsys)
+    assert "not finite" in line
+
+
+def test_a_subset_is_cut_out_also_where_class_names_are_equal(imagenet_root, tmp_path, capsys):
+    """A data set with the model's own 1000 names is V1, whatever it was called."""
+    model = build(ModelSpec("resnet10", 3, (8,)))
+    model.classes = sorted(p.name for p in (imagenet_root / "imagenet-a").iterdir())
+    save_model(model, tmp_path / "m.safetensors")
+    line = refused([f"--path={tmp_path / 'm.safetensors'}", f"--data-root={imagenet_root}", "--dataset=A"], capsys)
+    assert "needs a model of 1000 classes" in line
+
+
+def test_another_resolution(imagenet_root, imagenet_checkpoint, tmp_path, capsys):
+    results, arrays = evaluate(imagenet_checkpoint, imagenet_root, tmp_path, "--resolution=64")
+    assert results["resolution"] == 64
+    assert "checkpoint64" in results["arrays"]["logits"]
+    _, own = evaluate(imagenet_checkpoint, imagenet_root, tmp_path / "own")
+    assert not np.allclose(arrays["logits"], own["logits"], atol=1e-3)
+    both = ["--resolution=64", "--preprocessing=upstream"]
+    line = refused([f"--path={imagenet_checkpoint}", f"--data-root={imagenet_root}", *both], capsys)
+    assert "--resolution 64" in line
+
+
 # ---------------------------------------------------------------- prefixes, upstream's checkpoints
 
 

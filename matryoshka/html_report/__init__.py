@@ -14,8 +14,16 @@ from typing import Any, NamedTuple
 from matryoshka.html_report import sections
 from matryoshka.report import Run
 
+__all__ = ["MAX_BYTES", "MAX_IMAGE_BYTES", "Answer", "Evidence", "PageError", "Picture", "Sample", "render"]
+
 MAX_BYTES = 5_000_000  # of a page: it should go by mail
 MAX_IMAGE_BYTES = 3_600_000  # of its pictures, in base64
+
+
+class PageError(ValueError):
+    """Evidence that does not make a page; the message says why."""
+
+    user_error = True
 
 
 @dataclass
@@ -64,23 +72,28 @@ class Evidence:
     notes: list[str] = field(default_factory=list)
 
 
-def render(evidence: Evidence) -> str:
-    """The page. ValueError when it would be larger than MAX_BYTES."""
+def render(evidence: Evidence) -> bytes:
+    """The page, UTF-8. PageError when it would be larger than MAX_BYTES, or the evidence is not what it should be."""
     from jinja2 import Environment, FileSystemLoader
 
     here = Path(__file__).parent
     # autoescape: names of classes and files come from users
     page = Environment(loader=FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page.filters["json"] = _script_safe
-    text = page.get_template("page.html").render(
-        evidence=evidence,
-        style=(here / "style.css").read_text(encoding="utf-8"),
-        behaviour=(here / "behaviour.js").read_text(encoding="utf-8"),
-        **sections.build(evidence),
-    )
-    if (size := len(text.encode())) > MAX_BYTES:
-        raise ValueError(f"the page would have {size:,} bytes, more than {MAX_BYTES:,}")
-    return text
+    template = page.get_template("page.html")
+    files = {name: (here / name).read_text(encoding="utf-8") for name in ("style.css", "behaviour.js")}
+    try:  # files that somebody edited miss anything, anywhere
+        text = template.render(
+            evidence=evidence, style=files["style.css"], behaviour=files["behaviour.js"], **sections.build(evidence)
+        )
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise PageError(
+            f"the JSON files do not hold what their programs write ({type(error).__name__}: {error}); make them again"
+        ) from error
+    content = text.encode("utf-8", "replace")  # names of files may be no text
+    if len(content) > MAX_BYTES:
+        raise PageError(f"the page would have {len(content):,} bytes, more than {MAX_BYTES:,}; lower --samples")
+    return content
 
 
 def _script_safe(value: Mapping) -> Any:

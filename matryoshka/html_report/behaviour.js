@@ -59,7 +59,8 @@
   // Classes: sorted by any column, searched, a page at a time.
   const classes = read("class-data");
   if (classes) {
-    const PAGE = 25;
+    const PAGE = 25, PRINTED = 2000;  // rows at a time on a screen, and at most on paper
+    let size = PAGE;
     const columns = ["Class", "Images", "Trend", "", ...classes.dims.map(String)];
     const value = (row, c) => (c === 0 ? row[0].toLowerCase() : c === 1 ? row[2] : c === 2 ? row[3] : row[c]);
     const last = columns.length - 1;
@@ -99,7 +100,7 @@
         if (x === null || y === null) return (x === null) - (y === null);
         return x < y ? -sign : x > y ? sign : a[0] < b[0] ? -1 : 1;
       });
-      const pages = Math.max(1, Math.ceil(rows.length / PAGE));
+      const pages = Math.max(1, Math.ceil(rows.length / size));
       page = Math.min(page, pages - 1);
       [...head.cells].forEach((th, c) => {
         if (c === sorted.column) th.setAttribute("aria-sort", sorted.down ? "descending" : "ascending");
@@ -108,7 +109,7 @@
         if (button) button.textContent = columns[c] + (c === sorted.column ? (sorted.down ? " ▼" : " ▲") : "");
       });
       const body = byId("class-table").tBodies[0];
-      body.replaceChildren(...rows.slice(page * PAGE, (page + 1) * PAGE).map((row) => {
+      body.replaceChildren(...rows.slice(page * size, (page + 1) * size).map((row) => {
         const tr = make("tr");
         const name = make("th", { scope: "row" }, row[0]);
         if (row[1] !== row[0]) name.append(make("small", {}, row[1]));
@@ -126,6 +127,9 @@
       byId("previous").disabled = page === 0;
       byId("next").disabled = page >= pages - 1;
     };
+    let before = 0;
+    addEventListener("beforeprint", () => { if (size === PAGE) { before = page; size = PRINTED; page = 0; fill(); } });
+    addEventListener("afterprint", () => { size = PAGE; page = before; fill(); });
     byId("search").addEventListener("input", () => { page = 0; fill(); });
     byId("previous").addEventListener("click", () => { page -= 1; fill(); });
     byId("next").addEventListener("click", () => { page += 1; fill(); });

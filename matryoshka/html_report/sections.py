@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
@@ -14,6 +15,7 @@ from matryoshka.report import short_dims, wilson_interval
 if TYPE_CHECKING:
     from matryoshka.html_report import Evidence
 
+NESTED = ("first", "fourth", "fifth", "sixth", "third")  # of style.css
 IMAGENET = 1000  # classes: only then the paper's curves belong into the same chart
 INKS = ("first", "second", "fourth", "fifth", "sixth", "third")  # of style.css, to tell many curves apart
 SETS = ("V1", "V2", "A", "R", "Sketch", "O")
@@ -77,28 +79,29 @@ def facts(subject: Mapping[str, Any], analysis: Mapping[str, Any]) -> list[tuple
     return shown
 
 
-def _curve(label: str, values: Mapping[int, float], images: int, colour: str, style: str) -> Series:
+def _curve(label: str, values: Mapping[int, float], images: int, colour: str) -> Series:
     sides = [wilson_interval(v, images) for v in values.values()]
-    return Series(
-        label, list(values), list(values.values()), [a for a, _ in sides], [b for _, b in sides], colour, style
-    )
+    low, high = [a for a, _ in sides], [b for _, b in sides]
+    return Series(label, list(values), list(values.values()), low, high, colour)
 
 
 def accuracy(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The subject, models of other kinds on the same images, and the paper's curves."""
     subject = results[0]
-    same = [r for r in results if r["images"] == subject["images"] and r["dataset"] == subject["dataset"]]
-    nested = [r for r in same if len(r["prefixes"]) > 1]
-    fixed = {d: v for r in same if len(r["prefixes"]) == 1 for d, v in top1(r).items()}
+    same = [r for r in results if all(r[key] == subject[key] for key in ("images", "dataset", "data", "classes"))]
+    nested = [r for r in same if not r["head"].startswith("ff")]
+    fixed = [(d, v) for r in same if r["head"].startswith("ff") for d, v in top1(r).items()]
     series, columns = [], []
-    for result, colour in zip(nested, ("first", "fourth", "fifth"), strict=False):
-        label = f"{result['arch']}, {result['head'].upper()}"
-        series.append(_curve(label, top1(result), result["images"], colour, "line"))
+    for i, (result, label) in enumerate(zip(nested, _labels(nested), strict=True)):
+        series.append(_curve(label, top1(result), result["images"], NESTED[i % len(NESTED)]))
         columns.append((label, top1(result)))
     if fixed:
-        fixed = dict(sorted(fixed.items()))
-        series.append(_curve("fixed features, a model each", fixed, subject["images"], "second", "points"))
-        columns.append(("fixed features", fixed))
+        fixed.sort()
+        sides = [wilson_interval(v, subject["images"]) for _, v in fixed]
+        low, high = [a for a, _ in sides], [b for _, b in sides]
+        label = "fixed features, a model each"
+        series.append(Series(label, [d for d, _ in fixed], [v for _, v in fixed], low, high, "second", "points"))
+        columns.append(("fixed features", dict(fixed)))
     own = subject["classes"] == IMAGENET and subject["dataset"] == "V1"
     reference = [
         Series(f"paper: {name}", paper.DIMS, values, colour=colour, style="dashed")
@@ -123,20 +126,33 @@ def accuracy(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _labels(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Backbone and head; where that is not enough to tell them apart, mirrored images and the run, too."""
+    labels = [f"{r['arch']}, {r['head'].upper()}" for r in results]
+    if len(set(labels)) < len(labels):
+        tta = [", mirrored images added" if r.get("tta") else "" for r in results]
+        run = [PurePath(r["checkpoint"]).parent.name or r["checkpoint"] for r in results]
+        labels = [f"{a}{b}, {c}" for a, b, c in zip(labels, tta, run, strict=True)]
+    return labels
+
+
 def _legend(series: Sequence[Series]) -> list[tuple[str, str, str]]:
     return [(s.label, s.ink, s.style) for s in series if s.points()]
 
 
 def other_sets(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The same checkpoint on several data sets, and what it says of unknown classes."""
-    own = [r for r in results if r["checkpoint"] == results[0]["checkpoint"]]
+    keys = ("checkpoint", "arch", "head", "dims")
+    own = [r for r in results if all(r.get(key) == results[0].get(key) for key in keys)]
     unknown = next((r for r in own if any("auroc" in row for row in r["prefixes"].values())), None)
     if len({(r["dataset"], r["data"]) for r in own}) < 2 and unknown is None:
         return None
     own.sort(key=lambda r: SETS.index(r["dataset"]) if r["dataset"] in SETS else len(SETS))
     dims = sorted({int(d) for r in own for d in r["prefixes"]})
     table = [(d, [r["prefixes"].get(str(d)) for r in own]) for d in dims]
-    titles = [(r["dataset"], r["images"]) for r in own]
+    names = [r["dataset"] + (", mirrored" if r.get("tta") else "") for r in own]
+    names = [n if names.count(n) == 1 else f"{n}, {PurePath(r['data']).name}" for n, r in zip(names, own, strict=True)]
+    titles = [(name, r["images"]) for name, r in zip(names, own, strict=True)]
     return {"titles": titles, "rows": table, "unknown": unknown}
 
 
