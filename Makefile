@@ -2,7 +2,7 @@
 # Each first sets up what it needs; PYTHON=python3.12 chooses another one (interop and bench-peers: always 3.11).
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard matryoshka/native/*)
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard matryoshka/native/* matryoshka/retrieval/native/*)
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 FFCV := .venv-ffcv
 UV_FFCV := $(BIN)/uv pip install --quiet --python $(FFCV)/bin/python

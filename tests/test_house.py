@@ -46,8 +46,9 @@ def test_rooms_without_siblings():
         path = ROOT / "matryoshka" / name
         if path.exists():
             assert rooms(path) == set(), name
-    for path in (ROOT / "matryoshka" / "data").glob("*.py"):
-        assert rooms(path) <= {"data"}, path
+    for room in ("data", "retrieval"):
+        for path in (ROOT / "matryoshka" / room).glob("*.py"):
+            assert rooms(path) <= {room}, path
 
 
 def test_train_and_inference_meet_only_through_the_checkpoint():

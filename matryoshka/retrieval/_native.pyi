@@ -1,0 +1,57 @@
+# Written by hand; the bindings are in native/bindings.cpp.
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK: int
+CHUNK: int
+
+class Pool:
+    def __init__(self, num_threads: int) -> None: ...
+    @property
+    def num_threads(self) -> int: ...
+
+Found = tuple[NDArray[np.int64], NDArray[np.int32]]
+
+def kernels() -> list[str]: ...
+def pack(pool: Pool, codes: NDArray[np.uint8], packed: NDArray[np.uint8]) -> None: ...
+def pack_bits(bits: NDArray[np.uint64], packed: NDArray[np.uint64]) -> None: ...
+def search_codes(
+    pool: Pool,
+    packed: NDArray[np.uint8],
+    count: int,
+    queries: NDArray[np.int8],
+    k: int,
+    deleted: NDArray[np.uint64] | None = None,
+    kernels: str = "",
+) -> Found: ...
+def search_bits(
+    pool: Pool,
+    packed: NDArray[np.uint64],
+    count: int,
+    queries: NDArray[np.uint64],
+    k: int,
+    deleted: NDArray[np.uint64] | None = None,
+    kernels: str = "",
+) -> Found: ...
+def search_lists(
+    pool: Pool,
+    packed: NDArray[np.uint8],
+    starts: NDArray[np.int64],
+    sizes: NDArray[np.int32],
+    ids: NDArray[np.uint32],
+    num_ids: int,
+    queries: NDArray[np.int8],
+    probes: NDArray[np.int32],
+    k: int,
+    deleted: NDArray[np.uint64] | None = None,
+    kernels: str = "",
+) -> Found: ...
+def rerank(
+    pool: Pool,
+    stages: Sequence[tuple[np.ndarray, int, int, int]],
+    queries: NDArray[np.float32],
+    candidates: NDArray[np.int64],
+    kernels: str = "",
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...

@@ -1,0 +1,59 @@
+"""The nearest rows by a pass over all of them in full: the truth that other searches are held against."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from matryoshka.retrieval.hits import Hits, check_k, check_rows, unit
+
+ROWS = 16_384  # at a time: with 1000 queries 64 MB of scores
+
+
+def exact_search(
+    rows: np.ndarray,
+    queries: np.ndarray,
+    dim: int,
+    k: int,
+    device: str | torch.device = "cpu",
+    rows_at_once: int = ROWS,
+) -> Hits:
+    """The k rows of highest cosine of the first `dim` dimensions, in float32; equal cosines by rising id."""
+    check_rows(rows, dim, "database")
+    check_rows(queries, dim, "queries")
+    check_k(k)
+    asked = torch.from_numpy(unit(queries, dim)).to(device)
+    best = torch.empty(len(asked), 0, device=device)
+    index = torch.empty(len(asked), 0, dtype=torch.int64, device=device)
+    for first in range(0, len(rows), rows_at_once):
+        part = torch.from_numpy(unit(rows[first : first + rows_at_once], dim)).to(device)
+        score = (asked @ part.T).nan_to_num_(-torch.inf, -torch.inf, -torch.inf)
+        if best.shape[1] == k:  # only what is better than the k-th so far is sorted
+            some = (score > best[:, -1:]).any(1)
+        else:
+            some = torch.ones(len(asked), dtype=torch.bool, device=device)
+        if not some.any():
+            continue
+        kept = min(k, score.shape[1])
+        top, place = _first_of_equals(score[some], kept)
+        both, ids = torch.cat([best[some], top], 1), torch.cat([index[some], first + place], 1)
+        top, place = _first_of_equals(both, min(k, both.shape[1]))
+        if best.shape[1] != top.shape[1]:
+            best = torch.empty(len(asked), top.shape[1], device=device)
+            index = torch.empty(best.shape, dtype=torch.int64, device=device)
+        best[some], index[some] = top, ids.gather(1, place)
+    ids, scores = np.full((len(asked), k), -1, np.int64), np.full((len(asked), k), -np.inf, np.float32)
+    ids[:, : index.shape[1]], scores[:, : best.shape[1]] = index.cpu().numpy(), best.cpu().numpy()
+    ids[np.isneginf(scores)] = -1
+    return Hits(ids, scores)
+
+
+def _first_of_equals(score: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k highest of each row, falling, and their columns; of equal ones the first."""
+    top, place = score.topk(k, dim=1)
+    crowded = (score >= top[:, -1:]).sum(1) > k  # topk takes any of equal ones
+    if crowded.any():
+        place[crowded] = score[crowded].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    place = place.sort(dim=1).values
+    top, order = score.gather(1, place).sort(dim=1, descending=True, stable=True)
+    return top, place.gather(1, order)

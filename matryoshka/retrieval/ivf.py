@@ -1,0 +1,130 @@
+"""An inverted file over the 7-bit codes of a prefix: only the lists of the nearest centroids are looked at."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import numpy as np
+
+from matryoshka.retrieval import _native
+from matryoshka.retrieval.hits import (
+    Hits,
+    RetrievalError,
+    check_k,
+    check_rows,
+    chunks,
+    empty_bits,
+    left_out,
+    memory,
+    pool,
+    sample,
+    set_bits,
+    unit,
+)
+from matryoshka.retrieval.scan import Codec, PrefixScan, finished
+
+PER_LIST = 64  # rows for each centroid that k-means sees
+
+
+class InvertedFile:
+    """InvertedFile.build(rows, 64).search(queries, k=200, nprobe=32).
+
+    centroids: a PrefixScan over them. starts int64, sizes int32: of each list in `packed`, in rows; ids uint32: the row
+    of each slot, rising inside of a list.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        centroids: PrefixScan,
+        packed: np.ndarray,
+        starts: np.ndarray,
+        sizes: np.ndarray,
+        ids: np.ndarray,
+        count: int,
+        bad: np.ndarray,
+        num_threads: int = 0,
+    ) -> None:
+        self.codec, self.centroids, self.packed = codec, centroids, packed
+        self.starts, self.sizes, self.ids = starts, sizes, ids
+        self.count, self.bad, self.num_threads = count, bad, num_threads
+
+    @property
+    def dim(self) -> int:
+        return self.codec.dim
+
+    @classmethod
+    def build(cls, rows: np.ndarray, dim: int, lists: int = 0, seed: int = 0, num_threads: int = 0) -> Self:
+        """lists: 0 for about 4 x sqrt(N), a power of two. Centroids by faiss' spherical k-means."""
+        check_rows(rows, dim, "database")
+        if not len(rows):
+            raise RetrievalError("database: is empty; an inverted file needs rows")
+        lists = min(lists or 2 ** round(np.log2(4 * np.sqrt(len(rows)))), len(rows))
+        centres = _k_means(rows, dim, lists, seed, num_threads)
+        scan = PrefixScan.build(centres, dim, num_threads)
+        codec, threads, block = Codec.learn(rows, dim), pool(num_threads), _native.BLOCK
+
+        nearest = np.empty(len(rows), np.int32)
+        bad = empty_bits(len(rows))
+        for first, prefixes in chunks(rows, dim):
+            nearest[first : first + len(prefixes)] = _nearest(prefixes, centres)
+            set_bits(bad, first + np.flatnonzero(~np.isfinite(prefixes[:, 0])))
+        order = np.argsort(nearest, kind="stable")
+        sizes = np.bincount(nearest, minlength=len(centres)).astype(np.int32)
+        room = -(-sizes.astype(np.int64) // block) * block
+        starts = room.cumsum() - room
+        ids = np.zeros(int(room.sum()), np.uint32)
+        slots = np.repeat(starts - (sizes.cumsum() - sizes), sizes) + np.arange(len(rows))
+        ids[slots] = order
+        packed = memory((len(ids) * codec.width,), np.uint8)
+        step = 1024 * block
+        for first in range(0, len(ids), step):  # padding repeats row 0: no search comes to it
+            _native.pack(
+                threads, codec.encode(unit(rows[ids[first : first + step]], dim)), packed[first * codec.width :]
+            )
+        return cls(codec, scan, packed, starts, sizes, ids, len(rows), bad, num_threads)
+
+    def search(
+        self, queries: np.ndarray, k: int, nprobe: int = 32, deleted: np.ndarray | None = None, kernels: str = ""
+    ) -> Hits:
+        """The k rows of highest estimated cosine in the lists of the `nprobe` nearest centroids."""
+        check_rows(queries, self.dim, "queries")
+        check_k(k)
+        if nprobe < 1:
+            raise RetrievalError(f"nprobe = {nprobe}: ask for 1 or more lists")
+        prefixes = unit(queries, self.dim)
+        probes = self.centroids.search(queries, min(nprobe, len(self.starts)), kernels=kernels).ids.astype(np.int32)
+        signed, scale, offset = self.codec.queries(prefixes)
+        ids, scores = _native.search_lists(
+            pool(self.num_threads), self.packed, self.starts, self.sizes, self.ids, self.count, signed, probes, k,
+            left_out(self.bad, deleted), kernels,
+        )  # fmt: skip
+        return finished(ids, scores * scale[:, None] + offset[:, None], prefixes)
+
+
+def _k_means(rows: np.ndarray, dim: int, lists: int, seed: int, num_threads: int) -> np.ndarray:
+    """float32 [lists, dim], unit vectors."""
+    try:
+        import faiss
+    except ImportError:
+        raise RetrievalError("an inverted file needs faiss' k-means: pip install faiss-cpu") from None
+    points = unit(sample(rows, PER_LIST * lists), dim)
+    points = np.ascontiguousarray(points[np.isfinite(points[:, 0])])
+    lists = min(lists, len(points))
+    if not lists:
+        raise RetrievalError("database: has no row without NaN or infinity")
+    faiss.omp_set_num_threads(pool(num_threads).num_threads)
+    found = faiss.Kmeans(
+        dim, lists, niter=10, spherical=True, seed=seed, min_points_per_centroid=1, max_points_per_centroid=PER_LIST
+    )
+    found.train(points)
+    return np.nan_to_num(np.asarray(found.centroids))
+
+
+def _nearest(prefixes: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """int32 [n]: the centroid of highest cosine; NaN belongs to any."""
+    best = np.empty(len(prefixes), np.int32)
+    for first in range(0, len(prefixes), 4096):
+        part = slice(first, first + 4096)
+        best[part] = (np.nan_to_num(prefixes[part]) @ centres.T).argmax(1)
+    return best

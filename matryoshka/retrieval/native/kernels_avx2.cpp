@@ -1,0 +1,161 @@
+// For x86-64 with AVX2, FMA, F16C and POPCNT.
+#include "kernels.hpp"
+
+#include <immintrin.h>
+
+#include <cstring>
+
+namespace matryoshka::search {
+namespace {
+
+inline __m256i spread(const int8_t* four) {
+  int32_t bits;
+  std::memcpy(&bits, four, 4);
+  return _mm256_set1_epi32(bits);
+}
+
+size_t scan_codes(const uint8_t* codes, size_t first, size_t end, size_t chunks, const int8_t* query, Found& found) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  const size_t group = chunks * kGroup * kChunk;  // bytes
+  for (; first < end && found.room >= kBlock; first += kBlock) {
+    const uint8_t* at = codes + first * chunks * kChunk;
+    __m256i sums[8];
+    for (auto& sum : sums) sum = _mm256_setzero_si256();
+    for (size_t c = 0; c < chunks; ++c, at += kGroup * kChunk) {
+      const __m256i q = spread(query + c * kChunk);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        const auto* place = reinterpret_cast<const __m256i*>(at + static_cast<size_t>(i / 2) * group + i % 2 * 32);
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_loadu_si256(place), q);
+        sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, ones));
+      }
+    }
+    __m256i best = sums[0];
+    for (int i = 1; i < 8; ++i) best = _mm256_max_epi32(best, sums[i]);
+    const __m256i threshold = _mm256_set1_epi32(found.threshold);
+    if (_mm256_testz_si256(_mm256_cmpgt_epi32(best, threshold), _mm256_set1_epi32(-1))) continue;
+    for (int i = 0; i < 8; ++i) {
+      auto mask = static_cast<unsigned>(
+          _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(sums[i], threshold))));
+      if (!mask) continue;
+      alignas(32) int32_t scores[8];
+      _mm256_store_si256(reinterpret_cast<__m256i*>(scores), sums[i]);
+      for (; mask; mask &= mask - 1) {
+        const int lane = __builtin_ctz(mask);
+        const size_t row = first + static_cast<size_t>(8 * i + lane);
+        if (row >= end) break;
+        found.keys[found.count++] = make_key(scores[lane], static_cast<uint32_t>(row));
+        --found.room;
+      }
+    }
+  }
+  return first;
+}
+
+// How many bits of every byte are set, by halves in a table (Mula et al., arXiv 1611.07612).
+inline __m256i count_bytes(__m256i x) {
+  const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,
+                                         0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+  const __m256i half = _mm256_set1_epi8(15);
+  const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(x, half));
+  return _mm256_add_epi8(low, _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), half)));
+}
+
+// Counts of 64 rows stay in registers: one branch for all of them instead of one each.
+template <size_t kWords>
+size_t scan_bits_of(const uint64_t* bits, size_t first, size_t end, size_t words, const uint64_t* query, Found& found) {
+  if (kWords) words = kWords;
+  const __m256i zero = _mm256_setzero_si256();
+  for (; first < end && found.room >= kBlock; first += kBlock) {
+    const auto* place = reinterpret_cast<const __m256i*>(bits + first * words);
+    __m256i counts[8];
+    for (auto& count : counts) {
+      __m256i sum0 = zero, sum1 = zero;
+      for (size_t w = 0; w < words;) {
+        __m256i bytes0 = zero, bytes1 = zero;
+        for (const size_t some = w + 31 < words ? w + 31 : words; w < some; ++w, place += 2) {  // 31 x 8 < 256
+          const __m256i q = _mm256_set1_epi64x(static_cast<int64_t>(query[w]));
+          bytes0 = _mm256_add_epi8(bytes0, count_bytes(_mm256_xor_si256(_mm256_loadu_si256(place), q)));
+          bytes1 = _mm256_add_epi8(bytes1, count_bytes(_mm256_xor_si256(_mm256_loadu_si256(place + 1), q)));
+        }
+        sum0 = _mm256_add_epi64(sum0, _mm256_sad_epu8(bytes0, zero));
+        sum1 = _mm256_add_epi64(sum1, _mm256_sad_epu8(bytes1, zero));
+      }
+      count = _mm256_or_si256(sum0, _mm256_slli_epi64(sum1, 32));  // rows 0 4 1 5 2 6 3 7
+    }
+    __m256i least = counts[0];
+    for (int i = 1; i < 8; ++i) least = _mm256_min_epi32(least, counts[i]);
+    // fewer than this: above the threshold
+    const __m256i limit = _mm256_set1_epi32(found.threshold < -INT32_MAX ? INT32_MAX : -found.threshold);
+    if (!_mm256_movemask_epi8(_mm256_cmpgt_epi32(limit, least))) continue;
+    for (int i = 0; i < 8; ++i) {
+      alignas(32) int32_t different[8];
+      _mm256_store_si256(reinterpret_cast<__m256i*>(different), counts[i]);
+      for (int j = 0; j < 8; ++j) {
+        const int32_t score = -different[j % 4 * 2 + j / 4];
+        const size_t row = first + static_cast<size_t>(8 * i + j);
+        if (score <= found.threshold || row >= end) continue;
+        found.keys[found.count++] = make_key(score, static_cast<uint32_t>(row));
+        --found.room;
+      }
+    }
+  }
+  return first;
+}
+
+size_t scan_bits(const uint64_t* bits, size_t first, size_t end, size_t words, const uint64_t* query, Found& found) {
+  switch (words) {
+    case 1: return scan_bits_of<1>(bits, first, end, words, query, found);
+    case 2: return scan_bits_of<2>(bits, first, end, words, query, found);
+    case 4: return scan_bits_of<4>(bits, first, end, words, query, found);
+    case 8: return scan_bits_of<8>(bits, first, end, words, query, found);
+    default: return scan_bits_of<0>(bits, first, end, words, query, found);
+  }
+}
+
+inline float total(__m256 x) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+inline __m256 load(const uint16_t* row) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
+}
+inline __m256 load(const float* row) { return _mm256_loadu_ps(row); }
+inline float one(uint16_t x) { return _cvtsh_ss(x); }
+inline float one(float x) { return x; }
+
+template <class T>
+void dot(const T* row, const float* query, size_t n, float* product, float* squares) {
+  __m256 a0 = _mm256_setzero_ps(), a1 = a0, b0 = a0, b1 = a0;
+  size_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __m256 x = load(row + i), y = load(row + i + 8);
+    a0 = _mm256_fmadd_ps(x, _mm256_loadu_ps(query + i), a0);
+    a1 = _mm256_fmadd_ps(y, _mm256_loadu_ps(query + i + 8), a1);
+    b0 = _mm256_fmadd_ps(x, x, b0);
+    b1 = _mm256_fmadd_ps(y, y, b1);
+  }
+  float p = total(_mm256_add_ps(a0, a1)), s = total(_mm256_add_ps(b0, b1));
+  for (; i < n; ++i) {
+    const float x = one(row[i]);
+    p += x * query[i];
+    s += x * x;
+  }
+  *product += p;
+  *squares += s;
+}
+
+void dot_half(const uint16_t* row, const float* query, size_t n, float* product, float* squares) {
+  dot(row, query, n, product, squares);
+}
+void dot_single(const float* row, const float* query, size_t n, float* product, float* squares) {
+  dot(row, query, n, product, squares);
+}
+
+}  // namespace
+
+const Kernels kAvx2 = {"avx2", scan_codes, scan_bits, dot_half, dot_single};
+
+}  // namespace matryoshka::search

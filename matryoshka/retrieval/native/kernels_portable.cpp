@@ -1,0 +1,133 @@
+// For any CPU: plain loops, which the compiler vectorises as far as the CPU goes.
+#include "kernels.hpp"
+
+#include <cstring>
+
+#if defined(_MSC_VER)
+#include <intrin.h>
+#endif
+
+namespace matryoshka::search {
+namespace {
+
+float half_to_float(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  const uint32_t rest = half & 0x7fffu;
+  uint32_t bits;
+  if (rest >= 0x7c00u) {  // infinity, NaN
+    bits = sign | 0x7f800000u | (rest & 0x3ffu) << 13;
+  } else if (rest >= 0x400u) {
+    bits = sign | ((rest << 13) + 0x38000000u);
+  } else {  // subnormal: exact in single precision
+    const float value = static_cast<float>(rest) * 5.9604644775390625e-8f;
+    std::memcpy(&bits, &value, 4);
+    bits |= sign;
+  }
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+size_t scan_codes(const uint8_t* codes, size_t first, size_t end, size_t chunks, const int8_t* query, Found& found) {
+  for (; first < end && found.room >= kBlock; first += kBlock) {
+    for (size_t group = 0; group < kBlock; group += kGroup) {
+      int32_t scores[kGroup] = {};
+      const uint8_t* chunk = codes + (first + group) * chunks * kChunk;
+      for (size_t c = 0; c < chunks; ++c, chunk += kGroup * kChunk) {
+        for (size_t row = 0; row < kGroup; ++row) {
+          int32_t sum = 0;
+          for (size_t i = 0; i < kChunk; ++i) sum += chunk[row * kChunk + i] * query[c * kChunk + i];
+          scores[row] += sum;
+        }
+      }
+      for (size_t row = 0; row < kGroup; ++row) {
+        if (scores[row] > found.threshold && first + group + row < end) {
+          found.keys[found.count++] = make_key(scores[row], static_cast<uint32_t>(first + group + row));
+          --found.room;
+        }
+      }
+    }
+  }
+  return first;
+}
+
+inline int popcount(uint64_t x) {
+#if defined(__GNUC__)
+  return __builtin_popcountll(x);
+#else
+  return static_cast<int>(__popcnt64(x));
+#endif
+}
+
+size_t scan_bits(const uint64_t* bits, size_t first, size_t end, size_t words, const uint64_t* query, Found& found) {
+  for (; first < end && found.room >= kBlock; first += kBlock) {
+    for (size_t group = 0; group < kBlock; group += kBitGroup) {
+      int32_t scores[kBitGroup] = {};
+      const uint64_t* word = bits + (first + group) * words;
+      for (size_t w = 0; w < words; ++w)
+        for (size_t row = 0; row < kBitGroup; ++row) scores[row] -= popcount(*word++ ^ query[w]);
+      for (size_t row = 0; row < kBitGroup; ++row) {
+        if (scores[row] > found.threshold && first + group + row < end) {
+          found.keys[found.count++] = make_key(scores[row], static_cast<uint32_t>(first + group + row));
+          --found.room;
+        }
+      }
+    }
+  }
+  return first;
+}
+
+template <class T, class Convert>
+void dot(const T* row, const float* query, size_t n, float* dot, float* squares, Convert convert) {
+  float products[8] = {}, powers[8] = {};
+  size_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (size_t j = 0; j < 8; ++j) {
+      const float x = convert(row[i + j]);
+      products[j] += x * query[i + j];
+      powers[j] += x * x;
+    }
+  }
+  for (; i < n; ++i) {
+    const float x = convert(row[i]);
+    products[0] += x * query[i];
+    powers[0] += x * x;
+  }
+  for (size_t j = 0; j < 8; ++j) *dot += products[j], *squares += powers[j];
+}
+
+void dot_half(const uint16_t* row, const float* query, size_t n, float* product, float* squares) {
+  dot(row, query, n, product, squares, half_to_float);
+}
+
+void dot_single(const float* row, const float* query, size_t n, float* product, float* squares) {
+  dot(row, query, n, product, squares, [](float x) { return x; });
+}
+
+}  // namespace
+
+const Kernels kPortable = {"portable", scan_codes, scan_bits, dot_half, dot_single};
+
+const Kernels* const* available() {
+  struct List {
+    const Kernels* found[4] = {};
+    List() {
+      size_t n = 0;
+#ifdef MATRYOSHKA_X86_64
+      __builtin_cpu_init();
+      const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("f16c");
+      const bool vnni = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
+                        __builtin_cpu_supports("avx512vpopcntdq");
+      if (avx2 && vnni) found[n++] = &kVnni;
+      if (avx2) found[n++] = &kAvx2;
+#endif
+      found[n] = &kPortable;
+    }
+  };
+  static const List list;
+  return list.found;
+}
+
+}  // namespace matryoshka::search

@@ -1,0 +1,248 @@
+#include "search.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+
+namespace matryoshka::search {
+namespace {
+
+constexpr size_t kTileBytes = 128 << 10;  // of rows that all queries pass over while they are in the second-level cache
+constexpr int32_t kLowest = std::numeric_limits<int32_t>::min();
+
+// The k highest keys of one query.
+class Best {
+ public:
+  Best(size_t k, uint64_t* room, size_t capacity) : k_(k), capacity_(capacity), found_{kLowest, room, 0, capacity} {}
+
+  static size_t capacity(size_t k) { return std::max<size_t>(4 * k, 1024) + kBlock; }
+  Found& found() { return found_; }
+
+  // tie: rows with the score of the k-th best may still be better, as their ids come in no order.
+  void shrink(bool tie) {
+    if (found_.count > k_) {
+      std::nth_element(found_.keys, found_.keys + (k_ - 1), found_.keys + found_.count, std::greater<uint64_t>());
+      found_.count = k_;
+      found_.threshold = key_score(found_.keys[k_ - 1]) - (tie ? 1 : 0);
+    }
+    found_.room = capacity_ - found_.count;
+  }
+
+  // Takes out keys from `from` on that `keep` refuses; keep may change them.
+  template <class Keep>
+  void filter(size_t from, Keep keep) {
+    size_t to = from;
+    for (size_t i = from; i < found_.count; ++i) {
+      uint64_t key = found_.keys[i];
+      if (keep(key)) found_.keys[to++] = key;
+    }
+    found_.room += found_.count - to;
+    found_.count = to;
+  }
+
+  void write(int64_t* ids, int32_t* scores) {
+    const size_t n = std::min(k_, found_.count);
+    if (n < found_.count)  // twice as fast as partial_sort
+      std::nth_element(found_.keys, found_.keys + n, found_.keys + found_.count, std::greater<uint64_t>());
+    std::sort(found_.keys, found_.keys + n, std::greater<uint64_t>());
+    for (size_t i = 0; i < k_; ++i) {
+      ids[i] = i < n ? static_cast<int64_t>(key_row(found_.keys[i])) : -1;
+      scores[i] = i < n ? key_score(found_.keys[i]) : kLowest;
+    }
+  }
+
+ private:
+  size_t k_, capacity_;
+  Found found_;
+};
+
+inline bool is_deleted(const Rows& rows, uint32_t row) {
+  return rows.deleted && (rows.deleted[row / 64] >> (row % 64) & 1);
+}
+
+}  // namespace
+
+void pack(Pool& pool, const uint8_t* codes, size_t rows, size_t chunks, uint8_t* packed) {
+  const size_t width = chunks * kChunk, blocks = (rows + kBlock - 1) / kBlock, step = 64;
+  pool.run((blocks + step - 1) / step, [&](size_t task, int) {
+    const size_t first = task * step * kBlock, last = std::min((task + 1) * step * kBlock, blocks * kBlock);
+    for (size_t row = first; row < last; ++row) {
+      uint8_t* place = packed + row / kGroup * kGroup * width + row % kGroup * kChunk;
+      for (size_t c = 0; c < chunks; ++c, place += kGroup * kChunk) {
+        if (row < rows) std::memcpy(place, codes + row * width + c * kChunk, kChunk);
+        else std::memset(place, 0, kChunk);
+      }
+    }
+  });
+}
+
+void pack_bits(const uint64_t* bits, size_t rows, size_t words, uint64_t* packed) {
+  for (size_t row = 0; row < (rows + kBlock - 1) / kBlock * kBlock; ++row) {
+    uint64_t* place = packed + row / kBitGroup * kBitGroup * words + row % kBitGroup;
+    for (size_t w = 0; w < words; ++w, place += kBitGroup) *place = row < rows ? bits[row * words + w] : 0;
+  }
+}
+
+void search_all(Pool& pool, const Kernels& kernels, const Rows& rows, const uint8_t* queries, size_t count, size_t k,
+                int64_t* ids, int32_t* scores) {
+  if (!count || !k) return;
+  const auto threads = static_cast<size_t>(pool.num_threads());
+  const size_t row_bytes = rows.codes ? rows.width * kChunk : rows.width * 8;
+  const size_t tile = std::max(kTileBytes / row_bytes / kBlock, size_t{1}) * kBlock;
+  // Many queries: every thread takes some over all rows. Few: every thread takes some of the rows.
+  const bool by_query = count >= 4 * threads;
+  const size_t ranges = by_query ? 1 : threads, parts = by_query ? threads : 1;
+  const size_t range = ((rows.count + ranges - 1) / ranges + kBlock - 1) / kBlock * kBlock;
+  const size_t part = (count + parts - 1) / parts, capacity = Best::capacity(k);
+  const size_t bytes = rows.query_bytes();
+
+  std::vector<std::vector<Best>> best(ranges * parts);
+  std::vector<std::unique_ptr<uint64_t[]>> room(ranges * parts);
+  pool.run(ranges * parts, [&](size_t task, int) {
+    const size_t begin = task / parts * range, end = std::min(begin + range, rows.count);
+    const size_t from = task % parts * part, to = std::min(from + part, count);
+    if (from >= to) return;
+    room[task].reset(new uint64_t[(to - from) * capacity]);
+    for (size_t q = from; q < to; ++q) best[task].emplace_back(k, room[task].get() + (q - from) * capacity, capacity);
+    for (size_t first = begin; first < end; first += tile) {
+      const size_t last = std::min(first + tile, end);
+      for (size_t q = from; q < to; ++q) {
+        Best& mine = best[task][q - from];
+        for (size_t at = first; at < last;) {
+          const size_t before = mine.found().count;
+          at = rows.scan(kernels, at, last, queries + q * bytes, mine.found());
+          if (rows.deleted) mine.filter(before, [&](uint64_t key) { return !is_deleted(rows, key_row(key)); });
+          if (mine.found().room < kBlock) mine.shrink(false);
+        }
+      }
+    }
+    if (ranges == 1)
+      for (size_t q = from; q < to; ++q) best[task][q - from].write(ids + q * k, scores + q * k);
+  });
+  if (ranges == 1) return;
+  std::vector<uint64_t> all;
+  for (size_t q = 0; q < count; ++q) {
+    all.clear();
+    for (auto& range_best : best) {
+      if (range_best.empty()) continue;
+      const Found& found = range_best[q].found();
+      all.insert(all.end(), found.keys, found.keys + found.count);
+    }
+    all.resize(std::max(all.size(), capacity));  // Best wants a buffer; what is behind `count` is not looked at
+    Best merged(k, all.data(), all.size());
+    size_t n = 0;
+    for (auto& range_best : best) n += range_best.empty() ? 0 : range_best[q].found().count;
+    merged.found().count = n;
+    merged.write(ids + q * k, scores + q * k);
+  }
+}
+
+void search_lists(Pool& pool, const Kernels& kernels, const Rows& rows, const Lists& lists, const uint8_t* queries,
+                  size_t count, const int32_t* probes, size_t num_probes, size_t k, int64_t* ids, int32_t* scores) {
+  if (!count || !k) return;
+  const size_t capacity = Best::capacity(k), bytes = rows.query_bytes(), step = count < 64 ? 1 : 8;
+  std::vector<std::unique_ptr<uint64_t[]>> room(static_cast<size_t>(pool.num_threads()));
+  pool.run((count + step - 1) / step, [&](size_t task, int thread) {
+    auto& keys = room[static_cast<size_t>(thread)];
+    if (!keys) keys.reset(new uint64_t[capacity]);
+    for (size_t q = task * step; q < std::min((task + 1) * step, count); ++q) {
+      Best best(k, keys.get(), capacity);
+      for (size_t p = 0; p < num_probes; ++p) {
+        const int32_t list = probes[q * num_probes + p];
+        if (list < 0) continue;
+        if (static_cast<size_t>(list) >= lists.count) throw std::out_of_range("a probe is no list");
+        const auto start = static_cast<size_t>(lists.starts[list]), size = static_cast<size_t>(lists.sizes[list]);
+        for (size_t at = start; at < start + size;) {
+          const size_t before = best.found().count;
+          at = rows.scan(kernels, at, start + size, queries + q * bytes, best.found());
+          best.filter(before, [&](uint64_t& key) {
+            const uint32_t id = lists.ids[key_row(key)];
+            key = make_key(key_score(key), id);
+            return !is_deleted(rows, id);
+          });
+          if (best.found().room < kBlock) best.shrink(true);
+        }
+      }
+      best.write(ids + q * k, scores + q * k);
+    }
+  });
+}
+
+namespace {
+
+struct Candidate {
+  float score, product, squares;
+  int64_t id;
+
+  bool operator<(const Candidate& other) const {  // better first
+    return score != other.score ? score > other.score : id < other.id;
+  }
+};
+
+inline const void* row_of(const Stage& stage, int64_t id) {
+  const size_t at = static_cast<size_t>(id) * stage.stride + stage.begin;
+  return stage.half ? static_cast<const void*>(static_cast<const uint16_t*>(stage.rows) + at)
+                    : static_cast<const void*>(static_cast<const float*>(stage.rows) + at);
+}
+
+inline void prefetch(const Stage& stage, int64_t id) {
+#if defined(__GNUC__)
+  const char* place = static_cast<const char*>(row_of(stage, id));
+  const size_t bytes = (stage.end - stage.begin) * (stage.half ? 2 : 4);
+  for (size_t i = 0; i < std::min<size_t>(bytes, 512); i += 64) __builtin_prefetch(place + i);  // then the CPU sees it
+#endif
+}
+
+}  // namespace
+
+void rerank(Pool& pool, const Kernels& kernels, const std::vector<Stage>& stages, size_t num_rows, const float* queries,
+            size_t dim, size_t count, const int64_t* candidates, size_t m, int64_t* ids, float* scores) {
+  const size_t out = stages.back().keep, step = 4;
+  pool.run((count + step - 1) / step, [&](size_t task, int) {
+    std::vector<Candidate> list;
+    for (size_t q = task * step; q < std::min((task + 1) * step, count); ++q) {
+      const float* query = queries + q * dim;
+      list.clear();
+      for (size_t i = 0; i < m; ++i) {
+        const int64_t id = candidates[q * m + i];
+        if (id < 0) continue;
+        if (static_cast<size_t>(id) >= num_rows) throw std::out_of_range("a candidate is no row");
+        list.push_back({0, 0, 0, id});
+      }
+      float length = 0;
+      for (const Stage& stage : stages) {
+        for (size_t j = stage.begin; j < stage.end; ++j) length += query[j] * query[j];
+        const float scale = length > 0 ? 1 / std::sqrt(length) : 0;
+        constexpr size_t kAhead = 4;
+        for (size_t i = 0; i < std::min(kAhead, list.size()); ++i) prefetch(stage, list[i].id);
+        for (size_t i = 0; i < list.size(); ++i) {
+          if (i + kAhead < list.size()) prefetch(stage, list[i + kAhead].id);
+          Candidate& one = list[i];
+          const void* row = row_of(stage, one.id);
+          const size_t n = stage.end - stage.begin;
+          if (stage.half) kernels.dot_half(static_cast<const uint16_t*>(row), query + stage.begin, n, &one.product, &one.squares);
+          else kernels.dot_single(static_cast<const float*>(row), query + stage.begin, n, &one.product, &one.squares);
+          one.score = one.squares > 0 ? one.product * scale / std::sqrt(one.squares) : 0;
+          if (std::isnan(one.product) || std::isnan(one.squares)) one.score = std::numeric_limits<float>::quiet_NaN();
+        }
+        list.erase(std::remove_if(list.begin(), list.end(), [](const Candidate& c) { return std::isnan(c.score); }),
+                   list.end());
+        if (list.size() > stage.keep) {
+          std::nth_element(list.begin(), list.begin() + static_cast<ptrdiff_t>(stage.keep), list.end());
+          list.resize(stage.keep);
+        }
+      }
+      std::sort(list.begin(), list.end());
+      for (size_t i = 0; i < out; ++i) {
+        ids[q * out + i] = i < list.size() ? list[i].id : -1;
+        scores[q * out + i] = i < list.size() ? list[i].score : -std::numeric_limits<float>::infinity();
+      }
+    }
+  });
+}
+
+}  // namespace matryoshka::search

@@ -1,0 +1,166 @@
+"""Every row of a database by a code of its prefix: shortlists without a graph or a tree.
+
+PrefixScan keeps 7 bits for each dimension, BinaryScan one: above the database's median or not (all features behind a
+ReLU are positive, their signs say nothing). Both pass over the codes with the native kernels, which keep only what is
+above the k-th best so far.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from matryoshka.retrieval import _native
+from matryoshka.retrieval.hits import (
+    Hits,
+    RetrievalError,
+    check_k,
+    check_rows,
+    chunks,
+    empty_bits,
+    left_out,
+    memory,
+    pool,
+    sample,
+    set_bits,
+    unit,
+)
+
+LEVELS = 127  # of a code: 0 to 127
+CLIPPED = 0.0005  # share of the values at either end that lie outside of the codes' range
+SAMPLE = 100_000  # rows that ranges and medians are taken from
+
+
+@dataclass(frozen=True)
+class Codec:
+    """low, step: float32 [d]; code c of dimension j stands for low[j] + c x step[j]."""
+
+    low: np.ndarray
+    step: np.ndarray
+
+    @property
+    def dim(self) -> int:
+        return len(self.low)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a code: dimensions, up to a multiple of 4."""
+        return -(-self.dim // _native.CHUNK) * _native.CHUNK
+
+    @classmethod
+    def learn(cls, rows: np.ndarray, dim: int) -> Self:
+        values = unit(sample(rows, SAMPLE), dim)
+        values = values[np.isfinite(values[:, 0])]
+        if not len(values):
+            return cls(np.zeros(dim, np.float32), np.ones(dim, np.float32))
+        low, high = np.quantile(values, [CLIPPED, 1 - CLIPPED], axis=0).astype(np.float32)
+        return cls(low, np.maximum(high - low, 1e-12) / LEVELS)
+
+    def encode(self, prefixes: np.ndarray) -> np.ndarray:
+        """uint8 [n, width] of unit prefixes [n, d] (NaN: 0)."""
+        codes = np.zeros((len(prefixes), self.width), np.uint8)
+        with np.errstate(invalid="ignore"):
+            levels = np.nan_to_num(np.rint((prefixes - self.low) / self.step))
+        codes[:, : self.dim] = levels.clip(0, LEVELS)
+        return codes
+
+    def queries(self, prefixes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(int8 [n, width], scale float32 [n], offset float32 [n]): score x scale + offset estimates the cosine."""
+        prefixes = np.nan_to_num(prefixes)
+        weights = prefixes * self.step
+        scale = np.maximum(np.abs(weights).max(1), 1e-30) / 127
+        signed = np.zeros((len(prefixes), self.width), np.int8)
+        signed[:, : self.dim] = np.rint(weights / scale[:, None])
+        return signed, scale.astype(np.float32), (prefixes @ self.low).astype(np.float32)
+
+
+class PrefixScan:
+    """7-bit codes of the first `dim` dimensions: PrefixScan.build(rows, 64).search(queries, k=200)."""
+
+    def __init__(self, codec: Codec, packed: np.ndarray, count: int, bad: np.ndarray, num_threads: int = 0) -> None:
+        self.codec, self.packed, self.count, self.bad = codec, packed, count, bad
+        self.num_threads = num_threads
+
+    @property
+    def dim(self) -> int:
+        return self.codec.dim
+
+    @classmethod
+    def build(cls, rows: np.ndarray, dim: int, num_threads: int = 0) -> Self:
+        """rows: float [N, D]. RetrievalError for a prefix that they do not have."""
+        check_rows(rows, dim, "database")
+        codec = Codec.learn(rows, dim)
+        block = _native.BLOCK
+        packed = memory((-(-len(rows) // block) * block * codec.width,), np.uint8)
+        bad = empty_bits(len(rows))
+        for first, prefixes in chunks(rows, dim):
+            _native.pack(pool(num_threads), codec.encode(prefixes), packed[first * codec.width :])
+            set_bits(bad, first + np.flatnonzero(~np.isfinite(prefixes[:, 0])))
+        return cls(codec, packed, len(rows), bad, num_threads)
+
+    def search(self, queries: np.ndarray, k: int, deleted: np.ndarray | None = None, kernels: str = "") -> Hits:
+        """The k rows of highest estimated cosine. deleted: bits of rows to leave out, see hits.set_bits."""
+        check_rows(queries, self.dim, "queries")
+        check_k(k)
+        prefixes = unit(queries, self.dim)
+        signed, scale, offset = self.codec.queries(prefixes)
+        ids, scores = _native.search_codes(
+            pool(self.num_threads), self.packed, self.count, signed, k, left_out(self.bad, deleted), kernels
+        )
+        return finished(ids, scores * scale[:, None] + offset[:, None], prefixes)
+
+
+class BinaryScan:
+    """One bit for each of the first `dim` dimensions; the score is 1 - 2 x the share of bits that differ."""
+
+    def __init__(
+        self, medians: np.ndarray, packed: np.ndarray, count: int, bad: np.ndarray, num_threads: int = 0
+    ) -> None:
+        self.medians, self.packed, self.count, self.bad = medians, packed, count, bad
+        self.num_threads = num_threads
+
+    @property
+    def dim(self) -> int:
+        return len(self.medians)
+
+    @classmethod
+    def build(cls, rows: np.ndarray, dim: int, num_threads: int = 0) -> Self:
+        """dim: a multiple of 64. RetrievalError for another one, or a prefix that the rows do not have."""
+        check_rows(rows, dim, "database")
+        if dim % 64:
+            raise RetrievalError(f"{dim} bits: give a multiple of 64")
+        values = unit(sample(rows, SAMPLE), dim)
+        values = values[np.isfinite(values[:, 0])]
+        medians = np.median(values, axis=0).astype(np.float32) if len(values) else np.zeros(dim, np.float32)
+        block, words = _native.BLOCK, dim // 64
+        packed = memory((-(-len(rows) // block) * block * words,), np.uint64)
+        bad = empty_bits(len(rows))
+        for first, prefixes in chunks(rows, dim):
+            _native.pack_bits(_above(prefixes, medians), packed[first * words :])
+            set_bits(bad, first + np.flatnonzero(~np.isfinite(prefixes[:, 0])))
+        return cls(medians, packed, len(rows), bad, num_threads)
+
+    def search(self, queries: np.ndarray, k: int, deleted: np.ndarray | None = None, kernels: str = "") -> Hits:
+        """As PrefixScan.search."""
+        check_rows(queries, self.dim, "queries")
+        check_k(k)
+        prefixes = unit(queries, self.dim)
+        ids, scores = _native.search_bits(
+            pool(self.num_threads), self.packed, self.count, _above(prefixes, self.medians), k,
+            left_out(self.bad, deleted), kernels,
+        )  # fmt: skip
+        return finished(ids, 1 + scores * np.float32(2 / self.dim), prefixes)
+
+
+def _above(prefixes: np.ndarray, medians: np.ndarray) -> np.ndarray:
+    """uint64 [n, d / 64]: which dimensions are above their median."""
+    with np.errstate(invalid="ignore"):
+        return np.packbits(prefixes > medians, axis=1, bitorder="little").view(np.uint64)
+
+
+def finished(ids: np.ndarray, scores: np.ndarray, prefixes: np.ndarray) -> Hits:
+    """No hit has the score -inf; a query with NaN or infinity has none."""
+    ids[~np.isfinite(prefixes[:, 0])] = -1
+    return Hits(ids, np.where(ids < 0, -np.inf, scores).astype(np.float32))
