@@ -123,7 +123,7 @@ def rates(
     searches: dict[str, Search], queries: np.ndarray, args: argparse.Namespace
 ) -> dict[str, dict[int, list[float]]]:
     """Queries per second of wall time by batch; competitors take turns."""
-    found: dict[str, dict[int, list[float]]] = {name: {b: [] for b in BATCHES} for name in searches}
+    found: dict[str, dict[int, list[float]]] = {name: {} for name in searches}
     for batch in sorted({min(batch, len(queries)) for batch in BATCHES}):
         for turn in range(args.turns + 1):
             for name, search in searches.items():

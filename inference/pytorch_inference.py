@@ -104,6 +104,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", help="also write the table as JSON to this file; arrays go to its folder")
     for kind in KINDS:
         p.add_argument(f"--save_{kind}", action="store_true", help="write them to a .npy file, here or beside --output")
+    p.add_argument(
+        "--retrieval",
+        action="store_true",
+        help="write features instead, as upstream does: of queries and database of --dataset 1K, V2 or 4K",
+    )
+    p.add_argument(
+        "--retrieval_array_path", default="", metavar="PREFIX", help="before those files' names; a folder ends with /"
+    )
+    p.add_argument(
+        "--random_sample_dim", type=int, default=4_202_000, metavar="N", help="--retrieval: so many images at most"
+    )
     p.add_argument("--upstream_names", action="store_true", help="--save_*: upstream's file names and .pth format")
     return p
 
@@ -122,6 +133,12 @@ class Outcome(NamedTuple):
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    if args.retrieval:
+        from matryoshka.inference.retrieval_arrays import retrieval  # pyright: ignore[reportMissingImports]
+
+        return retrieval(args)
+    if args.retrieval_array_path or args.random_sample_dim != parser().get_default("random_sample_dim"):
+        raise config.ConfigError("--retrieval_array_path and --random_sample_dim are for --retrieval; add it")
     check(args)
     name = canonical(args.dataset)
     if name == "O" and args.ood:

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from matryoshka.data.augment import Preprocessing
+from matryoshka.data.augment import Preprocessing, normalise
 from matryoshka.models.blurpool import apply_blurpool
 from matryoshka.nested import NestedLinear, check_dims, default_dims
 
@@ -125,6 +125,36 @@ class NestedModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.trunk(images))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, truncate_dim: int | None = None, normalize: bool = False) -> Tensor:
+        """Embeddings, float32 [B, d]: the first `truncate_dim` numbers of the features, None for all of them.
+
+        images: uint8 [B, H, W, 3] as a Loader gives them, which get the model's normalisation here, or float
+        [B, 3, H, W], normalised already; of the size that `preprocessing` says, on any device. normalize: to length
+        1, after truncation (a zero vector stays one). Computed in eval mode, without gradients; every module is then in
+        its mode again.
+        ModelError for a dimension that the model does not have, and for images of another shape.
+        """
+        if truncate_dim is not None and not 1 <= truncate_dim <= self.width:
+            raise ModelError(f"truncate_dim={truncate_dim}: expected 1 to {self.width}, the width of the features")
+        channels = 3 if images.dtype == torch.uint8 else 1
+        if images.ndim != 4 or images.shape[channels] != 3 or not (channels == 3 or images.is_floating_point()):
+            raise ModelError(
+                f"images are {str(images.dtype).removeprefix('torch.')} {list(images.shape)}: expected uint8 "
+                "[B, H, W, 3], or float [B, 3, H, W]"
+            )
+        images = images.to(next(self.parameters()).device)
+        if channels == 3:
+            images = normalise(images, self.preprocessing.mean, self.preprocessing.std)
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            features = self.features(images)[:, :truncate_dim].float()
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        return nn.functional.normalize(features, dim=1) if normalize else features
 
 
 def _torchvision_resnet(name: str, weights: str | None) -> tuple[nn.Module, int]:

@@ -1,0 +1,370 @@
+"""ImageNet-4K, the retrieval benchmark of the MRL paper, out of ImageNet-21K: database and queries, a .beton each.
+
+    python train/build_imagenet4k.py --data imagenet21k --classes IDtoClass.txt --output imagenet4k
+
+--data holds one folder of images for each class, named by its WordNet id (n00005787). --classes is the list of the
+paper's repository, one `00005787-n -> benthos: definition` per line. Of each class 50 images become queries and 1,000
+the database, drawn by --seed from its files in sorted order; images that no decoder reads are passed over. The paper's
+own draw was never published as a program: another one gives other numbers.
+
+    imagenet4k_queries.beton, imagenet4k_database.beton    labels are ranks of the sorted WordNet ids; .json beside each
+    imagenet4k.jsonl    the options, then one line per class: its images in both files' order; written last
+
+Works class by class; killed and started again with the same options, it goes on with the next class, and the files are
+the same. The finished classes lie in `.parts` until the end: twice the space is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from matryoshka import config
+from matryoshka.checkpoint import write_atomically
+from matryoshka.data import BetonError, BetonFile, write_beton
+from matryoshka.data.layout import Pages, page_size_for
+from matryoshka.data.reader import manifest_path, printable
+from matryoshka.data.replacement import Replacement
+from matryoshka.data.sources import EXTENSIONS, decode_image
+from matryoshka.data.writer import WriteOptions
+
+QUERIES, DATABASE = "imagenet4k_queries.beton", "imagenet4k_database.beton"
+MANIFEST, PARTS, PLAN = "imagenet4k.jsonl", ".parts", "plan.json"
+LINE = re.compile(r"(\d{8})-n -> (.+)")
+WNID = re.compile(r"n\d{8}")
+LISTS = ("cmyk", "other_content", "damaged", "broken")  # of a side file
+SHOWN = 5
+
+
+class BuildError(ValueError):
+    """A tree or a list that ImageNet-4K cannot be built from; the message names it and the remedy."""
+
+    user_error = True
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="build_imagenet4k.py", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    p.add_argument("--data", required=True, metavar="DIR", help="ImageNet-21K: one folder of images per WordNet id")
+    p.add_argument("--classes", required=True, metavar="FILE", help="the list of classes, IDtoClass.txt")
+    p.add_argument("--output", required=True, metavar="DIR", help="folder of the files, made where it is missing")
+    p.add_argument("--database-per-class", type=int, default=1000, metavar="N")
+    p.add_argument("--queries-per-class", type=int, default=50, metavar="N")
+    p.add_argument("--seed", type=int, default=0, help="of the draw")
+    p.add_argument(
+        "--leave-out-small",
+        action="store_true",
+        help="leave out, and list, classes that are missing or have too few readable images; default: an error",
+    )
+    p.add_argument("--max-resolution", type=int, default=500, help="longest side in pixels")
+    p.add_argument("--write-mode", default="jpg", choices=("jpg", "raw"), help="how images are stored")
+    p.add_argument("--jpeg-quality", type=int, default=90)
+    p.add_argument("--transcode", default="never", choices=("never", "fit", "always"), help="copy JPEGs losslessly")
+    p.add_argument("--names", action="store_true", help="also keep the file names in the .beton's side files")
+    p.add_argument("--workers", type=int, default=0, help="threads; default: all cores")
+    p.add_argument("--overwrite", action="store_true", help="replace files of other options")
+    return p
+
+
+@config.program
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.database_per_class < 1 or args.queries_per_class < 1 or args.workers < 0 or args.seed < 0:
+        raise config.ConfigError("--database-per-class and --queries-per-class must be 1 or more, "
+                                 "--workers and --seed 0 or more")  # fmt: skip
+    WriteOptions(**store_options(args))  # refuses what makes no sense
+    output = Path(args.output)
+    wnids = read_classes(Path(args.classes))
+    plan = {
+        "database_per_class": args.database_per_class, "queries_per_class": args.queries_per_class, "seed": args.seed,
+        "leave_out_small": args.leave_out_small, "max_resolution": args.max_resolution, "write_mode": args.write_mode,
+        "jpeg_quality": args.jpeg_quality, "transcode": args.transcode, "names": args.names,
+        "classes": hashlib.sha256("\n".join(wnids).encode()).hexdigest(),
+    }  # fmt: skip
+    if finished(output, plan, args.overwrite):
+        shutil.rmtree(output / PARTS, ignore_errors=True)  # killed before this
+        print(f"{output}: finished already")
+        return 0
+    images = list_images(Path(args.data), wnids, args)
+    parts = output / PARTS
+    prepare(parts, plan, args.overwrite)
+    before = sum((parts / f"{wnid}.json").exists() for wnid in images)
+    if before:
+        print(f"{output}: goes on, {before:,} of {len(images):,} classes are there")
+    for wnid in tqdm(images, leave=False, unit="class", disable=not sys.stderr.isatty()):
+        if not (parts / f"{wnid}.json").exists():
+            write_class(parts, Path(args.data), wnid, images[wnid], args)
+    summary = assemble(output, wnids, plan)
+    print(f"{summary.classes:,} classes: {summary.queries:,} queries, {summary.database:,} images in the database")
+    if summary.left_out:
+        print(f"{len(summary.left_out)} classes left out, see {output / MANIFEST}: {some(summary.left_out)}")
+    print(f"written  {output / QUERIES} {output / DATABASE} {output / MANIFEST}")
+    return 0
+
+
+def some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def read_classes(file: Path) -> list[str]:
+    """WordNet ids of a class list, sorted. Lines that hold a bare id are taken as well."""
+    wnids = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise BuildError(f"--classes {file}: is not a text; give IDtoClass.txt") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        found = LINE.fullmatch(line.strip())
+        if not found and not WNID.fullmatch(line.strip()):
+            raise BuildError(
+                f"--classes {file}: line {number} is {printable(line[:60])!r}, not like '00005787-n -> benthos: ...'"
+            )
+        wnids.append(f"n{found[1]}" if found else line.strip())
+    if not wnids or len(set(wnids)) < len(wnids):
+        twice = next((wnid for wnid in wnids if wnids.count(wnid) > 1), None)
+        raise BuildError(f"--classes {file}: {f'names {twice} twice' if twice else 'names no class'}")
+    return sorted(wnids)
+
+
+def list_images(data: Path, wnids: list[str], args: Namespace) -> dict[str, list[str]]:
+    """File names of every class, sorted; [] for classes that are left out."""
+    if not data.is_dir():
+        raise BuildError(f"--data {data}: no such folder")
+    needed = args.database_per_class + args.queries_per_class
+    images = {}
+    for wnid in wnids:
+        try:
+            with os.scandir(data / wnid) as entries:
+                names = sorted(e.name for e in entries if is_image(e))
+        except (FileNotFoundError, NotADirectoryError):
+            names = []
+        images[wnid] = names
+    small = [f"{wnid} ({len(names)})" for wnid, names in images.items() if len(names) < needed]
+    if len(small) == len(wnids) or (small and not args.leave_out_small):
+        raise BuildError(
+            f"--data {data}: {len(small)} of {len(wnids)} classes have fewer than {needed} images: {some(small)}"
+            + ("; unpack them, or add --leave-out-small" if len(small) < len(wnids) else "; is it ImageNet-21K?")
+        )
+    return {wnid: names if len(names) >= needed else [] for wnid, names in images.items()}
+
+
+def is_image(entry: os.DirEntry) -> bool:
+    return not entry.name.startswith(".") and entry.name.lower().endswith(EXTENSIONS)
+
+
+def drawn(names: list[str], wnid: str, seed: int) -> list[str]:
+    """The class's files in the order of the draw: a pure function of its sorted names, its id and the seed."""
+    key = np.array([seed, int(wnid[1:])], np.uint64)
+    stream = np.random.Philox(key=key).random_raw(len(names))  # NumPy promises it for ever
+    return [names[i] for i in np.argsort(stream, kind="stable")]
+
+
+# ---------------------------------------------------------------- class by class
+
+
+def finished(output: Path, plan: dict, overwrite: bool) -> bool:
+    """Whether all files are there; BuildError where they are of other options."""
+    manifest = output / MANIFEST
+    if overwrite or not manifest.exists():
+        return False
+    with manifest.open("rb") as file:
+        must_match(manifest, read_json(file.readline()), plan)
+    return all((output / name).exists() for name in (QUERIES, DATABASE))
+
+
+def prepare(parts: Path, plan: dict, overwrite: bool) -> None:
+    stored = read_json((parts / PLAN).read_bytes()) if (parts / PLAN).exists() else None
+    if stored is not None and not overwrite:
+        must_match(parts, stored, plan)
+    elif stored != plan:
+        shutil.rmtree(parts, ignore_errors=True)
+    parts.mkdir(parents=True, exist_ok=True)
+    for left in parts.glob(".*.tmp"):  # of a process that was killed
+        left.unlink(missing_ok=True)
+    write_atomically(parts / PLAN, json.dumps(plan).encode())
+
+
+def read_json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
+        return {}
+
+
+def must_match(where: Path, stored: Any, plan: dict) -> None:
+    stored = stored if isinstance(stored, dict) else {}
+    for key, value in plan.items():
+        if stored.get(key) != value:
+            option = key.replace("_", "-")
+            raise BuildError(
+                f"{where}: was made with --{option} {str(stored.get(key))[:20]}, not {str(value)[:20]}; choose another "
+                "--output, or add --overwrite"
+            )
+
+
+def store_options(args: Namespace) -> dict[str, Any]:
+    return {key: getattr(args, key) for key in ("max_resolution", "write_mode", "jpeg_quality", "transcode")}
+
+
+class ClassImages:
+    """Some images of one class, as write_beton wants them."""
+
+    def __init__(self, data: Path, wnid: str, names: Sequence[str]) -> None:
+        self._folder, self._names = data / wnid, names
+        self.classes, self.labels = [wnid], np.zeros(len(names), np.int64)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, index: int) -> bytes:
+        return (self._folder / self._names[index]).read_bytes()
+
+    def name(self, index: int) -> str:
+        return self._names[index]
+
+
+def write_class(parts: Path, data: Path, wnid: str, names: list[str], args: Namespace) -> None:
+    """Both parts of one class, then the note that they are there; without images, the note that it is left out."""
+    left, unreadable = drawn(names, wnid, args.seed), []
+    record: dict[str, Any] = {"wnid": wnid}
+    for kind, count in (("queries", args.queries_per_class), ("database", args.database_per_class)):
+        while names:
+            chosen = left[:count]
+            if len(chosen) < count:
+                if not args.leave_out_small:
+                    raise BuildError(
+                        f"{data / wnid}: has too few readable images, {len(unreadable)} are not: {some(unreadable)}; "
+                        "mend them, or add --leave-out-small"
+                    )
+                names = []
+                break
+            broken = write_part(parts / f"{wnid}.{kind}.beton", ClassImages(data, wnid, chosen), args)
+            if not broken:
+                record[kind], left = chosen, left[count:]
+                break
+            unreadable += sorted(broken)
+            left = [name for name in left if name not in broken]
+    if not names:
+        record = {"wnid": wnid, "left_out": "too few readable images"}
+    write_atomically(parts / f"{wnid}.json", json.dumps(record | {"unreadable": unreadable}).encode())
+
+
+def write_part(path: Path, images: ClassImages, args: Namespace) -> set[str]:
+    """The names of those that no decoder reads; the file is good where there are none."""
+    try:
+        manifest = write_beton(images, path, num_workers=args.workers, **store_options(args))
+    except BetonError:  # also when none of them can be read
+        broken = {images.name(i) for i in range(len(images)) if not readable(images, i)}
+        if len(broken) < len(images):
+            raise
+        return broken
+    return {entry["name"] for entry in manifest["broken"]}
+
+
+def readable(images: ClassImages, index: int) -> bool:
+    try:
+        decode_image(images.read(index))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- the two files
+
+
+class Summary(NamedTuple):
+    """What was built. left_out: WordNet ids."""
+
+    classes: int
+    queries: int
+    database: int
+    left_out: list[str]
+
+
+def assemble(output: Path, wnids: list[str], plan: dict) -> Summary:
+    """All parts as two files, whose stored bytes are those of the parts; then the manifest, then no more parts."""
+    parts = output / PARTS
+
+    def record(wnid: str) -> dict:
+        return read_json((parts / f"{wnid}.json").read_bytes())
+
+    kept = [wnid for wnid in wnids if "left_out" not in record(wnid)]
+    if not kept:
+        raise BuildError(f"{output}: every one of the {len(wnids)} classes has too few readable images")
+    queries, database = (
+        join(parts / name, kind, map(record, kept), kept, plan)
+        for kind, name in (("queries", QUERIES), ("database", DATABASE))
+    )
+    with Replacement(parts / MANIFEST) as file:
+        at = 0
+        for content in itertools.chain([plan], map(record, wnids)):
+            line = (json.dumps(content) + "\n").encode()
+            file.write(line, at)
+            at += len(line)
+        file.flush()
+        file.publish()
+    (output / MANIFEST).unlink(missing_ok=True)  # it must never describe other files
+    for name in (QUERIES, DATABASE):
+        for path in (manifest_path(parts / name), parts / name):  # a .beton must never be seen with other class names
+            os.replace(path, output / path.name)
+    os.replace(parts / MANIFEST, output / MANIFEST)
+    shutil.rmtree(parts, ignore_errors=True)
+    return Summary(len(kept), queries, database, sorted(set(wnids) - set(kept)))
+
+
+def join(path: Path, kind: str, records: Iterable[dict], wnids: list[str], plan: dict) -> int:
+    """The file `path` beside the parts, and its side file, from the parts of one kind; images in it."""
+    total = len(wnids) * plan[f"{kind}_per_class"]
+    side: dict[str, Any] = {"counts": Counter(), **{key: [] for key in LISTS}} | (
+        {"names": []} if plan["names"] else {}
+    )
+    with Replacement(path) as file, Replacement(manifest_path(path)) as about:
+        pages = Pages(file.write, total, page_size_for(3 * plan["max_resolution"] ** 2))
+        for label, record in enumerate(tqdm(records, leave=False, unit="class", disable=not sys.stderr.isatty())):
+            wnid = record["wnid"]
+            with BetonFile(path.with_name(f"{wnid}.{kind}.beton")) as part:
+                copy(part, pages, label)
+                manifest = part.manifest or {}
+            side["options"] = manifest["options"] | {"names": plan["names"]}
+            side["counts"].update(manifest["counts"])
+            for key in LISTS:
+                side[key] += [entry | {"name": f"{wnid}/{entry['name']}"} for entry in manifest[key]]
+            if plan["names"]:
+                side["names"] += [f"{wnid}/{name}" for name in record[kind]]
+        side |= {"num_samples": pages.count, "num_bytes": pages.finish(), "classes": wnids, "imagenet4k": plan}
+        about.write(json.dumps(side, indent=1).encode() + b"\n", 0)
+        file.flush()
+        about.flush()
+        about.publish()
+        file.publish()
+    return total
+
+
+def copy(part: BetonFile, pages: Pages, label: int) -> None:
+    samples = part.fetch(np.arange(len(part)))
+    for i in range(len(part)):
+        start, size = int(samples.offset[i]), int(samples.size[i])
+        stored = np.ascontiguousarray(samples.data[start : start + size]).data
+        pages.add(stored, int(samples.mode[i]), int(samples.width[i]), int(samples.height[i]), label)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
