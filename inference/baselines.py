@@ -45,6 +45,9 @@ from matryoshka.probe import fit
 from matryoshka.published import load_any
 
 METHODS = ("linear", "1nn", "ncm", "svd", "svd-1nn", "rand-fs", "rand-lp")
+LIMITS = {
+    "batch_size": (1, 65536), "workers": (0, 1024), "draws": (1, 9999), "seed": (0, 2**63 - 1), "weight_decay": (0, 1e9)
+}  # fmt: skip
 NEED_CLASSES, NEED_ONE_HEAD = ("linear", "svd", "svd-1nn"), ("svd", "svd-1nn")
 
 
@@ -83,11 +86,7 @@ def parser() -> argparse.ArgumentParser:
         prog="baselines.py", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    p.add_argument(
-        "--path",
-        required=True,
-        help="model.safetensors, upstream's final_weights.pt, torchvision:NAME[.WEIGHTS] or timm:NAME",
-    )
+    p.add_argument("--path", required=True, help="a .safetensors or .pt file, torchvision:NAME[.WEIGHTS] or timm:NAME")
     p.add_argument("--train-data", required=True, help="the database: a .beton file or a folder of class folders")
     p.add_argument("--val-data", required=True, help="the queries")
     p.add_argument("--dims", help="e.g. 8,64,512; default: the checkpoint's, or powers of two up to its one width")
@@ -114,10 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     check(args)
     args.shots = numbers("--shots", args.shots)
-    wanted = tuple(args.only.split(",")) if args.only else METHODS
-    for method in wanted:
-        if method not in METHODS:
-            raise config.ConfigError(f"--only {method}: unknown; known: {', '.join(METHODS)}")
+    wanted = METHODS if args.only is None else tuple(args.only.split(","))
+    if unknown := [method for method in wanted if method not in METHODS]:
+        raise config.ConfigError(f"--only {args.only}: {unknown[0]!r} is unknown; known: {', '.join(METHODS)}")
     train, val = open_dataset(args.train_data), open_dataset(args.val_data)
     check_sets(train, val)
     model = load_any(
@@ -125,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         old_ckpt=args.old_ckpt,
     )  # fmt: skip
     dims = columns(args, model)
-    methods = [m for m in METHODS if m in wanted and applies(m, model, train, val, bool(args.only))]
+    methods = [m for m in METHODS if m in wanted and applies(m, model, train, val, args.only is not None)]
     device = distributed.pick_device(args.device, 0)
     precision = distributed.pick_precision(args.precision, device)
     model = model.to(device).to(memory_format=torch.channels_last)
@@ -170,9 +168,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(args: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise config.ConfigError("baselines.py runs as one process; start it without torchrun")
-    for option, low in (("batch_size", 1), ("workers", 0), ("draws", 1), ("seed", 0), ("weight_decay", 0)):
-        if not getattr(args, option) >= low:  # nor NaN
-            raise config.ConfigError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected {low} or more")
+    for option, (low, high) in LIMITS.items():
+        if not low <= (value := getattr(args, option)) <= high:  # nor NaN
+            raise config.ConfigError(f"--{option.replace('_', '-')} {value}: expected {low} to {int(high)}")
+    if Path(args.output).is_dir():
+        raise config.ConfigError(f"--output {args.output}: is a folder; give the name of a file")
     if not Path(args.output).resolve().parent.is_dir():
         raise config.ConfigError(f"--output {args.output}: its folder does not exist; make it first")
 
@@ -209,7 +209,7 @@ def check_sets(train, val) -> None:
 def columns(args: argparse.Namespace, model: NestedModel) -> tuple[int, ...]:
     """The prefixes to look at: --dims, or the model's, or powers of two up to a fixed feature's width."""
     width = model.dims[-1]
-    if not args.dims:
+    if args.dims is None:
         return model.dims if len(model.dims) > 1 else default_dims(width, min(8, width))
     dims = numbers("--dims", args.dims)
     if dims[-1] > width:
@@ -338,7 +338,7 @@ def over_draws(task: Task, compute: Callable[[Tensor, Sequence[int]], list[float
     drawn = [d for d in task.dims if d < task.width]
     a, values, std = task.args, [], []
     if drawn:
-        order = [torch.Generator().manual_seed(a.seed * 1_000_003 + draw) for draw in range(a.draws)]
+        order = [torch.Generator().manual_seed((a.seed * 1_000_003 + draw) % 2**63) for draw in range(a.draws)]
         columns = [torch.randperm(task.width, generator=g)[: drawn[-1]] for g in order]
         found = spread(torch.tensor([compute(one, drawn) for one in columns], dtype=torch.float64))
         values, std = found["values"], found["std"]

@@ -2,7 +2,7 @@
 
     python gradcam.py --path runs/demo/mrl/model.safetensors --data runs/demo/val.beton --output maps
     python gradcam.py --path final_weights.pt --mrl --data holiday/ --output maps --dims 8,64,2048 --images 50
-    matryoshka gradcam --path ... --data photo.jpg --output maps --target 207
+    matryoshka gradcam --path torchvision:resnet50 --data photo.jpg --output maps --target 207
 
 --data: a .beton file, a folder of class folders, a folder with image files directly in it (of one class where it has
 a class's name), or one image file. Of more than --images those that lie evenly over the whole set. An image that
@@ -38,6 +38,7 @@ from matryoshka.data.subset import Subset
 from matryoshka.gradcam import Cell, Layer, find_layer, heat_maps, montage
 from matryoshka.imagenet_sets import CLASSES, wnids
 from matryoshka.models import NestedModel
+from matryoshka.published import load_any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,10 +53,15 @@ def parser() -> argparse.ArgumentParser:
         prog="gradcam.py", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    p.add_argument("--path", required=True, help="model.safetensors, or upstream's final_weights.pt")
+    p.add_argument(
+        "--path",
+        required=True,
+        help="model.safetensors, upstream's final_weights.pt, or as a baseline torchvision:NAME[.WEIGHTS] or timm:NAME",
+    )
     p.add_argument("--mrl", action="store_true", help="an upstream checkpoint trained with MRL")
     p.add_argument("--efficient", action="store_true", help="with --mrl: MRL-E")
     p.add_argument("--rep_size", type=int, help="width of an upstream fixed-feature checkpoint")
+    p.add_argument("--old_ckpt", action="store_true", help="an upstream checkpoint with the keys of its first release")
     p.add_argument("--data", required=True, help=".beton file, folder of class folders, folder of images, or image")
     p.add_argument("--output", required=True, metavar="DIR", help="folder for the pictures; made where it is missing")
     p.add_argument("--images", type=int, default=20, help="how many images at most; default 20")
@@ -81,7 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise config.ConfigError(f"--images {args.images}: must be 1 or more")
     if args.target not in ("predicted", "label") and not args.target.isdecimal():
         raise config.ConfigError(f"--target {args.target}: expected predicted, label, or the number of a class")
-    model = checkpoint.load_model(args.path, args.mrl and not args.efficient, args.efficient, args.rep_size)
+    model = load_any(
+        args.path, mrl=args.mrl and not args.efficient, efficient=args.efficient, rep_size=args.rep_size,
+        old_ckpt=args.old_ckpt,
+    )  # fmt: skip
     source = open_images(args.data, known_names(model))
     dims = chosen_prefixes(args.dims, model.dims)
     classes = class_names(model)
@@ -102,13 +111,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder, layer, shown = Path(args.output), None, []
     for batch in loader:
         images = normalise(batch.images, model.preprocessing.mean, model.preprocessing.std)
-        if layer is None:  # nothing is written before everything is known to be right
-            layer = find_layer(model, images, args.layer)
-            announce(args, model, layer)
-            folder.mkdir(parents=True, exist_ok=True)
+        layer = layer or find_layer(model, images, args.layer)
         labels = torch.from_numpy(truth).to(device)[batch.index]
         targets = {"predicted": None, "label": labels}.get(args.target, torch.full_like(labels, number or 0))
         found = heat_maps(model, images, targets, layer.name)
+        if not bool(torch.isfinite(found.confidences).all()):
+            raise checkpoint.CheckpointError(
+                f"--path {args.path}: its outputs are not finite, training has diverged; give an earlier checkpoint"
+            )
+        if not shown:  # nothing is written before everything is known to be right
+            announce(args, model, layer)
+            folder.mkdir(parents=True, exist_ok=True)
         maps, predictions, confidences = (tensor.cpu().numpy() for tensor in found)
         for b, index in enumerate(chosen[batch.index.cpu().numpy()].tolist()):
             label, name = int(labels[b]), printable(source.name(index))

@@ -6,12 +6,15 @@ the plain state_dicts of MRL's and ffcv-imagenet's repositories, whose key names
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import math
 import os
-import pickle
-from collections.abc import Mapping
-from dataclasses import asdict
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple
+from itertools import count, pairwise, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from matryoshka.data import CenterCrop
 from matryoshka.data.augment import Preprocessing
 from matryoshka.models import BACKBONES, TIMM, ModelSpec, NestedModel, backbone, build
 from matryoshka.models.blurpool import apply_blurpool
-from matryoshka.nested import default_dims
+from matryoshka.nested import check_dims, default_dims
 
 FORMAT, TRAINING_FORMAT = "matryoshka-model-1", "matryoshka-training-1"
 
@@ -67,7 +71,15 @@ def save_upstream(model: NestedModel, path: str | Path) -> None:
 def write_atomically(path: str | Path, *content: bytes | memoryview) -> None:
     """Replace `path` by `content`, whole or not at all: temporary name, flush to disk, rename, flush the folder."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder; give the name of a file")
+        _replace(path, path.with_name(f".{path.name}.{os.getpid()}.tmp"), content)
+    except OSError as error:  # a full disk, too, has an error without a file's name
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _replace(path: Path, temporary: Path, content: Sequence[bytes | memoryview]) -> None:
     try:
         file = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o666)
         try:
@@ -152,7 +164,11 @@ def load_model(
         path, efficient=efficient, dims=dims, arch=arch, old_ckpt=old_ckpt
     )
     _check_asked(path, spec, asked)
-    model = build(spec)
+    _check_head(path, spec, state)
+    try:
+        model = build(spec)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {_first_line(error)}") from None
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -176,8 +192,44 @@ def read(
     if path.suffix == ".safetensors":
         if old_ckpt:
             raise CheckpointError(f"{path}: not a checkpoint of upstream's old style, but one of ours; drop old_ckpt")
-        return _read_safetensors(path)
-    return _read_upstream(path, {"efficient": efficient, "dims": dims, "arch": arch, "old_ckpt": old_ckpt})
+        contents = _read_safetensors(path)
+    else:
+        contents = _read_upstream(path, {"efficient": efficient, "dims": dims, "arch": arch, "old_ckpt": old_ckpt})
+    if problem := _problem(contents):
+        raise CheckpointError(f"{path}: {problem}; write the checkpoint again, or get another copy of it")
+    return contents
+
+
+def _problem(contents: Contents) -> str | None:
+    """What no model can be built from."""
+    (arch, num_classes, dims, efficient, blurpool), shown = astuple(contents.spec), contents.preprocessing
+    if not (isinstance(arch, str) and isinstance(efficient, bool) and isinstance(blurpool, bool)):
+        return f"its arch, efficient and blurpool are {arch!r}, {efficient!r} and {blurpool!r}"
+    if type(num_classes) is not int or num_classes < 1:
+        return f"its number of classes is {num_classes!r}"
+    if not dims or any(type(d) is not int for d in dims) or any(a >= b for a, b in pairwise((0, *dims))):
+        return f"its dims {list(dims)!r} are not positive and increasing"
+    try:
+        CenterCrop(shown.size, shown.ratio)
+        sound = type(shown.size) is int and len(shown.mean) == len(shown.std) == 3
+        sound = sound and min(shown.std) > 0 and all(map(math.isfinite, (*shown.mean, *shown.std)))
+    except (TypeError, ValueError, OverflowError):
+        sound = False
+    if not sound:
+        return f"its {shown} makes no sense"
+    names = contents.classes
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        return "its classes are not a list of names"
+    return f"it has {len(names)} names for {num_classes} classes" if names and len(names) != num_classes else None
+
+
+def _check_head(path: Path, spec: ModelSpec, state: Mapping[str, Tensor]) -> None:
+    """Before a classifier of the sizes that a file claims is allocated."""
+    for i, d in enumerate(spec.dims[-1:] if spec.efficient else spec.dims):
+        weight = state.get(f"head.heads.{i}.weight")
+        shape, expected = "missing" if weight is None else list(weight.shape), [spec.num_classes, d]
+        if shape != expected:
+            raise CheckpointError(f"{path}: classifier {i} is {shape}, by its dims and classes it should be {expected}")
 
 
 def _first_line(error: Exception) -> str:
@@ -217,7 +269,9 @@ def _read_safetensors(path: Path) -> Contents:
         model = about["model"]
         spec = ModelSpec(**{**model, "dims": tuple(model["dims"])})
         preprocessing = preprocessing_of(about)
-    except (SafetensorError, json.JSONDecodeError, TypeError, KeyError) as error:
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError, TypeError, KeyError, RecursionError, ValueError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors checkpoint ({_first_line(error)})") from None
     return Contents(spec, preprocessing, about.get("classes"), [], state)
 
@@ -225,10 +279,18 @@ def _read_safetensors(path: Path) -> Contents:
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
     """An upstream state_dict without its `module.` prefix. weights_only: a pickle that wants more is refused."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint of plain tensors ({_first_line(error)})") from None
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        with warnings.catch_warnings():  # torch warns of plain pickles before it refuses them
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except Exception:  # whatever an unpickler stumbles over; torch's own message advises to run the file's code
+        raise CheckpointError(
+            f"{path}: not a checkpoint of plain tensors (an HTML page? a pickle that wants to run code? cut off?); "
+            "give a state_dict that torch.save wrote, or a model.safetensors"
+        ) from None
+    plain = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not plain or not state:
         raise CheckpointError(f"{path}: not a plain state_dict; expected upstream's final_weights.pt")
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
@@ -253,7 +315,7 @@ def _read_upstream(path: Path, asked: dict) -> Contents:
     if len(widths) > 1:  # one classifier per prefix: MRL, its dims are in the shapes
         dims, efficient = widths, False
     elif nested_keys or said_efficient:  # MRL-E: the dims are in no shape
-        dims, efficient = _shared_dims(asked, params, widest, notes), True
+        dims, efficient = _shared_dims(path, asked, params, widest, notes), True
     else:
         dims, efficient = widths, False
         if params.get("model.mrl"):
@@ -265,7 +327,7 @@ def _read_upstream(path: Path, asked: dict) -> Contents:
                 f"read as a fixed feature of width {widest}; an old-style MRL-E file looks the same: "
                 "if it is one, ask for efficient"
             )
-    num_classes = next(len(v) for k, v in state.items() if k.startswith("fc.") and k.endswith("weight"))
+    num_classes = len(state["fc.nesting_classifier_0.weight" if nested_keys else "fc.weight"])
     size = params.get("validation.resolution")
     preprocessing = Preprocessing(size=int(size)) if size else Preprocessing()
     spec = ModelSpec(arch, num_classes, dims, efficient, blurpool)
@@ -278,30 +340,43 @@ def _params_beside(path: Path) -> dict:
         return {}
     try:
         params = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{file}: not valid JSON ({error}); mend or remove it") from None
-    return params if isinstance(params, dict) else {}
+    params = params if isinstance(params, dict) else {}
+    for key, expected in {"model.arch": str, "model.nesting_start": int, "validation.resolution": int}.items():
+        if not isinstance(params.get(key), expected | None) or (expected is int and (params.get(key) or 0) < 0):
+            raise CheckpointError(f"{file}: {key} is {params[key]!r}; mend or remove it")
+    return params
 
 
 def _head_widths(path: Path, state: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Input widths of the classifiers, in order."""
-    if "fc.weight" in state:
-        return (state["fc.weight"].shape[1],)
-    widths: list[int] = []
-    while (weight := state.get(f"fc.nesting_classifier_{len(widths)}.weight")) is not None:
-        widths.append(weight.shape[1])
-    if not widths:
+    names = ["fc.weight"] if "fc.weight" in state else []
+    names = names or list(takewhile(state.__contains__, map("fc.nesting_classifier_{}.weight".format, count())))
+    if not names:
         raise CheckpointError(f"{path}: no classifier (fc.weight or fc.nesting_classifier_0.weight) among its keys")
-    return tuple(widths)
+    for name in names:
+        weight = state[name]
+        plain = weight.layout == torch.strided and weight.device.type == "cpu" and weight.ndim == 2
+        if not plain or weight.untyped_storage().nbytes() < weight.nbytes:  # a small file can claim any shape
+            raise CheckpointError(f"{path}: {name}, {list(weight.shape)}, is no whole matrix; get another copy of it")
+    return tuple(state[name].shape[1] for name in names)
 
 
-def _shared_dims(asked: dict, params: dict, width: int, notes: list[str]) -> tuple[int, ...]:
-    if asked["dims"] is not None:
-        return tuple(asked["dims"])
-    if params.get("model.dims"):
-        return tuple(params["model.dims"])
-    if "model.nesting_start" in params:
-        return default_dims(width, 2 ** int(params["model.nesting_start"]))
+def _shared_dims(path: Path, asked: dict, params: dict, width: int, notes: list[str]) -> tuple[int, ...]:
+    """The prefixes of an MRL-E classifier of that width."""
+    given = params.get("model.dims") or None if asked["dims"] is None else asked["dims"]
+    try:
+        if given is not None:
+            dims = check_dims(given, width)
+            if dims[-1] == width:
+                return dims
+            raise ValueError(f"dims {list(dims)} end before the width {width}")
+        if params.get("model.nesting_start") is not None:
+            return default_dims(width, 2 ** min(params["model.nesting_start"], 31))
+    except (TypeError, ValueError, OverflowError) as error:
+        place = "asked for" if asked["dims"] is not None else "in params.json beside it"
+        raise CheckpointError(f"{path}: {error} of its classifier ({place})") from None
     dims = default_dims(width)
     notes.append(
         f"MRL-E weights do not tell their prefixes: {list(dims)} assumed; if it was trained with others, give dims"

@@ -104,7 +104,8 @@ def match(name: str, dataset: BetonFile | ImageFolder, model: NestedModel) -> La
     """What the labels of `dataset`, opened as data set `name`, mean for `model`.
 
     A class folder counts by its name, a WordNet id or (V2) a number, never by its rank among the folders that are
-    there; a .beton without names has the set's own labels. As V1, any data set with the model's classes will do. As O, classes that are not among its 200 get the label -1.
+    there; a .beton without names has the set's own labels. As V1, any data set with the model's classes will do. As O,
+    classes that are not among its 200 get the label -1.
     ImageNetError, or the model's own, names what disagrees.
     """
     names, count = dataset.classes, model.spec.num_classes

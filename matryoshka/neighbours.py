@@ -54,7 +54,8 @@ def nearest(
             for begin in range(0, len(database), rows):
                 x = unit_prefixes(database[begin : begin + rows], d, device, dtype)
                 # of |q - x|^2 = |q|^2 + |x|^2 - 2 q.x what differs between the entries
-                near = torch.addmm(x.square().sum(1) / -2, q, x.T).float()
+                # two more keeps it away from zero, where float32 would tell rounding errors apart
+                near = torch.addmm(2 - x.square().sum(1) / 2, q, x.T).float()
                 near, place = _best(near, k)
                 score, best = _best(torch.cat([score, near], 1), k)
                 index = torch.cat([index, begin + place], 1).gather(1, best)

@@ -176,10 +176,13 @@ def fit(
     curvature, of each head. For sets that a few hundred passes would take too long for.
     device: where products are computed, default where the features are; blocks travel there. dtype: of everything;
     float32, for devices without fast float64, ends at gradients of about 1e-3.
-    ProbeError for features that are not finite, or fewer than two classes; ValueError for arguments that do not fit.
+    ProbeError for features that are not finite, fewer than two classes, or a tolerance that is not above 0; ValueError
+    for arguments that do not fit.
     """
     dims = check_dims(dims, features.shape[1])
     shared = shared and len(dims) > 1
+    if not tolerance > 0:
+        raise ProbeError(f"tolerance={tolerance}: expected more than 0")
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r}: expected one of {', '.join(SOLVERS)}")
     decays: list[float] = list(weight_decay) if isinstance(weight_decay, Sequence) else [weight_decay] * len(dims)
@@ -193,7 +196,8 @@ def fit(
     starts = [_largest(problem.evaluate()[2]) for problem in problems]
     if solver == "lbfgs":
         for problem, start in zip(problems, starts, strict=True):
-            _lbfgs(problem, max_iter, tolerance * start)
+            # below the rounding of its terms a gradient says nothing, and in units of less its squares overflow
+            _lbfgs(problem, max_iter, max(tolerance, torch.finfo(dtype).eps) * start)
     else:
         _sgd(problems, data, epochs, lr, batch_size, seed)
     losses, gradients = [], []
@@ -231,7 +235,7 @@ def _largest(gradient: tuple[Tensor, Tensor]) -> float:
 
 def _lbfgs(problem: _Problem, max_iter: int, goal: float) -> None:
     """Until the largest entry of the gradient is at most `goal`."""
-    if goal == 0:  # zero weights are the minimum, or must be taken to infinite precision
+    if goal == 0:  # zero weights are the minimum
         return
     optimizer = torch.optim.LBFGS(
         [problem.weight, problem.bias], lr=1, max_iter=max_iter, max_eval=2 * max_iter + 20, tolerance_grad=1,

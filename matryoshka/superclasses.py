@@ -166,10 +166,10 @@ def by_node(wnids: Sequence[str], nodes: Sequence[str]) -> Grouping:
     for group in sorted({*range(1, len(chosen) + 1)} - {*grouping.groups.tolist()}):
         under = [wnid for wnid in wnids if chosen[group - 1] in _ancestors(wnid)]
         raise SuperclassError(
-            f"superclass {nodes[group - 1]!r}: all of its {len(under)} classes are in those named before it; name the "
+            f"superclasses: all {len(under)} classes of {nodes[group - 1]!r} are in those named before it; name the "
             "narrower first"
             if under
-            else f"superclass {nodes[group - 1]!r}: none of the data set's {len(wnids)} classes is under it"
+            else f"superclasses: none of the data set's {len(wnids)} classes is under {nodes[group - 1]!r}; drop it"
         )
     return grouping
 
@@ -216,8 +216,8 @@ def _check(wnids: Sequence[str]) -> None:
     strange = [wnid for wnid in wnids if wnid not in known]
     if strange:
         raise SuperclassError(
-            f"class {strange[0]!r} ({len(strange)} of {len(wnids)} classes): no WordNet id of ImageNet-1K's 1000; "
-            "superclasses need the class folders' names to be such, as n01440764"
+            f"superclasses: the class {strange[0]!r} ({len(strange)} of {len(wnids)} classes) is no WordNet id of "
+            "ImageNet-1K's 1000; they need a data set whose class folders have such names, as n01440764"
         )
 
 
@@ -233,11 +233,11 @@ def _find(node: str) -> str:
         return found[0]
     if found:
         shown = ", ".join(f"{names[wnid]!r} {wnid}" for wnid in found)
-        raise SuperclassError(f"superclass {node!r}: there are {shown}; give one of these")
+        raise SuperclassError(f"superclasses: {node!r} may be {shown}; give one of these")
     near = get_close_matches(wanted, {name.lower(): None for name in names.values()})
     remedy = (
         f"did you mean {' or '.join(map(repr, near))}?"
         if near
-        else "give a name of WordNet's, as 'dog', or an id, as n02084071"
+        else "give a name of WordNet's, as 'dog', an id, as n02084071, a number of groups, depth:N, or paper"
     )
-    raise SuperclassError(f"superclass {node!r}: no node above ImageNet-1K's classes; {remedy}")
+    raise SuperclassError(f"superclasses: {node!r} is the name of no node above ImageNet-1K's classes; {remedy}")

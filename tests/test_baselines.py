@@ -59,6 +59,12 @@ def test_nearest_equals_loops(data):
         np.testing.assert_array_equal(found[g], ranked(database.astype(float), queries.astype(float), d)[:, :k])
 
 
+def test_a_zero_vector_ties_with_what_is_60_degrees_away():
+    """Both are at distance 1 of the query; the rounding errors of the products must not decide."""
+    angles = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1], [0, 1, 1], [0, 0, 0]], dtype=torch.float32)
+    assert nearest(angles, torch.tensor([[1.0, 1, 0]]), (3,), 5).tolist() == [[[0, 1, 2, 3, 4]]]
+
+
 def test_doubles_far_apart_stay_in_order(monkeypatch):
     """1,000 copies of three vectors: whatever products and selections do, the first copies win."""
     rng = np.random.default_rng(0)
@@ -308,6 +314,12 @@ def test_other_classes_than_the_models(digits, tmp_path, capsys):
     assert "linear, svd, svd-1nn left out" in capsys.readouterr().out
 
 
+def test_the_largest_seed(checkpoints, digits, tmp_path):
+    results, _ = run(checkpoints["ff"], digits, tmp_path, f"--seed={2**63 - 1}", "--dims=4", "--only=ncm,rand-fs")
+    assert {row["seed"] for row in results["methods"].values()} == {2**63 - 1}
+    assert results["methods"]["Rand. FS 1-NN"]["std"]["4"] > 0  # the draws differ
+
+
 def test_no_figure_is_said(checkpoints, digits, tmp_path, capsys):
     results, _ = run(checkpoints["ff"], digits, tmp_path, "--dims=16", "--only=linear,svd-1nn")
     assert results["methods"] == {}
@@ -325,7 +337,9 @@ def test_no_figure_is_said(checkpoints, digits, tmp_path, capsys):
         (["--shots=0"], ["--shots 0"]),
         (["--shots=500"], ["500 shots", "only"]),
         (["--ways=11", "--only=ncm"], ["11 ways", "2 to 10"]),
-        (["--only=1nn,knn"], ["--only knn", "1nn, ncm"]),
+        (["--only=1nn,knn"], ["--only 1nn,knn", "'knn' is unknown", "1nn, ncm"]),
+        (["--only="], ["--only : '' is unknown", "1nn, ncm"]),
+        (["--dims="], ["--dims : expected increasing numbers"]),
         (["--only=svd", "--path={mrl}"], ["--only svd", "one classifier", "mrl"]),
         (["--only=linear", "--path={other}"], ["10 classes", "the model 7"]),
         (["--val-data={folder}/val"], ["--val-data", "3 classes", "10"]),
@@ -336,9 +350,14 @@ def test_no_figure_is_said(checkpoints, digits, tmp_path, capsys):
         (["--mrl"], ["mrl was asked for", "ff512"]),
         (["--draws=0"], ["--draws 0"]),
         (["--seed=-1"], ["--seed -1"]),
+        ([f"--seed={2**63}"], [f"--seed {2**63}: expected 0 to {2**63 - 1}"]),
+        (["--workers=1025"], ["--workers 1025: expected 0 to 1024"]),
+        (["--workers=-1"], ["--workers -1: expected 0 to 1024"]),
         (["--weight-decay=nan"], ["--weight-decay nan"]),
+        (["--weight-decay=inf"], ["--weight-decay inf"]),
         (["--batch-size=0"], ["--batch-size 0"]),
         (["--output={tmp}/nowhere/b.json"], ["--output", "nowhere"]),
+        (["--output={tmp}/single"], ["--output", "single: is a folder"]),
     ],
 )
 def test_mistakes_are_one_line(checkpoints, digits, folder, tmp_path, capsys, more, words):

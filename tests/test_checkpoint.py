@@ -3,12 +3,15 @@
 import json
 import os
 import pickle
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from matryoshka.checkpoint import CheckpointError, load_model, save_model, save_upstream, to_upstream
+from matryoshka import checkpoint, config
+from matryoshka.checkpoint import CheckpointError, load_model, save_model, save_upstream, to_upstream, write_atomically
 from matryoshka.data.augment import Preprocessing
 from matryoshka.models import ModelSpec, build
 from matryoshka.nested import default_dims
@@ -198,10 +201,12 @@ def test_files_that_are_not_checkpoints(tmp_path):
     names = []
     for name, content in hostile_files(tmp_path, marker):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(CheckpointError) as error:
-            load_model(tmp_path / name)
+        with warnings.catch_warnings(action="error"), pytest.raises(CheckpointError) as error:
+            load_model(tmp_path / name)  # without torch's two lines of a warning
         assert name in str(error.value)
         assert "\n" not in str(error.value)
+        assert ("an HTML page? a pickle that wants to run code? cut off?" in str(error.value)) == (".pt" in name)
+        assert "issue" not in str(error.value)
         names.append(name)
     torch.save({"model": Attack(marker)}, tmp_path / "zip.pt")
     torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "trainer.pt")
@@ -212,3 +217,157 @@ def test_files_that_are_not_checkpoints(tmp_path):
             load_model(tmp_path / name)
     assert not marker.exists()
     assert len(names) == 13
+
+
+NONSENSE = [
+    ({"dims": [0, 8]}, "dims [0, 8]"),
+    ({"dims": [8, 8]}, "dims [8, 8]"),
+    ({"dims": [512, 8]}, "dims [512, 8]"),
+    ({"dims": []}, "dims []"),
+    ({"dims": "8512"}, "dims ['8'"),
+    ({"dims": [8, 512.0]}, "512.0"),
+    ({"dims": [True, 512]}, "True"),
+    ({"dims": 8}, "not a whole"),
+    ({"dims": [8, 256]}, "classifier 1 is [10, 512], by its dims and classes it should be [10, 256]"),
+    ({"dims": [8, 512, 1024]}, "classifier 2 is missing"),
+    ({"arch": 18}, "arch"),
+    ({"arch": ["resnet10"]}, "arch"),
+    ({"efficient": "no"}, "efficient"),
+    ({"num_classes": 10**12}, "1000000000000"),
+    ({"num_classes": 10.0}, "classes is 10.0"),
+    ({"num_classes": "10"}, "classes is '10'"),
+    ({"num_classes": True}, "classes is True"),
+    ({"num_classes": 0}, "classes is 0"),
+    ({"size": -5}, "size=-5"),
+    ({"size": 0}, "size=0"),
+    ({"size": 10**9}, "size=1000000000"),
+    ({"size": "large"}, "size='large'"),
+    ({"size": 32.5}, "size=32.5"),
+    ({"size": None}, "size=None"),
+    ({"ratio": 0}, "ratio=0"),
+    ({"ratio": float("nan")}, "ratio=nan"),
+    ({"std": [0, 1, 1]}, "std=(0, 1, 1)"),
+    ({"std": [1, 1]}, "std=(1, 1)"),
+    ({"std": [1, float("inf"), 1]}, "inf"),
+    ({"mean": ["0.5", 0, 0]}, "mean=('0.5', 0, 0)"),
+    ({"mean": 0.5}, "not a whole"),
+    ({"classes": "0123456789"}, "not a list of names"),
+    ({"classes": list(range(10))}, "not a list of names"),
+    ({"classes": {"ant": 0}}, "not a list of names"),
+    ({"classes": ["ant", "bee"]}, "2 names for 10 classes"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), NONSENSE, ids=lambda value: str(value)[:30])
+def test_metadata_that_make_no_sense(tmp_path, monkeypatch, change, words):
+    model = model_of()
+    about = {"format": checkpoint.FORMAT} | json.loads(json.dumps(checkpoint.describe(model)))
+    for key, value in change.items():
+        place = next((about[part] for part in ("model", "preprocessing") if key in about[part]), about)
+        assert key in place
+        place[key] = value
+    save_file(model.state_dict(), tmp_path / "m.safetensors", {"matryoshka": json.dumps(about)})
+    monkeypatch.setattr(checkpoint, "build", lambda spec: pytest.fail(f"{spec} was built"))
+    with pytest.raises(CheckpointError) as error:
+        load_model(tmp_path / "m.safetensors")
+    assert "m.safetensors: " in str(error.value)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("change", "words"), [({"arch": "resnet11"}, "resnet11"), ({"dims": [8, 1024]}, "width 512")])
+def test_models_that_there_are_not(tmp_path, change, words):
+    model = model_of()
+    about = {"format": checkpoint.FORMAT} | checkpoint.describe(model)
+    about["model"] |= change
+    state = model.state_dict() | {"head.heads.1.weight": torch.zeros(10, about["model"]["dims"][-1])}
+    save_file(state, tmp_path / "m.safetensors", {"matryoshka": json.dumps(about)})
+    with pytest.raises(CheckpointError, match=rf"m\.safetensors: .*{words}"):
+        load_model(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("fc.weight", torch.tensor(1.0)),
+        ("fc.weight", torch.zeros(10)),
+        ("fc.weight", torch.zeros(10, 512, 1, 1)),
+        ("fc.weight", torch.zeros(1).expand(10**12, 512)),  # a file of some bytes
+        ("fc.weight", torch.zeros(10, 512).to_sparse()),
+        ("fc.weight", torch.zeros(10, 512, device="meta")),
+        ("fc.nesting_classifier_0.weight", torch.zeros(8)),
+        (3, torch.zeros(10, 512)),
+        (None, torch.zeros(10, 512)),
+    ],
+)
+def test_state_dicts_that_make_no_sense(tmp_path, key, value):
+    state = {k: v for k, v in to_upstream(model_of((512,))).items() if k != "fc.weight"}
+    torch.save(state | {key: value}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"w\.pt: ") as error:
+        load_model(tmp_path / "w.pt")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"model.arch": 18}, "params.json: model.arch is 18"),
+        ({"model.nesting_start": "three"}, "params.json: model.nesting_start is 'three'"),
+        ({"model.nesting_start": -1}, "params.json: model.nesting_start is -1"),
+        ({"validation.resolution": "big"}, "params.json: validation.resolution is 'big'"),
+        ({"model.dims": "abc"}, "params.json beside it"),
+        ({"model.dims": [8, 1024]}, "beyond the feature width 512"),
+        ({"model.dims": [8, 64]}, "end before the width 512"),
+        ({"validation.resolution": 10**6}, "size=1000000"),
+    ],
+)
+def test_params_that_make_no_sense(tmp_path, params, words):
+    save_upstream(model_of(efficient=True), tmp_path / "w.pt")
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    with pytest.raises(CheckpointError) as error:
+        load_model(tmp_path / "w.pt")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def written(path):
+    """What a program says that writes `path`."""
+    config.program(lambda: write_atomically(path, b"new"))()
+
+
+@pytest.mark.parametrize("content", [None, b"old"])
+def test_a_write_that_fails_names_its_target_and_leaves_it(tmp_path, monkeypatch, capsys, content):
+    target = tmp_path / "x.json"
+    if content:
+        target.write_bytes(content)
+    for call, error in {
+        "write": OSError(28, "No space left on device"),
+        "replace": PermissionError(13, "No", "t"),
+    }.items():
+        with monkeypatch.context() as patch:
+
+            def failing(*_, error=error):
+                raise error
+
+            patch.setattr(os, call, failing)
+            with pytest.raises(SystemExit) as end:
+                written(target)
+        assert end.value.code == 2
+        assert capsys.readouterr().err == f"error: {target}: {error.strerror}\n"
+        assert [p.read_bytes() for p in tmp_path.iterdir()] == ([content] if content else [])
+    written(target)
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"new"]
+
+
+def test_places_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for target, words in {tmp_path: "is a folder", Path(): "is a folder", tmp_path / "file" / "x": "Not a directory",
+                          tmp_path / "none" / "x": "No such file"}.items():  # fmt: skip
+        with pytest.raises(SystemExit):
+            written(target)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {target}: {words}")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

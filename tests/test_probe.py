@@ -216,6 +216,16 @@ def test_single_precision_comes_near():
     assert single.heads[0][0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_tolerance_that_rounding_forbids_is_not_met_but_does_no_harm(dtype):
+    x, y = samples()
+    least = fit(x, y, DIMS, 4, 0.01, dtype=dtype, tolerance=1e-300, max_iter=200)
+    exact = fit(x, y, DIMS, 4, 0.01)
+    assert least.converged == [False] * 3
+    assert min(least.iterations) > 5
+    np.testing.assert_allclose(least.loss, exact.loss, atol=1e-3)
+
+
 def test_features_that_say_nothing_get_no_weight():
     x, y = samples()
     x[:, 1], x[:, 4] = 0.1, 0.0
@@ -245,6 +255,9 @@ def test_the_head_is_a_module():
     [
         ({"num_classes": 1, "labels": torch.zeros(20, dtype=torch.int64)}, ProbeError, "only one class"),
         ({"nan": True}, ProbeError, "not finite"),
+        ({"tolerance": 0}, ProbeError, "tolerance=0: expected more than 0"),
+        ({"tolerance": -1.0}, ProbeError, "tolerance=-1.0"),
+        ({"tolerance": float("nan")}, ProbeError, "tolerance=nan"),
         ({"num_classes": 3}, ValueError, "labels from 0 to 3"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, "3 labels for 20"),
         ({"dims": (4, 10)}, ValueError, "beyond the feature width 9"),

@@ -39,6 +39,8 @@ from matryoshka.probe import SOLVERS, Probe, ProbeError, choose_weight_decay, fi
 from matryoshka.published import load_any
 
 FINAL = "model.safetensors"
+MAX_THREADS = 1024  # of the decoder's pool
+MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class DataConfig:
     batch_size: int = field(default=256, metadata={"help": "images per forward pass"})
 
     def __post_init__(self) -> None:
-        at_least(self, "data", num_workers=0, batch_size=1)
+        between(self, "data", num_workers=(0, MAX_THREADS), batch_size=(1, 1 << 16))
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,9 @@ class ProbeConfig:
     seed: int = field(default=0, metadata={"help": "of the held-out tenth, and of sgd"})
 
     def __post_init__(self) -> None:
-        at_least(self, "probe", max_iter=1, epochs=1, batch_size=1, seed=0, tolerance=0)
+        between(self, "probe", max_iter=(1, None), epochs=(1, None), batch_size=(1, None), seed=(0, MAX_SEED))
+        if self.tolerance <= 0:
+            raise ValueError(f"probe.tolerance={self.tolerance:g}: expected more than 0, such as 1e-4")
         if not self.weight_decay or min(self.weight_decay) < 0:
             raise ValueError(f"probe.weight_decay={list(self.weight_decay)}: expected numbers of 0 or more")
         if self.lr is not None and self.lr <= 0:
@@ -115,10 +119,12 @@ class LoggingConfig:
 SECTIONS = {"model": FrozenConfig, "data": DataConfig, "probe": ProbeConfig, "logging": LoggingConfig}
 
 
-def at_least(section: Any, name: str, **lowest: int) -> None:
-    for option, low in lowest.items():
-        if getattr(section, option) < low:
-            raise ValueError(f"{name}.{option}={getattr(section, option)}: expected {low} or more")
+def between(section: Any, name: str, **limits: tuple[int, int | None]) -> None:
+    """ValueError for the first option outside of its (lowest, highest) value."""
+    for option, (low, high) in limits.items():
+        value = getattr(section, option)
+        if value < low or (high is not None and value > high):
+            raise ValueError(f"{name}.{option}={value}: expected {low} {'or more' if high is None else f'to {high}'}")
 
 
 @config.program
