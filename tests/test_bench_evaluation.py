@@ -31,12 +31,3 @@ def test_the_evaluation_bench(capsys, tmp_path):
     assert loop["of the loader"]["median"] > 0
     assert analysis["peak bytes"] > 10**7
     assert analysis["cpu seconds"] > 0
-
-
-def test_parts_of_it_are_not_recorded_on_request(capsys, tmp_path):
-    import evaluation as bench
-
-    few = ["--only", "analysis", "--classes", "20", "--images", "60", "--no-record"]
-    assert bench.main(few) == 0
-    assert "cascade of" in capsys.readouterr().out
-    assert not (tmp_path / "evaluation.jsonl").exists()

@@ -16,7 +16,7 @@ from sklearn.metrics import top_k_accuracy_score
 
 from matryoshka import cli, config
 from matryoshka.checkpoint import load_model, save_model
-from matryoshka.data import CenterCrop, Loader, open_dataset
+from matryoshka.data import CenterCrop, Digits, Loader, open_dataset, write_beton
 from matryoshka.data.augment import Preprocessing, normalise
 from matryoshka.models import ModelSpec, build
 
@@ -106,7 +106,8 @@ def test_every_head_trains_and_is_read_back(tmp_path, digits, model, head):
 
 
 def test_every_option_of_the_optimizer_changes_the_result(tmp_path, digits):
-    losses = {}
+    losses, few = {}, tmp_path / "few.beton"
+    write_beton(Digits("train"), few, max_resolution=64, write_mode="jpg", subset=100)
     variants = {
         "base": [], "seed": ["--training.seed=1"], "bn_wd": ["--training.bn_wd=1"], "scale": ["--data.scale=0.2,0.5"],
         "weight_decay": ["--training.weight_decay=0.5"], "momentum": ["--training.momentum=0"],
@@ -116,8 +117,8 @@ def test_every_option_of_the_optimizer_changes_the_result(tmp_path, digits):
         "lr_per_256": ["--lr.lr=none", "--lr.lr_per_256=0.4"], "mirror": ["--validation.lr_tta=0"],
     }  # fmt: skip
     for name, more in {**variants, "again": []}.items():
-        short = ["--training.epochs=1", "--training.batch_size=100", *more]
-        train_imagenet.main(options(digits, tmp_path, name, *short))
+        short = ["--training.epochs=1", "--training.batch_size=50", *more]
+        train_imagenet.main(options({"train": few, "val": digits["val"]}, tmp_path, name, *short))
         line = json.loads((tmp_path / name / "log").read_text().splitlines()[-1])
         losses[name] = (line["train_loss"], line["top_1"], load_model(tmp_path / name / "model.safetensors"))
     assert losses["base"][0] == losses["again"][0]
@@ -336,8 +337,9 @@ def test_the_command(capsys):
     assert "--model.mrl" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("cwd", [".", "own"])
-@pytest.mark.parametrize("script", ["train/train_imagenet.py", "inference/pytorch_inference.py"])
+@pytest.mark.parametrize(
+    ("cwd", "script"), [(".", "train/train_imagenet.py"), ("own", "inference/pytorch_inference.py")]
+)
 def test_programs_run_in_place(cwd, script):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     place = ROOT if cwd == "." else (ROOT / script).parent
@@ -358,8 +360,10 @@ def test_the_demo(tmp_path, monkeypatch, capsys):
     """The whole path on fewer epochs; its numbers are shown by `make demo`."""
     monkeypatch.setattr(cli, "DEMO_OPTIONS", [*cli.DEMO_OPTIONS, "--training.epochs=1"])
     monkeypatch.setattr(cli, "DEMO_BASELINES", (8,))
-    for _ in range(2):  # an earlier demo is replaced
-        assert cli.main(["demo", str(tmp_path / "demo")]) == 0
+    (tmp_path / "demo" / "mrl").mkdir(parents=True)
+    (tmp_path / "demo" / "mrl" / "earlier").write_text("")
+    assert cli.main(["demo", str(tmp_path / "demo")]) == 0
+    assert not (tmp_path / "demo" / "mrl" / "earlier").exists()  # an earlier demo is replaced
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert list(results["prefixes"]) == ["8", "16", "32", "64", "128", "256", "512"]
     assert {"top1", "top5", "ff_top1", "ff_top5"} == set(results["prefixes"]["8"])
