@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that has to be shown on a machine with an NVIDIA GPU, step by step; a step that fails stops no other.
 #
-#   bash bench/gpu.sh [STEP ...]        default: info build tests heads eager data compiled train profile suite
+#   bash bench/gpu.sh [STEP ...]        default: info build tests heads eager data retrieval compiled train profile suite
 #
 # PYTHON   python3 with torch and torchvision; what is built goes into build/gpu/venv, which sees its packages
 # WHEELS   without network: a folder with *.whl of what pyproject.toml asks for and that python lacks and, where
@@ -9,7 +9,8 @@
 #            pip wheel --no-deps -w wheels scikit-build-core nanobind pathspec fastargs terminaltables
 #            (cd wheels && apt-get download libjpeg62-turbo-dev libjpeg62-turbo)
 # DATA     a folder with train* and val*: .beton, .ffcv or image folders; without: digits, and pieces of two photos
-# OUT      build/gpu/results: summary.txt, log.txt, profile.txt, train.log, step.jsonl, end_to_end.jsonl
+# OUT      build/gpu/results: summary.txt, log.txt, profile.txt, train.log, step.jsonl, end_to_end.jsonl,
+#          retrieval_device.jsonl
 # LIMIT    1700: seconds for all steps together; what would begin later is skipped. Where a call may last 10 minutes:
 #            LIMIT=580 bash bench/gpu.sh info build heads eager      and then, on the same machine,
 #            LIMIT=580 bash bench/gpu.sh tests data compiled         and    train profile suite
@@ -29,7 +30,7 @@ work=$PWD/build/gpu
 out=${OUT:-$work/results}
 wheels=${WHEELS:-}
 deadline=$((SECONDS + ${LIMIT:-1700}))
-steps=${*:-info build tests heads eager data compiled train profile suite}
+steps=${*:-info build tests heads eager data retrieval compiled train profile suite}
 failed=0
 export PYTHONUNBUFFERED=1
 mkdir -p "$work" "$out" || exit 2
@@ -165,7 +166,7 @@ profile() {
 
 py=$work/venv/bin/python
 unpack_jpeg
-step_rows=$(lines step) data_rows=$(lines end_to_end)
+step_rows=$(lines step) data_rows=$(lines end_to_end) search_rows=$(lines retrieval_device)
 export -f info build install header one train profile
 export python py wheels work out
 gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))' 2>/dev/null || echo 0)
@@ -174,6 +175,7 @@ if [ "$smoke" ]; then
   heads=(--arch --widths 16 "${tiny[@]}") eager=(--widths --arch resnet10 --modes eager "${tiny[@]}")
   compiled=(--widths --arch resnet10 --modes compiled --kinds FF MRL "${tiny[@]}")
   data=(--no-record --arch resnet10 --images 32 --batch 4 --res 32 --steps 2 --blocks 1 --classes 10)
+  search=(--no-record --device cpu --rows 3000 --queries 50 --turns 1)
   profiled=(--arch resnet10 --modes eager --batch 4 --res 32 --classes 10)
 else
   heads=(--arch)
@@ -181,6 +183,7 @@ else
   compiled=(--widths --modes compiled --res 224 --batch 256 --kinds FF MRL MRL-E "official MRL" --limit 200)
   file=$(one train)
   data=(--threads 4 8 0 ${file:+--data "$file"})
+  search=()
   profiled=(--arch rn50 --res 224 --batch 256 --modes eager)
 fi
 
@@ -205,6 +208,7 @@ for step in $steps; do
   eager) run eager 340 "$py" bench/step.py "${eager[@]}" ;;
   compiled) run compiled 300 "$py" bench/step.py "${compiled[@]}" ;;
   data) run data 180 "$py" bench/end_to_end.py "${data[@]}" ;;
+  retrieval) run retrieval 180 "$py" bench/retrieval_device.py "${search[@]}" ;;
   train) run train 300 bash -c train ;;
   profile) run profile 90 bash -c 'profile "$@"' profile "${profiled[@]}" ;;
   suite) run suite 400 "$py" -m pytest -q -p no:cacheprovider ${smoke:+-k nested} tests ;;
@@ -213,6 +217,7 @@ for step in $steps; do
 done
 fresh step "$step_rows"
 fresh end_to_end "$data_rows"
+fresh retrieval_device "$search_rows"
 echo "== results in $out"
 cat "$out/summary.txt"
 exit $failed

@@ -202,7 +202,8 @@ def pipelines(rows: np.ndarray, queries: np.ndarray, truth: np.ndarray, args: ar
     scan, bits = PrefixScan.build(rows, 64, t), BinaryScan.build(rows, 256, t)
     file = InvertedFile.build(rows, 64, args.lists, num_threads=t)
     print(f"built in {time.perf_counter() - started:.0f} s: int8-64, 256 bits, {len(file.starts)} lists of int8-64")
-    peers = faiss_files(rows, len(file.starts))
+    points = np.concatenate([unit(rows[i : i + 65_536], 64) for i in range(0, len(rows), 65_536)])
+    peers = faiss_files(points, len(file.starts))
 
     def then(search: Callable[[np.ndarray], np.ndarray], stages: list[Stage]) -> Search:
         return lambda q: rerank(rows, q, search(q), stages, head, t).ids
@@ -234,8 +235,10 @@ def pipelines(rows: np.ndarray, queries: np.ndarray, truth: np.ndarray, args: ar
                 theirs, staged if k > 100 else short
             )
 
-    exact = exact_rate(rows, queries, args)
-    print(f"exact, 2048 dims: {exact:.1f} q/s (batch 1000, float32 products)", flush=True)
+    searches |= graphs(points, rows, head, args)
+    searches |= upstream(rows)
+    exact = exact_rate(rows, queries)
+    print(f"exact, 2048 dims: {exact:.1f} q/s (faiss, flat, batch 1000)", flush=True)
     print(f"{'pipeline':58} {'recall@10':>9} {'at least':>8} {'b1':>8} {'b32':>8} {'b1000':>8} {'x exact':>8}")
     out = [{"case": "exact", "threads": t, "rows": args.rows, "q/s": exact}]
     measured = rates(searches, queries, args)
@@ -252,18 +255,85 @@ def pipelines(rows: np.ndarray, queries: np.ndarray, truth: np.ndarray, args: ar
     return out
 
 
-def exact_rate(rows: np.ndarray, queries: np.ndarray, args: argparse.Namespace) -> float:
-    """Queries per second of one pass over all rows in full."""
-    asked = queries[:1000]
-    started = time.perf_counter()
-    exact_search(rows, asked, WIDTH, K)
-    return len(asked) / (time.perf_counter() - started)
-
-
-def faiss_files(rows: np.ndarray, lists: int) -> dict:
+def graphs(points: np.ndarray, rows: np.ndarray, head: np.ndarray, args: argparse.Namespace) -> dict[str, Search]:
+    """Peers that are graphs of the 64-d prefixes, with our re-ranking: the paper's HNSW32, and usearch's."""
     import faiss
 
-    points = np.concatenate([unit(rows[i : i + 65_536], 64) for i in range(0, len(rows), 65_536)])
+    k, started = min(200, len(points)), time.perf_counter()
+    graph = faiss.IndexHNSWFlat(64, 32)
+    graph.add(points)
+    print(f"built in {time.perf_counter() - started:.0f} s: faiss HNSW32", flush=True)
+    found: dict[str, Search] = {}
+    stages = [Stage(HEAD, 40), Stage(WIDTH, K)]
+    for ef in (200, 400):
+
+        def hnsw(q: np.ndarray, ef: int = ef) -> np.ndarray:
+            options = faiss.SearchParametersHNSW(efSearch=ef)  # pyright: ignore[reportAttributeAccessIssue]
+            return rerank(rows, q, graph.search(unit(q, 64), k, params=options)[1], stages, head, args.threads).ids
+
+        found[f"faiss HNSW32 64 ef{ef} k200 -> 256 -> 2048 (our re-rank)"] = hnsw
+    try:
+        from usearch.index import Index
+    except ImportError:
+        print("usearch: missing, pip install -r requirements-peers.txt")
+        return found
+    started = time.perf_counter()
+    index = Index(ndim=64, metric="ip", dtype="f16", connectivity=16, expansion_search=200)
+    index.add(np.arange(len(points)), points, threads=args.threads)
+    print(f"built in {time.perf_counter() - started:.0f} s: usearch M16 f16", flush=True)
+
+    def usearch(q: np.ndarray) -> np.ndarray:
+        keys = index.search(unit(q, 64), k, threads=args.threads).keys
+        ids = keys.reshape(len(q), -1).astype(np.int64)
+        return rerank(rows, q, ids, stages, head, args.threads).ids
+
+    return found | {"usearch M16 f16 64 ef200 k200 -> 256 -> 2048 (our re-rank)": usearch}
+
+
+def upstream(rows: np.ndarray) -> dict[str, Search]:
+    """The paper's notebooks, from their description: faiss' flat L2 index of the first 16 dimensions, 200 neighbours,
+    put in order by the distance of longer normalised prefixes, in NumPy, one query after the other."""
+    import faiss
+
+    flat = faiss.IndexFlatL2(16)
+    for first in range(0, len(rows), 65_536):
+        flat.add(unit(rows[first : first + 65_536], 16))
+
+    def search(q: np.ndarray, stages: list[tuple[int, int]]) -> np.ndarray:
+        out = np.empty((len(q), K), np.int64)
+        for i, shortlist in enumerate(flat.search(unit(q, 16), min(200, len(rows)))[1]):
+            kept = shortlist
+            for dim, looked_at in stages:
+                kept = kept[:looked_at]
+                distance = ((unit(rows[kept], dim) - unit(q[i : i + 1], dim)) ** 2).sum(1)
+                kept = kept[np.argsort(distance, kind="stable")]
+            out[i] = kept[:K]
+        return out
+
+    funnel = [(32, 200), (64, 100), (128, 50), (256, 25), (2048, 10)]
+    return {
+        "upstream: FlatL2 16 k200 -> 2048 (NumPy)": lambda q: search(q, [(WIDTH, 200)]),
+        "upstream: FlatL2 16 -> funnel 200,100,50,25,10 (NumPy)": lambda q: search(q, funnel),
+    }
+
+
+def exact_rate(rows: np.ndarray, queries: np.ndarray) -> float:
+    """Queries per second of faiss' flat search of whole float32 rows. Block by block, as all of them take 10 GB; making
+    a block is not counted, so that it is what IndexFlatIP would do."""
+    import faiss
+
+    asked, seconds = unit(queries[:1000], WIDTH), 0.0
+    for first in range(0, len(rows), 65_536):
+        block = unit(rows[first : first + 65_536], WIDTH)
+        started = time.perf_counter()
+        faiss.knn(asked, block, min(K, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+        seconds += time.perf_counter() - started
+    return len(asked) / seconds
+
+
+def faiss_files(points: np.ndarray, lists: int) -> dict:
+    import faiss
+
     quantizer = faiss.IndexFlatIP(64)
     index = faiss.IndexIVFScalarQuantizer(
         quantizer, 64, lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT

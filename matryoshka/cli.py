@@ -20,6 +20,8 @@ PROGRAMS = {  # subcommand: (module with main(argv), what it does)
     "probe": ("matryoshka.train.linear_probe", "nested classifiers on a frozen backbone"),
     "eval": ("matryoshka.inference.pytorch_inference", "accuracy of every prefix of a checkpoint"),
     "embed": ("matryoshka.inference.embed", "a data set's embeddings as memory-mapped arrays"),
+    "index": ("matryoshka.inference.index", "embeddings as an index on disk: build, add, delete, compact, info"),
+    "retrieve": ("matryoshka.inference.retrieve", "nearest neighbours, measured; serve: a page to try an index"),
     "analyze": ("matryoshka.inference.analyze", "cascades, oracle, superclasses, calibration of saved predictions"),
     "gradcam": ("matryoshka.inference.gradcam", "where every prefix looks: heat maps of images"),
     "baselines": ("matryoshka.inference.baselines", "1-NN, class means, SVD, random features of a checkpoint"),

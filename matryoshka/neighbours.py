@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.nested import check_dims
+from matryoshka.retrieval.exact import first_of_equals
 
 _TILE = 1 << 24  # numbers in the largest intermediate
 
@@ -56,8 +57,8 @@ def nearest(
                 # of |q - x|^2 = |q|^2 + |x|^2 - 2 q.x what differs between the entries
                 # two more keeps it away from zero, where float32 would tell rounding errors apart
                 near = torch.addmm(2 - x.square().sum(1) / 2, q, x.T).float()
-                near, place = _best(near, k)
-                score, best = _best(torch.cat([score, near], 1), k)
+                near, place = first_of_equals(near, k)
+                score, best = first_of_equals(torch.cat([score, near], 1), k)
                 index = torch.cat([index, begin + place], 1).gather(1, best)
             found[g, first : first + width] = index.cpu()
     return found
@@ -66,19 +67,6 @@ def nearest(
 def unit_prefixes(features: Tensor, d: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """features[:, :d], L2-normalised."""
     return torch.nn.functional.normalize(features[:, :d].to(device, dtype), dim=1)
-
-
-def _best(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest scores of each row in descending order, and their columns; of equal ones the first."""
-    k = min(k, score.shape[1])
-    top, place = score.topk(k, dim=1)
-    # topk takes any of equal ones. Which, matters where they are too many, and their order matters always.
-    crowded = ((score >= top[:, -1:]).sum(1) > k).nonzero()[:, 0]
-    if len(crowded):
-        place[crowded] = score[crowded].sort(dim=1, descending=True, stable=True).indices[:, :k]
-    place = place.sort(dim=1).values
-    top, order = score.gather(1, place).sort(dim=1, descending=True, stable=True)
-    return top, place.gather(1, order)
 
 
 def vote(labels: Tensor) -> Tensor:

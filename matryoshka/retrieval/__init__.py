@@ -4,6 +4,11 @@ scan.py       every row: int8 or binary codes of a prefix              <- shortl
 ivf.py        the same codes in an inverted file
 rerank.py     the shortlist by cosine of longer prefixes, in stages
 exact.py      every row in full: the truth
+graph.py      faiss' HNSW, for comparison
+pipeline.py   all of these by one description
+sweep.py      the fastest of many whose recall is certain
+device.py     exhaustive and funnel search on a GPU
+store.py      an index as a folder; store_writer.py changes it, lance.py lets it follow a table
 metrics.py    ids -> numbers
 
 Rows are embeddings, float32 or float16 [N, D], any array or memory map, never changed. Similarity is the cosine of
@@ -15,6 +20,7 @@ Source: Kusupati et al., arXiv 2205.13147, section 4.3.1 and appendix E.
 from matryoshka.retrieval.exact import exact_search
 from matryoshka.retrieval.hits import Hits, RetrievalError
 from matryoshka.retrieval.ivf import InvertedFile
+from matryoshka.retrieval.pipeline import Searcher, Setting
 from matryoshka.retrieval.rerank import Stage, rerank
 from matryoshka.retrieval.scan import BinaryScan, PrefixScan
 
@@ -24,6 +30,8 @@ __all__ = [
     "InvertedFile",
     "PrefixScan",
     "RetrievalError",
+    "Searcher",
+    "Setting",
     "Stage",
     "exact_search",
     "rerank",

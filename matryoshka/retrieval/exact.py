@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from matryoshka.retrieval.hits import Hits, check_k, check_rows, unit
+from matryoshka.retrieval.hits import Hits, check_k, check_rows, get_bits, unit
 
 ROWS = 16_384  # at a time: with 1000 queries 64 MB of scores
 
@@ -17,8 +17,12 @@ def exact_search(
     k: int,
     device: str | torch.device = "cpu",
     rows_at_once: int = ROWS,
+    deleted: np.ndarray | None = None,
 ) -> Hits:
-    """The k rows of highest cosine of the first `dim` dimensions, in float32; equal cosines by rising id."""
+    """The k rows of highest cosine of the first `dim` dimensions, in float32; equal cosines by rising id.
+
+    deleted: bits of rows to leave out, see hits.set_bits.
+    """
     check_rows(rows, dim, "database")
     check_rows(queries, dim, "queries")
     check_k(k)
@@ -26,7 +30,10 @@ def exact_search(
     best = torch.empty(len(asked), 0, device=device)
     index = torch.empty(len(asked), 0, dtype=torch.int64, device=device)
     for first in range(0, len(rows), rows_at_once):
-        part = torch.from_numpy(unit(rows[first : first + rows_at_once], dim)).to(device)
+        prefixes = unit(rows[first : first + rows_at_once], dim)
+        if deleted is not None:
+            prefixes[get_bits(deleted, first, len(prefixes))] = np.nan
+        part = torch.from_numpy(prefixes).to(device)
         score = (asked @ part.T).nan_to_num_(-torch.inf, -torch.inf, -torch.inf)
         if best.shape[1] == k:  # only what is better than the k-th so far is sorted
             some = (score > best[:, -1:]).any(1)
@@ -34,10 +41,9 @@ def exact_search(
             some = torch.ones(len(asked), dtype=torch.bool, device=device)
         if not some.any():
             continue
-        kept = min(k, score.shape[1])
-        top, place = _first_of_equals(score[some], kept)
+        top, place = first_of_equals(score[some], k)
         both, ids = torch.cat([best[some], top], 1), torch.cat([index[some], first + place], 1)
-        top, place = _first_of_equals(both, min(k, both.shape[1]))
+        top, place = first_of_equals(both, k)
         if best.shape[1] != top.shape[1]:
             best = torch.empty(len(asked), top.shape[1], device=device)
             index = torch.empty(best.shape, dtype=torch.int64, device=device)
@@ -48,8 +54,9 @@ def exact_search(
     return Hits(ids, scores)
 
 
-def _first_of_equals(score: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k highest of each row, falling, and their columns; of equal ones the first."""
+def first_of_equals(score: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k highest scores [Q, N] of each row, falling, and their columns; of equal ones the first."""
+    k = min(k, score.shape[1])
     top, place = score.topk(k, dim=1)
     crowded = (score >= top[:, -1:]).sum(1) > k  # topk takes any of equal ones
     if crowded.any():

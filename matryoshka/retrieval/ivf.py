@@ -29,14 +29,14 @@ PER_LIST = 64  # rows for each centroid that k-means sees
 class InvertedFile:
     """InvertedFile.build(rows, 64).search(queries, k=200, nprobe=32).
 
-    centroids: a PrefixScan over them. starts int64, sizes int32: of each list in `packed`, in rows; ids uint32: the row
+    centres: float32 [lists, d]. starts int64, sizes int32: of each list in `packed`, in rows; ids uint32: the row
     of each slot, rising inside of a list.
     """
 
     def __init__(
         self,
         codec: Codec,
-        centroids: PrefixScan,
+        centres: np.ndarray,
         packed: np.ndarray,
         starts: np.ndarray,
         sizes: np.ndarray,
@@ -45,13 +45,18 @@ class InvertedFile:
         bad: np.ndarray,
         num_threads: int = 0,
     ) -> None:
-        self.codec, self.centroids, self.packed = codec, centroids, packed
+        self.codec, self.centres, self.packed = codec, centres, packed
+        self.centroids = PrefixScan.build(centres, codec.dim, num_threads)
         self.starts, self.sizes, self.ids = starts, sizes, ids
         self.count, self.bad, self.num_threads = count, bad, num_threads
 
     @property
     def dim(self) -> int:
         return self.codec.dim
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.ids.nbytes + self.centroids.nbytes
 
     @classmethod
     def build(cls, rows: np.ndarray, dim: int, lists: int = 0, seed: int = 0, num_threads: int = 0) -> Self:
@@ -61,7 +66,6 @@ class InvertedFile:
             raise RetrievalError("database: is empty; an inverted file needs rows")
         lists = min(lists or 2 ** round(np.log2(4 * np.sqrt(len(rows)))), len(rows))
         centres = _k_means(rows, dim, lists, seed, num_threads)
-        scan = PrefixScan.build(centres, dim, num_threads)
         codec, threads, block = Codec.learn(rows, dim), pool(num_threads), _native.BLOCK
 
         nearest = np.empty(len(rows), np.int32)
@@ -82,7 +86,7 @@ class InvertedFile:
             _native.pack(
                 threads, codec.encode(unit(rows[ids[first : first + step]], dim)), packed[first * codec.width :]
             )
-        return cls(codec, scan, packed, starts, sizes, ids, len(rows), bad, num_threads)
+        return cls(codec, centres, packed, starts, sizes, ids, len(rows), bad, num_threads)
 
     def search(
         self, queries: np.ndarray, k: int, nprobe: int = 32, deleted: np.ndarray | None = None, kernels: str = ""
@@ -93,7 +97,8 @@ class InvertedFile:
         if nprobe < 1:
             raise RetrievalError(f"nprobe = {nprobe}: ask for 1 or more lists")
         prefixes = unit(queries, self.dim)
-        probes = self.centroids.search(queries, min(nprobe, len(self.starts)), kernels=kernels).ids.astype(np.int32)
+        nearest = self.centroids.search_unit(prefixes, min(nprobe, len(self.starts)), kernels=kernels)
+        probes = nearest.ids.astype(np.int32)
         signed, scale, offset = self.codec.queries(prefixes)
         ids, scores = _native.search_lists(
             pool(self.num_threads), self.packed, self.starts, self.sizes, self.ids, self.count, signed, probes, k,

@@ -68,7 +68,8 @@ class Codec:
 
     def queries(self, prefixes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(int8 [n, width], scale float32 [n], offset float32 [n]): score x scale + offset estimates the cosine."""
-        prefixes = np.nan_to_num(prefixes)
+        if not np.isfinite(prefixes).all():
+            prefixes = np.nan_to_num(prefixes)
         weights = prefixes * self.step
         scale = np.maximum(np.abs(weights).max(1), 1e-30) / 127
         signed = np.zeros((len(prefixes), self.width), np.int8)
@@ -87,6 +88,10 @@ class PrefixScan:
     def dim(self) -> int:
         return self.codec.dim
 
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes
+
     @classmethod
     def build(cls, rows: np.ndarray, dim: int, num_threads: int = 0) -> Self:
         """rows: float [N, D]. RetrievalError for a prefix that they do not have."""
@@ -104,7 +109,10 @@ class PrefixScan:
         """The k rows of highest estimated cosine. deleted: bits of rows to leave out, see hits.set_bits."""
         check_rows(queries, self.dim, "queries")
         check_k(k)
-        prefixes = unit(queries, self.dim)
+        return self.search_unit(unit(queries, self.dim), k, deleted, kernels)
+
+    def search_unit(self, prefixes: np.ndarray, k: int, deleted: np.ndarray | None = None, kernels: str = "") -> Hits:
+        """The same for prefixes that have length 1 already."""
         signed, scale, offset = self.codec.queries(prefixes)
         ids, scores = _native.search_codes(
             pool(self.num_threads), self.packed, self.count, signed, k, left_out(self.bad, deleted), kernels
@@ -124,6 +132,10 @@ class BinaryScan:
     @property
     def dim(self) -> int:
         return len(self.medians)
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes
 
     @classmethod
     def build(cls, rows: np.ndarray, dim: int, num_threads: int = 0) -> Self:
@@ -163,4 +175,6 @@ def _above(prefixes: np.ndarray, medians: np.ndarray) -> np.ndarray:
 def finished(ids: np.ndarray, scores: np.ndarray, prefixes: np.ndarray) -> Hits:
     """No hit has the score -inf; a query with NaN or infinity has none."""
     ids[~np.isfinite(prefixes[:, 0])] = -1
-    return Hits(ids, np.where(ids < 0, -np.inf, scores).astype(np.float32))
+    scores = np.asarray(scores, np.float32)
+    scores[ids < 0] = -np.inf
+    return Hits(ids, scores)

@@ -1,0 +1,129 @@
+"""An index on disk: building, opening, searching, changing it, and the memory of a process that only searches.
+
+    python bench/index.py --work FOLDER [--rows 1280000] [--truth 10000] [--threads 2]
+
+On the data of bench/retrieval.py, which makes them in FOLDER; the index is built there, too (5.4 GB). Searches run in a
+process of their own, all queries in batches of 1000, then one by one; recall is against the exact neighbours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from record import append
+from retrieval import anonymous, prepared
+
+from matryoshka.retrieval.metrics import recall_against_exact, summarise_recall
+from matryoshka.retrieval.store import Index
+from matryoshka.retrieval.store_writer import Batch, Writer
+
+CHANGED = 1000  # rows that are added and deleted
+K = 10
+
+
+class Names(Sequence[str]):
+    """As ImageNet's files are named."""
+
+    def __init__(self, count: int, prefix: str = "") -> None:
+        self._count, self._prefix = count, prefix
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: Any) -> Any:
+        if i >= self._count:
+            raise IndexError
+        return f"{self._prefix}n{i // 1300:08d}/{i:08d}.JPEG"
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--work", required=True, type=Path, help="folder for data, truth and index")
+    p.add_argument("--rows", type=int, default=1_280_000)
+    p.add_argument("--truth", type=int, default=10_000, help="queries with exact neighbours")
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--search-only", action="store_true", help="of an index that is there; prints one line of JSON")
+    p.add_argument("--no-record", action="store_true", help="do not append to bench/results/")
+    args = p.parse_args(argv)
+    folder = args.work / f"index_{args.rows}"
+    if args.search_only:
+        print(json.dumps(searched(folder, args)))
+        return 0
+    rows, _, _ = prepared(args)
+    row: dict = {"case": "index", "rows": args.rows, "threads": args.threads}
+    with Writer(folder, args.threads) as writer:
+        started = time.perf_counter()
+        writer.build(batch(rows, Names(len(rows))), overwrite=True)
+        row["build s"] = time.perf_counter() - started
+    child = subprocess.run(
+        [sys.executable, __file__, f"--work={args.work}", f"--rows={args.rows}", f"--truth={args.truth}",
+         f"--threads={args.threads}", "--search-only"], check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    row |= json.loads(child.stdout.splitlines()[-1])
+    names = Names(min(CHANGED, len(rows)), "new/")
+    with Writer(folder, args.threads) as writer:
+        for what, change in (
+            ("add 1000 s", lambda: writer.add(batch(rows[: len(names)], names))),
+            ("delete 1000 s", lambda: writer.delete(list(names))),
+        ):
+            started = time.perf_counter()
+            change()
+            row[what] = time.perf_counter() - started
+    for key, value in row.items():
+        print(f"{key:28} {value:,.4g}" if isinstance(value, float) else f"{key:28} {value}")
+    if not args.no_record:
+        print(f"rows     {append('index', [row])}")
+    return 0
+
+
+def batch(rows: np.ndarray, names) -> Batch:
+    model = {"weights_sha256": "synthetic", "file": "none"}
+    return Batch(rows, names, np.arange(len(rows)) // 1300, model, {})
+
+
+def searched(folder: Path, args: argparse.Namespace) -> dict:
+    """Numbers of this process, which has done nothing else."""
+    opening = []
+    for _ in range(10):
+        started = time.perf_counter()
+        index = Index(folder, args.threads)
+        opening.append(1000 * (time.perf_counter() - started))
+    queries, truth = (np.lib.format.open_memmap(args.work / f"{name}_{args.rows}_{args.truth}.npy", "r")
+                      for name in ("queries", "truth"))  # fmt: skip
+    index.warm()
+    size = min(1000, len(queries))
+    rates, found = [], []
+    for turn in range(4):
+        started = time.perf_counter()
+        ids = [index.search(queries[i : i + size], K).ids for i in range(0, len(queries), size)]
+        if turn:
+            rates.append(len(queries) / (time.perf_counter() - started))
+        found = ids
+    single = []
+    for i in range(min(2000, len(queries))):
+        started = time.perf_counter()
+        index.search(queries[i : i + 1], K)
+        single.append(1000 * (time.perf_counter() - started))
+    recall = summarise_recall(recall_against_exact(np.concatenate(found), truth), K)
+    p50, p99 = np.percentile(single, [50, 99])
+    return {
+        "open ms": median(opening), "open ms, first": opening[0], "setting": str(index.setting),
+        "recall@10": recall.mean, "lower": recall.lower, "q/s, batch 1000": median(rates),
+        "latency p50 ms": float(p50), "latency p99 ms": float(p99),
+        "peak memory GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+        "of that no file's GB": anonymous() / 1e9,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,317 @@
+"""Nearest neighbours of every query: how good, how fast, and how much of exact search they keep.
+
+    matryoshka retrieve --database embeddings/train --queries embeddings/val --output neighbours
+    matryoshka retrieve ... --index ivf --nprobe 32 --shortlist-dim 64 --k 200 --rerank-dim 2048
+    matryoshka retrieve ... --funnel 16,32,64,128,256,2048 --funnel-k 200,100,50,25,10
+    matryoshka retrieve ... --sweep --target-recall 0.99
+    matryoshka retrieve serve photos.index
+
+A shortlist of --k rows by the first --shortlist-dim numbers is put in order by the first --rerank-dim. --funnel is the
+paper's notation: 200 rows by 16 numbers, of them the 100 best by 32, and so on. Written are ids.npy (int64),
+distances.npy (squared, of normalised prefixes: 2 - 2 cosine) and results.json. --sweep tries many settings and prints
+the fastest whose recall of the exact neighbours is certain. --database may be an index of `matryoshka index`, too: then
+the sweep can become its default, with --choose. docs/retrieval.md has the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two thread pools that spin fight: a third of the speed
+
+import numpy as np
+from matryoshka.inference.retrieval_tables import (  # pyright: ignore[reportMissingImports] (folder inference, installed)
+    Table,
+    open_pair,
+    open_table,
+)
+
+from matryoshka import config
+from matryoshka.checkpoint import write_atomically
+from matryoshka.retrieval import Searcher, Setting, Stage
+from matryoshka.retrieval import metrics as m
+from matryoshka.retrieval.pipeline import INDEXES
+
+BATCH = 1000  # queries that are searched together
+ANYWAY = 10  # neighbours whose recall of the exact ones is measured
+SINGLE = 1000  # queries, one by one, for the latency
+TURNS = 5
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="retrieve.py", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    where = "what `matryoshka embed` wrote, an array NAME-X.npy (with labels in NAME-y.npy)"
+    p.add_argument("--database", required=True, metavar="DIR", help=f"{where}, or an index")
+    p.add_argument("--queries", required=True, metavar="DIR", help=where)
+    p.add_argument("--output", required=True, metavar="DIR", help="folder of the results")
+    p.add_argument("--overwrite", action="store_true", help="replace results in it")
+    p.add_argument("--index", help=f"{', '.join(INDEXES)}; default: scan, of an index its own. A sweep takes several")
+    p.add_argument("--shortlist-dim", type=int, help="default: 64, or all; of hnsw and binary, too")
+    p.add_argument("--k", type=int, help="length of the shortlist; default: 200, as in the paper")
+    p.add_argument("--rerank-dim", type=int, help="default: all; 0: the shortlist is the result")
+    p.add_argument("--nprobe", type=int, default=32, help="ivf: lists that are looked at")
+    p.add_argument("--ef", type=int, default=200, help="hnsw: efSearch")
+    p.add_argument("--funnel", metavar="D,D,...", help="prefixes, rising: the first of the shortlist")
+    p.add_argument("--funnel-k", metavar="K,K,...", help="how many rows each but the last hands on")
+    p.add_argument("--at", default="10,25,50,100", metavar="K,K,...", help="of the metrics; the largest is written")
+    p.add_argument("--truth", type=int, default=2000, help="queries that are compared with exact search; 0: none")
+    p.add_argument("--batches", default="1,32,1000", metavar="B,B,...", help="for queries/s")
+    p.add_argument("--no-speed", action="store_true", help="measure no speed")
+    p.add_argument("--sweep", action="store_true", help="try many settings instead of one")
+    p.add_argument("--target-recall", type=float, default=0.99, help="of the sweep; default: 0.99")
+    p.add_argument("--choose", action="store_true", help="with --sweep: make the fastest the default of an index")
+    p.add_argument("--threads", type=int, default=0, help="default: all cores")
+    p.add_argument("--seed", type=int, default=0, help="of k-means and of the queries that are drawn")
+    return p
+
+
+@config.program
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["serve"]:
+        from matryoshka.inference import serve  # pyright: ignore[reportMissingImports]
+
+        return serve.main(argv[1:])
+    args = parser().parse_args(argv)
+    check(args)
+    database, queries = open_pair(open_table(args.database, args.threads), open_table(args.queries, args.threads))
+    print(f"database {args.database}: {len(database):,} x {database.columns}")
+    print(f"queries  {args.queries}: {len(queries):,}")
+    if args.sweep:
+        from matryoshka.inference import retrieve_sweep  # pyright: ignore[reportMissingImports]
+
+        return retrieve_sweep.sweep(args, database, queries)
+    return one(args, database, queries)
+
+
+def check(args: Namespace) -> None:
+    """ConfigError for options that do not go together; turns lists of numbers into such."""
+    for name in ("at", "batches", "funnel", "funnel_k"):
+        if getattr(args, name) is not None:
+            setattr(args, name, numbers(f"--{name.replace('_', '-')}", getattr(args, name)))
+    if (args.funnel is None) != (args.funnel_k is None):
+        raise config.ConfigError("--funnel and --funnel-k: give both, one k less than prefixes")
+    if args.funnel and not (args.k is args.shortlist_dim is args.rerank_dim is None):
+        raise config.ConfigError("--funnel says all prefixes and k: leave out --k, --shortlist-dim and --rerank-dim")
+    for name, least in (("k", 1), ("shortlist_dim", 1), ("rerank_dim", 0), ("nprobe", 1), ("ef", 1), ("truth", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise config.ConfigError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
+    if not 0 <= args.threads <= 1024:
+        raise config.ConfigError("--threads: expected 0 to 1024")
+    for name in (args.index or "").split(",") if args.index else []:
+        if name not in INDEXES:
+            raise config.ConfigError(f"--index {name}: unknown; known: {', '.join(INDEXES)}")
+    if args.index and "," in args.index and not args.sweep:
+        raise config.ConfigError(f"--index {args.index}: one, or several with --sweep")
+    if args.sweep and (args.funnel or args.k or args.rerank_dim is not None):
+        raise config.ConfigError("--sweep finds k and stages itself: leave out --k, --rerank-dim and --funnel")
+    if args.sweep and not args.truth:
+        raise config.ConfigError("--sweep measures recall: --truth must be 1 or more")
+    if args.choose and not args.sweep:
+        raise config.ConfigError("--choose: goes with --sweep")
+    if not 0 < args.target_recall <= 1:
+        raise config.ConfigError(f"--target-recall {args.target_recall}: expected a number above 0, up to 1")
+    done = Path(args.output) / ("sweep.json" if args.sweep else "results.json")
+    if done.exists() and not args.overwrite:
+        raise config.ConfigError(f"{done}: exists; choose another --output, or add --overwrite")
+
+
+def numbers(option: str, text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise config.ConfigError(f"{option} {text}: expected numbers from 1, with commas between them")
+    return found
+
+
+def wanted(args: Namespace, database: Table) -> Setting:
+    """The one setting that the options say."""
+    own = database.index
+    index = args.index or (own.setting.index if own else "scan")
+    effort = args.ef if index == "hnsw" else args.nprobe
+    if args.funnel:
+        return Setting.funnel(index, args.funnel, args.funnel_k, effort)
+    rerank_dim = database.columns if args.rerank_dim is None else args.rerank_dim
+    k = min(args.k or 200, len(database))
+    dim = args.shortlist_dim or (own.dim if own and index != "exact" else min(64, database.columns))
+    if index == "exact" and args.shortlist_dim is None:
+        dim, rerank_dim = database.columns if args.rerank_dim is None else args.rerank_dim or database.columns, 0
+    return Setting(index, dim, k, (Stage(rerank_dim, min(k, max(args.at))),) if rerank_dim else (), effort)
+
+
+Search = Callable[[np.ndarray, Setting], Any]
+
+
+def searcher(args: Namespace, database: Table) -> tuple[Search, Callable[[], int]]:
+    """(queries, setting) -> Hits; and what the indexes take, bytes."""
+    index = database.index
+    if index is None:
+        made = Searcher(database.rows, args.threads, args.seed)
+        return made.search, lambda: made.nbytes
+    index.warm()
+    heads = sum(part.head.nbytes for part in index.parts if part.head is not None)
+    codes = sum(part.shortlist.nbytes for part in index.parts)
+    return lambda q, setting: index.search(q, setting.results, setting), lambda: heads + codes
+
+
+def truth(args: Namespace, database: Table, queries: Table) -> tuple[np.ndarray, np.ndarray]:
+    """(float32 [T, D], int64 [T, 10]): some queries, and the exact neighbours of their whole width."""
+    count = min(args.truth, len(queries))
+    rows = np.sort(np.random.default_rng(args.seed).permutation(len(queries))[:count])
+    asked = np.asarray(queries.rows[rows], np.float32)
+    k = min(ANYWAY, len(database))
+    ids = [database.exact(asked[first : first + BATCH], k) for first in range(0, count, BATCH)]
+    return asked, np.concatenate(ids) if ids else np.empty((0, k), np.int64)
+
+
+def one(args: Namespace, database: Table, queries: Table) -> int:
+    """A single setting, written and measured."""
+    setting = wanted(args, database)
+    search, nbytes = searcher(args, database)
+    started = time.perf_counter()
+    search(np.asarray(queries.rows[:1], np.float32), setting)
+    built = time.perf_counter() - started
+    found = [
+        search(np.asarray(queries.rows[i : i + BATCH], np.float32), setting) for i in range(0, len(queries), BATCH)
+    ]
+    keep = min(max(args.at), found[0].ids.shape[1])
+    ids = np.concatenate([hits.ids[:, :keep] for hits in found])
+    cosines = np.concatenate([hits.scores[:, :keep] for hits in found])
+    at = [k for k in args.at if k <= keep]
+    if len(at) < len(args.at):
+        print(f"note: {setting} returns {keep}: --at {','.join(str(k) for k in args.at if k > keep)} left out")
+    results: dict[str, Any] = {
+        "setting": describe(setting), "database": str(args.database), "queries": str(args.queries),
+        "rows": len(database), "columns": database.columns, "count": len(queries), "neighbours": keep,
+        "mflops": setting.mflops(len(database)), "build_seconds": round(built, 3),
+    }  # fmt: skip
+    print(f"setting  {setting}")
+    print(f"MFLOPs   {results['mflops']:,.2f} a query, by the paper's formula")
+    if database.labels is not None and queries.labels is not None:
+        results["classes"] = against_classes(ids, database.labels, queries.labels, at)
+    else:
+        print("note: no labels on both sides: no mAP, precision and recall")
+    asked, exact = truth(args, database, queries)
+    if len(exact):
+        shown = search(asked, setting).ids
+        summary = m.summarise_recall(m.recall_against_exact(shown[:, : exact.shape[1]], exact), exact.shape[1])
+        results["exact"] = against_exact(summary, exact.shape[1])
+    if not args.no_speed:
+        results["speed"] = speed(search, setting, queries, args.batches)
+    results["memory"] = memory(nbytes())
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    with np.errstate(invalid="ignore"):
+        distances = np.where(ids < 0, np.inf, np.maximum(2 - 2 * cosines, 0)).astype(np.float32)
+    write_npy(output / "ids.npy", ids)
+    write_npy(output / "distances.npy", distances)
+    write_atomically(output / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+    print(f"written  {output}: ids.npy, distances.npy [{len(ids)}, {keep}], results.json")
+    return 0
+
+
+def describe(setting: Setting) -> dict[str, Any]:
+    about = {"index": setting.index, "dim": setting.dim, "k": setting.k, "stages": [list(s) for s in setting.stages]}
+    return about | ({"effort": setting.effort} if setting.index in ("ivf", "hnsw") else {})
+
+
+def against_classes(ids: np.ndarray, labels: np.ndarray, query_labels: np.ndarray, at: Sequence[int]) -> dict[str, Any]:
+    """Top-1 and, for each k, both forms of mAP, P and recall; prints them as a table."""
+    right, relevant = m.hits(ids, labels, query_labels), m.relevant_rows(labels, query_labels)
+    excluded = int((relevant == 0).sum())
+    print(
+        f"\ntop-1 {100 * m.top1(right):.2f} %"
+        + (f"   ({excluded:,} queries without a row of their class)" if excluded else "")
+    )
+    print(f"{'k':>5} {'mAP@k, / k (paper)':>19} {'mAP@k, / min(k, R)':>19} {'P@k':>7} {'recall@k':>9}")
+    rows = {}
+    for k in at:
+        paper, usual = m.mean_average_precision(right, k), m.mean_average_precision(right, k, relevant, "min")
+        recall = m.recall_at(right, k, relevant)
+        rows[str(k)] = {"map_over_k": number(paper.value), "map_over_min": number(usual.value),
+                        "precision": number(m.precision_at(right, k)), "recall": number(recall.value)}  # fmt: skip
+        print(f"{k:5} {100 * paper.value:19.2f} {100 * usual.value:19.2f} {100 * m.precision_at(right, k):7.2f} "
+              f"{100 * recall.value:9.2f}")  # fmt: skip
+    print()
+    return {"top1": number(m.top1(right)), "excluded": excluded, "at": rows}
+
+
+def against_exact(summary: m.RecallSummary, k: int) -> dict[str, Any]:
+    lost = summary.at_most(k // 2)
+    print(f"recall   of the exact {k}: {summary.mean:.4f}, with 95 % confidence {summary.lower:.4f} or more")
+    shares = f"{100 * summary.perfect:.1f} % found all, {100 * lost:.1f} % half or less"
+    print(f"         {summary.queries:,} queries: {shares}")
+    return {"k": k, "queries": summary.queries, "recall": number(summary.mean), "lower": number(summary.lower),
+            "standard_error": number(summary.standard_error), "interval": [number(x) for x in summary.interval],
+            "perfect": number(summary.perfect), "half_lost": number(lost), "found": summary.found.tolist()}  # fmt: skip
+
+
+def speed(search: Search, setting: Setting, queries: Table, batches: Sequence[int]) -> dict[str, Any]:
+    """Queries per second of wall time by batch, median of TURNS; latency of single ones."""
+    pool = np.asarray(queries.rows[: max(*batches, SINGLE)], np.float32)
+    rates = {}
+    for batch in sorted({min(b, len(pool)) for b in batches}):
+        turns = []
+        for turn in range(TURNS + 1):
+            done, started = 0, time.perf_counter()
+            while done == 0 or time.perf_counter() - started < 0.2:
+                first = done * 7 % (len(pool) - batch + 1)
+                search(pool[first : first + batch], setting)
+                done += batch
+            if turn:
+                turns.append(done / (time.perf_counter() - started))
+        rates[str(batch)] = {"median": float(np.median(turns)), "min": min(turns), "max": max(turns)}
+    single = []
+    for i in range(min(SINGLE, len(pool))):
+        started = time.perf_counter()
+        search(pool[i : i + 1], setting)
+        single.append(1000 * (time.perf_counter() - started))
+    p50, p99 = np.percentile(single, [50, 99])
+    print("speed    " + ", ".join(f"batch {b}: {r['median']:,.0f} queries/s ({r['min']:,.0f} to {r['max']:,.0f})"
+                                  for b, r in rates.items()))  # fmt: skip
+    print(f"latency  p50 {p50:.2f} ms, p99 {p99:.2f} ms of {len(single):,} single queries")
+    return {"batches": rates, "latency_ms": {"p50": float(p50), "p99": float(p99), "queries": len(single)}}
+
+
+def memory(index_bytes: int) -> dict[str, Any]:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    anonymous = None
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        anonymous = int(lines["RssAnon"].split()[0]) * 1024 if "RssAnon" in lines else None
+    text = "" if anonymous is None else f", {anonymous / 1e9:.2f} GB that is no file's now"
+    print(f"memory   index {index_bytes / 1e6:,.1f} MB; this process at most {peak / 1e9:.2f} GB{text}")
+    return {"index_bytes": index_bytes, "peak_bytes": peak, "anonymous_bytes": anonymous}
+
+
+def number(value: float) -> float | None:
+    """For JSON, which has no NaN."""
+    return float(value) if np.isfinite(value) else None
+
+
+def write_npy(path: Path, array: np.ndarray) -> None:
+    import io
+
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    write_atomically(path, header.getvalue(), np.ascontiguousarray(array).data.cast("B"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
