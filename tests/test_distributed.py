@@ -157,38 +157,31 @@ def train_options(digits, folder, run_id, *more):
     ]  # fmt: skip
 
 
-def test_both_ways_to_start_two_processes(tmp_path, digits):
-    """torchrun, and dist.world_size=2 through the program's own launch, train the same model."""
-    script = ROOT / "train" / "train_imagenet.py"
-    options = ["--training.batch_size=50", "--training.device=cpu"]
-    torchrun(2, script, *train_options(digits, tmp_path, "torchrun", *options))
-    command = [sys.executable, script, *train_options(digits, tmp_path, "own", *options)]
-    command += ["--training.distributed=1", "--dist.world_size=2"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 x cpu" in done.stdout
-    logs = [json.loads((tmp_path / name / "log").read_text()) for name in ("torchrun", "own")]
-    weights = [torch.load(tmp_path / name / "final_weights.pt", weights_only=True) for name in ("torchrun", "own")]
-    assert logs[0]["train_loss"] == logs[1]["train_loss"]
-    results = tmp_path / "results.json"
-    model = tmp_path / "own" / "model.safetensors"
-    pytorch_inference.main([f"--path={model}", f"--data-root={digits['val']}", "--tta", f"--output={results}"])
-    alone = json.loads(results.read_text())["prefixes"]  # one process, the saved weights
-    for d, accuracy in alone.items():
-        assert logs[1][f"top_1_{d}"] == pytest.approx(accuracy["top1"] / 100, abs=1e-9), d
-    assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
-
-
 def children(pid):
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
-def test_two_agents_go_on_after_a_worker_was_killed(tmp_path, digits):
-    """Two torchrun agents with a c10d rendezvous, as on two machines; the restarted run ends with the same weights."""
+def test_three_ways_to_two_processes_end_with_the_same_weights(tmp_path, digits):
+    """torchrun; the program's own launch; two torchrun agents with a c10d rendezvous, as on two machines, of which one
+    loses its worker to SIGKILL and goes on."""
     script = ROOT / "train" / "train_imagenet.py"
     options = ["--training.batch_size=50", "--training.epochs=3", "--training.checkpoint_every_steps=1"]
-    torchrun(2, script, *train_options(digits, tmp_path, "alone", *options))
+    options += ["--training.device=cpu"]
+    torchrun(2, script, *train_options(digits, tmp_path, "torchrun", *options))
+
+    command = [sys.executable, script, *train_options(digits, tmp_path, "own", *options)]
+    command += ["--training.distributed=1", "--dist.world_size=2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 x cpu" in done.stdout
+    results = tmp_path / "results.json"
+    model = tmp_path / "own" / "model.safetensors"
+    pytorch_inference.main([f"--path={model}", f"--data-root={digits['val']}", "--tta", f"--output={results}"])
+    alone = json.loads(results.read_text())["prefixes"]  # one process, the saved weights
+    for d, accuracy in alone.items():
+        assert log_of(tmp_path / "own")[-1][f"top_1_{d}"] == pytest.approx(accuracy["top1"] / 100, abs=1e-9), d
+
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
         "OMP_NUM_THREADS": "1"
     }
@@ -211,10 +204,13 @@ def test_two_agents_go_on_after_a_worker_was_killed(tmp_path, digits):
             file.close()
     kinds = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
     assert kinds[:2] == ["start", "go on"]
-    alone = tmp_path / "alone"
-    assert [r["train_loss"] for r in log_of(run)] == [r["train_loss"] for r in log_of(alone)]
-    weights = [torch.load(path / "final_weights.pt", weights_only=True) for path in (alone, run)]
-    assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
+
+    first = torch.load(tmp_path / "torchrun" / "final_weights.pt", weights_only=True)
+    for name in ("own", "killed"):
+        losses = [[line["train_loss"] for line in log_of(tmp_path / run_id)] for run_id in ("torchrun", name)]
+        assert losses[0] == losses[1], name
+        weights = torch.load(tmp_path / name / "final_weights.pt", weights_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(first.values(), weights.values(), strict=True)), name
 
 
 def test_another_number_of_processes_goes_on_with_the_same_batches(tmp_path, digits, capsys):
