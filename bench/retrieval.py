@@ -273,7 +273,7 @@ def graphs(points: np.ndarray, rows: np.ndarray, head: np.ndarray, args: argpars
 
         found[f"faiss HNSW32 64 ef{ef} k200 -> 256 -> 2048 (our re-rank)"] = hnsw
     try:
-        from usearch.index import Index
+        from usearch.index import Index  # pyright: ignore[reportMissingImports] (requirements-peers.txt)
     except ImportError:
         print("usearch: missing, pip install -r requirements-peers.txt")
         return found

@@ -29,6 +29,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two thread pools that spin fight: a third of the speed
 
 import numpy as np
+import torch
 from matryoshka.inference.retrieval_tables import (  # pyright: ignore[reportMissingImports] (folder inference, installed)
     Table,
     open_pair,
@@ -43,7 +44,7 @@ from matryoshka.retrieval.pipeline import INDEXES
 
 BATCH = 1000  # queries that are searched together
 ANYWAY = 10  # neighbours whose recall of the exact ones is measured
-SINGLE = 1000  # queries, one by one, for the latency
+SINGLE, FEWEST = 1000, 200  # queries, one by one, for the latency; where they take more than 10 s
 TURNS = 5
 
 
@@ -61,16 +62,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--shortlist-dim", type=int, help="default: 64, or all; of hnsw and binary, too")
     p.add_argument("--k", type=int, help="length of the shortlist; default: 200, as in the paper")
     p.add_argument("--rerank-dim", type=int, help="default: all; 0: the shortlist is the result")
-    p.add_argument("--nprobe", type=int, default=32, help="ivf: lists that are looked at")
-    p.add_argument("--ef", type=int, default=200, help="hnsw: efSearch")
+    p.add_argument("--nprobe", type=int, help="ivf: lists that are looked at; default: 32")
+    p.add_argument("--ef", type=int, help="hnsw: efSearch; default: 200")
     p.add_argument("--funnel", metavar="D,D,...", help="prefixes, rising: the first of the shortlist")
     p.add_argument("--funnel-k", metavar="K,K,...", help="how many rows each but the last hands on")
-    p.add_argument("--at", default="10,25,50,100", metavar="K,K,...", help="of the metrics; the largest is written")
+    p.add_argument("--at", metavar="K,K,...", help="of the metrics; default: 10,25,50,100; the largest is written")
     p.add_argument("--truth", type=int, default=2000, help="queries that are compared with exact search; 0: none")
     p.add_argument("--batches", default="1,32,1000", metavar="B,B,...", help="for queries/s")
     p.add_argument("--no-speed", action="store_true", help="measure no speed")
     p.add_argument("--sweep", action="store_true", help="try many settings instead of one")
-    p.add_argument("--target-recall", type=float, default=0.99, help="of the sweep; default: 0.99")
+    p.add_argument("--target-recall", type=float, help="of the sweep; default: 0.99")
     p.add_argument("--choose", action="store_true", help="with --sweep: make the fastest the default of an index")
     p.add_argument("--threads", type=int, default=0, help="default: all cores")
     p.add_argument("--seed", type=int, default=0, help="of k-means and of the queries that are drawn")
@@ -86,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve.main(argv[1:])
     args = parser().parse_args(argv)
     check(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)  # of exact search
     database, queries = open_pair(open_table(args.database, args.threads), open_table(args.queries, args.threads))
     print(f"database {args.database}: {len(database):,} x {database.columns}")
     print(f"queries  {args.queries}: {len(queries):,}")
@@ -111,20 +114,30 @@ def check(args: Namespace) -> None:
             raise config.ConfigError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
     if not 0 <= args.threads <= 1024:
         raise config.ConfigError("--threads: expected 0 to 1024")
+    if not 0 <= args.seed < 1 << 31:
+        raise config.ConfigError(f"--seed {args.seed}: expected 0 to {(1 << 31) - 1}")
     for name in (args.index or "").split(",") if args.index else []:
         if name not in INDEXES:
             raise config.ConfigError(f"--index {name}: unknown; known: {', '.join(INDEXES)}")
     if args.index and "," in args.index and not args.sweep:
         raise config.ConfigError(f"--index {args.index}: one, or several with --sweep")
-    if args.sweep and (args.funnel or args.k or args.rerank_dim is not None):
-        raise config.ConfigError("--sweep finds k and stages itself: leave out --k, --rerank-dim and --funnel")
+    single = {"--k": args.k, "--rerank-dim": args.rerank_dim, "--funnel": args.funnel, "--nprobe": args.nprobe,
+              "--ef": args.ef, "--at": args.at, "--no-speed": args.no_speed or None}  # fmt: skip
+    given = [option for option, value in single.items() if value is not None]
+    if args.sweep and given:
+        raise config.ConfigError(f"--sweep tries k, stages and efforts by itself: leave out {', '.join(given)}")
     if args.sweep and not args.truth:
         raise config.ConfigError("--sweep measures recall: --truth must be 1 or more")
-    if args.choose and not args.sweep:
-        raise config.ConfigError("--choose: goes with --sweep")
-    if not 0 < args.target_recall <= 1:
+    if args.target_recall is not None and not 0 < args.target_recall <= 1:
         raise config.ConfigError(f"--target-recall {args.target_recall}: expected a number above 0, up to 1")
-    done = Path(args.output) / ("sweep.json" if args.sweep else "results.json")
+    if (args.choose or args.target_recall is not None) and not args.sweep:
+        raise config.ConfigError(f"--{'choose' if args.choose else 'target-recall'}: goes with --sweep")
+    args.at = args.at or [10, 25, 50, 100]
+    args.target_recall = args.target_recall or 0.99
+    output = Path(args.output)
+    if not next(place for place in (output, *output.absolute().parents) if place.exists()).is_dir():
+        raise config.ConfigError(f"--output {output}: is in the way or below a file; choose another folder")
+    done = output / ("sweep.json" if args.sweep else "results.json")
     if done.exists() and not args.overwrite:
         raise config.ConfigError(f"{done}: exists; choose another --output, or add --overwrite")
 
@@ -143,15 +156,21 @@ def wanted(args: Namespace, database: Table) -> Setting:
     """The one setting that the options say."""
     own = database.index
     index = args.index or (own.setting.index if own else "scan")
-    effort = args.ef if index == "hnsw" else args.nprobe
+    for option, value, needs in (("--nprobe", args.nprobe, "ivf"), ("--ef", args.ef, "hnsw")):
+        if value is not None and index != needs:
+            raise config.ConfigError(f"{option} {value}: goes with --index {needs}, not {index}")
+    effort = (args.ef or 200) if index == "hnsw" else (args.nprobe or 32)
+    longest = max(args.funnel_k or [args.k or 0])
+    if longest > len(database):
+        print(f"note: a shortlist of {longest:,}: the database has no more than {len(database):,}")
     if args.funnel:
-        return Setting.funnel(index, args.funnel, args.funnel_k, effort)
+        return Setting.funnel(index, args.funnel, [min(k, len(database)) for k in args.funnel_k], effort)
     rerank_dim = database.columns if args.rerank_dim is None else args.rerank_dim
     k = min(args.k or 200, len(database))
     dim = args.shortlist_dim or (own.dim if own and index != "exact" else min(64, database.columns))
     if index == "exact" and args.shortlist_dim is None:
         dim, rerank_dim = database.columns if args.rerank_dim is None else args.rerank_dim or database.columns, 0
-    return Setting(index, dim, k, (Stage(rerank_dim, min(k, max(args.at))),) if rerank_dim else (), effort)
+    return Setting(index, dim, k, (Stage(rerank_dim, min(k, max(*args.at, ANYWAY))),) if rerank_dim else (), effort)
 
 
 Search = Callable[[np.ndarray, Setting], Any]
@@ -208,14 +227,16 @@ def one(args: Namespace, database: Table, queries: Table) -> int:
         print("note: no labels on both sides: no mAP, precision and recall")
     asked, exact = truth(args, database, queries)
     if len(exact):
-        shown = search(asked, setting).ids
-        summary = m.summarise_recall(m.recall_against_exact(shown[:, : exact.shape[1]], exact), exact.shape[1])
-        results["exact"] = against_exact(summary, exact.shape[1])
+        shown = np.concatenate([search(asked[i : i + BATCH], setting).ids for i in range(0, len(asked), BATCH)])
+        k = min(exact.shape[1], shown.shape[1])  # fewer are not to be found by a funnel that ends with 5
+        recall = m.recall_against_exact(shown[:, :k], exact[:, :k])
+        results["exact"] = against_exact(m.summarise_recall(recall, k), k)
     if not args.no_speed:
         results["speed"] = speed(search, setting, queries, args.batches)
     results["memory"] = memory(nbytes())
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
+    (output / "results.json").unlink(missing_ok=True)  # those of other arrays
     with np.errstate(invalid="ignore"):
         distances = np.where(ids < 0, np.inf, np.maximum(2 - 2 * cosines, 0)).astype(np.float32)
     write_npy(output / "ids.npy", ids)
@@ -263,7 +284,7 @@ def against_exact(summary: m.RecallSummary, k: int) -> dict[str, Any]:
 
 def speed(search: Search, setting: Setting, queries: Table, batches: Sequence[int]) -> dict[str, Any]:
     """Queries per second of wall time by batch, median of TURNS; latency of single ones."""
-    pool = np.asarray(queries.rows[: max(*batches, SINGLE)], np.float32)
+    pool = np.asarray(queries.rows[: max(10 * max(batches), SINGLE)], np.float32)  # the same rows would be in the cache
     rates = {}
     for batch in sorted({min(b, len(pool)) for b in batches}):
         turns = []
@@ -277,8 +298,11 @@ def speed(search: Search, setting: Setting, queries: Table, batches: Sequence[in
                 turns.append(done / (time.perf_counter() - started))
         rates[str(batch)] = {"median": float(np.median(turns)), "min": min(turns), "max": max(turns)}
     single = []
+    begun = time.perf_counter()
     for i in range(min(SINGLE, len(pool))):
         started = time.perf_counter()
+        if i >= FEWEST and started - begun > 10:
+            break
         search(pool[i : i + 1], setting)
         single.append(1000 * (time.perf_counter() - started))
     p50, p99 = np.percentile(single, [50, 99])

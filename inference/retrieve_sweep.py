@@ -8,6 +8,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,16 @@ def sweep(args: Namespace, database: Table, queries: Table) -> int:
     dims: Sequence[int] = (args.shortlist_dim,) if args.shortlist_dim else ()
     if database.index is not None:
         lists = any(part.about["lists"] for part in database.index.parts)
-        names, dims = ("ivf",) if lists and "ivf" in names else ("scan",), (database.index.dim,)
+        own = database.index.dim
+        if (args.index and set(names) - {"scan", "ivf"}) or args.shortlist_dim not in (None, own):
+            raise config.ConfigError(
+                f"{args.database}: has --shortlist-dim {own} and --index scan, ivf; leave both out"
+            )
+        names, dims = ("ivf",) if lists and "ivf" in names else ("scan",), (own,)
     elif args.choose:
         raise config.ConfigError(f"--choose: {args.database} is no index; `matryoshka index build` makes one")
+    if args.shortlist_dim and args.shortlist_dim > database.columns:
+        raise config.ConfigError(f"--shortlist-dim {args.shortlist_dim}: {args.database} has {database.columns}")
     settings = grid(names, database.columns, len(database), min(10, len(database)), dims)
     if not settings:
         raise config.ConfigError(f"--index {','.join(names)}: nothing to try in {database.columns} dimensions")
@@ -77,26 +85,36 @@ def sweep(args: Namespace, database: Table, queries: Table) -> int:
 def again(
     ids: Any, measured: list[Measured], asked: np.ndarray, exact: np.ndarray, batch: int, target: float
 ) -> list[Measured]:
-    """The same with the speed of the best measured in turns: single ones are noisy, and the luckiest would win."""
-    best = {one.setting for one in frontier(measured)}
-    sure = sorted((one for one in measured if one.recall.lower >= target), key=lambda one: -one.speed)
-    best |= {one.setting for one in sure[:5]}
-    rates: dict[Setting, list[float]] = {setting: [] for setting in best}
-    for _ in range(AGAIN):
-        for setting in best:
-            started = time.perf_counter()
-            for first in range(0, len(asked), batch):
-                ids(asked[first : first + batch], setting)
-            rates[setting].append(len(asked) / (time.perf_counter() - started))
-    return [Measured(one.setting, one.recall, tuple(rates.get(one.setting, one.rate)), one.batch) for one in measured]
+    """The same with the speed of the best measured in turns: single ones are noisy, and the luckiest would win.
+
+    Until all that are now the best have been, as these fall behind some that were measured once."""
+    rates: dict[Setting, tuple[float, ...]] = {}
+    while True:
+        measured = [replace(one, rate=rates.get(one.setting, one.rate)) for one in measured]
+        sure = [one for one in measured if one.recall.lower >= target]
+        sure.sort(key=lambda one: -one.speed)
+        best = dict.fromkeys(one.setting for one in (*frontier(measured), *sure[:3]) if one.setting not in rates)
+        if not best:
+            return measured
+        turns = [{setting: once(ids, setting, asked, batch) for setting in best} for _ in range(AGAIN)]
+        rates |= {setting: tuple(turn[setting] for turn in turns) for setting in best}
+
+
+def once(ids: Any, setting: Setting, asked: np.ndarray, batch: int) -> float:
+    """Queries per second over all of them."""
+    started = time.perf_counter()
+    for first in range(0, len(asked), batch):
+        ids(asked[first : first + batch], setting)
+    return len(asked) / (time.perf_counter() - started)
 
 
 def table(best: Sequence[Measured], chosen: Measured | None, exact_rate: float, rows: int) -> str:
     head = f"{'setting':52} {'recall':>7} {'at least':>8} {'queries/s':>10} {'x exact':>8} {'MFLOPs':>9}"
+    shown = [*best, chosen] if chosen is not None and all(one is not chosen for one in best) else best
     lines = [
         f"{one.setting!s:52} {one.recall.mean:7.4f} {one.recall.lower:8.4f} {one.speed:10,.0f} "
         f"{one.speed / exact_rate:8,.1f} {one.setting.mflops(rows):9,.2f}" + ("  <- certified" if one is chosen else "")
-        for one in best
+        for one in sorted(shown, key=lambda one: -one.speed)
     ]
     return "\n".join(
         ["", f"The frontier: no other setting is faster and finds more (batch {best[0].batch})", head, *lines, ""]
@@ -112,9 +130,9 @@ def said(
         return (
             f"certificate: recall@{k} of the exact is {chosen.recall.lower:.4f} or more with 95 % confidence\n"
             f"             measured {chosen.recall.mean:.4f} on {queries:,} queries at random, {tried} settings tried "
-            f"(Bonferroni)\noptions:     {options(chosen.setting)}"
+            f"(Bonferroni)\noptions:     {options(chosen.setting, args.seed)}"
         )
-    top = max(measured, key=lambda one: one.recall.lower)
+    top = max(measured, key=lambda one: (one.recall.lower, one.speed))
     needed = queries_needed(args.target_recall, tried) if args.target_recall < 1 else 0
     more = (
         f"even one that loses nothing needs {needed:,} queries for that: --truth {needed}"
@@ -127,8 +145,8 @@ def said(
     )
 
 
-def options(setting: Setting) -> str:
-    """The options of `matryoshka retrieve` that select a setting."""
+def options(setting: Setting, seed: int = 0) -> str:
+    """The options of `matryoshka retrieve` that select a setting. seed: of the sweep; it decides an inverted file."""
     dims = [setting.dim, *(stage.dim for stage in setting.stages)]
     ks = [setting.k, *(stage.keep for stage in setting.stages[:-1])]
     effort = {"ivf": f" --nprobe {setting.effort}", "hnsw": f" --ef {setting.effort}"}.get(setting.index, "")
@@ -136,7 +154,7 @@ def options(setting: Setting) -> str:
         path = f" --shortlist-dim {dims[0]} --k {ks[0]} --rerank-dim {dims[1]}"
     else:
         path = f" --funnel {','.join(map(str, dims))} --funnel-k {','.join(map(str, ks))}"
-    return f"--index {setting.index}{effort}{path}"
+    return f"--index {setting.index}{effort}{path}" + (f" --seed {seed}" if seed and setting.index == "ivf" else "")
 
 
 def short(chosen: Measured, queries: int) -> str:
@@ -147,7 +165,8 @@ def certificate(chosen: Measured | None, args: Namespace, queries: int, tried: i
     if chosen is None:
         return None
     return {
-        "setting": describe(chosen.setting), "options": options(chosen.setting), "recall": number(chosen.recall.mean),
+        "setting": describe(chosen.setting), "options": options(chosen.setting, args.seed),
+        "recall": number(chosen.recall.mean),
         "lower": number(chosen.recall.lower), "confidence": 0.95, "queries": queries, "settings_tried": tried,
         "target": args.target_recall, "seed": args.seed,
     }  # fmt: skip

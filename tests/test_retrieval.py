@@ -184,11 +184,10 @@ def test_exact_search_against_loops(rows, queries, k, dim, at_once, seed):
         np.testing.assert_allclose([expected[i] for i in found], best_of(expected, k)[1], atol=2e-5)
         np.testing.assert_allclose(hits.scores[q, : len(found)], [expected[i] for i in found], atol=2e-5)
         assert hits.ids[q, len(found) :].tolist() == [-1] * (k - len(found))
-        same = {}
-        for i in found:  # equal rows by id
-            key = data[i, :dim].tobytes()
-            assert same.get(key, -1) < i
-            same[key] = i
+        scores = hits.scores[q, : len(found)].tolist()
+        assert list(zip(scores, found, strict=True)) == sorted(
+            zip(scores, found, strict=True), key=lambda hit: (-hit[0], hit[1])
+        )  # equal cosines by id
     np.testing.assert_array_equal(before[0], data)
     np.testing.assert_array_equal(before[1], asked)
 

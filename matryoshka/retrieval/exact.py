@@ -21,6 +21,7 @@ def exact_search(
 ) -> Hits:
     """The k rows of highest cosine of the first `dim` dimensions, in float32; equal cosines by rising id.
 
+    Cosines of equal rows can differ in the last bit, 6e-8: BLAS adds in another order at the edges of its blocks.
     deleted: bits of rows to leave out, see hits.set_bits.
     """
     check_rows(rows, dim, "database")

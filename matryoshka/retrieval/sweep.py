@@ -51,7 +51,9 @@ def grid(
         usable = [d for d in chosen if d <= columns and (index != "binary" or d % 64 == 0)]
         if not usable and index != "binary":
             usable = [columns]
-        efforts = PROBES if index == "ivf" else tuple(4 * p for p in PROBES) if index == "hnsw" else (1,)
+        lists = 2 ** round(math.log2(4 * math.sqrt(rows)))  # of an InvertedFile; more are all of them once more
+        probes = tuple(p for p in PROBES if p <= lists) or (lists,)
+        efforts = probes if index == "ivf" else tuple(4 * p for p in PROBES) if index == "hnsw" else (1,)
         lengths = (*LENGTHS[2:], 1600) if index == "binary" else LENGTHS
         for dim in usable:
             for k in sorted({max(neighbours, min(k, rows)) for k in lengths}):

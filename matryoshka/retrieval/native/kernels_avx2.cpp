@@ -127,35 +127,37 @@ inline float one(uint16_t x) { return _cvtsh_ss(x); }
 inline float one(float x) { return x; }
 
 template <class T>
-void dot(const T* row, const float* query, size_t n, float* product, float* squares) {
-  __m256 a0 = _mm256_setzero_ps(), a1 = a0, b0 = a0, b1 = a0;
+void dot(const T* const* rows, const float* query, size_t n, float* dots, float* squares) {
+  const T* row[kTogether];
+  __m256 products[kTogether], powers[kTogether];
+  for (size_t r = 0; r < kTogether; ++r) {
+    row[r] = rows[r];
+    products[r] = powers[r] = _mm256_setzero_ps();
+  }
   size_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const __m256 x = load(row + i), y = load(row + i + 8);
-    a0 = _mm256_fmadd_ps(x, _mm256_loadu_ps(query + i), a0);
-    a1 = _mm256_fmadd_ps(y, _mm256_loadu_ps(query + i + 8), a1);
-    b0 = _mm256_fmadd_ps(x, x, b0);
-    b1 = _mm256_fmadd_ps(y, y, b1);
+  for (; i + 8 <= n; i += 8) {
+    const __m256 q = _mm256_loadu_ps(query + i);
+#pragma GCC unroll 4
+    for (size_t r = 0; r < kTogether; ++r) {
+      const __m256 x = load(row[r] + i);
+      products[r] = _mm256_fmadd_ps(x, q, products[r]);
+      powers[r] = _mm256_fmadd_ps(x, x, powers[r]);
+    }
   }
-  float p = total(_mm256_add_ps(a0, a1)), s = total(_mm256_add_ps(b0, b1));
-  for (; i < n; ++i) {
-    const float x = one(row[i]);
-    p += x * query[i];
-    s += x * x;
+  for (size_t r = 0; r < kTogether; ++r) {
+    float p = total(products[r]), s = total(powers[r]);
+    for (size_t j = i; j < n; ++j) {
+      const float x = one(row[r][j]);
+      p += x * query[j];
+      s += x * x;
+    }
+    dots[r] += p;
+    squares[r] += s;
   }
-  *product += p;
-  *squares += s;
-}
-
-void dot_half(const uint16_t* row, const float* query, size_t n, float* product, float* squares) {
-  dot(row, query, n, product, squares);
-}
-void dot_single(const float* row, const float* query, size_t n, float* product, float* squares) {
-  dot(row, query, n, product, squares);
 }
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", scan_codes, scan_bits, dot_half, dot_single};
+const Kernels kAvx2 = {"avx2", scan_codes, scan_bits, dot<uint16_t>, dot<float>};
 
 }  // namespace matryoshka::search

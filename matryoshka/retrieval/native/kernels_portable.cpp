@@ -96,12 +96,12 @@ void dot(const T* row, const float* query, size_t n, float* dot, float* squares,
   for (size_t j = 0; j < 8; ++j) *dot += products[j], *squares += powers[j];
 }
 
-void dot_half(const uint16_t* row, const float* query, size_t n, float* product, float* squares) {
-  dot(row, query, n, product, squares, half_to_float);
+void dot_half(const uint16_t* const* rows, const float* query, size_t n, float* dots, float* squares) {
+  for (size_t r = 0; r < kTogether; ++r) dot(rows[r], query, n, dots + r, squares + r, half_to_float);
 }
 
-void dot_single(const float* row, const float* query, size_t n, float* product, float* squares) {
-  dot(row, query, n, product, squares, [](float x) { return x; });
+void dot_single(const float* const* rows, const float* query, size_t n, float* dots, float* squares) {
+  for (size_t r = 0; r < kTogether; ++r) dot(rows[r], query, n, dots + r, squares + r, [](float x) { return x; });
 }
 
 }  // namespace

@@ -75,11 +75,11 @@ size_t scan_bits(const uint64_t* bits, size_t first, size_t end, size_t words, c
 
 // Re-ranking waits for memory: AVX2 is as fast.
 const Kernels kVnni = {"avx512-vnni", scan_codes, scan_bits,
-                       [](const uint16_t* row, const float* query, size_t n, float* dot, float* squares) {
-                         kAvx2.dot_half(row, query, n, dot, squares);
+                       [](const uint16_t* const* rows, const float* query, size_t n, float* dots, float* squares) {
+                         kAvx2.dot_half(rows, query, n, dots, squares);
                        },
-                       [](const float* row, const float* query, size_t n, float* dot, float* squares) {
-                         kAvx2.dot_single(row, query, n, dot, squares);
+                       [](const float* const* rows, const float* query, size_t n, float* dots, float* squares) {
+                         kAvx2.dot_single(rows, query, n, dots, squares);
                        }};
 
 }  // namespace matryoshka::search
