@@ -1,0 +1,201 @@
+"""A page to try an index: drop an image, see its neighbours at every prefix, and what the fast search keeps of them.
+
+    matryoshka retrieve serve photos.index
+    matryoshka retrieve serve photos.index --model runs/demo/mrl/model.safetensors --data photos --port 8080
+
+For this computer alone, unless --host says otherwise; there are no passwords. Pictures are those of the data set that
+was embedded, made smaller; where it is not there any more, the page shows names. The index may be changed meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import socket
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two thread pools that spin fight: a third of the speed
+
+import numpy as np
+import torch
+from matryoshka.inference.embed import fingerprint  # pyright: ignore[reportMissingImports] (folder inference, installed)
+from matryoshka.inference.resized_images import resize_and_crop  # pyright: ignore[reportMissingImports]
+from PIL import Image
+
+from matryoshka import config, distributed
+from matryoshka.data import CenterCrop
+from matryoshka.data.augment import Preprocessing
+from matryoshka.embeddings import trunk_sha256
+from matryoshka.models import NestedModel
+from matryoshka.published import PREFIXES, load_any
+from matryoshka.retrieval.store import Index
+
+ANY = ("0.0.0.0", "::", "")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="retrieve.py serve", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    p.add_argument("index", metavar="DIR", help="folder of the index")
+    p.add_argument("--model", metavar="FILE", help="that made the index; default: where the index says that it is")
+    p.add_argument(
+        "--data",
+        action="append",
+        metavar="PATH",
+        help="the data set of the pictures, where it has moved; of an index of several: once for each, in their order",
+    )
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1, this computer only")
+    p.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any free one")
+    p.add_argument("--max-upload-mb", type=float, default=16.0, help="of an image that is dropped; default: 16")
+    p.add_argument("--device", default="auto", choices=distributed.DEVICES)
+    p.add_argument("--threads", type=int, default=0, help="default: all cores")
+    return p
+
+
+@config.program
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    check(args)
+    search_page, uvicorn = required()
+    index = Index(args.index, args.threads)
+    replaced = moved(index, args.data)
+    with listening(args.host, args.port) as door:
+        model = load(args, index)
+        pictures = search_page.Pictures(replaced, lambda data: fingerprint(data, data.labels))
+        service = search_page.Service(index, encoder(model, index.preprocessing), trunk_sha256(model), pictures)
+        announce(args, index, service, pictures, door)
+        app = search_page.make_app(
+            service, hosts(args.host), args.host in ANY, int(args.max_upload_mb * (1 << 20))
+        )  # fmt: skip
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app, log_level="warning", server_header=False, proxy_headers=False, timeout_graceful_shutdown=3
+            )
+        )
+        try:
+            server.run(sockets=[door])
+        except KeyboardInterrupt:  # raised once more when everything is closed
+            print()
+    return 0
+
+
+def check(args: Namespace) -> None:
+    if not 0 <= args.port <= 65535:
+        raise config.ConfigError(f"--port {args.port}: expected 0 to 65535")
+    if not 0 < args.max_upload_mb <= 1024:
+        raise config.ConfigError(f"--max-upload-mb {args.max_upload_mb:g}: expected more than 0, at most 1024")
+    if not 0 <= args.threads <= 1024:
+        raise config.ConfigError("--threads: expected 0 to 1024")
+
+
+def required() -> tuple[Any, Any]:
+    """(matryoshka.search_page, uvicorn)"""
+    try:
+        import uvicorn
+
+        from matryoshka import search_page
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "uvicorn"):
+            raise
+        raise config.ConfigError(f"retrieve serve needs {error.name}: pip install 'matryoshka[serve]'") from None
+    return search_page, uvicorn
+
+
+def moved(index: Index, given: Sequence[str] | None) -> dict[str, str]:
+    """Where the index's data sets lie, by where it says that they do."""
+    if not given:
+        return {}
+    known = list(dict.fromkeys(str(source.get("path") or "") for part in index.parts for source in part.data))
+    if len(given) != len(known):
+        raise config.ConfigError(
+            f"--data: {index.path} has {len(known)} data sets ({', '.join(known)}); give it so often, in this order"
+        )
+    if missing := [path for path in given if not os.path.exists(path)]:
+        raise config.ConfigError(f"--data {missing[0]}: there is no such file or folder")
+    return dict(zip(known, given, strict=True))
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """The open door: before the model is loaded, that a port in use is said at once."""
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+    except (OSError, UnicodeError):
+        raise config.ConfigError(f"--host {host}: is no address or name of this computer") from None
+    try:
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise config.ConfigError(f"--port {port} of --host {host}: {error.strerror}; choose another") from None
+
+
+def load(args: Namespace, index: Index) -> NestedModel:
+    """The index's model, on its device. ConfigError, RetrievalError, CheckpointError."""
+    name = args.model or str(index.model.get("file") or "")
+    if not name.startswith(PREFIXES) and not os.path.isfile(name):
+        whose = "" if args.model else f", of which {args.index} was made"
+        raise config.ConfigError(f"--model {name}: there is no such file{whose}; give the model's file by --model")
+    head, flags = str(index.model.get("head")), {}
+    if name.endswith(".pt"):  # upstream's files do not all say what they are
+        flags = {"mrl": head == "mrl", "efficient": head == "mrl-e"}
+    model = load_any(name, "--model", **flags)
+    index.check_model(trunk_sha256(model), f"--model {name}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return model.to(distributed.pick_device(args.device, 0))
+
+
+def encoder(model: NestedModel, preprocessing: Mapping[str, Any]) -> Callable[[np.ndarray], np.ndarray]:
+    """uint8 [H, W, 3] -> float32 [D], prepared as the index's images were: see embed.py."""
+    from matryoshka.search_page import central_square
+
+    try:
+        size, ratio, mean, std = (preprocessing[key] for key in ("size", "ratio", "mean", "std"))
+        model.preprocessing = Preprocessing(size, ratio, tuple(mean), tuple(std))
+        crop = CenterCrop(size, ratio)
+    except (KeyError, TypeError, ValueError):
+        raise config.ConfigError(
+            f"the index does not say how its images were prepared ({dict(preprocessing)}); embed them again"
+        ) from None
+
+    def encode(pixels: np.ndarray) -> np.ndarray:
+        if preprocessing.get("name") == "upstream":
+            square = resize_and_crop(Image.fromarray(pixels))
+        else:
+            square = central_square(pixels, crop)
+        return model.encode(torch.from_numpy(np.array(square))[None])[0].cpu().numpy()
+
+    return encode
+
+
+def hosts(host: str) -> list[str]:
+    """Names under which a browser may ask for the page, besides loopback's."""
+    if host in ANY:
+        return [socket.gethostname(), socket.getfqdn()]
+    return [f"[{host}]" if ":" in host else host]
+
+
+def announce(args: Namespace, index: Index, service: Any, pictures: Any, door: socket.socket) -> None:
+    sources = [source for part in index.parts for source in part.data]
+    places = ", ".join(dict.fromkeys(pictures.place(source) or "?" for source in sources))
+    print(f"{args.index}: {len(index):,} rows of {index.columns} dimensions, pictures from {places}")
+    if lacking := service.missing():
+        which = "the data set" if len(sources) == 1 else f"{lacking} of {len(sources)} data sets"
+        print(f"note: {which} cannot be used: pictures are missing, names are shown; --data says where they are")
+    if not _is_loopback(door.getsockname()[0]):
+        print(f"note: with --host {args.host} everybody who reaches this computer sees the data set")
+    shown = args.host if args.host not in ANY else "localhost"
+    shown = f"[{shown}]" if ":" in shown else shown
+    print(f"http://{shown}:{door.getsockname()[1]}   (Ctrl-C ends)", flush=True)
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,238 @@
+"""The service over HTTP. Made for loopback, where every page that a browser has open can send requests, too.
+
+    GET /  /static/NAME              the page, from this package alone
+    GET /api/index                   what there is
+    GET /api/random                  the number of a row
+    POST /api/query                  the bytes of an image -> {"query": key}
+    GET /api/neighbours ?row|query   exact at each prefix, and fast
+    GET /api/adaptive ?row|query &shortlist&nprobe&rerank    fast
+    GET /image/ROW ?size&version     JPEG
+
+Errors are {"error": one line}, and name nothing of the machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Awaitable, Callable, Collection
+from functools import partial
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
+
+from matryoshka.retrieval import RetrievalError
+from matryoshka.search_page.comparison import Choice
+from matryoshka.search_page.pictures import SIZES, Refusal
+from matryoshka.search_page.service import Service
+
+MAX_UPLOAD = 16 << 20
+UPLOADS, WORKERS = 4, 4  # at once; of uploads more are turned away, of the rest more wait
+PATIENCE = 30.0  # seconds for an upload
+LOOPBACK = frozenset(("localhost", "127.0.0.1", "[::1]"))
+STATIC = {
+    "page.html": "text/html", "style.css": "text/css", "behaviour.js": "text/javascript", "icon.svg": "image/svg+xml",
+}  # fmt: skip
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]/@]+)(:\d{1,5})?")
+OWN_FAULT = "the server failed; its output says why"
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+def make_app(
+    service: Service, hosts: Collection[str] = (), any_address: bool = False, max_upload: int = MAX_UPLOAD
+) -> Guard:
+    """An ASGI application. hosts: names, besides those of loopback, under which the page may be asked for;
+    any_address: also under every IP address, which unlike a name nobody can make point here. max_upload: bytes."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)  # the documentation's pages would load from a CDN
+    here = Path(__file__).parent
+    files = {name: (here / name).read_bytes() for name in STATIC}
+    working, showing = CapacityLimiter(WORKERS), CapacityLimiter(WORKERS)
+    uploads = 0
+
+    async def work(function: Callable[..., T], *args: Any, limiter: CapacityLimiter = working) -> T:
+        return await to_thread.run_sync(partial(function, *args), limiter=limiter)
+
+    def static(name: str) -> Response:
+        if name not in files:
+            raise HTTPException(404, "no such file")
+        return Response(files[name], media_type=STATIC[name], headers={"Cache-Control": "no-cache"})
+
+    @app.get("/")
+    async def page() -> Response:
+        return static("page.html")
+
+    @app.get("/static/{name}")
+    async def part_of_the_page(name: str) -> Response:
+        return static(name)
+
+    @app.get("/api/index")
+    async def index() -> JSONResponse:
+        return JSONResponse(await work(service.about) | {"max_upload": max_upload})
+
+    @app.get("/api/random")
+    async def random() -> JSONResponse:
+        return JSONResponse({"row": await work(service.any_row)})
+
+    @app.post("/api/query")
+    async def query(request: Request) -> JSONResponse:
+        nonlocal uploads
+        if uploads >= UPLOADS:
+            raise Refusal(503, "too many uploads at once; try again in a moment")
+        uploads += 1
+        try:
+            data = await body(request, max_upload)
+            return JSONResponse({"query": await work(service.ask, data)})
+        finally:
+            uploads -= 1
+
+    @app.get("/api/neighbours")
+    async def neighbours(
+        row: int | None = None,
+        query: str | None = None,
+        shortlist: int | None = None,
+        nprobe: int | None = None,
+        rerank: int | None = None,
+    ) -> JSONResponse:
+        return JSONResponse(await work(service.neighbours, row, query, choice(shortlist, nprobe, rerank)))
+
+    @app.get("/api/adaptive")
+    async def adaptive(
+        row: int | None = None,
+        query: str | None = None,
+        shortlist: int | None = None,
+        nprobe: int | None = None,
+        rerank: int | None = None,
+    ) -> JSONResponse:
+        return JSONResponse(await work(service.adaptive, row, query, choice(shortlist, nprobe, rerank)))
+
+    @app.get("/image/{row}")
+    async def image(row: int, size: int = 160, version: str | None = None) -> Response:
+        if not SIZES[0] <= size <= SIZES[1]:
+            raise Refusal(400, f"size: expected {SIZES[0]} to {SIZES[1]}")
+        jpeg = await work(service.picture, row, size, version, limiter=showing)
+        # row numbers mean something else in another version of the index
+        keep = "no-store" if version is None else "private, max-age=86400, immutable"
+        return Response(jpeg, media_type="image/jpeg", headers={"Cache-Control": keep})
+
+    handlers: dict[type[Exception], Callable[[Exception], tuple[int, str]]] = {
+        Refusal: lambda error: (getattr(error, "status", 400), str(error)),
+        RequestValidationError: lambda error: (400, _first(error)),
+        StarletteHTTPException: lambda error: (getattr(error, "status_code", 500), str(getattr(error, "detail", ""))),
+        RetrievalError: _damaged,
+        Exception: lambda _: (500, OWN_FAULT),  # goes to the log as well
+    }
+    for kind, say in handlers.items():
+        app.add_exception_handler(kind, partial(_answer, say))
+    # around all of the application: its middleware would not see the answer to an error of our own
+    return Guard(app, frozenset(host.lower() for host in hosts) | LOOPBACK, any_address)
+
+
+def choice(shortlist: int | None, nprobe: int | None, rerank: int | None) -> Choice | None:
+    """None unless all are given."""
+    if shortlist is None or nprobe is None or rerank is None:
+        return None
+    return Choice(shortlist, nprobe, rerank)
+
+
+async def body(request: Request, most: int) -> bytes:
+    """All of it. Refusal, as soon as it is known to be too much."""
+    too_large = Refusal(413, f"the picture has more than {most / (1 << 20):g} MB")
+    try:
+        if int(request.headers.get("content-length", 0)) > most:
+            raise too_large
+        data = bytearray()
+        async with asyncio.timeout(PATIENCE):
+            async for block in request.stream():
+                data += block
+                if len(data) > most:
+                    raise too_large
+    except TimeoutError:
+        raise Refusal(408, "the upload took too long") from None
+    except ClientDisconnect:
+        raise Refusal(400, "the upload was broken off") from None
+    return bytes(data)
+
+
+def _first(error: Any) -> str:
+    """What is wrong with a request's parameters; never their values."""
+    what = error.errors()[0]
+    return f"{what['loc'][-1]}: {what['msg']}"
+
+
+def _damaged(error: Exception) -> tuple[int, str]:
+    log.error("%s", error)
+    return 500, OWN_FAULT
+
+
+async def _answer(say: Callable[[Exception], tuple[int, str]], _: Request, error: Exception) -> JSONResponse:
+    status, message = say(error)
+    return JSONResponse({"error": message}, status, {"Cache-Control": "no-store"})
+
+
+class Guard:
+    """Lets pass what a browser sends for this page alone: by its Host (a foreign name that was made to point here
+    would be another), and by where the request comes from. Puts HEADERS on every answer."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]], hosts: frozenset[str], any_address: bool) -> None:
+        self._app, self._hosts, self._any_address = app, hosts, any_address
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def guarded(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers[name] = value
+                headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            refused = self._refused(scope)
+            answer = self._app if refused is None else JSONResponse({"error": refused}, 403)
+            await answer(scope, receive, guarded)
+
+    def _refused(self, scope: Any) -> str | None:
+        headers = Headers(scope=scope)
+        hosts = headers.getlist("host")
+        if len(hosts) != 1 or not self._known(hosts[0].lower()):
+            return "this address is not one of the server's; open it by the one that it printed"
+        site = headers.get("sec-fetch-site", "none")
+        link = scope["method"] == "GET" and scope["path"] == "/"
+        origin = headers.get("origin")
+        if (site not in ("none", "same-origin") and not link) or (
+            origin is not None and urlsplit(origin).netloc.lower() != hosts[0].lower()
+        ):
+            return "another site's pages may not ask this server"
+        return None
+
+    def _known(self, host: str) -> bool:
+        found = HOST.fullmatch(host)
+        if found is None:
+            return False
+        name = found[1]
+        if name in self._hosts:
+            return True
+        try:
+            return self._any_address and bool(ip_address(name.strip("[]")))
+        except ValueError:
+            return False

@@ -1,0 +1,317 @@
+"use strict";
+(() => {
+  const byId = (id) => document.getElementById(id);
+  const make = (name, className = "", text = null) => {
+    const node = document.createElement(name);
+    if (className) node.className = className;
+    if (text !== null) node.textContent = text;  // never HTML: names come from files
+    return node;
+  };
+  const count = (n) => n.toLocaleString("en");
+  const time = (ms) => `${Number(ms.toPrecision(2)).toLocaleString("en", { maximumFractionDigits: 6 })} ms`;
+  let about = null;   // what /api/index said
+  let asked = null;   // {row} or {query, picture}
+  let choice = {};    // of the sliders
+
+  // Light and dark: the system's choice until the button is used.
+  byId("theme").addEventListener("click", () => {
+    const root = document.documentElement;
+    const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+    root.dataset.theme = dark ? "light" : "dark";
+  });
+
+  // ------------------------------------------------------------ the server
+
+  const complain = (message) => {
+    byId("error").textContent = message;
+    byId("error").hidden = !message;
+  };
+
+  async function ask(address, options = {}) {
+    let answer;
+    try {
+      answer = await fetch(address, options);
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new Error("The server does not answer.");
+    }
+    const content = await answer.json().catch(() => ({}));
+    if (!answer.ok) throw new Error(sentence(content.error || `The server answered ${answer.status}.`));
+    return content;
+  }
+
+  const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (text.endsWith(".") ? "" : ".");
+
+  // What is asked last counts: a new question of a kind breaks off the one before.
+  function latest(work) {
+    let running = null;
+    return async (...args) => {
+      if (running) running.abort();
+      const mine = running = new AbortController();
+      try {
+        await work(mine.signal, ...args);
+        if (running === mine) complain("");
+      } catch (error) {
+        if (error.name !== "AbortError" && running === mine) complain(error.message);
+      } finally {
+        if (running === mine) running = null;
+      }
+    };
+  }
+
+  const parameters = (more = {}) => {
+    const who = asked.row === undefined ? { query: asked.query } : { row: asked.row };
+    return new URLSearchParams({ ...who, ...choice, ...more });
+  };
+
+  // ------------------------------------------------------------ what there is
+
+  async function learn(signal) {
+    about = await ask("/api/index", { signal });
+    const model = [about.model.arch, about.model.head.toUpperCase()].filter(Boolean).join(" ");
+    const classes = about.classes ? ` of ${count(about.classes)} classes` : "";
+    byId("title").textContent = about.name || "Search by prefix";
+    document.title = `${about.name || "Search"} – Matryoshka`;
+    byId("headline").textContent = `${count(about.rows)} images${classes}, ${about.columns} dimensions${model ? `, ${model}` : ""}`
+      + (about.certificate ? `; ${about.certificate}` : "");
+    byId("note").hidden = about.pictures;
+    byId("note").textContent = "The data set of the pictures is not where the index says: names are shown. "
+      + "Start the server with --data to have pictures.";
+    byId("recall-of").textContent = `exact neighbours found: recall@${about.neighbours}`;
+    byId("exact-of").textContent = `exact search, ${about.columns} dimensions`;
+    byId("legend").textContent = `also among the ${about.neighbours} nearest by all ${about.columns} dimensions`;
+    byId("shortlist-of").textContent = `by ${about.shortlist.dim} dimensions`;
+    byId("nprobe-of").textContent = `of ${count(about.nprobe.high)}`;
+    byId("nprobe-row").hidden = !about.nprobe.high;
+    byId("rerank-row").hidden = about.rerank.dims.length < 2;
+    byId("rerank").max = about.rerank.dims.length - 1;
+    reset();
+  }
+
+  // ------------------------------------------------------------ sliders
+
+  const scales = {
+    shortlist: () => [about.shortlist.low, about.shortlist.high],
+    nprobe: () => [1, Math.max(1, about.nprobe.high)],
+  };
+  const round = (value) => {  // to two digits: 200 rather than 203
+    const unit = 10 ** Math.max(0, Math.floor(Math.log10(value)) - 1);
+    return Math.round(value / unit) * unit;
+  };
+
+  function place(id) {
+    if (id === "rerank") return about.rerank.dims.indexOf(choice.rerank);
+    const [low, high] = scales[id]();
+    return high > low ? Math.round(100 * Math.log(choice[id] / low) / Math.log(high / low)) : 0;
+  }
+
+  function chosen(id) {
+    const at = Number(byId(id).value);
+    if (id === "rerank") return about.rerank.dims[at];
+    const [low, high] = scales[id]();
+    return at >= 100 ? high : Math.min(high, Math.max(low, round(low * (high / low) ** (at / 100))));
+  }
+
+  function say(id) {
+    const [value, unit] = { shortlist: [choice.shortlist, "rows"], nprobe: [choice.nprobe, "lists"], rerank: [choice.rerank, "dims"] }[id];
+    byId(`${id}-value`).replaceChildren(count(value), make("small", "", ` ${unit}`));
+    byId(id).setAttribute("aria-valuetext", `${count(value)} ${unit}`);
+  }
+
+  function reset() {
+    choice = { shortlist: about.shortlist.default, nprobe: about.nprobe.default, rerank: about.rerank.default };
+    for (const id of Object.keys(choice)) {
+      byId(id).value = place(id);
+      say(id);
+    }
+  }
+
+  let waiting = 0;
+  for (const id of ["shortlist", "nprobe", "rerank"]) {
+    byId(id).addEventListener("input", () => {
+      if (!about) return;
+      choice[id] = chosen(id);
+      say(id);
+      clearTimeout(waiting);
+      waiting = setTimeout(adapt, 80);
+    });
+  }
+  byId("reset").addEventListener("click", () => { if (about) { reset(); adapt(); } });
+
+  // ------------------------------------------------------------ searches
+
+  const adapt = latest(async (signal) => {
+    if (!asked) return;
+    const found = await ask(`/api/adaptive?${parameters()}`, { signal });
+    if (found.version !== about.version) return search();
+    adaptive(found);
+  });
+
+  const search = latest(async (signal) => {
+    const columns = byId("columns");
+    clearTimeout(waiting);
+    columns.setAttribute("aria-busy", "true");
+    try {
+      let found = await ask(`/api/neighbours?${parameters()}`, { signal });
+      if (found.version !== about.version) {  // the index has changed: other sliders, perhaps
+        await learn(signal);
+        found = await ask(`/api/neighbours?${parameters()}`, { signal });
+      }
+      show(found);
+    } finally {
+      if (!signal.aborted) columns.removeAttribute("aria-busy");
+    }
+  });
+
+  const begin = latest(async (signal) => {
+    await learn(signal);
+    const row = /^#row=(\d+)$/.exec(location.hash);
+    if (row) return go({ row: Number(row[1]) }, false);
+    if (about.rows) go(await ask("/api/random", { signal }), false);
+  });
+
+  const random = latest(async (signal) => go(await ask("/api/random", { signal })));
+
+  const upload = latest(async (signal, file) => {
+    if (!about) return;
+    if (file.size > about.max_upload) {
+      throw new Error(`The picture has ${(file.size / 2 ** 20).toFixed(1)} MB, more than ${about.max_upload / 2 ** 20}.`);
+    }
+    byId("columns").setAttribute("aria-busy", "true");
+    try {
+      const { query } = await ask("/api/query", { method: "POST", body: file, signal });
+      go({ query, name: file.name, picture: URL.createObjectURL(file) });  // kept: one may come back to it
+    } catch (error) {
+      byId("columns").removeAttribute("aria-busy");
+      throw error;
+    }
+  });
+
+  function go(next, remember = true) {
+    asked = next;
+    const hash = next.row === undefined ? location.pathname : `#row=${next.row}`;
+    history[remember ? "pushState" : "replaceState"](next, "", hash);
+    return search();
+  }
+
+  addEventListener("popstate", (event) => {
+    const row = /^#row=(\d+)$/.exec(location.hash);
+    asked = event.state || (row ? { row: Number(row[1]) } : asked);
+    if (asked && about) search();
+  });
+
+  // ------------------------------------------------------------ what is shown
+
+  const address = (row, size, version) => `/image/${row}?size=${size}&version=${version}`;
+  const called = (hit) => hit.class || hit.name;
+
+  function show(found) {
+    const uploaded = asked.row === undefined;
+    const what = uploaded ? { class: asked.name || "your image", name: "" } : found.query;
+    const picture = byId("picture"), said = byId("asked");
+    picture.alt = `query: ${called(what)}`;
+    picture.hidden = !uploaded && !about.pictures;
+    if (!picture.hidden) picture.src = uploaded ? asked.picture : address(asked.row, 480, found.version);
+    byId("empty").hidden = !picture.hidden;
+    byId("drop").classList.toggle("full", !picture.hidden);
+    said.replaceChildren(make("b", "", called(what)));
+    if (!uploaded) said.append(make("small", "", `row ${count(asked.row)}${what.class && what.name !== String(asked.row) ? `, ${what.name}` : ""}`));
+
+    const columns = found.columns.map((column) => {
+      const node = column_of(`${column.dim}`, "dims", column, found.version);
+      node.dataset.dim = column.dim;
+      return node;
+    });
+    byId("columns").replaceChildren(make("section", "column adaptive"), ...columns);
+    adaptive(found);
+  }
+
+  function adaptive({ adaptive: fast, version }) {
+    const node = column_of("Adaptive", "", fast, version);
+    node.classList.add("adaptive");
+    const before = document.querySelector(".column.adaptive");
+    if (before) before.replaceWith(node);
+    byId("recall").textContent = `${fast.agree} of ${fast.of}`;
+    byId("time").textContent = time(fast.ms);
+    byId("exact").textContent = time(fast.exact_ms);
+    byId("ratio").textContent = `${fast.ratio >= 10 ? count(Math.round(fast.ratio)) : fast.ratio.toFixed(1)}×`;
+    byId("setting").textContent = fast.setting;
+    byId("said").textContent = `Adaptive search found ${fast.agree} of ${fast.of} in ${time(fast.ms)}.`;
+  }
+
+  function column_of(title, unit, column, version) {
+    const node = make("section", "column"), head = make("h3"), name = make("span", "", title);
+    if (unit) name.append(make("small", "", ` ${unit}`));
+    head.append(name, make("small", "agree", `${column.agree} of ${column.of}`));
+    const share = make("div", "share"), part = make("span");
+    part.style.setProperty("--part", column.of ? column.agree / column.of : 0);
+    share.append(part);
+    const list = make("ol");
+    list.append(...column.hits.map((hit) => {
+      const item = make("li");
+      item.append(hit_of(hit, version));
+      return item;
+    }));
+    node.append(head, share, list);
+    if (!column.hits.length) node.append(make("p", "none", "nothing found"));
+    return node;
+  }
+
+  function hit_of(hit, version) {
+    const button = make("button", `hit${hit.agrees ? " agrees" : ""}${about.pictures ? "" : " bare"}`);
+    button.type = "button";
+    button.dataset.row = hit.row;
+    button.title = hit.class ? `${hit.class}\n${hit.name}` : hit.name;
+    const text = make("span"), what = make("span", "what", about.pictures ? called(hit) : [hit.class, hit.name].filter(Boolean).join(" – "));
+    const tick = hit.agrees ? make("span", "tick", "✓") : null;
+    if (tick) tick.setAttribute("aria-hidden", "true");
+    if (about.pictures) {
+      const frame = make("span", "frame"), image = make("img");
+      image.alt = "";  // the text beside it says the same
+      image.addEventListener("error", () => image.replaceWith("no picture"));
+      image.src = address(hit.row, 128, version);
+      frame.append(image);
+      if (tick) frame.append(tick);
+      button.append(frame);
+    } else if (tick) text.append(tick);
+    text.append(what, make("span", "cosine", hit.cosine.toFixed(3)));
+    if (hit.agrees) text.append(make("span", "hidden", `, ${byId("legend").textContent}`));
+    button.append(text);
+    button.addEventListener("click", () => {
+      go({ row: hit.row });
+      scrollTo({ top: 0 });
+      byId("scroll").focus({ preventScroll: true });  // the button is gone
+    });
+    const mark = (on) => {
+      for (const same of document.querySelectorAll(`.hit[data-row="${hit.row}"]`)) same.classList.toggle("same", on);
+    };
+    for (const event of ["pointerenter", "focus"]) button.addEventListener(event, () => mark(true));
+    for (const event of ["pointerleave", "blur"]) button.addEventListener(event, () => mark(false));
+    return button;
+  }
+
+  // ------------------------------------------------------------ pictures from outside
+
+  byId("random").addEventListener("click", random);
+  byId("file").addEventListener("change", (event) => {
+    if (event.target.files[0]) upload(event.target.files[0]);
+    event.target.value = "";  // the same file may be chosen again
+  });
+  addEventListener("paste", (event) => {
+    const file = [...(event.clipboardData?.files || [])].find((f) => f.type.startsWith("image/"));
+    if (file) upload(file);
+  });
+  addEventListener("dragover", (event) => {
+    event.preventDefault();
+    document.body.classList.add("dragging");
+  });
+  addEventListener("dragleave", (event) => { if (!event.relatedTarget) document.body.classList.remove("dragging"); });
+  addEventListener("drop", (event) => {
+    event.preventDefault();
+    document.body.classList.remove("dragging");
+    if (event.dataTransfer.files[0]) upload(event.dataTransfer.files[0]);
+  });
+
+  byId("picture").addEventListener("error", () => { byId("picture").hidden = true; byId("empty").hidden = false; });
+  begin();
+})();
