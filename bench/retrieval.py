@@ -33,6 +33,7 @@ from matryoshka.retrieval.rerank import head_of
 
 WIDTH, HEAD, K = 2048, 256, 10
 BATCHES = (1, 32, 1000)
+ALL = ("scans", "pipelines", "graphs")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--turns", type=int, default=3)
     p.add_argument("--seconds", type=float, default=1.0, help="of a turn, about")
     p.add_argument("--lists", type=int, default=0, help="of the inverted files; 0: 4 x sqrt(rows)")
-    p.add_argument("--only", nargs="+", choices=("scans", "pipelines"), default=("scans", "pipelines"))
+    p.add_argument("--only", nargs="+", choices=ALL, default=ALL, help="graphs: peers of the pipelines")
     p.add_argument("--no-record", action="store_true", help="do not append to bench/results/")
     args = p.parse_args(argv)
     import torch
@@ -235,7 +236,8 @@ def pipelines(rows: np.ndarray, queries: np.ndarray, truth: np.ndarray, args: ar
                 theirs, staged if k > 100 else short
             )
 
-    searches |= graphs(points, rows, head, args)
+    if "graphs" in args.only:
+        searches |= graphs(points, rows, head, args)
     searches |= upstream(rows)
     exact = exact_rate(rows, queries)
     print(f"exact, 2048 dims: {exact:.1f} q/s (faiss, flat, batch 1000)", flush=True)
