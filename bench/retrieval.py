@@ -17,6 +17,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -32,6 +33,7 @@ from matryoshka.retrieval.metrics import recall_against_exact, summarise_recall
 from matryoshka.retrieval.rerank import head_of
 
 WIDTH, HEAD, K = 2048, 256, 10
+BLOCK = 10_000  # points that are made together
 BATCHES = (1, 32, 1000)
 ALL = ("scans", "pipelines", "graphs")
 
@@ -73,43 +75,51 @@ def prepared(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarr
     stored, asked, known = (args.work / f"{name}_{args.rows}_{args.truth}.npy" for name in ("rows", "queries", "truth"))
     if not known.exists():
         print(f"making {args.rows:,} rows", flush=True)
-        generate(stored, asked, args.rows, args.truth)
+        generate(stored, asked, args.rows, args.truth, threads=args.threads)
         rows, queries = np.lib.format.open_memmap(stored, "r"), np.lib.format.open_memmap(asked, "r")
         started = time.perf_counter()
-        truth = np.concatenate([
-            exact_search(rows, queries[i : i + 2500], WIDTH, K).ids for i in range(0, len(queries), 2500)
-        ])  # fmt: skip
+        truth = exact_search(rows, queries, WIDTH, K).ids
         print(f"exact neighbours of {len(queries):,} queries: {time.perf_counter() - started:.0f} s", flush=True)
         np.save(known, truth)
     return tuple(np.lib.format.open_memmap(path, "r") for path in (stored, asked, known))  # type: ignore[return-value]
 
 
-def generate(stored: Path, asked: Path, rows: int, queries: int, seed: int = 0) -> None:
+def generate(stored: Path, asked: Path, rows: int, queries: int, seed: int = 0, threads: int = 2) -> None:
+    """A block of points is a function of (seed, its number), so that threads may make them in any order."""
     rng = np.random.default_rng(seed)
     scale = ((1 + np.arange(WIDTH) / 16) ** -0.6).astype(np.float32)
     parents = rng.standard_normal((50, WIDTH), dtype=np.float32)
     classes = parents[rng.integers(0, 50, 1000)] + 0.8 * rng.standard_normal((1000, WIDTH), dtype=np.float32)
     share = rng.dirichlet(np.full(64, 0.7), 1000).cumsum(1)
+
+    def points(block: int, n: int) -> np.ndarray:
+        rng = np.random.default_rng((seed, 1, block))
+        c = rng.integers(0, 1000, n)
+        sub = c * 64 + np.minimum((rng.random(n)[:, None] > share[c]).sum(1), 63)
+        order = np.argsort(sub, kind="stable")
+        noise = rng.lognormal(-0.7, 0.4, n).astype(np.float32)
+        raw = rng.standard_normal((n, WIDTH), dtype=np.float32)
+        raw *= noise[:, None]
+        raw += classes[c]
+        # the centre of a sub-cluster is a function of its number, as 64,000 of them would take 0.5 GB
+        for mine in np.split(order, np.flatnonzero(np.diff(sub[order])) + 1):
+            raw[mine] += 0.5 * np.random.default_rng((seed, 2, sub[mine[0]])).standard_normal(WIDTH, dtype=np.float32)
+        raw *= scale
+        return np.log1p(np.exp(raw, out=raw), out=raw)
+
+    def fill(out: np.ndarray, first_block: int) -> None:
+        def one(first: int) -> None:
+            part = out[first : first + BLOCK]
+            part[:] = points(first_block + first // BLOCK, len(part))
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(one, range(0, len(out), BLOCK)))
+
     temporary = stored.with_suffix(".tmp")
     out = np.lib.format.open_memmap(temporary, "w+", np.float16, (rows, WIDTH))
     whole = np.empty((queries, WIDTH), np.float32)
-
-    def points(n: int) -> np.ndarray:
-        c = rng.integers(0, 1000, n)
-        sub = np.minimum((rng.random(n)[:, None] > share[c]).sum(1), 63)
-        # the centre of a sub-cluster is a function of its number, as 64,000 of them would take 0.5 GB
-        offsets = np.empty((n, WIDTH), np.float32)
-        for key in np.unique(c * 64 + sub):
-            mine = c * 64 + sub == key
-            offsets[mine] = np.random.default_rng((seed, int(key))).standard_normal(WIDTH, dtype=np.float32)
-        noise = rng.lognormal(-0.7, 0.4, n).astype(np.float32)[:, None]
-        raw = classes[c] + 0.5 * offsets + noise * rng.standard_normal((n, WIDTH), dtype=np.float32)
-        return np.log1p(np.exp(np.clip(raw * scale, -20, 20)))
-
-    for first in range(0, rows, 20_000):
-        out[first : first + 20_000] = points(min(20_000, rows - first))
-    for first in range(0, queries, 20_000):
-        whole[first : first + 20_000] = points(min(20_000, queries - first))
+    fill(out, 0)
+    fill(whole, -(-rows // BLOCK))
     out.flush()
     np.save(asked, whole)
     os.replace(temporary, stored)

@@ -45,7 +45,7 @@ struct Kernels {
   void (*dot_single)(const float* const* rows, const float* query, size_t n, float* dots, float* squares);
 };
 
-extern const Kernels kPortable, kAvx2, kVnni;
+extern const Kernels kPortable, kAvx2, kVnni, kNeon, kDotprod;  // those of this kind of CPU are there
 
 // The best that this CPU has; those that it has, best first, null at the end.
 const Kernels* const* available();

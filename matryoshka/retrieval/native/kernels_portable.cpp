@@ -108,26 +108,4 @@ void dot_single(const float* const* rows, const float* query, size_t n, float* d
 
 const Kernels kPortable = {"portable", scan_codes, scan_bits, dot_half, dot_single};
 
-const Kernels* const* available() {
-  struct List {
-    const Kernels* found[4] = {};
-    List() {
-      size_t n = 0;
-#ifdef MATRYOSHKA_X86_64
-      __builtin_cpu_init();
-      const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("f16c");
-      const bool vnni = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
-                        __builtin_cpu_supports("avx512vpopcntdq");
-      if (avx2 && vnni) found[n++] = &kVnni;
-      if (avx2) found[n++] = &kAvx2;
-#endif
-      found[n] = &kPortable;
-    }
-  };
-  static const List list;
-  return list.found;
-}
-
 }  // namespace matryoshka::search

@@ -1,0 +1,4 @@
+#include "kernels.hpp"
+#include "kernels_neon.inc"
+
+const matryoshka::search::Kernels matryoshka::search::kNeon = {"neon", scan_codes, scan_bits, dot<uint16_t>, dot<float>};

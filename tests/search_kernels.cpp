@@ -1,0 +1,132 @@
+// Every search kernel that this CPU has against plain loops, for CPUs that no Python runs on here: test_cross.py compiles
+// it for them and lets an emulator run it. Prints a line for each kernel; exit status 1 at the first difference.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <set>
+#include <vector>
+
+#include "kernels.hpp"
+
+using namespace matryoshka::search;
+
+namespace {
+
+std::mt19937 rng(7);
+
+int draw(int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); }
+
+// What a scan of the rows first .. end finds above the threshold, in rounds of little room.
+template <class Scan>
+std::set<uint64_t> found_by(Scan scan, size_t first, size_t end, int32_t threshold) {
+  std::set<uint64_t> all;
+  std::vector<uint64_t> keys(kBlock + static_cast<size_t>(draw(0, 100)));
+  while (first < end) {
+    Found found{threshold, keys.data(), 0, keys.size()};
+    const size_t stopped = scan(first, end, found);
+    if (stopped <= first || found.count + found.room != keys.size()) return {};
+    all.insert(keys.begin(), keys.begin() + static_cast<long>(found.count));
+    first = stopped;
+  }
+  return all;
+}
+
+bool codes_agree(const Kernels& kernels) {
+  const size_t chunks = static_cast<size_t>(draw(1, 40)), width = 4 * chunks, rows = static_cast<size_t>(draw(1, 400));
+  const size_t room = (rows + kBlock - 1) / kBlock * kBlock;
+  const int most = draw(0, 1) ? 127 : 1;
+  std::vector<uint8_t> codes(room * width), packed(room * width);
+  std::vector<int8_t> query(width);
+  for (auto& code : codes) code = static_cast<uint8_t>(draw(0, most));
+  for (auto& q : query) q = static_cast<int8_t>(draw(0, 3) ? draw(-127, 127) : draw(0, 1) * 254 - 127);
+  for (size_t row = 0; row < room; ++row)
+    for (size_t d = 0; d < width; ++d)
+      packed[row / 16 * 16 * width + d / 4 * 64 + row % 16 * 4 + d % 4] = codes[row * width + d];
+  const size_t first = static_cast<size_t>(draw(0, static_cast<int>(rows / kBlock))) * kBlock;
+  const int32_t threshold = draw(0, 3) ? draw(-20000, 20000) : INT32_MIN;
+  std::set<uint64_t> expected;
+  for (size_t row = first; row < rows; ++row) {
+    int32_t score = 0;
+    for (size_t d = 0; d < width; ++d) score += codes[row * width + d] * query[d];
+    if (score > threshold) expected.insert(make_key(score, static_cast<uint32_t>(row)));
+  }
+  return expected == found_by([&](size_t a, size_t b, Found& found) {
+    return kernels.scan_codes(packed.data(), a, b, chunks, query.data(), found); }, first, rows, threshold);
+}
+
+bool bits_agree(const Kernels& kernels) {
+  const size_t words = static_cast<size_t>(draw(1, draw(0, 4) ? 9 : 70)), rows = static_cast<size_t>(draw(1, 300));
+  const size_t room = (rows + kBlock - 1) / kBlock * kBlock;
+  std::vector<uint64_t> bits(room * words), packed(room * words), query(words);
+  const bool extreme = !draw(0, 3);  // all bits differ: the highest counts
+  for (auto& word : bits) word = extreme ? ~0ull : static_cast<uint64_t>(rng()) << 32 | rng();
+  for (auto& word : query) word = extreme ? 0 : static_cast<uint64_t>(rng()) << 32 | rng();
+  for (size_t row = 0; row < room; ++row)
+    for (size_t w = 0; w < words; ++w) packed[row / 8 * 8 * words + w * 8 + row % 8] = bits[row * words + w];
+  const int middle = static_cast<int>(32 * words);
+  const int32_t threshold = draw(0, 3) ? -draw(middle - 20, middle + 20) : INT32_MIN;
+  std::set<uint64_t> expected;
+  for (size_t row = 0; row < rows; ++row) {
+    int32_t score = 0;
+    for (size_t w = 0; w < words; ++w)
+      for (int bit = 0; bit < 64; ++bit) score -= (bits[row * words + w] ^ query[w]) >> bit & 1;
+    if (score > threshold) expected.insert(make_key(score, static_cast<uint32_t>(row)));
+  }
+  return expected == found_by([&](size_t a, size_t b, Found& found) {
+    return kernels.scan_bits(packed.data(), a, b, words, query.data(), found); }, 0, rows, threshold);
+}
+
+// A float as half precision and back, for values that half precision has.
+uint16_t as_half(int thousandths, float* value) {  // 0 or +-(1024 .. 2047) x 2^-14 .. 2^0, or a subnormal
+  if (thousandths % 7 == 0) return *value = 0, 0;
+  const bool subnormal = thousandths % 5 == 0;
+  const int exponent = subnormal ? 0 : 1 + std::abs(thousandths) % 15, mantissa = std::abs(thousandths) % 1024;
+  *value = std::ldexp(static_cast<float>(subnormal ? mantissa : 1024 + mantissa), (subnormal ? 1 : exponent) - 25);
+  if (thousandths < 0) *value = -*value;
+  return static_cast<uint16_t>((thousandths < 0 ? 0x8000 : 0) | exponent << 10 | mantissa);
+}
+
+bool dots_agree(const Kernels& kernels) {
+  const size_t n = static_cast<size_t>(draw(1, 70));
+  std::vector<uint16_t> halves[kTogether];
+  std::vector<float> singles[kTogether], query(n);
+  const uint16_t* half_rows[kTogether];
+  const float* single_rows[kTogether];
+  for (auto& q : query) q = static_cast<float>(draw(-1000, 1000)) / 997;
+  for (size_t r = 0; r < kTogether; ++r) {
+    halves[r].resize(n);
+    singles[r].resize(n);
+    for (size_t i = 0; i < n; ++i) halves[r][i] = as_half(draw(-30000, 30000), &singles[r][i]);
+    half_rows[r] = halves[r].data();
+    single_rows[r] = singles[r].data();
+  }
+  for (const bool half : {true, false}) {
+    float dots[kTogether] = {1, 2, 3, 4}, squares[kTogether] = {5, 6, 7, 8};
+    if (half) kernels.dot_half(half_rows, query.data(), n, dots, squares);
+    else kernels.dot_single(single_rows, query.data(), n, dots, squares);
+    for (size_t r = 0; r < kTogether; ++r) {
+      double dot = 1 + static_cast<double>(r), square = 5 + static_cast<double>(r), size = 1;
+      for (size_t i = 0; i < n; ++i) {
+        const double x = singles[r][i];
+        dot += x * query[i];
+        square += x * x;
+        size += std::fabs(x * query[i]) + x * x;
+      }
+      if (!(std::fabs(dots[r] - dot) < 1e-5 * size && std::fabs(squares[r] - square) < 1e-5 * size)) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  for (const Kernels* const* one = available(); *one; ++one) {
+    for (int i = 0; i < 400; ++i) {
+      const char* wrong = !codes_agree(**one) ? "codes" : !bits_agree(**one) ? "bits" : !dots_agree(**one) ? "products" : nullptr;
+      if (wrong) return std::printf("%s: %s differ in case %d\n", (*one)->name, wrong, i), 1;
+    }
+    std::printf("%s agrees\n", (*one)->name);
+  }
+}
