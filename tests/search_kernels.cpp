@@ -17,64 +17,85 @@ std::mt19937 rng(7);
 
 int draw(int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); }
 
-// What a scan of the rows first .. end finds above the threshold, in rounds of little room.
+using Keys = std::set<uint64_t>;
+
+// What a scan of the rows first .. end finds for each query above its threshold, in rounds of little room.
 template <class Scan>
-std::set<uint64_t> found_by(Scan scan, size_t first, size_t end, int32_t threshold) {
-  std::set<uint64_t> all;
-  std::vector<uint64_t> keys(kBlock + static_cast<size_t>(draw(0, 100)));
+std::vector<Keys> found_by(Scan scan, size_t first, size_t end, const std::vector<int32_t>& thresholds) {
+  const size_t count = thresholds.size();
+  std::vector<Keys> all(count);
+  std::vector<std::vector<uint64_t>> keys(count);
+  for (auto& some : keys) some.resize(kBlock + static_cast<size_t>(draw(0, 100)));
   while (first < end) {
-    Found found{threshold, keys.data(), 0, keys.size()};
-    const size_t stopped = scan(first, end, found);
-    if (stopped <= first || found.count + found.room != keys.size()) return {};
-    all.insert(keys.begin(), keys.begin() + static_cast<long>(found.count));
+    std::vector<Found> found;
+    Found* pointers[kQueries];
+    for (size_t q = 0; q < count; ++q) found.push_back({thresholds[q], keys[q].data(), 0, keys[q].size()});
+    for (size_t q = 0; q < count; ++q) pointers[q] = &found[q];
+    const size_t stopped = scan(first, end, count, pointers);
+    if (stopped <= first) return {};
+    for (size_t q = 0; q < count; ++q) {
+      if (found[q].count + found[q].room != keys[q].size()) return {};
+      all[q].insert(keys[q].begin(), keys[q].begin() + static_cast<long>(found[q].count));
+    }
     first = stopped;
   }
   return all;
 }
 
 bool codes_agree(const Kernels& kernels) {
-  const size_t chunks = static_cast<size_t>(draw(1, 40)), width = 4 * chunks, rows = static_cast<size_t>(draw(1, 400));
+  const size_t chunks = static_cast<size_t>(draw(0, 3) ? draw(1, 40) : 1 << draw(1, 4));
+  const size_t width = 4 * chunks, rows = static_cast<size_t>(draw(1, 400)), count = static_cast<size_t>(draw(1, 4));
   const size_t room = (rows + kBlock - 1) / kBlock * kBlock;
   const int most = draw(0, 1) ? 127 : 1;
   std::vector<uint8_t> codes(room * width), packed(room * width);
-  std::vector<int8_t> query(width);
+  std::vector<int8_t> queries(count * width);
   for (auto& code : codes) code = static_cast<uint8_t>(draw(0, most));
-  for (auto& q : query) q = static_cast<int8_t>(draw(0, 3) ? draw(-127, 127) : draw(0, 1) * 254 - 127);
+  for (auto& q : queries) q = static_cast<int8_t>(draw(0, 3) ? draw(-127, 127) : draw(0, 1) * 254 - 127);
   for (size_t row = 0; row < room; ++row)
     for (size_t d = 0; d < width; ++d)
       packed[row / 16 * 16 * width + d / 4 * 64 + row % 16 * 4 + d % 4] = codes[row * width + d];
   const size_t first = static_cast<size_t>(draw(0, static_cast<int>(rows / kBlock))) * kBlock;
-  const int32_t threshold = draw(0, 3) ? draw(-20000, 20000) : INT32_MIN;
-  std::set<uint64_t> expected;
-  for (size_t row = first; row < rows; ++row) {
-    int32_t score = 0;
-    for (size_t d = 0; d < width; ++d) score += codes[row * width + d] * query[d];
-    if (score > threshold) expected.insert(make_key(score, static_cast<uint32_t>(row)));
+  std::vector<int32_t> thresholds;
+  std::vector<Keys> expected(count);
+  const int8_t* pointers[kQueries];
+  for (size_t q = 0; q < count; ++q) {
+    pointers[q] = queries.data() + q * width;
+    thresholds.push_back(draw(0, 3) ? draw(-20000, 20000) : INT32_MIN);
+    for (size_t row = first; row < rows; ++row) {
+      int32_t score = 0;
+      for (size_t d = 0; d < width; ++d) score += codes[row * width + d] * pointers[q][d];
+      if (score > thresholds[q]) expected[q].insert(make_key(score, static_cast<uint32_t>(row)));
+    }
   }
-  return expected == found_by([&](size_t a, size_t b, Found& found) {
-    return kernels.scan_codes(packed.data(), a, b, chunks, query.data(), found); }, first, rows, threshold);
+  return expected == found_by([&](size_t a, size_t b, size_t n, Found* const* found) {
+    return kernels.scan_codes(packed.data(), a, b, chunks, pointers, n, found); }, first, rows, thresholds);
 }
 
 bool bits_agree(const Kernels& kernels) {
   const size_t words = static_cast<size_t>(draw(1, draw(0, 4) ? 9 : 70)), rows = static_cast<size_t>(draw(1, 300));
-  const size_t room = (rows + kBlock - 1) / kBlock * kBlock;
-  std::vector<uint64_t> bits(room * words), packed(room * words), query(words);
+  const size_t room = (rows + kBlock - 1) / kBlock * kBlock, count = static_cast<size_t>(draw(1, 4));
+  std::vector<uint64_t> bits(room * words), packed(room * words), queries(count * words);
   const bool extreme = !draw(0, 3);  // all bits differ: the highest counts
   for (auto& word : bits) word = extreme ? ~0ull : static_cast<uint64_t>(rng()) << 32 | rng();
-  for (auto& word : query) word = extreme ? 0 : static_cast<uint64_t>(rng()) << 32 | rng();
+  for (auto& word : queries) word = extreme ? 0 : static_cast<uint64_t>(rng()) << 32 | rng();
   for (size_t row = 0; row < room; ++row)
     for (size_t w = 0; w < words; ++w) packed[row / 8 * 8 * words + w * 8 + row % 8] = bits[row * words + w];
   const int middle = static_cast<int>(32 * words);
-  const int32_t threshold = draw(0, 3) ? -draw(middle - 20, middle + 20) : INT32_MIN;
-  std::set<uint64_t> expected;
-  for (size_t row = 0; row < rows; ++row) {
-    int32_t score = 0;
-    for (size_t w = 0; w < words; ++w)
-      for (int bit = 0; bit < 64; ++bit) score -= (bits[row * words + w] ^ query[w]) >> bit & 1;
-    if (score > threshold) expected.insert(make_key(score, static_cast<uint32_t>(row)));
+  std::vector<int32_t> thresholds;
+  std::vector<Keys> expected(count);
+  const uint64_t* pointers[kQueries];
+  for (size_t q = 0; q < count; ++q) {
+    pointers[q] = queries.data() + q * words;
+    thresholds.push_back(draw(0, 3) ? -draw(middle - 20, middle + 20) : INT32_MIN);
+    for (size_t row = 0; row < rows; ++row) {
+      int32_t score = 0;
+      for (size_t w = 0; w < words; ++w)
+        for (int bit = 0; bit < 64; ++bit) score -= (bits[row * words + w] ^ pointers[q][w]) >> bit & 1;
+      if (score > thresholds[q]) expected[q].insert(make_key(score, static_cast<uint32_t>(row)));
+    }
   }
-  return expected == found_by([&](size_t a, size_t b, Found& found) {
-    return kernels.scan_bits(packed.data(), a, b, words, query.data(), found); }, 0, rows, threshold);
+  return expected == found_by([&](size_t a, size_t b, size_t n, Found* const* found) {
+    return kernels.scan_bits(packed.data(), a, b, words, pointers, n, found); }, 0, rows, thresholds);
 }
 
 // A float as half precision and back, for values that half precision has.

@@ -52,7 +52,7 @@ def overlap(a, b):
 
 @st.composite
 def scans(draw):
-    rows, chunks = draw(st.integers(0, 300)), draw(st.integers(1, 9))
+    rows, chunks = draw(st.integers(0, 300)), draw(st.one_of(st.integers(1, 9), st.integers(15, 17)))
     few = draw(st.sampled_from([2, 128]))  # few different codes: many equal scores
     return rows, chunks, draw(st.integers(1, 40)), draw(st.integers(1, 12)), few, draw(st.integers(0, 99))
 

@@ -14,38 +14,38 @@ inline __m256i spread(const int8_t* four) {
   return _mm256_set1_epi32(bits);
 }
 
-size_t scan_codes(const uint8_t* codes, size_t first, size_t end, size_t chunks, const int8_t* query, Found& found) {
+size_t scan_codes(const uint8_t* codes, size_t first, size_t end, size_t chunks, const int8_t* const* queries,
+                  size_t count, Found* const* found) {
   const __m256i ones = _mm256_set1_epi16(1);
   const size_t group = chunks * kGroup * kChunk;  // bytes
-  for (; first < end && found.room >= kBlock; first += kBlock) {
-    const uint8_t* at = codes + first * chunks * kChunk;
-    __m256i sums[8];
-    for (auto& sum : sums) sum = _mm256_setzero_si256();
-    for (size_t c = 0; c < chunks; ++c, at += kGroup * kChunk) {
-      const __m256i q = spread(query + c * kChunk);
+  for (; first < end && has_room(found, count); first += kBlock) {
+    for (size_t query = 0; query < count; ++query) {
+      const uint8_t* at = codes + first * chunks * kChunk;
+      __m256i sums[8];
+      for (auto& sum : sums) sum = _mm256_setzero_si256();
+      for (size_t c = 0; c < chunks; ++c, at += kGroup * kChunk) {
+        const __m256i q = spread(queries[query] + c * kChunk);
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        const auto* place = reinterpret_cast<const __m256i*>(at + static_cast<size_t>(i / 2) * group + i % 2 * 32);
-        const __m256i pairs = _mm256_maddubs_epi16(_mm256_loadu_si256(place), q);
-        sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, ones));
+        for (int i = 0; i < 8; ++i) {
+          const auto* place = reinterpret_cast<const __m256i*>(at + static_cast<size_t>(i / 2) * group + i % 2 * 32);
+          const __m256i pairs = _mm256_maddubs_epi16(_mm256_loadu_si256(place), q);
+          sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, ones));
+        }
       }
-    }
-    __m256i best = sums[0];
-    for (int i = 1; i < 8; ++i) best = _mm256_max_epi32(best, sums[i]);
-    const __m256i threshold = _mm256_set1_epi32(found.threshold);
-    if (_mm256_testz_si256(_mm256_cmpgt_epi32(best, threshold), _mm256_set1_epi32(-1))) continue;
-    for (int i = 0; i < 8; ++i) {
-      auto mask = static_cast<unsigned>(
-          _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(sums[i], threshold))));
-      if (!mask) continue;
-      alignas(32) int32_t scores[8];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(scores), sums[i]);
-      for (; mask; mask &= mask - 1) {
-        const int lane = __builtin_ctz(mask);
-        const size_t row = first + static_cast<size_t>(8 * i + lane);
-        if (row >= end) break;
-        found.keys[found.count++] = make_key(scores[lane], static_cast<uint32_t>(row));
-        --found.room;
+      __m256i best = sums[0];
+      for (int i = 1; i < 8; ++i) best = _mm256_max_epi32(best, sums[i]);
+      const __m256i threshold = _mm256_set1_epi32(found[query]->threshold);
+      if (_mm256_testz_si256(_mm256_cmpgt_epi32(best, threshold), _mm256_set1_epi32(-1))) continue;
+      for (size_t i = 0; i < 8; ++i) {
+        auto mask = static_cast<unsigned>(
+            _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(sums[i], threshold))));
+        if (!mask) continue;
+        alignas(32) int32_t scores[8];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(scores), sums[i]);
+        for (; mask; mask &= mask - 1) {
+          const auto lane = static_cast<size_t>(__builtin_ctz(mask));
+          found[query]->add(scores[lane], first + 8 * i + lane, end);
+        }
       }
     }
   }
@@ -63,53 +63,52 @@ inline __m256i count_bytes(__m256i x) {
 
 // Counts of 64 rows stay in registers: one branch for all of them instead of one each.
 template <size_t kWords>
-size_t scan_bits_of(const uint64_t* bits, size_t first, size_t end, size_t words, const uint64_t* query, Found& found) {
+size_t scan_bits_of(const uint64_t* bits, size_t first, size_t end, size_t words, const uint64_t* const* queries,
+                    size_t count, Found* const* found) {
   if (kWords) words = kWords;
   const __m256i zero = _mm256_setzero_si256();
-  for (; first < end && found.room >= kBlock; first += kBlock) {
-    const auto* place = reinterpret_cast<const __m256i*>(bits + first * words);
-    __m256i counts[8];
-    for (auto& count : counts) {
-      __m256i sum0 = zero, sum1 = zero;
-      for (size_t w = 0; w < words;) {
-        __m256i bytes0 = zero, bytes1 = zero;
-        for (const size_t some = w + 31 < words ? w + 31 : words; w < some; ++w, place += 2) {  // 31 x 8 < 256
-          const __m256i q = _mm256_set1_epi64x(static_cast<int64_t>(query[w]));
-          bytes0 = _mm256_add_epi8(bytes0, count_bytes(_mm256_xor_si256(_mm256_loadu_si256(place), q)));
-          bytes1 = _mm256_add_epi8(bytes1, count_bytes(_mm256_xor_si256(_mm256_loadu_si256(place + 1), q)));
+  for (; first < end && has_room(found, count); first += kBlock) {
+    for (size_t query = 0; query < count; ++query) {
+      const auto* place = reinterpret_cast<const __m256i*>(bits + first * words);
+      __m256i counts[8];
+      for (auto& some_counts : counts) {
+        __m256i sum0 = zero, sum1 = zero;
+        for (size_t w = 0; w < words;) {
+          __m256i bytes0 = zero, bytes1 = zero;
+          for (const size_t some = w + 31 < words ? w + 31 : words; w < some; ++w, place += 2) {  // 31 x 8 < 256
+            const __m256i q = _mm256_set1_epi64x(static_cast<int64_t>(queries[query][w]));
+            bytes0 = _mm256_add_epi8(bytes0, count_bytes(_mm256_xor_si256(_mm256_loadu_si256(place), q)));
+            bytes1 = _mm256_add_epi8(bytes1, count_bytes(_mm256_xor_si256(_mm256_loadu_si256(place + 1), q)));
+          }
+          sum0 = _mm256_add_epi64(sum0, _mm256_sad_epu8(bytes0, zero));
+          sum1 = _mm256_add_epi64(sum1, _mm256_sad_epu8(bytes1, zero));
         }
-        sum0 = _mm256_add_epi64(sum0, _mm256_sad_epu8(bytes0, zero));
-        sum1 = _mm256_add_epi64(sum1, _mm256_sad_epu8(bytes1, zero));
+        some_counts = _mm256_or_si256(sum0, _mm256_slli_epi64(sum1, 32));  // rows 0 4 1 5 2 6 3 7
       }
-      count = _mm256_or_si256(sum0, _mm256_slli_epi64(sum1, 32));  // rows 0 4 1 5 2 6 3 7
-    }
-    __m256i least = counts[0];
-    for (int i = 1; i < 8; ++i) least = _mm256_min_epi32(least, counts[i]);
-    // fewer than this: above the threshold
-    const __m256i limit = _mm256_set1_epi32(found.threshold < -INT32_MAX ? INT32_MAX : -found.threshold);
-    if (!_mm256_movemask_epi8(_mm256_cmpgt_epi32(limit, least))) continue;
-    for (int i = 0; i < 8; ++i) {
-      alignas(32) int32_t different[8];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(different), counts[i]);
-      for (int j = 0; j < 8; ++j) {
-        const int32_t score = -different[j % 4 * 2 + j / 4];
-        const size_t row = first + static_cast<size_t>(8 * i + j);
-        if (score <= found.threshold || row >= end) continue;
-        found.keys[found.count++] = make_key(score, static_cast<uint32_t>(row));
-        --found.room;
+      __m256i least = counts[0];
+      for (int i = 1; i < 8; ++i) least = _mm256_min_epi32(least, counts[i]);
+      Found& mine = *found[query];
+      // fewer than this: above the threshold
+      const __m256i limit = _mm256_set1_epi32(mine.threshold < -INT32_MAX ? INT32_MAX : -mine.threshold);
+      if (!_mm256_movemask_epi8(_mm256_cmpgt_epi32(limit, least))) continue;
+      for (size_t i = 0; i < 8; ++i) {
+        alignas(32) int32_t different[8];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(different), counts[i]);
+        for (size_t j = 0; j < 8; ++j) mine.add(-different[j % 4 * 2 + j / 4], first + 8 * i + j, end);
       }
     }
   }
   return first;
 }
 
-size_t scan_bits(const uint64_t* bits, size_t first, size_t end, size_t words, const uint64_t* query, Found& found) {
+size_t scan_bits(const uint64_t* bits, size_t first, size_t end, size_t words, const uint64_t* const* queries,
+                 size_t count, Found* const* found) {
   switch (words) {
-    case 1: return scan_bits_of<1>(bits, first, end, words, query, found);
-    case 2: return scan_bits_of<2>(bits, first, end, words, query, found);
-    case 4: return scan_bits_of<4>(bits, first, end, words, query, found);
-    case 8: return scan_bits_of<8>(bits, first, end, words, query, found);
-    default: return scan_bits_of<0>(bits, first, end, words, query, found);
+    case 1: return scan_bits_of<1>(bits, first, end, words, queries, count, found);
+    case 2: return scan_bits_of<2>(bits, first, end, words, queries, count, found);
+    case 4: return scan_bits_of<4>(bits, first, end, words, queries, count, found);
+    case 8: return scan_bits_of<8>(bits, first, end, words, queries, count, found);
+    default: return scan_bits_of<0>(bits, first, end, words, queries, count, found);
   }
 }
 

@@ -28,24 +28,21 @@ float half_to_float(uint16_t half) {
   return value;
 }
 
-size_t scan_codes(const uint8_t* codes, size_t first, size_t end, size_t chunks, const int8_t* query, Found& found) {
-  for (; first < end && found.room >= kBlock; first += kBlock) {
-    for (size_t group = 0; group < kBlock; group += kGroup) {
+size_t scan_codes(const uint8_t* codes, size_t first, size_t end, size_t chunks, const int8_t* const* queries,
+                  size_t count, Found* const* found) {
+  for (; first < end && has_room(found, count); first += kBlock) {
+    for (size_t at = 0; at < count * kBlock; at += kGroup) {
+      const size_t q = at / kBlock, group = at % kBlock;
       int32_t scores[kGroup] = {};
       const uint8_t* chunk = codes + (first + group) * chunks * kChunk;
       for (size_t c = 0; c < chunks; ++c, chunk += kGroup * kChunk) {
         for (size_t row = 0; row < kGroup; ++row) {
           int32_t sum = 0;
-          for (size_t i = 0; i < kChunk; ++i) sum += chunk[row * kChunk + i] * query[c * kChunk + i];
+          for (size_t i = 0; i < kChunk; ++i) sum += chunk[row * kChunk + i] * queries[q][c * kChunk + i];
           scores[row] += sum;
         }
       }
-      for (size_t row = 0; row < kGroup; ++row) {
-        if (scores[row] > found.threshold && first + group + row < end) {
-          found.keys[found.count++] = make_key(scores[row], static_cast<uint32_t>(first + group + row));
-          --found.room;
-        }
-      }
+      for (size_t row = 0; row < kGroup; ++row) found[q]->add(scores[row], first + group + row, end);
     }
   }
   return first;
@@ -59,19 +56,16 @@ inline int popcount(uint64_t x) {
 #endif
 }
 
-size_t scan_bits(const uint64_t* bits, size_t first, size_t end, size_t words, const uint64_t* query, Found& found) {
-  for (; first < end && found.room >= kBlock; first += kBlock) {
-    for (size_t group = 0; group < kBlock; group += kBitGroup) {
+size_t scan_bits(const uint64_t* bits, size_t first, size_t end, size_t words, const uint64_t* const* queries,
+                 size_t count, Found* const* found) {
+  for (; first < end && has_room(found, count); first += kBlock) {
+    for (size_t at = 0; at < count * kBlock; at += kBitGroup) {
+      const size_t q = at / kBlock, group = at % kBlock;
       int32_t scores[kBitGroup] = {};
       const uint64_t* word = bits + (first + group) * words;
       for (size_t w = 0; w < words; ++w)
-        for (size_t row = 0; row < kBitGroup; ++row) scores[row] -= popcount(*word++ ^ query[w]);
-      for (size_t row = 0; row < kBitGroup; ++row) {
-        if (scores[row] > found.threshold && first + group + row < end) {
-          found.keys[found.count++] = make_key(scores[row], static_cast<uint32_t>(first + group + row));
-          --found.room;
-        }
-      }
+        for (size_t row = 0; row < kBitGroup; ++row) scores[row] -= popcount(*word++ ^ queries[q][w]);
+      for (size_t row = 0; row < kBitGroup; ++row) found[q]->add(scores[row], first + group + row, end);
     }
   }
   return first;

@@ -12,7 +12,7 @@
 namespace matryoshka::search {
 namespace {
 
-constexpr size_t kTileBytes = 128 << 10;  // of rows that all queries pass over while they are in the second-level cache
+constexpr size_t kTileBytes = 32 << 10;  // of rows that all queries pass over while the nearest caches have them
 constexpr size_t kGrouped = 1024;          // queries that pass over the lists together
 constexpr int32_t kLowest = std::numeric_limits<int32_t>::min();
 
@@ -60,6 +60,46 @@ class Best {
  private:
   size_t k_, capacity_;
   Found found_;
+};
+
+// Some queries that pass over the same rows together, kQueries at a time.
+class Together {
+ public:
+  Together(const Kernels& kernels, const Rows& rows, const uint8_t* queries, std::vector<Best>& best)
+      : kernels_(kernels), rows_(rows), queries_(queries), best_(best) {}
+
+  // Query q of best and queries is one of them; full: `scan` has to come before another one.
+  bool add(size_t q) {
+    at_[count_] = queries_ + q * rows_.query_bytes();
+    mine_[count_] = &best_[q];
+    found_[count_] = &mine_[count_]->found();
+    return ++count_ == kQueries;
+  }
+
+  // keep: whether a new key counts, which it may change. tie: see Best::shrink.
+  template <class Keep>
+  void scan(size_t first, size_t end, bool tie, Keep keep) {
+    while (count_ && first < end) {
+      size_t before[kQueries];
+      for (size_t i = 0; i < count_; ++i) before[i] = found_[i]->count;
+      first = rows_.scan(kernels_, first, end, at_, count_, found_);
+      for (size_t i = 0; i < count_; ++i) {
+        if (found_[i]->count > before[i]) mine_[i]->filter(before[i], keep);
+        if (found_[i]->room < kBlock) mine_[i]->shrink(tie);
+      }
+    }
+    count_ = 0;
+  }
+
+ private:
+  const Kernels& kernels_;
+  const Rows& rows_;
+  const uint8_t* queries_;
+  std::vector<Best>& best_;
+  const uint8_t* at_[kQueries];
+  Best* mine_[kQueries];
+  Found* found_[kQueries];
+  size_t count_ = 0;
 };
 
 inline bool is_deleted(const Rows& rows, uint32_t row) {
@@ -110,18 +150,11 @@ void search_all(Pool& pool, const Kernels& kernels, const Rows& rows, const uint
     if (from >= to) return;
     room[task].reset(new uint64_t[(to - from) * capacity]);
     for (size_t q = from; q < to; ++q) best[task].emplace_back(k, room[task].get() + (q - from) * capacity, capacity);
-    for (size_t first = begin; first < end; first += tile) {
-      const size_t last = std::min(first + tile, end);
-      for (size_t q = from; q < to; ++q) {
-        Best& mine = best[task][q - from];
-        for (size_t at = first; at < last;) {
-          const size_t before = mine.found().count;
-          at = rows.scan(kernels, at, last, queries + q * bytes, mine.found());
-          if (rows.deleted) mine.filter(before, [&](uint64_t key) { return !is_deleted(rows, key_row(key)); });
-          if (mine.found().room < kBlock) mine.shrink(false);
-        }
-      }
-    }
+    Together some(kernels, rows, queries + from * bytes, best[task]);
+    for (size_t first = begin; first < end; first += tile)
+      for (size_t q = from; q < to; ++q)
+        if (some.add(q - from) || q + 1 == to)
+          some.scan(first, std::min(first + tile, end), false, [&](uint64_t key) { return !is_deleted(rows, key_row(key)); });
     if (ranges == 1)
       for (size_t q = from; q < to; ++q) best[task][q - from].write(ids + q * k, scores + q * k);
   });
@@ -171,19 +204,16 @@ void search_lists(Pool& pool, const Kernels& kernels, const Rows& rows, const Li
       // All queries of a list after each other read it from the cache: at 1000 queries over memory of 90 MB 3 times
       // as fast as query after query.
       if (n > 1) std::sort(visits.begin(), visits.end());
-      for (const auto& [list, q] : visits) {
-        const auto start = static_cast<size_t>(lists.starts[list]), size = static_cast<size_t>(lists.sizes[list]);
-        Best& mine = best[q];
-        for (size_t at = start; at < start + size;) {
-          const size_t before = mine.found().count;
-          at = rows.scan(kernels, at, start + size, queries + (from + q) * bytes, mine.found());
-          mine.filter(before, [&](uint64_t& key) {
-            const uint32_t id = lists.ids[key_row(key)];
-            key = make_key(key_score(key), id);
-            return !is_deleted(rows, id);
-          });
-          if (mine.found().room < kBlock) mine.shrink(true);
-        }
+      Together some(kernels, rows, queries + from * bytes, best);
+      for (size_t i = 0; i < visits.size(); ++i) {
+        const uint32_t list = visits[i].first;
+        if (!some.add(visits[i].second) && i + 1 < visits.size() && visits[i + 1].first == list) continue;
+        const auto start = static_cast<size_t>(lists.starts[list]);
+        some.scan(start, start + static_cast<size_t>(lists.sizes[list]), true, [&](uint64_t& key) {
+          const uint32_t id = lists.ids[key_row(key)];
+          key = make_key(key_score(key), id);
+          return !is_deleted(rows, id);
+        });
       }
     }
     for (size_t q = 0; q < n; ++q) best[q].write(ids + (from + q) * k, scores + (from + q) * k);

@@ -18,9 +18,10 @@ struct Rows {
   size_t width;           // chunks, or words
   const uint64_t* deleted;
 
-  size_t scan(const Kernels& kernels, size_t first, size_t end, const void* query, Found& found) const {
-    if (codes) return kernels.scan_codes(codes, first, end, width, static_cast<const int8_t*>(query), found);
-    return kernels.scan_bits(bits, first, end, width, static_cast<const uint64_t*>(query), found);
+  size_t scan(const Kernels& kernels, size_t first, size_t end, const uint8_t* const* queries, size_t n,
+              Found* const* found) const {
+    if (codes) return kernels.scan_codes(codes, first, end, width, reinterpret_cast<const int8_t* const*>(queries), n, found);
+    return kernels.scan_bits(bits, first, end, width, reinterpret_cast<const uint64_t* const*>(queries), n, found);
   }
   size_t query_bytes() const { return codes ? width * kChunk : width * 8; }
 };
