@@ -20,8 +20,9 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from nested_rows import add_options, prepared
 from record import append
-from retrieval import anonymous, prepared
+from retrieval import anonymous
 
 from matryoshka.retrieval.metrics import recall_against_exact, summarise_recall
 from matryoshka.retrieval.store import Index
@@ -48,18 +49,14 @@ class Names(Sequence[str]):
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--work", required=True, type=Path, help="folder for data, truth and index")
-    p.add_argument("--rows", type=int, default=1_280_000)
-    p.add_argument("--truth", type=int, default=10_000, help="queries with exact neighbours")
-    p.add_argument("--threads", type=int, default=2)
+    add_options(p)
     p.add_argument("--search-only", action="store_true", help="of an index that is there; prints one line of JSON")
-    p.add_argument("--no-record", action="store_true", help="do not append to bench/results/")
     args = p.parse_args(argv)
     folder = args.work / f"index_{args.rows}"
     if args.search_only:
         print(json.dumps(searched(folder, args)))
         return 0
-    rows, _, _ = prepared(args)
+    rows = prepared(args).rows
     row: dict = {"case": "index", "rows": args.rows, "threads": args.threads}
     with Writer(folder, args.threads) as writer:
         started = time.perf_counter()

@@ -1,11 +1,11 @@
-"""Searches in 1.28 million nested embeddings: ours beside faiss, each with its recall of the exact neighbours.
+"""Searches in 1.28 million nested embeddings: ours beside faiss and others, each with its recall of exact search.
 
     python bench/retrieval.py --work FOLDER [--rows 1280000] [--truth 10000] [--threads 2]
+    python bench/retrieval.py --work FOLDER --database embeddings/train --queries embeddings/val
 
-The data are synthetic: parents, classes, uneven sub-clusters, log-normal noise, earlier dimensions vary more, softplus,
-rows shuffled, float16; recall is a property of these data, not of a trained model. They and the exact neighbours are
-kept in FOLDER (5.3 GB) and used again. scans: prefixes alone, recall@k of their own neighbours; pipelines: recall@10 of
-the whole embedding, with a 95 % lower bound. Every competitor takes the same queries, in turns, wall time; faiss runs
+The data are synthetic (nested_rows.py; 5.3 GB in FOLDER) or real embeddings. scans: prefixes alone; rerank: 200
+candidates, one thread; pipelines: recall@10 of the whole embedding with a 95 % lower bound, and the fastest above some
+bounds; graphs: peers of theirs that take minutes to build. All take the same queries, in turns, wall time; faiss runs
 with as many threads, passive waiting and one BLAS thread, without which two thread pools fight.
 """
 
@@ -17,124 +17,72 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when the libraries are loaded
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
+from nested_rows import Data, K, add_options, prepared
 from record import append, spread
 
-from matryoshka.retrieval import BinaryScan, InvertedFile, PrefixScan, Stage, exact_search, rerank
+from matryoshka.retrieval import BinaryScan, InvertedFile, PrefixScan, Stage, _native, rerank
 from matryoshka.retrieval.hits import memory, unit
 from matryoshka.retrieval.metrics import recall_against_exact, summarise_recall
+from matryoshka.retrieval.pipeline import HEAD
 from matryoshka.retrieval.rerank import head_of
 
-WIDTH, HEAD, K = 2048, 256, 10
-BLOCK = 10_000  # points that are made together
 BATCHES = (1, 32, 1000)
-ALL = ("scans", "pipelines", "graphs")
+ALL = ("scans", "rerank", "pipelines", "graphs")
+PROBES = ((8, 100), (12, 100), (16, 100), (32, 100), (32, 200), (64, 200))  # lists, shortlist
+BOUNDS = (0.99, 0.985)
+PEER = "faiss IVF,SQ8 64"
 
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--work", required=True, type=Path, help="folder for data and truth")
-    p.add_argument("--rows", type=int, default=1_280_000)
-    p.add_argument("--truth", type=int, default=10_000, help="queries with exact neighbours")
-    p.add_argument("--threads", type=int, default=2)
+    add_options(p)
     p.add_argument("--turns", type=int, default=3)
     p.add_argument("--seconds", type=float, default=1.0, help="of a turn, about")
     p.add_argument("--lists", type=int, default=0, help="of the inverted files; 0: 4 x sqrt(rows)")
-    p.add_argument("--only", nargs="+", choices=ALL, default=ALL, help="graphs: peers of the pipelines")
-    p.add_argument("--no-record", action="store_true", help="do not append to bench/results/")
+    p.add_argument("--only", nargs="+", choices=ALL, default=ALL)
     args = p.parse_args(argv)
+    if (args.database is None) != (args.queries is None):
+        p.error("--database and --queries: give both or none")
+    import faiss
     import torch
 
     torch.set_num_threads(args.threads)
-    rows, queries, truth = prepared(args)
+    faiss.omp_set_num_threads(args.threads)
+    data = prepared(args)
+    about = {"data": data.name, "rows": len(data.rows), "columns": data.rows.shape[1], "threads": args.threads,
+             "kernels": _native.kernels()[0]}  # fmt: skip
+    print(f"{data.name}: {len(data.rows):,} x {data.rows.shape[1]}, {about['kernels']}, {args.threads} threads")
     found = []
     if "scans" in args.only:
-        found += scans(rows, queries, args)
+        found += scans(data, args)
+    if "rerank" in args.only:
+        found += reranking(data, args)
     if "pipelines" in args.only:
-        found += pipelines(rows, queries, truth, args)
+        found += pipelines(data, args)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"peak memory {peak / 1e9:.1f} GB, of which {anonymous() / 1e9:.1f} GB is no file's (peers' indexes, too)")
     if not args.no_record:
-        print(f"rows     {append('retrieval', found)}")
+        print(f"rows     {append('retrieval', [about | row for row in found])}")
     return 0
-
-
-# ---------------------------------------------------------------- data
-
-
-def prepared(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rows float16 [N, 2048] in a memory map, queries float32 [Q, 2048], exact neighbours int64 [Q, 10])."""
-    args.work.mkdir(parents=True, exist_ok=True)
-    stored, asked, known = (args.work / f"{name}_{args.rows}_{args.truth}.npy" for name in ("rows", "queries", "truth"))
-    if not known.exists():
-        print(f"making {args.rows:,} rows", flush=True)
-        generate(stored, asked, args.rows, args.truth, threads=args.threads)
-        rows, queries = np.lib.format.open_memmap(stored, "r"), np.lib.format.open_memmap(asked, "r")
-        started = time.perf_counter()
-        truth = exact_search(rows, queries, WIDTH, K).ids
-        print(f"exact neighbours of {len(queries):,} queries: {time.perf_counter() - started:.0f} s", flush=True)
-        np.save(known, truth)
-    return tuple(np.lib.format.open_memmap(path, "r") for path in (stored, asked, known))  # type: ignore[return-value]
-
-
-def generate(stored: Path, asked: Path, rows: int, queries: int, seed: int = 0, threads: int = 2) -> None:
-    """A block of points is a function of (seed, its number), so that threads may make them in any order."""
-    rng = np.random.default_rng(seed)
-    scale = ((1 + np.arange(WIDTH) / 16) ** -0.6).astype(np.float32)
-    parents = rng.standard_normal((50, WIDTH), dtype=np.float32)
-    classes = parents[rng.integers(0, 50, 1000)] + 0.8 * rng.standard_normal((1000, WIDTH), dtype=np.float32)
-    share = rng.dirichlet(np.full(64, 0.7), 1000).cumsum(1)
-
-    def points(block: int, n: int) -> np.ndarray:
-        rng = np.random.default_rng((seed, 1, block))
-        c = rng.integers(0, 1000, n)
-        sub = c * 64 + np.minimum((rng.random(n)[:, None] > share[c]).sum(1), 63)
-        order = np.argsort(sub, kind="stable")
-        noise = rng.lognormal(-0.7, 0.4, n).astype(np.float32)
-        raw = rng.standard_normal((n, WIDTH), dtype=np.float32)
-        raw *= noise[:, None]
-        raw += classes[c]
-        # the centre of a sub-cluster is a function of its number, as 64,000 of them would take 0.5 GB
-        for mine in np.split(order, np.flatnonzero(np.diff(sub[order])) + 1):
-            raw[mine] += 0.5 * np.random.default_rng((seed, 2, sub[mine[0]])).standard_normal(WIDTH, dtype=np.float32)
-        raw *= scale
-        return np.log1p(np.exp(raw, out=raw), out=raw)
-
-    def fill(out: np.ndarray, first_block: int) -> None:
-        def one(first: int) -> None:
-            part = out[first : first + BLOCK]
-            part[:] = points(first_block + first // BLOCK, len(part))
-
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(one, range(0, len(out), BLOCK)))
-
-    temporary = stored.with_suffix(".tmp")
-    out = np.lib.format.open_memmap(temporary, "w+", np.float16, (rows, WIDTH))
-    whole = np.empty((queries, WIDTH), np.float32)
-    fill(out, 0)
-    fill(whole, -(-rows // BLOCK))
-    out.flush()
-    np.save(asked, whole)
-    os.replace(temporary, stored)
 
 
 # ---------------------------------------------------------------- measuring
 
 Search = Callable[[np.ndarray], np.ndarray]  # queries -> ids
+Rates = dict[str, dict[int, list[float]]]  # queries per second of every turn, by name and batch
 
 
-def rates(
-    searches: dict[str, Search], queries: np.ndarray, args: argparse.Namespace
-) -> dict[str, dict[int, list[float]]]:
-    """Queries per second of wall time by batch; competitors take turns."""
-    found: dict[str, dict[int, list[float]]] = {name: {} for name in searches}
+def rates(searches: dict[str, Search], queries: np.ndarray, args: argparse.Namespace) -> Rates:
+    """By batch, in wall time; competitors take turns."""
+    found: Rates = {name: {} for name in searches}
     for batch in sorted({min(batch, len(queries)) for batch in BATCHES}):
         for turn in range(args.turns + 1):
             for name, search in searches.items():
@@ -148,24 +96,32 @@ def rates(
     return found
 
 
-def scans(rows: np.ndarray, queries: np.ndarray, args: argparse.Namespace) -> list[dict]:
+def over(measured: Rates, ours: str, theirs: str, batch: int) -> list[float]:
+    """How many times as fast as theirs ours was, turn by turn."""
+    return [a / b for a, b in zip(measured[ours][batch], measured[theirs][batch], strict=True)]
+
+
+# ---------------------------------------------------------------- parts
+
+
+def scans(data: Data, args: argparse.Namespace) -> list[dict]:
     """k = 200 in one prefix, ours over faiss' flat indexes."""
     import faiss
 
-    faiss.omp_set_num_threads(args.threads)
+    rows, columns = data.rows, data.rows.shape[1]
     out, k = [], min(200, len(rows))
-    for dim in (16, 64):
+    for dim in (16, 32, 64):
         prefixes = memory((len(rows), dim), np.float32)
         for first in range(0, len(rows), 65_536):
             prefixes[first : first + 65_536] = unit(rows[first : first + 65_536], dim)
         ours, flat = PrefixScan.build(rows, dim, args.threads), faiss.IndexFlatIP(dim)
         flat.add(prefixes)
-        asked = unit(queries, dim)
+        asked = unit(data.queries, dim)
         out += compared(f"int8 scan, {dim} dims", {
             "matryoshka": lambda q, ours=ours: ours.search(q, k).ids,
             "faiss FlatIP": lambda q, flat=flat, dim=dim: flat.search(unit(q, dim), k)[1],
-        }, queries, flat.search(asked[:500], k)[1], args)  # fmt: skip
-    for dim in (64, 256):
+        }, data.queries, flat.search(asked[:500], k)[1], args)  # fmt: skip
+    for dim in (d for d in (64, 256, 512) if d <= columns):
         bits = BinaryScan.build(rows, dim, args.threads)
 
         def codes(vectors: np.ndarray, dim: int = dim, bits: BinaryScan = bits) -> np.ndarray:
@@ -177,98 +133,152 @@ def scans(rows: np.ndarray, queries: np.ndarray, args: argparse.Namespace) -> li
         out += compared(f"binary scan, {dim} bits", {
             "matryoshka": lambda q, bits=bits: bits.search(q, k).ids,
             "faiss BinaryFlat": lambda q, flat=flat, codes=codes: flat.search(codes(q), k)[1],
-        }, queries, None, args)  # fmt: skip
+        }, data.queries, None, args)  # fmt: skip
     return out
 
 
 def compared(
-    case: str, searches: dict[str, Search], queries: np.ndarray, truth, args: argparse.Namespace
+    case: str, searches: dict[str, Search], queries: np.ndarray, truth: np.ndarray | None, args: argparse.Namespace
 ) -> list[dict]:
     measured = rates(searches, queries, args)
-    names = list(searches)
+    ours, theirs = searches
     out = []
-    for batch in measured[names[0]]:
-        pairs = zip(measured[names[0]][batch], measured[names[1]][batch], strict=True)
-        ratio = [a / b for a, b in pairs]
-        row = {"case": case, "batch": batch, "threads": args.threads, "rows": args.rows, "peer": names[1],
-               "ratio": spread(ratio)}  # fmt: skip
-        row |= {f"{name} q/s": spread(measured[name][batch]) for name in names}
-        text = "  ".join(f"{name} {median(measured[name][batch]):,.0f} q/s" for name in names)
-        print(f"{case:24} batch {batch:5}  {median(ratio):6.1f}x  {text}", flush=True)
+    for batch in measured[ours]:
+        ratio = spread(over(measured, ours, theirs, batch))
+        row: dict[str, Any] = {"case": case, "batch": batch, "peer": theirs, "ratio": ratio}
+        row |= {f"{name} q/s": spread(measured[name][batch]) for name in searches}
+        text = "  ".join(f"{name} {median(measured[name][batch]):,.0f} q/s" for name in searches)
+        print(f"{case:24} batch {batch:5}  {ratio['median']:6.1f}x  {text}", flush=True)
         out.append(row)
     if truth is not None:
-        share = recall_against_exact(searches["matryoshka"](queries[: len(truth)]), truth).mean()
+        share = recall_against_exact(searches[ours](queries[: len(truth)]), truth).mean()
         print(f"{case:24} finds {100 * share:.1f} % of the prefix's own {truth.shape[1]}", flush=True)
         out[-1]["of the prefix's own"] = float(share)
     return out
 
 
-def pipelines(rows: np.ndarray, queries: np.ndarray, truth: np.ndarray, args: argparse.Namespace) -> list[dict]:
-    """Shortlists and re-ranking to 2048 dimensions; exact search for scale."""
-    import faiss
+def reranking(data: Data, args: argparse.Namespace) -> list[dict]:
+    """The 200 best of an int8 scan, one thread: in one step, and by the first dimensions to fewer."""
+    rows, columns = data.rows, data.rows.shape[1]
+    queries = np.ascontiguousarray(data.queries[:1000])
+    candidates = PrefixScan.build(rows, 64, args.threads).search(queries, min(200, len(rows))).ids
+    middle = min(HEAD, columns // 2)
+    head = head_of(rows, middle)
+    ways = {
+        "one step": ([Stage(columns, K)], None),
+        f"{middle} (40), then all": ([Stage(middle, 40), Stage(columns, K)], head),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    found = {}
+    for turn in range(args.turns + 1):
+        for name, (stages, copy) in ways.items():
+            started = time.perf_counter()
+            found[name] = rerank(rows, queries, candidates, stages, copy, 1).ids
+            if turn:
+                seconds[name].append(1e6 * (time.perf_counter() - started) / len(queries))
+    truth, out = data.truth[: len(queries)], []
+    for name in ways:
+        recall = float(recall_against_exact(found[name], truth).mean())
+        case = f"re-rank of {candidates.shape[1]} x {columns}, {name}"
+        print(f"{case:40} {median(seconds[name]):6.1f} us a query and core, recall@{K} {recall:.4f}", flush=True)
+        out.append({"case": case, "us": spread(seconds[name]), "recall": recall,
+                    "queries": len(queries)})  # fmt: skip
+    return out
 
-    faiss.omp_set_num_threads(args.threads)
-    head, t = head_of(rows, HEAD), args.threads
+
+def pipelines(data: Data, args: argparse.Namespace) -> list[dict]:
+    """Shortlists and re-ranking to the whole width; exact search for scale."""
+    rows, queries, columns, t = data.rows, data.queries, data.rows.shape[1], args.threads
+    middle = min(HEAD, columns // 2)
+    head = head_of(rows, middle)
     started = time.perf_counter()
     scan, bits = PrefixScan.build(rows, 64, t), BinaryScan.build(rows, 256, t)
     file = InvertedFile.build(rows, 64, args.lists, num_threads=t)
     print(f"built in {time.perf_counter() - started:.0f} s: int8-64, 256 bits, {len(file.starts)} lists of int8-64")
     points = np.concatenate([unit(rows[i : i + 65_536], 64) for i in range(0, len(rows), 65_536)])
-    peers = faiss_files(points, len(file.starts))
+    sq8 = faiss_file(points, len(file.starts))
 
-    def then(search: Callable[[np.ndarray], np.ndarray], stages: list[Stage]) -> Search:
+    def then(search: Search, *stages: Stage) -> Search:
         return lambda q: rerank(rows, q, search(q), stages, head, t).ids
 
-    full, staged = [Stage(WIDTH, K)], [Stage(HEAD, 40), Stage(WIDTH, K)]
-    short = [Stage(HEAD, 25), Stage(WIDTH, K)]
+    full, many = Stage(columns, K), Stage(middle, 40)
+    few = Stage(middle, 25)
+    scanned, counted = f"int8-64 k100 -> {columns}", f"bits-256 k800 -> {columns}"
     searches: dict[str, Search] = {
-        "int8-64 k100 -> 2048": then(lambda q: scan.search(q, 100).ids, full),
-        "int8-64 k100 -> 256 (25) -> 2048": then(lambda q: scan.search(q, 100).ids, short),
-        "bits-256 k800 -> 2048": then(lambda q: bits.search(q, 800).ids, full),
-        "bits-256 k800 -> 64 (120) -> 256 (25) -> 2048": then(
-            lambda q: bits.search(q, 800).ids, [Stage(64, 120), Stage(HEAD, 25), Stage(WIDTH, K)]),
-    }  # fmt: skip
-    for probes, k in ((8, 100), (32, 100), (32, 200), (64, 200)):
+        scanned: then(lambda q: scan.search(q, 100).ids, full),
+        f"int8-64 k100 -> {middle} -> {columns}": then(lambda q: scan.search(q, 100).ids, few, full),
+        counted: then(lambda q: bits.search(q, 800).ids, full),
+        f"bits-256 k800 -> 64 -> {middle} -> {columns}": then(
+            lambda q: bits.search(q, 800).ids, Stage(64, 120), few, full
+        ),
+    }
+    funnels = {f"bits-256 k800 -> 64 -> {middle} -> {columns}": counted}  # over one step
+    rivals = {}  # over faiss
+    for probes, k in PROBES:
 
-        def listed(q: np.ndarray, probes: int = probes, k: int = k) -> np.ndarray:
+        def listed(q: np.ndarray, file: InvertedFile = file, probes: int = probes, k: int = k) -> np.ndarray:
             return file.search(q, k, probes).ids
 
-        searches[f"IVF int8-64 np{probes} k{k} -> 2048"] = then(listed, full)
-        searches[f"IVF int8-64 np{probes} k{k} -> 256 -> 2048"] = then(listed, staged if k > 100 else short)
-    for name, index in peers.items():
-        for probes, k in ((8, 100), (32, 200)):
+        def theirs(q: np.ndarray, probes: int = probes, k: int = k) -> np.ndarray:
+            sq8.nprobe = probes
+            return sq8.search(unit(q, 64), k)[1]
 
-            def theirs(q: np.ndarray, index=index, probes: int = probes, k: int = k) -> np.ndarray:
-                index.nprobe = probes
-                return index.search(unit(q, 64), k)[1]
-
-            searches[f"{name} np{probes} k{k} -> 256 -> 2048 (our re-rank)"] = then(
-                theirs, staged if k > 100 else short
-            )
-
+        early = many if k > 100 else few
+        name, rival = (f"{index} np{probes} k{k} -> {middle} -> {columns}" for index in ("IVF int8-64", PEER))
+        searches[f"IVF int8-64 np{probes} k{k} -> {columns}"] = then(listed, full)
+        searches[name], searches[rival] = then(listed, early, full), then(theirs, early, full)
+        funnels[name], rivals[name] = f"IVF int8-64 np{probes} k{k} -> {columns}", rival
     if "graphs" in args.only:
-        searches |= graphs(points, rows, head, args)
+        searches |= graphs(points, lambda search: then(search, many, full), args)
     searches |= upstream(rows)
     exact = exact_rate(rows, queries)
-    print(f"exact, 2048 dims: {exact:.1f} q/s (faiss, flat, batch 1000)", flush=True)
+    print(f"exact, {columns} dims: {exact:.1f} q/s (faiss, flat, batch {min(1000, len(queries))})", flush=True)
     print(f"{'pipeline':58} {'recall@10':>9} {'at least':>8} {'b1':>8} {'b32':>8} {'b1000':>8} {'x exact':>8}")
-    out = [{"case": "exact", "threads": t, "rows": args.rows, "q/s": exact}]
+    out: list[dict] = [{"case": "exact", "q/s": exact}]
     measured = rates(searches, queries, args)
+    batch = max(measured[scanned])
+    lower, speed = {}, {}
     for name, search in searches.items():
-        ids = np.concatenate([search(queries[i : i + 1000]) for i in range(0, len(truth), 1000)])
-        summary = summarise_recall(recall_against_exact(ids, truth), K)
-        by_batch = {str(b): spread(values) for b, values in measured[name].items() if values}
-        fastest = by_batch[str(max(map(int, by_batch)))]["median"]
+        ids = np.concatenate([search(queries[i : i + 1000]) for i in range(0, len(data.truth), 1000)])
+        summary = summarise_recall(recall_against_exact(ids, data.truth), K)
+        by_batch = {str(b): spread(values) for b, values in measured[name].items()}
+        lower[name], speed[name] = summary.lower, by_batch[str(batch)]["median"]
         print(f"{name:58} {summary.mean:9.4f} {summary.lower:8.4f} "
-              + " ".join(f"{row['median']:8,.0f}" for row in by_batch.values()) + f" {fastest / exact:8.0f}",
+              + " ".join(f"{row['median']:8,.0f}" for row in by_batch.values()) + f" {speed[name] / exact:8.0f}",
               flush=True)  # fmt: skip
-        out.append({"case": name, "threads": t, "rows": args.rows, "queries": len(truth), "recall": summary.mean,
-                    "lower": summary.lower, "q/s": by_batch, "x exact": fastest / exact})  # fmt: skip
+        out.append({"case": name, "queries": len(data.truth), "recall": summary.mean, "lower": summary.lower,
+                    "q/s": by_batch, "x exact": speed[name] / exact})  # fmt: skip
+    ours = [name for name in searches if name.startswith(("int8", "bits", "IVF"))]
+    for bound in BOUNDS:
+        if sure := [name for name in ours if lower[name] >= bound]:
+            best = max(sure, key=speed.__getitem__)
+            times = f"{speed[best]:,.0f} q/s, {speed[best] / exact:.0f}x exact"
+            print(f"fastest with recall of at least {bound}: {best}: {times}", flush=True)
+    for what, pairs in (("funnel over one step", funnels), (f"over {PEER}, same lists and re-rank", rivals)):
+        for name, other in pairs.items():
+            ratio = spread(over(measured, name, other, batch))
+            print(f"{name:58} {ratio['median']:.2f}x {what}", flush=True)
+            out.append({"case": name, "peer": other, "batch": batch, "ratio": ratio})
     return out
 
 
-def graphs(points: np.ndarray, rows: np.ndarray, head: np.ndarray, args: argparse.Namespace) -> dict[str, Search]:
-    """Peers that are graphs of the 64-d prefixes, with our re-ranking: the paper's HNSW32, and usearch's."""
+# ---------------------------------------------------------------- peers
+
+
+def faiss_file(points: np.ndarray, lists: int) -> Any:
+    import faiss
+
+    quantizer = faiss.IndexFlatIP(64)
+    index = faiss.IndexIVFScalarQuantizer(
+        quantizer, 64, lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
+    )
+    index.train(points[:: max(1, len(points) // (64 * lists))])
+    index.add(points)
+    return index
+
+
+def graphs(points: np.ndarray, then: Callable[[Search], Search], args: argparse.Namespace) -> dict[str, Search]:
+    """Graphs of the 64-d prefixes, with our re-ranking: the paper's HNSW32, and usearch's."""
     import faiss
 
     k, started = min(200, len(points)), time.perf_counter()
@@ -276,14 +286,13 @@ def graphs(points: np.ndarray, rows: np.ndarray, head: np.ndarray, args: argpars
     graph.add(points)
     print(f"built in {time.perf_counter() - started:.0f} s: faiss HNSW32", flush=True)
     found: dict[str, Search] = {}
-    stages = [Stage(HEAD, 40), Stage(WIDTH, K)]
     for ef in (200, 400):
 
         def hnsw(q: np.ndarray, ef: int = ef) -> np.ndarray:
             options = faiss.SearchParametersHNSW(efSearch=ef)  # pyright: ignore[reportAttributeAccessIssue]
-            return rerank(rows, q, graph.search(unit(q, 64), k, params=options)[1], stages, head, args.threads).ids
+            return graph.search(unit(q, 64), k, params=options)[1]
 
-        found[f"faiss HNSW32 64 ef{ef} k200 -> 256 -> 2048 (our re-rank)"] = hnsw
+        found[f"faiss HNSW32 64 ef{ef} k200, re-ranked"] = then(hnsw)
     try:
         from usearch.index import Index  # pyright: ignore[reportMissingImports] (requirements-peers.txt)
     except ImportError:
@@ -296,10 +305,9 @@ def graphs(points: np.ndarray, rows: np.ndarray, head: np.ndarray, args: argpars
 
     def usearch(q: np.ndarray) -> np.ndarray:
         keys = index.search(unit(q, 64), k, threads=args.threads).keys
-        ids = keys.reshape(len(q), -1).astype(np.int64)
-        return rerank(rows, q, ids, stages, head, args.threads).ids
+        return keys.reshape(len(q), -1).astype(np.int64)
 
-    return found | {"usearch M16 f16 64 ef200 k200 -> 256 -> 2048 (our re-rank)": usearch}
+    return found | {"usearch M16 f16 64 ef200 k200, re-ranked": then(usearch)}
 
 
 def upstream(rows: np.ndarray) -> dict[str, Search]:
@@ -307,6 +315,7 @@ def upstream(rows: np.ndarray) -> dict[str, Search]:
     put in order by the distance of longer normalised prefixes, in NumPy, one query after the other."""
     import faiss
 
+    columns = rows.shape[1]
     flat = faiss.IndexFlatL2(16)
     for first in range(0, len(rows), 65_536):
         flat.add(unit(rows[first : first + 65_536], 16))
@@ -322,9 +331,9 @@ def upstream(rows: np.ndarray) -> dict[str, Search]:
             out[i] = kept[:K]
         return out
 
-    funnel = [(32, 200), (64, 100), (128, 50), (256, 25), (2048, 10)]
+    funnel = [(dim, k) for dim, k in ((32, 200), (64, 100), (128, 50), (256, 25)) if dim < columns] + [(columns, K)]
     return {
-        "upstream: FlatL2 16 k200 -> 2048 (NumPy)": lambda q: search(q, [(WIDTH, 200)]),
+        f"upstream: FlatL2 16 k200 -> {columns} (NumPy)": lambda q: search(q, [(columns, 200)]),
         "upstream: FlatL2 16 -> funnel 200,100,50,25,10 (NumPy)": lambda q: search(q, funnel),
     }
 
@@ -334,25 +343,13 @@ def exact_rate(rows: np.ndarray, queries: np.ndarray) -> float:
     a block is not counted, so that it is what IndexFlatIP would do."""
     import faiss
 
-    asked, seconds = unit(queries[:1000], WIDTH), 0.0
+    asked, seconds = unit(queries[:1000], rows.shape[1]), 0.0
     for first in range(0, len(rows), 65_536):
-        block = unit(rows[first : first + 65_536], WIDTH)
+        block = unit(rows[first : first + 65_536], rows.shape[1])
         started = time.perf_counter()
         faiss.knn(asked, block, min(K, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
         seconds += time.perf_counter() - started
     return len(asked) / seconds
-
-
-def faiss_files(points: np.ndarray, lists: int) -> dict:
-    import faiss
-
-    quantizer = faiss.IndexFlatIP(64)
-    index = faiss.IndexIVFScalarQuantizer(
-        quantizer, 64, lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
-    )
-    index.train(points[:: max(1, len(points) // (64 * lists))])
-    index.add(points)
-    return {"faiss IVF,SQ8 64": index}
 
 
 def anonymous() -> int:
