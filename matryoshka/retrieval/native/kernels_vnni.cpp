@@ -132,15 +132,37 @@ size_t scan_bits(const uint64_t* bits, size_t first, size_t end, size_t words, c
   }
 }
 
+inline __m512 load(const uint16_t* row) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row))); }
+inline __m512 load(const float* row) { return _mm512_loadu_ps(row); }
+inline __m512 load(const uint16_t* row, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, row)); }
+inline __m512 load(const float* row, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, row); }
+
+template <class T>
+void dot(const T* const* rows, const float* query, size_t n, float* dots, float* squares) {
+  __m512 products[kTogether], powers[kTogether];
+  for (size_t r = 0; r < kTogether; ++r) products[r] = powers[r] = _mm512_setzero_ps();
+  const auto step = [&](size_t i, auto... mask) {
+    __m512 q;
+    if constexpr (sizeof...(mask) > 0) q = _mm512_maskz_loadu_ps(mask..., query + i);
+    else q = _mm512_loadu_ps(query + i);
+#pragma GCC unroll 4
+    for (size_t r = 0; r < kTogether; ++r) {
+      const __m512 x = load(rows[r] + i, mask...);
+      products[r] = _mm512_fmadd_ps(x, q, products[r]);
+      powers[r] = _mm512_fmadd_ps(x, x, powers[r]);
+    }
+  };
+  size_t i = 0;
+  for (; i + 16 <= n; i += 16) step(i);
+  if (i < n) step(i, static_cast<__mmask16>((1u << (n - i)) - 1));
+  for (size_t r = 0; r < kTogether; ++r) {
+    dots[r] += _mm512_reduce_add_ps(products[r]);
+    squares[r] += _mm512_reduce_add_ps(powers[r]);
+  }
+}
+
 }  // namespace
 
-// Re-ranking waits for memory: AVX2 is as fast.
-const Kernels kVnni = {"avx512-vnni", scan_codes, scan_bits,
-                       [](const uint16_t* const* rows, const float* query, size_t n, float* dots, float* squares) {
-                         kAvx2.dot_half(rows, query, n, dots, squares);
-                       },
-                       [](const float* const* rows, const float* query, size_t n, float* dots, float* squares) {
-                         kAvx2.dot_single(rows, query, n, dots, squares);
-                       }};
+const Kernels kVnni = {"avx512-vnni", scan_codes, scan_bits, dot<uint16_t>, dot<float>};
 
 }  // namespace matryoshka::search
