@@ -11,8 +11,7 @@ from matryoshka.embeddings import META, Embeddings, labels_like, open_embeddings
 from matryoshka.retrieval.exact import exact_search
 from matryoshka.retrieval.hits import RetrievalError
 from matryoshka.retrieval.pipeline import Setting
-from matryoshka.retrieval.store import MANIFEST, Index
-from matryoshka.retrieval.store_writer import joined_classes
+from matryoshka.retrieval.store import MANIFEST, Index, joined_classes
 
 LAST_OF_HALF = 2048  # from which on float16 merges neighbouring integers: upstream's labels
 

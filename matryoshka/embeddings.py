@@ -147,11 +147,14 @@ def labels_like(queries: Embeddings, database: Embeddings) -> np.ndarray:
 def read_meta(folder: Path) -> dict[str, Any]:
     """meta.json, checked. EmbeddingError, one line."""
     file = folder / META
+    if folder.is_file():
+        raise EmbeddingError(f"{folder}: is a file; `matryoshka embed --output DIR` makes a folder of embeddings")
     if not folder.is_dir():
         raise EmbeddingError(f"{folder}: no such folder; `matryoshka embed --output` makes one")
     if not file.is_file():
-        state = "is not finished: start the same command again" if (folder / WORK).is_dir() else "are not embeddings"
-        raise EmbeddingError(f"{folder}: {state} (no {META})")
+        if (folder / WORK).is_dir():
+            raise EmbeddingError(f"{folder}: is not finished (no {META}): start the same command again")
+        raise EmbeddingError(f"{folder}: holds no embeddings (no {META}); `matryoshka embed --output DIR` makes them")
     try:
         meta = json.loads(file.read_bytes())
         if meta["format"] != FORMAT:

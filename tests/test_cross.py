@@ -9,7 +9,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NATIVE = ROOT / "matryoshka" / "retrieval" / "native"
-FLAGS = ["-std=c++17", "-O2", "-static", "-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized"]
+FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-static",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+]
 
 
 def build(compiler, folder, macro, sources):

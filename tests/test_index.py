@@ -119,7 +119,7 @@ MISTAKES = {
     "too many threads": (["info", "x", "--threads", "5000"], "--threads"),
     "negative threads": (["info", "x", "--threads", "-1"], "--threads"),
     "no embeddings": (["build", "y", "--embeddings", "nothing"], "nothing: no such folder"),
-    "an empty folder": (["build", "y", "--embeddings", "empty"], "empty: are not embeddings"),
+    "an empty folder": (["build", "y", "--embeddings", "empty"], "empty: holds no embeddings"),
     "a folder of other things": (["build", "other", "--embeddings", "photos"], "other: has .*folder of its own"),
     "a folder of other parts": (["build", "parts", "--embeddings", "photos"], "parts: has part-1.*folder of its own"),
     "a file": (["build", "file", "--embeddings", "photos"], "file: "),
@@ -153,7 +153,7 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def mistaken(tmp_path_factory):
     """A folder with everything that the mistakes need."""
-    from matryoshka.retrieval.store import checked
+    from matryoshka.retrieval.store_part import checked
 
     root = tmp_path_factory.mktemp("mistakes")
     with pytest.MonkeyPatch.context() as patch:

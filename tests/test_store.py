@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from matryoshka.retrieval import RetrievalError, Setting, Stage, store, store_writer
+from matryoshka.retrieval import RetrievalError, Setting, Stage, store, store_part, store_writer
 from matryoshka.retrieval.hits import empty_bits, get_bits, set_bits
-from matryoshka.retrieval.store import FEW, MAPPED, Index, _slice
+from matryoshka.retrieval.store import FEW, Index, _slice
+from matryoshka.retrieval.store_part import MAPPED
 from matryoshka.retrieval.store_writer import Batch, Writer, half
 
 MODEL = {"weights_sha256": "ab" * 32, "file": "model.safetensors"}
@@ -22,7 +23,7 @@ NAN = float("nan")
 def _without_waiting_for_the_disk():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
-        patch.setattr(store, "MAPPED", MAPPED)  # restored in the end
+        patch.setattr(store_part, "MAPPED", MAPPED)  # restored in the end
         yield
 
 
@@ -111,7 +112,7 @@ class Changes(RuleBasedStateMachine):
         mapped=st.sampled_from([1, MAPPED]),
     )  # fmt: skip
     def build(self, given, dim, lists, mapped):
-        store.MAPPED = mapped  # all files, or none of so few rows
+        store_part.MAPPED = mapped  # all files, or none of so few rows
         self.folder = self.folder_maker.mktemp("index") / "deep" / "folder"
         self.count, self.rows = 0, []
         if lists and not np.isfinite(given[1]).all(1).any():
@@ -351,7 +352,7 @@ def test_rows_that_float16_cannot_hold(tmp_path):
 
 
 def test_names_of_the_same_hash(tmp_path, monkeypatch):
-    for module in (store, store_writer):
+    for module in (store_part, store_writer):
         monkeypatch.setattr(module, "name_hash", len)
     names = ["a", "b", "c", "aa", "bb", ""]
     index = built(tmp_path, random_rows(6), names)

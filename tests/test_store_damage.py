@@ -11,8 +11,9 @@ import pytest
 from matryoshka.inference import index as program
 from test_store import batch, built, random_rows
 
-from matryoshka.retrieval import RetrievalError, Setting, Stage, store
-from matryoshka.retrieval.store import BIG, Index, checked
+from matryoshka.retrieval import RetrievalError, Setting, Stage, store_part
+from matryoshka.retrieval.store import Index
+from matryoshka.retrieval.store_part import BIG, checked
 from matryoshka.retrieval.store_writer import Writer
 
 SETTINGS = (None, Setting("scan", 10, 50, (Stage(24, 5),)), Setting("exact", 24, 5), Setting("ivf", 10, 5, (), 1))
@@ -90,7 +91,7 @@ def check(folder, file, content):
 
 @pytest.mark.parametrize(("mapped", "times"), [(1, 1), (1 << 20, 3)])
 def test_every_file_damaged_anywhere(sound, monkeypatch, mapped, times):
-    monkeypatch.setattr(store, "MAPPED", mapped)
+    monkeypatch.setattr(store_part, "MAPPED", mapped)
     rng, tried = np.random.default_rng(mapped), 0
     for file in files_of(sound):
         good = (sound / file).read_bytes()

@@ -58,6 +58,15 @@ def check_rows(rows: np.ndarray, dim: int, what: str) -> None:
         raise RetrievalError(f"{what}: has {rows.shape[1]} dimensions, a prefix of {dim} was asked for")
 
 
+def as_rows(queries: Any, what: str = "queries") -> np.ndarray:
+    """What NumPy can read as a table: arrays, lists, tensors on the CPU. RetrievalError for others."""
+    try:
+        return np.asarray(queries)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise RetrievalError(f"{what}: {reason}; give an array [rows, dimensions], or a tensor on the CPU") from None
+
+
 def check_k(k: int) -> None:
     if k < 1:
         raise RetrievalError(f"k = {k}: ask for 1 or more neighbours")

@@ -11,7 +11,7 @@ import numpy as np
 
 from matryoshka.retrieval.exact import exact_search
 from matryoshka.retrieval.graph import Graph
-from matryoshka.retrieval.hits import Hits, RetrievalError, check_k, check_rows
+from matryoshka.retrieval.hits import Hits, RetrievalError, as_rows, check_k, check_rows
 from matryoshka.retrieval.ivf import InvertedFile
 from matryoshka.retrieval.metrics import mflops
 from matryoshka.retrieval.rerank import Stage, head_of, rerank
@@ -51,6 +51,11 @@ class Setting:
         if any(a.dim >= b.dim for a, b in pairwise(self.stages)):
             dims = [stage.dim for stage in self.stages]
             raise RetrievalError(f"stages of {dims} dimensions: each must be longer than the one before")
+        # 64 float16 numbers may know more than 256 bits
+        if self.index != "binary" and self.stages and self.stages[0].dim < self.dim:
+            raise RetrievalError(
+                f"re-ranking by {self.stages[0].dim} dimensions what {self.dim} have found: give {self.dim} or more"
+            )
 
     @classmethod
     def funnel(cls, index: str, dims: list[int], ks: list[int], effort: int = 32) -> Setting:
@@ -130,6 +135,7 @@ class Searcher:
 
     def shortlist(self, queries: np.ndarray, setting: Setting, deleted: np.ndarray | None = None) -> Hits:
         """The first part alone: estimates of cosines, but for "exact"."""
+        queries = as_rows(queries)
         self.prepare(setting)
         if setting.index == "exact":
             return exact_search(self.rows, queries, setting.dim, setting.k, deleted=deleted)
@@ -137,7 +143,9 @@ class Searcher:
         return self.indexes[setting.index, setting.dim].search(queries, setting.k, deleted=deleted, **effort)
 
     def search(self, queries: np.ndarray, setting: Setting, deleted: np.ndarray | None = None) -> Hits:
-        """queries: float [Q, D] -> the last stage's `keep` of each. deleted: bits of rows to leave out."""
+        """queries: float [Q, D], anything that NumPy reads -> the last stage's `keep` of each. deleted: bits of rows to
+        leave out."""
+        queries = as_rows(queries)
         found = self.shortlist(queries, setting, deleted)
         if not setting.stages:
             return found

@@ -27,16 +27,8 @@ from matryoshka.retrieval.hits import CHUNK, RetrievalError, check_rows, empty_b
 from matryoshka.retrieval.ivf import InvertedFile
 from matryoshka.retrieval.pipeline import Setting, default_setting
 from matryoshka.retrieval.scan import PrefixScan
-from matryoshka.retrieval.store import (
-    FORMAT,
-    MANIFEST,
-    OURS,
-    PART,
-    Index,
-    checked,
-    name_hash,
-    read_checked,
-)
+from matryoshka.retrieval.store import FORMAT, MANIFEST, OURS, Index, joined_classes, rows_of
+from matryoshka.retrieval.store_part import PART, checked, name_hash, read_checked
 
 LISTED = 20_000  # rows of a part from which on it has an inverted file: below, a scan takes 5 us
 LOCK = "writer.lock"
@@ -119,16 +111,21 @@ class Writer:
         index.check_model(batch.model["weights_sha256"], "the embeddings")
         prepared = json.loads(json.dumps(batch.preprocessing))
         if prepared != index.preprocessing:
-            raise RetrievalError(f"{self.path}: images were prepared as {index.preprocessing}, these as {prepared}")
+            keys = [k for k in {**index.preprocessing, **prepared} if index.preprocessing.get(k) != prepared.get(k)]
+            what = ", ".join(f"{k} {index.preprocessing.get(k)} there, {prepared.get(k)} here" for k in keys)
+            raise RetrievalError(
+                f"{self.path}: its images were prepared otherwise ({what}); embed these in the same way"
+            )
         if batch.rows.shape[1] != index.columns:
             raise RetrievalError(f"{self.path}: has {index.columns} dimensions, the embeddings {batch.rows.shape[1]}")
         self._unique(batch.names)
         there = index.find(batch.names)
         if (there >= 0).any() and not replace:
             first = batch.names[int((there >= 0).argmax())]
+            more = (there >= 0).sum() - 1
+            others = f", and {more} more of these names" if more else ""
             raise RetrievalError(
-                f"{self.path}: has {first!r} already, and {(there >= 0).sum() - 1} more of these names; --replace "
-                "replaces them, --prefix gives others"
+                f"{self.path}: has {first!r} already{others}; --replace replaces them, --prefix gives others"
             )
         part = self._write_part(batch, index.dim, 0, index.about["seed"])
         bits = _longer(index.deleted, index.total + len(batch.rows))
@@ -141,9 +138,9 @@ class Writer:
         rows = index.find(names)
         if (rows < 0).any() and not missing_ok:
             first = names[int((rows < 0).argmax())]
-            raise RetrievalError(
-                f"{self.path}: has no row {first!r}, and not {(rows < 0).sum() - 1} more; --missing-ok passes over them"
-            )
+            more = (rows < 0).sum() - 1
+            others = f", nor {more} more of these names" if more else ""
+            raise RetrievalError(f"{self.path}: has no row {first!r}{others}; --missing-ok passes over them")
         bits = index.deleted.copy()
         set_bits(bits, rows[rows >= 0])
         return self._publish(index.about, index.about["parts"], bits)
@@ -171,6 +168,8 @@ class Writer:
     def choose(self, setting: Setting, certificate: Mapping[str, Any] | None) -> Index:
         """Makes `setting` the default of searches, with what is known of its recall."""
         index = self._opened()
+        if certificate is not None:
+            certificate = {**certificate, "rows": len(index), "rows_of": rows_of(index.about)}
         about = index.about | {"setting": asdict(setting), "certificate": certificate}
         return self._publish(about, about["parts"], index.deleted)
 
@@ -327,22 +326,6 @@ class _Names(Sequence[str]):
 
     def __getitem__(self, at: Any) -> Any:
         return self._index.name(int(self._rows[at]))
-
-
-def joined_classes(index: Index, live: np.ndarray) -> tuple[list[str] | None, np.ndarray]:
-    """Classes of all parts by name, and the labels of the rows as numbers of these; those without a name follow."""
-    number: dict[str, int] = {}
-    for part in index.parts:
-        for name in part.classes or ():
-            number.setdefault(name, len(number))
-    labels = []
-    for part in index.parts:
-        own = np.array([number[name] for name in part.classes or ()], np.int64)
-        moved = np.where(part.labels < 0, part.labels, part.labels + (len(number) - len(own)))
-        named = (part.labels >= 0) & (part.labels < len(own))
-        moved[named] = own[part.labels[named]]
-        labels.append(moved)
-    return list(number) or None, np.concatenate(labels)[live]
 
 
 def _write_names(files: _Files, names: Sequence[str]) -> None:
