@@ -6,8 +6,11 @@ import numpy as np
 import torch
 
 from matryoshka.retrieval.hits import Hits, check_k, check_rows, get_bits, unit
+from matryoshka.retrieval.rerank import Stage, rerank
 
 ROWS = 16_384  # at a time: with 1000 queries 64 MB of scores
+MORE = 32  # rows beyond k that the pass hands on
+EQUAL = 4e-6  # cosines that differ by less may be equal: BLAS adds in another order at the edges of its blocks
 
 
 def exact_search(
@@ -19,23 +22,55 @@ def exact_search(
     rows_at_once: int = ROWS,
     deleted: np.ndarray | None = None,
 ) -> Hits:
-    """The k rows of highest cosine of the first `dim` dimensions, in float32; equal cosines by rising id.
+    """The k rows of highest cosine of the first `dim` dimensions, in float32; equal rows by rising id.
 
-    Cosines of equal rows can differ in the last bit, 6e-8: BLAS adds in another order at the edges of its blocks.
-    deleted: bits of rows to leave out, see hits.set_bits.
+    deleted: bits of rows to leave out, see hits.set_bits. A pass by BLAS finds k + MORE rows, which `rerank` puts in
+    order: it adds up every row alike. Queries of which those may be too few, because still more rows are as near, pass
+    once more in float64, whose errors are gone when it is rounded to float32.
     """
     check_rows(rows, dim, "database")
     check_rows(queries, dim, "queries")
     check_k(k)
-    asked = torch.from_numpy(unit(queries, dim)).to(device)
+    plain = rows.dtype in (np.float16, np.float32)
+    out = Hits(np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32))
+    again = np.ones(len(queries), bool)
+    if plain:
+        near = _pass(rows, queries, dim, k + MORE, torch.float32, device, rows_at_once, deleted)
+        found = rerank(rows, np.asarray(queries, np.float32), near.ids, [Stage(dim, k)])
+        out.ids[:], out.scores[:] = found
+        if near.ids.shape[1] < k + MORE:  # all rows
+            again[:] = False
+        else:
+            with np.errstate(invalid="ignore"):  # -inf: all that there are
+                again = near.scores[:, k - 1] - near.scores[:, -1] < EQUAL
+    if again.any():
+        found = _pass(rows, queries[again], dim, k, torch.float64, device, rows_at_once, deleted)
+        width = found.ids.shape[1]
+        out.ids[again, :width], out.scores[again, :width] = found
+        out.ids[again, width:], out.scores[again, width:] = -1, -np.inf
+    return out
+
+
+def _pass(
+    rows: np.ndarray,
+    queries: np.ndarray,
+    dim: int,
+    k: int,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    rows_at_once: int,
+    deleted: np.ndarray | None,
+) -> Hits:
+    """The k rows of highest cosine, or all of them where there are fewer; products in `dtype`, compared as float32."""
+    asked = torch.from_numpy(unit(queries, dim)).to(device, dtype)
     best = torch.empty(len(asked), 0, device=device)
     index = torch.empty(len(asked), 0, dtype=torch.int64, device=device)
     for first in range(0, len(rows), rows_at_once):
         prefixes = unit(rows[first : first + rows_at_once], dim)
         if deleted is not None:
             prefixes[get_bits(deleted, first, len(prefixes))] = np.nan
-        part = torch.from_numpy(prefixes).to(device)
-        score = (asked @ part.T).nan_to_num_(-torch.inf, -torch.inf, -torch.inf)
+        part = torch.from_numpy(prefixes).to(device, dtype)
+        score = (asked @ part.T).float().nan_to_num_(-torch.inf, -torch.inf, -torch.inf)
         if best.shape[1] == k:  # only what is better than the k-th so far is sorted
             some = (score > best[:, -1:]).any(1)
         else:
@@ -49,8 +84,7 @@ def exact_search(
             best = torch.empty(len(asked), top.shape[1], device=device)
             index = torch.empty(best.shape, dtype=torch.int64, device=device)
         best[some], index[some] = top, ids.gather(1, place)
-    ids, scores = np.full((len(asked), k), -1, np.int64), np.full((len(asked), k), -np.inf, np.float32)
-    ids[:, : index.shape[1]], scores[:, : best.shape[1]] = index.cpu().numpy(), best.cpu().numpy()
+    ids, scores = index.cpu().numpy(), best.cpu().numpy()
     ids[np.isneginf(scores)] = -1
     return Hits(ids, scores)
 

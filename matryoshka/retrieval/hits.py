@@ -68,8 +68,8 @@ def as_rows(queries: Any, what: str = "queries") -> np.ndarray:
 
 
 def check_k(k: int) -> None:
-    if k < 1:
-        raise RetrievalError(f"k = {k}: ask for 1 or more neighbours")
+    if not 1 <= k < 1 << 31:
+        raise RetrievalError(f"k = {k}: ask for 1 or more neighbours" + (", below 2^31" if k > 1 else ""))
 
 
 def unit(rows: np.ndarray, dim: int) -> np.ndarray:

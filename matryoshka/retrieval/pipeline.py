@@ -51,11 +51,6 @@ class Setting:
         if any(a.dim >= b.dim for a, b in pairwise(self.stages)):
             dims = [stage.dim for stage in self.stages]
             raise RetrievalError(f"stages of {dims} dimensions: each must be longer than the one before")
-        # 64 float16 numbers may know more than 256 bits
-        if self.index != "binary" and self.stages and self.stages[0].dim < self.dim:
-            raise RetrievalError(
-                f"re-ranking by {self.stages[0].dim} dimensions what {self.dim} have found: give {self.dim} or more"
-            )
 
     @classmethod
     def funnel(cls, index: str, dims: list[int], ks: list[int], effort: int = 32) -> Setting:
@@ -65,6 +60,8 @@ class Setting:
             raise RetrievalError(f"a funnel of {len(dims)} dimensions needs {max(1, len(dims) - 1)} k, not {len(ks)}")
         if any(a < b for a, b in pairwise(ks)):
             raise RetrievalError(f"a funnel of k {ks}: give them falling, each stage keeps some of the one before")
+        if index != "binary" and dims[1] < dims[0]:  # 64 numbers may know more than 256 bits
+            raise RetrievalError(f"a funnel of dimensions {dims}: give them rising, each stage adds some")
         keep = [*ks[1:], ks[-1]]
         return cls(index, dims[0], ks[0], tuple(map(Stage, dims[1:], keep)), effort)
 

@@ -54,8 +54,8 @@ def rerank(
     stages = [Stage(*stage) for stage in stages]
     if not stages or any(a.dim >= b.dim for a, b in pairwise(stages)):
         raise RetrievalError(f"stages {[s.dim for s in stages]}: give one or more, each longer than the one before")
-    if any(stage.keep < 1 for stage in stages):
-        raise RetrievalError(f"stages keep {[s.keep for s in stages]}: each keeps 1 or more")
+    if any(not 1 <= stage.keep < 1 << 31 for stage in stages):
+        raise RetrievalError(f"stages keep {[s.keep for s in stages]}: each keeps 1 or more, below 2^31")
     check_rows(rows, stages[-1].dim, "database")
     check_rows(queries, stages[-1].dim, "queries")
     if candidates.ndim != 2 or len(candidates) != len(queries):
@@ -69,6 +69,15 @@ def rerank(
     begins = [0, *(stage.dim for stage in stages[:-1])]
     tables = [head if head is not None and stage.dim <= head.shape[1] else rows for stage in stages]
     native = [(table, begin, stage.dim, stage.keep) for table, begin, stage in zip(tables, begins, stages, strict=True)]
-    asked = np.ascontiguousarray(queries[:, : stages[-1].dim], np.float32)
+    asked = _of_size_one(np.ascontiguousarray(queries[:, : stages[-1].dim], np.float32))
     ids, scores = _native.rerank(pool(num_threads), native, asked, np.ascontiguousarray(candidates, np.int64), kernels)
     return Hits(ids, scores)
+
+
+def _of_size_one(queries: np.ndarray) -> np.ndarray:
+    """Each query times the power of two that brings its largest number to 0.5 .. 1: float32 can square it, and cosines
+    are the same."""
+    largest = np.abs(queries).max(1, initial=0)
+    with np.errstate(all="ignore"):
+        _, exponent = np.frexp(np.where(np.isfinite(largest), largest, 1))
+        return np.ldexp(queries, -exponent[:, None])

@@ -48,6 +48,7 @@ struct Result {
 
 template <class T>
 auto make(size_t rows, size_t columns) {
+  require(columns <= (size_t{1} << 40) / (rows ? rows : 1), "more results than memory could hold");
   auto* memory = new T[rows * columns];
   nb::capsule owner(memory, [](void* p) noexcept { delete[] static_cast<T*>(p); });
   return nb::ndarray<nb::numpy, T, nb::ndim<2>>(memory, {rows, columns}, owner);
@@ -158,10 +159,10 @@ NB_MODULE(_native, m) {
         for (size_t i = 0; i < starts.size(); ++i) {
           const int64_t start = starts(i), size = sizes(i);
           require(start >= 0 && size >= 0 && start % static_cast<int64_t>(kBlock) == 0 &&
-                      start + size <= static_cast<int64_t>(slots),
+                      size <= static_cast<int64_t>(slots) && start <= static_cast<int64_t>(slots) - size,
                   "a list lies outside of the packed codes");
         }
-        const Lists lists{starts.data(), sizes.data(), ids_of_slots.data(), starts.size()};
+        const Lists lists{starts.data(), sizes.data(), ids_of_slots.data(), starts.size(), num_ids};
         const Kernels& chosen = kernels_named(kernels);
         return searched<int32_t>(queries.shape(0), k, [&](int64_t* ids, int32_t* scores) {
           search_lists(pool, chosen, rows, lists, reinterpret_cast<const uint8_t*>(queries.data()), queries.shape(0),

@@ -13,7 +13,8 @@ namespace matryoshka::search {
 namespace {
 
 constexpr size_t kTileBytes = 32 << 10;  // of rows that all queries pass over while the nearest caches have them
-constexpr size_t kGrouped = 1024;          // queries that pass over the lists together
+constexpr size_t kGrouped = 1024;        // queries that pass over the lists together
+constexpr size_t kRoomBytes = 64 << 20;  // for the keys of the queries that a thread has in hand
 constexpr int32_t kLowest = std::numeric_limits<int32_t>::min();
 
 // The k highest keys of one query.
@@ -21,7 +22,8 @@ class Best {
  public:
   Best(size_t k, uint64_t* room, size_t capacity) : k_(k), capacity_(capacity), found_{kLowest, room, 0, capacity} {}
 
-  static size_t capacity(size_t k) { return std::max<size_t>(4 * k, 256) + kBlock; }
+  // k: at most `rows`, which is also the most that can be found.
+  static size_t capacity(size_t k, size_t rows) { return std::max<size_t>(k < rows / 4 ? 4 * k : rows, 256) + kBlock; }
   Found& found() { return found_; }
 
   // tie: rows with the score of the k-th best may still be better, as their ids come in no order.
@@ -102,6 +104,11 @@ class Together {
   size_t count_ = 0;
 };
 
+// How many of `count` queries a thread takes at once.
+inline size_t in_hand(size_t count, size_t capacity) {
+  return std::max<size_t>(std::min(count, kRoomBytes / sizeof(uint64_t) / capacity), 1);
+}
+
 inline bool is_deleted(const Rows& rows, uint32_t row) {
   return rows.deleted && (rows.deleted[row / 64] >> (row % 64) & 1);
 }
@@ -137,10 +144,11 @@ void search_all(Pool& pool, const Kernels& kernels, const Rows& rows, const uint
   const size_t tile = std::max(kTileBytes / row_bytes / kBlock, size_t{1}) * kBlock;
   // Many queries: every thread takes some over all rows. Few: every thread takes some of the rows.
   const bool by_query = count >= 4 * threads;
-  const size_t ranges = by_query ? 1 : threads, parts = by_query ? threads : 1;
+  const size_t capacity = Best::capacity(k, rows.count), bytes = rows.query_bytes();
+  const size_t ranges = by_query ? 1 : threads;
+  const size_t part = by_query ? in_hand((count + threads - 1) / threads, capacity) : count;
+  const size_t parts = (count + part - 1) / part;
   const size_t range = ((rows.count + ranges - 1) / ranges + kBlock - 1) / kBlock * kBlock;
-  const size_t part = (count + parts - 1) / parts, capacity = Best::capacity(k);
-  const size_t bytes = rows.query_bytes();
 
   std::vector<std::vector<Best>> best(ranges * parts);
   std::vector<std::unique_ptr<uint64_t[]>> room(ranges * parts);
@@ -181,9 +189,9 @@ void search_lists(Pool& pool, const Kernels& kernels, const Rows& rows, const Li
   if (!count || !k) return;
   for (size_t i = 0; i < count * num_probes; ++i)
     if (probes[i] >= 0 && static_cast<size_t>(probes[i]) >= lists.count) throw std::out_of_range("a probe is no list");
-  const size_t capacity = Best::capacity(k), bytes = rows.query_bytes();
+  const size_t capacity = Best::capacity(k, lists.num_ids), bytes = rows.query_bytes();
   const auto threads = static_cast<size_t>(pool.num_threads());
-  const size_t step = std::min((count + threads - 1) / threads, kGrouped);
+  const size_t step = in_hand(std::min((count + threads - 1) / threads, kGrouped), capacity);
   std::vector<std::unique_ptr<uint64_t[]>> rooms(threads);
   pool.run((count + step - 1) / step, [&](size_t task, int thread) {
     const size_t from = task * step, n = std::min(step, count - from);
@@ -202,8 +210,9 @@ void search_lists(Pool& pool, const Kernels& kernels, const Rows& rows, const Li
           if (list >= 0) visits.emplace_back(static_cast<uint32_t>(list), static_cast<uint32_t>(q));
         }
       // All queries of a list after each other read it from the cache: at 1000 queries over memory of 90 MB 3 times
-      // as fast as query after query.
-      if (n > 1) std::sort(visits.begin(), visits.end());
+      // as fast as query after query. A query that names a list twice would be two of those that are scanned together.
+      std::sort(visits.begin(), visits.end());
+      visits.erase(std::unique(visits.begin(), visits.end()), visits.end());
       Together some(kernels, rows, queries + from * bytes, best);
       for (size_t i = 0; i < visits.size(); ++i) {
         const uint32_t list = visits[i].first;
@@ -211,6 +220,7 @@ void search_lists(Pool& pool, const Kernels& kernels, const Rows& rows, const Li
         const auto start = static_cast<size_t>(lists.starts[list]);
         some.scan(start, start + static_cast<size_t>(lists.sizes[list]), true, [&](uint64_t& key) {
           const uint32_t id = lists.ids[key_row(key)];
+          if (id >= lists.num_ids) throw std::out_of_range("a slot is no row");
           key = make_key(key_score(key), id);
           return !is_deleted(rows, id);
         });
@@ -223,7 +233,8 @@ void search_lists(Pool& pool, const Kernels& kernels, const Rows& rows, const Li
 namespace {
 
 struct Candidate {
-  float score, product, squares;
+  float score;
+  double product, squares;  // of all stages until now
   int64_t id;
 
   bool operator<(const Candidate& other) const {  // better first
@@ -245,6 +256,15 @@ inline void prefetch(const Stage& stage, int64_t id) {
 #endif
 }
 
+// Product and squares of a row that float32 cannot square: 1e-20, or 1e20.
+inline void dot_double(const float* row, const float* query, size_t n, double* product, double* squares) {
+  *product = *squares = 0;
+  for (size_t i = 0; i < n; ++i) {
+    *product += static_cast<double>(row[i]) * query[i];
+    *squares += static_cast<double>(row[i]) * row[i];
+  }
+}
+
 inline float sum_of_squares(const float* x, size_t n) {  // eight sums, as one is a chain of additions that wait
   float sums[8] = {};
   size_t i = 0;
@@ -258,27 +278,28 @@ inline float sum_of_squares(const float* x, size_t n) {  // eight sums, as one i
 constexpr size_t kAhead = 2 * kTogether;
 
 // The candidates' cosines of one stage more. scale: 1 / the query's length.
-void score(const Kernels& kernels, const Stage& stage, const float* query, float scale, std::vector<Candidate>& list) {
+void score(const Kernels& kernels, const Stage& stage, const float* query, double scale, std::vector<Candidate>& list) {
   const size_t n = stage.end - stage.begin, count = list.size();
   query += stage.begin;
   for (size_t first = 0; first < count; first += kTogether) {
     const void* rows[kTogether];
-    float products[kTogether], squares[kTogether];
+    float products[kTogether] = {}, squares[kTogether] = {};
     for (size_t r = 0; r < kTogether; ++r) {
       const Candidate& one = list[std::min(first + r, count - 1)];  // the last one fills up
       rows[r] = row_of(stage, one.id);
-      products[r] = one.product;
-      squares[r] = one.squares;
       if (first + r + kAhead < count) prefetch(stage, list[first + r + kAhead].id);
     }
     if (stage.half) kernels.dot_half(reinterpret_cast<const uint16_t* const*>(rows), query, n, products, squares);
     else kernels.dot_single(reinterpret_cast<const float* const*>(rows), query, n, products, squares);
     for (size_t r = 0; r < kTogether && first + r < count; ++r) {
       Candidate& one = list[first + r];
-      one.product = products[r];
-      one.squares = squares[r];
-      one.score = squares[r] > 0 ? products[r] * scale / std::sqrt(squares[r]) : 0;
-      if (std::isnan(products[r]) || std::isnan(squares[r])) one.score = std::numeric_limits<float>::quiet_NaN();
+      double product = products[r], square = squares[r];
+      if (!stage.half && !(square > 1e-30 && square < 1e30))
+        dot_double(static_cast<const float*>(rows[r]), query, n, &product, &square);
+      one.product += product;
+      one.squares += square;
+      one.score = one.squares > 0 ? static_cast<float>(one.product * scale / std::sqrt(one.squares)) : 0;
+      if (std::isnan(one.product) || std::isnan(one.squares)) one.score = std::numeric_limits<float>::quiet_NaN();
     }
   }
 }
@@ -302,7 +323,7 @@ void rerank(Pool& pool, const Kernels& kernels, const std::vector<Stage>& stages
       float length = 0;
       for (const Stage& stage : stages) {
         length += sum_of_squares(query + stage.begin, stage.end - stage.begin);
-        score(kernels, stage, query, length > 0 ? 1 / std::sqrt(length) : 0, list);
+        score(kernels, stage, query, length > 0 ? 1 / std::sqrt(static_cast<double>(length)) : 0, list);
         list.erase(std::remove_if(list.begin(), list.end(), [](const Candidate& c) { return std::isnan(c.score); }),
                    list.end());
         if (list.size() > stage.keep) {

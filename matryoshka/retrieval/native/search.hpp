@@ -30,8 +30,8 @@ struct Rows {
 struct Lists {
   const int64_t* starts;
   const int32_t* sizes;
-  const uint32_t* ids;    // of every slot
-  size_t count;
+  const uint32_t* ids;    // of every slot, below num_ids
+  size_t count, num_ids;
 };
 
 // Packs codes [rows, 4 x chunks] of 0 to 127 into `packed`, which holds zeros for rows up to a multiple of kBlock.
@@ -44,7 +44,8 @@ void pack_bits(const uint64_t* bits, size_t rows, size_t words, uint64_t* packed
 void search_all(Pool& pool, const Kernels& kernels, const Rows& rows, const uint8_t* queries, size_t count, size_t k,
                 int64_t* ids, int32_t* scores);
 
-// The same among the lists `probes` [count, num_probes], of which -1 is none.
+// The same among the lists `probes` [count, num_probes], all different, -1 for none. std::out_of_range for an id that
+// is no row.
 void search_lists(Pool& pool, const Kernels& kernels, const Rows& rows, const Lists& lists, const uint8_t* queries,
                   size_t count, const int32_t* probes, size_t num_probes, size_t k, int64_t* ids, int32_t* scores);
 
