@@ -21,6 +21,7 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,12 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--lancedb", required=True, metavar="URI", help="folder or address of the database")
         one.add_argument("--table", default="embeddings", help="default: embeddings")
     record.add_argument("--overwrite", action="store_true", help="replace a table of this name")
-    sync.add_argument("--shortlist-dim", type=int, default=0, metavar="D", help="of a new index; default: 64, or all")
+    sync.add_argument("--shortlist-dim", type=int, metavar="D", help="of a new index; default: 64, or all")
     for one in (build, add, record):
         one.add_argument("--embeddings", required=True, metavar="DIR", help="what `matryoshka embed` wrote")
         one.add_argument("--prefix", default="", help="put before every name")
-    build.add_argument("--shortlist-dim", type=int, default=0, metavar="D", help="of the codes; default: 64, or all")
-    build.add_argument("--lists", type=int, default=0, help="of the inverted file; default: about 4 x sqrt(rows)")
+    build.add_argument("--shortlist-dim", type=int, metavar="D", help="of the codes; default: 64, or all")
+    build.add_argument("--lists", type=int, help="of the inverted file; default: about 4 x sqrt(rows)")
     build.add_argument("--seed", type=int, default=0, help="of k-means")
     build.add_argument("--overwrite", action="store_true", help="replace the index in DIR once this one is whole")
     add.add_argument("--replace", action="store_true", help="rows of the same names are deleted in the same step")
@@ -80,24 +81,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if not 0 <= args.threads <= 1024:
         raise config.ConfigError("--threads: expected 0 to 1024")
+    for option in ("shortlist_dim", "lists"):
+        value = getattr(args, option, None)
+        if value is not None and value < 1:
+            raise config.ConfigError(f"--{option.replace('_', '-')} {value}: expected 1 or more")
     actions = {"build": build, "add": add, "delete": delete, "compact": compact, "info": info, "record": record,
                "sync": sync}  # fmt: skip
     return actions[args.action](args)
 
 
 def build(args: Namespace) -> int:
-    if args.shortlist_dim < 0 or args.lists < 0:
-        raise config.ConfigError("--shortlist-dim and --lists: expected 1 or more")
     if not 0 <= args.seed < 1 << 31:
         raise config.ConfigError("--seed: expected 0 to 2147483647")
     batch, started = read(args), time.perf_counter()
-    if args.shortlist_dim > batch.rows.shape[1]:
+    if (args.shortlist_dim or 0) > batch.rows.shape[1]:
         raise config.ConfigError(
             f"--shortlist-dim {args.shortlist_dim}: {args.embeddings} has {batch.rows.shape[1]} dimensions"
         )
     with Writer(args.index, args.threads) as writer:
-        index = writer.build(batch, args.shortlist_dim, args.lists, args.seed, args.overwrite)
-    print(f"{describe(index)}\nbuilt in {time.perf_counter() - started:.1f} s")
+        index = writer.build(batch, args.shortlist_dim or 0, args.lists or 0, args.seed, args.overwrite)
+    print(f"{describe(index)}\nnames    {batch.names[0]} and so on\nbuilt in {time.perf_counter() - started:.1f} s")
     return 0
 
 
@@ -107,7 +110,8 @@ def add(args: Namespace) -> int:
         before = Index(args.index)
         index = writer.add(batch, args.replace)
     replaced = len(before) + len(batch.rows) - len(index)
-    print(f"{len(batch.rows):,} rows added" + (f", {replaced:,} of them in place of others" if replaced else ""))
+    in_place = f", {replaced:,} of them in place of others" if replaced else ""
+    print(f"{len(batch.rows):,} rows added ({batch.names[0]} and so on){in_place}")
     print(describe(index))
     return 0
 
@@ -159,7 +163,7 @@ def record(args: Namespace) -> int:
 def sync(args: Namespace) -> int:
     from matryoshka.retrieval.lance import Record
 
-    change = Record(args.lancedb, args.table).sync(args.index, args.threads, args.shortlist_dim)
+    change = Record(args.lancedb, args.table).sync(args.index, args.threads, args.shortlist_dim or 0)
     print(f"{change.added:,} rows added, {change.replaced:,} replaced, {change.deleted:,} deleted")
     print(describe(Index(args.index)))
     return 0
@@ -211,14 +215,16 @@ def describe(index: Index) -> str:
     lines = [
         ("index", str(index.path)),
         ("rows", f"{len(index):,} x {index.columns} float16" + (f", {gone:,} deleted" if gone else "")),
-        ("parts", ", ".join(f"{part.count:,} rows" + (f" in {n:,} lists" if n else ", scanned")
+        ("parts", "; ".join(f"{part.count:,} rows " + (f"in {n:,} lists" if n else "without lists")
                             for part, n in zip(index.parts, lists, strict=True))),
-        ("search", f"{index.setting}"),
+        ("search", f"{index.setting}" if any(lists) else f"{replace(index.setting, index='scan')}"),
         ("model", f"{model.get('arch')}, {model.get('head')}, {model.get('file')} ({model['weights_sha256'][:12]})"),
         ("size", f"{index.nbytes / 1e6:,.1f} MB"),
     ]  # fmt: skip
-    if certificate := index.about["certificate"]:
-        lines.insert(4, ("recall", f"{certificate['text']}"))
+    if found := index.certificate:
+        about, current = found
+        stale = f"was measured before the index changed: matryoshka retrieve --database {index.path} --sweep --choose"
+        lines.insert(4, ("recall", about["text"] if current else stale))
     outside = index.total - (index.parts[0].count if index.parts else 0)
     if gone + outside > CROWDED * index.total:
         lines.append(("advice", f"matryoshka index compact {index.path}"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from matryoshka.embeddings import META, Embeddings, labels_like, open_embeddings
+from matryoshka.embeddings import META, Classes, Embeddings, matched_labels, open_embeddings
 from matryoshka.retrieval.exact import exact_search
 from matryoshka.retrieval.hits import RetrievalError
 from matryoshka.retrieval.pipeline import Setting
@@ -25,6 +25,7 @@ class Table:
     labels: np.ndarray | None
     classes: list[str] | None
     weights: str | None
+    num_classes: int = 0
     embeddings: Embeddings | None = None
     index: Index | None = None
 
@@ -50,22 +51,26 @@ def open_table(path: str, num_threads: int = 0) -> Table:
         everything = np.arange(index.total)
         classes, labels = joined_classes(index, everything)
         labels = np.where(index.is_deleted(everything), -1, labels)
+        known = [source.get("num_classes", 0) for part in index.parts for source in part.data]
+        count = len(classes) if classes else max([*known, int(labels.max()) + 1])
         return Table(place, np.empty((0, index.columns), np.float32), labels, classes,
-                     index.model["weights_sha256"], index=index)  # fmt: skip
+                     index.model["weights_sha256"], count, index=index)  # fmt: skip
     if place.suffix == ".npy":
         return _arrays(place)
     if not place.is_dir() or not (place / META).is_file():
         open_embeddings(place)  # says what is wrong
     found = open_embeddings(place)
-    return Table(place, found.X, np.asarray(found.y), found.classes, found.meta["model"]["weights_sha256"], found)
+    about = found.meta
+    return Table(place, found.X, np.asarray(found.y), found.classes, about["model"]["weights_sha256"],
+                 about["data"]["num_classes"], found)  # fmt: skip
 
 
 def _arrays(path: Path) -> Table:
     rows = _read(path)
     if rows.ndim != 2 or rows.dtype.kind != "f":
         raise RetrievalError(f"{path}: is {rows.dtype} {list(rows.shape)}, expected floating point [rows, dimensions]")
-    if rows.dtype not in (np.float16, np.float32):
-        rows = rows.astype(np.float32)
+    if rows.dtype not in (np.float16, np.float32) or rows.strides[1] != rows.itemsize:  # or in Fortran's order
+        rows = np.ascontiguousarray(rows, np.float16 if rows.dtype == np.float16 else np.float32)
     labels = None
     beside = path.with_name(path.name.removesuffix("-X.npy") + "-y.npy")
     if path.name.endswith("-X.npy") and beside.exists():
@@ -106,10 +111,29 @@ def open_pair(database: Table, queries: Table) -> tuple[Table, Table]:
             f"{queries.path}: is of another model (weights {queries.weights[:12]}) than {database.path} "
             f"({database.weights[:12]}); embed both with the same"
         )
-    if database.embeddings and queries.embeddings:
-        queries = replace(queries, labels=labels_like(queries.embeddings, database.embeddings))
-    elif database.classes and queries.classes and queries.labels is not None:
-        number = {name: label for label, name in enumerate(database.classes)}
-        own = np.array([number.get(name, -1) for name in queries.classes], np.int64)
-        queries = replace(queries, labels=own[queries.labels])
+    if database.weights and queries.weights and queries.labels is not None:  # neither is a bare array
+        own, theirs = (Classes(table.path, table.classes, table.num_classes) for table in (queries, database))
+        queries = replace(queries, labels=matched_labels(queries.labels, own, theirs))
     return database, queries
+
+
+def notes(database: Table, queries: Table) -> list[str]:
+    """What may surprise in the numbers of a pair."""
+    found = []
+    if queries.embeddings is not None:
+        about = queries.embeddings.meta
+        prepared, itself = about.get("preprocessing"), False
+        if database.index is not None:
+            other = database.index.preprocessing
+            itself = bool((database.index.find(queries.embeddings.ids[:50]) >= 0).any())
+        elif database.embeddings is not None:
+            other = database.embeddings.meta.get("preprocessing")
+            one, two = about["data"].get("fingerprint"), database.embeddings.meta["data"].get("fingerprint")
+            itself = one is not None and one == two
+        else:
+            other = prepared
+        if prepared != other:
+            found.append(f"images of {queries.path} were prepared otherwise ({prepared}) than the database's ({other})")
+        if itself:
+            found.append("queries are rows of the database, too: each finds itself, accuracies are not of new images")
+    return found

@@ -32,15 +32,18 @@ import numpy as np
 import torch
 from matryoshka.inference.retrieval_tables import (  # pyright: ignore[reportMissingImports] (folder inference, installed)
     Table,
+    notes,
     open_pair,
     open_table,
 )
 
 from matryoshka import config
 from matryoshka.checkpoint import write_atomically
-from matryoshka.retrieval import Searcher, Setting, Stage
+from matryoshka.embeddings import META, WORK
+from matryoshka.retrieval import RetrievalError, Searcher, Setting, Stage
 from matryoshka.retrieval import metrics as m
 from matryoshka.retrieval.pipeline import INDEXES
+from matryoshka.retrieval.store import MANIFEST
 
 BATCH = 1000  # queries that are searched together
 ANYWAY = 10  # neighbours whose recall of the exact ones is measured
@@ -58,7 +61,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--queries", required=True, metavar="DIR", help=where)
     p.add_argument("--output", required=True, metavar="DIR", help="folder of the results")
     p.add_argument("--overwrite", action="store_true", help="replace results in it")
-    p.add_argument("--index", help=f"{', '.join(INDEXES)}; default: scan, of an index its own. A sweep takes several")
+    p.add_argument(
+        "--index",
+        help=f"{', '.join(INDEXES)}; a sweep takes several, with commas. Default: scan; of an index without any of the "
+        "options down to --funnel-k: its own search",
+    )
     p.add_argument("--shortlist-dim", type=int, help="default: 64, or all; of hnsw and binary, too")
     p.add_argument("--k", type=int, help="length of the shortlist; default: 200, as in the paper")
     p.add_argument("--rerank-dim", type=int, help="default: all; 0: the shortlist is the result")
@@ -66,7 +73,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ef", type=int, help="hnsw: efSearch; default: 200")
     p.add_argument("--funnel", metavar="D,D,...", help="prefixes, rising: the first of the shortlist")
     p.add_argument("--funnel-k", metavar="K,K,...", help="how many rows each but the last hands on")
-    p.add_argument("--at", metavar="K,K,...", help="of the metrics; default: 10,25,50,100; the largest is written")
+    p.add_argument(
+        "--at",
+        metavar="K,K,...",
+        help="of the metrics; default: 10,25,50,100, of an index's own search 10; the largest is written",
+    )
     p.add_argument("--truth", type=int, default=2000, help="queries that are compared with exact search; 0: none")
     p.add_argument("--batches", default="1,32,1000", metavar="B,B,...", help="for queries/s")
     p.add_argument("--no-speed", action="store_true", help="measure no speed")
@@ -92,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     database, queries = open_pair(open_table(args.database, args.threads), open_table(args.queries, args.threads))
     print(f"database {args.database}: {len(database):,} x {database.columns}")
     print(f"queries  {args.queries}: {len(queries):,}")
+    for text in notes(database, queries):
+        print(f"note: {text}")
     if args.sweep:
         from matryoshka.inference import retrieve_sweep  # pyright: ignore[reportMissingImports]
 
@@ -110,8 +123,8 @@ def check(args: Namespace) -> None:
         raise config.ConfigError("--funnel says all prefixes and k: leave out --k, --shortlist-dim and --rerank-dim")
     for name, least in (("k", 1), ("shortlist_dim", 1), ("rerank_dim", 0), ("nprobe", 1), ("ef", 1), ("truth", 0)):
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise config.ConfigError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
+        if value is not None and not least <= value < 1 << 31:
+            raise config.ConfigError(f"--{name.replace('_', '-')} {value}: expected {least} or more, below 2^31")
     if not 0 <= args.threads <= 1024:
         raise config.ConfigError("--threads: expected 0 to 1024")
     if not 0 <= args.seed < 1 << 31:
@@ -119,24 +132,38 @@ def check(args: Namespace) -> None:
     for name in (args.index or "").split(",") if args.index else []:
         if name not in INDEXES:
             raise config.ConfigError(f"--index {name}: unknown; known: {', '.join(INDEXES)}")
+    if args.funnel:
+        try:
+            Setting.funnel(args.index or "scan", args.funnel, args.funnel_k)
+        except RetrievalError as error:
+            raise config.ConfigError(f"--funnel, --funnel-k: {error}") from None
+    first = args.funnel[0] if args.funnel else args.shortlist_dim
+    if args.index == "binary" and first and first % 64:
+        option = "--funnel" if args.funnel else "--shortlist-dim"
+        raise config.ConfigError(f"{option} {first}: binary takes multiples of 64")
+    if args.rerank_dim and args.index != "binary" and args.rerank_dim < (args.shortlist_dim or 1):
+        raise config.ConfigError(f"--rerank-dim {args.rerank_dim}: is below --shortlist-dim {args.shortlist_dim}")
     if args.index and "," in args.index and not args.sweep:
         raise config.ConfigError(f"--index {args.index}: one, or several with --sweep")
     single = {"--k": args.k, "--rerank-dim": args.rerank_dim, "--funnel": args.funnel, "--nprobe": args.nprobe,
               "--ef": args.ef, "--at": args.at, "--no-speed": args.no_speed or None}  # fmt: skip
     given = [option for option, value in single.items() if value is not None]
     if args.sweep and given:
-        raise config.ConfigError(f"--sweep tries k, stages and efforts by itself: leave out {', '.join(given)}")
+        raise config.ConfigError(f"{', '.join(given)}: --sweep decides and measures by itself; leave it out")
     if args.sweep and not args.truth:
         raise config.ConfigError("--sweep measures recall: --truth must be 1 or more")
     if args.target_recall is not None and not 0 < args.target_recall <= 1:
         raise config.ConfigError(f"--target-recall {args.target_recall}: expected a number above 0, up to 1")
     if (args.choose or args.target_recall is not None) and not args.sweep:
         raise config.ConfigError(f"--{'choose' if args.choose else 'target-recall'}: goes with --sweep")
-    args.at = args.at or [10, 25, 50, 100]
     args.target_recall = args.target_recall or 0.99
     output = Path(args.output)
     if not next(place for place in (output, *output.absolute().parents) if place.exists()).is_dir():
         raise config.ConfigError(f"--output {output}: is in the way or below a file; choose another folder")
+    for name in (META, WORK, MANIFEST):  # ids.npy is a name of both
+        if (output / name).exists():
+            what = "an index" if name == MANIFEST else "embeddings"
+            raise config.ConfigError(f"--output {output}: holds {what} ({name}); choose another folder")
     done = output / ("sweep.json" if args.sweep else "results.json")
     if done.exists() and not args.overwrite:
         raise config.ConfigError(f"{done}: exists; choose another --output, or add --overwrite")
@@ -155,6 +182,15 @@ def numbers(option: str, text: str) -> list[int]:
 def wanted(args: Namespace, database: Table) -> Setting:
     """The one setting that the options say."""
     own = database.index
+    chosen = (args.index, args.k, args.shortlist_dim, args.rerank_dim, args.nprobe, args.ef, args.funnel)
+    if own and all(value is None for value in chosen):
+        args.at = args.at or [ANYWAY]
+        return own.setting.giving(min(max(args.at), len(database)))
+    args.at = args.at or [10, 25, 50, 100]
+    for option, dims in (("--shortlist-dim", [args.shortlist_dim]), ("--rerank-dim", [args.rerank_dim]),
+                         ("--funnel", args.funnel or [])):  # fmt: skip
+        if (most := max((d or 0 for d in dims), default=0)) > database.columns:
+            raise config.ConfigError(f"{option} {most}: {database.path} has {database.columns} dimensions")
     index = args.index or (own.setting.index if own else "scan")
     for option, value, needs in (("--nprobe", args.nprobe, "ivf"), ("--ef", args.ef, "hnsw")):
         if value is not None and index != needs:
@@ -195,12 +231,19 @@ def truth(args: Namespace, database: Table, queries: Table) -> tuple[np.ndarray,
     asked = np.asarray(queries.rows[rows], np.float32)
     k = min(ANYWAY, len(database))
     ids = [database.exact(asked[first : first + BATCH], k) for first in range(0, count, BATCH)]
-    return asked, np.concatenate(ids) if ids else np.empty((0, k), np.int64)
+    exact = np.concatenate(ids) if ids else np.empty((0, k), np.int64)
+    if count and (exact < 0).all():
+        raise RetrievalError(f"{database.path}, {queries.path}: one of them has NaN or infinity in every row")
+    return asked, exact
 
 
 def one(args: Namespace, database: Table, queries: Table) -> int:
     """A single setting, written and measured."""
     setting = wanted(args, database)
+    if min(args.at) > setting.results:
+        raise config.ConfigError(f"--at {min(args.at)}: {setting} returns {setting.results}; give a longer --k")
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)  # an error of it shall not come after an hour
     search, nbytes = searcher(args, database)
     started = time.perf_counter()
     search(np.asarray(queries.rows[:1], np.float32), setting)
@@ -234,8 +277,6 @@ def one(args: Namespace, database: Table, queries: Table) -> int:
     if not args.no_speed:
         results["speed"] = speed(search, setting, queries, args.batches)
     results["memory"] = memory(nbytes())
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
     (output / "results.json").unlink(missing_ok=True)  # those of other arrays
     with np.errstate(invalid="ignore"):
         distances = np.where(ids < 0, np.inf, np.maximum(2 - 2 * cosines, 0)).astype(np.float32)
@@ -276,7 +317,8 @@ def against_exact(summary: m.RecallSummary, k: int) -> dict[str, Any]:
     lost = summary.at_most(k // 2)
     print(f"recall   of the exact {k}: {summary.mean:.4f}, with 95 % confidence {summary.lower:.4f} or more")
     shares = f"{100 * summary.perfect:.1f} % found all, {100 * lost:.1f} % half or less"
-    print(f"         {summary.queries:,} queries: {shares}")
+    bad = f" ({summary.excluded:,} more have NaN or infinity)" if summary.excluded else ""
+    print(f"         {summary.queries:,} queries: {shares}{bad}")
     return {"k": k, "queries": summary.queries, "recall": number(summary.mean), "lower": number(summary.lower),
             "standard_error": number(summary.standard_error), "interval": [number(x) for x in summary.interval],
             "perfect": number(summary.perfect), "half_lost": number(lost), "found": summary.found.tolist()}  # fmt: skip

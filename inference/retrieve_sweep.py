@@ -34,10 +34,10 @@ def sweep(args: Namespace, database: Table, queries: Table) -> int:
     if database.index is not None:
         lists = any(part.about["lists"] for part in database.index.parts)
         own = database.index.dim
-        if (args.index and set(names) - {"scan", "ivf"}) or args.shortlist_dim not in (None, own):
-            raise config.ConfigError(
-                f"{args.database}: has --shortlist-dim {own} and --index scan, ivf; leave both out"
-            )
+        if args.index and set(names) - {"scan", "ivf"}:
+            raise config.ConfigError(f"--index {args.index}: {args.database} has scan or ivf; leave it out")
+        if args.shortlist_dim not in (None, own):
+            raise config.ConfigError(f"--shortlist-dim {args.shortlist_dim}: {args.database} has {own}; leave it out")
         names, dims = ("ivf",) if lists and "ivf" in names else ("scan",), (own,)
     elif args.choose:
         raise config.ConfigError(f"--choose: {args.database} is no index; `matryoshka index build` makes one")
@@ -46,6 +46,8 @@ def sweep(args: Namespace, database: Table, queries: Table) -> int:
     settings = grid(names, database.columns, len(database), min(10, len(database)), dims)
     if not settings:
         raise config.ConfigError(f"--index {','.join(names)}: nothing to try in {database.columns} dimensions")
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     asked, exact = truth(args, database, queries)
     exact_rate = len(asked) / (time.perf_counter() - started)
@@ -60,10 +62,8 @@ def sweep(args: Namespace, database: Table, queries: Table) -> int:
     measured = list(measure(ids, bar, asked, exact, batch, len(settings)))
     measured = again(ids, measured, asked, exact, batch, args.target_recall)
     best, chosen = frontier(measured), certified(measured, args.target_recall)
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
     print(table(best, chosen, exact_rate, len(database)))
-    text = said(args, measured, chosen, len(asked), exact.shape[1], database)
+    text = said(args, measured, chosen, len(asked), exact.shape[1], len(queries))
     print(text)
     plot(output / "frontier.png", measured, best, chosen, args.target_recall, f"{len(database):,} x {database.columns}")
     content = {
@@ -74,11 +74,15 @@ def sweep(args: Namespace, database: Table, queries: Table) -> int:
         "certificate": certificate(chosen, args, len(asked), len(settings)),
     }  # fmt: skip
     write_atomically(output / "sweep.json", (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
-    if args.choose and chosen is not None:
+    if args.choose and chosen is not None and database.index is not None:
+        known = content["certificate"] | {"text": short(chosen, len(asked))}
         with Writer(args.database, args.threads) as writer:
-            writer.choose(chosen.setting, content["certificate"] | {"text": short(chosen, len(asked))})
+            writer.choose(chosen.setting, known, database.index.about)
         print(f"chosen   {chosen.setting} is now the default of {args.database}")
     print(f"written  {output}: frontier.png, sweep.json")
+    if args.choose and chosen is None:
+        print(f"--choose: the default of {args.database} is left as it was", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -122,9 +126,9 @@ def table(best: Sequence[Measured], chosen: Measured | None, exact_rate: float, 
 
 
 def said(
-    args: Namespace, measured: Sequence[Measured], chosen: Measured | None, queries: int, k: int, database: Table
+    args: Namespace, measured: Sequence[Measured], chosen: Measured | None, queries: int, k: int, there: int
 ) -> str:
-    """The certificate in words, or what is missing for one."""
+    """The certificate in words, or what is missing for one. queries: that were asked, of `there`."""
     tried = len(measured)
     if chosen is not None:
         return (
@@ -134,11 +138,11 @@ def said(
         )
     top = max(measured, key=lambda one: (one.recall.lower, one.speed))
     needed = queries_needed(args.target_recall, tried) if args.target_recall < 1 else 0
-    more = (
-        f"even one that loses nothing needs {needed:,} queries for that: --truth {needed}"
-        if needed > queries
-        else "more queries (--truth), or a longer shortlist, may do"
-    )
+    if needed > queries:
+        remedy = f"--truth {needed}" if needed <= there else f"these are all {there:,}, give more, or a lower target"
+        more = f"even one that loses nothing needs {needed:,} queries for that: {remedy}"
+    else:
+        more = "more queries (--truth), or a longer shortlist, may do" if queries < there else "more queries may do"
     return (
         f"no certificate: no setting's recall@{k} is {args.target_recall} or more with 95 % confidence; the best is "
         f"{top.setting}: {top.recall.mean:.4f}, at least {top.recall.lower:.4f}\n                {more}"

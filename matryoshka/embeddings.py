@@ -17,7 +17,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -118,30 +118,44 @@ def labels_like(queries: Embeddings, database: Embeddings) -> np.ndarray:
     Classes are matched by name, ImageNet V2's folders (0 to 999) with WordNet ids. Where one side has no names, labels
     are taken as they are, if there are as many classes. EmbeddingError where no class is common to both.
     """
-    ours, theirs = queries.classes, database.classes
+    return matched_labels(np.asarray(queries.y), *(
+        Classes(one.path, one.classes, one.meta["data"]["num_classes"]) for one in (queries, database)
+    ))  # fmt: skip
+
+
+class Classes(NamedTuple):
+    """What labels mean. path: of the data, for messages; names: by label, where there are names; count: of classes."""
+
+    path: Path
+    names: list[str] | None
+    count: int
+
+
+def matched_labels(labels: np.ndarray, queries: Classes, database: Classes) -> np.ndarray:
+    """As `labels_like`, of any data: labels int64 [N] of the queries."""
+    ours, theirs = queries.names, database.names
     if ours is None or theirs is None:
-        counts = [e.meta["data"]["num_classes"] for e in (queries, database)]
-        if counts[0] != counts[1]:
+        if queries.count != database.count:
             raise EmbeddingError(
-                f"{queries.path}: has {counts[0]} classes, {database.path} {counts[1]}, and one of them no names for "
-                "them; embed data sets with class names"
+                f"{queries.path}: has {queries.count} classes, {database.path} {database.count}, and one of them no "
+                "names for them; embed data sets with class names"
             )
-        return np.asarray(queries.y)
+        return labels
+    if not 0 <= labels.min() <= labels.max() < len(ours):
+        raise EmbeddingError(f"{queries.path / 'y.npy'}: has labels outside of its {len(ours)} classes; {AGAIN}")
     if ours == theirs:
-        return np.asarray(queries.y)
+        return labels
     number = {name: label for label, name in enumerate(theirs)}
     if sorted(ours) == sorted(map(str, range(1000))):
         from matryoshka.imagenet_sets import wnids  # imports torch
 
         ours = [wnids()[int(name)] for name in ours]
-    if not 0 <= queries.y.min() <= queries.y.max() < len(ours):
-        raise EmbeddingError(f"{queries.path / 'y.npy'}: has labels outside of its {len(ours)} classes; {AGAIN}")
     matched = np.array([number.get(name, -1) for name in ours], np.int64)
     if (matched < 0).all():
         raise EmbeddingError(
             f"{queries.path}: none of its classes ({ours[0]!r}, ...) is one of {database.path} ({theirs[0]!r}, ...)"
         )
-    return matched[queries.y]
+    return matched[labels]
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -241,3 +241,31 @@ def test_accuracy_of_ties_and_nan():
     metric.reset()
     metric.update(torch.full((1, 10, 10), torch.nan), torch.arange(10))
     assert metric.compute()[8] == {"top1": 0.0, "top5": 0.0}
+
+
+def test_encode_files_are_prepared_as_a_loader_prepares_them(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    from matryoshka.data import BetonError, CenterCrop, ImageFolder, Loader
+    from matryoshka.data.augment import Preprocessing
+
+    rng = np.random.default_rng(0)
+    (tmp_path / "a").mkdir()
+    sizes = [(60, 40), (33, 90), (48, 48), (200, 150)]
+    names = [f"a/{i}.{'png' if i % 2 else 'jpg'}" for i in range(4)]
+    for name, (w, h) in zip(names, sizes, strict=True):
+        Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)).save(tmp_path / name)
+    model = build(model_spec(ModelConfig(arch="resnet10", mrl=True), 3))
+    model.preprocessing = Preprocessing(32, 0.8, (0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
+    data = ImageFolder(tmp_path)
+    (batch,) = Loader(data, 4, order="sequential", image=CenterCrop(32, 0.8))
+    paths = [tmp_path / data.name(i) for i in range(4)]
+    torch.testing.assert_close(model.encode_files(paths), model.encode(batch.images), rtol=0, atol=0)
+    short = model.encode_files(map(str, paths[:2]), truncate_dim=16, normalize=True)
+    torch.testing.assert_close(short, model.encode(batch.images[:2], 16, True))
+    assert model.encode_files([]).shape == (0, model.width)
+    (tmp_path / "no.jpg").write_bytes(b"no picture")
+    for path, words in ((tmp_path / "no.jpg", "no.jpg: "), (tmp_path / "gone.jpg", "gone.jpg: No such file")):
+        with pytest.raises(BetonError, match=words):
+            model.encode_files([path])

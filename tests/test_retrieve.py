@@ -186,7 +186,8 @@ def test_a_sweep_without_enough_queries_says_how_many(data, capsys):
                           "--sweep", "--index=scan", "--shortlist-dim=64", "--overwrite"]) == 0  # fmt: skip
     said = capsys.readouterr().out
     assert "no certificate" in said
-    needed = int(said.split("--truth ")[1].split()[0])
+    needed = int(said.split("needs ")[1].split()[0].replace(",", ""))
+    assert "these are all " in said
     tried = len(json.loads((folder / "few/sweep.json").read_text())["settings"])
     bound = summarise_recall(np.ones(needed), 1, bonferroni=tried).lower
     assert bound >= 0.99 > summarise_recall(np.ones(needed - 1), 1, bonferroni=tried).lower
@@ -246,16 +247,20 @@ MISTAKES = [
     (["--at=1,x"], "--at 1,x"),
     (["--index=tree"], "--index tree: unknown"),
     (["--index=scan,ivf"], "or several with --sweep"),
-    (["--shortlist-dim=97"], "has 96 dimensions, a prefix of 97"),
-    (["--rerank-dim=97"], "has 96 dimensions, a prefix of 97"),
-    (["--index=binary", "--shortlist-dim=32"], "multiple of 64"),
+    (["--shortlist-dim=97"], "--shortlist-dim 97: "),
+    (["--rerank-dim=97"], "db has 96 dimensions"),
+    (["--index=binary", "--shortlist-dim=32"], "--shortlist-dim 32: binary takes multiples of 64"),
+    (["--funnel=16,8", "--funnel-k=10"], "--funnel, --funnel-k: a funnel of dimensions [16, 8]"),
+    (["--shortlist-dim=64", "--rerank-dim=32"], "--rerank-dim 32: is below --shortlist-dim 64"),
+    (["--index=hnsw", "--ef=3000000000"], "--ef 3000000000"),
+    (["--at=1000", "--k=100"], "--at 1000: "),
     (["--funnel=8,16"], "give both"),
     (["--funnel=8,16", "--funnel-k=10", "--k=5"], "leave out --k"),
     (["--funnel=8,16,32", "--funnel-k=10"], "needs 2 k, not 1"),
     (["--funnel=8,32,16", "--funnel-k=20,10"], "longer than the one before"),
     (["--funnel=8,16,32", "--funnel-k=10,20"], "falling"),
     (["--nprobe=0"], "--nprobe 0"),
-    (["--sweep", "--k=5"], "leave out --k"),
+    (["--sweep", "--k=5"], "--k: --sweep"),
     (["--sweep", "--truth=0"], "--truth must be 1"),
     (["--choose"], "goes with --sweep"),
     (["--sweep", "--choose"], "is no index"),

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from matryoshka.data.crops import CenterCrop, PadCrop, RandomResizedCrop
+from matryoshka.data.images import read_images
 from matryoshka.data.layout import BetonError
 from matryoshka.data.reader import BetonFile
 from matryoshka.data.sources import Digits, ImageFolder, open_dataset
@@ -27,6 +28,7 @@ __all__ = [
     "StateError",
     "WriterConfig",
     "open_dataset",
+    "read_images",
     "write_beton",
 ]
 

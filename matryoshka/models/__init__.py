@@ -7,7 +7,8 @@ maps images [B, 3, H, W] to features [B, D]. `timm:NAME` is any model of timm th
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
@@ -15,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from matryoshka.data import CenterCrop, read_images
 from matryoshka.data.augment import Preprocessing, normalise
 from matryoshka.models.blurpool import apply_blurpool
 from matryoshka.nested import NestedLinear, check_dims, default_dims
@@ -155,6 +157,16 @@ class NestedModel(nn.Module):
             for module, mode in modes:
                 module.training = mode
         return nn.functional.normalize(features, dim=1) if normalize else features
+
+    def encode_files(
+        self, paths: Iterable[str | os.PathLike], truncate_dim: int | None = None, normalize: bool = False
+    ) -> Tensor:
+        """As `encode`, of image files that are prepared as `preprocessing` says, and so as `matryoshka embed` does.
+
+        All of them at once: for a query or some, a Loader is for many. BetonError for a file that is no image.
+        """
+        images = read_images(paths, CenterCrop(self.preprocessing.size, self.preprocessing.ratio))
+        return self.encode(torch.from_numpy(images), truncate_dim, normalize)
 
 
 def _torchvision_resnet(name: str, weights: str | None) -> tuple[nn.Module, int]:

@@ -1,0 +1,37 @@
+"""Single image files as a Loader's evaluation would give them: for queries, outside of any data set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from matryoshka.data import _native
+from matryoshka.data.crops import CenterCrop
+from matryoshka.data.layout import BetonError
+from matryoshka.data.sources import decode_image
+
+
+def read_images(paths: Iterable[str | os.PathLike], crop: CenterCrop) -> np.ndarray:
+    """uint8 [B, size, size, 3]. BetonError, one line, for a file that cannot be read or decoded.
+
+    As everywhere in the data path, EXIF orientations are not applied.
+    """
+    squares = []
+    for path in paths:
+        try:
+            squares.append(central_square(decode_image(Path(path).read_bytes()).pixels, crop))
+        except OSError as error:
+            raise BetonError(f"{path}: {error.strerror}") from None
+        except ValueError as error:
+            raise BetonError(f"{path}: {error}") from None
+    return np.stack(squares) if squares else np.empty((0, crop.size, crop.size, 3), np.uint8)
+
+
+def central_square(pixels: np.ndarray, crop: CenterCrop) -> np.ndarray:
+    """uint8 [H, W, 3] -> [size, size, 3]."""
+    width, height = (np.array([side], np.int32) for side in (pixels.shape[1], pixels.shape[0]))
+    x, y, w, h, _ = crop.crops(width, height, np.zeros(1, np.int64), 0, 0)[0].tolist()
+    return _native.resize(np.ascontiguousarray(pixels[y : y + h, x : x + w]), crop.size, crop.size)
