@@ -1,11 +1,14 @@
 """An index that follows a LanceDB table: what is in it, edits, filters, tables that are something else."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from matryoshka.retrieval import RetrievalError
 from matryoshka.retrieval.store import FEW, Index
-from matryoshka.retrieval.store_writer import Batch
+from matryoshka.retrieval.store_writer import Batch, Writer
 
 pytest.importorskip("lancedb")
 pytest.importorskip("pyarrow")
@@ -74,9 +77,12 @@ def test_filters_are_lances_and_the_search_is_ours(tmp_path):
 
 def test_tables_that_are_something_else(tmp_path):
     uri = str(tmp_path / "lance")
-    with pytest.raises(RetrievalError, match="has no table 'photos'"):
+    with pytest.raises(RetrievalError, match="has no table 'photos'.*index record"):
         Record(uri, "photos")
+    assert not list(tmp_path.iterdir())  # nothing is made there
     Record.create(uri, "photos", batch(30))
+    with pytest.raises(RetrievalError, match="has no table 'x'"):
+        Record(uri, "x")
     with pytest.raises(RetrievalError, match="--overwrite replaces it"):
         Record.create(uri, "photos", batch(30))
     Record.create(uri, "photos", batch(20), overwrite=True).sync(tmp_path / "index")
@@ -88,3 +94,98 @@ def test_tables_that_are_something_else(tmp_path):
     other = Batch(other.rows, other.names, other.labels, {"weights_sha256": "cd" * 32, "file": "x"}, {"size": 32})
     with pytest.raises(RetrievalError, match="another model"):
         Record.create(uri, "other", other).sync(tmp_path / "index")
+    (tmp_path / "file").write_bytes(b"")
+    for path in ("file", "file/deeper"):
+        with pytest.raises(RetrievalError, match=f"{path}: is a file, or in one; --lancedb takes a folder"):
+            Record.create(str(tmp_path / path), "photos", batch(30))
+    with pytest.raises(RetrievalError, match="file: is a file"):
+        Record(str(tmp_path / "file"), "photos")
+
+
+def said(index):
+    """{name: (class, data set, number there)} of the rows that are not deleted."""
+    rows = [row for row in range(index.total) if not index.is_deleted(np.array([row]))[0]]
+    return {index.name(row): (index.class_name(row), *index.origin(row)) for row in rows}
+
+
+def test_edits_of_anything_reach_the_index(tmp_path):
+    folder = tmp_path / "index"
+    record = Record.create(str(tmp_path / "lance"), "photos", batch(300))
+    record.sync(folder)
+    expected = said(Index(folder))
+    for where, values, of in (
+        ("id = '3.jpg'", {"class": "dog"}, lambda row: ("dog", *row[1:])),
+        ("id = '4.jpg'", {"class": "newt", "label": 9}, lambda row: ("newt", *row[1:])),
+        ("id = '5.jpg'", {"source": "elsewhere"}, lambda row: (row[0], {"path": "elsewhere"}, row[2])),
+        ("id = '6.jpg'", {"item": 4_000_000_000}, lambda row: (*row[:2], 4_000_000_000)),
+        ("id = '7.jpg'", {"class": None}, lambda row: (None, *row[1:])),
+        ("id = '8.jpg'", {"class": None, "label": -1}, lambda row: (None, *row[1:])),
+    ):
+        record.table.update(where=where, values=values)
+        name = where.split("'")[1]
+        expected[name] = of(expected[name])
+        assert record.sync(folder) == Change(0, 1, 0)
+        assert said(Index(folder)) == expected
+        assert record.sync(folder) == Change(0, 0, 0)
+    record.table.update(where="id = '7.jpg'", values={"label": 0})  # all that is known of its class
+    assert record.sync(folder) == Change(0, 1, 0)
+    assert said(Index(folder)) == expected
+    record.table.update(where="id = '9.jpg'", values={"label": 2})  # its class has a name, which decides
+    assert record.sync(folder) == Change(0, 0, 0)
+    with Writer(folder) as writer:
+        assert said(writer.compact()) == expected
+    assert record.sync(folder) == Change(0, 0, 0)
+    record.table.update(where="id = '10.jpg'", values={"item": -1})
+    with pytest.raises(RetrievalError, match="'photos' has items that are no numbers of 32 bits"):
+        record.sync(folder)
+
+
+def test_labels_without_classes_and_rows_that_say_nothing(tmp_path):
+    given = batch(60)
+    plain = Batch(given.rows, given.names, np.arange(60) - 1, MODEL, {"size": 32})
+    with Writer(tmp_path / "built") as writer:
+        built = writer.build(plain)
+    record = Record.create(str(tmp_path / "lance"), "photos", plain)
+    assert record.sync(tmp_path / "built") == Change(0, 0, 0)
+    record.sync(tmp_path / "index")
+    index = Index(tmp_path / "index")
+    assert said(index) == said(built)
+    np.testing.assert_array_equal(index.parts[0].labels, np.arange(60) - 1)
+    record.table.update(where="id = '3.jpg'", values={"label": 7})
+    assert record.sync(tmp_path / "index") == Change(0, 1, 0)
+    index = Index(tmp_path / "index")
+    assert index.parts[1].labels.tolist() == [7]
+    record.table.update(where="id = '4.jpg'", values={"label": None, "source": None, "item": None})
+    assert record.sync(tmp_path / "index") == Change(0, 1, 0)
+    assert Index(tmp_path / "index").parts[2].labels.tolist() == [-1]
+    assert record.sync(tmp_path / "index") == Change(0, 0, 0)
+
+
+def test_an_index_that_follows_names_the_data_of_one_that_was_built(tmp_path):
+    """Two data sets, classes in another order than the rows, labels without a name: as if built directly."""
+    one, n = batch(90), 90
+    data = [{"path": "photos", "fingerprint": "aa", "num_classes": 3}, {"path": "more", "fingerprint": "bb"}]
+    origins = np.stack([np.arange(n) % 2, np.arange(n)[::-1]], 1).astype(np.uint32)
+    given = Batch(one.rows, one.names, (np.arange(n)[::-1] % 5) - 1, MODEL, {"size": 32}, one.classes, data, origins)
+    with Writer(tmp_path / "built") as writer:
+        built = writer.build(given)
+    record = Record.create(str(tmp_path / "lance"), "photos", given)
+    assert record.data == data
+    record.sync(tmp_path / "synced")
+    index = Index(tmp_path / "synced")
+    assert said(index) == said(built)
+    assert {row[1]["fingerprint"] for row in said(index).values()} == {"aa", "bb"}
+    before = said(built)
+    record.sync(tmp_path / "built")  # what is there already stays
+    assert said(Index(tmp_path / "built")) == before
+
+
+def test_a_new_table_is_made_without_a_warning(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); from test_lance import Record, batch\n"
+        f"for overwrite in (False, True): Record.create({str(tmp_path / 'lance')!r}, 'photos', batch(9), overwrite)\n"
+        f"Record.create({str(tmp_path / 'lance')!r}, 'more', batch(9), True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "WARN" not in done.stderr

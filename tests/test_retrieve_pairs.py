@@ -91,6 +91,36 @@ def test_an_index_is_measured_as_it_searches(capsys):
     capsys.readouterr()
 
 
+def test_deleted_rows_are_not_missed():
+    rows, labels = folders()
+    gone = np.flatnonzero(labels[:400] == labels[400])[::2]
+    assert program.main(["delete", "x.index", *(f"{i:05d}.jpg" for i in gone)]) == 0
+    found = results("x.index", "--index=exact", "--at=5")["classes"]["at"]["5"]
+    live = np.setdiff1d(np.arange(400), gone)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    recall = []
+    for i in range(400, 520):
+        best = live[np.argsort(-unit[live] @ unit[i], kind="stable")[:5]]
+        recall.append((labels[best] == labels[i]).sum() / (labels[live] == labels[i]).sum())
+    assert found["recall"] == pytest.approx(np.mean(recall), abs=1e-3)
+
+
+def test_recall_is_of_queries_at_random():
+    """Queries come in the order of their classes: the first ones would be of one class."""
+    folders()
+    args = retrieve.parser().parse_args(["--database=db", "--queries=q", "--output=out", "--truth=40"])
+    database, queries = retrieve.open_pair(retrieve.open_table("db"), retrieve.open_table("q"))
+    chosen = []
+    for args.seed in (0, 1, 0):
+        asked, exact = retrieve.truth(args, database, queries)
+        chosen.append([int(np.flatnonzero((queries.rows == query).all(1))[0]) for query in asked])
+        assert len(set(chosen[-1])) == 40
+        assert exact.shape == (40, 10)
+    assert chosen[0] == chosen[2] != chosen[1]
+    assert max(chosen[0]) > 80
+    assert min(chosen[0]) < 40
+
+
 def test_results_do_not_replace_embeddings_or_an_index(capsys):
     folders()
     os.makedirs("begun/.unfinished")

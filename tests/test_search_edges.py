@@ -157,3 +157,28 @@ def test_lists_outside_of_the_codes():
     slots[7] = 128
     with pytest.raises(IndexError, match="a slot is no row"):
         listed(np.zeros((1, 1)), ids=slots)
+
+
+# ---------------------------------------------------------------- equal scores
+
+
+def test_equal_scores_of_lists_and_of_stages_go_by_number():
+    """Few different codes, numbers scattered over the lists: what was found first is not what counts."""
+    rng = np.random.default_rng(15)
+    for seed in range(20):
+        codes = np.random.default_rng(seed).integers(0, 2, (1920, 4), dtype=np.uint8)
+        packed = np.zeros(1920 * 4, np.uint8)
+        _native.pack(pool(1), codes, packed)
+        numbers = rng.permutation(1920).astype(np.uint32)
+        asked = rng.integers(-127, 128, (3, 4), dtype=np.int8)
+        probes = np.tile(rng.permutation(30), (3, 1)).astype(np.int32)
+        starts, sizes = np.arange(30) * 64, np.full(30, 64, np.int32)
+        ids, _ = _native.search_lists(pool(1), packed, starts, sizes, numbers, 1920, asked, probes, 70)
+        for q in range(3):
+            score = codes.astype(int) @ asked[q].astype(int)
+            assert ids[q].tolist() == numbers[np.lexsort((numbers, -score))[:70]].tolist()
+    rows = np.repeat(positive(4, 32, 16), 50, 0)[np.random.default_rng(17).permutation(200)]
+    candidates = np.random.default_rng(18).permutation(200)[None]
+    for stages in ([Stage(32, 30)], [Stage(8, 60), Stage(32, 30)]):
+        hits = rerank(rows, rows[:1], candidates, stages)
+        assert hits.ids[0].tolist() == np.flatnonzero((rows == rows[0]).all(1))[:30].tolist()

@@ -4,6 +4,7 @@ import io
 import shutil
 import socket
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from matryoshka.checkpoint import save_model
 from matryoshka.data import CenterCrop, Loader
 from matryoshka.embeddings import open_embeddings
 from matryoshka.models import ModelSpec, build
+from matryoshka.retrieval.store import Index
 from matryoshka.retrieval.store_writer import Batch, Writer
 from matryoshka.search_page import Pictures, Refusal, central_square, comparison, pictures
 
@@ -222,6 +224,21 @@ def test_an_index_that_is_damaged_or_of_another_model_meanwhile(made, changed, c
     assert "changed" in said(shown.get("/api/index"), 503)
 
 
+def test_what_is_said_of_recall_is_of_these_rows(made, changed):
+    shown, _ = client_of(made, changed)
+
+    def recall():
+        return shown.get("/api/index").json()["certificate"]
+
+    assert recall() == ""
+    with Writer(changed) as writer:
+        writer.choose(Index(changed).setting, {"text": "0.91 or more, with 95 % confidence (200 queries)"})
+    assert recall() == "recall 0.91 or more, with 95 % confidence (200 queries)"
+    with Writer(changed) as writer:
+        writer.delete([open_embeddings(made / "embeddings").ids[0]])
+    assert recall() == "recall measured before the index changed: run `matryoshka retrieve --sweep --choose` again"
+
+
 def test_queries_outlive_a_change(made, changed, photo):
     shown, _ = client_of(made, changed)
     file = io.BytesIO()
@@ -262,7 +279,8 @@ def test_mistakes_are_one_line(made, tmp_path, capsys):
             ([index, "--port=70000"], ["--port 70000"]),
             ([index, "--host=no such host"], ["--host no such host"]),
             ([index, "--data=nothing"], ["--data nothing"]),
-            ([index, "--data=a", "--data=b"], ["--data", "1 data set", "photos"]),
+            ([index, f"--data={tmp_path}", "--data=nothing"], ["--data nothing", "no such file"]),
+            ([index, *2 * [f"--data={tmp_path}"]], ["--data", "1 data set;", f"give --data {made / 'photos'}, or"]),
             ([index, "--max-upload-mb=0"], ["--max-upload-mb"]),
             ([index, "--threads=-1"], ["--threads"]),
         ):
@@ -278,7 +296,7 @@ def test_mistakes_are_one_line(made, tmp_path, capsys):
     assert all(word in line for word in ("runs/lost.safetensors", "give", "--model")), line
 
 
-def test_it_says_what_is_missing_and_who_can_see_it(made, capsys, monkeypatch):
+def test_it_says_what_is_missing_and_who_can_see_it(made, tmp_path, capsys, monkeypatch):
     started = []
     uvicorn = pytest.importorskip("uvicorn")
 
@@ -291,8 +309,8 @@ def test_it_says_what_is_missing_and_who_can_see_it(made, capsys, monkeypatch):
     for more, words, absent in (
         ([], [str(made / "photos"), "35 rows", "http://127.0.0.1:"], "note:"),
         ([f"--data={made / 'photos'}"], [str(made / "photos")], "note:"),
-        ([f"--data={made}"], ["pictures are missing", "--data"], "everybody"),
-        (["--host=0.0.0.0"], ["--host 0.0.0.0", "everybody", "http://localhost:"], "missing"),
+        ([f"--data={tmp_path}"], ["the data set cannot be used", "names are shown", "--data"], "pictures from"),
+        (["--host=0.0.0.0"], ["--host 0.0.0.0", "everybody", "http://localhost:"], "cannot be used"),
     ):
         capsys.readouterr()
         assert serve.main([index, "--port=0", "--device=cpu", *more]) == 0  # Ctrl-C is a good end
@@ -304,9 +322,55 @@ def test_it_says_what_is_missing_and_who_can_see_it(made, capsys, monkeypatch):
     assert all(address[1] > 0 for _, address in started)
 
 
+def test_data_sets_of_several_parts_are_counted_once(made, changed, tmp_path, capsys):
+    """Two of one data set and one of another, which lies elsewhere now; its name needs quotes."""
+    more = batch_of(made / "embeddings")
+    other = tmp_path / "other photos"
+    shutil.copytree(made / "photos", other)
+    with Writer(changed) as writer:
+        for prefix, path in (("again/", made / "photos"), ("other/", other)):
+            about = {"path": str(path), "fingerprint": "0"}
+            writer.add(replace(more, names=[prefix + name for name in more.names], data=[about]))
+        index = writer.compact()
+    _, service = client_of(made, changed)
+    assert service.places() == {str(made / "photos"): None, str(other): None}
+    other.rename(tmp_path / "elsewhere")
+    shown, service = client_of(made, changed)
+    assert (list(service.places()), shown.get("/api/index").json()["pictures"]) == (
+        [str(made / "photos"), str(other)],
+        True,
+    )
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        capsys.readouterr()
+        serve.announce(serve.parser().parse_args([str(changed)]), index, service, door)
+    out = capsys.readouterr().out
+    assert f"pictures from {made / 'photos'}\n" in out
+    assert f"1 of 2 data sets cannot be used, names are shown ({other}: the data set is not there any more)" in out
+    line = refused([str(changed), f"--data={tmp_path / 'elsewhere'}"], capsys)
+    assert f"2 data sets; give --data {made / 'photos'} --data '{other}', in this order, or where they lie now" in line
+    assert serve.moved(index, [str(made), str(tmp_path)]) == {
+        str(made / "photos"): str(made),
+        str(other): str(tmp_path),
+    }
+
+
 def test_without_the_extra_it_is_named(made, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert "matryoshka[serve]" in refused([str(made / "photos.index")], capsys)
+
+
+def test_refusals_are_kept_for_seconds(made, tmp_path, monkeypatch):
+    """A data set that is mounted later is found; until then it is not looked for at every picture."""
+    clock = [100.0]
+    monkeypatch.setattr(pictures.time, "monotonic", lambda: clock[0])
+    shown, about = Pictures(), {"path": str(tmp_path / "later")}
+    for mounted in (False, True):
+        if mounted:
+            shutil.copytree(made / "photos" / "cat", tmp_path / "later" / "cat")
+        with pytest.raises(Refusal, match="not there"):
+            shown.open(about)
+    clock[0] += pictures.RETRY
+    assert len(shown.open(about)) == 9
 
 
 def test_texts_of_refusals_are_kept():

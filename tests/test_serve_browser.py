@@ -93,6 +93,25 @@ def page(watched):
     assert [url for url in watched.asked if not url.startswith((origin, f"blob:{origin}"))] == []
 
 
+@pytest.fixture
+def changing(page):
+    """changing(address, change): answers to it are what `change` makes of them, until the test ends."""
+
+    def begin(address, change):
+        def handle(route):
+            answer = route.fetch()
+            content = answer.json()
+            change(content)
+            route.fulfill(response=answer, json=content)
+
+        page.route(address, handle)
+
+    yield begin
+    page.unroute_all(behavior="wait")
+    page.reload()
+    page.locator(".hit").first.wait_for()
+
+
 def uploaded(watched, made, row):
     """The image of a row, as somebody's own; its name."""
     file = made / "photos" / open_embeddings(made / "embeddings").ids[row]
@@ -109,7 +128,7 @@ def test_it_starts_with_a_row_and_its_neighbours_at_every_prefix(watched, page):
     assert [title.split()[0] for title in titles] == ["Adaptive", *map(str, DIMS)]
     assert page.locator(f"{FULL} .hit.agrees").count() == 10
     for column in page.locator(".column").all():
-        agree = re.search(r"(\d+) of 10", column.locator("h3").inner_text())
+        agree = re.fullmatch(r"(\d+) of 10", column.locator(".share").inner_text())
         assert column.locator(".hit.agrees .tick").count() == int(agree[1])
     widths = page.locator(".hit img, #picture").evaluate_all("images => images.map(i => i.naturalWidth)")
     assert len(widths) == 1 + 10 * len(titles)
@@ -147,9 +166,9 @@ def test_sliders_change_recall_and_time_live_and_by_keyboard(watched, page, made
     page.locator("#setting", has_text="ivf 8 nprobe 1 k 10 -> 8").wait_for()
     watched.settle()
     assert 0 <= int(watched.text("#recall").split()[0]) < 10
-    assert watched.text("#recall") in watched.text(".column.adaptive h3")
+    assert watched.text("#recall") == watched.text(".column.adaptive .share")
     assert re.fullmatch(r"[\d.,]+ ms", watched.text("#time"))
-    assert re.fullmatch(r"[\d.,]+\u00d7", watched.text("#ratio"))
+    assert re.fullmatch(r"[\d.,]+\u00d7|slower", watched.text("#ratio"))
     assert columns == [column.inner_text() for column in page.locator(".column[data-dim]").all()]
     searches = [url for url in watched.asked[asked:] if "/api/" in url]
     assert 1 <= len(searches) <= 3  # moves that follow each other closely are one
@@ -164,6 +183,7 @@ def test_a_neighbour_that_is_clicked_is_the_next_query_and_back_goes_back(watche
     uploaded(watched, made, 0)
     assert page.locator(f"{FULL} .hit").first.get_attribute("title") == f"{EVIL}\n{EVIL}/{EVIL}3.png"
     assert page.locator(f"{FULL} .what").first.inner_text() == EVIL
+    assert page.locator(f"{FULL} .name").first.inner_text() == f"{EVIL}3.png"  # without its folder
     hit = page.locator(f"{FULL} .hit").nth(4)
     row = hit.get_attribute("data-row")
     hit.focus()
@@ -219,6 +239,117 @@ def test_light_dark_narrow(watched, page, made, tmp_path):
     assert page.evaluate("document.documentElement.scrollWidth") == 400  # nothing sticks out
     assert page.locator("#scroll").evaluate("node => node.scrollWidth > node.clientWidth")  # the columns scroll
     page.set_viewport_size({"width": 1200, "height": 900})
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+def test_what_a_screen_shows_at_once(page, width, height):
+    page.set_viewport_size({"width": width, "height": height})
+    page.evaluate("scrollTo(0, 0)")
+    cut = page.locator(".column h3, .column .share, .facts div, .facts dd, .controls").evaluate_all(
+        "nodes => nodes.filter(n => n.scrollWidth > n.clientWidth).map(n => n.textContent)"
+    )
+    assert cut == []
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    for at in range(2):  # neighbours of the fast search, and of the first prefix
+        hit = page.locator(".column").nth(at).locator(".hit").nth(1).bounding_box()
+        assert hit["y"] + hit["height"] < height
+    narrow = width < 400
+    summary, slider = page.locator("#tuning summary"), page.get_by_label("Shortlist")
+    assert (summary.is_visible(), slider.is_visible()) == (narrow, not narrow)
+    if narrow:
+        summary.click()
+        assert slider.is_visible()
+        sides = [page.locator("#scroll").get_attribute("class")]
+        third = page.locator(".column").nth(2).bounding_box()
+        assert third["x"] < width < third["x"] + third["width"]  # the next column is there, in part
+        for place in ("node.scrollWidth / 4", "node.scrollWidth"):
+            page.locator("#scroll").evaluate(f"node => {{ node.scrollLeft = {place}; }}")
+            page.wait_for_function(f"document.getElementById('scroll').className !== '{sides[-1]}'")
+            sides.append(page.locator("#scroll").get_attribute("class"))
+        assert list(map(set, map(str.split, sides))) == [
+            {"scroll", "after"}, {"scroll", "before", "after"}, {"scroll", "before"},
+        ]  # fmt: skip
+    page.set_viewport_size({"width": 1200, "height": 900})
+    assert slider.is_visible()
+
+
+LONG = "a/long/way/down/to/the/last/of/all/folders/of_a_disk/with_a_name_that_never_ends/IMG_20250131_123456.jpeg"
+
+
+def test_without_pictures_names_are_shown_and_keep_their_ends(watched, page, changing):
+    def named(content):
+        content["query"].update({"name": LONG, "class": None})
+        content["columns"][0]["hits"][0].update({"name": LONG, "class": None})
+        content["columns"][0]["hits"][1].update({"name": "cats/7.png", "class": "cat"})
+
+    changing("**/api/index", lambda content: content.update(pictures=False))
+    changing("**/api/neighbours?**", named)
+    page.reload()
+    page.locator("#note", has_text="names are shown").wait_for()
+    page.locator(".hit.bare").first.wait_for()
+    assert page.locator(".hit img, #picture:visible").count() == 0
+    tile = watched.text("#empty")
+    assert tile.startswith("…")
+    assert tile.endswith("IMG_20250131_123456.jpeg")
+    assert watched.text("#asked").startswith("row ")
+    column = page.locator(f'.column[data-dim="{DIMS[0]}"]')
+    for i, (shown, cut) in enumerate(((LONG, True), ("7.png", False))):
+        name = column.locator(".hit").nth(i).locator(".name")
+        assert name.inner_text() == shown
+        front, end = name.evaluate("""(node) => {
+            const outer = node.getBoundingClientRect(), inner = node.firstChild.getBoundingClientRect();
+            return [outer.left - inner.left, inner.right - outer.right]; }""")
+        assert (front > 20) == cut
+        assert end < 1
+    assert page.locator("#empty").evaluate("node => node.scrollWidth <= node.clientWidth")
+    extension = page.evaluate("""() => {
+        const text = [...document.getElementById("empty").childNodes].filter(n => n.nodeType === 3).pop();
+        const range = document.createRange(); range.setStart(text, text.length - 5); range.setEnd(text, text.length);
+        return new Set([...range.getClientRects()].map(box => box.top)).size; }""")
+    assert extension == 1  # ".jpeg" is on one line
+
+
+@pytest.mark.parametrize(("lists", "words"), [(0, "An index this small"), (5, "With these settings")])
+def test_an_adaptive_search_that_is_slower_says_so(watched, page, changing, lists, words):
+    changing("**/api/index", lambda content: content["nprobe"].update(high=lists))
+    changing("**/api/neighbours?**", lambda content: content["adaptive"].update(ratio=0.6))
+    page.reload()
+    page.locator("#slow", has_text=words).wait_for()
+    assert watched.text("#ratio") == "slower"
+    assert watched.text("#ratio-of") == "than exact search"
+    page.unroute_all(behavior="wait")
+    changing("**/api/neighbours?**", lambda content: content["adaptive"].update(ratio=12.4))
+    page.reload()
+    page.locator("#ratio", has_text="12\u00d7").wait_for()
+    assert page.locator("#slow").is_hidden()
+    assert watched.text("#ratio-of") == "the speed of exact search"
+
+
+def test_the_headline_says_what_is_known_of_recall(watched, page, changing):
+    changing(
+        "**/api/index", lambda content: content.update(certificate="recall measured before: run `this --now` again")
+    )
+    page.reload()
+    page.locator("#headline", has_text="resnet10 MRL; recall measured before: run this --now again").wait_for()
+    assert watched.text("#headline code") == "this --now"
+
+
+def test_an_upload_is_shown_as_the_model_sees_it(watched, page, tmp_path):
+    """Not turned upright by its EXIF orientation."""
+    pixels = np.zeros((60, 120, 3), np.uint8)
+    pixels[:, :60, 0], pixels[:, 60:, 2] = 255, 255  # red is left
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down: red would be right
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", exif=exif)
+    watched.upload("turned.jpg", file.getvalue(), "image/jpeg")
+    page.locator("#asked", has_text="turned.jpg").wait_for()
+    watched.settle()
+    page.locator("#picture").screenshot(path=tmp_path / "shown.png")
+    shown = np.asarray(Image.open(tmp_path / "shown.png").convert("RGB")).astype(int)
+    row = shown[len(shown) // 2]
+    left, right = row[len(row) // 4], row[3 * len(row) // 4]
+    assert left[0] - left[2] > 150 < right[2] - right[0]
 
 
 def test_everything_has_a_name(page):

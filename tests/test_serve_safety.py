@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,7 +54,8 @@ def test_uploads_that_are_no_pictures(made, client, photo, monkeypatch):
         return said(client.post("/api/query", content=data), status)
 
     for data in (b"", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", tiff.getvalue(), whole[:30]):
-        assert "not a JPEG" in refused(data, 415)
+        assert "not a JPEG" in (text := refused(data, 415))
+        assert "convert" in text
     assert "damaged" in refused(whole[: len(whole) // 2], 400)
     assert "damaged" in refused(png(20, 20, b"no zlib stream"), 400)
     for sides in ((60_000, 60_000), (10_000, 8_000)):  # Pillow's limit, and ours
@@ -86,6 +88,22 @@ def test_queries_are_forgotten_and_keys_cannot_be_guessed(made, photo, monkeypat
     assert min(map(len, (first, second, third))) >= 16
     assert "row" in said(few.get("/api/neighbours"), 400)
     assert "row" in said(few.get("/api/neighbours", params={"row": 1, "query": first}), 400)
+
+
+def test_an_upload_that_does_not_arrive(client, monkeypatch):
+    monkeypatch.setattr("matryoshka.search_page.app.PATIENCE", 0.05)
+    begun = []
+
+    async def receive():
+        begun.append(1)
+        if len(begun) > 1:
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": b"\x89PNG", "more_body": True}
+
+    status, content = as_it_is(client.app, "/api/query", "POST", receive=receive)
+    assert (status, json.loads(content)) == (408, {"error": "the upload took too long"})
+    monkeypatch.undo()
+    assert client.post("/api/query", content=b"x").status_code == 415  # its place is free again
 
 
 def test_too_many_uploads_at_once(made, monkeypatch):
@@ -132,20 +150,21 @@ def test_rows_that_are_not_there_and_tricks_with_paths(client):
         assert client.get(path).status_code == 404
 
 
-def as_it_is(app, path):
-    """(status, body) of a GET whose path no client has tidied up."""
-    sent = []
+async def nothing_more():
+    return {"type": "http.request", "body": b"", "more_body": False}
 
-    async def receive():
-        return {"type": "http.request", "body": b"", "more_body": False}
+
+def as_it_is(app, path, method="GET", hosts=("127.0.0.1",), receive=nothing_more):
+    """(status, body) of a request that no client has tidied up."""
+    sent = []
 
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "scheme": "http",
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
              "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "client": ("127.0.0.1", 9),
-             "headers": [(b"host", b"127.0.0.1")], "server": ("127.0.0.1", 8000)}  # fmt: skip
-    asyncio.run(app(scope, receive, send))
+             "headers": [(b"host", host.encode()) for host in hosts], "server": ("127.0.0.1", 8000)}  # fmt: skip
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 60))
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
 
 
@@ -188,7 +207,7 @@ def test_a_folder_that_changed_since_shows_nothing_of_its_neighbours(made, tmp_p
 def test_files_that_go_while_they_are_shown(made, tmp_path):
     shutil.copytree(made / "photos", tmp_path / "p")
     shown, service = client_of(made, replaced={str(made / "photos"): str(tmp_path / "p")})
-    assert (shown.get("/image/0").status_code, service.missing()) == (200, 0)
+    assert (shown.get("/image/0").status_code, service.places()) == (200, {str(tmp_path / "p"): None})
     shutil.rmtree(tmp_path / "p" / "ant")
     assert "read" in said(shown.get("/image/12"), 404)
 
@@ -215,9 +234,16 @@ def test_pictures_of_a_beton(made, tmp_path, photo, mode):
     write_beton(source, other, write_mode=mode, max_resolution=20, names=mode == "raw")
     moved, service = client_of(made, tmp_path / "b.index", {str(beton): str(other)})
     assert "not the one" in said(moved.get("/image/4"), 404)
-    assert service.missing() == 1
+    assert "not the one" in service.places()[str(other)]
     assert moved.get("/api/index").json()["pictures"] is False
     assert len(moved.get("/api/neighbours", params={"row": 4}).json()["columns"][-1]["hits"]) == 5
+    with Writer(tmp_path / "synced.index") as writer:  # from a table, which has no fingerprint
+        writer.build(replace(batch_of(tmp_path / "e"), data=[{"path": str(beton)}]))
+    synced, _ = client_of(made, tmp_path / "synced.index")
+    if mode == "raw":
+        assert synced.get("/image/4").status_code == 200  # told by its name
+    else:
+        assert "fingerprint" in said(synced.get("/image/4"), 404)
     cut, _ = client_of(made, tmp_path / "b.index")
     assert cut.get("/image/4").status_code == 200
     os.truncate(beton, 4096)
@@ -233,6 +259,13 @@ def test_only_the_page_itself_may_ask(made, client):
     for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "127.0.0.1@evil.example", "", "a b",
                  "192.168.1.7", "localhost:8000:1", "[::2]", "[", "x" * 9000):  # fmt: skip
         assert "address" in said(client.get("/api/index", headers={"Host": host}), 403)
+    for hosts, status in (
+        (["127.0.0.1"], 200),
+        (["127.0.0.1", "127.0.0.1"], 403),
+        (["localhost", "evil"], 403),
+        ([], 403),
+    ):
+        assert as_it_is(client.app, "/api/index", hosts=hosts)[0] == status
     lan, _ = client_of(made, hosts=["Photos.example"], any_address=True)
     for host, status in (("photos.example:80", 200), ("192.168.1.7:8000", 200), ("[fe80::1]", 200), ("evil", 403)):
         assert lan.get("/", headers={"Host": host}).status_code == status

@@ -352,7 +352,7 @@ def test_rows_that_float16_cannot_hold(tmp_path):
 
 
 def test_names_of_the_same_hash(tmp_path, monkeypatch):
-    for module in (store_part, store_writer):
+    for module in (store, store_part, store_writer):
         monkeypatch.setattr(module, "name_hash", len)
     names = ["a", "b", "c", "aa", "bb", ""]
     index = built(tmp_path, random_rows(6), names)

@@ -291,13 +291,13 @@ def test_changes_that_are_refused_change_nothing(tmp_path):
         (lambda w: w.add(batch(rows)), r"'photos/0' already, and 4 more"),
         (lambda w: w.add(other), "another model"),
         (lambda w: w.add(batch(random_rows(5, 23), good.names)), "24 dimensions, the embeddings 23"),
-        (lambda w: w.add(Batch(rows, good.names, good.labels, MODEL, {"size": 64})), "prepared as"),
+        (lambda w: w.add(Batch(rows, good.names, good.labels, MODEL, {"size": 64})), "prepared otherwise"),
         (lambda w: w.add(Batch(rows, list("xyz"), good.labels, MODEL, PREPARED)), "3 names"),
         (lambda w: w.add(Batch(rows, good.names, good.labels[:4], MODEL, PREPARED)), "labels"),
         (lambda w: w.add(batch(rows, good.names, origins=np.ones((5, 2), np.int64))), "origins"),
         (lambda w: w.add(batch(rows, good.names, origins=np.zeros((4, 2), np.int64))), "origins"),
         (lambda w: w.add(batch(rows.astype(int).tolist(), good.names, labels=[0.5] * 5)), "labels"),
-        (lambda w: w.delete(["photos/0", "x", "y"]), "no row 'x', and not 1 more"),
+        (lambda w: w.delete(["photos/0", "x", "y"]), "no row 'x', nor 1 more of these names"),
     )
     with Writer(tmp_path, 1) as writer:
         for call, words in calls:
@@ -383,7 +383,8 @@ def test_what_was_chosen_stays(tmp_path):
         writer.add(batch(random_rows(1), ["new"]))
         writer.delete(["new"])
         index = writer.compact()
-    assert (index.setting, index.about["certificate"]) == (chosen, {"text": "0.99"})
+    certificate, still = index.certificate
+    assert (index.setting, certificate["text"], certificate["rows"], still) == (chosen, "0.99", 5, False)
 
 
 def test_many_parts_do_not_run_out_of_open_files(tmp_path):

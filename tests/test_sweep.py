@@ -10,8 +10,8 @@ from matryoshka.inference import retrieve, retrieve_sweep
 from matryoshka.inference.retrieval_tables import open_table
 
 from matryoshka.retrieval import Searcher, Setting, Stage, exact_search
-from matryoshka.retrieval.metrics import summarise_recall
-from matryoshka.retrieval.sweep import PROBES, Measured, certified, frontier, grid
+from matryoshka.retrieval.metrics import recall_against_exact, summarise_recall
+from matryoshka.retrieval.sweep import PROBES, Measured, certified, frontier, grid, measure
 
 N, D = 600, 128
 
@@ -201,3 +201,18 @@ def test_options_that_would_not_count_are_refused(folder, tmp_path, monkeypatch,
     assert words in said
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_bounds_hold_for_all_settings_together():
+    """The luckiest of 50 is not believed as one alone would be."""
+    rng = np.random.default_rng(0)
+    exact = np.tile(np.arange(10), (300, 1))
+    found = np.where(rng.random((300, 10)) < 0.95, exact, 99 + exact)
+    setting = Setting("scan", 8, 10)
+    one, many = (
+        next(iter(measure(lambda q, _: found[: len(q)], [setting], np.zeros((300, 8), np.float32), exact, 300, tried)))
+        for tried in (1, 50)
+    )
+    assert one.recall.mean == many.recall.mean
+    assert many.recall.lower == summarise_recall(recall_against_exact(found, exact), 10, bonferroni=50).lower
+    assert many.recall.lower < one.recall.lower - 1e-3
