@@ -37,6 +37,7 @@ from tqdm import tqdm
 from matryoshka import __version__, config, distributed
 from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader, open_dataset
 from matryoshka.data.order import share
+from matryoshka.data.reader import printable
 from matryoshka.data.subset import Subset
 from matryoshka.embedding_writer import Plan, RowWriter, Unfinished
 from matryoshka.embeddings import DTYPES, FORMAT, EmbeddingError, trunk_sha256
@@ -46,6 +47,7 @@ from matryoshka.published import load_any
 
 PREPROCESSING = ("checkpoint", "upstream", "ffcv")
 FLUSH_SECONDS = 20.0  # at most so much work, and the batches being written, is done again after a kill
+SHOWN = 5  # names of classes
 LOOKED_AT = 64  # images whose bytes are part of a data set's fingerprint
 
 
@@ -187,7 +189,10 @@ class Job:
             print(f"note: no classifier of this model has seen columns {last} to {self.columns - 1}; "
                   f"--truncate-dim {last} leaves them out")  # fmt: skip
         print(f"{self.args.path}: {model.spec.arch}, {model.spec.head_name}, {self.columns} of {model.width} columns")
-        print(f"{self.data.path}: {len(self.data):,} images at {model.preprocessing.size} px")
+        classes = f"{self.data.num_classes:,} classes"
+        if names := self.data.classes:  # images that lie where nobody meant them show here
+            classes += f" ({', '.join(map(printable, names[:SHOWN]))}{', ...' if len(names) > SHOWN else ''})"
+        print(f"{self.data.path}: {len(self.data):,} images of {classes} at {model.preprocessing.size} px")
 
 
 def fingerprint(data: Data, labels: np.ndarray) -> str:

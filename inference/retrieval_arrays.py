@@ -29,7 +29,7 @@ from matryoshka import config, distributed
 from matryoshka.data import BetonFile, ImageFolder, open_dataset
 from matryoshka.data.subset import Subset
 from matryoshka.embedding_writer import differences
-from matryoshka.embeddings import META, open_embeddings
+from matryoshka.embeddings import META, EmbeddingError, open_embeddings
 from matryoshka.imagenet_sets import FOLDERS, ImageNetError, wnids
 
 SPLITS = {  # --dataset of --retrieval: split, and where it lies below --data-root, the first that is there
@@ -81,7 +81,8 @@ def retrieval(args: Namespace) -> int:
             if world.is_main:
                 job.announce()
             if not there_already(target, job):
-                embed(job, f"{target}-embeddings", True)
+                folder = f"{target}-embeddings"
+                embed(job, folder, not finished(folder, job))
                 distributed.on_main(lambda target=target: publish(target), world)
             if world.is_main:
                 print(f"written  {target}-X.npy {target}-y.npy")
@@ -124,6 +125,14 @@ def there_already(target: str, job: Job) -> bool:
         return False
     arrays = all(Path(f"{target}-{kind}.npy").exists() for kind in "Xy")
     return arrays and isinstance(stored, dict) and not differences(stored, job.meta())
+
+
+def finished(folder: str, job: Job) -> bool:
+    """Whether these are the embeddings: of a process that was killed before it published them."""
+    try:
+        return not differences(open_embeddings(folder).meta, job.meta())
+    except EmbeddingError:
+        return False
 
 
 def publish(target: str) -> None:

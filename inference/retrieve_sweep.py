@@ -204,9 +204,11 @@ def plot(
         return max(1 - one.recall.mean, floor)
 
     for index in dict.fromkeys(one.setting.index for one in measured):
-        mine = [one for one in measured if one.setting.index == index]
-        axes.scatter([lost(o) for o in mine], [o.speed for o in mine], s=14, alpha=0.45, linewidths=0,
-                     color=COLOURS[index], label=index)  # fmt: skip
+        for certain, alpha in ((False, 0.25), (True, 0.9)):
+            mine = [o for o in measured if o.setting.index == index and (o.recall.lower >= target) == certain]
+            label = f"{index}, certainly {target:g} or more" if certain else index
+            axes.scatter([lost(o) for o in mine], [o.speed for o in mine], s=16, alpha=alpha, linewidths=0,
+                         color=COLOURS[index], label=label if mine else None)  # fmt: skip
     line = sorted(best, key=lost)
     axes.plot([lost(o) for o in line], [o.speed for o in line], color="#333333", linewidth=1.2, label="frontier")
     if target < 1:
@@ -221,7 +223,9 @@ def plot(
     axes.invert_xaxis()
     axes.set_xlabel("recall of the exact neighbours")
     axes.set_ylabel(f"queries per second, batch {best[0].batch}")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{1 - x:.4g}" if x > floor * 1.01 else "1")
+    ticks = [10.0**i for i in range(-6, 1) if 1.5 * floor < 10.0**i < 1.1 * max(map(lost, measured))]
+    axes.set_xticks([*ticks, floor] if any(one.recall.mean == 1 for one in measured) else ticks)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{1 - x:.6g}" if x > floor * 1.01 else "1")
     axes.xaxis.set_minor_formatter("")
     for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         axis(lambda y, _: f"{y:,.0f}" if f"{y:.0e}"[0] in "125" else "")

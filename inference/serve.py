@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+import shlex
 import socket
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = load(args, index)
         pictures = search_page.Pictures(replaced, lambda data: fingerprint(data, data.labels))
         service = search_page.Service(index, encoder(model, index.preprocessing), trunk_sha256(model), pictures)
-        announce(args, index, service, pictures, door)
+        announce(args, index, service, door)
         app = search_page.make_app(
             service, hosts(args.host), args.host in ANY, int(args.max_upload_mb * (1 << 20))
         )  # fmt: skip
@@ -110,13 +111,14 @@ def moved(index: Index, given: Sequence[str] | None) -> dict[str, str]:
     """Where the index's data sets lie, by where it says that they do."""
     if not given:
         return {}
-    known = list(dict.fromkeys(str(source.get("path") or "") for part in index.parts for source in part.data))
-    if len(given) != len(known):
-        raise config.ConfigError(
-            f"--data: {index.path} has {len(known)} data sets ({', '.join(known)}); give it so often, in this order"
-        )
     if missing := [path for path in given if not os.path.exists(path)]:
         raise config.ConfigError(f"--data {missing[0]}: there is no such file or folder")
+    known = list(dict.fromkeys(str(source.get("path") or "") for part in index.parts for source in part.data))
+    if len(given) != len(known):
+        number = "1 data set" if len(known) == 1 else f"{len(known)} data sets"
+        options = " ".join(f"--data {shlex.quote(path) if path else 'PATH'}" for path in known)
+        order = ", in this order" if len(known) > 1 else ""
+        raise config.ConfigError(f"--data: {index.path} has {number}; give {options}{order}, or where they lie now")
     return dict(zip(known, given, strict=True))
 
 
@@ -179,13 +181,14 @@ def hosts(host: str) -> list[str]:
     return [f"[{host}]" if ":" in host else host]
 
 
-def announce(args: Namespace, index: Index, service: Any, pictures: Any, door: socket.socket) -> None:
-    sources = [source for part in index.parts for source in part.data]
-    places = ", ".join(dict.fromkeys(pictures.place(source) or "?" for source in sources))
-    print(f"{args.index}: {len(index):,} rows of {index.columns} dimensions, pictures from {places}")
-    if lacking := service.missing():
-        which = "the data set" if len(sources) == 1 else f"{lacking} of {len(sources)} data sets"
-        print(f"note: {which} cannot be used: pictures are missing, names are shown; --data says where they are")
+def announce(args: Namespace, index: Index, service: Any, door: socket.socket) -> None:
+    places = service.places()
+    usable = [place for place, reason in places.items() if reason is None]
+    pictures = f", pictures from {', '.join(usable)}" if usable else ""
+    print(f"{args.index}: {len(index):,} rows of {index.columns} dimensions{pictures}")
+    if lacking := [f"{place}: {reason}" if place else reason for place, reason in places.items() if reason]:
+        which = "the data set" if len(places) == 1 else f"{len(lacking)} of {len(places)} data sets"
+        print(f"note: {which} cannot be used, names are shown ({'; '.join(lacking)}); --data says where pictures are")
     if not _is_loopback(door.getsockname()[0]):
         print(f"note: with --host {args.host} everybody who reaches this computer sees the data set")
     shown = args.host if args.host not in ANY else "localhost"
