@@ -107,9 +107,9 @@ def build(args: Namespace) -> int:
 def add(args: Namespace) -> int:
     batch = read(args)
     with existing(args) as writer:
-        before = Index(args.index)
+        before = len(Index(args.index))
         index = writer.add(batch, args.replace)
-    replaced = len(before) + len(batch.rows) - len(index)
+    replaced = before + len(batch.rows) - len(index)
     in_place = f", {replaced:,} of them in place of others" if replaced else ""
     print(f"{len(batch.rows):,} rows added ({batch.names[0]} and so on){in_place}")
     print(describe(index))

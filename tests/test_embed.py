@@ -108,6 +108,22 @@ def test_a_beton_gives_the_same_with_its_names_or_numbers(imagenet_root, imagene
         assert list(here.ids) == (list(there.ids) if names else [str(i) for i in range(9)])
 
 
+def test_the_data_set_is_described(imagenet_root, imagenet_checkpoint, tmp_path, capsys):
+    """Images in a folder that was not meant show by its classes."""
+    for i, name in enumerate(("run 1", "run\x1b2", "a", "b", "c", "d")):
+        (tmp_path / "stray" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "stray" / name / "plot.png")
+        if i in (1, 5):
+            run(imagenet_checkpoint, tmp_path / "stray", tmp_path / f"e{i}")
+    write_beton(open_dataset(tmp_path / "stray"), tmp_path / "x.beton", write_mode="raw", max_resolution=32)
+    (tmp_path / "x.beton.json").unlink()
+    run(imagenet_checkpoint, tmp_path / "x.beton", tmp_path / "beton")
+    out = capsys.readouterr().out
+    assert f"{tmp_path / 'stray'}: 2 images of 2 classes (run\\x1b2, run 1) at 32 px\n" in out
+    assert f"{tmp_path / 'stray'}: 6 images of 6 classes (a, b, c, d, run\\x1b2, ...) at 32 px\n" in out
+    assert f"{tmp_path / 'x.beton'}: 6 images of 6 classes at 32 px\n" in out
+
+
 def test_preprocessing_is_what_was_asked_for(folder, tmp_path):
     torch.manual_seed(2)
     model = build(ModelSpec("resnet10", 3, (8, 512))).eval()

@@ -226,6 +226,31 @@ def test_killed_at_any_moment_it_ends_with_the_same_files(options, tmp_path):
         assert hashes(folder) == whole, folder
 
 
+def test_the_manifest_never_describes_other_files(options, tmp_path, monkeypatch):
+    """Stopped before each of the renames that replace finished files; then, with the old options, all is built anew."""
+    out = tmp_path / "out"
+    build(options, out)
+    before, replace = hashes(out), os.replace
+    for step in range(1, 6):
+        left = step
+
+        def stopped(source, target):
+            nonlocal left
+            left -= Path(target).parent == out
+            if not left:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", stopped)
+            with pytest.raises(SystemExit) as end:
+                build(options, out, "--seed=3", "--overwrite")
+        assert end.value.code == 130
+        assert not (out / "imagenet4k.jsonl").exists()
+        assert build(options, out, "--overwrite")[0]["seed"] == 0
+        assert hashes(out) == before
+
+
 def test_finished_is_said_and_other_options_are_refused(options, tmp_path, capsys):
     out = tmp_path / "out"
     build(options, out)
@@ -254,6 +279,9 @@ def test_finished_is_said_and_other_options_are_refused(options, tmp_path, capsy
         (CLASSES, ["--database-per-class=100"], ["3 of 3 classes", "is it ImageNet-21K"]),
         (CLASSES, ["--queries-per-class=0"], ["--queries-per-class"]),
         (CLASSES, ["--jpeg-quality=0"], ["jpeg_quality=0"]),
+        (CLASSES, ["--workers=-1"], ["--workers 0 or more"]),
+        (CLASSES, ["--seed=-1"], ["--seed -1", "0 to 18446744073709551615"]),
+        (CLASSES, [f"--seed={2**64}"], [f"--seed {2**64}", "0 to 18446744073709551615"]),
     ],
 )
 def test_mistakes_are_one_line(options, tmp_path, capsys, text, more, words):

@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from matryoshka.retrieval import RetrievalError
+from matryoshka.retrieval import RetrievalError, store_part
 from matryoshka.retrieval.store import FEW, Index
 from matryoshka.retrieval.store_writer import Batch, Writer
 
@@ -77,7 +78,7 @@ def test_filters_are_lances_and_the_search_is_ours(tmp_path):
 
 def test_tables_that_are_something_else(tmp_path):
     uri = str(tmp_path / "lance")
-    with pytest.raises(RetrievalError, match="has no table 'photos'.*index record"):
+    with pytest.raises(RetrievalError, match=r"has no table 'photos'.*index record"):
         Record(uri, "photos")
     assert not list(tmp_path.iterdir())  # nothing is made there
     Record.create(uri, "photos", batch(30))
@@ -111,8 +112,10 @@ def said(index):
 def test_edits_of_anything_reach_the_index(tmp_path):
     folder = tmp_path / "index"
     record = Record.create(str(tmp_path / "lance"), "photos", batch(300))
+    record.table.update(where="id = '2.jpg'", values={"class": None, "label": 1})  # not the second of the named classes
     record.sync(folder)
     expected = said(Index(folder))
+    assert expected["2.jpg"] == (None, {"path": "photos"}, 2)
     for where, values, of in (
         ("id = '3.jpg'", {"class": "dog"}, lambda row: ("dog", *row[1:])),
         ("id = '4.jpg'", {"class": "newt", "label": 9}, lambda row: ("newt", *row[1:])),
@@ -161,6 +164,27 @@ def test_labels_without_classes_and_rows_that_say_nothing(tmp_path):
     assert record.sync(tmp_path / "index") == Change(0, 0, 0)
 
 
+def test_the_index_of_before_is_closed_when_that_of_after_is_opened(tmp_path, monkeypatch):
+    """As in test_store_limits.py."""
+    monkeypatch.setattr(store_part, "MAPPED", 1)
+    most, opened = 0, store_part.Part.__init__
+
+    def counted(part, *args):
+        nonlocal most
+        opened(part, *args)
+        with open("/proc/self/maps") as maps:
+            most = max(most, sum(f"{tmp_path}/index/part-" in line for line in maps))
+
+    record = Record.create(str(tmp_path / "lance"), "photos", batch(60))
+    monkeypatch.setattr(store_part.Part, "__init__", counted)
+    record.sync(tmp_path / "index")
+    one, most = most, 0
+    record.table.update(where="id = '3.jpg'", values={"class": "dog"})
+    record.table.delete("id = '4.jpg'")
+    assert record.sync(tmp_path / "index") == Change(0, 1, 1)
+    assert one < most <= 2 * one
+
+
 def test_an_index_that_follows_names_the_data_of_one_that_was_built(tmp_path):
     """Two data sets, classes in another order than the rows, labels without a name: as if built directly."""
     one, n = batch(90), 90
@@ -182,7 +206,7 @@ def test_an_index_that_follows_names_the_data_of_one_that_was_built(tmp_path):
 
 def test_a_new_table_is_made_without_a_warning(tmp_path):
     code = (
-        "import sys; sys.path.insert(0, 'tests'); from test_lance import Record, batch\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_lance import Record, batch\n"
         f"for overwrite in (False, True): Record.create({str(tmp_path / 'lance')!r}, 'photos', batch(9), overwrite)\n"
         f"Record.create({str(tmp_path / 'lance')!r}, 'more', batch(9), True)"
     )

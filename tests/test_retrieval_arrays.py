@@ -122,6 +122,27 @@ def test_a_kill_between_the_files_leaves_no_old_description(root, imagenet_check
     assert not list(tmp_path.glob("*-embeddings"))
 
 
+def test_a_kill_before_the_arrays_are_published_computes_nothing_again(
+    root, imagenet_checkpoint, tmp_path, monkeypatch, capsys
+):
+    args = arguments(imagenet_checkpoint, root, f"{tmp_path}/", dataset="V2")
+    folder = tmp_path / "V2_val_mrl1_e0_ff512-embeddings"
+
+    def killed(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(retrieval_arrays, "publish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        retrieval_arrays.retrieval(args)
+    monkeypatch.undo()
+    made = np.load(folder / "X.npy")
+    capsys.readouterr()
+    assert retrieval_arrays.retrieval(args) == 0
+    assert "images/s" not in capsys.readouterr().out
+    assert np.array_equal(arrays(f"{tmp_path}/V2_val_mrl1_e0_ff512")[0], made)
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize(
     ("more", "error", "words"),
     [

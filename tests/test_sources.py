@@ -1,8 +1,10 @@
 """Image folders, digits, and the program that writes them."""
 
+import io
 import os
 import subprocess
 import sys
+import tracemalloc
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from shutil import copytree
@@ -10,8 +12,9 @@ from shutil import copytree
 import numpy as np
 import pytest
 from beton_files import photo
+from PIL import Image
 
-from matryoshka.data import BetonError, BetonFile, Digits, ImageFolder, layout, open_dataset
+from matryoshka.data import BetonError, BetonFile, Digits, ImageFolder, layout, open_dataset, sources
 from matryoshka.data.sources import decode_image, write_digits_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +48,45 @@ def test_image_folder(tmp_path):
     ):
         with pytest.raises(BetonError, match=message):
             open_dataset(tmp_path / path)
+
+
+def stored(image, kind):
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def test_samples_of_16_bits_are_scaled_to_8(monkeypatch):
+    """All values against the formula in 64 bits, in strips of any height."""
+    values = np.random.default_rng(0).permutation(65536).reshape(512, 128)
+    expected = np.repeat((values.astype(np.int64) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
+    big = Image.frombytes("I;16B", (128, 512), values.astype(">u2").tobytes())
+    native = Image.fromarray(values.astype(np.uint16))
+    for pixels in (1, 128 * 100, 1 << 20):
+        monkeypatch.setattr(sources, "_STRIP", pixels)
+        for image, kind in ((native, "PNG"), (native, "TIFF"), (big, "TIFF"), (native, "PPM")):
+            found = decode_image(stored(image, kind))
+            assert found.grayscale
+            assert (found.pixels.dtype, found.pixels.flags.c_contiguous) == (np.uint8, True)
+            np.testing.assert_array_equal(found.pixels, expected)
+        for value in (-1, 65536):
+            wide = values.astype(np.int32)
+            np.testing.assert_array_equal(decode_image(stored(Image.fromarray(wide), "TIFF")).pixels, expected)
+            wide[400, 7] = value
+            with pytest.raises(ValueError, match="32-bit pixels have no defined range"):
+                decode_image(stored(Image.fromarray(wide), "TIFF"))
+
+
+def test_a_small_file_of_many_samples_takes_little_memory():
+    data = stored(Image.new("I;16", (3000, 2000)), "PNG")
+    tracemalloc.start()
+    try:
+        pixels = decode_image(data).pixels
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(data) < 100_000
+    assert peak < pixels.nbytes + 2 * pixels.size // 3 + (1 << 20)  # Pillow's own 2 bytes a pixel are not seen here
 
 
 def test_digits(tmp_path):

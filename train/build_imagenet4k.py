@@ -85,9 +85,10 @@ def parser() -> argparse.ArgumentParser:
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.database_per_class < 1 or args.queries_per_class < 1 or args.workers < 0 or args.seed < 0:
-        raise config.ConfigError("--database-per-class and --queries-per-class must be 1 or more, "
-                                 "--workers and --seed 0 or more")  # fmt: skip
+    if args.database_per_class < 1 or args.queries_per_class < 1 or args.workers < 0:
+        raise config.ConfigError("--database-per-class and --queries-per-class must be 1 or more, --workers 0 or more")
+    if not 0 <= args.seed < 1 << 64:
+        raise config.ConfigError(f"--seed {args.seed}: expected 0 to {(1 << 64) - 1}")
     WriteOptions(**store_options(args))  # refuses what makes no sense
     output = Path(args.output)
     wnids = read_classes(Path(args.classes))

@@ -29,6 +29,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 # Pillow's own limit for "decompression bombs", here for every decoder: half a gigabyte of RGB.
 MAX_PIXELS = 178_956_970
 _ORIENTATION = 0x0112  # the EXIF tag
+_STRIP = 1 << 20  # pixels of 16 bits that are converted together
 
 
 class Decoded(NamedTuple):
@@ -132,10 +133,14 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range")
     if image.mode.startswith("I"):  # Pillow's convert cuts everything above 255
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError("32-bit pixels have no defined range")
-        return np.repeat((values // 257).astype(np.uint8)[:, :, None], 3, axis=2)
+        width, height = image.size
+        out, rows = np.empty((height, width, 3), np.uint8), max(1, _STRIP // width)
+        for top in range(0, height, rows):  # a small file may hold a hundred million pixels
+            values = np.asarray(image.crop((0, top, width, min(top + rows, height))))
+            if values.min() < 0 or values.max() > 0xFFFF:
+                raise ValueError("32-bit pixels have no defined range")
+            out[top : top + rows] = (values // 257)[:, :, None]
+        return out
     image.info.pop("transparency", None)  # dropped either way, but Pillow warns about a palette's
     return np.array(image.convert("RGB"))
 

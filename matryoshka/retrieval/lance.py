@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from matryoshka.retrieval.store import MANIFEST, Index
 from matryoshka.retrieval.store_writer import Batch, Writer, half
 
 ROWS = 4096  # of a batch: 16 MB of 2048 float16
-KEY = b"matryoshka"  # of the schema's metadata: model and preprocessing
+KEY = b"matryoshka"  # of the schema's metadata: model, preprocessing and data sets
 COLUMNS = ["id", "label", "class", "source", "item", "vector"]
 
 
@@ -37,21 +37,23 @@ class Change(NamedTuple):
 
 
 class _Found(NamedTuple):
+    """Rows of the table. classes, sources: int64, numbers of `_Numbers`, -1 for none."""
+
     names: list[str]
     labels: np.ndarray
-    classes: list[str | None]
-    sources: list[str]
+    classes: np.ndarray
+    sources: np.ndarray
     items: np.ndarray
     rows: np.ndarray
 
 
 class Record:
-    """A table that `create` made. `table`: LanceDB's own object; model, preprocessing: as embed wrote them."""
+    """A table that `create` made. `table`: LanceDB's own object; model, preprocessing, data: as embed wrote them."""
 
     def __init__(self, uri: str, name: str) -> None:
         """RetrievalError for a table that is not there, or that `create` did not make."""
         self.uri, self.name = uri, name
-        self.table = _opened(_connect(uri), name)
+        self.table: Any = None if _is_absent(uri) else _opened(_connect(uri), name)
         if self.table is None:
             raise RetrievalError(f"{uri}: has no table {name!r}; `matryoshka index record` makes one")
         about = json.loads((self.table.schema.metadata or {}).get(KEY, b"{}"))
@@ -61,6 +63,7 @@ class Record:
             raise RetrievalError(f"{uri}: table {name!r} {lacks}; make it with `matryoshka index record`")
         self.model: dict[str, Any] = about["model"]
         self.preprocessing: dict[str, Any] = about["preprocessing"]
+        self.data: list[dict[str, Any]] = about.get("data", [])  # older tables have none
 
     @classmethod
     def create(cls, uri: str, name: str, batch: Batch, overwrite: bool = False) -> Record:
@@ -68,12 +71,14 @@ class Record:
         import pyarrow as pa
 
         database, columns = _connect(uri), batch.rows.shape[1]
-        if not overwrite and _opened(database, name) is not None:
+        present = _opened(database, name) is not None
+        if present and not overwrite:
             raise RetrievalError(f"{uri}: has a table {name!r} already; --overwrite replaces it")
-        about = {"model": dict(batch.model), "preprocessing": dict(batch.preprocessing)}
+        data = [dict(source) for source in batch.data]
+        about = {"model": dict(batch.model), "preprocessing": dict(batch.preprocessing), "data": data}
         types = [pa.string(), pa.int64(), pa.string(), pa.string(), pa.int64(), pa.list_(pa.float16(), columns)]
         schema = pa.schema(list(zip(COLUMNS, types, strict=True)), metadata={KEY: json.dumps(about).encode()})
-        sources = [str(source.get("path", "")) for source in batch.data] or [""]
+        sources = [_path(source) for source in data] or [""]
 
         def blocks() -> Iterator[Any]:
             for first in range(0, len(batch.rows), ROWS):
@@ -95,7 +100,8 @@ class Record:
                     schema=schema,
                 )
 
-        database.create_table(name, pa.RecordBatchReader.from_batches(schema, blocks()), mode="overwrite")
+        mode = "overwrite" if present else "create"  # LanceDB warns of an overwrite where there is nothing
+        database.create_table(name, pa.RecordBatchReader.from_batches(schema, blocks()), mode=mode)
         return cls(uri, name)
 
     def names(self, where: str) -> list[str]:
@@ -108,22 +114,24 @@ class Record:
             raise RetrievalError(f"{self.uri}: table {self.name!r}: filter {where!r}: {reason}") from None
 
     def sync(self, folder: str | Path, num_threads: int = 0, dim: int = 0) -> Change:
-        """Makes the index have the table's rows; a folder without one becomes one. Killed in between, the next call
-        does the rest."""
+        """Makes the index have the table's rows; a folder without one becomes one. A row is replaced where its vector
+        has other bits, or its class (of rows without one: its label), source or item differs. Killed in between, the
+        next call does the rest."""
         with Writer(folder, num_threads) as writer:
             index = Index(folder, num_threads) if (Path(folder) / MANIFEST).exists() else None
             if index is not None:
                 index.check_model(self.model["weights_sha256"], f"{self.uri} {self.name!r}")
+            numbers = _Numbers(index)
             seen = np.zeros(0 if index is None else index.total, bool)
             replaced = 0
             with tempfile.TemporaryFile(dir=folder) as file:
                 kept: list[_Found] = []
-                for block in self._blocks():
+                for block in self._blocks(numbers):
                     wanted = np.ones(len(block.names), bool)
                     if index is not None:
                         there = index.find(block.names)
                         seen[there[there >= 0]] = True
-                        wanted = ~_same(index, there, block.rows)
+                        wanted = ~_same(index, numbers, there, block)
                         replaced += int((wanted & (there >= 0)).sum())
                     rows = np.flatnonzero(wanted)
                     file.write(block.rows[rows].tobytes())
@@ -132,40 +140,76 @@ class Record:
                 count = sum(len(block.names) for block in kept)
                 if count:
                     rows = np.memmap(file, np.float16, "r", shape=(count, kept[0].rows.shape[1]))
-                    batch = self._batch(kept, rows.view(np.ndarray))
-                    index = writer.build(batch, dim) if index is None else writer.add(batch, replace=True)
+                    batch = self._batch(kept, rows.view(np.ndarray), numbers)
+                    is_new, index = index is None, None  # closed before the writer opens it
+                    index = writer.build(batch, dim) if is_new else writer.add(batch, replace=True)
             if index is None:
                 raise RetrievalError(f"{self.uri}: table {self.name!r} is empty; nothing can be found in it")
             gone = np.flatnonzero(~seen)
             gone = gone[~index.is_deleted(gone)]
-            if len(gone):
-                writer.delete([index.name(int(row)) for row in gone])
-            return Change(count - replaced, replaced, len(gone))
+            names, index = [index.name(int(row)) for row in gone], None
+            if names:
+                writer.delete(names)
+            return Change(count - replaced, replaced, len(names))
 
-    def _blocks(self) -> Iterator[_Found]:
+    def _blocks(self, numbers: _Numbers) -> Iterator[_Found]:
         for block in self.table.search().select(COLUMNS).to_batches(batch_size=ROWS):
-            vectors = block["vector"]
+            vectors, items = block["vector"], np.asarray(block["item"].fill_null(0), np.int64)
             rows = np.asarray(vectors.flatten(), np.float16).reshape(len(block), vectors.type.list_size)
+            if len(items) and not 0 <= items.min() <= items.max() < 1 << 32:
+                raise RetrievalError(f"{self.uri}: table {self.name!r} has items that are no numbers of 32 bits; "
+                                     "give each row's place in its source, or 0")  # fmt: skip
             yield _Found(
-                block["id"].to_pylist(), np.asarray(block["label"], np.int64), block["class"].to_pylist(),
-                block["source"].to_pylist(), np.asarray(block["item"], np.int64), half(rows),
+                block["id"].to_pylist(), np.asarray(block["label"].fill_null(-1), np.int64),
+                _numbered(numbers.classes, block["class"]), _numbered(numbers.sources, block["source"].fill_null("")),
+                items, half(rows),
             )  # fmt: skip
 
-    def _batch(self, kept: Sequence[_Found], rows: np.ndarray) -> Batch:
-        classes: dict[str, int] = {}
-        sources: dict[str, int] = {}
-        labels, origins, names = [], [], []
-        for block in kept:
-            names += block.names
-            for label, name, source, item in zip(
-                block.labels.tolist(), block.classes, block.sources, block.items.tolist(), strict=True
-            ):
-                labels.append(label if name is None else classes.setdefault(name, len(classes)))
-                origins.append((sources.setdefault(source, len(sources)), item))
+    def _batch(self, kept: Sequence[_Found], rows: np.ndarray, numbers: _Numbers) -> Batch:
+        labels, classes, sources, items = map(np.concatenate, list(zip(*kept, strict=True))[1:5])
+        named, used = np.unique(classes[classes >= 0]), np.unique(sources)
+        # numbers of this part's classes; those without a name follow, as joined_classes has it
+        unnamed = np.where(labels < 0, labels, labels + len(named))
+        labels = np.where(classes >= 0, np.searchsorted(named, classes), unnamed)
+        texts, paths = list(numbers.classes), list(numbers.sources)
+        known = {_path(source): source for source in self.data}
         return Batch(
-            rows, names, np.array(labels, np.int64), self.model, self.preprocessing, list(classes) or None,
-            [{"path": path} for path in sources], np.array(origins, np.uint32),
+            rows, [name for block in kept for name in block.names], labels, self.model, self.preprocessing,
+            [texts[i] for i in named] or None,
+            [known.get(path, {"path": path} if path else {}) for path in map(paths.__getitem__, used)],
+            np.stack([np.searchsorted(used, sources), items], 1).astype(np.uint32),
         )  # fmt: skip
+
+
+class _Numbers:
+    """Numbers of class names and sources, of the index and then of the table: what is compared row by row.
+
+    parts: of each part of the index, the numbers of its classes and sources, -1 after them.
+    """
+
+    def __init__(self, index: Index | None) -> None:
+        self.classes: dict[str, int] = {}
+        self.sources: dict[str, int] = {}
+        self.parts = [
+            (_known(self.classes, part.classes or ()), _known(self.sources, map(_path, part.data)))
+            for part in (index.parts if index is not None else ())
+        ]
+
+
+def _known(numbers: dict[str, int], texts: Iterable[str]) -> np.ndarray:
+    """int64: the number of each, of new ones the next; -1 after them."""
+    return np.array([*(numbers.setdefault(text, len(numbers)) for text in texts), -1], np.int64)
+
+
+def _numbered(numbers: dict[str, int], column: Any) -> np.ndarray:
+    """The same for a column of a table, -1 where it has none."""
+    encoded = column.dictionary_encode()
+    return _known(numbers, encoded.dictionary.to_pylist())[np.asarray(encoded.indices.fill_null(-1), np.int64)]
+
+
+def _is_absent(uri: str) -> bool:
+    """Whether `_connect` would make an empty folder."""
+    return "://" not in uri and not Path(uri).expanduser().exists()
 
 
 def _connect(uri: str) -> Any:
@@ -173,7 +217,10 @@ def _connect(uri: str) -> Any:
         import lancedb
     except ImportError:
         raise RetrievalError("LanceDB is missing: pip install 'matryoshka[lancedb]'") from None
-    return lancedb.connect(uri)
+    try:
+        return lancedb.connect(uri)
+    except (FileExistsError, NotADirectoryError):
+        raise RetrievalError(f"{uri}: is a file, or in one; --lancedb takes a folder") from None
 
 
 def _opened(database: Any, name: str) -> Any:
@@ -188,19 +235,31 @@ def _class(classes: list[str] | None, label: int) -> str | None:
     return classes[label] if classes and 0 <= label < len(classes) else None
 
 
-def _same(index: Index, rows: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """bool [n]: whether a row (-1: none) has this vector, bit by bit."""
+def _path(source: Mapping[str, Any]) -> str:
+    return str(source.get("path", ""))
+
+
+def _same(index: Index, numbers: _Numbers, rows: np.ndarray, found: _Found) -> np.ndarray:
+    """bool [n]: whether a row (-1: none) of the index is what was found, its vector bit by bit."""
     same = np.zeros(len(rows), bool)
-    for part in index.parts:
+    for part, (classes, sources) in zip(index.parts, numbers.parts, strict=True):
         mine = np.flatnonzero((rows >= part.first) & (rows < part.first + part.count))
-        stored = part.rows[rows[mine] - part.first].view(np.uint16)
-        same[mine] = (stored == vectors[mine].view(np.uint16)).all(1)
+        at, last = rows[mine] - part.first, len(classes) - 1
+        label, origin = part.labels[at], part.origins[at]
+        named = (label >= 0) & (label < last)
+        unnamed = np.where(label < 0, label, label - last)  # see Record._batch
+        same[mine] = (
+            (part.rows[at].view(np.uint16) == found.rows[mine].view(np.uint16)).all(1)
+            & (classes[np.where(named, label, last)] == found.classes[mine])
+            & (named | (unnamed == found.labels[mine]))
+            & (sources[np.minimum(origin[:, 0], len(sources) - 1)] == found.sources[mine])
+            & (origin[:, 1] == found.items[mine])
+        )
     return same
 
 
 def _some(block: _Found, rows: np.ndarray) -> _Found:
-    pick = rows.tolist()
     return _Found(
-        [block.names[i] for i in pick], block.labels[rows], [block.classes[i] for i in pick],
-        [block.sources[i] for i in pick], block.items[rows], block.rows[:0],
+        [block.names[i] for i in rows.tolist()], block.labels[rows], block.classes[rows], block.sources[rows],
+        block.items[rows], block.rows[:0],
     )  # fmt: skip

@@ -130,6 +130,19 @@ class Index:
                 f"{self.model.get('file')}); embed with that model, or build another index"
             )
 
+    def check_setting(self, setting: Setting) -> None:
+        """RetrievalError for one that needs codes or dimensions that the index does not have."""
+        if not isinstance(setting, Setting):
+            raise RetrievalError(f"setting: is a {type(setting).__name__}, expected a matryoshka.retrieval.Setting")
+        if setting.index != "exact" and (setting.index not in ("ivf", "scan") or setting.dim != self.dim):
+            raise RetrievalError(
+                f"{self.path}: has 7-bit codes of {self.dim} dimensions; {setting} needs others: give index ivf, scan "
+                f"or exact, and shortlist dimension {self.dim}"
+            )
+        widest = max([setting.dim, *(stage.dim for stage in setting.stages)])
+        if widest > self.columns:
+            raise RetrievalError(f"{self.path}: has {self.columns} dimensions, {setting} asks for a prefix of {widest}")
+
     def warm(self) -> None:
         """Copies the rows' first dimensions to memory where random ones are fast: 0.3 s and 0.66 GB for 1.28 M."""
         for part in self.parts:
@@ -153,17 +166,11 @@ class Index:
         lists are scanned. RetrievalError for another setting, other widths, or rows that the index does not have.
         """
         setting = self.setting if setting is None else setting
-        if not isinstance(setting, Setting):
-            raise RetrievalError(f"setting: is a {type(setting).__name__}, expected a matryoshka.retrieval.Setting")
+        self.check_setting(setting)
         setting, queries = setting.giving(k), as_rows(queries)
         check_rows(queries, 1, "queries")
         if queries.shape[1] != self.columns:
             raise RetrievalError(f"queries: have {queries.shape[1]} dimensions, {self.path} has {self.columns}")
-        if setting.index != "exact" and (setting.index not in ("ivf", "scan") or setting.dim != self.dim):
-            raise RetrievalError(
-                f"{self.path}: has 7-bit codes of {self.dim} dimensions; {setting} needs others: give index ivf, scan "
-                f"or exact, and shortlist dimension {self.dim}"
-            )
         if deleted is not None and deleted.shape != self.deleted.shape:
             raise RetrievalError(f"deleted: has bits for {64 * deleted.size} rows, {self.path} has {self.total}")
         out = self.deleted if deleted is None else self.deleted | deleted
@@ -270,6 +277,38 @@ class Index:
     def nbytes(self) -> int:
         """Of all files."""
         return sum(size for part in self.parts for size, _ in part._files.values())
+
+
+class SomeRows:
+    """Some rows of an index, as an array is asked for them."""
+
+    def __init__(self, index: Index, rows: np.ndarray) -> None:
+        self._index, self._rows = index, rows
+        self.shape, self.dtype, self.ndim = (len(rows), index.columns), np.dtype(np.float16), 2
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        wanted = self._rows[part]
+        out = np.empty((len(wanted), self.shape[1]), np.float16)
+        for one in self._index.parts:
+            mine = (wanted >= one.first) & (wanted < one.first + one.count)
+            out[mine] = one.rows[wanted[mine] - one.first]
+        return out
+
+
+class SomeNames(Sequence[str]):
+    """Their names."""
+
+    def __init__(self, index: Index, rows: np.ndarray) -> None:
+        self._index, self._rows = index, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._index.name(int(self._rows[at]))
 
 
 def joined_classes(index: Index, live: np.ndarray) -> tuple[list[str] | None, np.ndarray]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
+import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
@@ -21,6 +23,7 @@ PART = "part.json"
 BIG = frozenset(("rows.f16", "codes.u8", "names.utf8", "name_ends.i64", "name_hashes.u64", "name_rows.u32",
                  "labels.i64", "origins.u32", "slots.u32"))  # fmt: skip
 MAPPED = 1 << 20  # bytes from which on a file is mapped: a map takes one of the 1024 open files that systems allow
+UNTRACKED: dict[str, bool] = {"trackfd": False} if sys.version_info >= (3, 13) else {}  # there it takes none
 REBUILD = "build the index again: matryoshka index build --overwrite"
 
 
@@ -102,7 +105,9 @@ class Part:
         if not size:
             return np.zeros(shape, dtype)
         if size >= MAPPED:
-            array = np.memmap(path, dtype, "r", shape=shape).view(np.ndarray)
+            with path.open("rb") as file:
+                area = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, **UNTRACKED)
+            array = np.frombuffer(area, dtype).reshape(shape)
         else:
             array = np.frombuffer(path.read_bytes(), dtype).reshape(shape)
         if (name not in BIG or size < MAPPED) and zlib.crc32(array.reshape(-1).view(np.uint8).data) != crc:

@@ -27,9 +27,10 @@ from matryoshka.retrieval.hits import CHUNK, RetrievalError, check_rows, empty_b
 from matryoshka.retrieval.ivf import InvertedFile
 from matryoshka.retrieval.pipeline import Setting, default_setting
 from matryoshka.retrieval.scan import PrefixScan
-from matryoshka.retrieval.store import FORMAT, MANIFEST, OURS, Index, joined_classes, rows_of
+from matryoshka.retrieval.store import FORMAT, MANIFEST, OURS, Index, SomeNames, SomeRows, joined_classes, rows_of
 from matryoshka.retrieval.store_part import PART, checked, name_hash, read_checked
 
+MOST_PARTS = 128  # a search goes through all of them, and a large one keeps ten files open
 LISTED = 20_000  # rows of a part from which on it has an inverted file: below, a scan takes 5 us
 LOCK = "writer.lock"
 
@@ -105,8 +106,11 @@ class Writer:
 
     def add(self, batch: Batch, replace: bool = False) -> Index:
         """replace: rows that have a name already are deleted in the same step. RetrievalError for such a name without
-        it, for another model and another width; nothing is changed then."""
+        it, for another model, another width, and beyond MOST_PARTS; nothing is changed then."""
         index = self._opened()
+        if len(index.parts) >= MOST_PARTS:
+            many = f"has {len(index.parts)} parts"
+            raise RetrievalError(f"{self.path}: {many}; `matryoshka index compact` makes one of them, then add again")
         self._check(batch)
         index.check_model(batch.model["weights_sha256"], "the embeddings")
         prepared = json.loads(json.dumps(batch.preprocessing))
@@ -127,10 +131,11 @@ class Writer:
             raise RetrievalError(
                 f"{self.path}: has {first!r} already{others}; --replace replaces them, --prefix gives others"
             )
-        part = self._write_part(batch, index.dim, 0, index.about["seed"])
-        bits = _longer(index.deleted, index.total + len(batch.rows))
+        about, bits = index.about, _longer(index.deleted, index.total + len(batch.rows))
+        del index  # its files are closed before those of the next one are opened
+        part = self._write_part(batch, about["dim"], 0, about["seed"])
         set_bits(bits, there[there >= 0])
-        return self._publish(index.about, [*index.about["parts"], part], bits)
+        return self._publish(about, [*about["parts"], part], bits)
 
     def delete(self, names: Sequence[str], missing_ok: bool = False) -> Index:
         """RetrievalError for a name that the index does not have, without `missing_ok`; nothing is changed then."""
@@ -141,9 +146,10 @@ class Writer:
             more = (rows < 0).sum() - 1
             others = f", nor {more} more of these names" if more else ""
             raise RetrievalError(f"{self.path}: has no row {first!r}{others}; --missing-ok passes over them")
-        bits = index.deleted.copy()
+        about, bits = index.about, index.deleted.copy()
+        del index
         set_bits(bits, rows[rows >= 0])
-        return self._publish(index.about, index.about["parts"], bits)
+        return self._publish(about, about["parts"], bits)
 
     def compact(self) -> Index:
         """One part of all rows that are not deleted. Row numbers change; room for a second copy is needed.
@@ -154,24 +160,34 @@ class Writer:
         index.verify()
         live = np.flatnonzero(~index.is_deleted(np.arange(index.total)))
         classes, labels = joined_classes(index, live)
-        rows: Any = _Rows(index, live)
+        rows: Any = SomeRows(index, live)
         sources = [source for part in index.parts for source in part.data]
         before = np.cumsum([0, *(len(part.data) for part in index.parts)])
         origins = [part.origins + np.array([n, 0], np.uint32) for part, n in zip(index.parts, before, strict=False)]
         batch = Batch(
-            rows, _Names(index, live), labels, index.model, index.preprocessing, classes,
+            rows, SomeNames(index, live), labels, index.model, index.preprocessing, classes,
             sources, np.concatenate(origins)[live],
         )  # fmt: skip
-        part = self._write_part(batch, index.dim, index.about["lists"], index.about["seed"])
-        return self._publish(index.about, [part], None)
+        about = index.about
+        part = self._write_part(batch, about["dim"], about["lists"], about["seed"])
+        del index, batch, rows
+        return self._publish(about, [part], None)
 
-    def choose(self, setting: Setting, certificate: Mapping[str, Any] | None) -> Index:
-        """Makes `setting` the default of searches, with what is known of its recall."""
+    def choose(
+        self, setting: Setting, certificate: Mapping[str, Any] | None, measured: Mapping[str, Any] | None = None
+    ) -> Index:
+        """Makes `setting` the default of searches, with what is known of its recall. measured: `Index.about` of the
+        index that this was measured on. RetrievalError where that had other rows or codes, and for a setting that the
+        index cannot search."""
         index = self._opened()
+        about, bits = index.about, index.deleted
+        if measured is not None and _searched(measured) != _searched(about):
+            raise RetrievalError(f"{self.path}: has changed since it was measured; start the sweep again")
+        index.check_setting(setting)
         if certificate is not None:
-            certificate = {**certificate, "rows": len(index), "rows_of": rows_of(index.about)}
-        about = index.about | {"setting": asdict(setting), "certificate": certificate}
-        return self._publish(about, about["parts"], index.deleted)
+            certificate = {**certificate, "rows": len(index), "rows_of": rows_of(about)}
+        del index
+        return self._publish(about | {"setting": asdict(setting), "certificate": certificate}, about["parts"], bits)
 
     # ---------------------------------------------------------------- files
 
@@ -249,6 +265,8 @@ class Writer:
     def _publish(self, about: Mapping[str, Any], parts: Sequence[str], deleted: np.ndarray | None) -> Index:
         entry, state = None, "the index is as it was"
         try:
+            if not (self.path / MANIFEST).exists():
+                _sync_parents(self.path)
             if deleted is not None and deleted.any():
                 file = f"deleted-{secrets.token_hex(4)}.bits"
                 _durable(self.path / file, deleted.tobytes())
@@ -262,7 +280,11 @@ class Writer:
             _sync_folder(self.path)
         except OSError as error:
             raise RetrievalError(f"{self.path}: {error.strerror}; {state}") from None
-        return self._opened()
+        try:
+            return self._opened()
+        except (OSError, RetrievalError, MemoryError) as error:
+            reason = str(error) or type(error).__name__
+            raise RetrievalError(f"{self.path}: the index has changed, but cannot be opened now: {reason}") from None
 
     def _sweep(self, about: Mapping[str, Any]) -> None:
         """Removes what an index that says this does not name; nothing of other names than a writer gives."""
@@ -298,36 +320,6 @@ class _Files:
         self.write(name, iter([array]))
 
 
-class _Rows:
-    """Some rows of an index, as an array is asked for them."""
-
-    def __init__(self, index: Index, rows: np.ndarray) -> None:
-        self._index, self._rows = index, rows
-        self.shape, self.dtype, self.ndim = (len(rows), index.columns), np.dtype(np.float16), 2
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, part: slice) -> np.ndarray:
-        wanted = self._rows[part]
-        out = np.empty((len(wanted), self.shape[1]), np.float16)
-        for one in self._index.parts:
-            mine = (wanted >= one.first) & (wanted < one.first + one.count)
-            out[mine] = one.rows[wanted[mine] - one.first]
-        return out
-
-
-class _Names(Sequence[str]):
-    def __init__(self, index: Index, rows: np.ndarray) -> None:
-        self._index, self._rows = index, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, at: Any) -> Any:
-        return self._index.name(int(self._rows[at]))
-
-
 def _write_names(files: _Files, names: Sequence[str]) -> None:
     lengths, hashes = np.zeros(len(names), np.int64), np.zeros(len(names), np.uint64)
 
@@ -361,6 +353,11 @@ def half(rows: np.ndarray) -> np.ndarray:
         return scaled.astype(np.float16)
 
 
+def _searched(about: Mapping[str, Any]) -> list[Any]:
+    """What decides which neighbours a setting finds."""
+    return [*rows_of(about), about["dim"], about["columns"]]
+
+
 def _longer(bits: np.ndarray, rows: int) -> np.ndarray:
     out = empty_bits(rows)
     out[: len(bits)] = bits
@@ -380,3 +377,13 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_parents(path: Path) -> None:
+    """The names of a folder and of those above: a writer may have made them, also one that was killed since."""
+    path = path.resolve()
+    for folder in path.parents:
+        if os.stat(folder).st_dev != os.stat(path).st_dev:  # a mount: what is above was there
+            break
+        with contextlib.suppress(PermissionError):  # nobody makes folders in one that he may not read
+            _sync_folder(folder)
