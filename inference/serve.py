@@ -29,6 +29,7 @@ from PIL import Image
 from matryoshka import config, distributed
 from matryoshka.data import CenterCrop
 from matryoshka.data.augment import Preprocessing
+from matryoshka.data.images import central_square
 from matryoshka.embeddings import trunk_sha256
 from matryoshka.models import NestedModel
 from matryoshka.published import PREFIXES, load_any
@@ -153,8 +154,6 @@ def load(args: Namespace, index: Index) -> NestedModel:
 
 def encoder(model: NestedModel, preprocessing: Mapping[str, Any]) -> Callable[[np.ndarray], np.ndarray]:
     """uint8 [H, W, 3] -> float32 [D], prepared as the index's images were: see embed.py."""
-    from matryoshka.search_page import central_square
-
     try:
         size, ratio, mean, std = (preprocessing[key] for key in ("size", "ratio", "mean", "std"))
         model.preprocessing = Preprocessing(size, ratio, tuple(mean), tuple(std))

@@ -14,11 +14,12 @@ from served import DIMS, EVIL, ROWS, batch_of, client_of, embedded, loaded, made
 
 from matryoshka.checkpoint import save_model
 from matryoshka.data import CenterCrop, Loader
+from matryoshka.data.images import central_square
 from matryoshka.embeddings import open_embeddings
 from matryoshka.models import ModelSpec, build
 from matryoshka.retrieval.store import Index
 from matryoshka.retrieval.store_writer import Batch, Writer
-from matryoshka.search_page import Pictures, Refusal, central_square, comparison, pictures
+from matryoshka.search_page import Pictures, Refusal, comparison, pictures
 
 
 @pytest.fixture(scope="module")

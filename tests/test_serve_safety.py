@@ -164,7 +164,7 @@ def as_it_is(app, path, method="GET", hosts=("127.0.0.1",), receive=nothing_more
     scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
              "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "client": ("127.0.0.1", 9),
              "headers": [(b"host", host.encode()) for host in hosts], "server": ("127.0.0.1", 8000)}  # fmt: skip
-    asyncio.run(asyncio.wait_for(app(scope, receive, send), 60))
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 20))
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
 
 

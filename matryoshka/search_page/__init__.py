@@ -10,7 +10,7 @@ Needs fastapi (the extra [serve]). The program is inference/serve.py.
 """
 
 from matryoshka.search_page.app import make_app
-from matryoshka.search_page.pictures import Pictures, Refusal, central_square
+from matryoshka.search_page.pictures import Pictures, Refusal
 from matryoshka.search_page.service import Service
 
-__all__ = ["Pictures", "Refusal", "Service", "central_square", "make_app"]
+__all__ = ["Pictures", "Refusal", "Service", "make_app"]

@@ -8,6 +8,8 @@
     return node;
   };
   const count = (n) => n.toLocaleString("en");
+  // A name from outside: broken behind a separator, or before its extension, rather than inside of it.
+  const breakable = (name) => name.split(/(?<=[/_-])|(?<=[^/_-]{12})(?=\.[^./]{1,5}$)/).flatMap((part) => [make("wbr"), part]);
   const time = (ms) => `${Number(ms.toPrecision(2)).toLocaleString("en", { maximumFractionDigits: 6 })} ms`;
   let about = null;   // what /api/index said
   let asked = null;   // {row} or {query, picture}
@@ -72,13 +74,13 @@
     const classes = about.classes ? ` of ${count(about.classes)} classes` : "";
     byId("title").textContent = about.name || "Search by prefix";
     document.title = `${about.name || "Search"} – Matryoshka`;
-    byId("headline").textContent = `${count(about.rows)} images${classes}, ${about.columns} dimensions${model ? `, ${model}` : ""}`
-      + (about.certificate ? `; ${about.certificate}` : "");
+    byId("headline").replaceChildren(`${count(about.rows)} images${classes}, ${about.columns} dimensions${model ? `, ${model}` : ""}`,
+      ...(about.certificate ? `; ${about.certificate}` : "").split("`").map((text, i) => i % 2 ? make("code", "", text) : text));
     byId("note").hidden = about.pictures;
     byId("note").textContent = "The data set of the pictures is not where the index says: names are shown. "
       + "Start the server with --data to have pictures.";
-    byId("recall-of").textContent = `exact neighbours found: recall@${about.neighbours}`;
-    byId("exact-of").textContent = `exact search, ${about.columns} dimensions`;
+    byId("recall-of").textContent = `recall@${about.neighbours}`;
+    byId("exact-of").textContent = ` search, ${about.columns} dimensions`;
     byId("legend").textContent = `also among the ${about.neighbours} nearest by all ${about.columns} dimensions`;
     byId("shortlist-of").textContent = `by ${about.shortlist.dim} dimensions`;
     byId("nprobe-of").textContent = `of ${count(about.nprobe.high)}`;
@@ -205,6 +207,14 @@
   const address = (row, size, version) => `/image/${row}?size=${size}&version=${version}`;
   const called = (hit) => hit.class || hit.name;
 
+  // The query's tile: its picture, else its name.
+  function name_tile(name) {
+    const cut = name.length > 90 ? `…${name.slice(-90)}` : name;  // the end tells more
+    byId("empty").replaceChildren(...breakable(cut));
+    byId("empty").hidden = !byId("picture").hidden;
+    byId("drop").classList.add("full");
+  }
+
   function show(found) {
     const uploaded = asked.row === undefined;
     const what = uploaded ? { class: asked.name || "your image", name: "" } : found.query;
@@ -212,10 +222,14 @@
     picture.alt = `query: ${called(what)}`;
     picture.hidden = !uploaded && !about.pictures;
     if (!picture.hidden) picture.src = uploaded ? asked.picture : address(asked.row, 480, found.version);
-    byId("empty").hidden = !picture.hidden;
-    byId("drop").classList.toggle("full", !picture.hidden);
-    said.replaceChildren(make("b", "", called(what)));
-    if (!uploaded) said.append(make("small", "", `row ${count(asked.row)}${what.class && what.name !== String(asked.row) ? `, ${what.name}` : ""}`));
+    const title = make("b"), more = make("small"), row = uploaded ? "" : `row ${count(asked.row)}`;
+    picture.dataset.name = uploaded ? what.class : what.name;
+    name_tile(picture.dataset.name);
+    const name = picture.hidden ? "" : what.name;  // else the tile has it
+    title.append(...breakable(what.class || name || row));
+    if (what.class) more.append(...breakable([row, name === String(asked.row) ? "" : name].filter(Boolean).join(", ")));
+    else if (name) more.append(row);
+    said.replaceChildren(title, more);
 
     const columns = found.columns.map((column) => {
       const node = column_of(`${column.dim}`, "dims", column, found.version);
@@ -234,7 +248,12 @@
     byId("recall").textContent = `${fast.agree} of ${fast.of}`;
     byId("time").textContent = time(fast.ms);
     byId("exact").textContent = time(fast.exact_ms);
-    byId("ratio").textContent = `${fast.ratio >= 10 ? count(Math.round(fast.ratio)) : fast.ratio.toFixed(1)}×`;
+    const slow = Number(fast.ratio.toFixed(1)) < 1;
+    byId("ratio").textContent = slow ? "slower" : `${fast.ratio >= 10 ? count(Math.round(fast.ratio)) : fast.ratio.toFixed(1)}×`;
+    byId("ratio-of").replaceChildren(slow ? "than exact" : "the speed", make("span", "wide", slow ? " search" : " of exact search"));
+    byId("slow").hidden = !slow;
+    byId("slow").textContent = about.nprobe.high ? "With these settings, all rows are searched in full as fast."
+      : "An index this small is searched in full as fast.";
     byId("setting").textContent = fast.setting;
     byId("said").textContent = `Adaptive search found ${fast.agree} of ${fast.of} in ${time(fast.ms)}.`;
   }
@@ -242,10 +261,10 @@
   function column_of(title, unit, column, version) {
     const node = make("section", "column"), head = make("h3"), name = make("span", "", title);
     if (unit) name.append(make("small", "", ` ${unit}`));
-    head.append(name, make("small", "agree", `${column.agree} of ${column.of}`));
-    const share = make("div", "share"), part = make("span");
-    part.style.setProperty("--part", column.of ? column.agree / column.of : 0);
-    share.append(part);
+    head.append(name);
+    const share = make("p", "share"), bar = make("span", "meter");
+    bar.style.setProperty("--part", column.of ? column.agree / column.of : 0);
+    share.append(bar, make("span", "agree", `${column.agree} of ${column.of}`));
     const list = make("ol");
     list.append(...column.hits.map((hit) => {
       const item = make("li");
@@ -262,7 +281,10 @@
     button.type = "button";
     button.dataset.row = hit.row;
     button.title = hit.class ? `${hit.class}\n${hit.name}` : hit.name;
-    const text = make("span"), what = make("span", "what", about.pictures ? called(hit) : [hit.class, hit.name].filter(Boolean).join(" – "));
+    const text = make("span"), name = make("span", hit.class ? "name" : "name alone");
+    const shown = make("bdi", "", hit.class ? hit.name.split("/").pop() : hit.name);  // the folder is the class, mostly
+    shown.dir = "ltr";  // .name is cut at its front: it runs the other way
+    name.append(shown);
     const tick = hit.agrees ? make("span", "tick", "✓") : null;
     if (tick) tick.setAttribute("aria-hidden", "true");
     if (about.pictures) {
@@ -274,9 +296,10 @@
       if (tick) frame.append(tick);
       button.append(frame);
     } else if (tick) text.append(tick);
-    text.append(what, make("span", "cosine", hit.cosine.toFixed(3)));
+    if (hit.class) text.append(make("span", "what", hit.class));
+    text.append(make("span", "cosine", hit.cosine.toFixed(3)));
     if (hit.agrees) text.append(make("span", "hidden", `, ${byId("legend").textContent}`));
-    button.append(text);
+    button.append(text, name);
     button.addEventListener("click", () => {
       go({ row: hit.row });
       scrollTo({ top: 0 });
@@ -312,6 +335,26 @@
     if (event.dataTransfer.files[0]) upload(event.dataTransfer.files[0]);
   });
 
-  byId("picture").addEventListener("error", () => { byId("picture").hidden = true; byId("empty").hidden = false; });
+  byId("picture").addEventListener("error", () => {
+    byId("picture").hidden = true;
+    name_tile(byId("picture").dataset.name);
+  });
+
+  // ------------------------------------------------------------ narrow screens
+
+  const narrow = matchMedia("(max-width: 38rem)");
+  const fold = () => { byId("tuning").open = !narrow.matches; };
+  narrow.addEventListener("change", fold);
+  fold();
+
+  // Fades the side on which there are more columns.
+  const scroll = byId("scroll");
+  const fade = () => {
+    scroll.classList.toggle("before", scroll.scrollLeft > 1);
+    scroll.classList.toggle("after", scroll.scrollLeft + scroll.clientWidth < scroll.scrollWidth - 1);
+  };
+  scroll.addEventListener("scroll", fade, { passive: true });
+  new ResizeObserver(fade).observe(scroll);
+  new ResizeObserver(fade).observe(byId("columns"));
   begin();
 })();

@@ -10,6 +10,7 @@ import io
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from matryoshka.data import BetonError, BetonFile, CenterCrop, ImageFolder, _native, open_dataset
+from matryoshka.data import BetonError, BetonFile, ImageFolder, _native, open_dataset
 from matryoshka.data.layout import RAW
 from matryoshka.data.sources import decode_image
 
@@ -26,6 +27,7 @@ MAX_PIXELS = 50_000_000  # of an upload: 150 MB of RGB
 MAX_FILE = 256 << 20  # bytes of a data set's file
 SIZES = 16, 640  # pixels of the longer side of what is sent
 QUALITY = 85
+RETRY = 5.0  # seconds until a data set that was refused is looked for again: it may have been mounted since
 
 
 class Refusal(ValueError):
@@ -45,7 +47,7 @@ def read_upload(data: bytes) -> np.ndarray:
     except Image.DecompressionBombError:
         raise Refusal(400, f"the picture has more than {MAX_PIXELS // 10**6} million pixels") from None
     except Exception:  # a hostile file makes Pillow raise nearly anything
-        raise Refusal(415, "this is not a JPEG, PNG, WebP, GIF or BMP picture") from None
+        raise Refusal(415, "this is not a JPEG, PNG, WebP, GIF or BMP picture; convert it to one of these") from None
     if width * height > MAX_PIXELS:
         raise Refusal(400, f"the picture has {width} x {height} pixels, more than {MAX_PIXELS // 10**6} million")
     try:
@@ -54,15 +56,8 @@ def read_upload(data: bytes) -> np.ndarray:
         raise Refusal(400, "the picture is damaged") from None
 
 
-def central_square(pixels: np.ndarray, crop: CenterCrop) -> np.ndarray:
-    """uint8 [H, W, 3] -> [size, size, 3]: the pixels that a Loader's evaluation would give."""
-    width, height = (np.array([side], np.int32) for side in (pixels.shape[1], pixels.shape[0]))
-    x, y, w, h, _ = crop.crops(width, height, np.zeros(1, np.int64), 0, 0)[0].tolist()
-    return _native.resize(np.ascontiguousarray(pixels[y : y + h, x : x + w]), crop.size, crop.size)
-
-
 class Pictures:
-    """The data sets of an index, opened once each.
+    """The data sets of an index, opened once each where they can be.
 
     replaced: where data sets lie now, by the path that the index has. fingerprint: of a data set, as its embeddings'
     meta.json has it: an image of a .beton is known by its number, which tells nothing of another file.
@@ -74,7 +69,8 @@ class Pictures:
         fingerprint: Callable[[BetonFile | ImageFolder], str] | None = None,
     ) -> None:
         self._replaced, self._fingerprint = dict(replaced or {}), fingerprint
-        self._opened: dict[str, BetonFile | ImageFolder | Refusal] = {}
+        self._opened: dict[tuple[str, str | None], BetonFile | ImageFolder] = {}
+        self._refused: dict[tuple[str, str | None], tuple[Refusal, float]] = {}  # until when
         self._lock = threading.Lock()
 
     def place(self, about: Mapping[str, Any]) -> str:
@@ -84,17 +80,18 @@ class Pictures:
 
     def open(self, about: Mapping[str, Any]) -> BetonFile | ImageFolder:
         """about: what the index has of a data set. Refusal where it is not there or not the same."""
-        place = self.place(about)
+        key = place, fingerprint = self.place(about), about.get("fingerprint")
         with self._lock:
-            if place not in self._opened:
+            if key not in self._opened:
+                error, until = self._refused.get(key, (None, 0.0))
+                if error is not None and time.monotonic() < until:
+                    raise Refusal(error.status, str(error))
                 try:
-                    self._opened[place] = self._open(place, about.get("fingerprint"))
+                    self._opened[key] = self._open(place, fingerprint)
                 except Refusal as error:
-                    self._opened[place] = error
-            found = self._opened[place]
-        if isinstance(found, Refusal):
-            raise Refusal(found.status, str(found))
-        return found
+                    self._refused[key] = error, time.monotonic() + RETRY
+                    raise
+            return self._opened[key]
 
     def _open(self, place: str, fingerprint: str | None) -> BetonFile | ImageFolder:
         if not place:
@@ -102,10 +99,14 @@ class Pictures:
         try:
             data = open_dataset(place)
             same = True  # a folder's files are told by their names, one by one
-            if fingerprint and self._fingerprint and isinstance(data, BetonFile):
-                same = self._fingerprint(data) == fingerprint
+            if isinstance(data, BetonFile):
+                if fingerprint and self._fingerprint:
+                    same = self._fingerprint(data) == fingerprint
+                elif not _names(data):  # any file has a number 7
+                    raise Refusal(404, "the index cannot tell this data set from others: no fingerprint, no names")
         except (BetonError, OSError):
-            raise Refusal(404, "the data set is not there any more") from None
+            gone = "cannot be read" if os.path.exists(place) else "is not there any more"
+            raise Refusal(404, f"the data set {gone}") from None
         if not same:
             raise Refusal(404, "the data set is not the one that the index was made of")
         return data
@@ -147,8 +148,12 @@ def _name(data: BetonFile | ImageFolder, number: int) -> str:
     """As `matryoshka embed` names an image."""
     if isinstance(data, ImageFolder):
         return data.name(number)
-    names = (data.manifest or {}).get("names")
+    names = _names(data)
     return names[number] if names else str(number)
+
+
+def _names(data: BetonFile) -> list[str] | None:
+    return (data.manifest or {}).get("names")
 
 
 def _read_inside(root: Path, name: str) -> bytes:

@@ -92,7 +92,7 @@ class Service:
     def about(self) -> dict[str, Any]:
         """What the page needs to know before it asks for anything."""
         index, comparison, version = self.current()
-        own, certificate = comparison.default, index.about.get("certificate") or {}
+        own = comparison.default
         names = {name for part in index.parts for name in part.classes or ()}
         return {
             "version": version,
@@ -104,22 +104,24 @@ class Service:
             "classes": len(names),
             "model": {key: printable(str(index.model.get(key) or "")) for key in ("arch", "head")},
             "setting": str(comparison.setting(own)),
-            "certificate": printable(str(certificate.get("text") or "")),
+            "certificate": _recall(index),
             "shortlist": {"dim": index.dim, "low": NEIGHBOURS, "high": comparison.longest, "default": own.shortlist},
             "nprobe": {"high": comparison.lists, "default": own.nprobe},
             "rerank": {"dims": comparison.rerank_dims, "default": own.rerank},
-            "pictures": bool(self.missing(index) < len(_sources(index))),
+            "pictures": None in self.places(index).values(),
         }
 
-    def missing(self, index: Index | None = None) -> int:
-        """How many of the index's data sets have no pictures for us."""
-        count = 0
-        for source in _sources(index or self._opened.index):
+    def places(self, index: Index | None = None) -> dict[str, str | None]:
+        """Where each of the index's data sets is looked for, and why there are no pictures of it: None where there are.
+        Parts that were added or compacted may name the same one."""
+        found = dict[str, str | None]()
+        for source in (source for part in (index or self._opened.index).parts for source in part.data):
             try:
                 self._pictures.open(source)
-            except Refusal:
-                count += 1
-        return count
+                found[self._pictures.place(source)] = None
+            except Refusal as error:
+                found.setdefault(self._pictures.place(source), str(error))
+        return found
 
     def any_row(self) -> int:
         index, comparison, _ = self.current()
@@ -234,8 +236,14 @@ class Service:
         }
 
 
-def _sources(index: Index) -> list[dict[str, Any]]:
-    return [source for part in index.parts for source in part.data]
+def _recall(index: Index) -> str:
+    """What is known of the fast search's recall; "" where it was not measured."""
+    if index.certificate is None:
+        return ""
+    about, current = index.certificate
+    if not current:
+        return "recall measured before the index changed: run `matryoshka retrieve --sweep --choose` again"
+    return f"recall {printable(str(about['text']))}" if about.get("text") else ""
 
 
 def _ms(seconds: float) -> float:
