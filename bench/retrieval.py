@@ -22,13 +22,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from cpu import blas_kernels
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when the libraries are loaded
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# faiss-cpu's OpenBLAS is of 2021 and takes newer CPUs for a Pentium 4: 62 instead of 273 GFLOP/s
-flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-kind = "SkylakeX" if " avx512bw " in flags else "Haswell" if " avx2 " in flags else ""
-if kind:
-    os.environ.setdefault("OPENBLAS_CORETYPE", kind)
+os.environ |= blas_kernels() | os.environ
 
 import numpy as np
 from nested_rows import Data, K, add_options, prepared
@@ -42,7 +40,7 @@ from matryoshka.retrieval.rerank import head_of
 
 BATCHES = (1, 32, 1000)
 ALL = ("scans", "rerank", "pipelines", "graphs")
-PROBES = ((8, 100), (12, 100), (16, 100), (32, 100), (32, 200), (64, 200))  # lists, shortlist
+FILES = ((8, 100, 25), (8, 130, 25), (8, 200, 40), (32, 100, 25), (32, 200, 40), (64, 200, 40))  # lists, k, kept
 BOUNDS = (0.99, 0.985)
 PEER = "faiss IVF,SQ8 64"
 
@@ -207,20 +205,23 @@ def pipelines(data: Data, args: argparse.Namespace) -> list[dict]:
     def then(search: Search, *stages: Stage) -> Search:
         return lambda q: rerank(rows, q, search(q), stages, head, t).ids
 
-    full, many = Stage(columns, K), Stage(middle, 40)
-    few = Stage(middle, 25)
-    scanned, counted = f"int8-64 k100 -> {columns}", f"bits-256 k800 -> {columns}"
+    full, few, many = Stage(columns, K), Stage(middle, 25), Stage(middle, 40)
+    scanned, counted = f"int8-64 k200 -> {columns}", f"bits-256 k800 -> {columns}"
     searches: dict[str, Search] = {
-        scanned: then(lambda q: scan.search(q, 100).ids, full),
-        f"int8-64 k100 -> {middle} -> {columns}": then(lambda q: scan.search(q, 100).ids, few, full),
+        f"int8-64 k100 -> {columns}": then(lambda q: scan.search(q, 100).ids, full),
+        scanned: then(lambda q: scan.search(q, 200).ids, full),
+        f"int8-64 k200 -> {middle} -> {columns}": then(lambda q: scan.search(q, 200).ids, many, full),
         counted: then(lambda q: bits.search(q, 800).ids, full),
         f"bits-256 k800 -> 64 -> {middle} -> {columns}": then(
             lambda q: bits.search(q, 800).ids, Stage(64, 120), few, full
         ),
     }
-    funnels = {f"bits-256 k800 -> 64 -> {middle} -> {columns}": counted}  # over one step
+    funnels = {
+        f"int8-64 k200 -> {middle} -> {columns}": scanned,
+        f"bits-256 k800 -> 64 -> {middle} -> {columns}": counted,
+    }  # over one step
     rivals = {}  # over faiss
-    for probes, k in PROBES:
+    for probes, k, keep in FILES:
 
         def listed(q: np.ndarray, file: InvertedFile = file, probes: int = probes, k: int = k) -> np.ndarray:
             return file.search(q, k, probes).ids
@@ -229,7 +230,7 @@ def pipelines(data: Data, args: argparse.Namespace) -> list[dict]:
             sq8.nprobe = probes
             return sq8.search(unit(q, 64), k)[1]
 
-        early = many if k > 100 else few
+        early = Stage(middle, keep)
         name, rival = (f"{index} np{probes} k{k} -> {middle} -> {columns}" for index in ("IVF int8-64", PEER))
         searches[f"IVF int8-64 np{probes} k{k} -> {columns}"] = then(listed, full)
         searches[name], searches[rival] = then(listed, early, full), then(theirs, early, full)

@@ -28,7 +28,7 @@ def test_the_retrieval_bench(capsys, tmp_path):
     for words in (
         "int8 scan, 16 dims",
         "binary scan, 256 bits",
-        "IVF int8-64 np32 k200 -> 256 -> 2048",
+        "IVF int8-64 np8 k130 -> 256 -> 2048",
         "faiss IVF,SQ8",
         "re-rank of 200 x 2048, one step",
         "funnel over one step",

@@ -69,15 +69,6 @@ def rerank(
     begins = [0, *(stage.dim for stage in stages[:-1])]
     tables = [head if head is not None and stage.dim <= head.shape[1] else rows for stage in stages]
     native = [(table, begin, stage.dim, stage.keep) for table, begin, stage in zip(tables, begins, stages, strict=True)]
-    asked = _of_size_one(np.ascontiguousarray(queries[:, : stages[-1].dim], np.float32))
+    asked = np.ascontiguousarray(queries[:, : stages[-1].dim], np.float32)
     ids, scores = _native.rerank(pool(num_threads), native, asked, np.ascontiguousarray(candidates, np.int64), kernels)
     return Hits(ids, scores)
-
-
-def _of_size_one(queries: np.ndarray) -> np.ndarray:
-    """Each query times the power of two that brings its largest number to 0.5 .. 1: float32 can square it, and cosines
-    are the same."""
-    largest = np.abs(queries).max(1, initial=0)
-    with np.errstate(all="ignore"):
-        _, exponent = np.frexp(np.where(np.isfinite(largest), largest, 1))
-        return np.ldexp(queries, -exponent[:, None])

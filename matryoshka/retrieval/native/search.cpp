@@ -275,6 +275,19 @@ inline float sum_of_squares(const float* x, size_t n) {  // eight sums, as one i
   return sums[0];
 }
 
+// A query that float32 can multiply and square: this one or, by a power of two that no cosine notices, a copy.
+const float* of_fair_size(const float* query, size_t n, std::vector<float>& copy) {
+  const float squares = sum_of_squares(query, n);
+  if (squares > 1e-20f && squares < 1e20f) return query;
+  float largest = 0;
+  for (size_t i = 0; i < n; ++i) largest = std::max(largest, std::fabs(query[i]));
+  if (!(largest > 0) || std::isinf(largest)) return query;
+  copy.resize(n);
+  const int exponent = std::ilogb(largest);
+  for (size_t i = 0; i < n; ++i) copy[i] = std::ldexp(query[i], -exponent);
+  return copy.data();
+}
+
 constexpr size_t kAhead = 2 * kTogether;
 
 // The candidates' cosines of one stage more. scale: 1 / the query's length.
@@ -311,8 +324,9 @@ void rerank(Pool& pool, const Kernels& kernels, const std::vector<Stage>& stages
   const size_t out = stages.back().keep, step = 4;
   pool.run((count + step - 1) / step, [&](size_t task, int) {
     std::vector<Candidate> list;
+    std::vector<float> copy;
     for (size_t q = task * step; q < std::min((task + 1) * step, count); ++q) {
-      const float* query = queries + q * dim;
+      const float* query = of_fair_size(queries + q * dim, stages.back().end, copy);
       list.clear();
       for (size_t i = 0; i < m; ++i) {
         const int64_t id = candidates[q * m + i];
