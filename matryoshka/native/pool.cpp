@@ -21,8 +21,8 @@ struct Pool::State {
   std::condition_variable work, done;
   uint64_t run_number = 0;
   bool stop = false;
-  size_t busy = 0;
-  const Task* task = nullptr;
+  size_t busy = 0;             // threads that are in the run, the caller not counted
+  const Task* task = nullptr;  // null between two runs
   size_t count = 0;
   std::exception_ptr error;
 
@@ -30,9 +30,26 @@ struct Pool::State {
   std::vector<std::thread> threads;
   pid_t owner = getpid();
 
+  void take_part(std::unique_lock<std::mutex>& lock, int thread);
   void work_loop(int thread);
   void shut_down();
 };
+
+// Tasks of the run until there are none left. The lock is held before and after.
+void Pool::State::take_part(std::unique_lock<std::mutex>& lock, int thread) {
+  const Task& mine = *task;
+  const size_t end = count;
+  lock.unlock();
+  std::exception_ptr failure;
+  try {
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < end;) mine(i, thread);
+  } catch (...) {
+    failure = std::current_exception();
+    next.store(end, std::memory_order_relaxed);
+  }
+  lock.lock();
+  if (failure && !error) error = failure;
+}
 
 void Pool::State::work_loop(int thread) {
   std::unique_lock<std::mutex> lock(mutex);
@@ -40,16 +57,9 @@ void Pool::State::work_loop(int thread) {
     work.wait(lock, [&] { return stop || run_number != seen; });
     if (stop) return;
     seen = run_number;
-    lock.unlock();
-    std::exception_ptr failure;
-    try {
-      for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) (*task)(i, thread);
-    } catch (...) {
-      failure = std::current_exception();
-      next.store(count, std::memory_order_relaxed);
-    }
-    lock.lock();
-    if (failure && !error) error = failure;
+    if (!task) continue;  // the run was over before this thread was awake
+    ++busy;
+    take_part(lock, thread);
     if (--busy == 0) done.notify_one();
   }
 }
@@ -68,8 +78,8 @@ Pool::Pool(int num_threads) {
     throw std::invalid_argument("num_threads must be between 1 and 1024");
   state_ = new State;
   try {
-    state_->threads.reserve(num_threads);
-    for (int i = 0; i < num_threads; ++i) state_->threads.emplace_back([s = state_, i] { s->work_loop(i); });
+    state_->threads.reserve(num_threads - 1);
+    for (int i = 1; i < num_threads; ++i) state_->threads.emplace_back([s = state_, i] { s->work_loop(i); });
   } catch (...) {  // the system refuses more threads
     state_->shut_down();
     delete state_;
@@ -84,7 +94,7 @@ Pool::~Pool() {
   delete state_;
 }
 
-int Pool::num_threads() const { return static_cast<int>(state_->threads.size()); }
+int Pool::num_threads() const { return static_cast<int>(state_->threads.size()) + 1; }
 
 void Pool::run(size_t count, const Task& task) {
   if (state_->owner != getpid()) throw std::runtime_error("this Pool belongs to the parent process; make a new one");
@@ -94,10 +104,11 @@ void Pool::run(size_t count, const Task& task) {
   state_->count = count;
   state_->error = nullptr;
   state_->next.store(0, std::memory_order_relaxed);
-  state_->busy = state_->threads.size();
   ++state_->run_number;
-  state_->work.notify_all();
+  if (count > 1) state_->work.notify_all();  // to wake one takes longer than many a search
+  state_->take_part(lock, 0);
   state_->done.wait(lock, [this] { return state_->busy == 0; });
+  state_->task = nullptr;
   if (state_->error) std::rethrow_exception(std::exchange(state_->error, nullptr));
 }
 

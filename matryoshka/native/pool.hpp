@@ -1,4 +1,4 @@
-// A fixed set of threads that works through a numbered list of tasks.
+// A fixed set of threads, the caller one of them, that works through a numbered list of tasks.
 #pragma once
 
 #include <cstddef>
