@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 from nested_rows import add_options, prepared
 from record import append
-from retrieval import anonymous
+from retrieval import status
 
 from matryoshka.retrieval.metrics import recall_against_exact, summarise_recall
 from matryoshka.retrieval.store import Index
@@ -117,8 +116,8 @@ def searched(folder: Path, args: argparse.Namespace) -> dict:
         "open ms": median(opening), "open ms, first": opening[0], "setting": str(index.setting),
         "recall@10": recall.mean, "lower": recall.lower, "q/s, batch 1000": median(rates),
         "latency p50 ms": float(p50), "latency p99 ms": float(p99),
-        "peak memory GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
-        "of that no file's GB": anonymous() / 1e9,
+        "peak memory GB": status("VmHWM") / 1e9,
+        "of that no file's GB": status("RssAnon") / 1e9,
     }  # fmt: skip
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -71,8 +70,9 @@ def main(argv: list[str] | None = None) -> int:
         found += reranking(data, args)
     if "pipelines" in args.only:
         found += pipelines(data, args)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"peak memory {peak / 1e9:.1f} GB, of which {anonymous() / 1e9:.1f} GB is no file's (peers' indexes, too)")
+    print(
+        f"peak memory {status('VmHWM') / 1e9:.1f} GB, of which {status('RssAnon') / 1e9:.1f} GB is no file's (peers' indexes, too)"
+    )
     if not args.no_record:
         print(f"rows     {append('retrieval', [about | row for row in found])}")
     return 0
@@ -359,10 +359,11 @@ def exact_rate(rows: np.ndarray, queries: np.ndarray) -> float:
     return len(asked) / seconds
 
 
-def anonymous() -> int:
-    """Bytes of memory that belong to no file, now."""
+def status(key: str) -> int:
+    """Bytes: VmHWM, the most memory at once (getrusage would count the parent's before exec); RssAnon, what belongs to
+    no file now."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
+        if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     return 0
 

@@ -360,7 +360,8 @@ def memory(index_bytes: int) -> dict[str, Any]:
     status = Path("/proc/self/status")
     if status.exists():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        anonymous = int(lines["RssAnon"].split()[0]) * 1024 if "RssAnon" in lines else None
+        found = {key: int(lines[key].split()[0]) * 1024 for key in ("RssAnon", "VmHWM") if key in lines}
+        anonymous, peak = found.get("RssAnon"), found.get("VmHWM", peak)  # getrusage counts the parent before exec, too
     text = "" if anonymous is None else f", {anonymous / 1e9:.2f} GB that is no file's now"
     print(f"memory   index {index_bytes / 1e6:,.1f} MB; this process at most {peak / 1e9:.2f} GB{text}")
     return {"index_bytes": index_bytes, "peak_bytes": peak, "anonymous_bytes": anonymous}
