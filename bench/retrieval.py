@@ -70,9 +70,8 @@ def main(argv: list[str] | None = None) -> int:
         found += reranking(data, args)
     if "pipelines" in args.only:
         found += pipelines(data, args)
-    print(
-        f"peak memory {status('VmHWM') / 1e9:.1f} GB, of which {status('RssAnon') / 1e9:.1f} GB is no file's (peers' indexes, too)"
-    )
+    peak, own = status("VmHWM") / 1e9, status("RssAnon") / 1e9
+    print(f"peak memory {peak:.1f} GB, of which {own:.1f} GB is no file's (peers' indexes, too)")
     if not args.no_record:
         print(f"rows     {append('retrieval', [about | row for row in found])}")
     return 0
