@@ -52,7 +52,8 @@ def prepared(args: argparse.Namespace) -> Data:
         print(f"making {args.rows:,} rows", flush=True)
         generate(stored, asked, args.rows, args.truth, threads=args.threads)
         np.save(known, neighbours(np.lib.format.open_memmap(stored, "r"), np.load(asked)))
-    return Data(*(np.lib.format.open_memmap(path, "r") for path in (stored, asked, known)), "synthetic")
+    rows, queries, truth = (np.lib.format.open_memmap(path, "r") for path in (stored, asked, known))
+    return Data(rows, queries, truth, "synthetic")
 
 
 def neighbours(rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
