@@ -11,6 +11,7 @@ from pathlib import Path
 from matryoshka.log import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
+BEGUN = environment()  # the code that is measured, whatever is edited meanwhile
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -20,8 +21,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def append(name: str, rows: Sequence[dict]) -> Path:
     """Add rows (with date, commit, hardware, versions) to results/<name>.jsonl; returns its path."""
-    about = environment()
-    about = {"date": datetime.date.today().isoformat(), **{k: about[k] for k in ("git", "hardware", "versions")}}
+    about = {"date": datetime.date.today().isoformat(), **{k: BEGUN[k] for k in ("git", "hardware", "versions")}}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.jsonl"
     with open(path, "a") as file:
