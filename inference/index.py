@@ -21,7 +21,6 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +216,7 @@ def describe(index: Index) -> str:
         ("rows", f"{len(index):,} x {index.columns} float16" + (f", {gone:,} deleted" if gone else "")),
         ("parts", "; ".join(f"{part.count:,} rows " + (f"in {n:,} lists" if n else "without lists")
                             for part, n in zip(index.parts, lists, strict=True))),
-        ("search", f"{index.setting}" if any(lists) else f"{replace(index.setting, index='scan')}"),
+        ("search", f"{index.setting}"),
         ("model", f"{model.get('arch')}, {model.get('head')}, {model.get('file')} ({model['weights_sha256'][:12]})"),
         ("size", f"{index.nbytes / 1e6:,.1f} MB"),
     ]  # fmt: skip

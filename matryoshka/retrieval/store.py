@@ -90,6 +90,8 @@ class Index:
         self._firsts = [part.first for part in self.parts]
         chosen = about["setting"]
         self.setting = Setting(chosen["index"], chosen["dim"], chosen["k"], tuple(chosen["stages"]), chosen["effort"])
+        if self.setting.index == "ivf" and not any(part.about["lists"] for part in self.parts):
+            self.setting = replace(self.setting, index="scan")  # until there are lists
 
     def _stored_bits(self) -> np.ndarray:
         bits, entry = empty_bits(self.total), self.about["deleted"]
