@@ -2,7 +2,7 @@
 # Each first sets up what it needs; PYTHON=python3.12 chooses another one (interop and bench-peers: always 3.11).
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard matryoshka/native/* matryoshka/retrieval/native/*)
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard matryoshka/data/native/* matryoshka/retrieval/native/*)
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 FFCV := .venv-ffcv
 UV_FFCV := $(BIN)/uv pip install --quiet --python $(FFCV)/bin/python
@@ -57,14 +57,14 @@ ifeq ($(SANITIZE),1)
 	  -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir) > $(SANITIZED).log || { cat $(SANITIZED).log; exit 1; }
 	@$(BIN)/ninja -C $(SANITIZED) > $(SANITIZED).log || { cat $(SANITIZED).log; exit 1; }
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	  $(BIN)/python tests/fuzz.py --cases $(or $(N),20000) --limit 120 --native $$(ls $(SANITIZED)/_native*.so) $(FUZZ_ARGS)
+	  $(BIN)/python tests/fuzzing/fuzz.py --cases $(or $(N),20000) --limit 120 --native $$(ls $(SANITIZED)/_native*.so) $(FUZZ_ARGS)
 else
-	$(BIN)/python tests/fuzz.py --cases $(or $(N),20000) $(FUZZ_ARGS)
+	$(BIN)/python tests/fuzzing/fuzz.py --cases $(or $(N),20000) $(FUZZ_ARGS)
 endif
 
 # KILLS training runs that are killed (20) must end like one that is left alone
 chaos: setup-dev
-	$(BIN)/python tests/chaos.py --kills $(or $(KILLS),20) $(CHAOS_ARGS)
+	$(BIN)/python tests/training/chaos.py --kills $(or $(KILLS),20) $(CHAOS_ARGS)
 
 # FFCV and the other peers live in an environment of their own: they need Python 3.11 and 700 MB of system packages.
 $(FFCV)/.ready: requirements.txt requirements-dev.txt requirements-ffcv.txt system-deps.sh $(SOURCES) | $(BIN)/uv
@@ -83,7 +83,7 @@ $(FFCV)/.ready-peers: requirements-peers.txt $(FFCV)/.ready
 
 # Files of the real FFCV in our reader, ours in the real FFCV
 interop: $(FFCV)/.ready
-	OMP_NUM_THREADS=1 $(FFCV)/bin/python -m pytest -q tests/test_interop.py $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(FFCV)/bin/python -m pytest -q tests/data/test_interop.py $(PYTEST_ARGS)
 
 bench-peers: $(FFCV)/.ready-peers
 

@@ -34,10 +34,10 @@ from torch import nn
 
 from matryoshka.data import CenterCrop, Loader
 from matryoshka.data.loader import Batch
-from matryoshka.metrics import PrefixAccuracy
+from matryoshka.evaluation.metrics import PrefixAccuracy
+from matryoshka.evaluation.predict import predict
 from matryoshka.models import ModelSpec, NestedModel, build
 from matryoshka.nested import NestedLinear, default_dims
-from matryoshka.predict import predict
 
 ARCHS = {"rn18": "resnet18", "rn50": "resnet50"}
 CASES = ("prefixes", "loop", "analysis")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from matryoshka.embeddings import open_embeddings
+from matryoshka.embeddings.reading import open_embeddings
 from matryoshka.retrieval import exact_search
 
 WIDTH, K = 2048, 10

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from matryoshka.log import environment
+from matryoshka.environment import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BEGUN = environment()  # the code that is measured, whatever is edited meanwhile

@@ -18,7 +18,7 @@ from matryoshka.data.augment import normalise
 from matryoshka.distributed import autocast
 from matryoshka.models import backbone
 from matryoshka.nested import NestedLinear, default_dims, nested_cross_entropy, nested_logits
-from matryoshka.optim import parameter_groups
+from matryoshka.training.optim import parameter_groups
 
 FF, MRL, MRL_E, OFFICIAL, OFFICIAL_E = KINDS = ("FF", "MRL", "MRL-E", "official MRL", "official MRL-E")
 MODES = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}  # torch.compile's

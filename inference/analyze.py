@@ -17,17 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matryoshka.inference.prediction_arrays import (  # pyright: ignore[reportMissingImports]
-    SCORES,
-    ArrayError,
-    Arrays,
-    from_files,
-    from_results,
-)
 
-from matryoshka import analysis, config, superclasses
-from matryoshka.cascade import GRID, cascade, certify, evaluate, exits, split_indices
-from matryoshka.checkpoint import write_atomically
+from matryoshka import config
+from matryoshka.evaluation import analysis, superclasses
+from matryoshka.evaluation.cascade import GRID, cascade, certify, evaluate, exits, split_indices
+from matryoshka.evaluation.prediction_arrays import SCORES, ArrayError, Arrays, from_files, from_results
+from matryoshka.files import write_atomically
 
 ANALYSES = ("cascade", "oracle", "superclasses", "trends", "calibration", "agreement")
 NEED_SCORES = ("cascade", "calibration")

@@ -34,15 +34,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from matryoshka import config, distributed
-from matryoshka.checkpoint import write_atomically
+from matryoshka.checkpoint.published import load_any
 from matryoshka.data import CenterCrop, Loader, open_dataset
-from matryoshka.log import environment
+from matryoshka.environment import environment
+from matryoshka.evaluation.neighbours import knn_accuracy, nearest, nearest_class_mean
+from matryoshka.evaluation.predict import extract_features
+from matryoshka.evaluation.probe import fit
+from matryoshka.files import write_atomically
 from matryoshka.models import ModelError, NestedModel
-from matryoshka.neighbours import knn_accuracy, nearest, nearest_class_mean
 from matryoshka.nested import check_dims, default_dims, nested_logits
-from matryoshka.predict import extract_features
-from matryoshka.probe import fit
-from matryoshka.published import load_any
 
 METHODS = ("linear", "1nn", "ncm", "svd", "svd-1nn", "rand-fs", "rand-lp")
 LIMITS = {

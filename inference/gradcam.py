@@ -30,15 +30,16 @@ import numpy as np
 import torch
 
 from matryoshka import checkpoint, config, distributed
+from matryoshka.checkpoint.published import load_any
 from matryoshka.data import BetonError, BetonFile, CenterCrop, ImageFolder, Loader, open_dataset
 from matryoshka.data.augment import normalise
+from matryoshka.data.imagenet import CLASSES, wnids
 from matryoshka.data.reader import printable
 from matryoshka.data.sources import EXTENSIONS
 from matryoshka.data.subset import Subset
-from matryoshka.gradcam import Cell, Layer, find_layer, heat_maps, montage
-from matryoshka.imagenet_sets import CLASSES, wnids
+from matryoshka.evaluation.gradcam import Cell, Layer, find_layer, heat_maps, montage
+from matryoshka.files import write_atomically
 from matryoshka.models import NestedModel
-from matryoshka.published import load_any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -140,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 warnings.filterwarnings("ignore", message="Glyph .* missing from font")
                 picture = encoded(montage(batch.images[b].cpu().numpy(), title, line, cells, note), args.format)
             file = f"{index:05d}_{word(name)}.{args.format}"
-            checkpoint.write_atomically(folder / file, picture)
+            write_atomically(folder / file, picture)
             prefixes = {
                 str(c.dim): {"prediction": c.prediction, "confidence": c.confidence, "correct": c.correct}
                 for c in cells
@@ -150,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"skipped  {source.path}: {printable(one.name)}: {one.reason}", file=sys.stderr)
     if not shown:
         raise BetonError(f"--data {args.data}: none of its images can be read")
-    checkpoint.write_atomically(folder / "gradcam.json", (json.dumps(shown, indent=1) + "\n").encode())
+    write_atomically(folder / "gradcam.json", (json.dumps(shown, indent=1) + "\n").encode())
     print(f"{len(shown)} of {len(source)} images")
     print(f"pictures  {folder / f'*.{args.format}'}")
     print(f"results   {folder / 'gradcam.json'}")

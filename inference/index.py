@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from matryoshka import config
-from matryoshka.embeddings import AGAIN, META, EmbeddingError, open_embeddings
+from matryoshka.embeddings.reading import AGAIN, META, EmbeddingError, open_embeddings
 from matryoshka.retrieval.store import MANIFEST, Index
 from matryoshka.retrieval.store_writer import Batch, Writer
 

@@ -26,29 +26,24 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matryoshka.inference.resized_images import (  # pyright: ignore[reportMissingImports] (folder inference, installed)
-    CROP,
-    RESIZE,
-    ResizedImages,
-)
-from matryoshka.inference.saved_arrays import (  # pyright: ignore[reportMissingImports]
-    KINDS,
-    Collected,
-    file_names,
-    write_array,
-)
 from tqdm import tqdm
 
-from matryoshka import analysis, checkpoint, config, distributed
+from matryoshka import config, distributed
+from matryoshka.checkpoint.published import load_any
 from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader, open_dataset
 from matryoshka.data.augment import Preprocessing
+from matryoshka.data.imagenet import FOLDERS, OUTSIDE, ImageNetError, canonical, find, find_outside
+from matryoshka.data.resized_images import CROP, RESIZE, ResizedImages
 from matryoshka.data.subset import Subset
-from matryoshka.imagenet_sets import FOLDERS, OUTSIDE, ImageNetError, Labelling, canonical, find, find_outside, match
-from matryoshka.log import environment
+from matryoshka.environment import environment
+from matryoshka.evaluation import analysis
+from matryoshka.evaluation.imagenet_sets import Labelling, match
+from matryoshka.evaluation.predict import predict
+from matryoshka.evaluation.retrieval_arrays import retrieval
+from matryoshka.evaluation.saved_arrays import KINDS, Collected, file_names, write_array
+from matryoshka.files import write_atomically
 from matryoshka.models import NestedModel, with_prefixes
-from matryoshka.predict import predict
-from matryoshka.published import load_any
-from matryoshka.report import accuracy_table
+from matryoshka.report.tables import accuracy_table
 
 PREPROCESSING = ("checkpoint", "upstream", "ffcv")
 
@@ -134,9 +129,7 @@ class Outcome(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.retrieval:
-        from matryoshka.inference.retrieval_arrays import retrieval  # pyright: ignore[reportMissingImports]
-
-        return retrieval(args)
+        return retrieval(args, print)
     if args.retrieval_array_path or args.random_sample_dim != parser().get_default("random_sample_dim"):
         raise config.ConfigError("--retrieval_array_path and --random_sample_dim are for --retrieval; add it")
     check(args)
@@ -206,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if world.is_main:
         if args.output:
-            checkpoint.write_atomically(args.output, (json.dumps(results, indent=1) + "\n").encode())
+            write_atomically(args.output, (json.dumps(results, indent=1) + "\n").encode())
             print(f"results  {args.output}")
         for kind, file in names.items():
             print(f"{kind:11}  {place / file}")
@@ -269,7 +262,9 @@ def evaluate(
     confidences: bool,
 ) -> Outcome:
     """One pass over the data, every image once on one of the ranks."""
-    from matryoshka.metrics import PrefixAccuracy  # torchmetrics takes seconds to import: not before it is needed
+    from matryoshka.evaluation.metrics import (
+        PrefixAccuracy,  # torchmetrics takes seconds to import: not before it is needed
+    )
 
     options = {
         "order": "sequential", "num_workers": args.workers, "device": world.device,

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from matryoshka import analysis, config
-from matryoshka.checkpoint import write_atomically
-from matryoshka.html_report import MAX_IMAGE_BYTES, Answer, Evidence, Picture, Sample, render
-from matryoshka.report import Run, RunError, read_run, short_dims
-from matryoshka.superclasses import name_of
+from matryoshka import config
+from matryoshka.evaluation import analysis
+from matryoshka.evaluation.superclasses import name_of
+from matryoshka.files import write_atomically
+from matryoshka.report.page import MAX_IMAGE_BYTES, Answer, Evidence, Picture, Sample, render
+from matryoshka.report.tables import Run, RunError, read_run, short_dims
 
 FILES = ("results.json", "analysis.json", "baselines.json")  # looked for in --run
 NEEDED = ("checkpoint", "arch", "head", "dataset", "data", "images", "classes", "resolution")  # of results.json
@@ -173,13 +174,9 @@ def address(picture: Image.Image, longest: int, quality: int = 82) -> str:
 
 def add_samples(evidence: Evidence, results: Path, count: int, seed: int, budget: int) -> int:
     """Images of each kind with the answers of all prefixes; the bytes that they take. A note where that cannot be."""
-    from matryoshka.inference.prediction_arrays import (  # pyright: ignore[reportMissingImports]
-        ArrayError,
-        from_results,
-    )
-
     from matryoshka.data import BetonError, CenterCrop, Loader, open_dataset
     from matryoshka.data.subset import Subset
+    from matryoshka.evaluation.prediction_arrays import ArrayError, from_results
 
     subject = evidence.results[0]
     if not subject.get("arrays"):

@@ -30,20 +30,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two thread pools that spi
 
 import numpy as np
 import torch
-from matryoshka.inference.retrieval_tables import (  # pyright: ignore[reportMissingImports] (folder inference, installed)
-    Table,
-    notes,
-    open_pair,
-    open_table,
-)
 
 from matryoshka import config
-from matryoshka.checkpoint import write_atomically
-from matryoshka.embeddings import META, WORK
+from matryoshka.embeddings.reading import META, WORK
+from matryoshka.files import write_atomically
 from matryoshka.retrieval import RetrievalError, Searcher, Setting, Stage
 from matryoshka.retrieval import metrics as m
 from matryoshka.retrieval.pipeline import INDEXES
 from matryoshka.retrieval.store import MANIFEST
+from matryoshka.retrieval.tables import Table, notes, open_pair, open_table
 
 BATCH = 1000  # queries that are searched together
 TOGETHER = 4000  # exactly: each pass converts all rows; 260 MB of scores

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matryoshka.inference.retrieval_tables import Table  # pyright: ignore[reportMissingImports]
 from matryoshka.inference.retrieve import describe, number, searcher, truth  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 from matryoshka import config
-from matryoshka.checkpoint import write_atomically
+from matryoshka.files import write_atomically
 from matryoshka.retrieval import Setting
 from matryoshka.retrieval.store_writer import Writer
 from matryoshka.retrieval.sweep import Measured, certified, frontier, grid, measure, queries_needed
+from matryoshka.retrieval.tables import Table
 
 DEFAULT = ("scan", "ivf", "binary")
 AGAIN = 5  # turns for what is on the frontier, whose order decides

@@ -22,17 +22,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two thread pools that spi
 
 import numpy as np
 import torch
-from matryoshka.inference.embed import fingerprint  # pyright: ignore[reportMissingImports] (folder inference, installed)
-from matryoshka.inference.resized_images import resize_and_crop  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
 from matryoshka import config, distributed
+from matryoshka.checkpoint.published import PREFIXES, load_any
 from matryoshka.data import CenterCrop
 from matryoshka.data.augment import Preprocessing
 from matryoshka.data.images import central_square
-from matryoshka.embeddings import trunk_sha256
+from matryoshka.data.resized_images import resize_and_crop
+from matryoshka.embeddings.reading import trunk_sha256
+from matryoshka.evaluation.embedding import fingerprint
 from matryoshka.models import NestedModel
-from matryoshka.published import PREFIXES, load_any
 from matryoshka.retrieval.store import Index
 
 ANY = ("0.0.0.0", "::", "")

@@ -82,9 +82,9 @@ DEMO_BASELINES = (8, 512)
 @config.program
 def demo(argv: Sequence[str]) -> int:
     """Digits as an image folder -> .beton -> MRL training -> accuracy of every prefix, beside others -> a page."""
-    from matryoshka.checkpoint import write_atomically
     from matryoshka.data.sources import write_digits_folder
-    from matryoshka.report import accuracy_table, plot_accuracy
+    from matryoshka.files import write_atomically
+    from matryoshka.report.tables import accuracy_table, plot_accuracy
 
     if len(argv) > 1 or any(a.startswith("-") for a in argv):
         print("usage: matryoshka demo [FOLDER]      (default: runs/demo; an earlier demo there is replaced)")

@@ -11,27 +11,18 @@ import pytest
 import torch
 from matryoshka.inference import pytorch_inference
 from matryoshka.train import train_imagenet
-from matryoshka.train.imagenet_data import ResolutionConfig, resolution_at
 from sklearn.metrics import top_k_accuracy_score
+from training_commands import options, refused
 
 from matryoshka import cli, config
-from matryoshka.checkpoint import load_model, save_model
+from matryoshka.checkpoint.model_file import load_model, save_model
 from matryoshka.data import CenterCrop, Digits, Loader, open_dataset, write_beton
 from matryoshka.data.augment import Preprocessing, normalise
 from matryoshka.models import ModelSpec, build
+from matryoshka.training.loaders import ResolutionConfig, resolution_at
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted([*ROOT.glob("rn50_configs/*.yaml"), *ROOT.glob("rn18_configs/*.yaml")])
-
-
-def options(data, folder, run_id="run", *more):
-    return [
-        f"--data.train_dataset={data['train']}", f"--data.val_dataset={data['val']}", f"--logging.folder={folder}",
-        f"--logging.run_id={run_id}", "--model.arch=resnet10", "--training.batch_size=64", "--training.epochs=2",
-        "--lr.lr=0.05", "--lr.lr_peak_epoch=1", "--data.flip=0", "--data.scale=0.7,1", "--validation.crop_ratio=1",
-        "--resolution.min_res=32", "--resolution.max_res=32", "--validation.resolution=32", "--training.device=cpu",
-        *more,
-    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -205,19 +196,6 @@ def test_inference_on_an_image_folder_with_upstreams_flags(folder, tmp_path):
 
 
 # ---------------------------------------------------------------- the user's mistakes
-
-
-def refused(main, argv, capsys) -> str:
-    """main(argv) ends with status 2 and one line; the line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        main(argv)
-    shown = capsys.readouterr()
-    assert end.value.code == 2
-    lines = shown.err.strip().splitlines()
-    assert len(lines) == 1, shown.err
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 MISTAKES = [

@@ -34,13 +34,12 @@ import numpy as np
 from tqdm import tqdm
 
 from matryoshka import config
-from matryoshka.checkpoint import write_atomically
 from matryoshka.data import BetonError, BetonFile, write_beton
 from matryoshka.data.layout import Pages, page_size_for
 from matryoshka.data.reader import manifest_path, printable
-from matryoshka.data.replacement import Replacement
 from matryoshka.data.sources import EXTENSIONS, decode_image
 from matryoshka.data.writer import WriteOptions
+from matryoshka.files import Replacement, write_atomically
 
 QUERIES, DATABASE = "imagenet4k_queries.beton", "imagenet4k_database.beton"
 MANIFEST, PARTS, PLAN = "imagenet4k.jsonl", ".parts", "plan.json"

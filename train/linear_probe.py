@@ -23,20 +23,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from matryoshka.train.imagenet_data import check_classes  # pyright: ignore[reportMissingImports] (folder train)
 from torch import Tensor
 from tqdm import tqdm
 
 from matryoshka import checkpoint, config, distributed
-from matryoshka.checkpoint import write_atomically
+from matryoshka.checkpoint.published import load_any
 from matryoshka.data import CenterCrop, Loader, open_dataset
 from matryoshka.distributed import DEVICES, PRECISIONS, World
-from matryoshka.log import environment, new_run_id
+from matryoshka.environment import environment
+from matryoshka.evaluation.predict import extract_features
+from matryoshka.evaluation.probe import SOLVERS, Probe, ProbeError, choose_weight_decay, fit
+from matryoshka.files import write_atomically
 from matryoshka.models import NestedModel, shortest_prefix
 from matryoshka.nested import NestedLinear, check_dims, default_dims
-from matryoshka.predict import extract_features
-from matryoshka.probe import SOLVERS, Probe, ProbeError, choose_weight_decay, fit
-from matryoshka.published import load_any
+from matryoshka.training.loaders import check_classes
+from matryoshka.training.run_folder import new_run_id
 
 FINAL = "model.safetensors"
 MAX_THREADS = 1024  # of the decoder's pool
@@ -258,7 +259,9 @@ def solve(
 @torch.inference_mode()
 def evaluate(head: NestedLinear, features: Tensor, labels: Tensor) -> dict[int, dict[str, float]]:
     """{prefix: {top1, top5}} in percent of the head as it is saved."""
-    from matryoshka.metrics import PrefixAccuracy  # torchmetrics takes seconds to import: not before it is needed
+    from matryoshka.evaluation.metrics import (
+        PrefixAccuracy,  # torchmetrics takes seconds to import: not before it is needed
+    )
 
     metric = PrefixAccuracy(head.dims)
     for x, y in zip(features.split(1024), labels.split(1024), strict=True):

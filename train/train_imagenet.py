@@ -21,35 +21,26 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from matryoshka.train.imagenet_data import (  # pyright: ignore[reportMissingImports] (folder train, installed)
-    make_loaders,
-    resolution_at,
-    training_crop,
-    validation_loader,
-)
-from matryoshka.train.imagenet_options import (  # pyright: ignore[reportMissingImports]
-    SECTIONS,
-    check,
-    global_batch_size,
-)
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from matryoshka import checkpoint, config, distributed
+from matryoshka.checkpoint.transfer import start_model
 from matryoshka.data import Loader
 from matryoshka.data.augment import mix, mixed_loss, normalise, rand_augment, step_rng
 from matryoshka.distributed import World
-from matryoshka.guard import Guard, Report
-from matryoshka.log import accuracy_keys, new_run_id
+from matryoshka.evaluation.predict import predict
 from matryoshka.models import NestedModel, model_spec
-from matryoshka.models.transfer import start_model
 from matryoshka.nested import nested_cross_entropy
-from matryoshka.optim import lr_at, make_optimizer, parameter_groups, peak_epoch, peak_lr
-from matryoshka.predict import predict
-from matryoshka.session import FINAL, Session, begin, launch_id
-from matryoshka.trainstate import Ema, TrainState
-from matryoshka.watch import Stopped
+from matryoshka.training.guard import Guard, Report
+from matryoshka.training.loaders import make_loaders, resolution_at, training_crop, validation_loader
+from matryoshka.training.optim import lr_at, make_optimizer, parameter_groups, peak_epoch, peak_lr
+from matryoshka.training.options import SECTIONS, check, global_batch_size
+from matryoshka.training.run_folder import accuracy_keys, new_run_id
+from matryoshka.training.session import FINAL, Session, begin, launch_id
+from matryoshka.training.state import Ema, TrainState
+from matryoshka.training.watch import Stopped
 
 
 @config.program
@@ -251,7 +242,9 @@ def validate(
     model: NestedModel, loader: Loader, precision: str, tta: bool, world: World, watched=iter
 ) -> tuple[dict, float]:
     """({dim: {top1, top5}} over all ranks' shares, seconds)."""
-    from matryoshka.metrics import PrefixAccuracy  # torchmetrics takes seconds to import: not before it is needed
+    from matryoshka.evaluation.metrics import (
+        PrefixAccuracy,  # torchmetrics takes seconds to import: not before it is needed
+    )
 
     started = time.perf_counter()
     distributed.share_buffers(model, world)  # all shards are judged by the model that rank 0 saves
@@ -298,7 +291,7 @@ def compile_model(ddp: torch.nn.Module, cfg, device: torch.device) -> str:
 
 def draw(run: Path, say) -> None:
     """The chart of a run that is safe already: whatever goes wrong is said, no more."""
-    from matryoshka.report import plot_run  # matplotlib: 1 s
+    from matryoshka.report.tables import plot_run  # matplotlib: 1 s
 
     try:
         plot_run(run, run / "accuracy.png")

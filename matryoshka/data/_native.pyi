@@ -1,4 +1,4 @@
-"""The native core (matryoshka/native/), as Python sees it. Arrays must have these types: nothing is converted."""
+"""The native core (matryoshka/data/native/), as Python sees it. Arrays must have these types: nothing is converted."""
 
 import numpy as np
 from numpy.typing import NDArray

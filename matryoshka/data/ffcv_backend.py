@@ -28,10 +28,11 @@ from matryoshka.data import layout
 from matryoshka.data import writer as native
 from matryoshka.data.crops import EVALUATION_CROP, CenterCrop, Crop, RandomResizedCrop
 from matryoshka.data.layout import BetonError
-from matryoshka.data.loader import Batch, available_cores
+from matryoshka.data.loader import Batch
 from matryoshka.data.reader import BetonFile, manifest_path
 from matryoshka.data.sources import decode_image, upright
 from matryoshka.data.writer import Source, WriteOptions
+from matryoshka.environment import available_cores
 
 # What FFCV's image field takes, and what we do for it before (the subset, EXIF) and after (names).
 _WRITER_KNOWS = {"max_resolution", "write_mode", "compress_probability", "smart_threshold", "jpeg_quality"}

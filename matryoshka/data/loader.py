@@ -31,8 +31,9 @@ from matryoshka.data.reader import BetonFile
 from matryoshka.data.slots import Batch, HostSlots, PinnedSlots
 from matryoshka.data.sources import ImageFolder, open_dataset
 from matryoshka.data.state import check_state
+from matryoshka.environment import available_cores
 
-__all__ = ["Batch", "CenterCrop", "Loader", "PadCrop", "RandomResizedCrop", "Skipped", "available_cores"]
+__all__ = ["Batch", "CenterCrop", "Loader", "PadCrop", "RandomResizedCrop", "Skipped"]
 
 ON_ERROR = ("error", "skip")
 
@@ -293,8 +294,3 @@ class Loader:
             if self.on_error == "error":
                 raise BetonError(f"{self.dataset.path}: {failed[0].name}: {reason}")
         return failed
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -23,8 +23,8 @@ import numpy as np
 from matryoshka.data import _native, layout
 from matryoshka.data.layout import BetonError
 from matryoshka.data.reader import manifest_path
-from matryoshka.data.replacement import Replacement as _Replacement
 from matryoshka.data.sources import _exif_orientation, decode_image, upright
+from matryoshka.files import Replacement as _Replacement
 
 MODES = ("proportion", "jpg", "raw", "smart")
 TRANSCODE = ("never", "fit", "always")  # only baseline JPEGs within max_resolution; about twice quality 90's bytes

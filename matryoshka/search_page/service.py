@@ -15,11 +15,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from matryoshka.data.reader import printable
+from matryoshka.evaluation.superclasses import name_of
 from matryoshka.retrieval import RetrievalError
 from matryoshka.retrieval.store import Index
 from matryoshka.search_page.comparison import NEIGHBOURS, Choice, Column, Comparison, recall
 from matryoshka.search_page.pictures import Pictures, Refusal, read_upload
-from matryoshka.superclasses import name_of
 
 QUERIES = 256  # uploads whose embeddings are kept: at most 8 kB each
 TRUTHS = 64  # queries whose exact neighbours are kept, for the sliders

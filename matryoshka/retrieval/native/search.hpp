@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../../native/pool.hpp"
+#include "../../data/native/pool.hpp"
 #include "kernels.hpp"
 
 namespace matryoshka::search {

@@ -1,0 +1,87 @@
+"""Published baselines, one prefix (the whole width) each: `torchvision:NAME[.WEIGHTS]` and `timm:NAME`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from matryoshka import checkpoint
+from matryoshka.checkpoint.transfer import FIRST_WEIGHTS, TORCHVISION
+from matryoshka.data.augment import Preprocessing
+from matryoshka.models import RESNETS, TIMM, ModelError, ModelSpec, NestedModel, backbone, build, import_timm, one_line
+
+PREFIXES = (TORCHVISION, TIMM)
+
+
+def load_any(name: str, option: str = "--path", **flags: Any) -> NestedModel:
+    """The model of a checkpoint file or of a published baseline, on the CPU, in eval mode.
+
+    option: what the user calls the name. flags: those of checkpoint.load_model; a published model takes none of them.
+    """
+    if not name.startswith(PREFIXES):
+        return checkpoint.load_model(name, **flags)
+    if given := [flag for flag, value in flags.items() if value not in (None, False)]:
+        raise ModelError(f"{option} {name}: a published baseline takes no {', '.join(given)}; leave it out")
+    return load_published(name, option)
+
+
+def load_published(name: str, option: str = "--path") -> NestedModel:
+    """The model with its own classifier and preprocessing, on the CPU, in eval mode.
+
+    Weights come from the caches of torch and Hugging Face, which download what they lack. ModelError, one line, for
+    unknown names and weights that cannot be had; option: what the user calls the name.
+    """
+    load = _timm if name.startswith(TIMM) else _torchvision
+    try:
+        model = load(name)
+    except ModelError as error:
+        raise ModelError(f"{option} {name}: {error}") from None
+    except Exception as error:  # no network, a damaged file: each library has its own exceptions
+        raise ModelError(f"{option} {name}: the weights cannot be had: {one_line(error)}") from error
+    model.notes = ["a published baseline: one prefix, the whole feature"]
+    return model.eval()
+
+
+def _torchvision(name: str) -> NestedModel:
+    from torchvision.models import get_model_weights
+
+    arch, _, weights = name.removeprefix(TORCHVISION).partition(".")
+    if arch not in RESNETS:
+        raise ModelError(f"unknown; known: {', '.join(RESNETS)}")
+    known = get_model_weights(arch).__members__
+    if (weights or FIRST_WEIGHTS) not in known:
+        raise ModelError(f"no such weights are published; known: {', '.join(sorted(known))}")
+    published: Any = known[weights or FIRST_WEIGHTS]
+    _, width = backbone(arch)
+    model = build(ModelSpec(arch, len(published.meta["categories"]), (width,)))
+    state = published.get_state_dict(check_hash=True, weights_only=True)
+    model.load_state_dict(checkpoint.from_upstream(state))
+    shown = published.transforms()
+    side = shown.crop_size[0]
+    model.preprocessing = Preprocessing(side, side / shown.resize_size[0], tuple(shown.mean), tuple(shown.std))
+    return model
+
+
+def _timm(name: str) -> NestedModel:
+    arch = name.partition(".")[0]
+    timm = import_timm(name)
+    weights = name.removeprefix(TIMM)
+    if not timm.models.is_model_pretrained(weights):  # nor is hf-hub:..., which would run somebody's architecture
+        known = [n for n in timm.list_pretrained() if n.partition(".")[0] == weights.partition(".")[0]]
+        raise ModelError(f"no such weights are published; known: {', '.join(known) or 'none'}")
+    whole: Any = timm.create_model(weights, pretrained=True)
+    classifier = whole.get_classifier()
+    if not isinstance(classifier, nn.Linear):
+        raise ModelError("its classifier is not one linear layer; choose another model")
+    model = build(ModelSpec(arch, classifier.out_features, (classifier.in_features,)))
+    state = {f"trunk.{key}": value for key, value in whole.state_dict().items()}
+    place = next(key for key, module in whole.named_modules() if module is classifier)
+    for leaf in dict(classifier.named_parameters()):
+        state[f"head.heads.0.{leaf}"] = state.pop(f"trunk.{place}.{leaf}")
+    model.load_state_dict(state)
+    given = whole.pretrained_cfg
+    model.preprocessing = Preprocessing(
+        given["input_size"][-1], given.get("crop_pct") or 1.0, tuple(given["mean"]), tuple(given["std"])
+    )
+    return model

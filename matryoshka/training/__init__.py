@@ -1,0 +1,1 @@
+"""A training run around its steps: options, state, checkpoints, signals, recovery."""

@@ -1,0 +1,112 @@
+"""The programs of bench/ run through with tiny arguments; their numbers are not tests."""
+
+import io
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from beton_files import encoded, photo
+from PIL import Image
+
+from matryoshka.data import BetonFile
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+
+
+def test_the_loader_bench(capsys, monkeypatch, tmp_path):
+    import loader as bench
+    import record
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    few = ["--threads", "1", "2", "--blocks", "1", "--images", "20", "--many", "1000"]
+    few += ["--peers", "torchvision PIL", "torchvision v2", "simplejpeg + cv2"]
+    few += ["--cases", *[name for name in (*bench.CASES, *bench.WRITERS, bench.OPEN) if name != "RRC 160"]]
+    assert bench.main(few) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "RRC 224 ",
+        "centre 224 ",
+        "small 32, pad-crop ",
+        "torchvision PIL ",
+        "physical limit: ",
+        "open 1,000",
+    ):
+        assert words in said
+    assert "images/s of wall time from 1 to 2 threads" in said
+    rows = [json.loads(line) for line in (tmp_path / "loader.jsonl").read_text().splitlines()]
+    ours = [row for row in rows if (row["case"], row["peer"]) == ("RRC 224", "matryoshka")]
+    assert [row["threads"] for row in ours] == [1, 2]
+    assert ours[0]["cpu"]["n"] == 1
+    pil = next(row for row in rows if (row["case"], row["peer"]) == ("RRC 224", "torchvision PIL"))
+    assert pil["ratio of matryoshka"] > 0
+
+
+def test_a_peer_that_fails_hangs_or_is_missing_is_named():
+    import measure
+
+    def missing():
+        raise measure.Missing("x is not installed")
+
+    def fails():
+        raise ArithmeticError("no")
+
+    def forever():
+        threading.Event().wait()
+        return 1
+
+    make = {
+        measure.OURS: lambda: lambda: 3,
+        "missing": missing,
+        "fails": fails,
+        "fails later": lambda: fails,
+        "hangs": lambda: forever,
+    }
+    outcome = measure.take_turns(make, 2, limit=0.2)
+    assert {name: len(blocks) for name, blocks in outcome.blocks.items()} == {measure.OURS: 2}
+    assert outcome.failed["missing"] == "missing: x is not installed"
+    assert outcome.failed["fails"] == outcome.failed["fails later"] == "ArithmeticError: no"
+    assert outcome.failed["hangs"] == "TimeoutError: no end after 0 s"
+
+
+def test_a_file_of_many_samples_is_a_valid_one(tmp_path):
+    from material import write_many
+
+    write_many(tmp_path / "x", 500)
+    with BetonFile(tmp_path / "x") as data:
+        assert (len(data), int(data.size.sum()), int(data.labels.sum())) == (500, 25_000_000, sum(range(500)))
+
+
+@pytest.mark.parametrize("crop", [(100, 50, 20, 9), (0, 0, 7, 80), (3, 70, 140, 20), (0, 0, 150, 90)])
+@pytest.mark.parametrize("markers", [{}, {"restart_marker_blocks": 3}, {"restart_marker_rows": 1}])
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_bytes_that_a_crop_needs(subsampling, markers, crop):
+    """Destroying all the others leaves the crop as it was."""
+    from entropy import needed_parts
+
+    stream = encoded(photo(150, 90), "JPEG", quality=90, subsampling=subsampling, **markers)
+    parts = needed_parts(stream, crop)
+    needed, whole = (sum(b - a for a, b in found) for found in (parts, needed_parts(stream, (0, 0, 150, 90))))
+    assert stream[: len(stream) - whole].rfind(b"\xff\xda") == len(stream) - whole - 14
+    assert 0 < needed <= whole
+    if not markers:
+        unit = 8 if subsampling == 0 else 16
+        rows = (min(crop[1] + crop[3] + 1, 89) // unit + 1) / -(-90 // unit)
+        assert needed == pytest.approx(rows * whole, abs=1)
+        return
+
+    def shown(stream):
+        return np.asarray(Image.open(io.BytesIO(stream)).crop((*crop[:2], crop[0] + crop[2], crop[1] + crop[3])))
+
+    damaged = bytearray(stream)
+    for at in range(len(stream) - whole, len(stream) - 2):
+        if not any(a <= at < b for a, b in parts) and stream[at] != 0xFF and stream[at - 1] != 0xFF:
+            damaged[at] = 0x55
+    assert (damaged == stream) == (needed == whole)
+    assert (shown(stream) == shown(bytes(damaged))).all()

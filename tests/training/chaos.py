@@ -1,0 +1,235 @@
+"""Kills training runs with SIGKILL, again and again, and compares what they end with to a run that was left alone.
+
+    python tests/training/chaos.py --kills 200            # half of them with two processes
+
+Every run is started again until it is done, as torchrun does it; then weights, optimizer, RNG and progress of its last
+checkpoint must have the sha256 of the uninterrupted run, and its log the same lines. Where a process is killed: at any
+moment (a timer), inside a step, an all-reduce, an evaluation, or at a write, fsync, link or rename of a checkpoint.
+Children are forks of this process, which has imported everything: a restart takes a second instead of ten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from matryoshka.train import train_imagenet
+from sklearn.datasets import load_digits
+
+import matryoshka.evaluation.metrics
+from matryoshka.data import write_beton
+from matryoshka.training import snapshot
+from matryoshka.training.guard import Guard
+
+PLACES = ("anywhere", "step", "all-reduce", "evaluation", "write", "fsync", "link", "rename")
+EPOCHS, TRAIN, VAL = 2, 130, 30
+
+
+class Digits:
+    """Handwritten digits as PNG-free images of 32 pixels: a source for write_beton."""
+
+    def __init__(self, first: int, count: int) -> None:
+        data = load_digits()
+        self.pixels = (data.images[first : first + count] * 15.9).astype("uint8").repeat(4, 1).repeat(4, 2)
+        self.labels, self.classes = data.target[first : first + count], [str(i) for i in range(10)]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def name(self, index: int) -> str:
+        return f"{index}.pgm"
+
+    def read(self, index: int) -> bytes:
+        return b"P5 32 32 255\n" + self.pixels[index].tobytes()
+
+
+def options(folder: Path, run_id: str) -> list[str]:
+    return [
+        f"--data.train_dataset={folder / 'train.beton'}", f"--data.val_dataset={folder / 'val.beton'}",
+        f"--logging.folder={folder / 'runs'}", f"--logging.run_id={run_id}", "--model.arch=resnet10",
+        "--model.mrl=1", "--model.dims=8,64,512", f"--training.epochs={EPOCHS}", "--training.global_batch_size=16",
+        "--training.batch_size=16", "--resolution.min_res=32", "--resolution.max_res=32",
+        "--validation.resolution=32", "--validation.lr_tta=0", "--data.num_workers=1", "--training.ema=0.9",
+        "--training.checkpoint_every_steps=2", "--training.hang_timeout=120", "--data.mixup=0.2",
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- a process
+
+
+def killed_at(place: str, count: int, delay: float) -> None:
+    """Make this process end with SIGKILL at the `count`-th call at a place, or after `delay` seconds anywhere."""
+
+    def end() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if place == "anywhere":
+        timer = threading.Timer(delay, end)
+        timer.daemon = True
+        timer.start()
+        return
+    left = [count]
+
+    def due() -> bool:
+        left[0] -= 1
+        return left[0] == 0
+
+    def wrap(owner, name: str, half=None) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            if due():
+                if half is not None:
+                    half(original, *args)
+                end()
+            return original(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
+
+    def half_of_it(write, descriptor: int, data) -> None:
+        write(descriptor, bytes(data)[: len(data) // 2])
+
+    if place == "step":
+        wrap(Guard, "before_step")
+    elif place == "all-reduce":
+        wrap(torch.distributed, "all_reduce", lambda reduce, tensor, *_: reduce(tensor, async_op=True))
+    elif place == "evaluation":
+        wrap(matryoshka.evaluation.metrics.PrefixAccuracy, "update")
+    else:
+        names = {"write": "write", "fsync": "fsync", "link": "link", "rename": "replace"}
+        wrap(os, names[place], half_of_it if place == "write" else None)
+
+
+def child(argv: list[str], rank: int, ranks: int, port: int, attempt: int, out: Path, fate: tuple | None) -> None:
+    """One process of a run; never returns."""
+    code = 70
+    try:
+        file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.environ |= {
+            "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "chaos",
+            "TORCHELASTIC_RESTART_COUNT": str(attempt),
+        }  # fmt: skip
+        if fate is not None:
+            killed_at(*fate)
+        code = train_imagenet.main(argv)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+# ---------------------------------------------------------------- a run
+
+
+def run(folder: Path, run_id: str, ranks: int, kills: int, rng: random.Random, seconds: float) -> tuple[Counter, float]:
+    """One run, killed so often; (where it was killed, seconds of its last attempt)."""
+    places: Counter[str] = Counter()
+    argv, out, attempt = options(folder, run_id), folder / f"{run_id}.txt", 0
+    while True:
+        fate, victim = None, rng.randrange(ranks)
+        if sum(places.values()) < kills:
+            place = rng.choice([p for p in PLACES if ranks > 1 or p != "all-reduce"])
+            if place in ("write", "fsync", "link", "rename"):
+                victim = 0  # who writes
+            fate = place, rng.randint(1, 12), rng.uniform(0.0, seconds)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        start, children = time.perf_counter(), []
+        for rank in range(ranks):
+            pid = os.fork()
+            if pid == 0:
+                child(argv, rank, ranks, port, attempt, out, fate if rank == victim else None)
+            children.append(pid)
+        codes = wait(children)
+        attempt += 1
+        if any(codes) and (fate is None or codes[victim] != -signal.SIGKILL):
+            raise SystemExit(f"{run_id}: ended with {codes}, nobody had killed it:\n{out.read_text()[-3000:]}")
+        if fate is not None and codes[victim] == -signal.SIGKILL:
+            places[fate[0]] += 1
+        if not any(codes):
+            return places, time.perf_counter() - start
+
+
+def wait(children: list[int]) -> list[int]:
+    """Exit codes; when one process is gone with an error, the others are killed, as torchrun does."""
+    codes: dict[int, int] = {}
+    while len(codes) < len(children):
+        pid, status = os.wait()
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        if codes[pid] != 0:
+            for other in children:
+                if other not in codes:
+                    os.kill(other, signal.SIGKILL)
+    return [codes[pid] for pid in children]
+
+
+def result(path: Path) -> tuple[str, list]:
+    """(sha256 of all that the run ended with, what its log says of every epoch)."""
+    saved = snapshot.read(path / "checkpoints" / "last.safetensors")
+    digest = hashlib.sha256(json.dumps(saved.about["progress"], sort_keys=True).encode())
+    for name, tensor in sorted(saved.tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    lines = [json.loads(line) for line in (path / "log").read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if k.startswith(("top", "ema", "train_loss", "epoch"))} for line in lines]
+    return digest.hexdigest(), kept
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--kills", type=int, default=20)
+    p.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    p.add_argument("--per-run", type=int, default=10, help="kills of one run")
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args(argv)
+    torch.set_num_threads(1)
+    rng, total, wrong, start = random.Random(args.seed), Counter(), 0, time.perf_counter()
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as name:
+        folder = Path(name)
+        for split, source in (("train", Digits(0, TRAIN)), ("val", Digits(TRAIN, VAL))):
+            write_beton(source, folder / f"{split}.beton", max_resolution=32, write_mode="raw")
+        for ranks in args.ranks:
+            _, seconds = run(folder, f"alone-{ranks}", ranks, 0, rng, 0)
+            expected = result(folder / "runs" / f"alone-{ranks}")
+            print(f"{ranks} processes: {EPOCHS} epochs in {seconds:.1f} s, sha256 {expected[0][:16]}", flush=True)
+            left, number = args.kills // len(args.ranks), 0
+            while left > 0:
+                number += 1
+                run_id = f"killed-{ranks}-{number}"
+                places, _ = run(folder, run_id, ranks, min(left, args.per_run), rng, seconds)
+                left, total = left - sum(places.values()), total + places
+                found = result(folder / "runs" / run_id)
+                if found != expected:
+                    wrong += 1
+                    print(f"{run_id}: WRONG after {dict(places)}: {found[0][:16]}, log {found[1]}", flush=True)
+                shutil.rmtree(folder / "runs" / run_id)
+    told = ", ".join(f"{n} {place}" for place, n in sorted(total.items()))
+    print(f"{sum(total.values())} kills ({told}) in {time.perf_counter() - start:.0f} s; runs that differ: {wrong}")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,275 @@
+"""Several processes: the same batches, gradients and metrics as one."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matryoshka.inference import pytorch_inference
+from matryoshka.train import train_imagenet
+from torchrun_starts import ROOT, torchrun
+
+from matryoshka import distributed
+from matryoshka.distributed import DistConfig, DistributedError
+
+# One step of the training loop's own function in float64, batch norm in eval mode, by forks of one process.
+STEPS = """
+import functools, os, sys, traceback, torch
+from types import SimpleNamespace
+from matryoshka import distributed
+from matryoshka.data import Loader, RandomResizedCrop, augment
+from matryoshka.training.guard import Guard
+from matryoshka.evaluation.metrics import PrefixAccuracy
+from matryoshka.models import ModelSpec, build
+from matryoshka.nested import nested_cross_entropy
+from matryoshka.evaluation.predict import predict
+from matryoshka.train import train_imagenet as program
+from matryoshka.training.state import TrainState
+
+beton, val, out, batch, micro = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
+torch.set_num_threads(1)
+program.normalise = lambda images, *scale: augment.normalise(images, *scale, dtype=torch.float64)
+program.nested_cross_entropy = None  # the step must use the loss that it is given
+
+class NoFloat(torch.nn.Module):  # keeps the logits in float64
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.no_sync = inner, getattr(inner, "no_sync", None)
+    def forward(self, x):
+        return SimpleNamespace(float=functools.partial(lambda logits: logits, self.inner(x)))
+
+def work():
+    with distributed.joined("cpu") as world:
+        torch.manual_seed(0)
+        model = build(ModelSpec("resnet10", 10, (8, 32, 512))).double()
+        ddp = program.distribute(model, world).eval()
+        ranks = dict(rank=world.rank, world=world.size, num_workers=1)
+        loader = Loader(beton, batch, image=RandomResizedCrop(32), drop_last=True, seed=7, **ranks)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        state = TrainState(model, optimizer, loader, scaler, torch.zeros(5).double(), {})
+        weights = torch.tensor([2.0, 1.0, 1.0]).double()
+        loss_of = functools.partial(nested_cross_entropy, weights=weights, label_smoothing=0.1)
+        cfg = SimpleNamespace(
+            data=SimpleNamespace(mixup=0, cutmix=0, randaugment=0), training=SimpleNamespace(seed=1, batch_size=micro)
+        )
+        order = []
+        for k, b in enumerate(loader):
+            order.append(b.index.tolist())
+            if k == 0:
+                guard = Guard(model, world.device)
+                program.train_step(cfg, world, NoFloat(ddp), state, guard, "fp32", loss_of, b, 0.0)
+        metric = PrefixAccuracy(model.dims)
+        evaluation = Loader(val, 30, order="sequential", **ranks)
+        evaluation.image = RandomResizedCrop(32)
+        for p in predict(model.float(), evaluation):
+            metric.update(p.logits, p.labels)
+        gradient = torch.cat([p.grad.flatten() for p in model.double().parameters()]) if world.is_main else None
+        totals = distributed.sum_over_ranks(state.totals, world)
+        found = {"order": order, "accuracy": metric.compute(), "gradient": gradient, "totals": totals}
+        torch.save(found, f"{out}.{world.size}.{world.rank}")
+
+for size, port in zip(map(int, sys.argv[6].split(",")), map(int, sys.argv[7].split(","))):
+    children = []
+    for rank in range(size):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            code = 1
+            try:
+                work()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * size
+"""
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.mark.parametrize(("batch", "micro", "worlds"), [(32, 64, (1, 2)), (33, 5, (1, 2, 3, 4, 7))])
+def test_processes_see_one_order_and_compute_one_gradient(tmp_path, digits, batch, micro, worlds):
+    """2, 3, 4 and 7 gloo processes against 1, same global batch, also where it does not divide, and cut into parts."""
+    script = tmp_path / "steps.py"
+    script.write_text(STEPS)
+    ports = ",".join(map(str, free_ports(len(worlds))))
+    arguments = [digits["train"], digits["val"], tmp_path / "out", batch, micro, ",".join(map(str, worlds)), ports]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = {w: [torch.load(f"{tmp_path}/out.{w}.{r}", weights_only=False) for r in range(w)] for w in worlds}
+    alone = results[1][0]
+    assert len(alone["order"]) == 400 // batch
+    assert alone["gradient"].abs().max() > 1e-3
+    assert alone["totals"][-1] == batch
+    for ranks in results.values():
+        joined = [[i for r in ranks for i in r["order"][k]] for k in range(len(alone["order"]))]
+        assert joined == alone["order"]
+        difference = (alone["gradient"] - ranks[0]["gradient"]).abs().max().item()
+        assert difference <= 1e-10, difference
+        assert torch.allclose(ranks[0]["totals"], alone["totals"], rtol=1e-12)
+        assert all(r["accuracy"] == alone["accuracy"] for r in ranks)
+
+
+def train_options(digits, folder, run_id, *more):
+    return [
+        f"--data.train_dataset={digits['train']}", f"--data.val_dataset={digits['val']}",
+        f"--logging.folder={folder}",
+        f"--logging.run_id={run_id}", "--model.arch=resnet10", "--model.mrl=1", "--training.epochs=1",
+        "--resolution.min_res=32", "--resolution.max_res=32", "--validation.resolution=32",
+        "--data.num_workers=1", *more,
+    ]  # fmt: skip
+
+
+def children(pid):
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+def test_three_ways_to_two_processes_end_with_the_same_weights(tmp_path, digits):
+    """torchrun; the program's own launch; two torchrun agents with a c10d rendezvous, as on two machines, of which one
+    loses its worker to SIGKILL and goes on."""
+    script = ROOT / "train" / "train_imagenet.py"
+    options = ["--training.batch_size=50", "--training.epochs=3", "--training.checkpoint_every_steps=1"]
+    options += ["--training.device=cpu"]
+    torchrun(2, script, *train_options(digits, tmp_path, "torchrun", *options))
+
+    command = [sys.executable, script, *train_options(digits, tmp_path, "own", *options)]
+    command += ["--training.distributed=1", "--dist.world_size=2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 x cpu" in done.stdout
+    results = tmp_path / "results.json"
+    model = tmp_path / "own" / "model.safetensors"
+    pytorch_inference.main([f"--path={model}", f"--data-root={digits['val']}", "--tta", f"--output={results}"])
+    alone = json.loads(results.read_text())["prefixes"]  # one process, the saved weights
+    for d, accuracy in alone.items():
+        assert log_of(tmp_path / "own")[-1][f"top_1_{d}"] == pytest.approx(accuracy["top1"] / 100, abs=1e-9), d
+
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_ports(1)[0]}", "--rdzv-id=killed"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3"]
+    command += [*rendezvous, script, *train_options(digits, tmp_path, "killed", *options)]
+    run, files = tmp_path / "killed", [open(tmp_path / f"agent{k}.txt", "w") for k in range(2)]  # noqa: SIM115
+    agents = [subprocess.Popen(command, cwd=ROOT, env=env, stdout=f, stderr=subprocess.STDOUT) for f in files]
+    try:
+        deadline = time.monotonic() + 200
+        while not list(run.glob("checkpoints/step_[3-9]*")):
+            assert time.monotonic() < deadline
+            assert [agent.poll() for agent in agents] == [None, None], (tmp_path / "agent0.txt").read_text()[-3000:]
+            time.sleep(0.05)
+        os.kill(children(agents[1].pid)[-1], signal.SIGKILL)
+        assert [agent.wait(timeout=250) for agent in agents] == [0, 0], (tmp_path / "agent0.txt").read_text()[-3000:]
+    finally:
+        for agent, file in zip(agents, files, strict=True):
+            agent.kill()
+            file.close()
+    kinds = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
+    assert kinds[:2] == ["start", "go on"]
+
+    first = torch.load(tmp_path / "torchrun" / "final_weights.pt", weights_only=True)
+    for name in ("own", "killed"):
+        losses = [[line["train_loss"] for line in log_of(tmp_path / run_id)] for run_id in ("torchrun", name)]
+        assert losses[0] == losses[1], name
+        weights = torch.load(tmp_path / name / "final_weights.pt", weights_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(first.values(), weights.values(), strict=True)), name
+
+
+def test_another_number_of_processes_goes_on_with_the_same_batches(tmp_path, digits, capsys):
+    """One process, then two of smaller batches: the global batch stays, the finished epoch is not trained again."""
+    options = ["--training.epochs=2", "--training.global_batch_size=100", "--training.batch_size=100"]
+    train_imagenet.main([*train_options(digits, tmp_path, "run"), *options])
+    alone, options = log_of(tmp_path / "run"), ["--training.epochs=2", "--training.batch_size=30"]
+    resume = f"--training.resume={tmp_path / 'run' / 'checkpoints' / 'step_4.safetensors'}"
+    out = torchrun(2, ROOT / "train" / "train_imagenet.py", *train_options(digits, tmp_path, "run"), *options, resume)
+    assert "2 x cpu" in out
+    assert "2 epochs x 4 steps of 100 images" in out
+    assert "go on    after step 4, epoch 1" in out
+    together = log_of(tmp_path / "run")
+    assert [line["epoch"] for line in together] == [0, 1]
+    assert together[0]["train_loss"] == alone[0]["train_loss"]
+    assert together[1]["train_loss"] == pytest.approx(alone[1]["train_loss"], rel=0.2)  # batch norm sees parts
+
+
+def log_of(run):
+    return [json.loads(line) for line in (run / "log").read_text().splitlines()]
+
+
+def test_a_users_mistake_in_a_launched_run_is_one_line(tmp_path, digits):
+    command = [sys.executable, ROOT / "train" / "train_imagenet.py"]
+    command += train_options(
+        digits, tmp_path, "x", "--training.batch_size=300", "--training.distributed=1", "--dist.world_size=2"
+    )
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("error:") == 1
+    assert "training.batch_size" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+# ---------------------------------------------------------------- decisions
+
+
+def test_how_many_processes(monkeypatch):
+    for key in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(key, raising=False)
+    decide = distributed.processes_to_start
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert decide(DistConfig(), None, "auto") == 1
+    assert decide(DistConfig(world_size=2), False, "auto") == 1
+    assert decide(DistConfig(), True, "auto") == 4
+    assert decide(DistConfig(world_size=2), True, "auto") == 2
+    assert decide(DistConfig(), True, "cpu") == 1
+    assert decide(DistConfig(world_size=9), True, "cpu") == 9
+    with pytest.raises(DistributedError, match=r"dist.world_size=8: only 4 GPUs"):
+        decide(DistConfig(world_size=8), True, "auto")
+    with pytest.raises(DistributedError, match=r"dist.world_size=-1"):
+        decide(DistConfig(world_size=-1), True, "cpu")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert decide(DistConfig(world_size=9), True, "cpu") == 1  # torchrun's environment wins
+    distributed.check(None, "cpu")
+    with pytest.raises(DistributedError, match=r"training.distributed=0 under torchrun with 3"):
+        distributed.check(False, "cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_where_none_is():
+    with pytest.raises(DistributedError, match=r"device=cuda: 0 GPUs"):
+        distributed.pick_device("cuda", 0)
+    with pytest.raises(DistributedError, match=r"device=mps"):
+        distributed.pick_device("mps", 0)
+    assert distributed.pick_device("auto", 0).type == "cpu"
+    assert distributed.pick_precision("auto", torch.device("cpu")) == "fp32"
+    with pytest.raises(DistributedError, match="fp16"):
+        distributed.pick_precision("fp16", torch.device("cpu"))
+
+
+def test_bf16_on_a_cpu_computes_in_bf16():
+    layer = torch.nn.Linear(4, 4)
+    with distributed.autocast(torch.device("cpu"), "bf16"):
+        assert layer(torch.zeros(1, 4)).dtype == torch.bfloat16
+    with distributed.autocast(torch.device("cpu"), "fp32"):
+        assert layer(torch.zeros(1, 4)).dtype == torch.float32
+    assert np.isfinite(layer(torch.zeros(1, 4)).detach().numpy()).all()
