@@ -1,7 +1,7 @@
 """The paper's public names, with the signatures, attributes and state_dict keys of its repository.
 
-`from MRL import MRL_Linear_Layer, Matryoshka_CE_Loss, FixedFeatureLayer` keeps working in code that was
-written for it. New code uses `matryoshka.nested`, which these classes call.
+`from MRL import MRL_Linear_Layer, Matryoshka_CE_Loss, FixedFeatureLayer` keeps working in code that
+was written for it. New code uses `matryoshka.nested`, which these classes call.
 """
 
 from __future__ import annotations
@@ -34,19 +34,28 @@ class Matryoshka_CE_Loss(nn.Module):
             return losses.sum()
         if len(self.relative_importance) != len(losses):
             raise ValueError(
-                f"relative_importance has {len(self.relative_importance)} weights for {len(losses)} outputs"
+                f"relative_importance has {len(self.relative_importance)} weights for "
+                f"{len(losses)} outputs"
             )
         return (losses * losses.new_tensor(self.relative_importance)).sum()
 
 
 class MRL_Linear_Layer(nn.Module):
-    """Nested classifiers as modules `nesting_classifier_{i}` -> tuple of G logits [B, C], shortest prefix first.
+    """Nested classifiers as modules `nesting_classifier_{i}` -> tuple of G logits [B, C], shortest
+    prefix first.
 
     efficient=False: one nn.Linear(nesting_list[i], num_classes, **kwargs) per prefix (MRL).
-    efficient=True: `nesting_classifier_0` alone, of the longest width, sliced for every prefix (MRL-E).
+    efficient=True: `nesting_classifier_0` alone, of the longest width, sliced for every prefix
+    (MRL-E).
     """
 
-    def __init__(self, nesting_list: Sequence[int], num_classes: int = 1000, efficient: bool = False, **kwargs) -> None:
+    def __init__(
+        self,
+        nesting_list: Sequence[int],
+        num_classes: int = 1000,
+        efficient: bool = False,
+        **kwargs,
+    ) -> None:
         super().__init__()
         self.nesting_list = list(check_dims(nesting_list, max(nesting_list, default=0)))
         self.num_classes = num_classes

@@ -1,10 +1,13 @@
-"""A training step fed by our loader from a .beton, beside the same step on a batch that is on the device already.
+"""A training step fed by our loader from a .beton, beside the same step on a batch that is on the
+device already.
 
-    python bench/end_to_end.py [--data FILE.beton | --photos FOLDER] [--arch rn50] [--res 224] [--batch 256]
+    python bench/end_to_end.py [--data FILE.beton | --photos FOLDER] [--arch rn50] [--res 224]
+    [--batch 256]
 
-Without --data a file is written from photos (long side 500, quality 90), repeated until an epoch has enough batches.
-Both take turns, block by block, with the same weights. The first figure is the share of the synthetic speed that the
-loader leaves; the wait is the share of a block in which the training loop waits for a batch.
+Without --data a file is written from photos (long side 500, quality 90), repeated until an epoch
+has enough batches. Both take turns, block by block, with the same weights. The first figure is the
+share of the synthetic speed that the loader leaves; the wait is the share of a block in which the
+training loop waits for a batch.
 """
 
 from __future__ import annotations
@@ -37,22 +40,37 @@ EPOCH = 32  # batches of a file that is written here
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--data", type=Path, help=".beton file or image folder to train on")
-    p.add_argument("--photos", type=Path, help="folder of class folders; default: pieces of scikit-learn's two photos")
-    p.add_argument("--images", type=int, help=f"of the file that is written; default: {EPOCH} batches")
+    p.add_argument(
+        "--photos",
+        type=Path,
+        help="folder of class folders; default: pieces of scikit-learn's two photos",
+    )
+    p.add_argument(
+        "--images", type=int, help=f"of the file that is written; default: {EPOCH} batches"
+    )
     p.add_argument("--arch", help="default: rn18 (GPU: rn50)")
     p.add_argument("--res", type=int, help="default: 64 (GPU: 224)")
     p.add_argument("--batch", type=int, help="default: 32 (GPU: 256)")
     p.add_argument("--mode", choices=MODES, default="eager", help="of torch.compile")
-    p.add_argument("--threads", type=int, nargs="+", help="of the loader, in turns; default: 1 (GPU: all cores, 0)")
+    p.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        help="of the loader, in turns; default: 1 (GPU: all cores, 0)",
+    )
     p.add_argument("--train-threads", type=int, default=1, help="of a CPU that does the steps")
     p.add_argument("--loader", choices=["native"], default="native")
     p.add_argument("--steps", type=int, help="of a block; default: 4 (GPU: 40)")
     p.add_argument("--blocks", type=int, default=5)
     p.add_argument("--classes", type=int, default=1000)
     p.add_argument("--device", default="auto")
-    p.add_argument("--precision", default="auto", help="bf16, fp16 or fp32; auto: bf16 on a GPU, fp32 on a CPU")
+    p.add_argument(
+        "--precision", default="auto", help="bf16, fp16 or fp32; auto: bf16 on a GPU, fp32 on a CPU"
+    )
     p.add_argument("--no-record", action="store_true", help="do not append to bench/results/")
     args = p.parse_args(argv)
     here = machine(args.device, args.precision, args.train_threads)
@@ -103,7 +121,9 @@ def forever(loader: Loader) -> Generator[Batch]:
         yield from loader
 
 
-def measured(args: argparse.Namespace, data: Path, threads: list[int], here: Machine) -> tuple[list[dict], dict]:
+def measured(
+    args: argparse.Namespace, data: Path, threads: list[int], here: Machine
+) -> tuple[list[dict], dict]:
     """Rows for bench/results/, printed as lines, and what failed."""
     dataset = open_dataset(data)
     dataset.preload()
@@ -114,12 +134,16 @@ def measured(args: argparse.Namespace, data: Path, threads: list[int], here: Mac
 
     def fed(name: str, workers: int) -> Run:
         crop = RandomResizedCrop(args.res)
-        loader = Loader(dataset, args.batch, image=crop, num_workers=workers, device=here.device, drop_last=True)
+        loader = Loader(
+            dataset, args.batch, image=crop, num_workers=workers, device=here.device, drop_last=True
+        )
 
         def run() -> int:
             torch.set_num_threads(here.threads)
             before = loader.wait
-            with closing(forever(loader)) as batches:  # anew: nothing is decoded ahead in the others' turns
+            with closing(
+                forever(loader)
+            ) as batches:  # anew: nothing is decoded ahead in the others' turns
                 for batch in itertools.islice(batches, args.steps):
                     step(batch.images, batch.labels)
             finish(here.device)
@@ -145,20 +169,37 @@ def measured(args: argparse.Namespace, data: Path, threads: list[int], here: Mac
     make |= {name: partial(fed, name, workers) for name, workers in names.items()}
     outcome = take_turns(make, args.blocks)
     case = f"{args.arch} {args.res} px x {args.batch}, {args.mode}"
-    print(f"{case:28} {'of synthetic':>12} {'low-high':>11} {'images/s':>9} {'synthetic':>9} {'data wait':>9} "
-          f"{'CPU s/1000':>10} {'synthetic':>9}", flush=True)  # fmt: skip
+    print(
+        f"{case:28} {'of synthetic':>12} {'low-high':>11} {'images/s':>9} {'synthetic':>9} "
+        f"{'data wait':>9} "
+        f"{'CPU s/1000':>10} {'synthetic':>9}",
+        flush=True,
+    )
     rows = []
     blocks = outcome.blocks
     for name in [name for name in names if name in blocks]:
-        row = {"bench": "end_to_end", "case": case, "feed": name, "arch": args.arch, "res": args.res}
-        row |= {"batch": args.batch, "mode": args.mode, "precision": here.precision, "loader": args.loader}
+        row = {
+            "bench": "end_to_end",
+            "case": case,
+            "feed": name,
+            "arch": args.arch,
+            "res": args.res,
+        }
+        row |= {
+            "batch": args.batch,
+            "mode": args.mode,
+            "precision": here.precision,
+            "loader": args.loader,
+        }
         row |= {"workers": names[name], "train_threads": here.threads, "steps": args.steps}
         pairs = zip(blocks[name], waits[name][1:], strict=True)  # the first block did not count
         row["data_wait"] = spread([wait / block.wall for block, wait in pairs])
         for feed, prefix in ((name, ""), (SYNTHETIC, "synthetic ")):
             if feed in blocks:
                 row[f"{prefix}images_per_s"] = spread([b.images / b.wall for b in blocks[feed]])
-                row[f"{prefix}cpu_s_per_1000"] = 1000 * median(b.cpu / b.images for b in blocks[feed])
+                row[f"{prefix}cpu_s_per_1000"] = 1000 * median(
+                    b.cpu / b.images for b in blocks[feed]
+                )
         if SYNTHETIC in blocks:
             row["of synthetic"] = spread(ratios(blocks[name], blocks[SYNTHETIC], "wall"))
         rows.append(row)
@@ -171,9 +212,15 @@ def print_line(name: str, row: dict) -> None:
     if "of synthetic" in row:
         found = row["of synthetic"]
         share, low_high = f"{found['median']:.1%}", f"{found['min']:.2f}-{found['max']:.2f}"
-        other, cpu = f"{row['synthetic images_per_s']['median']:.0f}", f"{row['synthetic cpu_s_per_1000']:.2f}"
-    print(f"{name:28} {share:>12} {low_high:>11} {row['images_per_s']['median']:9.0f} {other:>9} "
-          f"{row['data_wait']['median']:9.1%} {row['cpu_s_per_1000']:10.2f} {cpu:>9}", flush=True)  # fmt: skip
+        other, cpu = (
+            f"{row['synthetic images_per_s']['median']:.0f}",
+            f"{row['synthetic cpu_s_per_1000']:.2f}",
+        )
+    print(
+        f"{name:28} {share:>12} {low_high:>11} {row['images_per_s']['median']:9.0f} {other:>9} "
+        f"{row['data_wait']['median']:9.1%} {row['cpu_s_per_1000']:10.2f} {cpu:>9}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

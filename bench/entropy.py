@@ -1,4 +1,6 @@
-"""How many bytes of a JPEG stream have to be entropy-decoded to show a crop: what no decoder can go below."""
+"""How many bytes of a JPEG stream have to be entropy-decoded to show a crop: what no decoder can go
+below.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ _RESTART = re.compile(b"\xff[\xd0-\xd7]")
 def needed_parts(stream: bytes, crop: tuple[int, int, int, int]) -> list[tuple[int, int]]:
     """(first byte, end) of the segments between restart markers that `crop` (x, y, w, h) touches.
 
-    Without markers, rows are taken to be as long as each other, and everything down to the crop's last row is needed.
+    Without markers, rows are taken to be as long as each other, and everything down to the crop's
+    last row is needed.
     """
     width, height, unit_w, unit_h, interval, start = _layout(stream)
     x, y, w, h = crop
@@ -52,7 +55,9 @@ def _layout(stream: bytes) -> tuple[int, int, int, int, int, int]:
 
 
 def mean_needed(data: BetonFile, size: int, epochs: int = 4) -> tuple[float, float]:
-    """(bytes needed, bytes stored) of a JPEG image of `data`, on average, for RandomResizedCrop(size)."""
+    """(bytes needed, bytes stored) of a JPEG image of `data`, on average, for
+    RandomResizedCrop(size).
+    """
     index = np.arange(len(data))
     samples = data.fetch(index)
     streams = [

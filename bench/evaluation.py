@@ -1,4 +1,5 @@
-"""Evaluation: all prefixes beside one, the loop beside the loader alone, and the analysis of ImageNet's size.
+"""Evaluation: all prefixes beside one, the loop beside the loader alone, and the analysis of
+ImageNet's size.
 
     python bench/evaluation.py [--photos FOLDER] [--arch rn18 rn50] [--res 64]
 
@@ -6,7 +7,8 @@ prefixes   predict + accuracy of nine prefixes (MRL) over those of the whole fea
 loop       evaluation of a .beton with a trunk that costs nothing, over the loader that feeds it: what Python takes
 analysis   `matryoshka analyze --only cascade` of logits [9, 50000, 1000], 30 splits: seconds and peak memory
 
-Competitors take turns, block by block; the clock is the CPU time of all threads, on a GPU wall time.
+Competitors take turns, block by block; the clock is the CPU time of all threads, on a GPU wall
+time.
 """
 
 from __future__ import annotations
@@ -45,8 +47,13 @@ GOAL = 1.02  # nine prefixes at most so many times as long as one
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--photos", help="folder of class folders of JPEG photos, for the loop; default: synthetic ones")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--photos",
+        help="folder of class folders of JPEG photos, for the loop; default: synthetic ones",
+    )
     p.add_argument("--arch", nargs="+", default=["rn18", "rn50"])
     p.add_argument("--res", type=int, default=64, help="pixels of the images of `prefixes`")
     p.add_argument("--batch", type=int, default=32)
@@ -75,10 +82,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prefixes(arch: str, args: argparse.Namespace, here: Machine) -> dict:
-    """The ratio of times, MRL over FF: forward, softmax-free accuracy of every prefix, one batch again and again."""
+    """The ratio of times, MRL over FF: forward, softmax-free accuracy of every prefix, one batch
+    again and again.
+    """
     torch.manual_seed(0)
     shared = build(ModelSpec(ARCHS.get(arch, arch), args.classes, (8,)))
-    images = torch.randint(0, 256, (args.batch, args.res, args.res, 3), dtype=torch.uint8, device=here.device)
+    images = torch.randint(
+        0, 256, (args.batch, args.res, args.res, 3), dtype=torch.uint8, device=here.device
+    )
     labels = torch.randint(0, args.classes, (args.batch,), device=here.device)
     batch = Batch(images, labels, torch.arange(args.batch, device=here.device))
 
@@ -97,15 +108,27 @@ def prefixes(arch: str, args: argparse.Namespace, here: Machine) -> dict:
     dims = default_dims(shared.width)
     made = {"MRL": lambda: kind(dims), "FF": lambda: kind(dims[-1:])}
     blocks = take_turns(made, args.blocks).blocks
-    times = ratios(blocks["FF"], blocks["MRL"], here.clock)  # FF's rate over MRL's: MRL's time over FF's
+    times = ratios(
+        blocks["FF"], blocks["MRL"], here.clock
+    )  # FF's rate over MRL's: MRL's time over FF's
     row = {
-        "case": "prefixes", "arch": arch, "res": args.res, "batch": args.batch, "classes": args.classes,
-        "dims": list(dims), "precision": here.precision, "threads": here.threads, "time / FF": spread(times),
+        "case": "prefixes",
+        "arch": arch,
+        "res": args.res,
+        "batch": args.batch,
+        "classes": args.classes,
+        "dims": list(dims),
+        "precision": here.precision,
+        "threads": here.threads,
+        "time / FF": spread(times),
         "images/s": rate(blocks["MRL"], here.clock),
-    }  # fmt: skip
-    print(f"{len(dims)} prefixes over one, {arch} {args.res} px x {args.batch}: {median(times):.3f}x the time "
-          f"({min(times):.3f} to {max(times):.3f}), goal {GOAL}; {row['images/s']:.0f} images/s",
-          flush=True)  # fmt: skip
+    }
+    print(
+        f"{len(dims)} prefixes over one, {arch} {args.res} px x {args.batch}: "
+        f"{median(times):.3f}x the time "
+        f"({min(times):.3f} to {max(times):.3f}), goal {GOAL}; {row['images/s']:.0f} images/s",
+        flush=True,
+    )
     return row
 
 
@@ -117,12 +140,21 @@ class _Free(nn.Module):
 
 
 def loop(args: argparse.Namespace, here: Machine) -> dict:
-    """The rate of evaluation with a free trunk over the loader's own: the rest is what the loop costs."""
+    """The rate of evaluation with a free trunk over the loader's own: the rest is what the loop
+    costs.
+    """
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(args.photos) if args.photos else None
         path = Material(Path(folder), photos, args.loop_images, with_ffcv=False).jpg
-        options = {"order": "sequential", "image": CenterCrop(224), "num_workers": 1, "device": here.device}
-        model = NestedModel(_Free(), NestedLinear((8,), 10), 8, ModelSpec("free", 10, (8,))).to(here.device)
+        options = {
+            "order": "sequential",
+            "image": CenterCrop(224),
+            "num_workers": 1,
+            "device": here.device,
+        }
+        model = NestedModel(_Free(), NestedLinear((8,), 10), 8, ModelSpec("free", 10, (8,))).to(
+            here.device
+        )
         waited: list[float] = []
 
         def alone() -> Run:
@@ -147,17 +179,27 @@ def loop(args: argparse.Namespace, here: Machine) -> dict:
         blocks = take_turns({"loader": alone, OURS: evaluated}, args.blocks).blocks
     shares = ratios(blocks[OURS], blocks["loader"], "wall")
     row = {
-        "case": "loop", "threads": here.threads, "of the loader": spread(shares), "waiting": spread(waited[1:]),
-        "images/s": rate(blocks[OURS], "wall"), "loader images/s": rate(blocks["loader"], "wall"),
-    }  # fmt: skip
-    print(f"evaluation with a free trunk: {100 * median(shares):.1f} % of the loader's rate ({row['images/s']:.0f} of "
-          f"{row['loader images/s']:.0f} images/s), {100 * median(waited[1:]):.0f} % of the time waiting for data",
-          flush=True)  # fmt: skip
+        "case": "loop",
+        "threads": here.threads,
+        "of the loader": spread(shares),
+        "waiting": spread(waited[1:]),
+        "images/s": rate(blocks[OURS], "wall"),
+        "loader images/s": rate(blocks["loader"], "wall"),
+    }
+    print(
+        f"evaluation with a free trunk: {100 * median(shares):.1f} % of the loader's rate "
+        f"({row['images/s']:.0f} of "
+        f"{row['loader images/s']:.0f} images/s), {100 * median(waited[1:]):.0f} % of the time "
+        "waiting for data",
+        flush=True,
+    )
     return row
 
 
 def analysis(args: argparse.Namespace) -> dict:
-    """One process from the files to analysis.json. Its memory includes the pages of the file that it maps."""
+    """One process from the files to analysis.json. Its memory includes the pages of the file that
+    it maps.
+    """
     dims = default_dims(2048)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -173,8 +215,18 @@ def analysis(args: argparse.Namespace) -> dict:
             logits[g, part] = 1.6 * rows
         logits.flush()
         np.save(folder / "gt.npy", labels)
-        command = [sys.executable, "-m", "matryoshka.cli", "analyze", f"--logits={folder / 'logits.npy'}"]
-        command += [f"--gt={folder / 'gt.npy'}", f"--dims={','.join(map(str, dims))}", "--only=cascade"]
+        command = [
+            sys.executable,
+            "-m",
+            "matryoshka.cli",
+            "analyze",
+            f"--logits={folder / 'logits.npy'}",
+        ]
+        command += [
+            f"--gt={folder / 'gt.npy'}",
+            f"--dims={','.join(map(str, dims))}",
+            "--only=cascade",
+        ]
         command += ["--splits=30", f"--output={folder / 'analysis.json'}"]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         started = time.perf_counter()
@@ -182,12 +234,19 @@ def analysis(args: argparse.Namespace) -> dict:
         seconds = time.perf_counter() - started
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
     row = {
-        "case": "analysis", "shape": list(shape), "splits": 30, "seconds": seconds,
+        "case": "analysis",
+        "shape": list(shape),
+        "splits": 30,
+        "seconds": seconds,
         "cpu seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         "peak bytes": after.ru_maxrss * 1024,
-    }  # fmt: skip
-    print(f"cascade of {list(shape)}, 30 splits: {seconds:.1f} s, {row['cpu seconds']:.1f} s of CPU, peak "
-          f"{row['peak bytes'] / 1e9:.2f} GB (the file has {4 * np.prod(shape) / 1e9:.2f})", flush=True)  # fmt: skip
+    }
+    print(
+        f"cascade of {list(shape)}, 30 splits: {seconds:.1f} s, {row['cpu seconds']:.1f} s of "
+        "CPU, peak "
+        f"{row['peak bytes'] / 1e9:.2f} GB (the file has {4 * np.prod(shape) / 1e9:.2f})",
+        flush=True,
+    )
     return row
 
 

@@ -1,9 +1,11 @@
-"""An index on disk: building, opening, searching, changing it, and the memory of a process that only searches.
+"""An index on disk: building, opening, searching, changing it, and the memory of a process that
+only searches.
 
     python bench/index.py --work FOLDER [--rows 1280000] [--truth 10000] [--threads 2]
 
-On the data of bench/retrieval.py, which makes them in FOLDER; the index is built there, too (5.4 GB). Searches run in a
-process of their own, all queries in batches of 1000, then one by one; recall is against the exact neighbours.
+On the data of bench/retrieval.py, which makes them in FOLDER; the index is built there, too (5.4
+GB). Searches run in a process of their own, all queries in batches of 1000, then one by one; recall
+is against the exact neighbours.
 """
 
 from __future__ import annotations
@@ -47,9 +49,15 @@ class Names(Sequence[str]):
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_options(p)
-    p.add_argument("--search-only", action="store_true", help="of an index that is there; prints one line of JSON")
+    p.add_argument(
+        "--search-only",
+        action="store_true",
+        help="of an index that is there; prints one line of JSON",
+    )
     args = p.parse_args(argv)
     folder = args.work / f"index_{args.rows}"
     if args.search_only:
@@ -62,9 +70,19 @@ def main(argv: list[str] | None = None) -> int:
         writer.build(batch(rows, Names(len(rows))), overwrite=True)
         row["build s"] = time.perf_counter() - started
     child = subprocess.run(
-        [sys.executable, __file__, f"--work={args.work}", f"--rows={args.rows}", f"--truth={args.truth}",
-         f"--threads={args.threads}", "--search-only"], check=True, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            __file__,
+            f"--work={args.work}",
+            f"--rows={args.rows}",
+            f"--truth={args.truth}",
+            f"--threads={args.threads}",
+            "--search-only",
+        ],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     row |= json.loads(child.stdout.splitlines()[-1])
     names = Names(min(CHANGED, len(rows)), "new/")
     with Writer(folder, args.threads) as writer:
@@ -94,8 +112,10 @@ def searched(folder: Path, args: argparse.Namespace) -> dict:
         started = time.perf_counter()
         index = Index(folder, args.threads)
         opening.append(1000 * (time.perf_counter() - started))
-    queries, truth = (np.lib.format.open_memmap(args.work / f"{name}_{args.rows}_{args.truth}.npy", "r")
-                      for name in ("queries", "truth"))  # fmt: skip
+    queries, truth = (
+        np.lib.format.open_memmap(args.work / f"{name}_{args.rows}_{args.truth}.npy", "r")
+        for name in ("queries", "truth")
+    )
     index.warm()
     size = min(1000, len(queries))
     rates, found = [], []
@@ -113,12 +133,17 @@ def searched(folder: Path, args: argparse.Namespace) -> dict:
     recall = summarise_recall(recall_against_exact(np.concatenate(found), truth), K)
     p50, p99 = np.percentile(single, [50, 99])
     return {
-        "open ms": median(opening), "open ms, first": opening[0], "setting": str(index.setting),
-        "recall@10": recall.mean, "lower": recall.lower, "q/s, batch 1000": median(rates),
-        "latency p50 ms": float(p50), "latency p99 ms": float(p99),
+        "open ms": median(opening),
+        "open ms, first": opening[0],
+        "setting": str(index.setting),
+        "recall@10": recall.mean,
+        "lower": recall.lower,
+        "q/s, batch 1000": median(rates),
+        "latency p50 ms": float(p50),
+        "latency p99 ms": float(p99),
         "peak memory GB": status("VmHWM") / 1e9,
         "of that no file's GB": status("RssAnon") / 1e9,
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python bench/loader.py [--photos FOLDER] [--threads 1 2] [--blocks 5] [--cases "RRC 224" ...]
 
-All take turns, block by block; a block is one pass over the photos (long side 500, quality 90). What counts is
-images per second of CPU time, over all threads and processes, which a busy machine disturbs little; the ratio of
-wall times stands beside it. `make bench-peers` installs the peers; what is missing or fails is named at the end.
+All take turns, block by block; a block is one pass over the photos (long side 500, quality 90).
+What counts is images per second of CPU time, over all threads and processes, which a busy machine
+disturbs little; the ratio of wall times stands beside it. `make bench-peers` installs the peers;
+what is missing or fails is named at the end.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-# GNU OpenMP's idle threads spin, which would count as FFCV's CPU time; read when the library is loaded
+# GNU OpenMP's idle threads spin, which would count as FFCV's CPU time; read when the library is
+# loaded
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import peers
@@ -41,7 +43,9 @@ MANY = 1_281_167
 
 
 class Case(NamedTuple):
-    """One line of the table for every peer. goal: how many times as fast as a peer we want to be at least."""
+    """One line of the table for every peer. goal: how many times as fast as a peer we want to be at
+    least.
+    """
 
     crop: str
     size: int
@@ -63,21 +67,33 @@ CASES = {
     "RRC 160": Case("random", 160, "jpg", ALL, {"FFCV": 2.5}),
     "centre 224": Case("center", 224, "jpg", ALL, {"FFCV": 1.7}),
     "raw 256, RRC 224": Case("random", 224, "raw", ("FFCV",), {"FFCV": 1.2}),
-    "small 32, pad-crop": Case("pad", 32, "small", ("FFCV", "torchvision PIL"), {"torchvision PIL": 3}),
+    "small 32, pad-crop": Case(
+        "pad", 32, "small", ("FFCV", "torchvision PIL"), {"torchvision PIL": 3}
+    ),
 }
 WRITERS = {"write": 1.5, "write, lossless": 6.0}
 OPEN = "open 1.28 M"
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--photos", type=Path, help="folder of class folders; default: pieces of scikit-learn's two photos")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument(
-        "--small", type=Path, help="folder of class folders of 32-pixel images (CIFAR); default: pieces of a photo"
+        "--photos",
+        type=Path,
+        help="folder of class folders; default: pieces of scikit-learn's two photos",
+    )
+    p.add_argument(
+        "--small",
+        type=Path,
+        help="folder of class folders of 32-pixel images (CIFAR); default: pieces of a photo",
     )
     p.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     p.add_argument("--blocks", type=int, default=5)
-    p.add_argument("--images", type=int, default=450, help="at least so many photos in a block, by repetition")
+    p.add_argument(
+        "--images", type=int, default=450, help="at least so many photos in a block, by repetition"
+    )
     p.add_argument("--many", type=int, default=MANY, help="samples of the file that is opened")
     p.add_argument("--cases", nargs="+", choices=[*CASES, *WRITERS, OPEN], help="default: all")
     p.add_argument("--peers", nargs="*", choices=ALL, default=ALL, help="default: all")
@@ -90,7 +106,9 @@ def main(argv: list[str] | None = None) -> int:
         table = Table()
         if OPEN in wanted:  # first: it forks
             opening(Path(scratch), args.many, args.blocks, args.peers, table)
-        material = Material(Path(scratch), args.photos, args.images, "FFCV" in args.peers, args.small)
+        material = Material(
+            Path(scratch), args.photos, args.images, "FFCV" in args.peers, args.small
+        )
         table.failed |= material.failed
         describe(material)
         for name in wanted:
@@ -114,10 +132,15 @@ class Table:
         self.rows: list[dict] = []
         self.failed: dict[str, str] = {}
         self._wall: dict[str, dict[int, float]] = {}  # case: {threads: our images/s}
-        print(f"{'case':24} {'threads':>7} {'ratio':>6} {'goal':>5}  {'peer':24} "
-              f"{'ours':>7} {'peer':>7}  images per CPU second   {'wall':>6}", flush=True)  # fmt: skip
+        print(
+            f"{'case':24} {'threads':>7} {'ratio':>6} {'goal':>5}  {'peer':24} "
+            f"{'ours':>7} {'peer':>7}  images per CPU second   {'wall':>6}",
+            flush=True,
+        )
 
-    def add(self, case: str, threads: int, outcome: Outcome, goal: dict[str, float], **about) -> None:
+    def add(
+        self, case: str, threads: int, outcome: Outcome, goal: dict[str, float], **about
+    ) -> None:
         """A line for every peer. Where there is another run of ours, it is the one on FFCV's file."""
         self.failed |= {f"{name} ({case})": reason for name, reason in outcome.failed.items()}
         blocks = outcome.blocks
@@ -127,41 +150,80 @@ class Table:
         self._wall.setdefault(case, {})[threads] = rate(blocks[OURS], "wall")
         for name in blocks:
             row = {"bench": "loader", "case": case, "peer": name, "threads": threads, **about}
-            row |= {clock: spread([b.images / getattr(b, clock) for b in blocks[name]]) for clock in ("cpu", "wall")}
-            row |= {f"ratio of {us}": round(ratio(blocks[us], blocks[name]), 3) for us in ours if name not in ours}
+            row |= {
+                clock: spread([b.images / getattr(b, clock) for b in blocks[name]])
+                for clock in ("cpu", "wall")
+            }
+            row |= {
+                f"ratio of {us}": round(ratio(blocks[us], blocks[name]), 3)
+                for us in ours
+                if name not in ours
+            }
             self.rows.append(row)
             if name not in (*ours, BARE):
                 self._line(case, threads, name, blocks[OURS], blocks[name], goal.get(name))
         if FFCV_FILE in blocks and "FFCV" in blocks:
-            self._line(case + ", FFCV's file", threads, "FFCV", blocks[FFCV_FILE], blocks["FFCV"], goal.get(FFCV_FILE))
+            self._line(
+                case + ", FFCV's file",
+                threads,
+                "FFCV",
+                blocks[FFCV_FILE],
+                blocks["FFCV"],
+                goal.get(FFCV_FILE),
+            )
         if len(blocks) == len(ours):
-            print(f"{case:24} {threads:7d} {'':6} {'':5}  {'(no peer)':24} {rate(blocks[OURS]):7.0f}", flush=True)
+            print(
+                f"{case:24} {threads:7d} {'':6} {'':5}  {'(no peer)':24} {rate(blocks[OURS]):7.0f}",
+                flush=True,
+            )
 
     @staticmethod
-    def _line(case: str, threads: int, peer: str, ours: list[Block], theirs: list[Block], goal: float | None) -> None:
+    def _line(
+        case: str,
+        threads: int,
+        peer: str,
+        ours: list[Block],
+        theirs: list[Block],
+        goal: float | None,
+    ) -> None:
         value = ratio(ours, theirs)
         mark = "" if goal is None else f"{goal:g}x" + ("" if value >= goal else "!")
-        print(f"{case:24} {threads:7d} {value:5.2f}x {mark:>5}  {peer:24} {rate(ours):7.0f} {rate(theirs):7.0f}  "
-              f"{'':20} {ratio(ours, theirs, 'wall'):5.2f}x", flush=True)  # fmt: skip
+        print(
+            f"{case:24} {threads:7d} {value:5.2f}x {mark:>5}  {peer:24} {rate(ours):7.0f} "
+            f"{rate(theirs):7.0f}  "
+            f"{'':20} {ratio(ours, theirs, 'wall'):5.2f}x",
+            flush=True,
+        )
 
     def scaling(self) -> None:
         for case, wall in self._wall.items():
             if 1 in wall and len(wall) > 1:
                 most = max(wall)
-                print(f"{case}: {wall[1]:.0f} -> {wall[most]:.0f} images/s of wall time from 1 to {most} threads, "
-                      f"{wall[most] / wall[1]:.2f}x")  # fmt: skip
+                print(
+                    f"{case}: {wall[1]:.0f} -> {wall[most]:.0f} images/s of wall time from 1 to "
+                    f"{most} threads, "
+                    f"{wall[most] / wall[1]:.2f}x"
+                )
 
 
 def describe(m: Material) -> None:
     stored = [f"{kilobytes(m.jpg):.1f} kB each in our file"]
     if m.ffcv.exists():
         stored.append(f"{kilobytes(m.ffcv):.1f} kB in FFCV's")
-    print(f"{len(ImageFolder(m.folder))} photos of at most 500 pixels, quality 90: {', '.join(stored)}", flush=True)
+    print(
+        f"{len(ImageFolder(m.folder))} photos of at most 500 pixels, quality 90: "
+        f"{', '.join(stored)}",
+        flush=True,
+    )
 
 
-def loading(name: str, m: Material, threads: int, blocks: int, chosen: list[str], table: Table) -> None:
+def loading(
+    name: str, m: Material, threads: int, blocks: int, chosen: list[str], table: Table
+) -> None:
     case = CASES[name]
-    task = peers.Task(case.crop, case.size, BATCH if case.crop != "pad" else 8 * BATCH, m, getattr(m, case.file))
+    task = peers.Task(
+        case.crop, case.size, BATCH if case.crop != "pad" else 8 * BATCH, m, getattr(m, case.file)
+    )
     make: dict[str, Callable[[], Run]] = {OURS: partial(peers.ours, task, threads)}
     theirs = m.ffcv if case.file == "jpg" else None  # FFCV reads what FFCV wrote
     if theirs is not None and theirs.exists():
@@ -178,17 +240,31 @@ def loading(name: str, m: Material, threads: int, blocks: int, chosen: list[str]
     if limit and {OURS, BARE} <= set(outcome.blocks):
         with BetonFile(m.jpg) as data:
             needed, stored = mean_needed(data, case.size)
-        ours, bare = (rate(outcome.blocks[who]) * size / 1e6 for who, size in ((OURS, needed), (BARE, stored)))
+        ours, bare = (
+            rate(outcome.blocks[who]) * size / 1e6 for who, size in ((OURS, needed), (BARE, stored))
+        )
         print(
-            f"physical limit: libjpeg-turbo alone decodes {bare:.1f} MB per core-second, of whole images; we decode "
-            f"{ours:.1f} MB, of the {needed / stored:.0%} that the crops need, and do all the rest: {ours / bare:.0%}",
+            f"physical limit: libjpeg-turbo alone decodes {bare:.1f} MB per core-second, of "
+            "whole images; we decode "
+            f"{ours:.1f} MB, of the {needed / stored:.0%} that the crops need, and do all the "
+            f"rest: {ours / bare:.0%}",
             flush=True,
         )
-        table.rows.append({"bench": "loader", "case": "physical limit", "peer": BARE, "bare_mb": bare, "ours_mb": ours}
-                          | {"needed_kB": needed / 1e3, "stored_kB": stored / 1e3})  # fmt: skip
+        table.rows.append(
+            {
+                "bench": "loader",
+                "case": "physical limit",
+                "peer": BARE,
+                "bare_mb": bare,
+                "ours_mb": ours,
+            }
+            | {"needed_kB": needed / 1e3, "stored_kB": stored / 1e3}
+        )
 
 
-def writing(name: str, m: Material, threads: int, blocks: int, chosen: list[str], table: Table) -> None:
+def writing(
+    name: str, m: Material, threads: int, blocks: int, chosen: list[str], table: Table
+) -> None:
     """Originals -> 500 px q90; lossless: photos that fit are stored as they are, which FFCV cannot."""
     options: dict = {"max_resolution": 500, "write_mode": "jpg", "jpeg_quality": 90}
     lossless = name != "write"
@@ -200,13 +276,17 @@ def writing(name: str, m: Material, threads: int, blocks: int, chosen: list[str]
 
     def make_ours() -> Run:
         more = {"transcode": "fit"} if lossless else {}
-        return lambda: write_beton(source, m.root / "w", num_workers=threads, **more, **options)["num_samples"]
+        return lambda: write_beton(source, m.root / "w", num_workers=threads, **more, **options)[
+            "num_samples"
+        ]
 
     def make_ffcv() -> Run:
         peers.need("ffcv")
         from matryoshka.data.ffcv_backend import write_with_ffcv
 
-        return lambda: write_with_ffcv(source, m.root / "w", num_workers=threads, **options)["num_samples"]
+        return lambda: write_with_ffcv(source, m.root / "w", num_workers=threads, **options)[
+            "num_samples"
+        ]
 
     rivals = {"FFCV": make_ffcv} if "FFCV" in chosen else {}
     outcome = take_turns({OURS: make_ours} | rivals, blocks)
@@ -227,11 +307,18 @@ def opening(folder: Path, samples: int, blocks: int, chosen: list[str], table: T
         path.unlink()
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     for peer in dict.fromkeys(row["peer"] for row in rows):
-        values = {key: spread([row[key] for row in rows if row["peer"] == peer]) for key in rows[0] if key != "peer"}
-        table.rows.append({"bench": "loader", "case": OPEN, "peer": peer, "samples": samples} | values)
+        values = {
+            key: spread([row[key] for row in rows if row["peer"] == peer])
+            for key in rows[0]
+            if key != "peer"
+        }
+        table.rows.append(
+            {"bench": "loader", "case": OPEN, "peer": peer, "samples": samples} | values
+        )
         print(
             f"open {samples:,} samples: {peer:12} {values['cpu']['median']:.3f} s of CPU time, "
-            f"{values['peak_mb']['median']:.0f} MB at most, {values['held_mb']['median']:.0f} MB held",
+            f"{values['peak_mb']['median']:.0f} MB at most, {values['held_mb']['median']:.0f} MB "
+            "held",
             flush=True,
         )
     if rivals and "FFCV" not in {row["peer"] for row in rows}:

@@ -1,4 +1,6 @@
-"""The machine under a bench of training steps: its device and clock, its peaks, and what a step asks of it."""
+"""The machine under a bench of training steps: its device and clock, its peaks, and what a step
+asks of it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ MATMUL, COPY = "matmul", "copy"
 
 
 class Machine(NamedTuple):
-    """clock: `cpu` (seconds of all threads, which a busy machine disturbs little) or, beside a GPU, `wall`."""
+    """clock: `cpu` (seconds of all threads, which a busy machine disturbs little) or, beside a GPU,
+    `wall`.
+    """
 
     device: torch.device
     precision: str
@@ -67,7 +71,9 @@ def repeated(here: Machine, call: Callable[[], object], amount: int, seconds: fl
 
 
 def peaks(here: Machine, seconds: float) -> dict[str, Callable[[], Run]]:
-    """What the machine can do, as competitors that take turns: FLOPs of a square product, bytes of a copy."""
+    """What the machine can do, as competitors that take turns: FLOPs of a square product, bytes of
+    a copy.
+    """
     gpu = here.device.type != "cpu"
 
     def product() -> Run:
@@ -77,7 +83,9 @@ def peaks(here: Machine, seconds: float) -> dict[str, Callable[[], Run]]:
         return repeated(here, lambda: torch.mm(a, b, out=out), 2 * n**3, seconds / 2)
 
     def copy() -> Run:
-        source = torch.ones(2**30 if gpu else 2**26, device=here.device)  # 4 GiB or 256 MiB: no cache holds it
+        source = torch.ones(
+            2**30 if gpu else 2**26, device=here.device
+        )  # 4 GiB or 256 MiB: no cache holds it
         target = torch.empty_like(source)
         return repeated(here, lambda: target.copy_(source), 2 * source.nbytes, seconds / 2)
 
@@ -85,7 +93,9 @@ def peaks(here: Machine, seconds: float) -> dict[str, Callable[[], Run]]:
 
 
 class Asked(NamedTuple):
-    """What a call asks for. bytes: the inputs and outputs of every operator, which running them one by one moves."""
+    """What a call asks for. bytes: the inputs and outputs of every operator, which running them one
+    by one moves.
+    """
 
     flops: int
     bytes: int

@@ -1,4 +1,6 @@
-"""What the loader bench reads and writes: photos, .beton files of them, a file of 1.28 million samples."""
+"""What the loader bench reads and writes: photos, .beton files of them, a file of 1.28 million
+samples.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ CLASSES = ["class0", "class1"]
 
 @dataclass
 class Material:
-    """Files of one run; `images` of each at least, by repetition. `ffcv` is there where its writer works."""
+    """Files of one run; `images` of each at least, by repetition. `ffcv` is there where its writer
+    works.
+    """
 
     root: Path
     photos: Path | None
@@ -31,10 +35,16 @@ class Material:
         self.folder = self.root / "photos"
         self._prepare()
         data = ImageFolder(self.folder)
-        self.jpg, self.raw, self.small = (self.root / f"{name}.beton" for name in ("jpg", "raw", "small"))
+        self.jpg, self.raw, self.small = (
+            self.root / f"{name}.beton" for name in ("jpg", "raw", "small")
+        )
         write_beton(data, self.jpg, max_resolution=500, write_mode="jpg", jpeg_quality=90)
         write_beton(data, self.raw, max_resolution=256, write_mode="raw")
-        self.pieces = _pieces(data, 16 * self.images) if self.small_photos is None else _small(self.small_photos)
+        self.pieces = (
+            _pieces(data, 16 * self.images)
+            if self.small_photos is None
+            else _small(self.small_photos)
+        )
         write_beton(_Pieces(self.pieces), self.small, max_resolution=SMALL, write_mode="raw")
         self.ffcv = self.root / "ffcv.beton"
         if not self.with_ffcv:
@@ -47,15 +57,23 @@ class Material:
             self.failed["FFCV's writer"] = str(error).splitlines()[0]
 
     def _prepare(self) -> None:
-        """originals/: photos as they are. photos/: JPEGs with a long side of at most 500 pixels, quality 90."""
+        """originals/: photos as they are. photos/: JPEGs with a long side of at most 500 pixels,
+        quality 90.
+        """
         if self.photos is None:
             whole = [Image.fromarray(image) for image in load_sample_images().images]
-            sources = [image.crop((8 * k, 4 * k, 540 + 8 * k, 380 + 4 * k)) for image in whole for k in range(10)]
+            sources = [
+                image.crop((8 * k, 4 * k, 540 + 8 * k, 380 + 4 * k))
+                for image in whole
+                for k in range(10)
+            ]
             original = [None] * len(sources)
         else:
             data = ImageFolder(self.photos)
             original = [data.read(i) for i in range(len(data))]
-            sources = [Image.open(data.path / data.name(i)).convert("RGB") for i in range(len(data))]
+            sources = [
+                Image.open(data.path / data.name(i)).convert("RGB") for i in range(len(data))
+            ]
         for i in range(-(-self.images // len(sources)) * len(sources)):
             image, stored = sources[i % len(sources)], original[i % len(sources)]
             name = f"{CLASSES[i % 2]}/{i:05d}.jpg"
@@ -84,7 +102,9 @@ def _pieces(data: ImageFolder, n: int) -> np.ndarray:
 def _small(folder: Path) -> np.ndarray:
     """uint8 [n, SMALL, SMALL, 3], every image of a folder, as CIFAR's are."""
     data = ImageFolder(folder)
-    return np.stack([np.asarray(Image.open(data.path / data.name(i)).convert("RGB")) for i in range(len(data))])
+    return np.stack(
+        [np.asarray(Image.open(data.path / data.name(i)).convert("RGB")) for i in range(len(data))]
+    )
 
 
 class _Pieces:
@@ -114,7 +134,9 @@ def write_many(path: Path, samples: int) -> None:
     """A .beton of `samples` images of which nothing but the headers is ever written: 50 kB holes."""
     record = layout.record_dtype([layout.IMAGE, layout.INT])
     page, size = layout.DEFAULT_PAGE, 50_000
-    fields = np.array([(layout.IMAGE, b"image", b""), (layout.INT, b"label", b"")], layout.DESCRIPTOR)
+    fields = np.array(
+        [(layout.IMAGE, b"image", b""), (layout.INT, b"label", b"")], layout.DESCRIPTOR
+    )
     first = layout.align(layout.HEADER.itemsize + fields.nbytes + samples * record.itemsize, page)
     index = np.arange(samples, dtype=np.uint64)
     a_page = page // size

@@ -37,7 +37,9 @@ class Outcome(NamedTuple):
 
 def cpu_seconds() -> float:
     """CPU time of this process and of its children, living and gone."""
-    alive = sum(map(_cpu_of, (child.pid for child in multiprocessing.active_children())))  # reaps the others, too
+    alive = sum(
+        map(_cpu_of, (child.pid for child in multiprocessing.active_children()))
+    )  # reaps the others, too
     gone = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + gone.ru_utime + gone.ru_stime + alive
 
@@ -70,9 +72,11 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def take_turns(make: Mapping[str, Callable[[], Run]], blocks: int, limit: float = 300) -> Outcome:
-    """`blocks` blocks of every competitor, in turns, after one that does not count (caches, compilation).
+    """`blocks` blocks of every competitor, in turns, after one that does not count (caches,
+    compilation).
 
-    make: name -> what prepares a competitor and returns its block. limit: seconds for a block, or to prepare.
+    make: name -> what prepares a competitor and returns its block. limit: seconds for a block, or
+    to prepare.
     """
     runs: dict[str, Run] = {}
     outcome = Outcome({name: [] for name in make}, {})
@@ -113,4 +117,6 @@ def rate(blocks: list[Block], clock: str = "cpu") -> float:
 def ratio(ours: list[Block], theirs: list[Block], clock: str = "cpu") -> float:
     """How many times as fast as theirs ours is: the median over turns."""
     pairs = zip(ours, theirs, strict=True)
-    return statistics.median((a.images / getattr(a, clock)) / (b.images / getattr(b, clock)) for a, b in pairs)
+    return statistics.median(
+        (a.images / getattr(a, clock)) / (b.images / getattr(b, clock)) for a, b in pairs
+    )

@@ -1,7 +1,8 @@
-"""What the benches of retrieval search in: synthetic nested embeddings, or real ones, with their exact neighbours.
+"""What the benches of retrieval search in: synthetic nested embeddings, or real ones, with their
+exact neighbours.
 
-Synthetic: parents, classes, uneven sub-clusters, log-normal noise, earlier dimensions vary more, softplus, rows
-shuffled, float16; recall is a property of these data, not of a trained model.
+Synthetic: parents, classes, uneven sub-clusters, log-normal noise, earlier dimensions vary more,
+softplus, rows shuffled, float16; recall is a property of these data, not of a trained model.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ BLOCK = 10_000  # points that are made together
 
 
 class Data(NamedTuple):
-    """rows: float16 [N, D], a memory map of the synthetic ones; queries: float32 [Q, D]; truth: int64 [Q, 10]."""
+    """rows: float16 [N, D], a memory map of the synthetic ones; queries: float32 [Q, D]; truth:
+    int64 [Q, 10].
+    """
 
     rows: np.ndarray
     queries: np.ndarray
@@ -36,7 +39,11 @@ def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--rows", type=int, default=1_280_000)
     p.add_argument("--truth", type=int, default=10_000, help="queries with exact neighbours")
     p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--database", type=Path, help="embeddings that `matryoshka embed` wrote, instead of synthetic ones")
+    p.add_argument(
+        "--database",
+        type=Path,
+        help="embeddings that `matryoshka embed` wrote, instead of synthetic ones",
+    )
     p.add_argument("--queries", type=Path, help="and queries for them")
     p.add_argument("--no-record", action="store_true", help="do not append to bench/results/")
 
@@ -47,7 +54,9 @@ def prepared(args: argparse.Namespace) -> Data:
         rows = open_embeddings(args.database).X.astype(np.float16)
         queries = open_embeddings(args.queries).X[: args.truth].astype(np.float32)
         return Data(rows, queries, neighbours(rows, queries), args.database.name)
-    stored, asked, known = (args.work / f"{name}_{args.rows}_{args.truth}.npy" for name in ("rows", "queries", "truth"))
+    stored, asked, known = (
+        args.work / f"{name}_{args.rows}_{args.truth}.npy" for name in ("rows", "queries", "truth")
+    )
     if not known.exists():
         print(f"making {args.rows:,} rows", flush=True)
         generate(stored, asked, args.rows, args.truth, threads=args.threads)
@@ -59,16 +68,25 @@ def prepared(args: argparse.Namespace) -> Data:
 def neighbours(rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
     started = time.perf_counter()
     truth = exact_search(rows, queries, rows.shape[1], K).ids
-    print(f"exact neighbours of {len(queries):,} queries: {time.perf_counter() - started:.0f} s", flush=True)
+    print(
+        f"exact neighbours of {len(queries):,} queries: {time.perf_counter() - started:.0f} s",
+        flush=True,
+    )
     return truth
 
 
-def generate(stored: Path, asked: Path, rows: int, queries: int, seed: int = 0, threads: int = 2) -> None:
-    """A block of points is a function of (seed, its number), so that threads may make them in any order."""
+def generate(
+    stored: Path, asked: Path, rows: int, queries: int, seed: int = 0, threads: int = 2
+) -> None:
+    """A block of points is a function of (seed, its number), so that threads may make them in any
+    order.
+    """
     rng = np.random.default_rng(seed)
     scale = ((1 + np.arange(WIDTH) / 16) ** -0.6).astype(np.float32)
     parents = rng.standard_normal((50, WIDTH), dtype=np.float32)
-    classes = parents[rng.integers(0, 50, 1000)] + 0.8 * rng.standard_normal((1000, WIDTH), dtype=np.float32)
+    classes = parents[rng.integers(0, 50, 1000)] + 0.8 * rng.standard_normal(
+        (1000, WIDTH), dtype=np.float32
+    )
     share = rng.dirichlet(np.full(64, 0.7), 1000).cumsum(1)
 
     def points(block: int, n: int) -> np.ndarray:
@@ -80,9 +98,12 @@ def generate(stored: Path, asked: Path, rows: int, queries: int, seed: int = 0, 
         raw = rng.standard_normal((n, WIDTH), dtype=np.float32)
         raw *= noise[:, None]
         raw += classes[c]
-        # the centre of a sub-cluster is a function of its number, as 64,000 of them would take 0.5 GB
+        # the centre of a sub-cluster is a function of its number, as 64,000 of them would take 0.5
+        # GB
         for mine in np.split(order, np.flatnonzero(np.diff(sub[order])) + 1):
-            raw[mine] += 0.5 * np.random.default_rng((seed, 2, sub[mine[0]])).standard_normal(WIDTH, dtype=np.float32)
+            raw[mine] += 0.5 * np.random.default_rng((seed, 2, sub[mine[0]])).standard_normal(
+                WIDTH, dtype=np.float32
+            )
         raw *= scale
         return np.log1p(np.exp(raw, out=raw), out=raw)
 

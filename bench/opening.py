@@ -1,9 +1,10 @@
-"""Seconds and memory until a .beton is open, as JSON: ours and, where it is wanted and installed, FFCV's.
+"""Seconds and memory until a .beton is open, as JSON: ours and, where it is wanted and installed,
+FFCV's.
 
     python bench/opening.py FILE TURNS [FFCV]
 
-Every opening happens in a fork of this process, which has imported both before. FFCV's: its Reader and the tables
-that its Loader builds from it before anything else.
+Every opening happens in a fork of this process, which has imported both before. FFCV's: its Reader
+and the tables that its Loader builds from it before anything else.
 """
 
 # pyright: reportMissingImports=false
@@ -40,7 +41,11 @@ def resident() -> int:
 
 def peak() -> int:
     """The most that `resident` has been."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024
 
 

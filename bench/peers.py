@@ -1,7 +1,8 @@
-"""The loaders that are measured: ours, FFCV, DALI, torchvision, simplejpeg + cv2, each as one block of images.
+"""The loaders that are measured: ours, FFCV, DALI, torchvision, simplejpeg + cv2, each as one block
+of images.
 
-Every peer makes uint8 batches: random crops of a photo or its centre, resized to `size`, flipped; or, for the small
-images, a window of the padded image. A peer that is not installed raises Missing.
+Every peer makes uint8 batches: random crops of a photo or its centre, resized to `size`, flipped;
+or, for the small images, a window of the padded image. A peer that is not installed raises Missing.
 """
 
 # pyright: reportMissingImports=false
@@ -33,7 +34,9 @@ PASSES = 3  # of FFCV in one epoch, at whose start it allocates and touches all 
 
 
 class Task(NamedTuple):
-    """crop: random, center or pad. size: pixels of the output. file: the .beton that ours and FFCV read."""
+    """crop: random, center or pad. size: pixels of the output. file: the .beton that ours and FFCV
+    read.
+    """
 
     crop: str
     size: int
@@ -55,7 +58,13 @@ def need(*modules: str) -> None:
 def ours(task: Task, threads: int, file: Path | None = None) -> Run:
     crops = {"random": RandomResizedCrop, "center": CenterCrop, "pad": PadCrop}
     order = "sequential" if task.crop == "center" else "random"
-    loader = Loader(file or task.file, task.batch, order=order, image=crops[task.crop](task.size), num_workers=threads)
+    loader = Loader(
+        file or task.file,
+        task.batch,
+        order=order,
+        image=crops[task.crop](task.size),
+        num_workers=threads,
+    )
     return lambda: sum(len(batch.images) for batch in loader)
 
 
@@ -74,7 +83,11 @@ def ffcv(task: Task, threads: int, file: Path | None = None) -> Run:
     image = {
         "random": lambda: [RandomResizedCropRGBImageDecoder(size), RandomHorizontalFlip()],
         "center": lambda: [CenterCropRGBImageDecoder(size, 224 / 256)],
-        "pad": lambda: [SimpleRGBImageDecoder(), RandomHorizontalFlip(), RandomTranslate(padding=4)],
+        "pad": lambda: [
+            SimpleRGBImageDecoder(),
+            RandomHorizontalFlip(),
+            RandomTranslate(padding=4),
+        ],
     }[task.crop]()
     path = file or task.file
     with BetonFile(path) as data:
@@ -93,7 +106,9 @@ def ffcv(task: Task, threads: int, file: Path | None = None) -> Run:
         epoch = iter(loader)
         images = 0
         while True:
-            while epoch.output_queue.empty() and epoch.is_alive():  # FFCV waits for ever when its thread has died
+            while (
+                epoch.output_queue.empty() and epoch.is_alive()
+            ):  # FFCV waits for ever when its thread has died
                 epoch.join(0.002)
             if epoch.output_queue.empty():
                 raise RuntimeError("its loading thread died")
@@ -139,7 +154,9 @@ def dali(task: Task, threads: int) -> Run:
             images = fn.resize(images, size=[task.size, task.size], interp_type=types.INTERP_LINEAR)
             images = fn.flip(images, horizontal=fn.random.coin_flip())
         else:
-            images = fn.resize(fn.decoders.image(data, device="cpu"), resize_shorter=task.size * 256 / 224)
+            images = fn.resize(
+                fn.decoders.image(data, device="cpu"), resize_shorter=task.size * 256 / 224
+            )
             images = fn.crop(images, crop=(task.size, task.size))
         return images, labels
 
@@ -154,7 +171,9 @@ def dali(task: Task, threads: int) -> Run:
 
 
 def _data_loader(data: Any, task: Task, threads: int) -> Run:
-    workers: dict[str, Any] = {} if threads == 1 else {"num_workers": threads, "persistent_workers": True}
+    workers: dict[str, Any] = (
+        {} if threads == 1 else {"num_workers": threads, "persistent_workers": True}
+    )
     loader = torch.utils.data.DataLoader(data, task.batch, shuffle=task.crop != "center", **workers)
     return lambda: sum(len(images) for images, _ in loader)
 
@@ -170,7 +189,9 @@ def torchvision_pil(task: Task, threads: int) -> Run:
     transform = steps.Compose([*crop, steps.PILToTensor()])
     if task.crop == "pad":
         return _data_loader(_InMemory(task.material.pieces, transform), task, threads)
-    return _data_loader(torchvision.datasets.ImageFolder(str(task.material.folder), transform), task, threads)
+    return _data_loader(
+        torchvision.datasets.ImageFolder(str(task.material.folder), transform), task, threads
+    )
 
 
 class _InMemory(torch.utils.data.Dataset):
@@ -190,14 +211,20 @@ def torchvision_v2(task: Task, threads: int) -> Run:
     """io.decode_jpeg and transforms on tensors."""
     antialias = {"interpolation": InterpolationMode.BILINEAR, "antialias": True}
     transform = {
-        "random": v2.Compose([v2.RandomResizedCrop(task.size, **antialias), v2.RandomHorizontalFlip()]),
-        "center": v2.Compose([v2.Resize(task.size * 256 // 224, **antialias), v2.CenterCrop(task.size)]),
+        "random": v2.Compose(
+            [v2.RandomResizedCrop(task.size, **antialias), v2.RandomHorizontalFlip()]
+        ),
+        "center": v2.Compose(
+            [v2.Resize(task.size * 256 // 224, **antialias), v2.CenterCrop(task.size)]
+        ),
     }[task.crop]
 
     warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning)
 
     def load(path: str) -> Any:
-        return torchvision.io.decode_jpeg(torchvision.io.read_file(path), torchvision.io.ImageReadMode.RGB)
+        return torchvision.io.decode_jpeg(
+            torchvision.io.read_file(path), torchvision.io.ImageReadMode.RGB
+        )
 
     data = torchvision.datasets.ImageFolder(str(task.material.folder), transform, loader=load)
     return _data_loader(data, task, threads)
@@ -223,7 +250,9 @@ def simplejpeg_cv2(task: Task, threads: int) -> Run:
         else:
             w = h = int(224 / 256 * min(width, height))
             x, y, flip = (width - w) // 2, (height - h) // 2, False
-        resized = cv2.resize(pixels[y : y + h, x : x + w], (task.size, task.size), interpolation=cv2.INTER_AREA)
+        resized = cv2.resize(
+            pixels[y : y + h, x : x + w], (task.size, task.size), interpolation=cv2.INTER_AREA
+        )
         out[slot] = resized[:, ::-1] if flip else resized
 
     def run() -> int:
@@ -242,7 +271,13 @@ def random_crop(width: int, height: int) -> tuple[int, int, int, int, bool]:
         aspect = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
         w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
-            return random.randint(0, width - w), random.randint(0, height - h), w, h, random.random() < 0.5
+            return (
+                random.randint(0, width - w),
+                random.randint(0, height - h),
+                w,
+                h,
+                random.random() < 0.5,
+            )
     side = min(width, height)
     return (width - side) // 2, (height - side) // 2, side, side, random.random() < 0.5
 

@@ -1,13 +1,15 @@
-"""Searches in 1.28 million nested embeddings: ours beside faiss and others, each with its recall of exact search.
+"""Searches in 1.28 million nested embeddings: ours beside faiss and others, each with its recall of
+exact search.
 
     python bench/retrieval.py --work FOLDER [--rows 1280000] [--truth 10000] [--threads 2]
     python bench/retrieval.py --work FOLDER --database embeddings/train --queries embeddings/val
 
-The data are synthetic (nested_rows.py; 5.3 GB in FOLDER) or real embeddings. scans: prefixes alone; rerank: 200
-candidates, one thread; pipelines: recall@10 of the whole embedding with a 95 % lower bound, and the fastest above some
-bounds; graphs: peers of theirs that take minutes to build. All take the same queries, in turns, wall time; faiss runs
-with as many threads, passive waiting, one BLAS thread, without which two thread pools fight, and the BLAS kernels of
-this CPU, which it does not find by itself.
+The data are synthetic (nested_rows.py; 5.3 GB in FOLDER) or real embeddings. scans: prefixes alone;
+rerank: 200 candidates, one thread; pipelines: recall@10 of the whole embedding with a 95 % lower
+bound, and the fastest above some bounds; graphs: peers of theirs that take minutes to build. All
+take the same queries, in turns, wall time; faiss runs with as many threads, passive waiting, one
+BLAS thread, without which two thread pools fight, and the BLAS kernels of this CPU, which it does
+not find by itself.
 """
 
 from __future__ import annotations
@@ -39,13 +41,22 @@ from matryoshka.retrieval.rerank import head_of
 
 BATCHES = (1, 32, 1000)
 ALL = ("scans", "rerank", "pipelines", "graphs")
-FILES = ((8, 100, 25), (8, 130, 25), (8, 200, 40), (32, 100, 25), (32, 200, 40), (64, 200, 40))  # lists, k, kept
+FILES = (
+    (8, 100, 25),
+    (8, 130, 25),
+    (8, 200, 40),
+    (32, 100, 25),
+    (32, 200, 40),
+    (64, 200, 40),
+)  # lists, k, kept
 BOUNDS = (0.99, 0.985)
 PEER = "faiss IVF,SQ8 64"
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_options(p)
     p.add_argument("--turns", type=int, default=3)
     p.add_argument("--seconds", type=float, default=1.0, help="of a turn, about")
@@ -60,9 +71,17 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
     data = prepared(args)
-    about = {"data": data.name, "rows": len(data.rows), "columns": data.rows.shape[1], "threads": args.threads,
-             "kernels": _native.kernels()[0]}  # fmt: skip
-    print(f"{data.name}: {len(data.rows):,} x {data.rows.shape[1]}, {about['kernels']}, {args.threads} threads")
+    about = {
+        "data": data.name,
+        "rows": len(data.rows),
+        "columns": data.rows.shape[1],
+        "threads": args.threads,
+        "kernels": _native.kernels()[0],
+    }
+    print(
+        f"{data.name}: {len(data.rows):,} x {data.rows.shape[1]}, {about['kernels']}, "
+        f"{args.threads} threads"
+    )
     found = []
     if "scans" in args.only:
         found += scans(data, args)
@@ -120,10 +139,16 @@ def scans(data: Data, args: argparse.Namespace) -> list[dict]:
         ours, flat = PrefixScan.build(rows, dim, args.threads), faiss.IndexFlatIP(dim)
         flat.add(prefixes)
         asked = unit(data.queries, dim)
-        out += compared(f"int8 scan, {dim} dims", {
-            "matryoshka": lambda q, ours=ours: ours.search(q, k).ids,
-            "faiss FlatIP": lambda q, flat=flat, dim=dim: flat.search(unit(q, dim), k)[1],
-        }, data.queries, flat.search(asked[:500], k)[1], args)  # fmt: skip
+        out += compared(
+            f"int8 scan, {dim} dims",
+            {
+                "matryoshka": lambda q, ours=ours: ours.search(q, k).ids,
+                "faiss FlatIP": lambda q, flat=flat, dim=dim: flat.search(unit(q, dim), k)[1],
+            },
+            data.queries,
+            flat.search(asked[:500], k)[1],
+            args,
+        )
     for dim in (d for d in (64, 256, 512) if d <= columns):
         bits = BinaryScan.build(rows, dim, args.threads)
 
@@ -133,15 +158,25 @@ def scans(data: Data, args: argparse.Namespace) -> list[dict]:
         flat = faiss.IndexBinaryFlat(dim)
         for first in range(0, len(rows), 65_536):
             flat.add(codes(rows[first : first + 65_536]))
-        out += compared(f"binary scan, {dim} bits", {
-            "matryoshka": lambda q, bits=bits: bits.search(q, k).ids,
-            "faiss BinaryFlat": lambda q, flat=flat, codes=codes: flat.search(codes(q), k)[1],
-        }, data.queries, None, args)  # fmt: skip
+        out += compared(
+            f"binary scan, {dim} bits",
+            {
+                "matryoshka": lambda q, bits=bits: bits.search(q, k).ids,
+                "faiss BinaryFlat": lambda q, flat=flat, codes=codes: flat.search(codes(q), k)[1],
+            },
+            data.queries,
+            None,
+            args,
+        )
     return out
 
 
 def compared(
-    case: str, searches: dict[str, Search], queries: np.ndarray, truth: np.ndarray | None, args: argparse.Namespace
+    case: str,
+    searches: dict[str, Search],
+    queries: np.ndarray,
+    truth: np.ndarray | None,
+    args: argparse.Namespace,
 ) -> list[dict]:
     measured = rates(searches, queries, args)
     ours, theirs = searches
@@ -155,7 +190,9 @@ def compared(
         out.append(row)
     if truth is not None:
         share = recall_against_exact(searches[ours](queries[: len(truth)]), truth).mean()
-        print(f"{case:24} finds {100 * share:.1f} % of the prefix's own {truth.shape[1]}", flush=True)
+        print(
+            f"{case:24} finds {100 * share:.1f} % of the prefix's own {truth.shape[1]}", flush=True
+        )
         out[-1]["of the prefix's own"] = float(share)
     return out
 
@@ -183,9 +220,13 @@ def reranking(data: Data, args: argparse.Namespace) -> list[dict]:
     for name in ways:
         recall = float(recall_against_exact(found[name], truth).mean())
         case = f"re-rank of {candidates.shape[1]} x {columns}, {name}"
-        print(f"{case:40} {median(seconds[name]):6.1f} us a query and core, recall@{K} {recall:.4f}", flush=True)
-        out.append({"case": case, "us": spread(seconds[name]), "recall": recall,
-                    "queries": len(queries)})  # fmt: skip
+        print(
+            f"{case:40} {median(seconds[name]):6.1f} us a query and core, recall@{K} {recall:.4f}",
+            flush=True,
+        )
+        out.append(
+            {"case": case, "us": spread(seconds[name]), "recall": recall, "queries": len(queries)}
+        )
     return out
 
 
@@ -197,7 +238,10 @@ def pipelines(data: Data, args: argparse.Namespace) -> list[dict]:
     started = time.perf_counter()
     scan, bits = PrefixScan.build(rows, 64, t), BinaryScan.build(rows, 256, t)
     file = InvertedFile.build(rows, 64, args.lists, num_threads=t)
-    print(f"built in {time.perf_counter() - started:.0f} s: int8-64, 256 bits, {len(file.starts)} lists of int8-64")
+    print(
+        f"built in {time.perf_counter() - started:.0f} s: int8-64, 256 bits, {len(file.starts)} "
+        "lists of int8-64"
+    )
     points = np.concatenate([unit(rows[i : i + 65_536], 64) for i in range(0, len(rows), 65_536)])
     sq8 = faiss_file(points, len(file.starts))
 
@@ -209,7 +253,9 @@ def pipelines(data: Data, args: argparse.Namespace) -> list[dict]:
     searches: dict[str, Search] = {
         f"int8-64 k100 -> {columns}": then(lambda q: scan.search(q, 100).ids, full),
         scanned: then(lambda q: scan.search(q, 200).ids, full),
-        f"int8-64 k200 -> {middle} -> {columns}": then(lambda q: scan.search(q, 200).ids, many, full),
+        f"int8-64 k200 -> {middle} -> {columns}": then(
+            lambda q: scan.search(q, 200).ids, many, full
+        ),
         counted: then(lambda q: bits.search(q, 800).ids, full),
         f"bits-256 k800 -> 64 -> {middle} -> {columns}": then(
             lambda q: bits.search(q, 800).ids, Stage(64, 120), few, full
@@ -222,7 +268,9 @@ def pipelines(data: Data, args: argparse.Namespace) -> list[dict]:
     rivals = {}  # over faiss
     for probes, k, keep in FILES:
 
-        def listed(q: np.ndarray, file: InvertedFile = file, probes: int = probes, k: int = k) -> np.ndarray:
+        def listed(
+            q: np.ndarray, file: InvertedFile = file, probes: int = probes, k: int = k
+        ) -> np.ndarray:
             return file.search(q, k, probes).ids
 
         def theirs(q: np.ndarray, probes: int = probes, k: int = k) -> np.ndarray:
@@ -230,7 +278,9 @@ def pipelines(data: Data, args: argparse.Namespace) -> list[dict]:
             return sq8.search(unit(q, 64), k)[1]
 
         early = Stage(middle, keep)
-        name, rival = (f"{index} np{probes} k{k} -> {middle} -> {columns}" for index in ("IVF int8-64", PEER))
+        name, rival = (
+            f"{index} np{probes} k{k} -> {middle} -> {columns}" for index in ("IVF int8-64", PEER)
+        )
         searches[f"IVF int8-64 np{probes} k{k} -> {columns}"] = then(listed, full)
         searches[name], searches[rival] = then(listed, early, full), then(theirs, early, full)
         funnels[name], rivals[name] = f"IVF int8-64 np{probes} k{k} -> {columns}", rival
@@ -238,29 +288,51 @@ def pipelines(data: Data, args: argparse.Namespace) -> list[dict]:
         searches |= graphs(points, lambda search: then(search, many, full), args)
     searches |= upstream(rows)
     exact = exact_rate(rows, queries)
-    print(f"exact, {columns} dims: {exact:.1f} q/s (faiss, flat, batch {min(1000, len(queries))})", flush=True)
-    print(f"{'pipeline':58} {'recall@10':>9} {'at least':>8} {'b1':>8} {'b32':>8} {'b1000':>8} {'x exact':>8}")
+    print(
+        f"exact, {columns} dims: {exact:.1f} q/s (faiss, flat, batch {min(1000, len(queries))})",
+        flush=True,
+    )
+    print(
+        f"{'pipeline':58} {'recall@10':>9} {'at least':>8} {'b1':>8} {'b32':>8} {'b1000':>8} "
+        f"{'x exact':>8}"
+    )
     out: list[dict] = [{"case": "exact", "q/s": exact}]
     measured = rates(searches, queries, args)
     batch = max(measured[scanned])
     lower, speed = {}, {}
     for name, search in searches.items():
-        ids = np.concatenate([search(queries[i : i + 1000]) for i in range(0, len(data.truth), 1000)])
+        ids = np.concatenate(
+            [search(queries[i : i + 1000]) for i in range(0, len(data.truth), 1000)]
+        )
         summary = summarise_recall(recall_against_exact(ids, data.truth), K)
         by_batch = {str(b): spread(values) for b, values in measured[name].items()}
         lower[name], speed[name] = summary.lower, by_batch[str(batch)]["median"]
-        print(f"{name:58} {summary.mean:9.4f} {summary.lower:8.4f} "
-              + " ".join(f"{row['median']:8,.0f}" for row in by_batch.values()) + f" {speed[name] / exact:8.0f}",
-              flush=True)  # fmt: skip
-        out.append({"case": name, "queries": len(data.truth), "recall": summary.mean, "lower": summary.lower,
-                    "q/s": by_batch, "x exact": speed[name] / exact})  # fmt: skip
+        print(
+            f"{name:58} {summary.mean:9.4f} {summary.lower:8.4f} "
+            + " ".join(f"{row['median']:8,.0f}" for row in by_batch.values())
+            + f" {speed[name] / exact:8.0f}",
+            flush=True,
+        )
+        out.append(
+            {
+                "case": name,
+                "queries": len(data.truth),
+                "recall": summary.mean,
+                "lower": summary.lower,
+                "q/s": by_batch,
+                "x exact": speed[name] / exact,
+            }
+        )
     ours = [name for name in searches if name.startswith(("int8", "bits", "IVF"))]
     for bound in BOUNDS:
         if sure := [name for name in ours if lower[name] >= bound]:
             best = max(sure, key=speed.__getitem__)
             times = f"{speed[best]:,.0f} q/s, {speed[best] / exact:.0f}x exact"
             print(f"fastest with recall of at least {bound}: {best}: {times}", flush=True)
-    for what, pairs in (("funnel over one step", funnels), (f"over {PEER}, same lists and re-rank", rivals)):
+    for what, pairs in (
+        ("funnel over one step", funnels),
+        (f"over {PEER}, same lists and re-rank", rivals),
+    ):
         for name, other in pairs.items():
             ratio = spread(over(measured, name, other, batch))
             print(f"{name:58} {ratio['median']:.2f}x {what}", flush=True)
@@ -283,7 +355,9 @@ def faiss_file(points: np.ndarray, lists: int) -> Any:
     return index
 
 
-def graphs(points: np.ndarray, then: Callable[[Search], Search], args: argparse.Namespace) -> dict[str, Search]:
+def graphs(
+    points: np.ndarray, then: Callable[[Search], Search], args: argparse.Namespace
+) -> dict[str, Search]:
     """Graphs of the 64-d prefixes, with our re-ranking: the paper's HNSW32, and usearch's."""
     import faiss
 
@@ -317,8 +391,10 @@ def graphs(points: np.ndarray, then: Callable[[Search], Search], args: argparse.
 
 
 def upstream(rows: np.ndarray) -> dict[str, Search]:
-    """The paper's notebooks, from their description: faiss' flat L2 index of the first 16 dimensions, 200 neighbours,
-    put in order by the distance of longer normalised prefixes, in NumPy, one query after the other."""
+    """The paper's notebooks, from their description: faiss' flat L2 index of the first 16
+    dimensions, 200 neighbours, put in order by the distance of longer normalised prefixes, in
+    NumPy, one query after the other.
+    """
     import faiss
 
     columns = rows.shape[1]
@@ -337,7 +413,9 @@ def upstream(rows: np.ndarray) -> dict[str, Search]:
             out[i] = kept[:K]
         return out
 
-    funnel = [(dim, k) for dim, k in ((32, 200), (64, 100), (128, 50), (256, 25)) if dim < columns] + [(columns, K)]
+    funnel = [
+        (dim, k) for dim, k in ((32, 200), (64, 100), (128, 50), (256, 25)) if dim < columns
+    ] + [(columns, K)]
     return {
         f"upstream: FlatL2 16 k200 -> {columns} (NumPy)": lambda q: search(q, [(columns, 200)]),
         "upstream: FlatL2 16 -> funnel 200,100,50,25,10 (NumPy)": lambda q: search(q, funnel),
@@ -345,8 +423,9 @@ def upstream(rows: np.ndarray) -> dict[str, Search]:
 
 
 def exact_rate(rows: np.ndarray, queries: np.ndarray) -> float:
-    """Queries per second of faiss' flat search of whole float32 rows. Block by block, as all of them take 10 GB; making
-    a block is not counted, so that it is what IndexFlatIP would do."""
+    """Queries per second of faiss' flat search of whole float32 rows. Block by block, as all of
+    them take 10 GB; making a block is not counted, so that it is what IndexFlatIP would do.
+    """
     import faiss
 
     asked, seconds = unit(queries[:1000], rows.shape[1]), 0.0
@@ -359,8 +438,9 @@ def exact_rate(rows: np.ndarray, queries: np.ndarray) -> float:
 
 
 def status(key: str) -> int:
-    """Bytes: VmHWM, the most memory at once (getrusage would count the parent's before exec); RssAnon, what belongs to
-    no file now."""
+    """Bytes: VmHWM, the most memory at once (getrusage would count the parent's before exec);
+    RssAnon, what belongs to no file now.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024

@@ -1,9 +1,11 @@
-"""Exhaustive and funnel search of rows that lie on a GPU: recall of the exact neighbours, queries per second.
+"""Exhaustive and funnel search of rows that lie on a GPU: recall of the exact neighbours, queries
+per second.
 
     python bench/retrieval_device.py [--device cuda] [--rows 1280000] [--queries 50000]
 
-Nested embeddings as bench/retrieval.py describes them, made on the device; the truth is float32 search of all
-dimensions there, for 2,000 of the queries. Every setting searches all queries, median of 3 turns after a first one.
+Nested embeddings as bench/retrieval.py describes them, made on the device; the truth is float32
+search of all dimensions there, for 2,000 of the queries. Every setting searches all queries, median
+of 3 turns after a first one.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ SETTINGS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--device", default="cuda")
     p.add_argument("--rows", type=int, default=1_280_000)
     p.add_argument("--queries", type=int, default=50_000)
@@ -43,10 +47,16 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     make = maker(torch.device(args.device))
     rows = np.concatenate([make(min(20_000, args.rows - i)) for i in range(0, args.rows, 20_000)])
-    queries = np.concatenate([make(min(20_000, args.queries - i)) for i in range(0, args.queries, 20_000)])
+    queries = np.concatenate(
+        [make(min(20_000, args.queries - i)) for i in range(0, args.queries, 20_000)]
+    )
     queries = queries.astype(np.float32)
     asked = queries[:2000]
-    truth = DeviceSearcher(rows.astype(np.float32), args.device).search(asked, Setting("exact", WIDTH, K)).ids
+    truth = (
+        DeviceSearcher(rows.astype(np.float32), args.device)
+        .search(asked, Setting("exact", WIDTH, K))
+        .ids
+    )
     searcher, out = DeviceSearcher(rows, args.device), []
     for setting in SETTINGS:
         rates, ids = [], truth
@@ -56,27 +66,45 @@ def main(argv: list[str] | None = None) -> int:
             if turn:
                 rates.append(len(queries) / (time.perf_counter() - started))
         recall = summarise_recall(recall_against_exact(ids[: len(truth)], truth), K)
-        print(f"{setting!s:50} recall@10 {recall.mean:.4f} (at least {recall.lower:.4f})  {median(rates):,.0f} q/s",
-              flush=True)  # fmt: skip
-        out.append({"case": str(setting), "device": args.device, "rows": args.rows, "queries": args.queries,
-                    "recall": recall.mean, "lower": recall.lower, "q/s": spread(rates)})  # fmt: skip
+        print(
+            f"{setting!s:50} recall@10 {recall.mean:.4f} (at least {recall.lower:.4f})  "
+            f"{median(rates):,.0f} q/s",
+            flush=True,
+        )
+        out.append(
+            {
+                "case": str(setting),
+                "device": args.device,
+                "rows": args.rows,
+                "queries": args.queries,
+                "recall": recall.mean,
+                "lower": recall.lower,
+                "q/s": spread(rates),
+            }
+        )
     if not args.no_record:
         print(f"rows     {append('retrieval_device', out)}")
     return 0
 
 
 def maker(device: torch.device):
-    """A function n -> float16 [n, 2048] on the CPU: parents, classes, uneven sub-clusters, log-normal noise."""
+    """A function n -> float16 [n, 2048] on the CPU: parents, classes, uneven sub-clusters,
+    log-normal noise.
+    """
     scale = (1 + torch.arange(WIDTH, device=device) / 16) ** -0.6
     parents = torch.randn(50, WIDTH, device=device)
-    classes = parents[torch.randint(50, (1000,), device=device)] + 0.8 * torch.randn(1000, WIDTH, device=device)
+    classes = parents[torch.randint(50, (1000,), device=device)] + 0.8 * torch.randn(
+        1000, WIDTH, device=device
+    )
     offsets = torch.randn(64_000, WIDTH, device=device, dtype=torch.float32).half()
     share = torch.distributions.Dirichlet(torch.full((1000, 64), 0.7)).sample().cumsum(1).to(device)
 
     def make(n: int) -> np.ndarray:
         c = torch.randint(1000, (n,), device=device)
         sub = (torch.rand(n, 1, device=device) > share[c]).sum(1).clamp(max=63)
-        noise = torch.exp(-0.7 + 0.4 * torch.randn(n, 1, device=device)) * torch.randn(n, WIDTH, device=device)
+        noise = torch.exp(-0.7 + 0.4 * torch.randn(n, 1, device=device)) * torch.randn(
+            n, WIDTH, device=device
+        )
         raw = classes[c] + 0.5 * offsets[c * 64 + sub] + noise
         return torch.nn.functional.softplus((raw * scale).clamp(-20, 20)).half().cpu().numpy()
 

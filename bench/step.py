@@ -1,12 +1,15 @@
-"""A training step of MRL and MRL-E beside that of a fixed feature (FF), with our head and loss and the paper's loops.
+"""A training step of MRL and MRL-E beside that of a fixed feature (FF), with our head and loss and
+the paper's loops.
 
-    python bench/step.py [--arch rn18 rn50] [--res 160 224] [--batch 256] [--modes eager compiled] [--profile]
+    python bench/step.py [--arch rn18 rn50] [--res 160 224] [--batch 256] [--modes eager compiled]
+    [--profile]
 
-A step is forward, cross-entropy of every prefix with label smoothing, backward and fused SGD. All kinds take turns,
-block by block, with a matrix product and a copy, the machine's peaks. On a GPU the clock is wall time, on a CPU the
-CPU time of all threads; `best` compares the fastest blocks, which a busy machine disturbs less than the median. First
-comes a table of head and loss alone, which decides `fused` of nested_logits. What does not fit into memory, does not
-compile or has no time left is named at the end.
+A step is forward, cross-entropy of every prefix with label smoothing, backward and fused SGD. All
+kinds take turns, block by block, with a matrix product and a copy, the machine's peaks. On a GPU
+the clock is wall time, on a CPU the CPU time of all threads; `best` compares the fastest blocks,
+which a busy machine disturbs less than the median. First comes a table of head and loss alone,
+which decides `fused` of nested_logits. What does not fit into memory, does not compile or has no
+time left is named at the end.
 """
 
 from __future__ import annotations
@@ -29,28 +32,75 @@ import torch
 from machine import COPY, MATMUL, Asked, Machine, asked, finish, machine, peaks, ratios, repeated
 from measure import Block, Run, rate, take_turns
 from record import append, spread
-from training import FF, KINDS, MODES, MRL, MRL_E, OFFICIAL, OFFICIAL_E, Step, as_graph, head_call, synthetic
+from training import (
+    FF,
+    KINDS,
+    MODES,
+    MRL,
+    MRL_E,
+    OFFICIAL,
+    OFFICIAL_E,
+    Step,
+    as_graph,
+    head_call,
+    synthetic,
+)
 
 GOAL = 1.02  # a step of MRL at most so many times as long as one of FF
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--arch", nargs="*", help="backbones; none: heads alone; default: rn18 rn50 (GPU: and rn101)")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--arch",
+        nargs="*",
+        help="backbones; none: heads alone; default: rn18 rn50 (GPU: and rn101)",
+    )
     p.add_argument("--res", type=int, nargs="+", help="pixels; default: 64 (GPU: 224 160 192)")
-    p.add_argument("--batch", type=int, nargs="+", help="images; default: 32, from rn50 on 16 (GPU: 256 512)")
-    p.add_argument("--modes", nargs="+", choices=MODES, help="default: eager (GPU: and compiled, by torch.compile)")
+    p.add_argument(
+        "--batch", type=int, nargs="+", help="images; default: 32, from rn50 on 16 (GPU: 256 512)"
+    )
+    p.add_argument(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        help="default: eager (GPU: and compiled, by torch.compile)",
+    )
     p.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     p.add_argument("--classes", type=int, default=1000)
-    p.add_argument("--widths", type=int, nargs="*", default=[512, 2048], help="of the table of heads; none: no table")
-    p.add_argument("--head-batch", type=int, nargs="+", help="of that table; default: 16 64 256 (GPU: and 1024)")
+    p.add_argument(
+        "--widths",
+        type=int,
+        nargs="*",
+        default=[512, 2048],
+        help="of the table of heads; none: no table",
+    )
+    p.add_argument(
+        "--head-batch",
+        type=int,
+        nargs="+",
+        help="of that table; default: 16 64 256 (GPU: and 1024)",
+    )
     p.add_argument("--device", default="auto")
-    p.add_argument("--precision", default="auto", help="bf16, fp16 or fp32; auto: bf16 on a GPU, fp32 on a CPU")
+    p.add_argument(
+        "--precision", default="auto", help="bf16, fp16 or fp32; auto: bf16 on a GPU, fp32 on a CPU"
+    )
     p.add_argument("--threads", type=int, default=1, help="of a CPU that does the steps")
     p.add_argument("--blocks", type=int, help="default: 9 (GPU: 5)")
     p.add_argument("--seconds", type=float, help="of a block; default: 0.6 (GPU: 0.4)")
-    p.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no other case is begun")
-    p.add_argument("--profile", action="store_true", help="only print where the time of each case's MRL step goes")
+    p.add_argument(
+        "--limit",
+        type=float,
+        default=float("inf"),
+        help="seconds after which no other case is begun",
+    )
+    p.add_argument(
+        "--profile",
+        action="store_true",
+        help="only print where the time of each case's MRL step goes",
+    )
     p.add_argument("--no-record", action="store_true", help="do not append to bench/results/")
     args = p.parse_args(argv)
     here = machine(args.device, args.precision, args.threads)
@@ -58,13 +108,27 @@ def main(argv: list[str] | None = None) -> int:
     args.seconds = (0.4 if gpu else 0.6) if args.seconds is None else args.seconds
     args.blocks = args.blocks or (5 if gpu else 9)
     modes = args.modes or (["eager", "compiled"] if gpu else ["eager"])
-    arches = args.arch if args.arch is not None else ["rn50", "rn18", "rn101"] if gpu else ["rn18", "rn50"]
-    name = torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else f"{here.threads} CPU threads"
-    print(f"{name}, {here.precision}, {args.classes} classes, torch {torch.__version__}", flush=True)
+    arches = (
+        args.arch
+        if args.arch is not None
+        else ["rn50", "rn18", "rn101"]
+        if gpu
+        else ["rn18", "rn50"]
+    )
+    name = (
+        torch.cuda.get_device_name(here.device)
+        if here.device.type == "cuda"
+        else f"{here.threads} CPU threads"
+    )
+    print(
+        f"{name}, {here.precision}, {args.classes} classes, torch {torch.__version__}", flush=True
+    )
 
     cases = [
         Case(arch, res, batch, mode)
-        for mode, res, arch in itertools.product(modes, args.res or ([224, 160, 192] if gpu else [64]), arches)
+        for mode, res, arch in itertools.product(
+            modes, args.res or ([224, 160, 192] if gpu else [64]), arches
+        )
         for batch in args.batch or ([256, 512] if gpu else [32 if arch == "rn18" else 16])
     ]
     if args.profile:
@@ -75,9 +139,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.widths:
         heads(args, args.head_batch or [16, 64, 256] + [1024] * gpu, here, report)
     if cases:
-        print(f"{'time of a step over FF':28} {'MRL':>7} {'goal':>6} {'low-high':>11} {'best':>7} {'MRL-E':>7} "
-              f"{'official':>8} {'off. -E':>7}  {'FF':>8} {'MRL':>8} {'official':>8}  images/s  {'of matmul':>9} "
-              f"{'of copy':>8}", flush=True)  # fmt: skip
+        print(
+            f"{'time of a step over FF':28} {'MRL':>7} {'goal':>6} {'low-high':>11} {'best':>7} "
+            f"{'MRL-E':>7} "
+            f"{'official':>8} {'off. -E':>7}  {'FF':>8} {'MRL':>8} {'official':>8}  images/s  "
+            f"{'of matmul':>9} "
+            f"{'of copy':>8}",
+            flush=True,
+        )
     for case in cases:
         if not report.late(case.name):
             steps(case, args, here, report)
@@ -138,7 +207,8 @@ def steps(case: Case, args: argparse.Namespace, here: Machine, report: Report) -
         step.compile(case.mode)
         return repeated(here, lambda: step(*batch), case.batch, args.seconds)
 
-    torch.compiler.reset()  # compiled code of other cases is no longer needed, and counts against a limit
+    # compiled code of other cases is no longer needed, and counts against a limit
+    torch.compiler.reset()
     make: dict[str, Callable[[], Run]] = {kind: partial(prepare, kind) for kind in args.kinds}
     outcome = take_turns(make | peaks(here, args.seconds / 2), args.blocks)
     blocks, clock = outcome.blocks, here.clock
@@ -146,15 +216,27 @@ def steps(case: Case, args: argparse.Namespace, here: Machine, report: Report) -
     rows = []
     for kind in [kind for kind in args.kinds if kind in blocks]:
         per_image = needs[kind].flops / case.batch, needs[kind].bytes / case.batch
-        row = {"bench": "step", "case": case.name, "kind": kind, **case._asdict(), "classes": args.classes}
+        row = {
+            "bench": "step",
+            "case": case.name,
+            "kind": kind,
+            **case._asdict(),
+            "classes": args.classes,
+        }
         row |= {"precision": here.precision, "clock": clock, "threads": here.threads}
         row |= {"images_per_s": spread(speeds(blocks[kind], clock))}
         row |= {"flops": per_image[0], "bytes": per_image[1]}
-        row |= {f"of {peak}": share(blocks, kind, peak, per_image, clock) for peak in (MATMUL, COPY) if peak in blocks}
+        row |= {
+            f"of {peak}": share(blocks, kind, peak, per_image, clock)
+            for peak in (MATMUL, COPY)
+            if peak in blocks
+        }
         row |= {peak: rate(blocks[peak], clock) for peak in (MATMUL, COPY) if peak in blocks}
         if FF in blocks:
             row["time / FF"] = spread(ratios(blocks[FF], blocks[kind], clock))
-            row["time / FF, best blocks"] = max(speeds(blocks[FF], clock)) / max(speeds(blocks[kind], clock))
+            row["time / FF, best blocks"] = max(speeds(blocks[FF], clock)) / max(
+                speeds(blocks[kind], clock)
+            )
         rows.append(row)
     report.add(rows)
     print_line(case, rows)
@@ -177,18 +259,30 @@ def print_line(case: Case, rows: list[dict]) -> None:
     low_high = mark = best = ""
     if MRL in by and FF in by:
         found = by[MRL]["time / FF"]
-        low_high, mark = f"{found['min']:.3f}-{found['max']:.3f}", f"{GOAL:g}x" + "!" * (found["median"] > GOAL)
+        low_high, mark = (
+            f"{found['min']:.3f}-{found['max']:.3f}",
+            f"{GOAL:g}x" + "!" * (found["median"] > GOAL),
+        )
         best = f"{by[MRL]['time / FF, best blocks']:.3f}x"
     of = [f"{shown[f'of {peak}']:.0%}" if f"of {peak}" in shown else "-" for peak in (MATMUL, COPY)]
-    print(f"{case.name:28} {over(MRL):>7} {mark:>6} {low_high:>11} {best:>7} {over(MRL_E):>7} {over(OFFICIAL):>8} "
-          f"{over(OFFICIAL_E):>7}  {speed(FF):>8} {speed(MRL):>8} {speed(OFFICIAL):>8}  {'':8}  {of[0]:>9} {of[1]:>8}",
-          flush=True)  # fmt: skip
+    print(
+        f"{case.name:28} {over(MRL):>7} {mark:>6} {low_high:>11} {best:>7} {over(MRL_E):>7} "
+        f"{over(OFFICIAL):>8} "
+        f"{over(OFFICIAL_E):>7}  {speed(FF):>8} {speed(MRL):>8} {speed(OFFICIAL):>8}  {'':8}  "
+        f"{of[0]:>9} {of[1]:>8}",
+        flush=True,
+    )
 
 
 def heads(args: argparse.Namespace, batches: list[int], here: Machine, report: Report) -> None:
-    """Head and loss alone, forward and backward: in one product, prefix by prefix, and with the paper's loops."""
-    print(f"{'head and loss, width x batch':28} {'fused over prefixes':>19} {'over official':>13} "
-          f"{'prefixes over official':>22}  {'fused':>8} {'prefixes':>8} {'official':>8}  ms", flush=True)  # fmt: skip
+    """Head and loss alone, forward and backward: in one product, prefix by prefix, and with the
+    paper's loops.
+    """
+    print(
+        f"{'head and loss, width x batch':28} {'fused over prefixes':>19} {'over official':>13} "
+        f"{'prefixes over official':>22}  {'fused':>8} {'prefixes':>8} {'official':>8}  ms",
+        flush=True,
+    )
     graphs = (False, True) if here.device.type == "cuda" else (False,)
     for kind in (MRL, MRL_E):
         for width, batch, alone in itertools.product(args.widths, batches, graphs):
@@ -214,14 +308,28 @@ def head(case: HeadCase, args: argparse.Namespace, here: Machine, report: Report
     report.failed |= {f"{name} ({case.name})": reason for name, reason in failed.items()}
 
     def times(a: str, b: str) -> str:
-        return f"{median(ratios(blocks[a], blocks[b], clock)):.2f}x" if {a, b} <= blocks.keys() else "-"
+        return (
+            f"{median(ratios(blocks[a], blocks[b], clock)):.2f}x"
+            if {a, b} <= blocks.keys()
+            else "-"
+        )
 
-    ms = [f"{1e3 / rate(blocks[way], clock):8.3f}" if way in blocks else f"{'-':>8}" for way in make]
-    print(f"{case.name:28} {times('fused', 'prefixes'):>19} {times('fused', 'official'):>13} "
-          f"{times('prefixes', 'official'):>22}  {' '.join(ms)}", flush=True)  # fmt: skip
+    ms = [
+        f"{1e3 / rate(blocks[way], clock):8.3f}" if way in blocks else f"{'-':>8}" for way in make
+    ]
+    print(
+        f"{case.name:28} {times('fused', 'prefixes'):>19} {times('fused', 'official'):>13} "
+        f"{times('prefixes', 'official'):>22}  {' '.join(ms)}",
+        flush=True,
+    )
     about = {"bench": "step", "case": "head and loss", **case._asdict(), "classes": args.classes}
     about |= {"precision": here.precision, "clock": clock, "threads": here.threads}
-    report.add([about | {"way": way, "per_s": spread(speeds(found, clock))} for way, found in blocks.items()])
+    report.add(
+        [
+            about | {"way": way, "per_s": spread(speeds(found, clock))}
+            for way, found in blocks.items()
+        ]
+    )
     forget(here)
 
 
@@ -230,7 +338,9 @@ def speeds(blocks: list[Block], clock: str) -> list[float]:
 
 
 def share(blocks: dict, kind: str, peak: str, per_image: tuple[float, float], clock: str) -> float:
-    """Of a peak of the machine: what the step's operators ask of it, over what it gave in the same turn."""
+    """Of a peak of the machine: what the step's operators ask of it, over what it gave in the same
+    turn.
+    """
     amount = per_image[0] if peak == MATMUL else per_image[1]
     return amount * median(ratios(blocks[kind], blocks[peak], clock))
 
@@ -247,19 +357,26 @@ def profile(case: Case, classes: int, here: Machine) -> None:
     from torch.profiler import ProfilerActivity
 
     torch.set_num_threads(here.threads)
-    batch, step = synthetic(case.batch, case.res, classes, here), Step(MRL, case.arch, classes, here)
+    batch, step = (
+        synthetic(case.batch, case.res, classes, here),
+        Step(MRL, case.arch, classes, here),
+    )
     step.compile(case.mode)
     for _ in range(3):
         step(*batch)
     finish(here.device)
     gpu = here.device.type == "cuda"
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * gpu]) as found:
+    with torch.profiler.profile(
+        activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * gpu]
+    ) as found:
         for _ in range(3):
             step(*batch)
         finish(here.device)
     by = "self_cuda_time_total" if gpu else "self_cpu_time_total"
     print(f"{case.name}, three steps of MRL")
-    print(found.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60), flush=True)
+    print(
+        found.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60), flush=True
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The training steps that are measured: a fixed feature, MRL and MRL-E, ours and with the paper's own loops.
+"""The training steps that are measured: a fixed feature, MRL and MRL-E, ours and with the paper's
+own loops.
 
-Everything but head and loss is the same. The paper's head and loss are written anew from what its repository does
-(arXiv 2205.13147): a linear layer for every prefix, or slices of a single one, in a Python loop; a cross-entropy for
-every output; their weighted sum.
+Everything but head and loss is the same. The paper's head and loss are written anew from what its
+repository does (arXiv 2205.13147): a linear layer for every prefix, or slices of a single one, in a
+Python loop; a cross-entropy for every output; their weighted sum.
 """
 
 from __future__ import annotations
@@ -20,10 +21,22 @@ from matryoshka.models import backbone
 from matryoshka.nested import NestedLinear, default_dims, nested_cross_entropy, nested_logits
 from matryoshka.training.optim import parameter_groups
 
-FF, MRL, MRL_E, OFFICIAL, OFFICIAL_E = KINDS = ("FF", "MRL", "MRL-E", "official MRL", "official MRL-E")
+FF, MRL, MRL_E, OFFICIAL, OFFICIAL_E = KINDS = (
+    "FF",
+    "MRL",
+    "MRL-E",
+    "official MRL",
+    "official MRL-E",
+)
 MODES = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}  # torch.compile's
 SMOOTHING = 0.1
-SHORT = {"rn18": "resnet18", "rn34": "resnet34", "rn50": "resnet50", "rn101": "resnet101", "rn152": "resnet152"}
+SHORT = {
+    "rn18": "resnet18",
+    "rn34": "resnet34",
+    "rn50": "resnet50",
+    "rn101": "resnet101",
+    "rn152": "resnet152",
+}
 
 
 class OfficialHead(nn.Module):
@@ -32,7 +45,9 @@ class OfficialHead(nn.Module):
     def __init__(self, dims: Sequence[int], classes: int, shared: bool) -> None:
         super().__init__()
         self.dims, self.shared = tuple(dims), shared
-        self.heads = nn.ModuleList(nn.Linear(d, classes) for d in (self.dims[-1:] if shared else self.dims))
+        self.heads = nn.ModuleList(
+            nn.Linear(d, classes) for d in (self.dims[-1:] if shared else self.dims)
+        )
 
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
         outputs = ()
@@ -68,7 +83,9 @@ class OurHead(NestedLinear):
     fused: bool | None = None
 
     def forward(self, features: Tensor) -> Tensor:
-        return nested_logits(features, [(h.weight, h.bias) for h in self.heads], self.dims, self.fused)  # type: ignore[misc]
+        return nested_logits(
+            features, [(h.weight, h.bias) for h in self.heads], self.dims, self.fused
+        )  # type: ignore[misc]
 
 
 class _Objective(nn.Module):
@@ -82,7 +99,9 @@ class _Objective(nn.Module):
         return self.loss(self.head(self.trunk(inputs)), labels)
 
 
-def objective(kind: str, trunk: nn.Module, width: int, classes: int, fused: bool | None = None) -> nn.Module:
+def objective(
+    kind: str, trunk: nn.Module, width: int, classes: int, fused: bool | None = None
+) -> nn.Module:
     dims = (width,) if kind == FF else default_dims(width)
     if kind.startswith("official"):
         return _Objective(trunk, OfficialHead(dims, classes, kind == OFFICIAL_E), OfficialLoss())
@@ -92,14 +111,20 @@ def objective(kind: str, trunk: nn.Module, width: int, classes: int, fused: bool
 
 
 class Step:
-    """A training step as the trainer does it: images uint8 [B, H, W, 3] and labels [B] -> loss; updates the weights."""
+    """A training step as the trainer does it: images uint8 [B, H, W, 3] and labels [B] -> loss;
+    updates the weights.
+    """
 
     def __init__(self, kind: str, arch: str, classes: int, here: Machine) -> None:
         torch.manual_seed(0)
         trunk, width = backbone(SHORT.get(arch, arch))
         self.here = here
-        model = objective(kind, trunk, width, classes).to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = torch.optim.SGD(parameter_groups(model, 5e-5, 0), lr=0.01, momentum=0.9, fused=True)
+        model = objective(kind, trunk, width, classes).to(
+            here.device, memory_format=torch.channels_last
+        )  # type: ignore[call-overload]
+        self.optimizer = torch.optim.SGD(
+            parameter_groups(model, 5e-5, 0), lr=0.01, momentum=0.9, fused=True
+        )
         self.compute: Callable[[Tensor, Tensor], Tensor] = model
 
     def compile(self, mode: str) -> None:
@@ -122,7 +147,9 @@ def synthetic(batch: int, size: int, classes: int, here: Machine) -> tuple[Tenso
     return images, torch.randint(0, classes, (batch,), device=here.device)
 
 
-def head_call(kind: str, width: int, batch: int, classes: int, fused: bool | None, here: Machine) -> Callable[[], None]:
+def head_call(
+    kind: str, width: int, batch: int, classes: int, fused: bool | None, here: Machine
+) -> Callable[[], None]:
     """Forward and backward of head and loss alone, on features of the dtype that the trunk gives."""
     torch.manual_seed(0)
     compute = objective(kind, nn.Identity(), width, classes, fused).to(here.device)
@@ -141,7 +168,9 @@ def head_call(kind: str, width: int, batch: int, classes: int, fused: bool | Non
 
 
 def as_graph(call: Callable[[], None]) -> Callable[[], None]:
-    """The same work as one CUDA graph: the time of the device alone, which is what counts behind a busy trunk."""
+    """The same work as one CUDA graph: the time of the device alone, which is what counts behind a
+    busy trunk.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

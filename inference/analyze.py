@@ -1,10 +1,12 @@
-"""What the saved predictions of all prefixes tell: cascades, oracle, superclasses, trends, calibration, agreement.
+"""What the saved predictions of all prefixes tell: cascades, oracle, superclasses, trends,
+calibration, agreement.
 
     matryoshka eval    --path model.safetensors --data-root val.beton --save_logits --save_gt --output out/results.json
     matryoshka analyze --results out/results.json                                         # -> out/analysis.json
     matryoshka analyze --softmax mrl=True_..._softmax.pth --gt gt_dataset=V1.pth --dims 8,16,32,64,128,256,512,1024,2048
 
-Needs the labels (gt) and logits or softmax; predictions alone do for oracle, trends, agreement and superclasses.
+Needs the labels (gt) and logits or softmax; predictions alone do for oracle, trends, agreement and
+superclasses.
 """
 
 from __future__ import annotations
@@ -21,35 +23,58 @@ import numpy as np
 from matryoshka import config
 from matryoshka.evaluation import analysis, superclasses
 from matryoshka.evaluation.cascade import GRID, cascade, certify, evaluate, exits, split_indices
-from matryoshka.evaluation.prediction_arrays import SCORES, ArrayError, Arrays, from_files, from_results
+from matryoshka.evaluation.prediction_arrays import (
+    SCORES,
+    ArrayError,
+    Arrays,
+    from_files,
+    from_results,
+)
 from matryoshka.files import write_atomically
 
 ANALYSES = ("cascade", "oracle", "superclasses", "trends", "calibration", "agreement")
 NEED_SCORES = ("cascade", "calibration")
-FIT = 5000  # images that a temperature is fitted on: one parameter needs no more, and each costs 1000 exponentials
+# images that a temperature is fitted on: one parameter needs no more, and each costs 1000
+# exponentials
+FIT = 5000
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="analyze.py", description=__doc__, allow_abbrev=False,
+        prog="analyze.py",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     p.add_argument("--results", help="results.json of an evaluation that saved arrays")
     for kind in SCORES:
-        p.add_argument(f"--{kind}", help="the array itself, .npy or upstream's .pth, in place of --results")
+        p.add_argument(
+            f"--{kind}", help="the array itself, .npy or upstream's .pth, in place of --results"
+        )
     p.add_argument("--gt", help="its labels")
     p.add_argument("--dims", help="its prefix lengths, with commas")
     p.add_argument("--only", default=",".join(ANALYSES), help="some of %(default)s")
     p.add_argument("--splits", type=int, default=30, help="random splits of the images, default 30")
-    p.add_argument("--learn", type=float, default=0.2, help="share that thresholds are learned on, default 0.2")
+    p.add_argument(
+        "--learn", type=float, default=0.2, help="share that thresholds are learned on, default 0.2"
+    )
     p.add_argument("--seed", type=int, default=0, help="of the splits")
     p.add_argument(
-        "--epsilon", default="0.5,1,2", help="certified cascades: accuracy in points that may be lost, default 0.5,1,2"
+        "--epsilon",
+        default="0.5,1,2",
+        help="certified cascades: accuracy in points that may be lost, default 0.5,1,2",
     )
-    p.add_argument("--delta", type=float, default=0.05, help="with which probability more may be lost, default 0.05")
+    p.add_argument(
+        "--delta",
+        type=float,
+        default=0.05,
+        help="with which probability more may be lost, default 0.05",
+    )
     p.add_argument("--bins", type=int, default=analysis.BINS, help="of confidence, default 15")
     p.add_argument("--superclasses", metavar="LEVEL", help=superclasses.LEVELS)
-    p.add_argument("--output", help="file to write; default: analysis.json beside the results, else here")
+    p.add_argument(
+        "--output", help="file to write; default: analysis.json beside the results, else here"
+    )
     return p
 
 
@@ -71,13 +96,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise config.ConfigError(f"--output {output}: its folder does not exist; make it first")
 
     found: dict[str, Any] = {
-        **arrays.about, "dims": list(arrays.dims), "images": len(arrays.labels), "classes": arrays.num_classes,
+        **arrays.about,
+        "dims": list(arrays.dims),
+        "images": len(arrays.labels),
+        "classes": arrays.num_classes,
         "seed": args.seed,
-    }  # fmt: skip
+    }
     predictions, confidence = arrays.answers()
     correct = predictions == arrays.labels
     found["top1"] = dict(zip(map(str, arrays.dims), percent(correct.mean(1)), strict=True))
-    print(f"{found['images']:,} images, {arrays.num_classes} classes, prefixes {' '.join(map(str, arrays.dims))}")
+    print(
+        f"{found['images']:,} images, {arrays.num_classes} classes, prefixes "
+        f"{' '.join(map(str, arrays.dims))}"
+    )
     for name in wanted:
         if name == "cascade":
             found[name] = cascades(arrays, confidence, correct, args, epsilons)
@@ -102,7 +133,9 @@ def check(args: argparse.Namespace) -> tuple[list[str], list[float]]:
     """(analyses, epsilons in points)."""
     wanted = args.only.split(",")
     if args.results and (both := [k for k in (*SCORES, "gt", "dims") if getattr(args, k)]):
-        raise config.ConfigError(f"--results {args.results}: names its own arrays; drop --{both[0]}, or --results")
+        raise config.ConfigError(
+            f"--results {args.results}: names its own arrays; drop --{both[0]}, or --results"
+        )
     if unknown := [name for name in wanted if name not in ANALYSES]:
         raise config.ConfigError(f"--only {unknown[0]}: unknown; known: {', '.join(ANALYSES)}")
     try:
@@ -110,11 +143,16 @@ def check(args: argparse.Namespace) -> tuple[list[str], list[float]]:
     except ValueError:
         epsilons = []
     if not epsilons or not all(0 < e < 100 for e in epsilons):
-        raise config.ConfigError(f"--epsilon {args.epsilon}: expected points between 0 and 100, such as 0.5,1")
+        raise config.ConfigError(
+            f"--epsilon {args.epsilon}: expected points between 0 and 100, such as 0.5,1"
+        )
     for name, good in (
-        ("splits", args.splits > 0), ("learn", 0 < args.learn < 1), ("delta", 0 < args.delta < 1),
-        ("bins", 0 < args.bins <= 1000), ("seed", args.seed >= 0),
-    ):  # fmt: skip
+        ("splits", args.splits > 0),
+        ("learn", 0 < args.learn < 1),
+        ("delta", 0 < args.delta < 1),
+        ("bins", 0 < args.bins <= 1000),
+        ("seed", args.seed >= 0),
+    ):
         if not good:
             raise config.ConfigError(f"--{name} {getattr(args, name)}: out of range, see --help")
     return wanted, epsilons
@@ -124,7 +162,9 @@ def cannot(arrays: Arrays, learn: float) -> dict[str, str]:
     """Analyses that these arrays do not allow, and why."""
     n = len(arrays.labels)
     if arrays.scores is None:
-        return dict.fromkeys(NEED_SCORES, "needs --logits or --softmax; save them with eval --save_logits")
+        return dict.fromkeys(
+            NEED_SCORES, "needs --logits or --softmax; save them with eval --save_logits"
+        )
     if len(arrays.dims) < 2:
         return {"cascade": "needs two prefixes or more"}
     if not 0 < round(learn * n) < n:
@@ -140,57 +180,95 @@ def percent(values: np.ndarray) -> list[float | None]:
 def spread(values: np.ndarray, factor: float = 1.0) -> dict[str, float]:
     """Mean and standard deviation (ddof 1) over splits."""
     deviation = values.std(ddof=1) if len(values) > 1 else 0.0
-    return {"mean": round(factor * float(values.mean()), 4), "std": round(factor * float(deviation), 4)}
+    return {
+        "mean": round(factor * float(values.mean()), 4),
+        "std": round(factor * float(deviation), 4),
+    }
 
 
 # ---------------------------------------------------------------- the analyses: numbers for the file, lines to read
 
 
-def cascades(arrays: Arrays, confidence: np.ndarray, correct: np.ndarray, args, epsilons: list[float]) -> dict:
+def cascades(
+    arrays: Arrays, confidence: np.ndarray, correct: np.ndarray, args, epsilons: list[float]
+) -> dict:
     n, dims = len(arrays.labels), arrays.dims
     learn = round(args.learn * n)
     result = cascade(confidence, correct, dims, args.splits, args.learn, args.seed)
-    print(f"\n== cascade: thresholds from {learn:,} images, measured on {n - learn:,}; {args.splits} splits")
+    print(
+        f"\n== cascade: thresholds from {learn:,} images, measured on {n - learn:,}; "
+        f"{args.splits} splits"
+    )
     print("  ends at    top-1 %           mean dim           dims asked    threshold before")
     caps = []
     for g, dim in enumerate(dims):
         row: dict[str, Any] = {
-            "dim": dim, "top1": spread(result.accuracy[:, g], 100), "expected_dim": spread(result.expected_dim[:, g]),
+            "dim": dim,
+            "top1": spread(result.accuracy[:, g], 100),
+            "expected_dim": spread(result.expected_dim[:, g]),
             "cumulative_dim": spread(result.cumulative_dim[:, g]),
             "threshold": spread(result.thresholds[:, g - 1]) if g else None,
-        }  # fmt: skip
+        }
         caps.append(row)
-        shown = [f"{row[key]['mean']:8.2f} ± {row[key]['std']:<6.2f}" for key in ("top1", "expected_dim")]
+        shown = [
+            f"{row[key]['mean']:8.2f} ± {row[key]['std']:<6.2f}" for key in ("top1", "expected_dim")
+        ]
         threshold = f"{row['threshold']['mean']:10.3f}" if g else f"{'-':>10}"
         print(f"  {dim:7d}  {'  '.join(shown)}  {row['cumulative_dim']['mean']:10.2f}  {threshold}")
     certified = [certificate(confidence, correct, dims, points, args) for points in epsilons]
     return {
-        "splits": args.splits, "learn_images": learn, "test_images": n - learn,
-        "grid": [float(GRID[0]), float(GRID[-1]), len(GRID)], "caps": caps, "delta": args.delta, "certified": certified,
-    }  # fmt: skip
+        "splits": args.splits,
+        "learn_images": learn,
+        "test_images": n - learn,
+        "grid": [float(GRID[0]), float(GRID[-1]), len(GRID)],
+        "caps": caps,
+        "delta": args.delta,
+        "certified": certified,
+    }
 
 
-def certificate(confidence: np.ndarray, correct: np.ndarray, dims: Sequence[int], points: float, args) -> dict:
-    """For all images; and how certificates from one half of them hold on the other, over the splits."""
+def certificate(
+    confidence: np.ndarray, correct: np.ndarray, dims: Sequence[int], points: float, args
+) -> dict:
+    """For all images; and how certificates from one half of them hold on the other, over the
+    splits.
+    """
     whole = certify(confidence, correct, dims, points / 100, args.delta, args.seed)
     losses, lengths = [], []
-    for mine, rest in split_indices(correct.shape[1], args.splits, correct.shape[1] // 2, args.seed):
-        half = certify(confidence[:, mine], correct[:, mine], dims, points / 100, args.delta, args.seed)
+    for mine, rest in split_indices(
+        correct.shape[1], args.splits, correct.shape[1] // 2, args.seed
+    ):
+        half = certify(
+            confidence[:, mine], correct[:, mine], dims, points / 100, args.delta, args.seed
+        )
         there = evaluate(exits(confidence[:, rest], half.thresholds), correct[:, rest], dims)
         losses.append(100 * float(correct[-1, rest].mean() - there.accuracy[-1]))
         lengths.append(there.expected_dim[-1])
     above = sum(loss > points for loss in losses)
-    said = f"{whole.expected_dim:.1f} of {dims[-1]} dims" if whole.certified else "nothing shorter than the longest"
+    said = (
+        f"{whole.expected_dim:.1f} of {dims[-1]} dims"
+        if whole.certified
+        else "nothing shorter than the longest"
+    )
     print(
-        f"  certified at {100 * (1 - args.delta):g} %: at most {points:g} points lost with {said}; from half of the "
-        f"images, on the other half: {np.mean(losses):.2f} lost, above {points:g} in {above} of {len(losses)} splits"
+        f"  certified at {100 * (1 - args.delta):g} %: at most {points:g} points lost with "
+        f"{said}; from half of the "
+        f"images, on the other half: {np.mean(losses):.2f} lost, above {points:g} in {above} of "
+        f"{len(losses)} splits"
     )
     return {
-        "epsilon": points, "certified": whole.certified, "expected_dim": whole.expected_dim,
+        "epsilon": points,
+        "certified": whole.certified,
+        "expected_dim": whole.expected_dim,
         "thresholds": [None if np.isinf(t) else float(t) for t in whole.thresholds],
-        "loss_bound": round(100 * whole.loss_bound, 4), "top1": round(100 * whole.accuracy, 3),
-        "held_out": {"loss": spread(np.array(losses)), "expected_dim": spread(np.array(lengths)), "above": above},
-    }  # fmt: skip
+        "loss_bound": round(100 * whole.loss_bound, 4),
+        "top1": round(100 * whole.accuracy, 3),
+        "held_out": {
+            "loss": spread(np.array(losses)),
+            "expected_dim": spread(np.array(lengths)),
+            "above": above,
+        },
+    }
 
 
 def bounds(arrays: Arrays, predictions: np.ndarray) -> dict:
@@ -200,13 +278,17 @@ def bounds(arrays: Arrays, predictions: np.ndarray) -> dict:
     print("  " + "  ".join(f"{name:>6}" for name in shares))
     print("  " + "  ".join(f"{value:6.2f}" for value in shares.values()))
     print(
-        f"  some prefix is right {100 * result.accuracy:.2f} %, the majority {100 * result.majority_accuracy:.2f} %, "
-        f"the longest {shown_last(predictions, arrays)} %; mean dim of the oracle {result.expected_dim:.1f}"
+        f"  some prefix is right {100 * result.accuracy:.2f} %, the majority "
+        f"{100 * result.majority_accuracy:.2f} %, "
+        f"the longest {shown_last(predictions, arrays)} %; mean dim of the oracle "
+        f"{result.expected_dim:.1f}"
     )
     return {
-        "first_right": shares, "top1": round(100 * result.accuracy, 3), "expected_dim": result.expected_dim,
+        "first_right": shares,
+        "top1": round(100 * result.accuracy, 3),
+        "expected_dim": result.expected_dim,
         "majority_top1": round(100 * result.majority_accuracy, 3),
-    }  # fmt: skip
+    }
 
 
 def shown_last(predictions: np.ndarray, arrays: Arrays) -> str:
@@ -217,7 +299,9 @@ def by_superclass(arrays: Arrays, predictions: np.ndarray, args) -> dict | None:
     """None, and a note, where the classes are not ImageNet's; an error if a level was asked for."""
     try:
         if arrays.class_names is None:
-            raise superclasses.SuperclassError("--superclasses: the classes have no names; analyze --results FILE")
+            raise superclasses.SuperclassError(
+                "--superclasses: the classes have no names; analyze --results FILE"
+            )
         grouping = superclasses.superclasses(arrays.class_names, args.superclasses)
     except superclasses.SuperclassError as error:
         if args.superclasses is not None:
@@ -228,9 +312,13 @@ def by_superclass(arrays: Arrays, predictions: np.ndarray, args) -> dict | None:
     count = len(names)
     images = np.bincount(groups[arrays.labels], minlength=count)
     result: dict[str, Any] = {
-        "names": list(names), "images": images.tolist(),
-        "classes": np.bincount(groups, minlength=count).tolist(), "confusion": {}, "top1": {}, "within": {},
-    }  # fmt: skip
+        "names": list(names),
+        "images": images.tolist(),
+        "classes": np.bincount(groups, minlength=count).tolist(),
+        "confusion": {},
+        "top1": {},
+        "within": {},
+    }
     print(f"\n== superclasses: {count}-way (with '{names[0]}': {images[0]:,} images)")
     print("  prefix   top-1 %  within the group %")
     for g, dim in enumerate(arrays.dims):
@@ -259,7 +347,13 @@ def by_class(arrays: Arrays, predictions: np.ndarray) -> dict:
     images = np.bincount(arrays.labels, minlength=arrays.num_classes)
     names = arrays.class_names or [str(c) for c in range(arrays.num_classes)]
     rows = [
-        {"name": name, "shown": superclasses.name_of(name), "images": int(n), "top1": percent(values), "trend": kind}
+        {
+            "name": name,
+            "shown": superclasses.name_of(name),
+            "images": int(n),
+            "top1": percent(values),
+            "trend": kind,
+        }
         for name, n, values, kind in zip(names, images, accuracy.T, kinds, strict=True)
     ]
     return {"trends": counts, "per_class": rows}
@@ -271,29 +365,40 @@ def calibrations(arrays: Arrays, confidence: np.ndarray, correct: np.ndarray, ar
     n = len(arrays.labels)
     ((fit, rest),) = split_indices(n, 1, min(FIT, n // 2), args.seed)
     fit, rest = np.sort(fit), np.sort(rest)
-    print(f"\n== calibration: expected error in points; temperature from {len(fit):,} images, then on {len(rest):,}")
+    print(
+        f"\n== calibration: expected error in points; temperature from {len(fit):,} images, then "
+        f"on {len(rest):,}"
+    )
     print("  prefix      ECE    temperature    ECE before    ECE after")
     result = {}
     for g, dim in enumerate(arrays.dims):
         whole = analysis.calibration(confidence[g], correct[g], args.bins)
         result[str(dim)] = {
             "ece": round(100 * whole.ece, 3),
-            "bins": {"images": whole.counts.tolist(), "confidence": percent(whole.confidence),
-                     "top1": percent(whole.accuracy)},
-        }  # fmt: skip
+            "bins": {
+                "images": whole.counts.tolist(),
+                "confidence": percent(whole.confidence),
+                "top1": percent(whole.accuracy),
+            },
+        }
         line = f"  {dim:6d}  {100 * whole.ece:7.2f}"
         if len(fit):
             temperature = analysis.fit_temperature(arrays.logits(g, fit), arrays.labels[fit])
             before = analysis.calibration(confidence[g, rest], correct[g, rest], args.bins)
-            cooled = np.concatenate([
-                analysis.top_confidence(arrays.logits(g, part)[None] / np.float32(temperature))[1][0]
-                for part in np.array_split(rest, max(1, len(rest) // 4096))
-            ])  # fmt: skip
+            cooled = np.concatenate(
+                [
+                    analysis.top_confidence(arrays.logits(g, part)[None] / np.float32(temperature))[
+                        1
+                    ][0]
+                    for part in np.array_split(rest, max(1, len(rest) // 4096))
+                ]
+            )
             after = analysis.calibration(cooled, correct[g, rest], args.bins)
             result[str(dim)] |= {
-                "temperature": round(temperature, 4), "held_out_ece": round(100 * before.ece, 3),
+                "temperature": round(temperature, 4),
+                "held_out_ece": round(100 * before.ece, 3),
                 "held_out_ece_after": round(100 * after.ece, 3),
-            }  # fmt: skip
+            }
             line += f"  {temperature:13.3f}  {100 * before.ece:12.2f}  {100 * after.ece:11.2f}"
         print(line)
     return result

@@ -1,8 +1,10 @@
-"""The baselines that the MRL paper compares with, for one checkpoint: from its features alone, without training.
+"""The baselines that the MRL paper compares with, for one checkpoint: from its features alone,
+without training.
 
-    python baselines.py --path runs/ff/model.safetensors --train-data train.beton --val-data val.beton
-    python baselines.py --path torchvision:resnet50 --train-data /data/imagenet/train --val-data /data/imagenet/val \\
-        --only 1nn,ncm,svd,rand-fs
+    python baselines.py --path runs/ff/model.safetensors --train-data train.beton --val-data
+        val.beton
+    python baselines.py --path torchvision:resnet50 --train-data /data/imagenet/train --val-data
+        /data/imagenet/val \\ --only 1nn,ncm,svd,rand-fs
 
 linear    the checkpoint's own classifiers, at the prefixes that it was trained for
 1nn       class of the nearest training image; prefixes L2-normalised
@@ -12,9 +14,10 @@ svd-1nn   1nn on the features' projections on the first K right singular vectors
 rand-fs   1nn on K features drawn at random, --draws times; the whole feature has nothing to draw
 rand-lp   a linear probe on such features: matryoshka/probe.py, with --weight-decay
 
-linear, svd and svd-1nn need the classes that the model was trained on, the last two a model with one head; without
---only, what does not apply is left out. Figures are top-1 %, means over the draws with the standard deviation.
-The paper's row FF is one model for each width; here prefixes of a single-head model say FF<width>, and are one model's.
+linear, svd and svd-1nn need the classes that the model was trained on, the last two a model with
+one head; without --only, what does not apply is left out. Figures are top-1 %, means over the draws
+with the standard deviation. The paper's row FF is one model for each width; here prefixes of a
+single-head model say FF<width>, and are one model's.
 """
 
 from __future__ import annotations
@@ -46,8 +49,12 @@ from matryoshka.nested import check_dims, default_dims, nested_logits
 
 METHODS = ("linear", "1nn", "ncm", "svd", "svd-1nn", "rand-fs", "rand-lp")
 LIMITS = {
-    "batch_size": (1, 65536), "workers": (0, 1024), "draws": (1, 9999), "seed": (0, 2**63 - 1), "weight_decay": (0, 1e9)
-}  # fmt: skip
+    "batch_size": (1, 65536),
+    "workers": (0, 1024),
+    "draws": (1, 9999),
+    "seed": (0, 2**63 - 1),
+    "weight_decay": (0, 1e9),
+}
 NEED_CLASSES, NEED_ONE_HEAD = ("linear", "svd", "svd-1nn"), ("svd", "svd-1nn")
 
 
@@ -83,13 +90,26 @@ class Task:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="baselines.py", description=__doc__, allow_abbrev=False,
+        prog="baselines.py",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    p.add_argument("--path", required=True, help="a .safetensors or .pt file, torchvision:NAME[.WEIGHTS] or timm:NAME")
-    p.add_argument("--train-data", required=True, help="the database: a .beton file or a folder of class folders")
+    )
+    p.add_argument(
+        "--path",
+        required=True,
+        help="a .safetensors or .pt file, torchvision:NAME[.WEIGHTS] or timm:NAME",
+    )
+    p.add_argument(
+        "--train-data",
+        required=True,
+        help="the database: a .beton file or a folder of class folders",
+    )
     p.add_argument("--val-data", required=True, help="the queries")
-    p.add_argument("--dims", help="e.g. 8,64,512; default: the checkpoint's, or powers of two up to its one width")
+    p.add_argument(
+        "--dims",
+        help="e.g. 8,64,512; default: the checkpoint's, or powers of two up to its one width",
+    )
     p.add_argument("--only", help=f"some of {','.join(METHODS)}")
     p.add_argument("--shots", default="1,3,5,7,9", help="of ncm")
     p.add_argument("--ways", type=int, help="of ncm: classes in a draw; default: all")
@@ -99,12 +119,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mrl", action="store_true", help="an upstream checkpoint trained with MRL")
     p.add_argument("--efficient", action="store_true", help="with --mrl: MRL-E")
     p.add_argument("--rep_size", type=int, help="width of an upstream fixed-feature checkpoint")
-    p.add_argument("--old_ckpt", action="store_true", help="an upstream checkpoint with the keys of its first release")
+    p.add_argument(
+        "--old_ckpt",
+        action="store_true",
+        help="an upstream checkpoint with the keys of its first release",
+    )
     p.add_argument("--workers", type=int, default=0, help="decoding threads; default: all cores")
     p.add_argument("--batch-size", type=int, default=256)
     p.add_argument("--device", default="auto", choices=distributed.DEVICES)
-    p.add_argument("--precision", default="fp32", choices=distributed.PRECISIONS, help="of the trunk")
-    p.add_argument("--output", default="baselines.json", help="the results as JSON; default: baselines.json")
+    p.add_argument(
+        "--precision", default="fp32", choices=distributed.PRECISIONS, help="of the trunk"
+    )
+    p.add_argument(
+        "--output", default="baselines.json", help="the results as JSON; default: baselines.json"
+    )
     return p
 
 
@@ -115,15 +143,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.shots = numbers("--shots", args.shots)
     wanted = METHODS if args.only is None else tuple(args.only.split(","))
     if unknown := [method for method in wanted if method not in METHODS]:
-        raise config.ConfigError(f"--only {args.only}: {unknown[0]!r} is unknown; known: {', '.join(METHODS)}")
+        raise config.ConfigError(
+            f"--only {args.only}: {unknown[0]!r} is unknown; known: {', '.join(METHODS)}"
+        )
     train, val = open_dataset(args.train_data), open_dataset(args.val_data)
     check_sets(train, val)
     model = load_any(
-        args.path, mrl=args.mrl and not args.efficient, efficient=args.efficient, rep_size=args.rep_size,
+        args.path,
+        mrl=args.mrl and not args.efficient,
+        efficient=args.efficient,
+        rep_size=args.rep_size,
         old_ckpt=args.old_ckpt,
-    )  # fmt: skip
+    )
     dims = columns(args, model)
-    methods = [m for m in METHODS if m in wanted and applies(m, model, train, val, args.only is not None)]
+    methods = [
+        m for m in METHODS if m in wanted and applies(m, model, train, val, args.only is not None)
+    ]
     device = distributed.pick_device(args.device, 0)
     precision = distributed.pick_precision(args.precision, device)
     model = model.to(device).to(memory_format=torch.channels_last)
@@ -134,14 +169,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         splits[name] = extract(model, dataset, args, precision, device)
         seconds[f"features_{name}"] = round(time.perf_counter() - started, 3)
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    task = Task(args, model, model.spec.head_name.upper(), dims, splits["train"], splits["val"], device, dtype)
+    task = Task(
+        args,
+        model,
+        model.spec.head_name.upper(),
+        dims,
+        splits["train"],
+        splits["val"],
+        device,
+        dtype,
+    )
     say = partial(print, flush=True)
     for note in model.notes:
         say(f"note: {note}")
     say(f"{args.path}: {model.spec.arch}, {model.spec.head_name}")
-    say(f"train {train.path}: {len(train):,} images; val {val.path}: {len(val):,}, {train.num_classes} classes")
+    say(
+        f"train {train.path}: {len(train):,} images; val {val.path}: {len(val):,}, "
+        f"{train.num_classes} classes"
+    )
     if left_out := [m for m in wanted if m not in methods]:
-        say(f"note: {', '.join(left_out)} left out: these need the model's own classes, svd one head, too")
+        say(
+            f"note: {', '.join(left_out)} left out: these need the model's own classes, svd one "
+            "head, too"
+        )
     rows = {}
     for method in methods:
         started = time.perf_counter()
@@ -152,11 +202,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(table(rows, dims))
     say("seconds  " + "  ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
     results = {
-        "methods": rows, "dims": list(dims), "checkpoint": args.path, "arch": model.spec.arch,
-        "head": model.spec.head_name, "train": str(train.path), "val": str(val.path), "n_train": len(train),
-        "n_val": len(val), "classes": train.num_classes, "seed": args.seed, "draws": args.draws, "ways": args.ways,
-        "precision": precision, "seconds": seconds, "environment": environment(),
-    }  # fmt: skip
+        "methods": rows,
+        "dims": list(dims),
+        "checkpoint": args.path,
+        "arch": model.spec.arch,
+        "head": model.spec.head_name,
+        "train": str(train.path),
+        "val": str(val.path),
+        "n_train": len(train),
+        "n_val": len(val),
+        "classes": train.num_classes,
+        "seed": args.seed,
+        "draws": args.draws,
+        "ways": args.ways,
+        "precision": precision,
+        "seconds": seconds,
+        "environment": environment(),
+    }
     write_atomically(args.output, (json.dumps(results, indent=1) + "\n").encode())
     say(f"results  {args.output}")
     return 0
@@ -170,11 +232,15 @@ def check(args: argparse.Namespace) -> None:
         raise config.ConfigError("baselines.py runs as one process; start it without torchrun")
     for option, (low, high) in LIMITS.items():
         if not low <= (value := getattr(args, option)) <= high:  # nor NaN
-            raise config.ConfigError(f"--{option.replace('_', '-')} {value}: expected {low} to {int(high)}")
+            raise config.ConfigError(
+                f"--{option.replace('_', '-')} {value}: expected {low} to {int(high)}"
+            )
     if Path(args.output).is_dir():
         raise config.ConfigError(f"--output {args.output}: is a folder; give the name of a file")
     if not Path(args.output).resolve().parent.is_dir():
-        raise config.ConfigError(f"--output {args.output}: its folder does not exist; make it first")
+        raise config.ConfigError(
+            f"--output {args.output}: its folder does not exist; make it first"
+        )
 
 
 def numbers(option: str, text: str) -> tuple[int, ...]:
@@ -183,7 +249,9 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
         values = tuple(int(word) for word in text.split(","))
         return check_dims(values, max(values))
     except ValueError:
-        raise config.ConfigError(f"{option} {text}: expected increasing numbers with commas, such as 1,8,64") from None
+        raise config.ConfigError(
+            f"{option} {text}: expected increasing numbers with commas, such as 1,8,64"
+        ) from None
 
 
 def check_sets(train, val) -> None:
@@ -192,28 +260,38 @@ def check_sets(train, val) -> None:
         if not len(dataset):
             raise config.ConfigError(f"{option} {dataset.path}: has no images")
         if dataset.labels.min() < 0:
-            raise config.ConfigError(f"{option} {dataset.path}: has negative labels; write it again with sound ones")
+            raise config.ConfigError(
+                f"{option} {dataset.path}: has negative labels; write it again with sound ones"
+            )
     if train.classes and val.classes and train.classes != val.classes:
         raise config.ConfigError(
-            f"--val-data {val.path}: its {val.num_classes} classes are not the {train.num_classes} of {train.path}; "
+            f"--val-data {val.path}: its {val.num_classes} classes are not the "
+            f"{train.num_classes} of {train.path}; "
             "give two sets with the same class folders"
         )
     if val.num_classes > train.num_classes:
         raise config.ConfigError(
-            f"--val-data {val.path}: has {val.num_classes} classes, {train.path} only {train.num_classes}"
+            f"--val-data {val.path}: has {val.num_classes} classes, {train.path} only "
+            f"{train.num_classes}"
         )
     if len(set(train.labels.tolist())) < 2:
-        raise config.ConfigError(f"--train-data {train.path}: has only one class, nothing to tell apart")
+        raise config.ConfigError(
+            f"--train-data {train.path}: has only one class, nothing to tell apart"
+        )
 
 
 def columns(args: argparse.Namespace, model: NestedModel) -> tuple[int, ...]:
-    """The prefixes to look at: --dims, or the model's, or powers of two up to a fixed feature's width."""
+    """The prefixes to look at: --dims, or the model's, or powers of two up to a fixed feature's
+    width.
+    """
     width = model.dims[-1]
     if args.dims is None:
         return model.dims if len(model.dims) > 1 else default_dims(width, min(8, width))
     dims = numbers("--dims", args.dims)
     if dims[-1] > width:
-        raise config.ConfigError(f"--dims {args.dims}: go beyond the feature width {width} of {args.path}")
+        raise config.ConfigError(
+            f"--dims {args.dims}: go beyond the feature width {width} of {args.path}"
+        )
     return dims
 
 
@@ -221,7 +299,10 @@ def applies(method: str, model: NestedModel, train, val, asked: bool) -> bool:
     """Whether a method makes sense for model and data. asked: that it does not is an error."""
     try:
         if method in NEED_ONE_HEAD and len(model.dims) > 1:
-            raise ModelError(f"--only {method}: needs a model with one classifier, this is {model.spec.head_name}")
+            raise ModelError(
+                f"--only {method}: needs a model with one classifier, this is "
+                f"{model.spec.head_name}"
+            )
         if method in NEED_CLASSES:
             for dataset in (train, val):
                 model.check_classes(dataset)
@@ -238,11 +319,23 @@ def applies(method: str, model: NestedModel, train, val, asked: bool) -> bool:
 def extract(model: NestedModel, dataset, args, precision: str, device: torch.device) -> Split:
     """The features that the classifiers see, on the device where half of its memory holds them."""
     crop = CenterCrop(model.preprocessing.size, model.preprocessing.ratio)
-    loader = Loader(dataset, args.batch_size, order="sequential", image=crop, num_workers=args.workers, device=device)
-    bar = tqdm(loader, desc=dataset.path.name, leave=False, unit="batch", disable=not sys.stderr.isatty())
+    loader = Loader(
+        dataset,
+        args.batch_size,
+        order="sequential",
+        image=crop,
+        num_workers=args.workers,
+        device=device,
+    )
+    bar = tqdm(
+        loader, desc=dataset.path.name, leave=False, unit="batch", disable=not sys.stderr.isatty()
+    )
     features, labels = extract_features(model, bar, len(dataset), precision)
     if not bool(torch.isfinite(features.sum(0)).all()):
-        raise ModelError(f"--path {args.path}: its features of {dataset.path} are not finite; use --precision fp32")
+        raise ModelError(
+            f"--path {args.path}: its features of {dataset.path} are not finite; use --precision "
+            "fp32"
+        )
     features = features[:, : model.dims[-1]]  # a fixed feature may be narrower than its trunk
     if device.type == "cuda" and features.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         features = features.to(device)
@@ -250,15 +343,26 @@ def extract(model: NestedModel, dataset, args, precision: str, device: torch.dev
 
 
 def row(
-    metric: str, dims: Sequence[int], values: Sequence[float], std: Sequence[float | None] | None = None, **more
+    metric: str,
+    dims: Sequence[int],
+    values: Sequence[float],
+    std: Sequence[float | None] | None = None,
+    **more,
 ) -> dict:
     """One method's entry of the JSON file."""
     spread = None if std is None else dict(zip(map(str, dims), std, strict=True))
-    return {"metric": metric, "values": dict(zip(map(str, dims), values, strict=True)), "std": spread, **more}
+    return {
+        "metric": metric,
+        "values": dict(zip(map(str, dims), values, strict=True)),
+        "std": spread,
+        **more,
+    }
 
 
 def spread(values: Tensor) -> dict:
-    """Mean and sample standard deviation over draws, [draws, G]; without a second draw there is none."""
+    """Mean and sample standard deviation over draws, [draws, G]; without a second draw there is
+    none.
+    """
     std = values.std(0).tolist() if len(values) > 1 else None
     return {"values": values.mean(0).tolist(), "std": std, "draws": len(values)}
 
@@ -267,23 +371,36 @@ def linear_accuracy(task: Task, heads, dims: Sequence[int]) -> list[float]:
     """Top-1 % of classifiers on the prefixes of the validation features."""
     hits = torch.zeros(len(dims), dtype=torch.int64)
     for x, y in zip(task.val.features.split(1024), task.val.labels.split(1024), strict=True):
-        logits = nested_logits(x.to(heads[0][0].device, heads[0][0].dtype), heads, dims, fused=False)
+        logits = nested_logits(
+            x.to(heads[0][0].device, heads[0][0].dtype), heads, dims, fused=False
+        )
         hits += (logits.argmax(2).cpu() == y).sum(1)
     return (100 * hits.double() / len(task.val.labels)).tolist()
 
 
-def neighbour_accuracy(task: Task, database: Tensor, queries: Tensor, dims: Sequence[int]) -> list[float]:
-    return knn_accuracy(nearest(database, queries, dims, **task.place), task.train.labels, task.val.labels)
+def neighbour_accuracy(
+    task: Task, database: Tensor, queries: Tensor, dims: Sequence[int]
+) -> list[float]:
+    return knn_accuracy(
+        nearest(database, queries, dims, **task.place), task.train.labels, task.val.labels
+    )
 
 
 def own_heads(task: Task) -> list[tuple[Tensor, Tensor]]:
-    return [(h.get_parameter("weight").detach(), h.get_parameter("bias").detach()) for h in task.model.head.heads]
+    return [
+        (h.get_parameter("weight").detach(), h.get_parameter("bias").detach())
+        for h in task.model.head.heads
+    ]
 
 
 def linear(task: Task) -> dict:
-    values = dict(zip(task.model.dims, linear_accuracy(task, own_heads(task), task.model.dims), strict=True))
+    values = dict(
+        zip(task.model.dims, linear_accuracy(task, own_heads(task), task.model.dims), strict=True)
+    )
     kept = [d for d in task.dims if d in values]
-    return {f"{task.name} linear": row("top1 linear", kept, [values[d] for d in kept])} if kept else {}
+    return (
+        {f"{task.name} linear": row("top1 linear", kept, [values[d] for d in kept])} if kept else {}
+    )
 
 
 def one_nn(task: Task) -> dict:
@@ -294,9 +411,17 @@ def one_nn(task: Task) -> dict:
 def class_means(task: Task) -> dict:
     a = task.args
     accuracy = nearest_class_mean(
-        task.train.features, task.train.labels, task.val.features, task.val.labels, task.dims, a.shots,
-        draws=a.draws, seed=a.seed, ways=a.ways, **task.place,
-    )  # fmt: skip
+        task.train.features,
+        task.train.labels,
+        task.val.features,
+        task.val.labels,
+        task.dims,
+        a.shots,
+        draws=a.draws,
+        seed=a.seed,
+        ways=a.ways,
+        **task.place,
+    )
     ways = f"{a.ways}-way " if a.ways else ""
     return {
         f"{task.name} NCM {ways}{n}-shot": row(
@@ -327,30 +452,46 @@ def svd_neighbours(task: Task) -> dict:
         torch.cat([(x.to(axes) @ axes[: dims[-1]].T).to(x) for x in split.features.split(8192)])
         for split in (task.train, task.val)
     )
-    return {"SVD 1-NN": row("top1 1-nn", dims, neighbour_accuracy(task, database, queries, dims), rank=len(axes))}
+    return {
+        "SVD 1-NN": row(
+            "top1 1-nn", dims, neighbour_accuracy(task, database, queries, dims), rank=len(axes)
+        )
+    }
 
 
 def over_draws(task: Task, compute: Callable[[Tensor, Sequence[int]], list[float]]) -> dict:
-    """compute(column numbers, dims) for --draws random orders of the features; their prefixes are the random subsets.
+    """compute(column numbers, dims) for --draws random orders of the features; their prefixes are
+    the random subsets.
 
     The whole feature has one subset only: it is computed once, and has no spread.
     """
     drawn = [d for d in task.dims if d < task.width]
     a, values, std = task.args, [], []
     if drawn:
-        order = [torch.Generator().manual_seed((a.seed * 1_000_003 + draw) % 2**63) for draw in range(a.draws)]
+        order = [
+            torch.Generator().manual_seed((a.seed * 1_000_003 + draw) % 2**63)
+            for draw in range(a.draws)
+        ]
         columns = [torch.randperm(task.width, generator=g)[: drawn[-1]] for g in order]
         found = spread(torch.tensor([compute(one, drawn) for one in columns], dtype=torch.float64))
         values, std = found["values"], found["std"]
     if len(drawn) < len(task.dims):
         values = values + compute(torch.arange(task.width), [task.width])
         std = None if std is None else [*std, None]
-    return {"dims": task.dims, "values": values, "std": std or None, "draws": a.draws, "seed": a.seed}
+    return {
+        "dims": task.dims,
+        "values": values,
+        "std": std or None,
+        "draws": a.draws,
+        "seed": a.seed,
+    }
 
 
 def random_features(task: Task) -> dict:
     def compute(columns: Tensor, dims: Sequence[int]) -> list[float]:
-        database, queries = (split.features[:, columns.to(split.features.device)] for split in (task.train, task.val))
+        database, queries = (
+            split.features[:, columns.to(split.features.device)] for split in (task.train, task.val)
+        )
         return neighbour_accuracy(task, database, queries, dims)
 
     return {"Rand. FS 1-NN": row("top1 1-nn", **over_draws(task, compute))}
@@ -362,9 +503,13 @@ def random_probe(task: Task) -> dict:
     def compute(columns: Tensor, dims: Sequence[int]) -> list[float]:
         columns = columns.to(task.train.features.device)
         probe = fit(
-            task.train.features[:, columns], task.train.labels, dims, int(task.train.labels.max()) + 1,
-            task.args.weight_decay, **task.place,
-        )  # fmt: skip
+            task.train.features[:, columns],
+            task.train.labels,
+            dims,
+            int(task.train.labels.max()) + 1,
+            task.args.weight_decay,
+            **task.place,
+        )
         converged.extend(probe.converged)
         chosen = Split(task.val.features[:, columns.to(task.val.features.device)], task.val.labels)
         return linear_accuracy(Task(**{**vars(task), "val": chosen}), probe.heads, dims)
@@ -375,12 +520,18 @@ def random_probe(task: Task) -> dict:
 
 
 COMPUTE: dict[str, Callable[[Task], dict]] = dict(
-    zip(METHODS, (linear, one_nn, class_means, svd, svd_neighbours, random_features, random_probe), strict=True)
+    zip(
+        METHODS,
+        (linear, one_nn, class_means, svd, svd_neighbours, random_features, random_probe),
+        strict=True,
+    )
 )
 
 
 def table(rows: dict[str, dict], dims: Sequence[int]) -> str:
-    """Methods x prefixes, top-1 %, with the standard deviation where there is one; - where there is no figure."""
+    """Methods x prefixes, top-1 %, with the standard deviation where there is one; - where there is
+    no figure.
+    """
     lines = [["top-1 %", *map(str, dims)]]
     for name, entry in rows.items():
         cells = []
@@ -391,7 +542,12 @@ def table(rows: dict[str, dict], dims: Sequence[int]) -> str:
         lines.append([name, *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        "  ".join(
+            [
+                line[0].ljust(widths[0]),
+                *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True)),
+            ]
+        )
         for line in lines
     )
 

@@ -1,16 +1,19 @@
 """Where every prefix of a checkpoint looks: Grad-CAM heat maps of some images, a picture for each.
 
-    python gradcam.py --path runs/demo/mrl/model.safetensors --data runs/demo/val.beton --output maps
-    python gradcam.py --path final_weights.pt --mrl --data holiday/ --output maps --dims 8,64,2048 --images 50
-    matryoshka gradcam --path torchvision:resnet50 --data photo.jpg --output maps --target 207
+    python gradcam.py --path runs/demo/mrl/model.safetensors --data runs/demo/val.beton --output
+    maps python gradcam.py --path final_weights.pt --mrl --data holiday/ --output maps --dims
+    8,64,2048 --images 50 matryoshka gradcam --path torchvision:resnet50 --data photo.jpg --output
+    maps --target 207
 
---data: a .beton file, a folder of class folders, a folder with image files directly in it (of one class where it has
-a class's name), or one image file. Of more than --images those that lie evenly over the whole set. An image that
-cannot be read is skipped, with a line that names it. Images are cropped as in the checkpoint's evaluation.
+--data: a .beton file, a folder of class folders, a folder with image files directly in it (of one
+class where it has a class's name), or one image file. Of more than --images those that lie evenly
+over the whole set. An image that cannot be read is skipped, with a line that names it. Images are
+cropped as in the checkpoint's evaluation.
 
-Writes <number>_<name>.png for each image and gradcam.json, a list of {"image": name in the data, "label": name of the
-true class or null, "file": name of the picture, "prefixes": {dim: {"prediction": name, "confidence": 0 to 1,
-"correct": true, false, or null where the true class is not known or not one of the model's}}}.
+Writes <number>_<name>.png for each image and gradcam.json, a list of {"image": name in the data,
+"label": name of the true class or null, "file": name of the picture, "prefixes": {dim:
+{"prediction": name, "confidence": 0 to 1, "correct": true, false, or null where the true class is
+not known or not one of the model's}}}.
 """
 
 from __future__ import annotations
@@ -51,30 +54,51 @@ FORMATS = ("png", "jpg")
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="gradcam.py", description=__doc__, allow_abbrev=False,
+        prog="gradcam.py",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     p.add_argument(
         "--path",
         required=True,
-        help="model.safetensors, upstream's final_weights.pt, or as a baseline torchvision:NAME[.WEIGHTS] or timm:NAME",
+        help="model.safetensors, upstream's final_weights.pt, or as a baseline "
+        "torchvision:NAME[.WEIGHTS] or timm:NAME",
     )
     p.add_argument("--mrl", action="store_true", help="an upstream checkpoint trained with MRL")
     p.add_argument("--efficient", action="store_true", help="with --mrl: MRL-E")
     p.add_argument("--rep_size", type=int, help="width of an upstream fixed-feature checkpoint")
-    p.add_argument("--old_ckpt", action="store_true", help="an upstream checkpoint with the keys of its first release")
-    p.add_argument("--data", required=True, help=".beton file, folder of class folders, folder of images, or image")
-    p.add_argument("--output", required=True, metavar="DIR", help="folder for the pictures; made where it is missing")
+    p.add_argument(
+        "--old_ckpt",
+        action="store_true",
+        help="an upstream checkpoint with the keys of its first release",
+    )
+    p.add_argument(
+        "--data",
+        required=True,
+        help=".beton file, folder of class folders, folder of images, or image",
+    )
+    p.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="folder for the pictures; made where it is missing",
+    )
     p.add_argument("--images", type=int, default=20, help="how many images at most; default 20")
-    p.add_argument("--dims", metavar="D,D,...", help="prefixes to show; default: all of the checkpoint's")
+    p.add_argument(
+        "--dims", metavar="D,D,...", help="prefixes to show; default: all of the checkpoint's"
+    )
     p.add_argument(
         "--target",
         default="predicted",
         metavar="predicted|label|INDEX",
-        help="the class whose logit is explained: each prefix's own prediction (default), the true one, or a number",
+        help="the class whose logit is explained: each prefix's own prediction (default), the "
+        "true one, or a number",
     )
     p.add_argument(
-        "--layer", help="module of the backbone that maps are made of, e.g. layer3; default: the last that has a map"
+        "--layer",
+        help="module of the backbone that maps are made of, e.g. layer3; default: the last that "
+        "has a map",
     )
     p.add_argument("--device", default="auto", choices=distributed.DEVICES)
     p.add_argument("--format", default="png", choices=FORMATS)
@@ -87,38 +111,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.images < 1:
         raise config.ConfigError(f"--images {args.images}: must be 1 or more")
     if args.target not in ("predicted", "label") and not args.target.isdecimal():
-        raise config.ConfigError(f"--target {args.target}: expected predicted, label, or the number of a class")
+        raise config.ConfigError(
+            f"--target {args.target}: expected predicted, label, or the number of a class"
+        )
     model = load_any(
-        args.path, mrl=args.mrl and not args.efficient, efficient=args.efficient, rep_size=args.rep_size,
+        args.path,
+        mrl=args.mrl and not args.efficient,
+        efficient=args.efficient,
+        rep_size=args.rep_size,
         old_ckpt=args.old_ckpt,
-    )  # fmt: skip
+    )
     source = open_images(args.data, known_names(model))
     dims = chosen_prefixes(args.dims, model.dims)
     classes = class_names(model)
     number = int(args.target) if args.target.isdecimal() else None
     if number is not None and number >= len(classes):
-        raise config.ConfigError(f"--target {args.target}: the model has classes 0 to {len(classes) - 1}")
+        raise config.ConfigError(
+            f"--target {args.target}: the model has classes 0 to {len(classes) - 1}"
+        )
     chosen = evenly(len(source), args.images)
     truth = class_indices(source, chosen, model)
     if args.target == "label" and (unknown := chosen[truth < 0].tolist()):
         raise config.ConfigError(
-            f"--target label: {source.path}: the class of {printable(source.name(unknown[0]))} is not one of the "
+            f"--target label: {source.path}: the class of {printable(source.name(unknown[0]))} "
+            "is not one of the "
             "model's; use --target predicted"
         )
     device = distributed.pick_device(args.device, 0)
     model = model.to(device)
     crop = CenterCrop(model.preprocessing.size, model.preprocessing.ratio)
-    loader = Loader(some_of(source, chosen), BATCH, order="sequential", image=crop, device=device, on_error="skip")
+    loader = Loader(
+        some_of(source, chosen),
+        BATCH,
+        order="sequential",
+        image=crop,
+        device=device,
+        on_error="skip",
+    )
     folder, layer, shown = Path(args.output), None, []
     for batch in loader:
         images = normalise(batch.images, model.preprocessing.mean, model.preprocessing.std)
         layer = layer or find_layer(model, images, args.layer)
         labels = torch.from_numpy(truth).to(device)[batch.index]
-        targets = {"predicted": None, "label": labels}.get(args.target, torch.full_like(labels, number or 0))
+        targets = {"predicted": None, "label": labels}.get(
+            args.target, torch.full_like(labels, number or 0)
+        )
         found = heat_maps(model, images, targets, layer.name)
         if not bool(torch.isfinite(found.confidences).all()):
             raise checkpoint.CheckpointError(
-                f"--path {args.path}: its outputs are not finite, training has diverged; give an earlier checkpoint"
+                f"--path {args.path}: its outputs are not finite, training has diverged; give an "
+                "earlier checkpoint"
             )
         if not shown:  # nothing is written before everything is known to be right
             announce(args, model, layer)
@@ -129,21 +171,42 @@ def main(argv: Sequence[str] | None = None) -> int:
             cells = []
             for g in map(model.dims.index, dims):
                 correct = bool(predictions[g, b] == label) if label >= 0 else None
-                prediction, confidence = classes[predictions[g, b]], round(float(confidences[g, b]), 6)
+                prediction, confidence = (
+                    classes[predictions[g, b]],
+                    round(float(confidences[g, b]), 6),
+                )
                 cells.append(Cell(model.dims[g], maps[g, b], prediction, confidence, correct))
             true = true_class(source, index, label, classes)
-            line = "" if true is None else f"true class: {true}" if label >= 0 else f"{true}: no class of the model"
-            of = {"predicted": "each prefix's prediction", "label": "the true class"}.get(args.target)
+            line = (
+                ""
+                if true is None
+                else f"true class: {true}"
+                if label >= 0
+                else f"{true}: no class of the model"
+            )
+            of = {"predicted": "each prefix's prediction", "label": "the true class"}.get(
+                args.target
+            )
             size = f"{layer.height}\N{MULTIPLICATION SIGN}{layer.width}"
             note = f"Grad-CAM at {layer.name} ({size}) of {of or classes[number or 0]}"
-            title = name if isinstance(source, BetonFile) else Path(name).name  # the class is shown below it
-            with warnings.catch_warnings():  # names in scripts that matplotlib's font lacks are drawn as boxes
+            title = (
+                name if isinstance(source, BetonFile) else Path(name).name
+            )  # the class is shown below it
+            with (
+                warnings.catch_warnings()
+            ):  # names in scripts that matplotlib's font lacks are drawn as boxes
                 warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-                picture = encoded(montage(batch.images[b].cpu().numpy(), title, line, cells, note), args.format)
+                picture = encoded(
+                    montage(batch.images[b].cpu().numpy(), title, line, cells, note), args.format
+                )
             file = f"{index:05d}_{word(name)}.{args.format}"
             write_atomically(folder / file, picture)
             prefixes = {
-                str(c.dim): {"prediction": c.prediction, "confidence": c.confidence, "correct": c.correct}
+                str(c.dim): {
+                    "prediction": c.prediction,
+                    "confidence": c.confidence,
+                    "correct": c.correct,
+                }
                 for c in cells
             }
             shown.append({"image": name, "label": true, "file": file, "prefixes": prefixes})
@@ -162,16 +225,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Files(ImageFolder):
-    """Image files below `root`, `names` relative to it, as a Loader reads them. Labels int64 [N], -1 for unknown."""
+    """Image files below `root`, `names` relative to it, as a Loader reads them. Labels int64 [N],
+    -1 for unknown.
+    """
 
-    def __init__(self, root: Path, names: Sequence[str], labels: np.ndarray, classes: list[str]) -> None:
+    def __init__(
+        self, root: Path, names: Sequence[str], labels: np.ndarray, classes: list[str]
+    ) -> None:
         self.path, self.classes, self.labels = root, classes, labels
         self._names = list(names)
 
 
 def open_images(path: str, known: Sequence[str]) -> BetonFile | ImageFolder:
-    """What --data names. Files that lie directly in a folder are its images; their class is the folder's name where
-    that is one of `known`, the names of the model's classes."""
+    """What --data names. Files that lie directly in a folder are its images; their class is the
+    folder's name where that is one of `known`, the names of the model's classes.
+    """
     place = Path(path)
     names = []
     if place.is_file() and place.name.lower().endswith(EXTENSIONS):
@@ -180,12 +248,19 @@ def open_images(path: str, known: Sequence[str]) -> BetonFile | ImageFolder:
         names = sorted(
             file.name
             for file in place.iterdir()
-            if file.name.lower().endswith(EXTENSIONS) and not file.name.startswith(".") and file.is_file()
+            if file.name.lower().endswith(EXTENSIONS)
+            and not file.name.startswith(".")
+            and file.is_file()
         )
     if not names:
         return open_dataset(path)
     folder = place.resolve().name
-    return Files(place, names, np.full(len(names), 0 if folder in known else -1), [folder] if folder in known else [])
+    return Files(
+        place,
+        names,
+        np.full(len(names), 0 if folder in known else -1),
+        [folder] if folder in known else [],
+    )
 
 
 def some_of(source: BetonFile | ImageFolder, chosen: np.ndarray) -> Subset | Files:
@@ -206,11 +281,15 @@ def evenly(total: int, most: int) -> np.ndarray:
 
 def class_names(model: NestedModel) -> list[str]:
     """A readable name for every class of the model."""
-    return [in_words(name) for name in known_names(model)] or [f"class {i}" for i in range(model.spec.num_classes)]
+    return [in_words(name) for name in known_names(model)] or [
+        f"class {i}" for i in range(model.spec.num_classes)
+    ]
 
 
 def known_names(model: NestedModel) -> list[str]:
-    """The model's names of its classes, or none; upstream's checkpoints lack them, with 1000 they are ImageNet's."""
+    """The model's names of its classes, or none; upstream's checkpoints lack them, with 1000 they
+    are ImageNet's.
+    """
     return model.classes or (wnids() if model.spec.num_classes == CLASSES else [])
 
 
@@ -226,10 +305,13 @@ def words() -> dict[str, str]:
     return dict(zip(wnids(), ResNet50_Weights.DEFAULT.meta["categories"], strict=True))
 
 
-def class_indices(source: BetonFile | ImageFolder, chosen: np.ndarray, model: NestedModel) -> np.ndarray:
+def class_indices(
+    source: BetonFile | ImageFolder, chosen: np.ndarray, model: NestedModel
+) -> np.ndarray:
     """int64 [n]: the model's class of the images `chosen` (int64 [n]), -1 for none.
 
-    By name where both have names; ImageNet's folders may be numbered, 0 to 999. Else the label itself.
+    By name where both have names; ImageNet's folders may be numbered, 0 to 999. Else the label
+    itself.
     """
     count, labels = model.spec.num_classes, source.labels[chosen]
     ours, theirs = known_names(model), source.classes
@@ -242,8 +324,12 @@ def class_indices(source: BetonFile | ImageFolder, chosen: np.ndarray, model: Ne
     return np.array([known.get(name, -1) for name in names], np.int64)
 
 
-def true_class(source: BetonFile | ImageFolder, index: int, label: int, classes: list[str]) -> str | None:
-    """The name of an image's class, as the model or else the data has it; label: its class in the model, or -1."""
+def true_class(
+    source: BetonFile | ImageFolder, index: int, label: int, classes: list[str]
+) -> str | None:
+    """The name of an image's class, as the model or else the data has it; label: its class in the
+    model, or -1.
+    """
     if label >= 0:
         return classes[label]
     own, theirs = int(source.labels[index]), source.classes
@@ -258,9 +344,13 @@ def chosen_prefixes(text: str | None, dims: tuple[int, ...]) -> list[int]:
     try:
         asked = sorted({int(d) for d in text.split(",")})
     except ValueError:
-        raise config.ConfigError(f"--dims {text}: expected prefix lengths with commas, such as 8,64,512") from None
+        raise config.ConfigError(
+            f"--dims {text}: expected prefix lengths with commas, such as 8,64,512"
+        ) from None
     if unknown := [d for d in asked if d not in dims]:
-        raise config.ConfigError(f"--dims {text}: the model has no prefix {unknown[0]}, but {list(dims)}")
+        raise config.ConfigError(
+            f"--dims {text}: the model has no prefix {unknown[0]}, but {list(dims)}"
+        )
     return asked
 
 
@@ -270,10 +360,15 @@ def chosen_prefixes(text: str | None, dims: tuple[int, ...]) -> list[int]:
 def announce(args: argparse.Namespace, model: NestedModel, layer: Layer) -> None:
     for note in model.notes:
         print(f"note: {note}")
-    print(f"{args.path}: {model.spec.arch}, {model.spec.head_name}, {model.spec.num_classes} classes")
+    print(
+        f"{args.path}: {model.spec.arch}, {model.spec.head_name}, {model.spec.num_classes} classes"
+    )
     print(f"maps of {layer.name}, {layer.height} x {layer.width} positions")
     if min(layer.height, layer.width) < COARSE:
-        print(f"note: so few positions say little about places; an earlier --layer than {layer.name} has more")
+        print(
+            "note: so few positions say little about places; an earlier --layer than "
+            f"{layer.name} has more"
+        )
 
 
 def word(name: str) -> str:

@@ -1,4 +1,5 @@
-"""An index of embeddings as a folder that is searched from a memory map: build it, add to it, delete from it.
+"""An index of embeddings as a folder that is searched from a memory map: build it, add to it,
+delete from it.
 
     matryoshka index build photos.index --embeddings embeddings/photos
     matryoshka index add photos.index --embeddings embeddings/new --prefix new/
@@ -8,10 +9,11 @@
     matryoshka index record --lancedb photos.lance --embeddings embeddings/photos
     matryoshka index sync photos.index --lancedb photos.lance
 
-A change is all there or not at all, also when it is killed; one process changes an index while any number search it.
-Deleted rows are passed over and added ones scanned; compact makes one part of them. `matryoshka retrieve serve` shows
-an index in a browser. With LanceDB (the extra [lancedb]) a table keeps the embeddings, and whatever else is known of
-the images; sync makes the index follow it. docs/retrieval.md has the rest.
+A change is all there or not at all, also when it is killed; one process changes an index while any
+number search it. Deleted rows are passed over and added ones scanned; compact makes one part of
+them. `matryoshka retrieve serve` shows an index in a browser. With LanceDB (the extra [lancedb]) a
+table keeps the embeddings, and whatever else is known of the images; sync makes the index follow
+it. docs/retrieval.md has the rest.
 """
 
 from __future__ import annotations
@@ -31,14 +33,18 @@ from matryoshka.embeddings.reading import AGAIN, META, EmbeddingError, open_embe
 from matryoshka.retrieval.store import MANIFEST, Index
 from matryoshka.retrieval.store_writer import Batch, Writer
 
-CROWDED = 0.2  # share of rows deleted, or outside of the first part, from which on compacting is advised
+CROWDED = (
+    0.2  # share of rows deleted, or outside of the first part, from which on compacting is advised
+)
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="index.py", description=__doc__, allow_abbrev=False,
+        prog="index.py",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     def action(name: str, text: str) -> argparse.ArgumentParser:
@@ -53,22 +59,38 @@ def parser() -> argparse.ArgumentParser:
     record = action("record", "embeddings as a LanceDB table")
     sync = action("sync", "make an index, or bring it to what a LanceDB table holds")
     for one in (record, sync):
-        one.add_argument("--lancedb", required=True, metavar="URI", help="folder or address of the database")
+        one.add_argument(
+            "--lancedb", required=True, metavar="URI", help="folder or address of the database"
+        )
         one.add_argument("--table", default="embeddings", help="default: embeddings")
     record.add_argument("--overwrite", action="store_true", help="replace a table of this name")
-    sync.add_argument("--shortlist-dim", type=int, metavar="D", help="of a new index; default: 64, or all")
+    sync.add_argument(
+        "--shortlist-dim", type=int, metavar="D", help="of a new index; default: 64, or all"
+    )
     for one in (build, add, record):
-        one.add_argument("--embeddings", required=True, metavar="DIR", help="what `matryoshka embed` wrote")
+        one.add_argument(
+            "--embeddings", required=True, metavar="DIR", help="what `matryoshka embed` wrote"
+        )
         one.add_argument("--prefix", default="", help="put before every name")
-    build.add_argument("--shortlist-dim", type=int, metavar="D", help="of the codes; default: 64, or all")
-    build.add_argument("--lists", type=int, help="of the inverted file; default: about 4 x sqrt(rows)")
+    build.add_argument(
+        "--shortlist-dim", type=int, metavar="D", help="of the codes; default: 64, or all"
+    )
+    build.add_argument(
+        "--lists", type=int, help="of the inverted file; default: about 4 x sqrt(rows)"
+    )
     build.add_argument("--seed", type=int, default=0, help="of k-means")
-    build.add_argument("--overwrite", action="store_true", help="replace the index in DIR once this one is whole")
-    add.add_argument("--replace", action="store_true", help="rows of the same names are deleted in the same step")
+    build.add_argument(
+        "--overwrite", action="store_true", help="replace the index in DIR once this one is whole"
+    )
+    add.add_argument(
+        "--replace", action="store_true", help="rows of the same names are deleted in the same step"
+    )
     delete = action("delete", "rows by name")
     delete.add_argument("names", nargs="*", metavar="NAME")
     delete.add_argument("--names-from", type=Path, metavar="FILE", help="one name a line, UTF-8")
-    delete.add_argument("--missing-ok", action="store_true", help="pass over names that the index does not have")
+    delete.add_argument(
+        "--missing-ok", action="store_true", help="pass over names that the index does not have"
+    )
     action("compact", "make one part of all rows that are not deleted, with lists for all of them")
     info = action("info", "what an index holds")
     info.add_argument("--verify", action="store_true", help="read all of it and compare checksums")
@@ -84,8 +106,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         value = getattr(args, option, None)
         if value is not None and value < 1:
             raise config.ConfigError(f"--{option.replace('_', '-')} {value}: expected 1 or more")
-    actions = {"build": build, "add": add, "delete": delete, "compact": compact, "info": info, "record": record,
-               "sync": sync}  # fmt: skip
+    actions = {
+        "build": build,
+        "add": add,
+        "delete": delete,
+        "compact": compact,
+        "info": info,
+        "record": record,
+        "sync": sync,
+    }
     return actions[args.action](args)
 
 
@@ -95,11 +124,17 @@ def build(args: Namespace) -> int:
     batch, started = read(args), time.perf_counter()
     if (args.shortlist_dim or 0) > batch.rows.shape[1]:
         raise config.ConfigError(
-            f"--shortlist-dim {args.shortlist_dim}: {args.embeddings} has {batch.rows.shape[1]} dimensions"
+            f"--shortlist-dim {args.shortlist_dim}: {args.embeddings} has {batch.rows.shape[1]} "
+            "dimensions"
         )
     with Writer(args.index, args.threads) as writer:
-        index = writer.build(batch, args.shortlist_dim or 0, args.lists or 0, args.seed, args.overwrite)
-    print(f"{describe(index)}\nnames    {batch.names[0]} and so on\nbuilt in {time.perf_counter() - started:.1f} s")
+        index = writer.build(
+            batch, args.shortlist_dim or 0, args.lists or 0, args.seed, args.overwrite
+        )
+    print(
+        f"{describe(index)}\nnames    {batch.names[0]} and so on\nbuilt in "
+        f"{time.perf_counter() - started:.1f} s"
+    )
     return 0
 
 
@@ -119,7 +154,9 @@ def delete(args: Namespace) -> int:
     names = list(args.names)
     if args.names_from:
         try:
-            lines = args.names_from.read_bytes().decode().split("\n")  # splitlines would split some names
+            lines = (
+                args.names_from.read_bytes().decode().split("\n")
+            )  # splitlines would split some names
             names += [name for line in lines if (name := line.removesuffix("\r"))]
         except UnicodeDecodeError:
             raise config.ConfigError(f"--names-from {args.names_from}: is not UTF-8 text") from None
@@ -162,7 +199,9 @@ def record(args: Namespace) -> int:
 def sync(args: Namespace) -> int:
     from matryoshka.retrieval.lance import Record
 
-    change = Record(args.lancedb, args.table).sync(args.index, args.threads, args.shortlist_dim or 0)
+    change = Record(args.lancedb, args.table).sync(
+        args.index, args.threads, args.shortlist_dim or 0
+    )
     print(f"{change.added:,} rows added, {change.replaced:,} replaced, {change.deleted:,} deleted")
     print(describe(Index(args.index)))
     return 0
@@ -176,12 +215,15 @@ def existing(args: Namespace) -> Writer:
 
 
 def read(args: Namespace) -> Batch:
-    """Embeddings as rows to add; files named relative to here are named absolutely, for who opens the index
-    elsewhere."""
+    """Embeddings as rows to add; files named relative to here are named absolutely, for who opens
+    the index elsewhere.
+    """
     found = open_embeddings(args.embeddings)
     model, data = dict(found.meta["model"]), dict(found.meta["data"])
     missing = [
-        key for key, about in (("file", model), ("path", data), ("preprocessing", found.meta)) if key not in about
+        key
+        for key, about in (("file", model), ("path", data), ("preprocessing", found.meta))
+        if key not in about
     ]
     if missing:
         raise EmbeddingError(f"{found.path / META}: does not say {missing[0]!r}; {AGAIN}")
@@ -191,7 +233,9 @@ def read(args: Namespace) -> Batch:
     model["normalised"] = found.meta["normalised"]
     classes = data.pop("classes")
     names: Any = Prefixed(found.ids, args.prefix) if args.prefix else found.ids
-    return Batch(found.X, names, np.asarray(found.y), model, found.meta["preprocessing"], classes, [data])
+    return Batch(
+        found.X, names, np.asarray(found.y), model, found.meta["preprocessing"], classes, [data]
+    )
 
 
 class Prefixed(Sequence[str]):
@@ -213,13 +257,25 @@ def describe(index: Index) -> str:
     gone = index.total - len(index)
     lines = [
         ("index", str(index.path)),
-        ("rows", f"{len(index):,} x {index.columns} float16" + (f", {gone:,} deleted" if gone else "")),
-        ("parts", "; ".join(f"{part.count:,} rows " + (f"in {n:,} lists" if n else "without lists")
-                            for part, n in zip(index.parts, lists, strict=True))),
+        (
+            "rows",
+            f"{len(index):,} x {index.columns} float16" + (f", {gone:,} deleted" if gone else ""),
+        ),
+        (
+            "parts",
+            "; ".join(
+                f"{part.count:,} rows " + (f"in {n:,} lists" if n else "without lists")
+                for part, n in zip(index.parts, lists, strict=True)
+            ),
+        ),
         ("search", f"{index.setting}"),
-        ("model", f"{model.get('arch')}, {model.get('head')}, {model.get('file')} ({model['weights_sha256'][:12]})"),
+        (
+            "model",
+            f"{model.get('arch')}, {model.get('head')}, {model.get('file')} "
+            f"({model['weights_sha256'][:12]})",
+        ),
         ("size", f"{index.nbytes / 1e6:,.1f} MB"),
-    ]  # fmt: skip
+    ]
     if found := index.certificate:
         about, current = found
         stale = f"was measured before the index changed: matryoshka retrieve --database {index.path} --sweep --choose"

@@ -1,14 +1,16 @@
 """Accuracy of every prefix of a checkpoint, all from one forward pass per image.
 
-    python pytorch_inference.py --path runs/demo/mrl/model.safetensors --data-root runs/demo/val.beton
-    python pytorch_inference.py --path final_weights.pt --mrl --dataset V1 --data-root /data/imagenet
-    python pytorch_inference.py --path torchvision:resnet50 --dataset R --save_predictions --save_gt
+    python pytorch_inference.py --path runs/demo/mrl/model.safetensors --data-root
+    runs/demo/val.beton python pytorch_inference.py --path final_weights.pt --mrl --dataset V1
+    --data-root /data/imagenet python pytorch_inference.py --path torchvision:resnet50 --dataset R
+    --save_predictions --save_gt
 
-model.safetensors needs no further flag. Upstream's .pt files take upstream's flags: --mrl, --efficient,
---rep_size. Starts under torchrun too: every image is counted once.
+model.safetensors needs no further flag. Upstream's .pt files take upstream's flags: --mrl,
+--efficient, --rep_size. Starts under torchrun too: every image is counted once.
 
---save_* write logits and softmax, float32 [prefixes, images, classes], predictions, int64 [prefixes, images], and
-labels (gt), int64 [images], in the data set's order; for ImageNet-A, -R and -O over their 200 classes.
+--save_* write logits and softmax, float32 [prefixes, images, classes], predictions, int64
+[prefixes, images], and labels (gt), int64 [images], in the data set's order; for ImageNet-A, -R and
+-O over their 200 classes.
 """
 
 from __future__ import annotations
@@ -50,73 +52,108 @@ PREPROCESSING = ("checkpoint", "upstream", "ffcv")
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="pytorch_inference.py", description=__doc__, allow_abbrev=False,
+        prog="pytorch_inference.py",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     p.add_argument(
         "--path",
         required=True,
-        help="model.safetensors, upstream's final_weights.pt, or as a baseline torchvision:NAME[.WEIGHTS] or timm:NAME",
+        help="model.safetensors, upstream's final_weights.pt, or as a baseline "
+        "torchvision:NAME[.WEIGHTS] or timm:NAME",
     )
     p.add_argument(
-        "--dataset", default="V1", help=f"one of {', '.join(FOLDERS)}; default V1, the validation set of ImageNet-1K"
+        "--dataset",
+        default="V1",
+        help=f"one of {', '.join(FOLDERS)}; default V1, the validation set of ImageNet-1K",
     )
     p.add_argument(
         "--ood",
         metavar="DATA",
-        help="images of none of the model's classes (a .beton, a folder of folders): how well the confidence tells "
+        help="images of none of the model's classes (a .beton, a folder of folders): how well "
+        "the confidence tells "
         "them from those of the data set; --dataset O does so for ImageNet-O",
     )
     p.add_argument(
         "--data-root",
         default=os.environ.get("IMAGENET_DIR", "../../IMAGENET"),
-        help="folder that holds the dataset's folder (val, imagenetv2-matched-frequency-format-val, imagenet-a, "
-        "imagenet-r or imagenet-r_, sketch); or itself a .beton file or a folder of class folders, such as another "
+        help="folder that holds the dataset's folder (val, "
+        "imagenetv2-matched-frequency-format-val, imagenet-a, "
+        "imagenet-r or imagenet-r_, sketch); or itself a .beton file or a folder of class "
+        "folders, such as another "
         "imagenetv2-*; default: $IMAGENET_DIR, else upstream's ../../IMAGENET",
     )
     p.add_argument("--mrl", action="store_true", help="an upstream checkpoint trained with MRL")
     p.add_argument("--efficient", action="store_true", help="with --mrl: MRL-E")
     p.add_argument("--rep_size", type=int, help="width of an upstream fixed-feature checkpoint")
-    p.add_argument("--old_ckpt", action="store_true", help="an upstream checkpoint with the keys of its first release")
+    p.add_argument(
+        "--old_ckpt",
+        action="store_true",
+        help="an upstream checkpoint with the keys of its first release",
+    )
     p.add_argument(
         "--nesting-list",
         metavar="D,D,...",
-        help="prefixes to evaluate: some of an MRL checkpoint's, or any lengths of an MRL-E checkpoint; default: all",
+        help="prefixes to evaluate: some of an MRL checkpoint's, or any lengths of an MRL-E "
+        "checkpoint; default: all",
     )
     p.add_argument("--tta", action="store_true", help="add the logits of the mirror image")
     p.add_argument(
         "--preprocessing",
         default="checkpoint",
         choices=PREPROCESSING,
-        help=f"upstream: shorter side resized to {RESIZE} by Pillow, central {CROP} pixels; ffcv: central crop of "
-        "224/256 of the shorter side, resized by area to the checkpoint's size; default: as the checkpoint says",
+        help=f"upstream: shorter side resized to {RESIZE} by Pillow, central {CROP} pixels; "
+        "ffcv: central crop of "
+        "224/256 of the shorter side, resized by area to the checkpoint's size; default: as the "
+        "checkpoint says",
     )
     p.add_argument("--resolution", type=int, help="pixels; default: as the checkpoint says")
     p.add_argument("--workers", type=int, default=0, help="decoding threads; default: all cores")
     p.add_argument("--batch-size", type=int, default=256, help="images per process")
     p.add_argument("--device", default="auto", choices=distributed.DEVICES)
     p.add_argument("--precision", default="fp32", choices=distributed.PRECISIONS)
-    p.add_argument("--output", help="also write the table as JSON to this file; arrays go to its folder")
+    p.add_argument(
+        "--output", help="also write the table as JSON to this file; arrays go to its folder"
+    )
     for kind in KINDS:
-        p.add_argument(f"--save_{kind}", action="store_true", help="write them to a .npy file, here or beside --output")
+        p.add_argument(
+            f"--save_{kind}",
+            action="store_true",
+            help="write them to a .npy file, here or beside --output",
+        )
     p.add_argument(
         "--retrieval",
         action="store_true",
-        help="write features instead, as upstream does: of queries and database of --dataset 1K, V2 or 4K",
+        help="write features instead, as upstream does: of queries and database of --dataset 1K, "
+        "V2 or 4K",
     )
     p.add_argument(
-        "--retrieval_array_path", default="", metavar="PREFIX", help="before those files' names; a folder ends with /"
+        "--retrieval_array_path",
+        default="",
+        metavar="PREFIX",
+        help="before those files' names; a folder ends with /",
     )
     p.add_argument(
-        "--random_sample_dim", type=int, default=4_202_000, metavar="N", help="--retrieval: so many images at most"
+        "--random_sample_dim",
+        type=int,
+        default=4_202_000,
+        metavar="N",
+        help="--retrieval: so many images at most",
     )
-    p.add_argument("--upstream_names", action="store_true", help="--save_*: upstream's file names and .pth format")
+    p.add_argument(
+        "--upstream_names",
+        action="store_true",
+        help="--save_*: upstream's file names and .pth format",
+    )
     return p
 
 
 class Outcome(NamedTuple):
-    """Of one data set. accuracy: {prefix: {top1, top5}}. confidence: float32 [G, N], or [G, 0] where it was not wanted.
-    not_finite: images with NaN or infinity among their logits. seconds: of all; of them `wait` waiting for data."""
+    """Of one data set. accuracy: {prefix: {top1, top5}}. confidence: float32 [G, N], or [G, 0]
+    where it was not wanted. not_finite: images with NaN or infinity among their logits. seconds: of
+    all; of them `wait` waiting for data.
+    """
 
     accuracy: dict[int, dict[str, float]]
     confidence: np.ndarray
@@ -130,17 +167,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.retrieval:
         return retrieval(args, print)
-    if args.retrieval_array_path or args.random_sample_dim != parser().get_default("random_sample_dim"):
-        raise config.ConfigError("--retrieval_array_path and --random_sample_dim are for --retrieval; add it")
+    if args.retrieval_array_path or args.random_sample_dim != parser().get_default(
+        "random_sample_dim"
+    ):
+        raise config.ConfigError(
+            "--retrieval_array_path and --random_sample_dim are for --retrieval; add it"
+        )
     check(args)
     name = canonical(args.dataset)
     if name == "O" and args.ood:
-        raise config.ConfigError(f"--ood {args.ood}: --dataset O brings its own, {OUTSIDE}/; drop one of the two")
+        raise config.ConfigError(
+            f"--ood {args.ood}: --dataset O brings its own, {OUTSIDE}/; drop one of the two"
+        )
     outside = find_outside(args.data_root) if name == "O" else args.ood
     dataset = open_dataset(find(name, args.data_root))
     strange = open_dataset(outside) if outside else None
-    # the flags of upstream say --mrl --efficient for MRL-E; the checkpoint's own words are mrl and efficient
-    flags = {"mrl": args.mrl and not args.efficient, "efficient": args.efficient, "rep_size": args.rep_size}
+    # the flags of upstream say --mrl --efficient for MRL-E; the checkpoint's own words are mrl and
+    # efficient
+    flags = {
+        "mrl": args.mrl and not args.efficient,
+        "efficient": args.efficient,
+        "rep_size": args.rep_size,
+    }
     model = load_any(args.path, **flags, old_ckpt=args.old_ckpt)
     head = model.spec.head_name
     if args.nesting_list is not None:
@@ -149,7 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = selected(dataset, labelling)
     kinds = [kind for kind in KINDS if getattr(args, f"save_{kind}")]
     if args.upstream_names and not kinds:
-        raise config.ConfigError("--upstream_names: nothing to name; add --save_logits or another --save_*")
+        raise config.ConfigError(
+            "--upstream_names: nothing to name; add --save_logits or another --save_*"
+        )
     place = Path(args.output).parent if args.output else Path()
     set_preprocessing(model, args.preprocessing, args.resolution)
 
@@ -158,17 +208,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = model.to(world.device).to(memory_format=torch.channels_last)
         labelling = labelling.to(world.device)
         collected = Collected(kinds)
-        outcome = evaluate(model, data, labelling, args, world, precision, collected, strange is not None)
+        outcome = evaluate(
+            model, data, labelling, args, world, precision, collected, strange is not None
+        )
         accuracy, confidence = outcome.accuracy, outcome.confidence
         if strange is not None:
             nowhere = torch.zeros(strange.num_classes, dtype=torch.int64, device=world.device)
             labels = labelling._replace(labels=nowhere)
-            unknown = evaluate(model, strange, labels, args, world, precision, Collected([]), True).confidence
+            unknown = evaluate(
+                model, strange, labels, args, world, precision, Collected([]), True
+            ).confidence
             for g, d in enumerate(model.dims if world.is_main else ()):
                 accuracy[d] |= analysis.out_of_distribution(confidence[g], unknown[g])._asdict()
         variant = "" if dataset.path.name in FOLDERS[name] else dataset.path.name
         settings = [f"{args.preprocessing}{model.preprocessing.size}", precision]
-        names = file_names(kinds, head, model.dims, args.path, name, variant, settings, args.tta, args.upstream_names)
+        names = file_names(
+            kinds,
+            head,
+            model.dims,
+            args.path,
+            name,
+            variant,
+            settings,
+            args.tta,
+            args.upstream_names,
+        )
         results = {
             "prefixes": {str(d): values for d, values in accuracy.items()},
             "checkpoint": str(args.path),
@@ -177,10 +241,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             "dims": list(model.dims),
             "dataset": name,
             "data": str(dataset.path),
-            "classes": model.spec.num_classes if labelling.columns is None else len(labelling.columns),
+            "classes": model.spec.num_classes
+            if labelling.columns is None
+            else len(labelling.columns),
             "class_names": labelling.names or model.classes,
             "images": len(data),
-            **({"ood": str(strange.path), "ood_images": len(strange)} if strange is not None else {}),
+            **(
+                {"ood": str(strange.path), "ood_images": len(strange)}
+                if strange is not None
+                else {}
+            ),
             "not_finite": outcome.not_finite,
             "preprocessing": args.preprocessing,
             "resolution": model.preprocessing.size,
@@ -209,34 +279,48 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(args: Namespace) -> None:
     if args.batch_size < 1 or args.workers < 0:
         raise config.ConfigError("--batch-size must be 1 or more, --workers 0 or more")
-    if not 0 <= args.workers <= 1024 or (args.resolution is not None and not 1 <= args.resolution <= 8192):
+    if not 0 <= args.workers <= 1024 or (
+        args.resolution is not None and not 1 <= args.resolution <= 8192
+    ):
         raise config.ConfigError("--workers must be at most 1024, --resolution 1 to 8192")
     if args.resolution is not None and args.preprocessing == "upstream":
-        raise config.ConfigError(f"--resolution {args.resolution}: --preprocessing upstream is of {CROP} pixels")
+        raise config.ConfigError(
+            f"--resolution {args.resolution}: --preprocessing upstream is of {CROP} pixels"
+        )
     place = Path(args.output or "results.json").resolve().parent
     if not place.is_dir():
-        raise config.ConfigError(f"--output {args.output}: its folder does not exist; make it first")
+        raise config.ConfigError(
+            f"--output {args.output}: its folder does not exist; make it first"
+        )
     if args.output and Path(args.output).is_dir():
         raise config.ConfigError(f"--output {args.output}: is a folder; name a file in it")
     if args.output or any(getattr(args, f"save_{kind}") for kind in KINDS):
         try:  # now, not after hours
             tempfile.TemporaryFile(dir=place).close()
         except OSError as error:
-            raise config.ConfigError(f"--output: cannot write to {place}: {error.strerror}") from None
+            raise config.ConfigError(
+                f"--output: cannot write to {place}: {error.strerror}"
+            ) from None
 
 
 def prefix_lengths(text: str) -> list[int]:
     try:
         return [int(d) for d in text.split(",")]
     except ValueError:
-        raise config.ConfigError(f"--nesting-list {text}: expected lengths with commas, such as 8,64,512") from None
+        raise config.ConfigError(
+            f"--nesting-list {text}: expected lengths with commas, such as 8,64,512"
+        ) from None
 
 
-def selected(dataset: BetonFile | ImageFolder, labelling: Labelling) -> BetonFile | ImageFolder | Subset:
+def selected(
+    dataset: BetonFile | ImageFolder, labelling: Labelling
+) -> BetonFile | ImageFolder | Subset:
     """The images that have a label."""
     counted = labelling.labels.numpy()[dataset.labels] >= 0
     if not counted.any():
-        raise ImageNetError(f"{dataset.path}: has no images of these classes; give the whole validation set")
+        raise ImageNetError(
+            f"{dataset.path}: has no images of these classes; give the whole validation set"
+        )
     return dataset if counted.all() else Subset(dataset, np.flatnonzero(counted))
 
 
@@ -267,9 +351,12 @@ def evaluate(
     )
 
     options = {
-        "order": "sequential", "num_workers": args.workers, "device": world.device,
-        "rank": world.rank, "world": world.size,
-    }  # fmt: skip
+        "order": "sequential",
+        "num_workers": args.workers,
+        "device": world.device,
+        "rank": world.rank,
+        "world": world.size,
+    }
     if args.preprocessing == "upstream":
         loader = ResizedImages(data, args.batch_size * world.size, **options)
     else:
@@ -279,9 +366,13 @@ def evaluate(
     metric = PrefixAccuracy(model.dims).to(world.device)
     bad = torch.zeros((), dtype=torch.int64, device=world.device)
     highest = [np.empty((len(model.dims), 0), np.float32)]
-    bar = tqdm(loader, leave=False, unit="batch", disable=not (world.is_main and sys.stderr.isatty()))
+    bar = tqdm(
+        loader, leave=False, unit="batch", disable=not (world.is_main and sys.stderr.isatty())
+    )
     for raw in predict(model, bar, precision, args.tta):
-        prediction = raw._replace(logits=labelling.select(raw.logits), labels=labelling.labels[raw.labels])
+        prediction = raw._replace(
+            logits=labelling.select(raw.logits), labels=labelling.labels[raw.labels]
+        )
         metric.update(prediction.logits, prediction.labels)
         bad += (~prediction.logits.isfinite()).any(2).any(0).sum()
         collected.add(prediction)
@@ -299,16 +390,31 @@ def show(args: Namespace, results: dict, model: NestedModel, labelling: Labellin
         print(f"note: {note}")
     print(f"{args.path}: {results['arch']}, {results['head']}, {model.spec.num_classes} classes")
     tta = ", tta" if args.tta else ""
-    print(f"{results['data']}: {results['dataset']}, {results['images']:,} images at {results['resolution']} px{tta}")
+    print(
+        f"{results['data']}: {results['dataset']}, {results['images']:,} images at "
+        f"{results['resolution']} px{tta}"
+    )
     present = set(labelling.labels[labelling.labels >= 0].tolist())
     if labelling.names and len(present) < len(labelling.names):
-        print(f"note: {len(present)} of the {len(labelling.names)} classes of {results['dataset']} are there")
+        print(
+            f"note: {len(present)} of the {len(labelling.names)} classes of {results['dataset']} "
+            "are there"
+        )
     if results["not_finite"]:
-        print(f"note: {results['not_finite']:,} images have logits that are not finite; the model diverged")
+        print(
+            f"note: {results['not_finite']:,} images have logits that are not finite; the model "
+            "diverged"
+        )
     if "ood" in results:
-        print(f"{results['ood']}: {results['ood_images']:,} images of other classes, to be told by low confidence")
+        print(
+            f"{results['ood']}: {results['ood_images']:,} images of other classes, to be told by "
+            "low confidence"
+        )
     print(accuracy_table({int(d): values for d, values in results["prefixes"].items()}))
-    print(f"{results['images_per_s']:.0f} images/s, {100 * results['data_wait']:.0f} % of the time waiting for data")
+    print(
+        f"{results['images_per_s']:.0f} images/s, {100 * results['data_wait']:.0f} % of the time "
+        "waiting for data"
+    )
 
 
 if __name__ == "__main__":

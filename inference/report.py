@@ -1,10 +1,11 @@
-"""One self-contained HTML page that shows a model: accuracy by length, cascades, classes, samples, what produced it.
+"""One self-contained HTML page that shows a model: accuracy by length, cascades, classes, samples,
+what produced it.
 
     matryoshka report --run trainlogs/first --output report.html       # results.json, analysis.json, ... in the folder
     matryoshka report --results mrl.json ff8.json ff512.json v2.json --analysis analysis.json --gradcam maps/
 
-The first of --results is the subject. Others of the same checkpoint are other test sets, those of other checkpoints on
-the same images are compared with it. Nothing on the page needs a network.
+The first of --results is the subject. Others of the same checkpoint are other test sets, those of
+other checkpoints on the same images are compared with it. Nothing on the page needs a network.
 """
 
 from __future__ import annotations
@@ -28,7 +29,16 @@ from matryoshka.report.page import MAX_IMAGE_BYTES, Answer, Evidence, Picture, S
 from matryoshka.report.tables import Run, RunError, read_run, short_dims
 
 FILES = ("results.json", "analysis.json", "baselines.json")  # looked for in --run
-NEEDED = ("checkpoint", "arch", "head", "dataset", "data", "images", "classes", "resolution")  # of results.json
+NEEDED = (
+    "checkpoint",
+    "arch",
+    "head",
+    "dataset",
+    "data",
+    "images",
+    "classes",
+    "resolution",
+)  # of results.json
 THUMBNAIL, HEAT_MAP = 160, 1500  # pixels of the longer side at most
 
 
@@ -40,14 +50,27 @@ class ReportError(ValueError):
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="report.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="report.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--run", help=f"run folder; {', '.join(FILES)} and gradcam/ in it are used where they are not given")
-    p.add_argument("--results", nargs="+", default=[], metavar="FILE", help="results.json of evaluations")
+    p.add_argument(
+        "--run",
+        help=f"run folder; {', '.join(FILES)} and gradcam/ in it are used where they are not given",
+    )
+    p.add_argument(
+        "--results", nargs="+", default=[], metavar="FILE", help="results.json of evaluations"
+    )
     p.add_argument("--analysis", metavar="FILE", help="analysis.json of the subject")
     p.add_argument("--baselines", metavar="FILE", help="baselines.json of the subject")
     p.add_argument("--gradcam", metavar="DIR", help="folder that matryoshka gradcam wrote")
-    p.add_argument("--samples", type=int, default=16, help="images to show with their predictions, default 16; 0: none")
+    p.add_argument(
+        "--samples",
+        type=int,
+        default=16,
+        help="images to show with their predictions, default 16; 0: none",
+    )
     p.add_argument("--seed", type=int, default=0, help="of their choice")
     p.add_argument("--title", help="default: the model and its data set")
     p.add_argument("--output", help="default: report.html in the run folder, else here")
@@ -60,12 +83,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.samples < 0 or args.seed < 0:
         raise config.ConfigError("--samples and --seed must be 0 or more")
     run = training_run(args.run)
-    found = {name: Path(args.run) / name for name in FILES if args.run and (Path(args.run) / name).is_file()}
-    places = [Path(path) for path in args.results] or ([found["results.json"]] if "results.json" in found else [])
+    found = {
+        name: Path(args.run) / name
+        for name in FILES
+        if args.run and (Path(args.run) / name).is_file()
+    }
+    places = [Path(path) for path in args.results] or (
+        [found["results.json"]] if "results.json" in found else []
+    )
     if not places:
         where = f"{args.run}: has no results.json; " if args.run else ""
         raise ReportError(
-            f"{where}give --results, or evaluate with matryoshka eval --output {args.run or '.'}/results.json"
+            f"{where}give --results, or evaluate with matryoshka eval --output "
+            f"{args.run or '.'}/results.json"
         )
     output = Path(args.output) if args.output else Path(args.run or "") / "report.html"
     if not output.resolve().parent.is_dir():
@@ -74,7 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = [read(path, "prefixes", "results of matryoshka eval") for path in places]
     for path, one in zip(places, results, strict=True):
         if missing := [key for key in NEEDED if key not in one]:
-            raise ReportError(f"{path}: not the results of matryoshka eval: it has no {missing[0]!r}")
+            raise ReportError(
+                f"{path}: not the results of matryoshka eval: it has no {missing[0]!r}"
+            )
     subject = results[0]
     analysed = args.analysis or found.get("analysis.json")
     beside = args.baselines or found.get("baselines.json")
@@ -82,16 +114,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     evidence = Evidence(
         title=args.title or title_of(subject),
         results=results,
-        analysis=read(Path(analysed), "top1", "analysis of matryoshka analyze") if analysed else None,
-        baselines=read(Path(beside), "methods", "baselines of matryoshka baselines") if beside else None,
+        analysis=read(Path(analysed), "top1", "analysis of matryoshka analyze")
+        if analysed
+        else None,
+        baselines=read(Path(beside), "methods", "baselines of matryoshka baselines")
+        if beside
+        else None,
         run=run,
-        environment=read(Path(args.run) / "env.json", "versions", "environment of a run") if run else None,
+        environment=read(Path(args.run) / "env.json", "versions", "environment of a run")
+        if run
+        else None,
     )
     if evidence.analysis is not None:
         check_same(evidence.analysis, subject, str(analysed))
-    if evidence.baselines is not None and differs(evidence.baselines.get("checkpoint"), subject.get("checkpoint")):
+    if evidence.baselines is not None and differs(
+        evidence.baselines.get("checkpoint"), subject.get("checkpoint")
+    ):
         raise ReportError(
-            f"{beside}: is of {evidence.baselines.get('checkpoint')}, the results of {subject.get('checkpoint')}; "
+            f"{beside}: is of {evidence.baselines.get('checkpoint')}, the results of "
+            f"{subject.get('checkpoint')}; "
             "run matryoshka baselines on this checkpoint"
         )
     budget = MAX_IMAGE_BYTES
@@ -133,20 +174,32 @@ def read(path: Path, key: str, what: str) -> dict[str, Any]:
 
 def title_of(subject: dict[str, Any]) -> str:
     dims = short_dims([int(d) for d in subject["prefixes"]])
-    name = Path(subject["data"]).stem if subject["dataset"] == "V1" else f"ImageNet {subject['dataset']}"
+    name = (
+        Path(subject["data"]).stem
+        if subject["dataset"] == "V1"
+        else f"ImageNet {subject['dataset']}"
+    )
     return " ".join(filter(None, (subject["arch"], subject["head"].upper(), dims, "on", name)))
 
 
 def check_same(found: dict[str, Any], subject: dict[str, Any], path: str) -> None:
-    if list(map(str, found.get("dims", []))) != list(subject["prefixes"]) or found.get("images") != subject["images"]:
+    if (
+        list(map(str, found.get("dims", []))) != list(subject["prefixes"])
+        or found.get("images") != subject["images"]
+    ):
         raise ReportError(
-            f"{path}: is of {found.get('images')} images and dims {found.get('dims')}, the results of "
-            f"{subject['images']} images and {[int(d) for d in subject['prefixes']]}; analyze the arrays of these"
+            f"{path}: is of {found.get('images')} images and dims {found.get('dims')}, the "
+            "results of "
+            f"{subject['images']} images and {[int(d) for d in subject['prefixes']]}; analyze "
+            "the arrays of these"
         )
 
     theirs, ours = found["top1"], {d: row.get("top1") for d, row in subject["prefixes"].items()}
     if any(abs(theirs[d] - ours[d]) > 0.01 for d in ours if isinstance(theirs.get(d), float)):
-        raise ReportError(f"{path}: its accuracies are not those of the results; analyze the arrays of these results")
+        raise ReportError(
+            f"{path}: its accuracies are not those of the results; analyze the arrays of these "
+            "results"
+        )
 
 
 def differs(one: Any, other: Any) -> bool:
@@ -161,26 +214,34 @@ def differs(one: Any, other: Any) -> bool:
 
 
 def address(picture: Image.Image, longest: int, quality: int = 82) -> str:
-    """A data: address of the picture as JPEG; pictures of a few pixels are shown larger, with sharp edges."""
+    """A data: address of the picture as JPEG; pictures of a few pixels are shown larger, with sharp
+    edges.
+    """
     if max(picture.size) > longest:
         picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     elif max(picture.size) * 2 <= longest:
         factor = longest // max(picture.size)
-        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+        picture = picture.resize(
+            (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
+        )
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, "JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def add_samples(evidence: Evidence, results: Path, count: int, seed: int, budget: int) -> int:
-    """Images of each kind with the answers of all prefixes; the bytes that they take. A note where that cannot be."""
+    """Images of each kind with the answers of all prefixes; the bytes that they take. A note where
+    that cannot be.
+    """
     from matryoshka.data import BetonError, CenterCrop, Loader, open_dataset
     from matryoshka.data.subset import Subset
     from matryoshka.evaluation.prediction_arrays import ArrayError, from_results
 
     subject = evidence.results[0]
     if not subject.get("arrays"):
-        evidence.notes.append("no samples: the evaluation saved no arrays (eval --save_logits --save_gt)")
+        evidence.notes.append(
+            "no samples: the evaluation saved no arrays (eval --save_logits --save_gt)"
+        )
         return 0
     try:
         arrays = from_results(results)
@@ -189,7 +250,9 @@ def add_samples(evidence: Evidence, results: Path, count: int, seed: int, budget
         evidence.notes.append(f"no samples: {error}")
         return 0
     if len(dataset) != len(arrays.labels):
-        evidence.notes.append(f"no samples: {subject['data']} no longer holds the {len(arrays.labels):,} images")
+        evidence.notes.append(
+            f"no samples: {subject['data']} no longer holds the {len(arrays.labels):,} images"
+        )
         return 0
     chosen, first = choose(arrays, count, seed)
     crop = CenterCrop(subject["resolution"], subject.get("crop_ratio", 1.0))
@@ -205,7 +268,12 @@ def add_samples(evidence: Evidence, results: Path, count: int, seed: int, budget
         if used > budget:
             break
         answers = [
-            Answer(dim, name_of(names[said[g, k]]), float(sure[g, k]), bool(said[g, k] == arrays.labels[image]))
+            Answer(
+                dim,
+                name_of(names[said[g, k]]),
+                float(sure[g, k]),
+                bool(said[g, k] == arrays.labels[image]),
+            )
             for g, dim in enumerate(arrays.dims)
         ]
         evidence.samples.append(Sample(picture, label, story(first[k], arrays.dims), answers))
@@ -213,7 +281,9 @@ def add_samples(evidence: Evidence, results: Path, count: int, seed: int, budget
 
 
 def choose(arrays: Any, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(images int64 [n], their first right prefix): in turn one of each kind, so that rare ones are there too."""
+    """(images int64 [n], their first right prefix): in turn one of each kind, so that rare ones are
+    there too.
+    """
     result = analysis.oracle(arrays.answers()[0], arrays.labels, arrays.dims)
     order = np.random.default_rng(seed).permutation(len(arrays.labels))
     queues = [order[result.first[order] == g].tolist() for g in range(len(arrays.dims) + 1)]
@@ -236,12 +306,20 @@ def add_heat_maps(evidence: Evidence, folder: Path, budget: int) -> None:
         entries = json.loads((folder / "gradcam.json").read_text(encoding="utf-8"))
         names = [(str(entry["file"]), str(entry["image"])) for entry in entries]
     except FileNotFoundError:
-        raise ReportError(f"--gradcam {folder}: has no gradcam.json; make one with matryoshka gradcam") from None
+        raise ReportError(
+            f"--gradcam {folder}: has no gradcam.json; make one with matryoshka gradcam"
+        ) from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ReportError(f"{folder / 'gradcam.json'}: damaged; make it again with matryoshka gradcam") from None
+        raise ReportError(
+            f"{folder / 'gradcam.json'}: damaged; make it again with matryoshka gradcam"
+        ) from None
     for number, (file, name) in enumerate(names):
-        if Path(file).name != file or "\0" in file:  # nothing outside of the folder gets onto the page
-            raise ReportError(f"{folder / 'gradcam.json'}: {file!r} is not the name of a picture in that folder")
+        if (
+            Path(file).name != file or "\0" in file
+        ):  # nothing outside of the folder gets onto the page
+            raise ReportError(
+                f"{folder / 'gradcam.json'}: {file!r} is not the name of a picture in that folder"
+            )
         try:
             with Image.open(folder / file, formats=("PNG", "JPEG")) as picture:
                 shown = Picture(address(picture, HEAT_MAP), name)
@@ -249,7 +327,9 @@ def add_heat_maps(evidence: Evidence, folder: Path, budget: int) -> None:
             raise ReportError(f"{folder / file}: cannot be read: {error}") from None
         budget -= len(shown.address)
         if budget < 0:
-            evidence.notes.append(f"{number} of {len(names)} Grad-CAM pictures: the others are in {folder}")
+            evidence.notes.append(
+                f"{number} of {len(names)} Grad-CAM pictures: the others are in {folder}"
+            )
             break
         evidence.heat_maps.append(shown)
 

@@ -1,10 +1,12 @@
-"""A page to try an index: drop an image, see its neighbours at every prefix, and what the fast search keeps of them.
+"""A page to try an index: drop an image, see its neighbours at every prefix, and what the fast
+search keeps of them.
 
-    matryoshka retrieve serve photos.index
-    matryoshka retrieve serve photos.index --model runs/demo/mrl/model.safetensors --data photos --port 8080
+    matryoshka retrieve serve photos.index matryoshka retrieve serve photos.index --model
+    runs/demo/mrl/model.safetensors --data photos --port 8080
 
-For this computer alone, unless --host says otherwise; there are no passwords. Pictures are those of the data set that
-was embedded, made smaller; where it is not there any more, the page shows names. The index may be changed meanwhile.
+For this computer alone, unless --host says otherwise; there are no passwords. Pictures are those of
+the data set that was embedded, made smaller; where it is not there any more, the page shows names.
+The index may be changed meanwhile.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two thread pools that spin fight: a third of the speed
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # two thread pools that spin fight: a third of the speed
 
 import numpy as np
 import torch
@@ -40,20 +44,33 @@ ANY = ("0.0.0.0", "::", "")
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="retrieve.py serve", description=__doc__, allow_abbrev=False,
+        prog="retrieve.py serve",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     p.add_argument("index", metavar="DIR", help="folder of the index")
-    p.add_argument("--model", metavar="FILE", help="that made the index; default: where the index says that it is")
+    p.add_argument(
+        "--model",
+        metavar="FILE",
+        help="that made the index; default: where the index says that it is",
+    )
     p.add_argument(
         "--data",
         action="append",
         metavar="PATH",
-        help="the data set of the pictures, where it has moved; of an index of several: once for each, in their order",
+        help="the data set of the pictures, where it has moved; of an index of several: once for "
+        "each, in their order",
     )
-    p.add_argument("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1, this computer only")
+    p.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; default: 127.0.0.1, this computer only",
+    )
     p.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any free one")
-    p.add_argument("--max-upload-mb", type=float, default=16.0, help="of an image that is dropped; default: 16")
+    p.add_argument(
+        "--max-upload-mb", type=float, default=16.0, help="of an image that is dropped; default: 16"
+    )
     p.add_argument("--device", default="auto", choices=distributed.DEVICES)
     p.add_argument("--threads", type=int, default=0, help="default: all cores")
     return p
@@ -69,14 +86,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     with listening(args.host, args.port) as door:
         model = load(args, index)
         pictures = search_page.Pictures(replaced, lambda data: fingerprint(data, data.labels))
-        service = search_page.Service(index, encoder(model, index.preprocessing), trunk_sha256(model), pictures)
+        service = search_page.Service(
+            index, encoder(model, index.preprocessing), trunk_sha256(model), pictures
+        )
         announce(args, index, service, door)
         app = search_page.make_app(
             service, hosts(args.host), args.host in ANY, int(args.max_upload_mb * (1 << 20))
-        )  # fmt: skip
+        )
         server = uvicorn.Server(
             uvicorn.Config(
-                app, log_level="warning", server_header=False, proxy_headers=False, timeout_graceful_shutdown=3
+                app,
+                log_level="warning",
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=3,
             )
         )
         try:
@@ -90,7 +113,9 @@ def check(args: Namespace) -> None:
     if not 0 <= args.port <= 65535:
         raise config.ConfigError(f"--port {args.port}: expected 0 to 65535")
     if not 0 < args.max_upload_mb <= 1024:
-        raise config.ConfigError(f"--max-upload-mb {args.max_upload_mb:g}: expected more than 0, at most 1024")
+        raise config.ConfigError(
+            f"--max-upload-mb {args.max_upload_mb:g}: expected more than 0, at most 1024"
+        )
     if not 0 <= args.threads <= 1024:
         raise config.ConfigError("--threads: expected 0 to 1024")
 
@@ -104,7 +129,9 @@ def required() -> tuple[Any, Any]:
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn"):
             raise
-        raise config.ConfigError(f"retrieve serve needs {error.name}: pip install 'matryoshka[serve]'") from None
+        raise config.ConfigError(
+            f"retrieve serve needs {error.name}: pip install 'matryoshka[serve]'"
+        ) from None
     return search_page, uvicorn
 
 
@@ -114,26 +141,34 @@ def moved(index: Index, given: Sequence[str] | None) -> dict[str, str]:
         return {}
     if missing := [path for path in given if not os.path.exists(path)]:
         raise config.ConfigError(f"--data {missing[0]}: there is no such file or folder")
-    known = list(dict.fromkeys(str(source.get("path") or "") for part in index.parts for source in part.data))
+    known = list(
+        dict.fromkeys(str(source.get("path") or "") for part in index.parts for source in part.data)
+    )
     if len(given) != len(known):
         number = "1 data set" if len(known) == 1 else f"{len(known)} data sets"
         options = " ".join(f"--data {shlex.quote(path) if path else 'PATH'}" for path in known)
         order = ", in this order" if len(known) > 1 else ""
-        raise config.ConfigError(f"--data: {index.path} has {number}; give {options}{order}, or where they lie now")
+        raise config.ConfigError(
+            f"--data: {index.path} has {number}; give {options}{order}, or where they lie now"
+        )
     return dict(zip(known, given, strict=True))
 
 
 def listening(host: str, port: int) -> socket.socket:
     """The open door: before the model is loaded, that a port in use is said at once."""
     try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
         family, _, _, _, address = found[0]
     except (OSError, UnicodeError):
         raise config.ConfigError(f"--host {host}: is no address or name of this computer") from None
     try:
         return socket.create_server(address[:2], family=family)
     except OSError as error:
-        raise config.ConfigError(f"--port {port} of --host {host}: {error.strerror}; choose another") from None
+        raise config.ConfigError(
+            f"--port {port} of --host {host}: {error.strerror}; choose another"
+        ) from None
 
 
 def load(args: Namespace, index: Index) -> NestedModel:
@@ -141,7 +176,9 @@ def load(args: Namespace, index: Index) -> NestedModel:
     name = args.model or str(index.model.get("file") or "")
     if not name.startswith(PREFIXES) and not os.path.isfile(name):
         whose = "" if args.model else f", of which {args.index} was made"
-        raise config.ConfigError(f"--model {name}: there is no such file{whose}; give the model's file by --model")
+        raise config.ConfigError(
+            f"--model {name}: there is no such file{whose}; give the model's file by --model"
+        )
     head, flags = str(index.model.get("head")), {}
     if name.endswith(".pt"):  # upstream's files do not all say what they are
         flags = {"mrl": head == "mrl", "efficient": head == "mrl-e"}
@@ -152,7 +189,9 @@ def load(args: Namespace, index: Index) -> NestedModel:
     return model.to(distributed.pick_device(args.device, 0))
 
 
-def encoder(model: NestedModel, preprocessing: Mapping[str, Any]) -> Callable[[np.ndarray], np.ndarray]:
+def encoder(
+    model: NestedModel, preprocessing: Mapping[str, Any]
+) -> Callable[[np.ndarray], np.ndarray]:
     """uint8 [H, W, 3] -> float32 [D], prepared as the index's images were: see embed.py."""
     try:
         size, ratio, mean, std = (preprocessing[key] for key in ("size", "ratio", "mean", "std"))
@@ -160,7 +199,8 @@ def encoder(model: NestedModel, preprocessing: Mapping[str, Any]) -> Callable[[n
         crop = CenterCrop(size, ratio)
     except (KeyError, TypeError, ValueError):
         raise config.ConfigError(
-            f"the index does not say how its images were prepared ({dict(preprocessing)}); embed them again"
+            f"the index does not say how its images were prepared ({dict(preprocessing)}); embed "
+            "them again"
         ) from None
 
     def encode(pixels: np.ndarray) -> np.ndarray:
@@ -185,11 +225,18 @@ def announce(args: Namespace, index: Index, service: Any, door: socket.socket) -
     usable = [place for place, reason in places.items() if reason is None]
     pictures = f", pictures from {', '.join(usable)}" if usable else ""
     print(f"{args.index}: {len(index):,} rows of {index.columns} dimensions{pictures}")
-    if lacking := [f"{place}: {reason}" if place else reason for place, reason in places.items() if reason]:
+    if lacking := [
+        f"{place}: {reason}" if place else reason for place, reason in places.items() if reason
+    ]:
         which = "the data set" if len(places) == 1 else f"{len(lacking)} of {len(places)} data sets"
-        print(f"note: {which} cannot be used, names are shown ({'; '.join(lacking)}); --data says where pictures are")
+        print(
+            f"note: {which} cannot be used, names are shown ({'; '.join(lacking)}); --data says "
+            "where pictures are"
+        )
     if not _is_loopback(door.getsockname()[0]):
-        print(f"note: with --host {args.host} everybody who reaches this computer sees the data set")
+        print(
+            f"note: with --host {args.host} everybody who reaches this computer sees the data set"
+        )
     shown = args.host if args.host not in ANY else "localhost"
     shown = f"[{shown}]" if ":" in shown else shown
     print(f"http://{shown}:{door.getsockname()[1]}   (Ctrl-C ends)", flush=True)

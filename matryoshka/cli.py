@@ -14,17 +14,32 @@ from matryoshka import __version__, config
 
 PROGRAMS = {  # subcommand: (module with main(argv), what it does)
     "write": ("matryoshka.train.write_imagenet", "image folder -> .beton"),
-    "data": ("matryoshka.train.check_data", "info, verify: what is in a .beton, and whether it is sound"),
+    "data": (
+        "matryoshka.train.check_data",
+        "info, verify: what is in a .beton, and whether it is sound",
+    ),
     "train": ("matryoshka.train.train_imagenet", "train MRL, MRL-E or a fixed feature"),
     "runs": ("matryoshka.train.list_runs", "table of the training runs in a folder"),
     "probe": ("matryoshka.train.linear_probe", "nested classifiers on a frozen backbone"),
     "eval": ("matryoshka.inference.pytorch_inference", "accuracy of every prefix of a checkpoint"),
     "embed": ("matryoshka.inference.embed", "a data set's embeddings as memory-mapped arrays"),
-    "index": ("matryoshka.inference.index", "embeddings as an index on disk: build, add, delete, compact, info"),
-    "retrieve": ("matryoshka.inference.retrieve", "nearest neighbours, measured; serve: a page to try an index"),
-    "analyze": ("matryoshka.inference.analyze", "cascades, oracle, superclasses, calibration of saved predictions"),
+    "index": (
+        "matryoshka.inference.index",
+        "embeddings as an index on disk: build, add, delete, compact, info",
+    ),
+    "retrieve": (
+        "matryoshka.inference.retrieve",
+        "nearest neighbours, measured; serve: a page to try an index",
+    ),
+    "analyze": (
+        "matryoshka.inference.analyze",
+        "cascades, oracle, superclasses, calibration of saved predictions",
+    ),
     "gradcam": ("matryoshka.inference.gradcam", "where every prefix looks: heat maps of images"),
-    "baselines": ("matryoshka.inference.baselines", "1-NN, class means, SVD, random features of a checkpoint"),
+    "baselines": (
+        "matryoshka.inference.baselines",
+        "1-NN, class means, SVD, random features of a checkpoint",
+    ),
     "report": ("matryoshka.inference.report", "one HTML page that shows a model"),
 }
 
@@ -58,7 +73,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     return importlib.import_module(PROGRAMS[command][0]).main(argv) or 0
 
 
-# Digits are not photos: no mirror images, mild crops, small pictures; a full-frame central crop to evaluate.
+# Digits are not photos: no mirror images, mild crops, small pictures; a full-frame central crop to
+# evaluate.
 DEMO_OPTIONS = [
     "--model.arch=resnet10",
     "--training.epochs=8",
@@ -81,17 +97,24 @@ DEMO_BASELINES = (8, 512)
 
 @config.program
 def demo(argv: Sequence[str]) -> int:
-    """Digits as an image folder -> .beton -> MRL training -> accuracy of every prefix, beside others -> a page."""
+    """Digits as an image folder -> .beton -> MRL training -> accuracy of every prefix, beside
+    others -> a page.
+    """
     from matryoshka.data.sources import write_digits_folder
     from matryoshka.files import write_atomically
     from matryoshka.report.tables import accuracy_table, plot_accuracy
 
     if len(argv) > 1 or any(a.startswith("-") for a in argv):
-        print("usage: matryoshka demo [FOLDER]      (default: runs/demo; an earlier demo there is replaced)")
+        print(
+            "usage: matryoshka demo [FOLDER]      (default: runs/demo; an earlier demo there is "
+            "replaced)"
+        )
         return 0 if argv[0] in ("-h", "--help") else 2
     started = time.perf_counter()
     folder = Path(argv[0] if argv else "runs/demo")
-    runs = {"mrl": ["--model.mrl=1"]} | {f"ff{d}": [f"--model.fixed_feature={d}"] for d in DEMO_BASELINES}
+    runs = {"mrl": ["--model.mrl=1"]} | {
+        f"ff{d}": [f"--model.fixed_feature={d}"] for d in DEMO_BASELINES
+    }
     for name in ("images", *runs):
         shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,13 +123,30 @@ def demo(argv: Sequence[str]) -> int:
     write_digits_folder(folder / "images")
     step("2/6  image folder -> .beton")
     for split in ("train", "val"):
-        run("write", [f"--cfg.data_dir={folder / 'images' / split}", f"--cfg.write_path={folder / split}.beton",
-                      "--cfg.write_mode=jpg", "--cfg.max_resolution=64", "--cfg.jpeg_quality=95"])  # fmt: skip
+        run(
+            "write",
+            [
+                f"--cfg.data_dir={folder / 'images' / split}",
+                f"--cfg.write_path={folder / split}.beton",
+                "--cfg.write_mode=jpg",
+                "--cfg.max_resolution=64",
+                "--cfg.jpeg_quality=95",
+            ],
+        )
     data = [f"--data.train_dataset={folder}/train.beton", f"--data.val_dataset={folder}/val.beton"]
     results = {}
     for name, model in runs.items():
         step(f"3/6  train {name}", folder / name)
-        run("train", [*DEMO_OPTIONS, *model, *data, f"--logging.folder={folder}", f"--logging.run_id={name}"])
+        run(
+            "train",
+            [
+                *DEMO_OPTIONS,
+                *model,
+                *data,
+                f"--logging.folder={folder}",
+                f"--logging.run_id={name}",
+            ],
+        )
     step("4/6  accuracy of every prefix on the held-out digits")
     for name in runs:
         output = folder / name / "results.json"
@@ -131,19 +171,39 @@ def demo(argv: Sequence[str]) -> int:
     }
     write_atomically(folder / "results.json", (json.dumps(summary, indent=1) + "\n").encode())
     images = summary["images"]
-    plot_accuracy(folder / "accuracy.png", prefixes, f"Handwritten digits, {images} held-out images", images)
+    plot_accuracy(
+        folder / "accuracy.png", prefixes, f"Handwritten digits, {images} held-out images", images
+    )
 
     mrl = folder / "mrl"
     model = f"--path={mrl / 'model.safetensors'}"
     step("5/6  what the predictions tell; other uses of the embedding; where the prefixes look")
     run("analyze", [f"--results={mrl / 'results.json'}"])
-    run("baselines", [model, f"--train-data={folder}/train.beton", f"--val-data={folder}/val.beton",
-                      f"--output={mrl / 'baselines.json'}"])  # fmt: skip
-    run("gradcam", [model, f"--data={folder}/val.beton", f"--output={mrl / 'gradcam'}", "--images=4"])
+    run(
+        "baselines",
+        [
+            model,
+            f"--train-data={folder}/train.beton",
+            f"--val-data={folder}/val.beton",
+            f"--output={mrl / 'baselines.json'}",
+        ],
+    )
+    run(
+        "gradcam",
+        [model, f"--data={folder}/val.beton", f"--output={mrl / 'gradcam'}", "--images=4"],
+    )
     step("6/6  one page of all of it")
     results = [str(folder / name / "results.json") for name in runs]
-    run("report", [f"--run={mrl}", "--results", *results, "--title=Handwritten digits",
-                   f"--output={folder / 'report.html'}"])  # fmt: skip
+    run(
+        "report",
+        [
+            f"--run={mrl}",
+            "--results",
+            *results,
+            "--title=Handwritten digits",
+            f"--output={folder / 'report.html'}",
+        ],
+    )
 
     step(f"done in {time.perf_counter() - started:.0f} s")
     print(accuracy_table(prefixes))

@@ -6,13 +6,15 @@
 
     config = read({"lr": LR, "training": Training}, argv)    # config.lr.lr_peak_epoch
 
-A field without a default is required. `metadata` may hold `help`, `choices` (the legal values) and `check`
-(value -> None, raises ValueError(reason)). Annotations: int, float (finite), str, bool, `tuple[int, ...]`,
-`tuple[float, float]` and the like, and each of them `| None`; none, null and empty text then mean None.
+A field without a default is required. `metadata` may hold `help`, `choices` (the legal values) and
+`check` (value -> None, raises ValueError(reason)). Annotations: int, float (finite), str, bool,
+`tuple[int, ...]`, `tuple[float, float]` and the like, and each of them `| None`; none, null and
+empty text then mean None.
 
-The syntax is that of fastargs (`--config-file x.yaml`, `--section.option=value`); it holds the declarations.
-The reading is ours, because fastargs ignores unknown options, turns `False` into true, lets the environment
-win and exits with status 0 on errors. Here later wins over earlier, and the command line over files.
+The syntax is that of fastargs (`--config-file x.yaml`, `--section.option=value`); it holds the
+declarations. The reading is ours, because fastargs ignores unknown options, turns `False` into
+true, lets the environment win and exits with status 0 on errors. Here later wins over earlier, and
+the command line over files.
 """
 
 import contextlib
@@ -97,7 +99,9 @@ class _Option(Checker):
             raise ValueError(f"expected {self.help()}") from None
         if self.choices and typed not in self.choices:
             names = [str(choice) for choice in self.choices]
-            raise ValueError(f"expected one of {', '.join(names)}{_did_you_mean(str(typed), names)}")
+            raise ValueError(
+                f"expected one of {', '.join(names)}{_did_you_mean(str(typed), names)}"
+            )
         if self.rule is not None:
             self.rule(typed)
         return typed
@@ -113,15 +117,22 @@ class _Option(Checker):
 
 
 def _declare(sections: Mapping[str, type]) -> fastargs.Config:
-    """The sections in a fastargs.Config of their own: programs in one process do not see each other's."""
+    """The sections in a fastargs.Config of their own: programs in one process do not see each
+    other's.
+    """
     declared = fastargs.Config()
     for name, section in sections.items():
         hints, params = get_type_hints(section), {}
         for field in fields(section):
-            option, help_text = _Option(hints[field.name], field.metadata), field.metadata.get("help", "")
+            option, help_text = (
+                _Option(hints[field.name], field.metadata),
+                field.metadata.get("help", ""),
+            )
             default = field.default if field.default_factory is MISSING else field.default_factory()
             required = default is MISSING
-            params[field.name] = fastargs.Param(option, help_text, None if required else default, required)
+            params[field.name] = fastargs.Param(
+                option, help_text, None if required else default, required
+            )
         fastargs.Section(name, config_descriptor=declared).params(**params)
     return declared
 
@@ -144,7 +155,8 @@ class _Yaml(yaml.SafeLoader):
 
 
 def _plain(node: yaml.Node | None) -> object:
-    # scalars stay text: a value means the same in a file and as an argument (YAML 1.1 reads 010 as 8)
+    # scalars stay text: a value means the same in a file and as an argument (YAML 1.1 reads 010 as
+    # 8)
     if isinstance(node, yaml.MappingNode):
         return _Pairs((str(_plain(key)), _plain(value)) for key, value in node.value)
     if isinstance(node, yaml.SequenceNode):
@@ -165,14 +177,19 @@ def _open(name: str) -> tuple[str, bytes]:
     root = [_PACKAGE.parent] if (_PACKAGE.parent / "pyproject.toml").is_file() else []
     tried = [folder / name for folder in (Path(), *root, _PACKAGE / "configs")]
     for place in tried:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), open(place, "rb") as handle:
+        with (
+            contextlib.suppress(FileNotFoundError, NotADirectoryError),
+            open(place, "rb") as handle,
+        ):
             return str(place), handle.read(MAX_FILE_BYTES + 1)
     places = ", ".join(dict.fromkeys(map(os.path.abspath, tried)))
     raise ConfigError(f"config file {_show(name)} was not found (tried {places})")
 
 
 def _parse(path: str, content: bytes, names: Collection[str]) -> list[tuple[str, object]]:
-    """What a file says, as (dotted key, value); a value is text, None, a list, _Pairs or (in JSON) a bool."""
+    """What a file says, as (dotted key, value); a value is text, None, a list, _Pairs or (in JSON)
+    a bool.
+    """
     if len(content) > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
     line, text = 1, ""
@@ -186,7 +203,11 @@ def _parse(path: str, content: bytes, names: Collection[str]) -> list[tuple[str,
         found = list(_walk(tree, names)) if isinstance(tree, _Pairs) else []
         if (tree is None or isinstance(tree, _Pairs)) and len(found) <= MAX_FILE_VALUES:
             return found
-        what = f"more than {MAX_FILE_VALUES} values" if found else f"expected options, not {_show(tree)}"
+        what = (
+            f"more than {MAX_FILE_VALUES} values"
+            if found
+            else f"expected options, not {_show(tree)}"
+        )
     except yaml.MarkedYAMLError as error:
         line, what = error.problem_mark.line + 1 if error.problem_mark else 1, error.problem
     except yaml.reader.ReaderError as error:
@@ -223,7 +244,9 @@ def _read_file(name: str, params: Mapping[str, fastargs.Param], errors: list[str
     return given
 
 
-def _split(argv: Sequence[str], names: Collection[str], errors: list[str]) -> tuple[list[str], Given, set[str]]:
+def _split(
+    argv: Sequence[str], names: Collection[str], errors: list[str]
+) -> tuple[list[str], Given, set[str]]:
     """Config files, options and switches (help, print-config); what is wrong goes to `errors`."""
     files, given, switches, known = [], {}, set(), [*names, "config-file"]
     waiting = [{"-h": "--help", "-C": "--config-file"}.get(word, word) for word in reversed(argv)]
@@ -258,7 +281,10 @@ def _help(declared: fastargs.Config, prog: str, description: str) -> str:
     """Every option, grouped by section, fitted to the terminal."""
     width = max(40, min(shutil.get_terminal_size().columns, 120)) - 1
     switches = [
-        ("-C, --config-file=FILE", "YAML or JSON file of options; may be repeated, later files win"),
+        (
+            "-C, --config-file=FILE",
+            "YAML or JSON file of options; may be repeated, later files win",
+        ),
         ("--print-config", "print the resolved options as YAML and exit"),
         ("-h, --help", "print this text and exit"),
     ]
@@ -272,7 +298,9 @@ def _help(declared: fastargs.Config, prog: str, description: str) -> str:
             facts = f"{param.checker.help()}; {state}" + f"; one of {choices}" * bool(choices)
             rows.append((f"--{'.'.join(path)}", f"{param.desc} [{facts}]".strip()))
     column = min(4 + max(len(option) for option, _ in rows), width // 2)
-    lines = textwrap.wrap(f"usage: {prog} [--config-file=FILE ...] [--section.option=value ...]", width)
+    lines = textwrap.wrap(
+        f"usage: {prog} [--config-file=FILE ...] [--section.option=value ...]", width
+    )
     for option, text in rows:
         head, indent = (f"  {option}  ".ljust(column), " " * column) if option else ("", "")
         lines += [""] * (not option)
@@ -281,14 +309,20 @@ def _help(declared: fastargs.Config, prog: str, description: str) -> str:
 
 
 def read(
-    sections: Mapping[str, type], argv: Sequence[str] | None = None, *, prog: str = "", description: str = ""
+    sections: Mapping[str, type],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str = "",
+    description: str = "",
 ) -> SimpleNamespace:
-    """One instance of each section's dataclass, from config files and `argv` (default: the command line).
+    """One instance of each section's dataclass, from config files and `argv` (default: the command
+    line).
 
-    A relative config file is looked up in the current folder, then in the repository's root, then among the
-    configs installed with the package. `--help` and `--print-config` print and raise SystemExit(0).
-    Raises ConfigError with everything that is wrong: unknown or missing options, values that do not fit,
-    unreadable files. A ValueError of a section's `__post_init__` is reported the same way.
+    A relative config file is looked up in the current folder, then in the repository's root, then
+    among the configs installed with the package. `--help` and `--print-config` print and raise
+    SystemExit(0). Raises ConfigError with everything that is wrong: unknown or missing options,
+    values that do not fit, unreadable files. A ValueError of a section's `__post_init__` is
+    reported the same way.
     """
     declared = _declare(sections)
     params = {".".join(path): param for path, param in declared.entries.items()}
@@ -324,13 +358,17 @@ def read(
     if errors:
         raise ConfigError("\n".join(errors))
     if "print-config" in switches:
-        print(to_yaml(config, {key: source for key, (_, source) in given.items()}), end="", flush=True)
+        print(
+            to_yaml(config, {key: source for key, (_, source) in given.items()}), end="", flush=True
+        )
         raise SystemExit(0)
     return config
 
 
 def flat(config: SimpleNamespace) -> dict[str, Any]:
-    """`section.option` -> value in declaration order; bools as 0 or 1 and tuples as lists (params.json)."""
+    """`section.option` -> value in declaration order; bools as 0 or 1 and tuples as lists
+    (params.json).
+    """
     plain = {}
     for name, section in vars(config).items():
         for field in fields(section):
@@ -341,7 +379,9 @@ def flat(config: SimpleNamespace) -> dict[str, Any]:
 
 
 def to_yaml(config: SimpleNamespace, sources: Mapping[str, str] | None = None) -> str:
-    """YAML that `read` reads back to an equal configuration; `sources` (option -> text) become comments."""
+    """YAML that `read` reads back to an equal configuration; `sources` (option -> text) become
+    comments.
+    """
     lines = []
     for name, section in vars(config).items():
         lines.append(f"{name}:")
@@ -362,11 +402,13 @@ def _yaml_value(value: object) -> str:
 
 
 def program(main: Callable[P, R]) -> Callable[P, R]:
-    """Decorator of a program's `main(argv=None)`: what a user can correct becomes `error: ...` and status 2.
+    """Decorator of a program's `main(argv=None)`: what a user can correct becomes `error: ...` and
+    status 2.
 
-    That is an exception whose class says `user_error = True`, or an OSError that names a file; both propagate
-    when MATRYOSHKA_TRACEBACK=1 is in the environment. An interrupt is status 130; a reader of our output that
-    went away is status 141, in silence. Any other exception is a bug of ours and propagates.
+    That is an exception whose class says `user_error = True`, or an OSError that names a file; both
+    propagate when MATRYOSHKA_TRACEBACK=1 is in the environment. An interrupt is status 130; a
+    reader of our output that went away is status 141, in silence. Any other exception is a bug of
+    ours and propagates.
     """
 
     @functools.wraps(main)
@@ -379,7 +421,9 @@ def program(main: Callable[P, R]) -> Callable[P, R]:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
         except BrokenPipeError:
-            with contextlib.suppress(OSError, ValueError):  # the rest of the buffer would raise again at exit
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # the rest of the buffer would raise again at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None
         except Exception as raised:
@@ -388,7 +432,11 @@ def program(main: Callable[P, R]) -> Callable[P, R]:
             for_user = named or getattr(error, "user_error", False)
             if not for_user or os.environ.get("MATRYOSHKA_TRACEBACK") == "1":
                 raise
-            message = f"{error.filename}: {error.strerror}" if named else str(error) or type(error).__name__
+            message = (
+                f"{error.filename}: {error.strerror}"
+                if named
+                else str(error) or type(error).__name__
+            )
             print(*(f"error: {line}" for line in message.splitlines()), sep="\n", file=sys.stderr)
             raise SystemExit(2) from None
 

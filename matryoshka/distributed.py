@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-REQUEUE = 75  # status of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, start the same command again
+# status of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, start the same command again
+REQUEUE = 75
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -27,16 +28,22 @@ class DistributedError(ValueError):
 
 @dataclass(frozen=True)
 class DistConfig:
-    """Section `dist`: used only with training.distributed=1 and without torchrun, whose environment wins."""
+    """Section `dist`: used only with training.distributed=1 and without torchrun, whose environment
+    wins.
+    """
 
-    world_size: int = field(default=0, metadata={"help": "processes to start; 0: one for each visible GPU, else 1"})
+    world_size: int = field(
+        default=0, metadata={"help": "processes to start; 0: one for each visible GPU, else 1"}
+    )
     address: str = field(default="localhost", metadata={"help": "rendezvous host"})
     port: int = field(default=0, metadata={"help": "rendezvous port; 0: any free one"})
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: rank of `size`, local_rank of `local_size` on this machine, and its device."""
+    """This process among all: rank of `size`, local_rank of `local_size` on this machine, and its
+    device.
+    """
 
     device: torch.device
     rank: int = 0
@@ -61,28 +68,36 @@ def check(distributed: bool | None, device: str) -> None:
     size = int(os.environ["WORLD_SIZE"]) if started_by_torchrun() else 1
     if size > 1 and distributed is False:
         raise DistributedError(
-            f"training.distributed=0 under torchrun with {size} processes: each would train the whole model on "
+            f"training.distributed=0 under torchrun with {size} processes: each would train the "
+            "whole model on "
             "its own; leave it out, or start one process"
         )
     pick_device(device, 0)
 
 
 def processes_to_start(config: DistConfig, distributed: bool | None, device: str) -> int:
-    """How many processes this one shall start through torchrun's launcher; 1 when it can do the work itself."""
+    """How many processes this one shall start through torchrun's launcher; 1 when it can do the
+    work itself.
+    """
     if started_by_torchrun() or not distributed:
         return 1
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     if config.world_size < 0:
-        raise DistributedError(f"dist.world_size={config.world_size}: expected 0 (all GPUs) or a number of processes")
+        raise DistributedError(
+            f"dist.world_size={config.world_size}: expected 0 (all GPUs) or a number of processes"
+        )
     if gpus and config.world_size > gpus:
         raise DistributedError(
-            f"dist.world_size={config.world_size}: only {gpus} GPUs are visible; lower it, or add --training.device=cpu"
+            f"dist.world_size={config.world_size}: only {gpus} GPUs are visible; lower it, or "
+            "add --training.device=cpu"
         )
     return config.world_size or gpus or 1
 
 
 def launch(processes: int, config: DistConfig, script: str, argv: Sequence[str]) -> int:
-    """Run `script argv` in so many processes with torchrun's own launcher; the exit code of the first to fail."""
+    """Run `script argv` in so many processes with torchrun's own launcher; the exit code of the
+    first to fail.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -105,14 +120,18 @@ def prepare(device: torch.device, seed: int, deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
     torch.backends.cudnn.deterministic = deterministic
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS reads it when it is first used
     torch.use_deterministic_algorithms(deterministic)
 
 
 def why_not_compile(device: torch.device) -> str | None:
-    """Tries torch.compile on a small network, forward and backward; the reason where it does not work here.
+    """Tries torch.compile on a small network, forward and backward; the reason where it does not
+    work here.
 
-    What is usually missing is a C++ compiler, Python's headers or Triton: everything else, too, fails then.
+    What is usually missing is a C++ compiler, Python's headers or Triton: everything else, too,
+    fails then.
     """
     network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()).to(device)
     try:
@@ -128,11 +147,18 @@ def why_not_compile(device: torch.device) -> str | None:
 def pick_device(name: str, local_rank: int) -> torch.device:
     """auto: CUDA, else Apple's MPS, else CPU. DistributedError for a device that is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     if name == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise DistributedError(
-                f"device=cuda: {torch.cuda.device_count()} GPUs are visible, process {local_rank} needs one; "
+                f"device=cuda: {torch.cuda.device_count()} GPUs are visible, process "
+                f"{local_rank} needs one; "
                 "use device=cpu or fewer processes"
             )
         return torch.device("cuda", local_rank)
@@ -143,19 +169,28 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[World]:
-    """This process's World; inside, the default process group exists where torchrun started more than one."""
+    """This process's World; inside, the default process group exists where torchrun started more
+    than one.
+    """
     if not started_by_torchrun():
         yield World(pick_device(device, 0))
         return
     env = os.environ
     local_rank = int(env.get("LOCAL_RANK", 0))
     world = World(
-        pick_device(device, local_rank), int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank,
+        pick_device(device, local_rank),
+        int(env["RANK"]),
+        int(env["WORLD_SIZE"]),
+        local_rank,
         int(env.get("LOCAL_WORLD_SIZE", 1)),
-    )  # fmt: skip
+    )
     store: dict[str, Any] = {}
     if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = {"store": fresh_store(world.rank, world.size), "rank": world.rank, "world_size": world.size}
+        store = {
+            "store": fresh_store(world.rank, world.size),
+            "rank": world.rank,
+            "world_size": world.size,
+        }
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
         dist.init_process_group("nccl", device_id=world.device, **store)
@@ -170,9 +205,10 @@ def joined(device: str) -> Iterator[World]:
 def fresh_store(rank: int, size: int, patience: float = 900.0) -> Any:
     """A part of the agents' store (a Store) that no earlier attempt has written to.
 
-    Restarted workers get the store of the workers before them (torch 2.15: MASTER_PORT stays), find the addresses of
-    dead processes there and fail to connect. Nothing in the environment tells attempts apart for all ranks, so rank 0
-    names this one, and hands the name to whoever answers to a number that only this attempt's process knows.
+    Restarted workers get the store of the workers before them (torch 2.15: MASTER_PORT stays), find
+    the addresses of dead processes there and fail to connect. Nothing in the environment tells
+    attempts apart for all ranks, so rank 0 names this one, and hands the name to whoever answers to
+    a number that only this attempt's process knows.
     """
     from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -182,7 +218,9 @@ def fresh_store(rank: int, size: int, patience: float = 900.0) -> Any:
     def wait(ready: Callable[[], bool]) -> None:
         while not ready():
             if time.monotonic() > until:
-                raise TimeoutError(f"rank {rank} of {size}: the others have not joined after {patience:.0f} s")
+                raise TimeoutError(
+                    f"rank {rank} of {size}: the others have not joined after {patience:.0f} s"
+                )
             time.sleep(0.02)
 
     if rank:
@@ -197,7 +235,9 @@ def fresh_store(rank: int, size: int, patience: float = 900.0) -> Any:
     name = secrets.token_hex(8)
 
     def all_are_here() -> bool:
-        for other in range(1, size):  # again and again: an earlier attempt's number is replaced when this one's comes
+        for other in range(
+            1, size
+        ):  # again and again: an earlier attempt's number is replaced when this one's comes
             if store.check([f"hello/{other}"]):
                 store.set(f"name/{store.get(f'hello/{other}').decode()}", name)
         return store.add(f"here/{name}", 0) == size - 1
@@ -212,7 +252,9 @@ def broadcast(value, world: World):
     if world.size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=world.device if world.device.type == "cuda" else None)
+    dist.broadcast_object_list(
+        box, src=0, device=world.device if world.device.type == "cuda" else None
+    )
     return box[0]
 
 
@@ -268,7 +310,9 @@ def stack_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """auto: bf16 on a GPU that has it, else fp16 there; fp32 on CPU and MPS. DistributedError for fp16 on a CPU."""
+    """auto: bf16 on a GPU that has it, else fp16 there; fp32 on CPU and MPS. DistributedError for
+    fp16 on a CPU.
+    """
     if name == "auto":
         if device.type != "cuda":
             return "fp32"

@@ -18,7 +18,9 @@ class FileError(ValueError):
 
 
 class Replacement:
-    """A file under a temporary name beside `path`; `publish` gives it that name, leaving removes it."""
+    """A file under a temporary name beside `path`; `publish` gives it that name, leaving removes
+    it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -65,12 +67,16 @@ class Replacement:
 
     def _explained(self, error: OSError, needed: int) -> Exception:
         if error.errno in _NO_SPACE:
-            return FileError(f"{self.path}: not written: {error.strerror} ({needed} bytes and more are needed)")
+            return FileError(
+                f"{self.path}: not written: {error.strerror} ({needed} bytes and more are needed)"
+            )
         return OSError(error.errno, error.strerror, str(self.path))
 
 
 def write_atomically(path: str | Path, *content: bytes | memoryview) -> None:
-    """Replace `path` by `content`, whole or not at all: temporary name, flush to disk, rename, flush the folder."""
+    """Replace `path` by `content`, whole or not at all: temporary name, flush to disk, rename,
+    flush the folder.
+    """
     path = Path(path)
     try:
         if path.is_dir():

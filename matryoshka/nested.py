@@ -1,8 +1,10 @@
-"""Nested (Matryoshka) representations: every prefix of a feature vector is a feature vector of its own.
+"""Nested (Matryoshka) representations: every prefix of a feature vector is a feature vector of its
+own.
 
 Source: Kusupati et al., "Matryoshka Representation Learning", arXiv 2205.13147, section 3.
-Dimension legend: G prefixes, B images, C classes, D features. Logits are always [G, B, C]; the plain
-baseline (`dims=(D,)`) and a fixed feature (`dims=(d,)`) are the case G = 1, not a special one.
+Dimension legend: G prefixes, B images, C classes, D features. Logits are always [G, B, C]; the
+plain baseline (`dims=(D,)`) and a fixed feature (`dims=(d,)`) are the case G = 1, not a special
+one.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 
 
 def default_dims(width: int, start: int = 8) -> tuple[int, ...]:
-    """Powers of two from `start` up to `width`, and `width` itself: (8, 16, ..., 2048) for a ResNet-50."""
+    """Powers of two from `start` up to `width`, and `width` itself: (8, 16, ..., 2048) for a
+    ResNet-50.
+    """
     dims = []
     d = start
     while d < width:
@@ -41,23 +45,31 @@ def check_dims(dims: Iterable[int], width: int) -> tuple[int, ...]:
 Head = tuple[Tensor, Tensor | None]  # weight [C, >= d], bias [C] or None
 
 
-def nested_logits(features: Tensor, heads: Sequence[Head], dims: Sequence[int], fused: bool | None = None) -> Tensor:
+def nested_logits(
+    features: Tensor, heads: Sequence[Head], dims: Sequence[int], fused: bool | None = None
+) -> Tensor:
     """Logits of every prefix: `features[:, :d] @ W[:, :d].T + b` for each d -> [G, B, C].
 
-    features [B, D]; heads: one per prefix (MRL), or a single one that all prefixes share by slicing its columns
-    (MRL-E; the whole bias is added to each prefix).
-    fused: True computes all prefixes in one product with zeros where a prefix has no columns, few launches and up
-    to G times the arithmetic; False the exact arithmetic prefix by prefix; None: True on a GPU, where launches
+    features [B, D]; heads: one per prefix (MRL), or a single one that all prefixes share by slicing
+    its columns (MRL-E; the whole bias is added to each prefix). fused: True computes all prefixes
+    in one product with zeros where a prefix has no columns, few launches and up to G times the
+    arithmetic; False the exact arithmetic prefix by prefix; None: True on a GPU, where launches
     cost more than arithmetic (bench/step.py), else False.
     """
     if len(heads) not in (1, len(dims)):
-        raise ValueError(f"{len(heads)} heads for {len(dims)} dims: give one per prefix, or one for all")
+        raise ValueError(
+            f"{len(heads)} heads for {len(dims)} dims: give one per prefix, or one for all"
+        )
     if features.shape[-1] < dims[-1]:
-        raise ValueError(f"features have {features.shape[-1]} columns, the longest prefix needs {dims[-1]}")
+        raise ValueError(
+            f"features have {features.shape[-1]} columns, the longest prefix needs {dims[-1]}"
+        )
     if len(dims) == 1:
         return F.linear(features[:, : dims[0]], heads[0][0][:, : dims[0]], heads[0][1])[None]
     fused = features.is_cuda if fused is None else fused
-    compute = _in_one_product if fused else _prefix_by_prefix if len(heads) > 1 else _segment_by_segment
+    compute = (
+        _in_one_product if fused else _prefix_by_prefix if len(heads) > 1 else _segment_by_segment
+    )
     return compute(features[:, : dims[-1]], heads, dims)
 
 
@@ -67,7 +79,9 @@ def _in_one_product(features: Tensor, heads: Sequence[Head], dims: Sequence[int]
         weight, bias = heads[0]
         prefixes = features * _inside(tuple(dims), features.device)[:, None].to(features.dtype)
         return F.linear(prefixes, weight[:, :width], bias)
-    padded = torch.stack([F.pad(weight[:, :d], (0, width - d)) for (weight, _), d in zip(heads, dims, strict=True)])
+    padded = torch.stack(
+        [F.pad(weight[:, :d], (0, width - d)) for (weight, _), d in zip(heads, dims, strict=True)]
+    )
     many = features.expand(len(dims), *features.shape)
     biases = [bias for _, bias in heads if bias is not None]
     if not biases:
@@ -77,18 +91,25 @@ def _in_one_product(features: Tensor, heads: Sequence[Head], dims: Sequence[int]
 
 @cache
 def _inside(dims: tuple[int, ...], device: torch.device) -> Tensor:
-    """[G, D]: whether a prefix has a column. Kept: to make it would copy from the host in every step."""
+    """[G, D]: whether a prefix has a column. Kept: to make it would copy from the host in every
+    step.
+    """
     return (torch.arange(dims[-1]) < torch.tensor(dims)[:, None]).to(device)
 
 
 def _prefix_by_prefix(features: Tensor, heads: Sequence[Head], dims: Sequence[int]) -> Tensor:
     return torch.stack(
-        [F.linear(features[:, :d], weight[:, :d], bias) for (weight, bias), d in zip(heads, dims, strict=True)]
+        [
+            F.linear(features[:, :d], weight[:, :d], bias)
+            for (weight, bias), d in zip(heads, dims, strict=True)
+        ]
     )
 
 
 def _segment_by_segment(features: Tensor, heads: Sequence[Head], dims: Sequence[int]) -> Tensor:
-    """A shared classifier: each prefix adds the columns that are new to the logits of the one before."""
+    """A shared classifier: each prefix adds the columns that are new to the logits of the one
+    before.
+    """
     weight, bias = heads[0]
     sizes = [end - begin for begin, end in itertools.pairwise((0, *dims))]
     # split, not slices: the gradient of each slice would be a whole matrix of zeros around it
@@ -102,11 +123,14 @@ def _segment_by_segment(features: Tensor, heads: Sequence[Head], dims: Sequence[
 class NestedLinear(nn.Module):
     """Linear classifiers on the prefixes of a feature vector: features [B, D] -> logits [G, B, C].
 
-    shared=False (MRL) keeps an independent classifier for each prefix; shared=True (MRL-E) keeps one of the
-    longest width and slices its columns. `heads[i]` is an nn.Linear of d_i (or, shared, of d_max) inputs.
+    shared=False (MRL) keeps an independent classifier for each prefix; shared=True (MRL-E) keeps
+    one of the longest width and slices its columns. `heads[i]` is an nn.Linear of d_i (or, shared,
+    of d_max) inputs.
     """
 
-    def __init__(self, dims: Sequence[int], num_classes: int, shared: bool = False, bias: bool = True) -> None:
+    def __init__(
+        self, dims: Sequence[int], num_classes: int, shared: bool = False, bias: bool = True
+    ) -> None:
         super().__init__()
         self.dims = check_dims(dims, max(dims, default=0))
         self.num_classes = num_classes
@@ -124,7 +148,8 @@ class NestedLinear(nn.Module):
 def nested_cross_entropy(
     logits: Tensor, labels: Tensor, weights: Tensor | None = None, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Plain weighted sum over prefixes of the mean cross-entropy (eq. 1 of the paper; not divided by G).
+    """Plain weighted sum over prefixes of the mean cross-entropy (eq. 1 of the paper; not divided
+    by G).
 
     logits [G, B, C]; labels int64 [B]; weights [G] relative importance c_m, None for all ones.
     Returns (scalar to minimise, detached unweighted loss per prefix [G]).
@@ -132,7 +157,10 @@ def nested_cross_entropy(
     # one fused call over [G*B, C]: each prefix sees the same labels
     g, b, c = logits.shape
     losses = F.cross_entropy(
-        logits.reshape(g * b, c), labels.repeat(g), reduction="none", label_smoothing=label_smoothing
+        logits.reshape(g * b, c),
+        labels.repeat(g),
+        reduction="none",
+        label_smoothing=label_smoothing,
     )
     per_prefix = losses.view(g, b).mean(dim=1)
     total = per_prefix.sum() if weights is None else (weights.to(per_prefix) * per_prefix).sum()

@@ -27,7 +27,9 @@ def photo():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory, photo):
-    """An image folder {train,val}/{ant,bee,cat}/*.jpg of photos of different sizes: 20 and 9 images."""
+    """An image folder {train,val}/{ant,bee,cat}/*.jpg of photos of different sizes: 20 and 9
+    images.
+    """
     root = tmp_path_factory.mktemp("photos")
     for split, counts in (("train", (8, 7, 5)), ("val", (3, 3, 3))):
         for label, (name, count) in enumerate(zip(("ant", "bee", "cat"), counts, strict=True)):
@@ -40,7 +42,9 @@ def folder(tmp_path_factory, photo):
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """{split: path} of two .beton files with 10 classes: 400 training and 100 validation digits, 32 px."""
+    """{split: path} of two .beton files with 10 classes: 400 training and 100 validation digits, 32
+    px.
+    """
     root = tmp_path_factory.mktemp("digits")
     for split, n in (("train", 400), ("val", 100)):
         write_beton(

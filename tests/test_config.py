@@ -1,4 +1,6 @@
-"""config.py: fastargs' syntax without the 14 defects of fastargs 1.2.0, files, messages, round trips."""
+"""config.py: fastargs' syntax without the 14 defects of fastargs 1.2.0, files, messages, round
+trips.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +32,21 @@ def _positive(value: float) -> None:
 @dataclass(frozen=True)
 class LR:
     lr: float | None = field(default=None, metadata={"help": "peak rate; wins over lr_per_256"})
-    lr_per_256: float = field(default=0.1, metadata={"help": "rate per 256 images", "check": _positive})
+    lr_per_256: float = field(
+        default=0.1, metadata={"help": "rate per 256 images", "check": _positive}
+    )
     lr_peak_epoch: int = field(default=2, metadata={"help": "epoch of the highest rate"})
-    lr_schedule_type: str = field(default="cyclic", metadata={"choices": ("cyclic", "step", "constant")})
+    lr_schedule_type: str = field(
+        default="cyclic", metadata={"choices": ("cyclic", "step", "constant")}
+    )
 
 
 @dataclass(frozen=True)
 class Training:
     train_dataset: str = field(metadata={"help": "the training set"})
-    epochs: int = field(default=30, metadata={"help": "passes over the set", "choices": (1, 3, 5, 10, 30)})
+    epochs: int = field(
+        default=30, metadata={"help": "passes over the set", "choices": (1, 3, 5, 10, 30)}
+    )
     use_blurpool: bool = field(default=False, metadata={"help": "BlurPool in strided convolutions"})
     path: str | None = None
     dims: tuple[int, ...] | None = None
@@ -78,7 +86,9 @@ def test_defect_01_false_is_false():
 
 def test_defect_02_flag_of_a_file_survives(file):
     for word in ("True", "1", "yes", "ON", "true"):
-        assert options("-C", file(f"training: {{use_blurpool: {word}}}")).training.use_blurpool is True
+        assert (
+            options("-C", file(f"training: {{use_blurpool: {word}}}")).training.use_blurpool is True
+        )
 
 
 def test_defect_03_unknown_option_of_a_file_is_an_error(file):
@@ -111,7 +121,9 @@ def test_defect_05_invalid_value_exits_with_2(capsys):
 
 
 def test_defect_06_bad_default_is_named():
-    section = make_dataclass("S", [("rate", float, field(default=-1.0, metadata={"check": _positive}))])
+    section = make_dataclass(
+        "S", [("rate", float, field(default=-1.0, metadata={"check": _positive}))]
+    )
     with pytest.raises(ConfigError, match=r"^s\.rate=-1\.0 by default: must be positive$"):
         read({"s": section}, [])
 
@@ -123,8 +135,12 @@ def test_defect_07_empty_file_has_no_options(file):
 
 def test_defect_08_malformed_json_is_not_read_as_yaml(file):
     path = file('{"lr": {"lr": 1},\n "training": {epochs: 5}}', ".json")
-    assert errors("-C", path) == [f"{path}, line 2: Expecting property name enclosed in double quotes"]
-    good = file('{"lr": {"lr": 1e-4}, "training.use_blurpool": true, "training.dims": [8, 16]}', ".json")
+    assert errors("-C", path) == [
+        f"{path}, line 2: Expecting property name enclosed in double quotes"
+    ]
+    good = file(
+        '{"lr": {"lr": 1e-4}, "training.use_blurpool": true, "training.dims": [8, 16]}', ".json"
+    )
     assert flat(options("-C", good))["lr.lr"] == 1e-4
     assert options("-C", good).training.dims == (8, 16)
     wrong = file('{"training.epochs": true, "lr.lr": false, "training.dims": {}}', ".json")
@@ -133,13 +149,20 @@ def test_defect_08_malformed_json_is_not_read_as_yaml(file):
 
 def test_defect_09_checks_see_typed_values(file):
     assert options("--training.epochs=5", "--lr.lr_per_256=1").training.epochs == 5
-    assert errors("--lr.lr_per_256=-1") == ["lr.lr_per_256='-1' on the command line: must be positive"]
-    assert errors("-C", file("training: {epochs: 2}"))[0].endswith(": expected one of 1, 3, 5, 10, 30")
+    assert errors("--lr.lr_per_256=-1") == [
+        "lr.lr_per_256='-1' on the command line: must be positive"
+    ]
+    assert errors("-C", file("training: {epochs: 2}"))[0].endswith(
+        ": expected one of 1, 3, 5, 10, 30"
+    )
 
 
 def test_defect_10_no_abbreviations():
     hint = "(did you mean 'lr.lr'?)"
-    assert errors("--lr.l=5", "--lr.l", "5") == [f"unknown option 'lr.l' on the command line {hint}"] * 2
+    assert (
+        errors("--lr.l=5", "--lr.l", "5")
+        == [f"unknown option 'lr.l' on the command line {hint}"] * 2
+    )
     assert errors("--config=x")[0].startswith("unknown option 'config' on the command line")
 
 
@@ -169,7 +192,9 @@ def test_defect_12_decorator_keeps_name_doc_and_self():
 
 
 def test_defect_13_missing_option_is_named_and_none_is_a_value(file):
-    with pytest.raises(ConfigError, match=r"^training\.train_dataset is required: the training set$"):
+    with pytest.raises(
+        ConfigError, match=r"^training\.train_dataset is required: the training set$"
+    ):
         read(SECTIONS, [])
     for none in ("", "none", "None", "null"):
         assert options("--lr.lr=1", f"--lr.lr={none}").lr.lr is None
@@ -199,7 +224,11 @@ def test_text_of_a_file_is_read_as_written(file):
     content = "lr: {lr: 1e-4, lr_per_256: 5}\ntraining: {port: 0123, path: 2026-11-23, epochs: 010}"
     got = flat(options("-C", file(content)))
     assert (got["lr.lr"], got["lr.lr_per_256"], type(got["lr.lr_per_256"])) == (1e-4, 5.0, float)
-    assert [got[f"training.{name}"] for name in ("port", "path", "epochs")] == ["0123", "2026-11-23", 10]
+    assert [got[f"training.{name}"] for name in ("port", "path", "epochs")] == [
+        "0123",
+        "2026-11-23",
+        10,
+    ]
     path = file("\ufefftraining:\r\n  path: Šärka 猫.pt\r\n  epochs: 3\r\n")  # BOM, CRLF
     assert options("-C", path) == options("--training.path=Šärka 猫.pt", "--training.epochs=3")
 
@@ -219,7 +248,9 @@ lr.lr_schedule_type=cylic one of cyclic, step, constant (did you mean 'cyclic'?)
 def test_wrong_types(line, file):
     argument, expected = line.split(" ", 1)
     option, value = argument.split("=")
-    assert errors(f"--{argument}") == [f"{option}='{value}' on the command line: expected {expected}"]
+    assert errors(f"--{argument}") == [
+        f"{option}='{value}' on the command line: expected {expected}"
+    ]
     assert errors("-C", file(f"{option}: '{value}'"))[0].endswith(f": expected {expected}")
 
 
@@ -267,7 +298,9 @@ def test_lookup_order(tmp_path, monkeypatch, file):
         assert options("-C", "rn50/a.yaml").lr.lr_peak_epoch == epoch
         (place / "rn50" / "a.yaml").unlink()
     (package.parent / "rn50" / "a.yaml").touch()
-    (package.parent / "pyproject.toml").unlink()  # an installed package: its parent is not the repository
+    (
+        package.parent / "pyproject.toml"
+    ).unlink()  # an installed package: its parent is not the repository
     assert "was not found" in errors("-C", "rn50/a.yaml")[0]
     assert errors("-C", str(tmp_path / "x.yaml"))[0].count("x.yaml") == 2
 
@@ -300,7 +333,11 @@ def test_file_that_is_too_large_or_a_folder(file, tmp_path):
 
 
 def test_duplicate_keys(file):
-    for content in ("lr:\n  lr: 1\n  lr: 2\n", "lr: {lr: 1}\nlr.lr: 2\n", '{"lr.lr": 1, "lr.lr": 2}'):
+    for content in (
+        "lr:\n  lr: 1\n  lr: 2\n",
+        "lr: {lr: 1}\nlr.lr: 2\n",
+        '{"lr.lr": 1, "lr.lr": 2}',
+    ):
         path = file(content, ".json" if content.startswith("{") else ".yaml")
         assert errors("-C", path) == [f"duplicate key 'lr.lr' in file {path}"]
     assert "duplicate key 'lr' " in errors("-C", file("lr: {lr: 1}\nlr: {lr_peak_epoch: 2}"))[0]
@@ -335,7 +372,9 @@ def test_yaml_round_trip(tmp_path_factory, values):
 
 def test_flat_is_upstreams_format():
     got = flat(options("--training.dims=8,16", "--training.use_blurpool=1"))
-    assert list(got) == [f"{name}.{option.name}" for name in SECTIONS for option in fields(SECTIONS[name])]
+    assert list(got) == [
+        f"{name}.{option.name}" for name in SECTIONS for option in fields(SECTIONS[name])
+    ]
     assert json.dumps([got["training.dims"], got["training.use_blurpool"]]) == "[[8, 16], 1]"
 
 
@@ -353,7 +392,11 @@ def test_print_config_round_trip(file, capsys):
     ("error", "code", "message"),
     [
         (ConfigError("a\nb"), 2, "error: a\nerror: b\n"),
-        (FileNotFoundError(2, "No such file or directory", "x"), 2, "error: x: No such file or directory\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "x"),
+            2,
+            "error: x: No such file or directory\n",
+        ),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (ValueError("bug"), None, ""),
         (OSError("no file"), None, ""),
@@ -382,7 +425,9 @@ def test_program_is_quiet_when_its_reader_goes_away():
 RAMPS = {16: (11, 13), 24: (17, 20), 32: (23, 27), 40: (29, 34), 56: (41, 48), 88: (65, 76)}
 
 
-@pytest.mark.parametrize(("depth", "rate", "batch", "wd"), [(18, 0.125, 1024, 5e-5), (50, 0.10625, 512, 1e-4)])
+@pytest.mark.parametrize(
+    ("depth", "rate", "batch", "wd"), [(18, 0.125, 1024, 5e-5), (50, 0.10625, 512, 1e-4)]
+)
 @pytest.mark.parametrize("epochs", RAMPS)
 def test_recipes(depth, rate, batch, wd, epochs):
     path = ROOT / f"rn{depth}_configs" / f"rn{depth}_{epochs}_epochs.yaml"
@@ -391,7 +436,12 @@ def test_recipes(depth, rate, batch, wd, epochs):
         "lr": {"lr_per_256": rate},
         "model": {"arch": f"resnet{depth}"},
         "resolution": {"min_res": 160, "max_res": 192, "start_ramp": start, "end_ramp": end},
-        "training": {"batch_size": batch, "epochs": epochs, "use_blurpool": True, "weight_decay": wd},
+        "training": {
+            "batch_size": batch,
+            "epochs": epochs,
+            "use_blurpool": True,
+            "weight_decay": wd,
+        },
         "validation": {"lr_tta": True, "resolution": 256},
     }
     assert f"--config-file {path.relative_to(ROOT)}" in path.read_text()

@@ -102,10 +102,16 @@ def test_no_import_of_ours_is_hidden_from_the_type_checker():
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_library_prints_nothing_and_moves_nothing_to_a_gpu(path):
-    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    calls = [
+        node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
+    ]
     if path.name not in ("cli.py", "config.py", "fitting.py"):
-        assert not [c for c in calls if isinstance(c, ast.Name) and c.id == "print"], "the library prints nothing"
-    assert not [c for c in calls if isinstance(c, ast.Attribute) and c.attr == "cuda"], "use .to(device)"
+        assert not [c for c in calls if isinstance(c, ast.Name) and c.id == "print"], (
+            "the library prints nothing"
+        )
+    assert not [c for c in calls if isinstance(c, ast.Attribute) and c.attr == "cuda"], (
+        "use .to(device)"
+    )
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda p: str(p.relative_to(ROOT)))
@@ -141,7 +147,11 @@ def test_public_functions_say_what_they_do():
         if not ast.get_docstring(tree):
             missing.append(str(path))
         for node in tree.body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and not ast.get_docstring(node):
+            if (
+                isinstance(node, ast.ClassDef)
+                and not node.name.startswith("_")
+                and not ast.get_docstring(node)
+            ):
                 fields_only = all(isinstance(n, (ast.AnnAssign, ast.Assign)) for n in node.body)
                 if not fields_only:
                     missing.append(f"{path.name}: {node.name}")

@@ -1,4 +1,6 @@
-"""Every program's main(argv), on a CPU, on real small data: what it leaves behind, what it says, what it refuses."""
+"""Every program's main(argv), on a CPU, on real small data: what it leaves behind, what it says,
+what it refuses.
+"""
 
 import json
 import os
@@ -29,7 +31,12 @@ RECIPES = sorted([*ROOT.glob("rn50_configs/*.yaml"), *ROOT.glob("rn18_configs/*.
 def run(tmp_path_factory, digits):
     """A finished MRL run."""
     folder = tmp_path_factory.mktemp("runs")
-    assert train_imagenet.main(options(digits, folder, "run", "--model.mrl=1", "--model.dims=8,32,512")) == 0
+    assert (
+        train_imagenet.main(
+            options(digits, folder, "run", "--model.mrl=1", "--model.dims=8,32,512")
+        )
+        == 0
+    )
     return folder / "run"
 
 
@@ -38,9 +45,17 @@ def run(tmp_path_factory, digits):
 
 def test_the_run_folder(run, digits):
     assert {p.name for p in run.iterdir()} == {
-        "params.json", "config.yaml", "env.json", "log", "events.jsonl", "checkpoints", "accuracy.png", "tensorboard",
-        "final_weights.pt", "model.safetensors",
-    }  # fmt: skip
+        "params.json",
+        "config.yaml",
+        "env.json",
+        "log",
+        "events.jsonl",
+        "checkpoints",
+        "accuracy.png",
+        "tensorboard",
+        "final_weights.pt",
+        "model.safetensors",
+    }
     lines = [json.loads(line) for line in (run / "log").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
     upstream = ["timestamp", "relative_time", "current_lr", "val_time"]
@@ -73,14 +88,23 @@ def test_the_checkpoint_has_the_accuracy_that_the_log_says(run, digits):
         for g, d in enumerate(model.dims):
             for k in (1, 5):
                 expected = top_k_accuracy_score(labels, logits[g], k=k, labels=range(10))
-                assert last[f"top_{k}_{d}"] == pytest.approx(expected, abs=0.011)  # one of 100 may be a tie
+                assert last[f"top_{k}_{d}"] == pytest.approx(
+                    expected, abs=0.011
+                )  # one of 100 may be a tie
 
 
 @pytest.mark.parametrize(
     ("model", "head"),
-    [(["--model.efficient=1"], "mrl-e"), (["--model.fixed_feature=16"], "ff16"), ([], "ff512"),
-     (["--model.mrl=1", "--model.nesting_start=5", "--model.relative_importance=2,1,1,1,1"], "mrl")],
-)  # fmt: skip
+    [
+        (["--model.efficient=1"], "mrl-e"),
+        (["--model.fixed_feature=16"], "ff16"),
+        ([], "ff512"),
+        (
+            ["--model.mrl=1", "--model.nesting_start=5", "--model.relative_importance=2,1,1,1,1"],
+            "mrl",
+        ),
+    ],
+)
 def test_every_head_trains_and_is_read_back(tmp_path, digits, model, head):
     more = [*model, "--training.epochs=1", "--training.use_blurpool=1", "--logging.log_level=0"]
     train_imagenet.main(options(digits, tmp_path, "run", *more))
@@ -92,7 +116,8 @@ def test_every_head_trains_and_is_read_back(tmp_path, digits, model, head):
     again = load_model(tmp_path / "run" / "final_weights.pt")  # params.json beside it says the rest
     assert again.spec == loaded.spec
     assert all(
-        torch.equal(a, b) for a, b in zip(again.state_dict().values(), loaded.state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(again.state_dict().values(), loaded.state_dict().values(), strict=True)
     )
 
 
@@ -100,18 +125,31 @@ def test_every_option_of_the_optimizer_changes_the_result(tmp_path):
     losses, few = {}, tmp_path / "few.beton"
     write_beton(Digits("train"), few, max_resolution=64, write_mode="jpg", subset=100)
     variants = {
-        "base": [], "seed": ["--training.seed=1"], "bn_wd": ["--training.bn_wd=1"], "scale": ["--data.scale=0.2,0.5"],
-        "weight_decay": ["--training.weight_decay=0.5"], "momentum": ["--training.momentum=0"],
-        "label_smoothing": ["--training.label_smoothing=0.5"], "blurpool": ["--training.use_blurpool=1"],
-        "flip": ["--data.flip=1"], "ratio": ["--data.ratio=0.5,0.6"], "schedule": ["--lr.lr_schedule_type=constant"],
-        "bf16": ["--training.precision=bf16"], "resolution": ["--resolution.min_res=64"],
-        "lr_per_256": ["--lr.lr=none", "--lr.lr_per_256=0.4"], "mirror": ["--validation.lr_tta=0"],
-    }  # fmt: skip
+        "base": [],
+        "seed": ["--training.seed=1"],
+        "bn_wd": ["--training.bn_wd=1"],
+        "scale": ["--data.scale=0.2,0.5"],
+        "weight_decay": ["--training.weight_decay=0.5"],
+        "momentum": ["--training.momentum=0"],
+        "label_smoothing": ["--training.label_smoothing=0.5"],
+        "blurpool": ["--training.use_blurpool=1"],
+        "flip": ["--data.flip=1"],
+        "ratio": ["--data.ratio=0.5,0.6"],
+        "schedule": ["--lr.lr_schedule_type=constant"],
+        "bf16": ["--training.precision=bf16"],
+        "resolution": ["--resolution.min_res=64"],
+        "lr_per_256": ["--lr.lr=none", "--lr.lr_per_256=0.4"],
+        "mirror": ["--validation.lr_tta=0"],
+    }
     for name, more in {**variants, "again": []}.items():
         short = ["--training.epochs=1", "--training.batch_size=50", *more]
         train_imagenet.main(options({"train": few, "val": few}, tmp_path, name, *short))
         line = json.loads((tmp_path / name / "log").read_text().splitlines()[-1])
-        losses[name] = (line["train_loss"], line["top_1"], load_model(tmp_path / name / "model.safetensors"))
+        losses[name] = (
+            line["train_loss"],
+            line["top_1"],
+            load_model(tmp_path / name / "model.safetensors"),
+        )
     assert losses["base"][0] == losses["again"][0]
     for name in set(variants) - {"base", "mirror"}:
         state = losses[name][2].state_dict()
@@ -125,17 +163,30 @@ def test_every_option_of_the_optimizer_changes_the_result(tmp_path):
 
 def test_resolution_ramp():
     ramp = ResolutionConfig(min_res=160, max_res=192, start_ramp=29, end_ramp=34)
-    assert [resolution_at(e, ramp) for e in (0, 29, 31, 32, 34, 39)] == [160, 160, 160, 192, 192, 192]
+    assert [resolution_at(e, ramp) for e in (0, 29, 31, 32, 34, 39)] == [
+        160,
+        160,
+        160,
+        192,
+        192,
+        192,
+    ]
     beyond = ResolutionConfig(min_res=128, max_res=224, start_ramp=1, end_ramp=100)
     assert resolution_at(50, beyond) == 160 + 32 * round((50 - 1) / 99 * 3 - 1)
     assert resolution_at(3, ResolutionConfig(min_res=33, max_res=40)) == 40
 
 
 def test_eval_only(run, digits, capsys):
-    train_imagenet.main([
-        "--training.eval_only=1", f"--training.path={run / 'model.safetensors'}", f"--data.val_dataset={digits['val']}",
-        "--validation.resolution=32", "--validation.crop_ratio=1", "--training.device=cpu",
-    ])  # fmt: skip
+    train_imagenet.main(
+        [
+            "--training.eval_only=1",
+            f"--training.path={run / 'model.safetensors'}",
+            f"--data.val_dataset={digits['val']}",
+            "--validation.resolution=32",
+            "--validation.crop_ratio=1",
+            "--training.device=cpu",
+        ]
+    )
     last = json.loads((run / "log").read_text().splitlines()[-1])
     shown = capsys.readouterr().out
     for d in (8, 32, 512):
@@ -160,7 +211,12 @@ def test_every_recipe_is_a_valid_configuration(path):
 def test_inference_equals_the_log(run, digits, tmp_path, capsys):
     output = tmp_path / "results.json"
     pytorch_inference.main(
-        [f"--path={run / 'model.safetensors'}", f"--data-root={digits['val']}", "--tta", f"--output={output}"]
+        [
+            f"--path={run / 'model.safetensors'}",
+            f"--data-root={digits['val']}",
+            "--tta",
+            f"--output={output}",
+        ]
     )
     results = json.loads(output.read_text())
     last = json.loads((run / "log").read_text().splitlines()[-1])
@@ -177,15 +233,24 @@ def test_inference_on_an_image_folder_with_upstreams_flags(folder, tmp_path):
     torch.manual_seed(3)
     model = build(ModelSpec("resnet18", 3, (8, 64, 512))).eval()
     state = {
-        f"fc.nesting_classifier_{k[11:]}" if k.startswith("head") else k[6:]: v for k, v in model.state_dict().items()
+        f"fc.nesting_classifier_{k[11:]}" if k.startswith("head") else k[6:]: v
+        for k, v in model.state_dict().items()
     }
     torch.save({f"module.{k}": v for k, v in state.items()}, tmp_path / "final_weights.pt")
     output = tmp_path / "r.json"
-    pytorch_inference.main([
-        f"--path={tmp_path / 'final_weights.pt'}", "--mrl", "--dataset", "v1", "--data-root", str(folder),
-        "--workers=1",
-        f"--output={output}", "--batch-size=4",
-    ])  # fmt: skip
+    pytorch_inference.main(
+        [
+            f"--path={tmp_path / 'final_weights.pt'}",
+            "--mrl",
+            "--dataset",
+            "v1",
+            "--data-root",
+            str(folder),
+            "--workers=1",
+            f"--output={output}",
+            "--batch-size=4",
+        ]
+    )
     data = open_dataset(folder / "val")
     hits = np.zeros(3)
     for batch in Loader(data, 1, order="sequential", image=CenterCrop(224)):
@@ -225,8 +290,14 @@ MISTAKES = [
     (["--data.num_workers=-1"], ["data.num_workers=-1"]),
     (["--training.seed=-1"], ["training.seed=-1"]),
     (["--training.sync_bn=1"], ["training.sync_bn=1", "GPU"]),
-    (["--training.compile=1", "--training.deterministic=1"], ["training.compile", "training.deterministic"]),
-    (["--training.accumulate=2", "--training.global_batch_size=64"], ["training.accumulate", "global_batch_size"]),
+    (
+        ["--training.compile=1", "--training.deterministic=1"],
+        ["training.compile", "training.deterministic"],
+    ),
+    (
+        ["--training.accumulate=2", "--training.global_batch_size=64"],
+        ["training.accumulate", "global_batch_size"],
+    ),
     (["--training.keep_last=0"], ["training.keep_last=0"]),
     (["--training.optimizer=adam"], ["training.optimizer", "adam", "adamw"]),
     (["--training.resume=nowhere"], ["training.resume=nowhere"]),
@@ -239,7 +310,9 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("more", "words"), MISTAKES, ids=lambda v: v[0] if isinstance(v, list) else "")
+@pytest.mark.parametrize(
+    ("more", "words"), MISTAKES, ids=lambda v: v[0] if isinstance(v, list) else ""
+)
 def test_mistakes_in_training_are_one_line(run, digits, capsys, more, words):
     if torch.cuda.is_available() and "cuda" in more[0]:
         pytest.skip("this machine has a GPU")
@@ -252,13 +325,21 @@ def test_class_counts_and_names_must_fit(run, digits, folder, tmp_path, capsys):
     mixed = {"train": folder / "train", "val": digits["val"]}
     line = refused(train_imagenet.main, options(mixed, tmp_path), capsys)
     assert "10 classes" in line
-    line = refused(pytorch_inference.main, [f"--path={run / 'model.safetensors'}", f"--data-root={folder}"], capsys)
+    line = refused(
+        pytorch_inference.main,
+        [f"--path={run / 'model.safetensors'}", f"--data-root={folder}"],
+        capsys,
+    )
     assert "3 classes" in line
     only = ["--training.eval_only=1", f"--training.path={run / 'model.safetensors'}"]
-    assert "3 classes" in refused(train_imagenet.main, [*only, f"--data.val_dataset={folder / 'val'}"], capsys)
+    assert "3 classes" in refused(
+        train_imagenet.main, [*only, f"--data.val_dataset={folder / 'val'}"], capsys
+    )
     save_model(build(ModelSpec("resnet10", 3, (8,))), tmp_path / "m.safetensors")
     assert "classes" in refused(
-        pytorch_inference.main, [f"--path={tmp_path / 'm.safetensors'}", f"--data-root={digits['val']}"], capsys
+        pytorch_inference.main,
+        [f"--path={tmp_path / 'm.safetensors'}", f"--data-root={digits['val']}"],
+        capsys,
     )
 
 
@@ -266,14 +347,20 @@ def test_damaged_data_is_one_line(run, digits, tmp_path, capsys):
     content = digits["train"].read_bytes()
     cut = tmp_path / "cut.beton"
     cut.write_bytes(content[: len(content) // 2])
-    line = refused(train_imagenet.main, options({"train": cut, "val": digits["val"]}, tmp_path), capsys)
+    line = refused(
+        train_imagenet.main, options({"train": cut, "val": digits["val"]}, tmp_path), capsys
+    )
     assert "cut.beton" in line
     cut.write_bytes(b"\x07" + content[1:])
-    line = refused(train_imagenet.main, options({"train": cut, "val": digits["val"]}, tmp_path), capsys)
+    line = refused(
+        train_imagenet.main, options({"train": cut, "val": digits["val"]}, tmp_path), capsys
+    )
     assert "version" in line
     (tmp_path / "empty").mkdir()
     assert "class folders" in refused(
-        pytorch_inference.main, [f"--path={run / 'model.safetensors'}", f"--data-root={tmp_path / 'empty'}"], capsys
+        pytorch_inference.main,
+        [f"--path={run / 'model.safetensors'}", f"--data-root={tmp_path / 'empty'}"],
+        capsys,
     )
 
 

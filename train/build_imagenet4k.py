@@ -1,17 +1,20 @@
-"""ImageNet-4K, the retrieval benchmark of the MRL paper, out of ImageNet-21K: database and queries, a .beton each.
+"""ImageNet-4K, the retrieval benchmark of the MRL paper, out of ImageNet-21K: database and queries,
+a .beton each.
 
     python train/build_imagenet4k.py --data imagenet21k --classes IDtoClass.txt --output imagenet4k
 
---data holds one folder of images for each class, named by its WordNet id (n00005787). --classes is the list of the
-paper's repository, one `00005787-n -> benthos: definition` per line. Of each class 50 images become queries and 1,000
-the database, drawn by --seed from its files in sorted order; images that no decoder reads are passed over. The paper's
-own draw was never published as a program: another one gives other numbers.
+--data holds one folder of images for each class, named by its WordNet id (n00005787). --classes is
+the list of the paper's repository, one `00005787-n -> benthos: definition` per line. Of each class
+50 images become queries and 1,000 the database, drawn by --seed from its files in sorted order;
+images that no decoder reads are passed over. The paper's own draw was never published as a program:
+another one gives other numbers.
 
     imagenet4k_queries.beton, imagenet4k_database.beton    labels are ranks of the sorted WordNet ids; .json beside each
     imagenet4k.jsonl    the options, then one line per class: its images in both files' order; written last
 
-Works class by class; killed and started again with the same options, it goes on with the next class, and the files are
-the same. The finished classes lie in `.parts` until the end: twice the space is needed.
+Works class by class; killed and started again with the same options, it goes on with the next
+class, and the files are the same. The finished classes lie in `.parts` until the end: twice the
+space is needed.
 """
 
 from __future__ import annotations
@@ -57,25 +60,49 @@ class BuildError(ValueError):
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="build_imagenet4k.py", description=__doc__, allow_abbrev=False,
+        prog="build_imagenet4k.py",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    p.add_argument("--data", required=True, metavar="DIR", help="ImageNet-21K: one folder of images per WordNet id")
-    p.add_argument("--classes", required=True, metavar="FILE", help="the list of classes, IDtoClass.txt")
-    p.add_argument("--output", required=True, metavar="DIR", help="folder of the files, made where it is missing")
+    )
+    p.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="ImageNet-21K: one folder of images per WordNet id",
+    )
+    p.add_argument(
+        "--classes", required=True, metavar="FILE", help="the list of classes, IDtoClass.txt"
+    )
+    p.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="folder of the files, made where it is missing",
+    )
     p.add_argument("--database-per-class", type=int, default=1000, metavar="N")
     p.add_argument("--queries-per-class", type=int, default=50, metavar="N")
     p.add_argument("--seed", type=int, default=0, help="of the draw")
     p.add_argument(
         "--leave-out-small",
         action="store_true",
-        help="leave out, and list, classes that are missing or have too few readable images; default: an error",
+        help="leave out, and list, classes that are missing or have too few readable images; "
+        "default: an error",
     )
     p.add_argument("--max-resolution", type=int, default=500, help="longest side in pixels")
-    p.add_argument("--write-mode", default="jpg", choices=("jpg", "raw"), help="how images are stored")
+    p.add_argument(
+        "--write-mode", default="jpg", choices=("jpg", "raw"), help="how images are stored"
+    )
     p.add_argument("--jpeg-quality", type=int, default=90)
-    p.add_argument("--transcode", default="never", choices=("never", "fit", "always"), help="copy JPEGs losslessly")
-    p.add_argument("--names", action="store_true", help="also keep the file names in the .beton's side files")
+    p.add_argument(
+        "--transcode",
+        default="never",
+        choices=("never", "fit", "always"),
+        help="copy JPEGs losslessly",
+    )
+    p.add_argument(
+        "--names", action="store_true", help="also keep the file names in the .beton's side files"
+    )
     p.add_argument("--workers", type=int, default=0, help="threads; default: all cores")
     p.add_argument("--overwrite", action="store_true", help="replace files of other options")
     return p
@@ -85,18 +112,26 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.database_per_class < 1 or args.queries_per_class < 1 or args.workers < 0:
-        raise config.ConfigError("--database-per-class and --queries-per-class must be 1 or more, --workers 0 or more")
+        raise config.ConfigError(
+            "--database-per-class and --queries-per-class must be 1 or more, --workers 0 or more"
+        )
     if not 0 <= args.seed < 1 << 64:
         raise config.ConfigError(f"--seed {args.seed}: expected 0 to {(1 << 64) - 1}")
     WriteOptions(**store_options(args))  # refuses what makes no sense
     output = Path(args.output)
     wnids = read_classes(Path(args.classes))
     plan = {
-        "database_per_class": args.database_per_class, "queries_per_class": args.queries_per_class, "seed": args.seed,
-        "leave_out_small": args.leave_out_small, "max_resolution": args.max_resolution, "write_mode": args.write_mode,
-        "jpeg_quality": args.jpeg_quality, "transcode": args.transcode, "names": args.names,
+        "database_per_class": args.database_per_class,
+        "queries_per_class": args.queries_per_class,
+        "seed": args.seed,
+        "leave_out_small": args.leave_out_small,
+        "max_resolution": args.max_resolution,
+        "write_mode": args.write_mode,
+        "jpeg_quality": args.jpeg_quality,
+        "transcode": args.transcode,
+        "names": args.names,
         "classes": hashlib.sha256("\n".join(wnids).encode()).hexdigest(),
-    }  # fmt: skip
+    }
     if finished(output, plan, args.overwrite):
         shutil.rmtree(output / PARTS, ignore_errors=True)  # killed before this
         print(f"{output}: finished already")
@@ -111,15 +146,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (parts / f"{wnid}.json").exists():
             write_class(parts, Path(args.data), wnid, images[wnid], args)
     summary = assemble(output, wnids, plan)
-    print(f"{summary.classes:,} classes: {summary.queries:,} queries, {summary.database:,} images in the database")
+    print(
+        f"{summary.classes:,} classes: {summary.queries:,} queries, {summary.database:,} images "
+        "in the database"
+    )
     if summary.left_out:
-        print(f"{len(summary.left_out)} classes left out, see {output / MANIFEST}: {some(summary.left_out)}")
+        print(
+            f"{len(summary.left_out)} classes left out, see {output / MANIFEST}: "
+            f"{some(summary.left_out)}"
+        )
     print(f"written  {output / QUERIES} {output / DATABASE} {output / MANIFEST}")
     return 0
 
 
 def some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return ", ".join(names[:SHOWN]) + (
+        f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    )
 
 
 def read_classes(file: Path) -> list[str]:
@@ -135,12 +178,15 @@ def read_classes(file: Path) -> list[str]:
         found = LINE.fullmatch(line.strip())
         if not found and not WNID.fullmatch(line.strip()):
             raise BuildError(
-                f"--classes {file}: line {number} is {printable(line[:60])!r}, not like '00005787-n -> benthos: ...'"
+                f"--classes {file}: line {number} is {printable(line[:60])!r}, not like "
+                "'00005787-n -> benthos: ...'"
             )
         wnids.append(f"n{found[1]}" if found else line.strip())
     if not wnids or len(set(wnids)) < len(wnids):
         twice = next((wnid for wnid in wnids if wnids.count(wnid) > 1), None)
-        raise BuildError(f"--classes {file}: {f'names {twice} twice' if twice else 'names no class'}")
+        raise BuildError(
+            f"--classes {file}: {f'names {twice} twice' if twice else 'names no class'}"
+        )
     return sorted(wnids)
 
 
@@ -160,8 +206,13 @@ def list_images(data: Path, wnids: list[str], args: Namespace) -> dict[str, list
     small = [f"{wnid} ({len(names)})" for wnid, names in images.items() if len(names) < needed]
     if len(small) == len(wnids) or (small and not args.leave_out_small):
         raise BuildError(
-            f"--data {data}: {len(small)} of {len(wnids)} classes have fewer than {needed} images: {some(small)}"
-            + ("; unpack them, or add --leave-out-small" if len(small) < len(wnids) else "; is it ImageNet-21K?")
+            f"--data {data}: {len(small)} of {len(wnids)} classes have fewer than {needed} "
+            f"images: {some(small)}"
+            + (
+                "; unpack them, or add --leave-out-small"
+                if len(small) < len(wnids)
+                else "; is it ImageNet-21K?"
+            )
         )
     return {wnid: names if len(names) >= needed else [] for wnid, names in images.items()}
 
@@ -171,7 +222,9 @@ def is_image(entry: os.DirEntry) -> bool:
 
 
 def drawn(names: list[str], wnid: str, seed: int) -> list[str]:
-    """The class's files in the order of the draw: a pure function of its sorted names, its id and the seed."""
+    """The class's files in the order of the draw: a pure function of its sorted names, its id and
+    the seed.
+    """
     key = np.array([seed, int(wnid[1:])], np.uint64)
     stream = np.random.Philox(key=key).random_raw(len(names))  # NumPy promises it for ever
     return [names[i] for i in np.argsort(stream, kind="stable")]
@@ -215,13 +268,17 @@ def must_match(where: Path, stored: Any, plan: dict) -> None:
         if stored.get(key) != value:
             option = key.replace("_", "-")
             raise BuildError(
-                f"{where}: was made with --{option} {str(stored.get(key))[:20]}, not {str(value)[:20]}; choose another "
+                f"{where}: was made with --{option} {str(stored.get(key))[:20]}, not "
+                f"{str(value)[:20]}; choose another "
                 "--output, or add --overwrite"
             )
 
 
 def store_options(args: Namespace) -> dict[str, Any]:
-    return {key: getattr(args, key) for key in ("max_resolution", "write_mode", "jpeg_quality", "transcode")}
+    return {
+        key: getattr(args, key)
+        for key in ("max_resolution", "write_mode", "jpeg_quality", "transcode")
+    }
 
 
 class ClassImages:
@@ -242,7 +299,9 @@ class ClassImages:
 
 
 def write_class(parts: Path, data: Path, wnid: str, names: list[str], args: Namespace) -> None:
-    """Both parts of one class, then the note that they are there; without images, the note that it is left out."""
+    """Both parts of one class, then the note that they are there; without images, the note that it
+    is left out.
+    """
     left, unreadable = drawn(names, wnid, args.seed), []
     record: dict[str, Any] = {"wnid": wnid}
     for kind, count in (("queries", args.queries_per_class), ("database", args.database_per_class)):
@@ -251,12 +310,15 @@ def write_class(parts: Path, data: Path, wnid: str, names: list[str], args: Name
             if len(chosen) < count:
                 if not args.leave_out_small:
                     raise BuildError(
-                        f"{data / wnid}: has too few readable images, {len(unreadable)} are not: {some(unreadable)}; "
+                        f"{data / wnid}: has too few readable images, {len(unreadable)} are not: "
+                        f"{some(unreadable)}; "
                         "mend them, or add --leave-out-small"
                     )
                 names = []
                 break
-            broken = write_part(parts / f"{wnid}.{kind}.beton", ClassImages(data, wnid, chosen), args)
+            broken = write_part(
+                parts / f"{wnid}.{kind}.beton", ClassImages(data, wnid, chosen), args
+            )
             if not broken:
                 record[kind], left = chosen, left[count:]
                 break
@@ -264,7 +326,9 @@ def write_class(parts: Path, data: Path, wnid: str, names: list[str], args: Name
             left = [name for name in left if name not in broken]
     if not names:
         record = {"wnid": wnid, "left_out": "too few readable images"}
-    write_atomically(parts / f"{wnid}.json", json.dumps(record | {"unreadable": unreadable}).encode())
+    write_atomically(
+        parts / f"{wnid}.json", json.dumps(record | {"unreadable": unreadable}).encode()
+    )
 
 
 def write_part(path: Path, images: ClassImages, args: Namespace) -> set[str]:
@@ -300,7 +364,9 @@ class Summary(NamedTuple):
 
 
 def assemble(output: Path, wnids: list[str], plan: dict) -> Summary:
-    """All parts as two files, whose stored bytes are those of the parts; then the manifest, then no more parts."""
+    """All parts as two files, whose stored bytes are those of the parts; then the manifest, then no
+    more parts.
+    """
     parts = output / PARTS
 
     def record(wnid: str) -> dict:
@@ -308,7 +374,9 @@ def assemble(output: Path, wnids: list[str], plan: dict) -> Summary:
 
     kept = [wnid for wnid in wnids if "left_out" not in record(wnid)]
     if not kept:
-        raise BuildError(f"{output}: every one of the {len(wnids)} classes has too few readable images")
+        raise BuildError(
+            f"{output}: every one of the {len(wnids)} classes has too few readable images"
+        )
     queries, database = (
         join(parts / name, kind, map(record, kept), kept, plan)
         for kind, name in (("queries", QUERIES), ("database", DATABASE))
@@ -323,7 +391,10 @@ def assemble(output: Path, wnids: list[str], plan: dict) -> Summary:
         file.publish()
     (output / MANIFEST).unlink(missing_ok=True)  # it must never describe other files
     for name in (QUERIES, DATABASE):
-        for path in (manifest_path(parts / name), parts / name):  # a .beton must never be seen with other class names
+        for path in (
+            manifest_path(parts / name),
+            parts / name,
+        ):  # a .beton must never be seen with other class names
             os.replace(path, output / path.name)
     os.replace(parts / MANIFEST, output / MANIFEST)
     shutil.rmtree(parts, ignore_errors=True)
@@ -331,14 +402,18 @@ def assemble(output: Path, wnids: list[str], plan: dict) -> Summary:
 
 
 def join(path: Path, kind: str, records: Iterable[dict], wnids: list[str], plan: dict) -> int:
-    """The file `path` beside the parts, and its side file, from the parts of one kind; images in it."""
+    """The file `path` beside the parts, and its side file, from the parts of one kind; images in
+    it.
+    """
     total = len(wnids) * plan[f"{kind}_per_class"]
     side: dict[str, Any] = {"counts": Counter(), **{key: [] for key in LISTS}} | (
         {"names": []} if plan["names"] else {}
     )
     with Replacement(path) as file, Replacement(manifest_path(path)) as about:
         pages = Pages(file.write, total, page_size_for(3 * plan["max_resolution"] ** 2))
-        for label, record in enumerate(tqdm(records, leave=False, unit="class", disable=not sys.stderr.isatty())):
+        for label, record in enumerate(
+            tqdm(records, leave=False, unit="class", disable=not sys.stderr.isatty())
+        ):
             wnid = record["wnid"]
             with BetonFile(path.with_name(f"{wnid}.{kind}.beton")) as part:
                 copy(part, pages, label)
@@ -346,10 +421,17 @@ def join(path: Path, kind: str, records: Iterable[dict], wnids: list[str], plan:
             side["options"] = manifest["options"] | {"names": plan["names"]}
             side["counts"].update(manifest["counts"])
             for key in LISTS:
-                side[key] += [entry | {"name": f"{wnid}/{entry['name']}"} for entry in manifest[key]]
+                side[key] += [
+                    entry | {"name": f"{wnid}/{entry['name']}"} for entry in manifest[key]
+                ]
             if plan["names"]:
                 side["names"] += [f"{wnid}/{name}" for name in record[kind]]
-        side |= {"num_samples": pages.count, "num_bytes": pages.finish(), "classes": wnids, "imagenet4k": plan}
+        side |= {
+            "num_samples": pages.count,
+            "num_bytes": pages.finish(),
+            "classes": wnids,
+            "imagenet4k": plan,
+        }
         about.write(json.dumps(side, indent=1).encode() + b"\n", 0)
         file.flush()
         about.flush()
@@ -363,7 +445,9 @@ def copy(part: BetonFile, pages: Pages, label: int) -> None:
     for i in range(len(part)):
         start, size = int(samples.offset[i]), int(samples.size[i])
         stored = np.ascontiguousarray(samples.data[start : start + size]).data
-        pages.add(stored, int(samples.mode[i]), int(samples.width[i]), int(samples.height[i]), label)
+        pages.add(
+            stored, int(samples.mode[i]), int(samples.width[i]), int(samples.height[i]), label
+        )
 
 
 if __name__ == "__main__":

@@ -40,18 +40,28 @@ LISTS = {  # of the side file: what the writer noticed
     "cmyk": "CMYK, stored as RGB",
     "other_content": "called .jpg, something else inside",
 }
-COUNTS = {"resized": "reduced", "grayscale": "grayscale", "exif_orientation": "with an EXIF orientation"}
+COUNTS = {
+    "resized": "reduced",
+    "grayscale": "grayscale",
+    "exif_orientation": "with an EXIF orientation",
+}
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="matryoshka data", description=__doc__, allow_abbrev=False,
+        prog="matryoshka data",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     commands = p.add_subparsers(dest="command", required=True, metavar="info|verify")
-    info = commands.add_parser("info", help="fields, sizes, classes, how images are stored", allow_abbrev=False)
+    info = commands.add_parser(
+        "info", help="fields, sizes, classes, how images are stored", allow_abbrev=False
+    )
     info.add_argument("path", metavar="FILE", help="a .beton file")
-    verify = commands.add_parser("verify", help="decode everything and list what is broken", allow_abbrev=False)
+    verify = commands.add_parser(
+        "verify", help="decode everything and list what is broken", allow_abbrev=False
+    )
     verify.add_argument("path", metavar="FILE", help="a .beton file, or a folder of class folders")
     verify.add_argument("--workers", type=int, default=0, help="threads; default: all cores")
     for command in (info, verify):
@@ -82,15 +92,22 @@ def cores() -> int:
 
 
 class JpegHeader(NamedTuple):
-    """process: baseline, progressive, ... sampling: 4:2:0, ... spacing: pixels of an MCU row from one restart
-    marker to the next, 0 without them."""
+    """process: baseline, progressive, ... sampling: 4:2:0, ... spacing: pixels of an MCU row from
+    one restart marker to the next, 0 without them.
+    """
 
     process: str
     sampling: str
     spacing: int
 
 
-PROCESSES = {0xC0: "baseline", 0xC1: "extended", 0xC2: "progressive", 0xC9: "arithmetic", 0xCA: "arithmetic"}
+PROCESSES = {
+    0xC0: "baseline",
+    0xC1: "extended",
+    0xC2: "progressive",
+    0xC9: "arithmetic",
+    0xCA: "arithmetic",
+}
 SAMPLINGS = {"11": "4:4:4", "21": "4:2:2", "22": "4:2:0", "12": "4:4:0", "41": "4:1:1"}
 
 
@@ -121,7 +138,9 @@ def _header(process: str, body: bytes, interval: int) -> JpegHeader | None:
     if len(body) < 6 or not factors or len(factors) != body[5]:
         return None
     (h, v), *others = factors
-    name = "grayscale" if not others else SAMPLINGS.get(f"{h}{v}") if set(others) == {(1, 1)} else None
+    name = (
+        "grayscale" if not others else SAMPLINGS.get(f"{h}{v}") if set(others) == {(1, 1)} else None
+    )
     name = name or " ".join(f"{a}x{b}" for a, b in factors)
     return JpegHeader(process, name, interval * 8 * (max(a for a, _ in factors) if others else 1))
 
@@ -156,7 +175,9 @@ def describe(data: BetonFile) -> dict[str, Any]:
     for key in ("options", "counts"):
         if isinstance(manifest.get(key), dict):
             facts[key] = manifest[key]
-    facts["noticed"] = {key: len(manifest[key]) for key in LISTS if isinstance(manifest.get(key), list)}
+    facts["noticed"] = {
+        key: len(manifest[key]) for key in LISTS if isinstance(manifest.get(key), list)
+    }
     return facts
 
 
@@ -201,7 +222,10 @@ def amount(n: float) -> str:
 
 
 def counted(counts: dict[str, int], total: int) -> str:
-    return ", ".join(f"{name} {100 * n / total:.0f} %" if n < total else f"all {name}" for name, n in counts.items())
+    return ", ".join(
+        f"{name} {100 * n / total:.0f} %" if n < total else f"all {name}"
+        for name, n in counts.items()
+    )
 
 
 def of_range(values: dict[str, float], unit: str = "") -> str:
@@ -226,11 +250,14 @@ def info_text(facts: dict[str, Any]) -> str:
         ("size", f"{amount(facts['file_bytes'])}, {facts['samples']:,} samples"),
         ("fields", ", ".join(f"{printable(f['name'])} ({f['type']})" for f in facts["fields"])),
         ("stored as", counted({mode: n for mode, n in modes.items() if n}, facts["samples"])),
-        ("per image", " to ".join(amount(facts["image_bytes"][k]) for k in ("min", "max"))
-         + f", median {amount(facts['image_bytes']['median'])}"),
+        (
+            "per image",
+            " to ".join(amount(facts["image_bytes"][k]) for k in ("min", "max"))
+            + f", median {amount(facts['image_bytes']['median'])}",
+        ),
         ("width", of_range(facts["width"], " px")),
         ("height", of_range(facts["height"], " px")),
-    ]  # fmt: skip
+    ]
     if jpeg:
         known = jpeg["looked_at"] - jpeg["no_header"]
         kinds = [counted(jpeg[key], known) for key in ("process", "sampling") if known]
@@ -239,9 +266,16 @@ def info_text(facts: dict[str, Any]) -> str:
             restarts = "no restart markers: a crop decodes from the top of its image"
         else:
             share = "all" if marked == known else f"{100 * marked / known:.0f} %"
-            restarts = f"{share} with restart markers, every {of_range(jpeg['restart_spacing'], ' px')}"
+            restarts = (
+                f"{share} with restart markers, every {of_range(jpeg['restart_spacing'], ' px')}"
+            )
         lost = [f"{jpeg['no_header']} WITHOUT A HEADER"] if jpeg["no_header"] else []
-        rows.append(("jpeg", "; ".join([*kinds, restarts, *lost]) + f"  (of {jpeg['looked_at']:,} looked at)"))
+        rows.append(
+            (
+                "jpeg",
+                "; ".join([*kinds, restarts, *lost]) + f"  (of {jpeg['looked_at']:,} looked at)",
+            )
+        )
     if labels:
         name = [printable(c) for c in classes] if classes else None
 
@@ -253,18 +287,30 @@ def info_text(facts: dict[str, Any]) -> str:
             rows.append(("classes", f"{len(name):,}: {', '.join(name[:8])}{more}"))
         else:
             rows.append(("classes", "no names: there is no side file, classes are numbers"))
-        rows.append(("labels", f"{called(labels['smallest'])} to {called(labels['largest'])}, "
-                     f"{labels['different']:,} different"))  # fmt: skip
+        rows.append(
+            (
+                "labels",
+                f"{called(labels['smallest'])} to {called(labels['largest'])}, "
+                f"{labels['different']:,} different",
+            )
+        )
         uneven = labels["per_class"]["min"] < labels["per_class"]["max"]
-        ends = f"; fewest: {called(labels['fewest'])}, most: {called(labels['most'])}" if uneven else ""
+        ends = (
+            f"; fewest: {called(labels['fewest'])}, most: {called(labels['most'])}"
+            if uneven
+            else ""
+        )
         rows.append(("per class", of_range(labels["per_class"], " images") + (ends or " each")))
         if labels["without_images"]:
             rows.append(("", f"{labels['without_images']:,} classes have no image"))
     if facts["options"]:
         options = {k: v for k, v in facts["options"].items() if v is not None}
         rows.append(("written with", printable(", ".join(f"{k}={v}" for k, v in options.items()))))
-    noticed = [f"{facts['counts'][k]:,} {text}" for k, text in COUNTS.items()
-               if isinstance(facts["counts"].get(k), int) and facts["counts"][k]]  # fmt: skip
+    noticed = [
+        f"{facts['counts'][k]:,} {text}"
+        for k, text in COUNTS.items()
+        if isinstance(facts["counts"].get(k), int) and facts["counts"][k]
+    ]
     noticed += [f"{n:,} {LISTS[key]}" for key, n in facts["noticed"].items() if n]
     if noticed:
         rows.append(("noticed", ", ".join(noticed) + f"  (lists: {Path(facts['side_file']).name})"))
@@ -275,7 +321,9 @@ def info_text(facts: dict[str, Any]) -> str:
 
 
 def verify_all(data: BetonFile | ImageFolder, workers: int) -> dict[str, Any]:
-    """What `verify --json` prints. broken: [{index, name, reason}], sorted; noticed: the same, but readable."""
+    """What `verify --json` prints. broken: [{index, name, reason}], sorted; noticed: the same, but
+    readable.
+    """
     start = time.perf_counter()
     broken: list[dict] = []
     noticed: list[dict] = []
@@ -298,7 +346,9 @@ def verify_all(data: BetonFile | ImageFolder, workers: int) -> dict[str, Any]:
     }
 
 
-def verify_beton(data: BetonFile, workers: int, broken: list[dict], done: Callable[[int], Any]) -> int:
+def verify_beton(
+    data: BetonFile, workers: int, broken: list[dict], done: Callable[[int], Any]
+) -> int:
     """Every image, label and value of a .beton; returns the bytes of its images."""
 
     def report(index: int, reason: str) -> None:
@@ -316,11 +366,21 @@ def verify_beton(data: BetonFile, workers: int, broken: list[dict], done: Callab
         indices = np.arange(start, min(start + BATCH, len(data)))
         samples, n = data.fetch(indices), len(indices)
         crops = np.zeros((n, 5), np.int32)
-        crops[:, 2], crops[:, 3] = samples.width, samples.height  # the whole image: every byte is decoded
+        crops[:, 2], crops[:, 3] = (
+            samples.width,
+            samples.height,
+        )  # the whole image: every byte is decoded
         status = _native.decode_batch(
-            pool, samples.data, samples.offset, samples.size, samples.mode, samples.width, samples.height,
-            crops, out[:n],
-        )  # fmt: skip
+            pool,
+            samples.data,
+            samples.offset,
+            samples.size,
+            samples.mode,
+            samples.width,
+            samples.height,
+            crops,
+            out[:n],
+        )
         for k in np.flatnonzero(status).tolist():
             report(int(indices[k]), _native.status_message(int(status[k])))
         for name in others:
@@ -343,7 +403,11 @@ def unreadable(data: BetonFile, name: str, indices: np.ndarray) -> Iterable[tupl
 
 
 def verify_folder(
-    data: ImageFolder, workers: int, broken: list[dict], noticed: list[dict], done: Callable[[int], Any]
+    data: ImageFolder,
+    workers: int,
+    broken: list[dict],
+    noticed: list[dict],
+    done: Callable[[int], Any],
 ) -> int:
     """Every image of a folder, read as the writer will read it; returns the bytes of its files."""
 
@@ -365,7 +429,9 @@ def verify_folder(
         try:
             for start in range(0, len(data), BATCH):  # pool.map takes all of its arguments at once
                 indices = range(start, min(start + BATCH, len(data)))
-                for index, (size, reason, notes) in zip(indices, pool.map(check, indices), strict=True):
+                for index, (size, reason, notes) in zip(
+                    indices, pool.map(check, indices), strict=True
+                ):
                     entry = {"index": index, "name": data.name(index)}
                     broken.extend([entry | {"reason": reason}] if reason else [])
                     noticed.extend(entry | {"reason": note} for note in notes)
@@ -389,7 +455,8 @@ def verify_text(found: dict[str, Any]) -> str:
     verdict = f"{bad:,} of {n:,} samples are BROKEN" if bad else f"sound: all {n:,} samples decode"
     lines.append(
         f"{found['path']}: {verdict}  ({amount(found['bytes'])} in {found['seconds']:.1f} s, "
-        f"{found['images_per_s']:,.0f} images/s, {found['workers']} thread{'s' * (found['workers'] != 1)})"
+        f"{found['images_per_s']:,.0f} images/s, {found['workers']} "
+        f"thread{'s' * (found['workers'] != 1)})"
     )
     return "\n".join(lines)
 

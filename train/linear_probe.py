@@ -1,13 +1,15 @@
 """Nested linear classifiers on the frozen features of any model: the linear probe.
 
-    python linear_probe.py --model.path=runs/ff/model.safetensors --data.train_dataset=train.beton \\
-        --data.val_dataset=val.beton
-    python linear_probe.py --model.path=torchvision:resnet50 --model.efficient=1 --probe.solver=sgd ...
+    python linear_probe.py --model.path=runs/ff/model.safetensors --data.train_dataset=train.beton
+        \\ --data.val_dataset=val.beton
+    python linear_probe.py --model.path=torchvision:resnet50 --model.efficient=1 --probe.solver=sgd
+        ...
 
-Features are computed once (central crop, no augmentation), then fitted: matryoshka/probe.py says what is minimised.
-Several probe.weight_decay: each is fitted to nine tenths of the training set, the best on the other tenth, for each
-prefix (MRL-E: for all), to the whole of it. <logging.folder>/<run id>/ gets model.safetensors (trunk and nested head:
-`matryoshka eval --path` reads it) and results.json. One process.
+Features are computed once (central crop, no augmentation), then fitted: matryoshka/probe.py says
+what is minimised. Several probe.weight_decay: each is fitted to nine tenths of the training set,
+the best on the other tenth, for each prefix (MRL-E: for all), to the whole of it.
+<logging.folder>/<run id>/ gets model.safetensors (trunk and nested head: `matryoshka eval --path`
+reads it) and results.json. One process.
 """
 
 from __future__ import annotations
@@ -49,17 +51,30 @@ class FrozenConfig:
     """Section `model`."""
 
     path: str = field(
-        metadata={"help": "whose trunk: a checkpoint (.safetensors, .pt), torchvision:NAME[.WEIGHTS], timm:NAME"}
+        metadata={
+            "help": "whose trunk: a checkpoint (.safetensors, .pt), torchvision:NAME[.WEIGHTS], "
+            "timm:NAME"
+        }
     )
     dims: tuple[int, ...] | None = field(
         default=None,
-        metadata={"help": "prefix lengths, e.g. 8,12,512; unset: powers of two from 2^nesting_start to the width"},
+        metadata={
+            "help": "prefix lengths, e.g. 8,12,512; unset: powers of two from 2^nesting_start to "
+            "the width"
+        },
     )
-    nesting_start: int = field(default=3, metadata={"help": "the shortest prefix is 2^nesting_start"})
-    efficient: bool = field(default=False, metadata={"help": "MRL-E: one classifier sliced per prefix"})
-    device: str = field(default="auto", metadata={"help": "auto: CUDA, else MPS, else CPU", "choices": DEVICES})
+    nesting_start: int = field(
+        default=3, metadata={"help": "the shortest prefix is 2^nesting_start"}
+    )
+    efficient: bool = field(
+        default=False, metadata={"help": "MRL-E: one classifier sliced per prefix"}
+    )
+    device: str = field(
+        default="auto", metadata={"help": "auto: CUDA, else MPS, else CPU", "choices": DEVICES}
+    )
     precision: str = field(
-        default="fp32", metadata={"help": "of the trunk; auto: bf16/fp16 on CUDA", "choices": PRECISIONS}
+        default="fp32",
+        metadata={"help": "of the trunk; auto: bf16/fp16 on CUDA", "choices": PRECISIONS},
     )
 
 
@@ -81,30 +96,52 @@ class ProbeConfig:
     """Section `probe`."""
 
     solver: str = field(
-        default="lbfgs", metadata={"help": "lbfgs: full batch, to the tolerance; sgd: mini-batches", "choices": SOLVERS}
+        default="lbfgs",
+        metadata={
+            "help": "lbfgs: full batch, to the tolerance; sgd: mini-batches",
+            "choices": SOLVERS,
+        },
     )
     weight_decay: tuple[float, ...] = field(
-        default=(1e-5, 1e-4, 1e-3), metadata={"help": "one, or several to choose from on a held-out tenth"}
+        default=(1e-5, 1e-4, 1e-3),
+        metadata={"help": "one, or several to choose from on a held-out tenth"},
     )
     max_iter: int = field(default=1000, metadata={"help": "of lbfgs, at most"})
     tolerance: float = field(
-        default=1e-4, metadata={"help": "of the gradient's largest entry, as a share of that at zero weights"}
+        default=1e-4,
+        metadata={"help": "of the gradient's largest entry, as a share of that at zero weights"},
     )
     epochs: int = field(default=20, metadata={"help": "of sgd"})
-    lr: float | None = field(default=None, metadata={"help": "of sgd; unset: 1 / the curvature, for each prefix"})
+    lr: float | None = field(
+        default=None, metadata={"help": "of sgd; unset: 1 / the curvature, for each prefix"}
+    )
     batch_size: int = field(default=1024, metadata={"help": "of sgd"})
     precision: str = field(
         default="auto",
-        metadata={"help": "of the solver; auto: fp64, on MPS fp32", "choices": ("auto", "fp64", "fp32")},
+        metadata={
+            "help": "of the solver; auto: fp64, on MPS fp32",
+            "choices": ("auto", "fp64", "fp32"),
+        },
     )
     seed: int = field(default=0, metadata={"help": "of the held-out tenth, and of sgd"})
 
     def __post_init__(self) -> None:
-        between(self, "probe", max_iter=(1, None), epochs=(1, None), batch_size=(1, None), seed=(0, MAX_SEED))
+        between(
+            self,
+            "probe",
+            max_iter=(1, None),
+            epochs=(1, None),
+            batch_size=(1, None),
+            seed=(0, MAX_SEED),
+        )
         if self.tolerance <= 0:
-            raise ValueError(f"probe.tolerance={self.tolerance:g}: expected more than 0, such as 1e-4")
+            raise ValueError(
+                f"probe.tolerance={self.tolerance:g}: expected more than 0, such as 1e-4"
+            )
         if not self.weight_decay or min(self.weight_decay) < 0:
-            raise ValueError(f"probe.weight_decay={list(self.weight_decay)}: expected numbers of 0 or more")
+            raise ValueError(
+                f"probe.weight_decay={list(self.weight_decay)}: expected numbers of 0 or more"
+            )
         if self.lr is not None and self.lr <= 0:
             raise ValueError(f"probe.lr={self.lr}: expected more than 0, or none")
 
@@ -114,10 +151,17 @@ class LoggingConfig:
     """Section `logging`."""
 
     folder: str = field(default="trainlogs", metadata={"help": "parent of the run folder"})
-    run_id: str | None = field(default=None, metadata={"help": "name of the run folder; unset: time, probe, 4 digits"})
+    run_id: str | None = field(
+        default=None, metadata={"help": "name of the run folder; unset: time, probe, 4 digits"}
+    )
 
 
-SECTIONS = {"model": FrozenConfig, "data": DataConfig, "probe": ProbeConfig, "logging": LoggingConfig}
+SECTIONS = {
+    "model": FrozenConfig,
+    "data": DataConfig,
+    "probe": ProbeConfig,
+    "logging": LoggingConfig,
+}
 
 
 def between(section: Any, name: str, **limits: tuple[int, int | None]) -> None:
@@ -125,23 +169,35 @@ def between(section: Any, name: str, **limits: tuple[int, int | None]) -> None:
     for option, (low, high) in limits.items():
         value = getattr(section, option)
         if value < low or (high is not None and value > high):
-            raise ValueError(f"{name}.{option}={value}: expected {low} {'or more' if high is None else f'to {high}'}")
+            raise ValueError(
+                f"{name}.{option}={value}: expected {low} "
+                f"{'or more' if high is None else f'to {high}'}"
+            )
 
 
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
-    cfg = config.read(SECTIONS, argv, prog="linear_probe.py", description=(__doc__ or "").split("\n", 1)[0])
+    cfg = config.read(
+        SECTIONS, argv, prog="linear_probe.py", description=(__doc__ or "").split("\n", 1)[0]
+    )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise config.ConfigError("linear_probe.py runs as one process; start it without torchrun")
     world = World(distributed.pick_device(cfg.model.device, 0))
     run = Path(cfg.logging.folder) / (cfg.logging.run_id or new_run_id("probe"))
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise config.ConfigError(f"{run}: exists; choose another --logging.run_id or --logging.folder")
-    sets = {"train": open_dataset(cfg.data.train_dataset), "val": open_dataset(cfg.data.val_dataset)}
+        raise config.ConfigError(
+            f"{run}: exists; choose another --logging.run_id or --logging.folder"
+        )
+    sets = {
+        "train": open_dataset(cfg.data.train_dataset),
+        "val": open_dataset(cfg.data.val_dataset),
+    }
     check_sets(**sets)
     model = load_any(cfg.model.path, "model.path")
     dims = prefixes(cfg, model)
-    run.mkdir(parents=True, exist_ok=True)  # hours before it is needed, so that a place that cannot be written is known
+    run.mkdir(
+        parents=True, exist_ok=True
+    )  # hours before it is needed, so that a place that cannot be written is known
     probe_and_save(cfg, model, dims, sets, run, world.device)
     return 0
 
@@ -151,10 +207,14 @@ def check_sets(train, val) -> None:
         if not len(dataset):
             raise config.ConfigError(f"{option}={dataset.path}: has no images")
         if dataset.labels.min() < 0:
-            raise config.ConfigError(f"{option}={dataset.path}: has negative labels; write it again with sound ones")
+            raise config.ConfigError(
+                f"{option}={dataset.path}: has negative labels; write it again with sound ones"
+            )
     check_classes(train, val)
     if train.num_classes < 2:
-        raise ProbeError(f"data.train_dataset={train.path}: has only one class, nothing to tell apart")
+        raise ProbeError(
+            f"data.train_dataset={train.path}: has only one class, nothing to tell apart"
+        )
 
 
 def prefixes(cfg: SimpleNamespace, model: NestedModel) -> tuple[int, ...]:
@@ -166,11 +226,16 @@ def prefixes(cfg: SimpleNamespace, model: NestedModel) -> tuple[int, ...]:
     return default_dims(model.width, shortest_prefix(cfg.model.nesting_start, model.width))
 
 
-def probe_and_save(cfg, model: NestedModel, dims: tuple[int, ...], sets: dict, run: Path, device: torch.device) -> None:
+def probe_and_save(
+    cfg, model: NestedModel, dims: tuple[int, ...], sets: dict, run: Path, device: torch.device
+) -> None:
     train, num_classes = sets["train"], sets["train"].num_classes
     say = lambda *words: print(*words, flush=True)  # noqa: E731
     say(f"model    {cfg.model.path}: {model.spec.arch}, {model.width} features; dims {list(dims)}")
-    say(f"data     {len(train):,} images, {num_classes} classes; {len(sets['val']):,} for validation")
+    say(
+        f"data     {len(train):,} images, {num_classes} classes; {len(sets['val']):,} for "
+        "validation"
+    )
     model = model.to(device).to(memory_format=torch.channels_last)
     precision = distributed.pick_precision(cfg.model.precision, device)
     features, labels, seconds = {}, {}, {}
@@ -188,31 +253,56 @@ def probe_and_save(cfg, model: NestedModel, dims: tuple[int, ...], sets: dict, r
     seconds["fit"] = time.perf_counter() - started
     for decay, top1 in choice.items():
         say(f"held out weight decay {decay:g}: top-1 {'  '.join(f'{v:.1f}' for v in top1)}")
-    say(f"fit      {seconds['fit']:.1f} s, {cfg.probe.solver}, {solver_dtype(cfg, device)}".replace("torch.", ""))
+    say(
+        f"fit      {seconds['fit']:.1f} s, {cfg.probe.solver}, {solver_dtype(cfg, device)}".replace(
+            "torch.", ""
+        )
+    )
 
     head = probe.head()
     accuracy = evaluate(head, features["val"], labels["val"])
     say(table(accuracy, probe))
     if not all(probe.converged):
-        more = "probe.max_iter" if cfg.probe.solver == "lbfgs" else "probe.epochs, or take probe.solver=lbfgs"
+        more = (
+            "probe.max_iter"
+            if cfg.probe.solver == "lbfgs"
+            else "probe.epochs, or take probe.solver=lbfgs"
+        )
         say(f"note     not converged to probe.tolerance={cfg.probe.tolerance:g}; raise {more}")
     model.head, model.classes = head, train.classes
-    model.spec = replace(model.spec, num_classes=num_classes, dims=dims, efficient=cfg.model.efficient)
+    model.spec = replace(
+        model.spec, num_classes=num_classes, dims=dims, efficient=cfg.model.efficient
+    )
     results = {
         "prefixes": {
-            str(d): accuracy[d] | {
-                "loss": probe.loss[g], "gradient": probe.gradient[g], "converged": probe.converged[g],
-                "iterations": probe.iterations[g], "weight_decay": probe.weight_decay[g],
+            str(d): accuracy[d]
+            | {
+                "loss": probe.loss[g],
+                "gradient": probe.gradient[g],
+                "converged": probe.converged[g],
+                "iterations": probe.iterations[g],
+                "weight_decay": probe.weight_decay[g],
             }
             for g, d in enumerate(dims)
         },
-        "held_out_top1": {str(decay): dict(zip(map(str, dims), top1, strict=True)) for decay, top1 in choice.items()},
-        "checkpoint": cfg.model.path, "arch": model.spec.arch, "head": model.spec.head_name,
-        "train": str(train.path), "val": str(sets["val"].path), "n_train": len(train), "n_val": len(sets["val"]),
-        "classes": num_classes, "resolution": model.preprocessing.size, "crop_ratio": model.preprocessing.ratio,
-        "precision": precision, "seconds": {name: round(s, 3) for name, s in seconds.items()},
+        "held_out_top1": {
+            str(decay): dict(zip(map(str, dims), top1, strict=True))
+            for decay, top1 in choice.items()
+        },
+        "checkpoint": cfg.model.path,
+        "arch": model.spec.arch,
+        "head": model.spec.head_name,
+        "train": str(train.path),
+        "val": str(sets["val"].path),
+        "n_train": len(train),
+        "n_val": len(sets["val"]),
+        "classes": num_classes,
+        "resolution": model.preprocessing.size,
+        "crop_ratio": model.preprocessing.ratio,
+        "precision": precision,
+        "seconds": {name: round(s, 3) for name, s in seconds.items()},
         "environment": environment(),
-    }  # fmt: skip
+    }
     options = config.flat(cfg)
     write_atomically(run / "params.json", (json.dumps(options, indent=1) + "\n").encode())
     write_atomically(run / "config.yaml", config.to_yaml(cfg).encode())
@@ -221,37 +311,64 @@ def probe_and_save(cfg, model: NestedModel, dims: tuple[int, ...], sets: dict, r
     say(f"results  {run / 'results.json'}\nmodel    {run / FINAL}")
 
 
-def extract(model: NestedModel, dataset, cfg, precision: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def extract(
+    model: NestedModel, dataset, cfg, precision: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
     crop = CenterCrop(model.preprocessing.size, model.preprocessing.ratio)
     loader = Loader(
-        dataset, cfg.data.batch_size, order="sequential", image=crop, num_workers=cfg.data.num_workers, device=device
+        dataset,
+        cfg.data.batch_size,
+        order="sequential",
+        image=crop,
+        num_workers=cfg.data.num_workers,
+        device=device,
     )
-    bar = tqdm(loader, desc=dataset.path.name, leave=False, unit="batch", disable=not sys.stderr.isatty())
+    bar = tqdm(
+        loader, desc=dataset.path.name, leave=False, unit="batch", disable=not sys.stderr.isatty()
+    )
     features, labels = extract_features(model, bar, len(dataset), precision)
     return features, labels
 
 
 def solver_dtype(cfg, device: torch.device) -> torch.dtype:
-    single = cfg.probe.precision == "fp32" or (cfg.probe.precision == "auto" and device.type == "mps")
+    single = cfg.probe.precision == "fp32" or (
+        cfg.probe.precision == "auto" and device.type == "mps"
+    )
     return torch.float32 if single else torch.float64
 
 
 def solve(
-    cfg, features: Tensor, labels: Tensor, dims: tuple[int, ...], num_classes: int, device: torch.device
+    cfg,
+    features: Tensor,
+    labels: Tensor,
+    dims: tuple[int, ...],
+    num_classes: int,
+    device: torch.device,
 ) -> tuple[Probe, dict[float, list[float]]]:
-    """(the classifiers, {weight decay: held-out top-1 % of every prefix}, empty where there was nothing to choose)."""
+    """(the classifiers, {weight decay: held-out top-1 % of every prefix}, empty where there was
+    nothing to choose).
+    """
     p = cfg.probe
     if device.type == "cuda" and features.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         features = features.to(device)  # else block by block, in every pass
     options = {
-        "solver": p.solver, "shared": cfg.model.efficient, "max_iter": p.max_iter, "tolerance": p.tolerance,
-        "epochs": p.epochs, "lr": p.lr, "batch_size": p.batch_size, "seed": p.seed, "device": device,
+        "solver": p.solver,
+        "shared": cfg.model.efficient,
+        "max_iter": p.max_iter,
+        "tolerance": p.tolerance,
+        "epochs": p.epochs,
+        "lr": p.lr,
+        "batch_size": p.batch_size,
+        "seed": p.seed,
+        "device": device,
         "dtype": solver_dtype(cfg, device),
-    }  # fmt: skip
+    }
     decays: list[float] = [p.weight_decay[0]] * len(dims)
     choice = {}
     if len(p.weight_decay) > 1:
-        decays, top1 = choose_weight_decay(features, labels, dims, num_classes, p.weight_decay, **options)
+        decays, top1 = choose_weight_decay(
+            features, labels, dims, num_classes, p.weight_decay, **options
+        )
         choice = dict(zip(p.weight_decay, top1, strict=True))
     return fit(features, labels, dims, num_classes, decays, **options), choice
 
@@ -273,8 +390,10 @@ def table(accuracy: dict[int, dict[str, float]], probe: Probe) -> str:
     lines = ["prefix  top-1 %  top-5 %  train loss  weight decay  gradient  iterations  converged"]
     for g, (d, row) in enumerate(accuracy.items()):
         lines.append(
-            f"{d:6d}  {row['top1']:7.2f}  {row['top5']:7.2f}  {probe.loss[g]:10.4f}  {probe.weight_decay[g]:12g}  "
-            f"{probe.gradient[g]:8.1e}  {probe.iterations[g]:10d}  {'yes' if probe.converged[g] else 'no':>9}"
+            f"{d:6d}  {row['top1']:7.2f}  {row['top5']:7.2f}  {probe.loss[g]:10.4f}  "
+            f"{probe.weight_decay[g]:12g}  "
+            f"{probe.gradient[g]:8.1e}  {probe.iterations[g]:10d}  "
+            f"{'yes' if probe.converged[g] else 'no':>9}"
         )
     return "\n".join(lines)
 

@@ -31,7 +31,8 @@ from matryoshka.report.tables import Run, RunError, read_run, short_dims
 
 FINAL = "model.safetensors"
 COLUMNS = 120
-QUIET = 300  # seconds beyond its interval of checkpoints after which a run that writes nothing is not running
+# seconds beyond its interval of checkpoints after which a run that writes nothing is not running
+QUIET = 300
 NAMED = 8  # folders that the last line names
 SORTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "date": lambda run: -datetime.fromisoformat(run["started"]).timestamp(),
@@ -42,11 +43,20 @@ SORTS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="matryoshka runs", description=__doc__, allow_abbrev=False,
+        prog="matryoshka runs",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    p.add_argument("folders", metavar="DIR", nargs="+", help="a folder of run folders, or a run folder")
-    p.add_argument("--sort", choices=SORTS, default="date", help="newest, most accurate or alphabetically first")
+    )
+    p.add_argument(
+        "folders", metavar="DIR", nargs="+", help="a folder of run folders, or a run folder"
+    )
+    p.add_argument(
+        "--sort",
+        choices=SORTS,
+        default="date",
+        help="newest, most accurate or alphabetically first",
+    )
     p.add_argument("--json", action="store_true", help="print a line of JSON for each run")
     return p
 
@@ -61,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{', '.join(args.folders)}: no run in it{why}; name the folder that "
             "training wrote to (--logging.folder), or begin a run: matryoshka train"
         )
-    rows = sorted(sorted((facts(name, run) for name, run in runs), key=SORTS["date"]), key=SORTS[args.sort])
+    rows = sorted(
+        sorted((facts(name, run) for name, run in runs), key=SORTS["date"]), key=SORTS[args.sort]
+    )
     print("\n".join(map(json.dumps, rows)) if args.json else table(rows), flush=True)
     if others:
         print(left_out(others), file=sys.stderr if args.json else sys.stdout)
@@ -72,11 +84,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def collect(folders: Iterable[Path]) -> tuple[list[tuple[str, Run]], dict[Path, str]]:
-    """([(name, run)], {folder: why it is no run}); a name is the path below its folder, whole where that is not one."""
+    """([(name, run)], {folder: why it is no run}); a name is the path below its folder, whole where
+    that is not one.
+    """
     found, others, runs = {}, {}, []
     for root in folders:
         if not root.is_dir():
-            raise config.ConfigError(f"{root}: no such folder; name the one that training wrote to (--logging.folder)")
+            raise config.ConfigError(
+                f"{root}: no such folder; name the one that training wrote to (--logging.folder)"
+            )
         paths, foreign = search(root)
         others |= foreign
         for path in paths:
@@ -94,7 +110,9 @@ def collect(folders: Iterable[Path]) -> tuple[list[tuple[str, Run]], dict[Path, 
 
 
 def search(root: Path) -> tuple[list[Path], dict[Path, str]]:
-    """(folders with a params.json, {folders that should have one, or below which there is none: why})."""
+    """(folders with a params.json, {folders that should have one, or below which there is none:
+    why}).
+    """
     runs, others = [], {}
     for name, below, files in os.walk(root):
         folder = Path(name)
@@ -107,7 +125,11 @@ def search(root: Path) -> tuple[list[Path], dict[Path, str]]:
     if root not in runs:
         known = {path.relative_to(root).parts[0] for path in (*runs, *others)}
         with os.scandir(root) as entries:
-            names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(".") and e.name not in known)
+            names = sorted(
+                e.name
+                for e in entries
+                if e.is_dir() and not e.name.startswith(".") and e.name not in known
+            )
         others |= {root / name: "no params.json" for name in names}
     return runs, others
 
@@ -122,7 +144,9 @@ def left_out(others: Mapping[Path, str]) -> str:
 
 
 def facts(name: str, run: Run) -> dict[str, Any]:
-    """What a line of --json holds. top1: {prefix: %} at best_epoch; data_wait: 0 to 1; started: ISO 8601."""
+    """What a line of --json holds. top1: {prefix: %} at best_epoch; data_wait: 0 to 1; started: ISO
+    8601.
+    """
     best_epoch, top1 = run.best()
     events = Counter(str(event.get("event")) for event in run.events)
     return {
@@ -165,7 +189,9 @@ def last_write(folder: Path) -> float:
 
 
 def started(run: Run) -> datetime:
-    """The time of the first event; of runs without events what the log says, or the age of params.json."""
+    """The time of the first event; of runs without events what the log says, or the age of
+    params.json.
+    """
     for values in (*run.events[:1], *run.epochs.values()):
         try:
             at = datetime.fromtimestamp(values["timestamp"] - values.get("relative_time", 0))
@@ -189,7 +215,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     titles = [title for title in cells[0] if title != "skips" or any(row[title] for row in cells)]
     width = {title: max(len(title), *(len(row[title]) for row in cells)) for title in titles}
     kept = {"run": 20, "model": 8, "head": 16}  # they give way in this proportion
-    while sum(width.values()) + 2 * (len(titles) - 1) > COLUMNS and max(width[name] for name in kept) > 8:
+    while (
+        sum(width.values()) + 2 * (len(titles) - 1) > COLUMNS
+        and max(width[name] for name in kept) > 8
+    ):
         width[max(kept, key=lambda name: width[name] / kept[name])] -= 1
     lines = [line({title: title for title in titles}, width)]
     lines += [line(row, width) for row in cells]
@@ -198,7 +227,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def row_text(row: Mapping[str, Any]) -> dict[str, str]:
     top1 = list(row["top1"].values())
-    wait, speed, when = row["data_wait"], row["images_per_s"], datetime.fromisoformat(row["started"])
+    wait, speed, when = (
+        row["data_wait"],
+        row["images_per_s"],
+        datetime.fromisoformat(row["started"]),
+    )
     this_year = when.year == datetime.now().year
     texts = {
         "run": row["run"],

@@ -3,9 +3,9 @@
     python train_imagenet.py --config-file rn50_configs/rn50_40_epochs.yaml --model.mrl=1 \\
         --data.train_dataset=train_500_0.50_90.ffcv --data.val_dataset=val_500_uncompressed.ffcv
 
-Several GPUs: --training.distributed=1, or torchrun. Everything of the run goes to <logging.folder>/<run id>/; the
-model is model.safetensors there. A run that was stopped goes on with --training.resume=auto. `--help` lists all
-options.
+Several GPUs: --training.distributed=1, or torchrun. Everything of the run goes to
+<logging.folder>/<run id>/; the model is model.safetensors there. A run that was stopped goes on
+with --training.resume=auto. `--help` lists all options.
 """
 
 from __future__ import annotations
@@ -34,7 +34,12 @@ from matryoshka.evaluation.predict import predict
 from matryoshka.models import NestedModel, model_spec
 from matryoshka.nested import nested_cross_entropy
 from matryoshka.training.guard import Guard, Report
-from matryoshka.training.loaders import make_loaders, resolution_at, training_crop, validation_loader
+from matryoshka.training.loaders import (
+    make_loaders,
+    resolution_at,
+    training_crop,
+    validation_loader,
+)
 from matryoshka.training.optim import lr_at, make_optimizer, parameter_groups, peak_epoch, peak_lr
 from matryoshka.training.options import SECTIONS, check, global_batch_size
 from matryoshka.training.run_folder import accuracy_keys, new_run_id
@@ -46,8 +51,12 @@ from matryoshka.training.watch import Stopped
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    cfg = config.read(SECTIONS, argv, prog="train_imagenet.py", description=(__doc__ or "").split("\n", 1)[0])
-    processes = distributed.processes_to_start(cfg.dist, cfg.training.distributed, cfg.training.device)
+    cfg = config.read(
+        SECTIONS, argv, prog="train_imagenet.py", description=(__doc__ or "").split("\n", 1)[0]
+    )
+    processes = distributed.processes_to_start(
+        cfg.dist, cfg.training.distributed, cfg.training.device
+    )
     check(cfg, processes)
     if processes > 1:
         return distributed.launch(processes, cfg.dist, str(Path(__file__).resolve()), argv)
@@ -85,43 +94,80 @@ def train(cfg: SimpleNamespace, world: World) -> None:
     model, notes = start_model(wanted, spec, dataset.classes)
     if start.saved:
         model.preprocessing = checkpoint.preprocessing_of(start.saved.about)
-    model.preprocessing = replace(model.preprocessing, size=cfg.validation.resolution, ratio=cfg.validation.crop_ratio)
+    model.preprocessing = replace(
+        model.preprocessing, size=cfg.validation.resolution, ratio=cfg.validation.crop_ratio
+    )
     model.classes = dataset.classes
     model = model.to(world.device).to(memory_format=torch.channels_last)
     if t.sync_bn:
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place: the model itself is no batch norm
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(
+            model
+        )  # in place: the model itself is no batch norm
     ema = Ema(model, t.ema) if t.ema else None
     ddp = distribute(model, world)
     precision = distributed.pick_precision(t.precision, world.device)
     peak = peak_lr(cfg.lr, train_loader.batch_size)
     groups = parameter_groups(model, t.weight_decay, t.bn_wd)
     state = TrainState(
-        model, make_optimizer(t.optimizer, groups, peak, t.momentum, world.device), train_loader,
+        model,
+        make_optimizer(t.optimizer, groups, peak, t.momentum, world.device),
+        train_loader,
         torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
-        torch.zeros(len(spec.dims) + 2, device=world.device),  # sum of loss, of each prefix's loss, images
-        checkpoint.describe(model), ema,
-    )  # fmt: skip
-    weights = cfg.model.relative_importance and torch.tensor(cfg.model.relative_importance, device=world.device)
+        torch.zeros(
+            len(spec.dims) + 2, device=world.device
+        ),  # sum of loss, of each prefix's loss, images
+        checkpoint.describe(model),
+        ema,
+    )
+    weights = cfg.model.relative_importance and torch.tensor(
+        cfg.model.relative_importance, device=world.device
+    )
     guard = Guard(model, world.device, t.clip)
     step_of = partial(
-        train_step, cfg, world, ddp, state, guard, precision,
+        train_step,
+        cfg,
+        world,
+        ddp,
+        state,
+        guard,
+        precision,
         partial(nested_cross_entropy, weights=weights, label_smoothing=t.label_smoothing),
-    )  # fmt: skip
+    )
 
     steps = len(train_loader)
     say(f"run      {start.path}")
-    say(f"data     {len(dataset):,} images, {dataset.num_classes} classes; {len(val_loader.dataset):,} for validation")
+    say(
+        f"data     {len(dataset):,} images, {dataset.num_classes} classes; "
+        f"{len(val_loader.dataset):,} for validation"
+    )
     say(f"model    {spec.arch}, {spec.head_name}, dims {list(spec.dims)}")
-    say(f"device   {world.size} x {world.device.type}, {precision}{compile_model(ddp, cfg, world.device)}")
-    say(f"steps    {t.epochs} epochs x {steps} steps of {train_loader.batch_size} images, peak lr {peak:.4g}")
+    say(
+        f"device   {world.size} x {world.device.type}, "
+        f"{precision}{compile_model(ddp, cfg, world.device)}"
+    )
+    say(
+        f"steps    {t.epochs} epochs x {steps} steps of {train_loader.batch_size} images, peak "
+        f"lr {peak:.4g}"
+    )
     for note in (*start.notes, *notes, *notes_on(cfg)):
         say(f"note     {note}")
 
     with Session(
-        state, guard, world, start, options, config.to_yaml(cfg), say=say, global_batch=train_loader.batch_size,
-        keep_last=t.keep_last, every_steps=t.checkpoint_every_steps, every_minutes=t.checkpoint_every_minutes,
-        skip_limit=t.skip_limit, hang_timeout=t.hang_timeout, wandb=cfg.logging.wandb,
-    ) as session:  # fmt: skip
+        state,
+        guard,
+        world,
+        start,
+        options,
+        config.to_yaml(cfg),
+        say=say,
+        global_batch=train_loader.batch_size,
+        keep_last=t.keep_last,
+        every_steps=t.checkpoint_every_steps,
+        every_minutes=t.checkpoint_every_minutes,
+        skip_limit=t.skip_limit,
+        hang_timeout=t.hang_timeout,
+        wandb=cfg.logging.wandb,
+    ) as session:
         if start.saved:
             say(f"go on    after step {session.progress.step}, epoch {session.progress.epoch}")
         while session.progress.epoch < t.epochs:
@@ -133,42 +179,71 @@ def train(cfg: SimpleNamespace, world: World) -> None:
             checkpoint.save_upstream(model, start.path / "final_weights.pt")
             if ema is not None:
                 checkpoint.save_model(ema.module, start.path / "model_ema.safetensors", options)  # type: ignore[arg-type]
-            checkpoint.save_model(model, start.path / FINAL, options)  # last: it says that the run is finished
+            checkpoint.save_model(
+                model, start.path / FINAL, options
+            )  # last: it says that the run is finished
             draw(start.path, say)
             say(f"model    {start.path / FINAL}")
 
 
-def train_epoch(cfg, session: Session, state: TrainState[NestedModel], step_of, peak: float) -> dict[str, float]:
-    """The steps that are left of the epoch: seconds, of them waiting for data (wait), last lr, median norm."""
+def train_epoch(
+    cfg, session: Session, state: TrainState[NestedModel], step_of, peak: float
+) -> dict[str, float]:
+    """The steps that are left of the epoch: seconds, of them waiting for data (wait), last lr,
+    median norm.
+    """
     loader, epoch, steps = state.loader, session.progress.epoch, len(state.loader)
     loader.image = training_crop(cfg, resolution_at(epoch, cfg.resolution))
-    loader.load_state_dict(loader.state_dict() | {"epoch": epoch, "batch": session.progress.step - epoch * steps})
+    loader.load_state_dict(
+        loader.state_dict() | {"epoch": epoch, "batch": session.progress.step - epoch * steps}
+    )
     state.model.train()
     started, waited, norms = time.perf_counter(), loader.wait, []
     lr = session.rate * lr_at(session.progress.step / steps, cfg.lr, peak, cfg.training.epochs)
     with contextlib.closing(progress_bar(loader, session, cfg)) as bar:
         for batch in bar:
-            lr = session.rate * lr_at(session.progress.step / steps, cfg.lr, peak, cfg.training.epochs)
+            lr = session.rate * lr_at(
+                session.progress.step / steps, cfg.lr, peak, cfg.training.epochs
+            )
             loss, norm, skip = step_of(batch, lr)
             reports = session.after_step(loss, norm, skip)
             norms += [report.norm for report in reports]
-            report_steps(bar, session, cfg, reports, lr, loader.wait - waited, time.perf_counter() - started)
+            report_steps(
+                bar, session, cfg, reports, lr, loader.wait - waited, time.perf_counter() - started
+            )
     norm = statistics.median(norms or [0.0])
-    return {"seconds": time.perf_counter() - started, "wait": loader.wait - waited, "lr": lr, "norm": norm}
+    return {
+        "seconds": time.perf_counter() - started,
+        "wait": loader.wait - waited,
+        "lr": lr,
+        "norm": norm,
+    }
 
 
 def train_step(
-    cfg, world: World, ddp, state: TrainState[NestedModel], guard: Guard, precision: str, loss_of, batch, lr: float
+    cfg,
+    world: World,
+    ddp,
+    state: TrainState[NestedModel],
+    guard: Guard,
+    precision: str,
+    loss_of,
+    batch,
+    lr: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One optimizer step on this rank's share of a global batch; 0-d (mean loss, gradient norm, whether skipped).
+    """One optimizer step on this rank's share of a global batch; 0-d (mean loss, gradient norm,
+    whether skipped).
 
-    DDP averages gradients over ranks; weighting the local mean by its share makes that the gradient of the mean
-    over the whole batch, also where the shares are uneven. Images that data.on_error=skip left out count with a
-    gradient of zero: the others keep their weight, and no rank needs to know what the other ranks lost.
+    DDP averages gradients over ranks; weighting the local mean by its share makes that the gradient
+    of the mean over the whole batch, also where the shares are uneven. Images that
+    data.on_error=skip left out count with a gradient of zero: the others keep their weight, and no
+    rank needs to know what the other ranks lost.
     """
     data, t, step, scale = cfg.data, cfg.training, state.progress.step, state.model.preprocessing
     rng = step_rng(t.seed, step, world.rank)
-    torch.manual_seed(int(rng.integers(2**62)))  # dropout and the like: a function of the step, also after a restart
+    torch.manual_seed(
+        int(rng.integers(2**62))
+    )  # dropout and the like: a function of the step, also after a restart
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.zero_grad(set_to_none=True)
@@ -184,7 +259,9 @@ def train_step(
             with distributed.autocast(images.device, precision):
                 logits = ddp(mixed.images)
             loss, per_prefix = mixed_loss(loss_of, logits.float(), mixed)
-            share_of_batch = len(labels) * world.size / state.loader.batch_size  # drop_last: every global batch is full
+            share_of_batch = (
+                len(labels) * world.size / state.loader.batch_size
+            )  # drop_last: every global batch is full
             state.scaler.scale(loss * share_of_batch).backward()
         sums += torch.cat([loss.detach()[None], per_prefix, sums.new_ones(1)]) * len(labels)
 
@@ -202,7 +279,14 @@ def train_step(
 
 
 def end_epoch(
-    cfg, session: Session, state: TrainState[NestedModel], val_loader, precision, world, measured, say
+    cfg,
+    session: Session,
+    state: TrainState[NestedModel],
+    val_loader,
+    precision,
+    world,
+    measured,
+    say,
 ) -> None:
     """Evaluate, tell and log an epoch; its checkpoint."""
     epoch, dims = session.progress.epoch, state.model.dims
@@ -220,8 +304,11 @@ def end_epoch(
     shown = "  ".join(f"{d}: {a['top1']:.1f}" for d, a in accuracy.items()) or "not evaluated"
     shown += "".join(f"  (average {a['top1']:.1f})" for d, a in averaged.items() if d == dims[-1])
     speed = {"images_per_s": images / seconds, "data_wait": measured["wait"] / seconds}
-    say(f"epoch {epoch:3d}  loss {mean_loss:.3f}  lr {lr:.3g}  {speed['images_per_s']:.0f} images/s  "
-        f"wait {100 * speed['data_wait']:.0f} %  top-1 {shown}")  # fmt: skip
+    say(
+        f"epoch {epoch:3d}  loss {mean_loss:.3f}  lr {lr:.3g}  {speed['images_per_s']:.0f} "
+        "images/s  "
+        f"wait {100 * speed['data_wait']:.0f} %  top-1 {shown}"
+    )
     skipped = distributed.gather(state.loader.skipped, world) if cfg.data.on_error == "skip" else []
     state.loader.skipped.clear()
     if session.log:
@@ -256,7 +343,11 @@ def validate(
 
 def evaluate_checkpoint(cfg: SimpleNamespace, world: World) -> None:
     """training.eval_only: the accuracy of every prefix of training.path on data.val_dataset."""
-    model = checkpoint.load_model(cfg.training.path).to(world.device).to(memory_format=torch.channels_last)
+    model = (
+        checkpoint.load_model(cfg.training.path)
+        .to(world.device)
+        .to(memory_format=torch.channels_last)
+    )
     loader = validation_loader(cfg, world)
     model.check_classes(loader.dataset)
     precision = distributed.pick_precision(cfg.training.precision, world.device)
@@ -274,11 +365,15 @@ def distribute(model: NestedModel, world: World) -> torch.nn.Module:
     """DDP where there is more than one process."""
     if world.size == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+    return DistributedDataParallel(
+        model, device_ids=[world.device] if world.device.type == "cuda" else None
+    )
 
 
 def compile_model(ddp: torch.nn.Module, cfg, device: torch.device) -> str:
-    """torch.compile of the forward and backward pass, where it is wanted and works; what to say of it."""
+    """torch.compile of the forward and backward pass, where it is wanted and works; what to say of
+    it.
+    """
     t = cfg.training
     wanted = device.type == "cuda" and not t.deterministic if t.compile is None else t.compile
     if not wanted:
@@ -304,7 +399,10 @@ def notes_on(cfg) -> list[str]:
     if cfg.lr.lr_schedule_type == "cyclic":
         name = "lr_peak_epoch"
     if turn != getattr(cfg.lr, name):
-        return [f"lr.{name}={getattr(cfg.lr, name)} is beyond these {cfg.training.epochs} epochs: peak at {turn}"]
+        return [
+            f"lr.{name}={getattr(cfg.lr, name)} is beyond these {cfg.training.epochs} epochs: "
+            f"peak at {turn}"
+        ]
     return []
 
 
@@ -313,25 +411,43 @@ def progress_bar(loader: Loader, session: Session, cfg):
     shown = session.log is not None and sys.stderr.isatty()
     first = session.progress.step - session.progress.epoch * len(loader)
     return tqdm(
-        loader, desc=f"epoch {session.progress.epoch}", total=len(loader), initial=first, leave=False,
-        disable=not shown, unit="step",
-    )  # fmt: skip
+        loader,
+        desc=f"epoch {session.progress.epoch}",
+        total=len(loader),
+        initial=first,
+        leave=False,
+        disable=not shown,
+        unit="step",
+    )
 
 
-def report_steps(bar, session: Session, cfg, reports: list[Report], lr: float, waited: float, seconds: float) -> None:
-    """On a terminal: the bar. log_level 2: TensorBoard, and a line per step where there is no terminal."""
+def report_steps(
+    bar, session: Session, cfg, reports: list[Report], lr: float, waited: float, seconds: float
+) -> None:
+    """On a terminal: the bar. log_level 2: TensorBoard, and a line per step where there is no
+    terminal.
+    """
     if session.log is None:
         return
     wait = waited / seconds
     for step, loss, norm, _ in reports:
         if not bar.disable and step % 10 == 0:
-            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.3g}", wait=f"{100 * wait:.0f}%", refresh=False)
+            bar.set_postfix(
+                loss=f"{loss:.3f}", lr=f"{lr:.3g}", wait=f"{100 * wait:.0f}%", refresh=False
+            )
         if cfg.logging.log_level > 1:
-            values = {"step/loss": loss, "step/lr": lr, "step/gradient_norm": norm, "step/data_wait": wait}
+            values = {
+                "step/loss": loss,
+                "step/lr": lr,
+                "step/gradient_norm": norm,
+                "step/data_wait": wait,
+            }
             session.log.scalars(values, step)
             if bar.disable:
                 print(
-                    f"step {step}  loss {loss:.3f}  lr {lr:.3g}  norm {norm:.3g}  wait {100 * wait:.0f} %", flush=True
+                    f"step {step}  loss {loss:.3f}  lr {lr:.3g}  norm {norm:.3g}  wait "
+                    f"{100 * wait:.0f} %",
+                    flush=True,
                 )
 
 

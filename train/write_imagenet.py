@@ -3,8 +3,8 @@
     python train/write_imagenet.py --cfg.data_dir=imagenet/train --cfg.write_path=train.beton \\
         --cfg.max_resolution=500 --cfg.write_mode=proportion --cfg.compress_probability=0.5
 
-`--cfg.dataset=digits --cfg.split=train` needs no images at all. Class names, options and what was wrong with
-which image go to `<write_path>.json`. Exit status 2 when nothing could be written.
+`--cfg.dataset=digits --cfg.split=train` needs no images at all. Class names, options and what was
+wrong with which image go to `<write_path>.json`. Exit status 2 when nothing could be written.
 """
 
 import sys
@@ -25,7 +25,9 @@ def open_source(cfg: WriterConfig) -> ImageFolder | Digits:
             raise BetonError("cfg.dataset=digits needs cfg.split=train or cfg.split=val")
         return Digits(cfg.split)
     if cfg.data_dir is None:
-        raise BetonError(f"cfg.dataset={cfg.dataset} needs cfg.data_dir, the folder of class folders")
+        raise BetonError(
+            f"cfg.dataset={cfg.dataset} needs cfg.data_dir, the folder of class folders"
+        )
     return ImageFolder(cfg.data_dir)
 
 
@@ -41,7 +43,9 @@ def summary(manifest: dict, path: str, seconds: float) -> str:
     counts, written = manifest["counts"], manifest["num_samples"]
     first = f"{written:,} images of {len(manifest['classes'])} classes: {counts['jpg']:,} jpg, {counts['raw']:,} raw"
     if "resized" in counts:  # FFCV does not say
-        first += f", {counts['resized']:,} reduced to {manifest['options']['max_resolution']} pixels"
+        first += (
+            f", {counts['resized']:,} reduced to {manifest['options']['max_resolution']} pixels"
+        )
     lines = [first]
     for key, text in (
         ("cmyk", "CMYK, stored as RGB"),
@@ -52,10 +56,16 @@ def summary(manifest: dict, path: str, seconds: float) -> str:
         found = manifest.get(key, [])
         if found:
             lines.append(f"{len(found)} {text}:")
-            lines += [": ".join(("  " + entry["name"], *list(entry.values())[1:])) for entry in found[:SHOWN]]
+            lines += [
+                ": ".join(("  " + entry["name"], *list(entry.values())[1:]))
+                for entry in found[:SHOWN]
+            ]
         if len(found) > SHOWN:
             lines.append(f"  and {len(found) - SHOWN} more, see {manifest_path(path)}")
-    lines.append(f"{manifest['num_bytes'] / 1e6:,.1f} MB in {seconds:.1f} s, {written / seconds:,.0f} images/s")
+    lines.append(
+        f"{manifest['num_bytes'] / 1e6:,.1f} MB in {seconds:.1f} s, {written / seconds:,.0f} "
+        "images/s"
+    )
     lines.append(f"written: {path}")
     return "\n".join(lines)
 
@@ -63,7 +73,10 @@ def summary(manifest: dict, path: str, seconds: float) -> str:
 @program
 def main(argv=None):
     cfg = read(
-        {"cfg": WriterConfig}, argv, prog="write_imagenet.py", description=(__doc__ or "").partition("\n")[0]
+        {"cfg": WriterConfig},
+        argv,
+        prog="write_imagenet.py",
+        description=(__doc__ or "").partition("\n")[0],
     ).cfg
     source = open_source(cfg)
     start = time.perf_counter()

@@ -1,7 +1,13 @@
 """Model files: the only door between training and everything after it."""
 
 from matryoshka.checkpoint.contents import FORMAT, TRAINING_FORMAT, CheckpointError, Contents
-from matryoshka.checkpoint.model_file import describe, load_model, preprocessing_of, read, save_model
+from matryoshka.checkpoint.model_file import (
+    describe,
+    load_model,
+    preprocessing_of,
+    read,
+    save_model,
+)
 from matryoshka.checkpoint.upstream import from_upstream, save_upstream, to_upstream
 
 __all__ = [

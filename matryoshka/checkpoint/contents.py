@@ -13,7 +13,9 @@ FORMAT, TRAINING_FORMAT = "matryoshka-model-1", "matryoshka-training-1"
 
 
 class CheckpointError(ValueError):
-    """A file that is not the checkpoint that was asked for; the message names the file and the remedy."""
+    """A file that is not the checkpoint that was asked for; the message names the file and the
+    remedy.
+    """
 
     user_error = True
 

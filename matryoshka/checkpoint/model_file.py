@@ -1,7 +1,7 @@
 """Model files: the only door between training and everything after it.
 
-`model.safetensors` holds the weights and, in its metadata, what rebuilds the model alone. upstream.py reads and
-writes the plain state_dicts of other repositories.
+`model.safetensors` holds the weights and, in its metadata, what rebuilds the model alone.
+upstream.py reads and writes the plain state_dicts of other repositories.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from matryoshka.checkpoint import upstream
-from matryoshka.checkpoint.contents import FORMAT, TRAINING_FORMAT, CheckpointError, Contents, first_line
+from matryoshka.checkpoint.contents import (
+    FORMAT,
+    TRAINING_FORMAT,
+    CheckpointError,
+    Contents,
+    first_line,
+)
 from matryoshka.data import CenterCrop
 from matryoshka.data.augment import Preprocessing
 from matryoshka.files import write_atomically
@@ -28,7 +34,9 @@ from matryoshka.models import ModelSpec, NestedModel, build
 
 
 def save_model(model: NestedModel, path: str | Path, config: Mapping | None = None) -> None:
-    """Write `model.safetensors`: weights + model spec, preprocessing, class names and (flat) training config."""
+    """Write `model.safetensors`: weights + model spec, preprocessing, class names and (flat)
+    training config.
+    """
     about = {"format": FORMAT, **describe(model), "config": dict(config or {})}
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     write_atomically(path, save(tensors, {"matryoshka": json.dumps(about)}))
@@ -37,8 +45,10 @@ def save_model(model: NestedModel, path: str | Path, config: Mapping | None = No
 def describe(model: NestedModel) -> dict:
     """What rebuilds a model, beside its weights, as JSON holds it."""
     return {
-        "model": asdict(model.spec), "preprocessing": asdict(model.preprocessing), "classes": model.classes
-    }  # fmt: skip
+        "model": asdict(model.spec),
+        "preprocessing": asdict(model.preprocessing),
+        "classes": model.classes,
+    }
 
 
 def preprocessing_of(about: Mapping) -> Preprocessing:
@@ -59,13 +69,15 @@ def load_model(
     arch: str | None = None,
     old_ckpt: bool = False,
 ) -> NestedModel:
-    """The model of a checkpoint, on the CPU, in eval mode. Input normalised float [B, 3, H, W], logits [G, B, C].
+    """The model of a checkpoint, on the CPU, in eval mode. Input normalised float [B, 3, H, W],
+    logits [G, B, C].
 
-    `model.safetensors` needs no further argument. For a bare upstream `.pt`, a `params.json` beside it gives
-    arch, head and dims; without one they come from keys and shapes, and the flags decide what those cannot tell:
-    `efficient` for an old-style MRL-E file (same keys as a fixed feature), `dims` for MRL-E prefixes other than
-    the powers of two. `old_ckpt` insists on a file with the old keys.
-    `model.notes` lists what had to be assumed. CheckpointError names file and disagreement.
+    `model.safetensors` needs no further argument. For a bare upstream `.pt`, a `params.json` beside
+    it gives arch, head and dims; without one they come from keys and shapes, and the flags decide
+    what those cannot tell: `efficient` for an old-style MRL-E file (same keys as a fixed feature),
+    `dims` for MRL-E prefixes other than the powers of two. `old_ckpt` insists on a file with the
+    old keys. `model.notes` lists what had to be assumed. CheckpointError names file and
+    disagreement.
     """
     path = Path(path)
     asked = {"mrl": mrl, "efficient": efficient, "rep_size": rep_size, "dims": dims, "arch": arch}
@@ -81,7 +93,9 @@ def load_model(
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: the weights do not fit {spec.arch}: {first_line(error)}") from None
+        raise CheckpointError(
+            f"{path}: the weights do not fit {spec.arch}: {first_line(error)}"
+        ) from None
     model.preprocessing, model.classes, model.notes = preprocessing, classes, notes
     return model.eval()
 
@@ -94,29 +108,46 @@ def read(
     arch: str | None = None,
     old_ckpt: bool = False,
 ) -> Contents:
-    """A model file without building its model. The flags decide what a bare `.pt` cannot tell, as in load_model."""
+    """A model file without building its model. The flags decide what a bare `.pt` cannot tell, as
+    in load_model.
+    """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint file; give a model.safetensors or a .pt file")
+        raise CheckpointError(
+            f"{path}: no such checkpoint file; give a model.safetensors or a .pt file"
+        )
     if path.suffix == ".safetensors":
         if old_ckpt:
-            raise CheckpointError(f"{path}: not a checkpoint of upstream's old style, but one of ours; drop old_ckpt")
+            raise CheckpointError(
+                f"{path}: not a checkpoint of upstream's old style, but one of ours; drop old_ckpt"
+            )
         contents = _read_safetensors(path)
     else:
-        contents = upstream.read(path, {"efficient": efficient, "dims": dims, "arch": arch, "old_ckpt": old_ckpt})
+        contents = upstream.read(
+            path, {"efficient": efficient, "dims": dims, "arch": arch, "old_ckpt": old_ckpt}
+        )
     if problem := _problem(contents):
-        raise CheckpointError(f"{path}: {problem}; write the checkpoint again, or get another copy of it")
+        raise CheckpointError(
+            f"{path}: {problem}; write the checkpoint again, or get another copy of it"
+        )
     return contents
 
 
 def _problem(contents: Contents) -> str | None:
     """What no model can be built from."""
-    (arch, num_classes, dims, efficient, blurpool), shown = astuple(contents.spec), contents.preprocessing
+    (arch, num_classes, dims, efficient, blurpool), shown = (
+        astuple(contents.spec),
+        contents.preprocessing,
+    )
     if not (isinstance(arch, str) and isinstance(efficient, bool) and isinstance(blurpool, bool)):
         return f"its arch, efficient and blurpool are {arch!r}, {efficient!r} and {blurpool!r}"
     if type(num_classes) is not int or num_classes < 1:
         return f"its number of classes is {num_classes!r}"
-    if not dims or any(type(d) is not int for d in dims) or any(a >= b for a, b in pairwise((0, *dims))):
+    if (
+        not dims
+        or any(type(d) is not int for d in dims)
+        or any(a >= b for a, b in pairwise((0, *dims)))
+    ):
         return f"its dims {list(dims)!r} are not positive and increasing"
     try:
         CenterCrop(shown.size, shown.ratio)
@@ -127,9 +158,15 @@ def _problem(contents: Contents) -> str | None:
     if not sound:
         return f"its {shown} makes no sense"
     names = contents.classes
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
         return "its classes are not a list of names"
-    return f"it has {len(names)} names for {num_classes} classes" if names and len(names) != num_classes else None
+    return (
+        f"it has {len(names)} names for {num_classes} classes"
+        if names and len(names) != num_classes
+        else None
+    )
 
 
 def _check_head(path: Path, spec: ModelSpec, state: Mapping[str, Tensor]) -> None:
@@ -138,27 +175,40 @@ def _check_head(path: Path, spec: ModelSpec, state: Mapping[str, Tensor]) -> Non
         weight = state.get(f"head.heads.{i}.weight")
         shape, expected = "missing" if weight is None else list(weight.shape), [spec.num_classes, d]
         if shape != expected:
-            raise CheckpointError(f"{path}: classifier {i} is {shape}, by its dims and classes it should be {expected}")
+            raise CheckpointError(
+                f"{path}: classifier {i} is {shape}, by its dims and classes it should be "
+                f"{expected}"
+            )
 
 
 def _check_asked(path: Path, spec: ModelSpec, asked: dict) -> None:
-    """Flags that contradict the file are an error: nobody should read numbers of another model than asked for."""
+    """Flags that contradict the file are an error: nobody should read numbers of another model than
+    asked for.
+    """
     head = spec.head_name
     if asked["efficient"] and head != "mrl-e":
-        raise CheckpointError(f"{path}: efficient was asked for, but the checkpoint's head is {head}; drop the flag")
+        raise CheckpointError(
+            f"{path}: efficient was asked for, but the checkpoint's head is {head}; drop the flag"
+        )
     if asked["mrl"] and not asked["efficient"] and head != "mrl":
         hint = "add the efficient flag" if head == "mrl-e" else "drop the flag"
-        raise CheckpointError(f"{path}: mrl was asked for, but the checkpoint's head is {head}; {hint}")
+        raise CheckpointError(
+            f"{path}: mrl was asked for, but the checkpoint's head is {head}; {hint}"
+        )
     if asked["rep_size"] is not None and asked["rep_size"] != spec.dims[-1]:
         raise CheckpointError(
-            f"{path}: rep_size {asked['rep_size']} was asked for, but the checkpoint's is {spec.dims[-1]}"
+            f"{path}: rep_size {asked['rep_size']} was asked for, but the checkpoint's is "
+            f"{spec.dims[-1]}"
         )
     if asked["dims"] is not None and tuple(asked["dims"]) != spec.dims:
         raise CheckpointError(
-            f"{path}: dims {list(asked['dims'])} were asked for, the checkpoint has {list(spec.dims)}"
+            f"{path}: dims {list(asked['dims'])} were asked for, the checkpoint has "
+            f"{list(spec.dims)}"
         )
     if asked["arch"] is not None and asked["arch"] != spec.arch:
-        raise CheckpointError(f"{path}: arch {asked['arch']} was asked for, but the checkpoint is a {spec.arch}")
+        raise CheckpointError(
+            f"{path}: arch {asked['arch']} was asked for, but the checkpoint is a {spec.arch}"
+        )
 
 
 def _read_safetensors(path: Path) -> Contents:
@@ -166,8 +216,12 @@ def _read_safetensors(path: Path) -> Contents:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("matryoshka", "null"))
             if not isinstance(about, dict) or about.get("format") not in (FORMAT, TRAINING_FORMAT):
-                raise CheckpointError(f"{path}: a safetensors file, but not one of ours (no {FORMAT} metadata)")
-            prefix = "" if about["format"] == FORMAT else "model."  # beside the optimizer's state and more
+                raise CheckpointError(
+                    f"{path}: a safetensors file, but not one of ours (no {FORMAT} metadata)"
+                )
+            prefix = (
+                "" if about["format"] == FORMAT else "model."
+            )  # beside the optimizer's state and more
             keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a dict)
             state = {key[len(prefix) :]: file.get_tensor(key) for key in keys}
         model = about["model"]
@@ -176,5 +230,7 @@ def _read_safetensors(path: Path) -> Contents:
     except CheckpointError:
         raise
     except (SafetensorError, OSError, TypeError, KeyError, RecursionError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors checkpoint ({first_line(error)})") from None
+        raise CheckpointError(
+            f"{path}: not a whole safetensors checkpoint ({first_line(error)})"
+        ) from None
     return Contents(spec, preprocessing, about.get("classes"), [], state)

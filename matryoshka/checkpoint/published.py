@@ -1,4 +1,6 @@
-"""Published baselines, one prefix (the whole width) each: `torchvision:NAME[.WEIGHTS]` and `timm:NAME`."""
+"""Published baselines, one prefix (the whole width) each: `torchvision:NAME[.WEIGHTS]` and
+`timm:NAME`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,17 @@ from torch import nn
 from matryoshka import checkpoint
 from matryoshka.checkpoint.transfer import FIRST_WEIGHTS, TORCHVISION
 from matryoshka.data.augment import Preprocessing
-from matryoshka.models import RESNETS, TIMM, ModelError, ModelSpec, NestedModel, backbone, build, import_timm, one_line
+from matryoshka.models import (
+    RESNETS,
+    TIMM,
+    ModelError,
+    ModelSpec,
+    NestedModel,
+    backbone,
+    build,
+    import_timm,
+    one_line,
+)
 
 PREFIXES = (TORCHVISION, TIMM)
 
@@ -17,20 +29,24 @@ PREFIXES = (TORCHVISION, TIMM)
 def load_any(name: str, option: str = "--path", **flags: Any) -> NestedModel:
     """The model of a checkpoint file or of a published baseline, on the CPU, in eval mode.
 
-    option: what the user calls the name. flags: those of checkpoint.load_model; a published model takes none of them.
+    option: what the user calls the name. flags: those of checkpoint.load_model; a published model
+    takes none of them.
     """
     if not name.startswith(PREFIXES):
         return checkpoint.load_model(name, **flags)
     if given := [flag for flag, value in flags.items() if value not in (None, False)]:
-        raise ModelError(f"{option} {name}: a published baseline takes no {', '.join(given)}; leave it out")
+        raise ModelError(
+            f"{option} {name}: a published baseline takes no {', '.join(given)}; leave it out"
+        )
     return load_published(name, option)
 
 
 def load_published(name: str, option: str = "--path") -> NestedModel:
     """The model with its own classifier and preprocessing, on the CPU, in eval mode.
 
-    Weights come from the caches of torch and Hugging Face, which download what they lack. ModelError, one line, for
-    unknown names and weights that cannot be had; option: what the user calls the name.
+    Weights come from the caches of torch and Hugging Face, which download what they lack.
+    ModelError, one line, for unknown names and weights that cannot be had; option: what the user
+    calls the name.
     """
     load = _timm if name.startswith(TIMM) else _torchvision
     try:
@@ -38,7 +54,9 @@ def load_published(name: str, option: str = "--path") -> NestedModel:
     except ModelError as error:
         raise ModelError(f"{option} {name}: {error}") from None
     except Exception as error:  # no network, a damaged file: each library has its own exceptions
-        raise ModelError(f"{option} {name}: the weights cannot be had: {one_line(error)}") from error
+        raise ModelError(
+            f"{option} {name}: the weights cannot be had: {one_line(error)}"
+        ) from error
     model.notes = ["a published baseline: one prefix, the whole feature"]
     return model.eval()
 
@@ -59,7 +77,9 @@ def _torchvision(name: str) -> NestedModel:
     model.load_state_dict(checkpoint.from_upstream(state))
     shown = published.transforms()
     side = shown.crop_size[0]
-    model.preprocessing = Preprocessing(side, side / shown.resize_size[0], tuple(shown.mean), tuple(shown.std))
+    model.preprocessing = Preprocessing(
+        side, side / shown.resize_size[0], tuple(shown.mean), tuple(shown.std)
+    )
     return model
 
 
@@ -67,8 +87,12 @@ def _timm(name: str) -> NestedModel:
     arch = name.partition(".")[0]
     timm = import_timm(name)
     weights = name.removeprefix(TIMM)
-    if not timm.models.is_model_pretrained(weights):  # nor is hf-hub:..., which would run somebody's architecture
-        known = [n for n in timm.list_pretrained() if n.partition(".")[0] == weights.partition(".")[0]]
+    if not timm.models.is_model_pretrained(
+        weights
+    ):  # nor is hf-hub:..., which would run somebody's architecture
+        known = [
+            n for n in timm.list_pretrained() if n.partition(".")[0] == weights.partition(".")[0]
+        ]
         raise ModelError(f"no such weights are published; known: {', '.join(known) or 'none'}")
     whole: Any = timm.create_model(weights, pretrained=True)
     classifier = whole.get_classifier()
@@ -82,6 +106,9 @@ def _timm(name: str) -> NestedModel:
     model.load_state_dict(state)
     given = whole.pretrained_cfg
     model.preprocessing = Preprocessing(
-        given["input_size"][-1], given.get("crop_pct") or 1.0, tuple(given["mean"]), tuple(given["std"])
+        given["input_size"][-1],
+        given.get("crop_pct") or 1.0,
+        tuple(given["mean"]),
+        tuple(given["std"]),
     )
     return model

@@ -1,7 +1,9 @@
-"""Where a run starts: weights to begin with (`model.init`) and stages that keep them (`model.freeze`).
+"""Where a run starts: weights to begin with (`model.init`) and stages that keep them
+(`model.freeze`).
 
-The study behind it: a nested head on a trunk that was trained without one reaches 5 % top-1 at d = 8 with the
-trunk frozen and 60 % as more stages train with it (Kusupati et al., arXiv 2205.13147, table 26).
+The study behind it: a nested head on a trunk that was trained without one reaches 5 % top-1 at d =
+8 with the trunk frozen and 60 % as more stages train with it (Kusupati et al., arXiv 2205.13147,
+table 26).
 """
 
 from __future__ import annotations
@@ -31,24 +33,30 @@ from matryoshka.models.blurpool import with_or_without_blurpool
 __all__ = ["apply_freeze", "check_start", "start_model"]
 
 TORCHVISION = "torchvision:"
-FIRST_WEIGHTS = "IMAGENET1K_V1"  # what upstream's pretrained=1 loads; every ResNet of torchvision has them
+FIRST_WEIGHTS = (
+    "IMAGENET1K_V1"  # what upstream's pretrained=1 loads; every ResNet of torchvision has them
+)
 
 
 def start_model(
     config: ModelConfig, spec: ModelSpec, classes: list[str] | None = None
 ) -> tuple[NestedModel, list[str]]:
-    """(a new model with the start weights and the frozen stages of the options, one line for each thing done).
+    """(a new model with the start weights and the frozen stages of the options, one line for each
+    thing done).
 
-    Published weights are downloaded into the caches of torch and Hugging Face. A checkpoint gives the trunk, and
-    the head where kind, prefixes, classes and (`classes`) their names agree. `model.preprocessing` has the mean
-    and std that the start weights were trained with: training has to normalise with them. ModelError, one line.
+    Published weights are downloaded into the caches of torch and Hugging Face. A checkpoint gives
+    the trunk, and the head where kind, prefixes, classes and (`classes`) their names agree.
+    `model.preprocessing` has the mean and std that the start weights were trained with: training
+    has to normalise with them. ModelError, one line.
     """
     init = start_weights(config)
     weights = init and _published(init, spec.arch)
     model = build(spec, weights)
     notes = []
     if weights:
-        cfg = getattr(model.trunk, "pretrained_cfg", None)  # timm's; torchvision's are trained with the defaults
+        cfg = getattr(
+            model.trunk, "pretrained_cfg", None
+        )  # timm's; torchvision's are trained with the defaults
         if cfg:
             model.preprocessing = Preprocessing(mean=tuple(cfg["mean"]), std=tuple(cfg["std"]))
         notes.append(f"trunk from {init}; the head starts fresh")
@@ -57,7 +65,10 @@ def start_model(
         model.load_state_dict(state, strict=False)  # it was compared: only a fresh head is missing
         notes.append(note)
     if model.preprocessing != Preprocessing():
-        notes.append(f"images are normalised as there: mean {model.preprocessing.mean}, std {model.preprocessing.std}")
+        notes.append(
+            f"images are normalised as there: mean {model.preprocessing.mean}, std "
+            f"{model.preprocessing.std}"
+        )
     if frozen := apply_freeze(model, config.freeze):
         total = sum(p.numel() for p in model.parameters())
         random = "" if init else ", at random weights (no model.init)"
@@ -66,12 +77,17 @@ def start_model(
 
 
 def check_start(
-    config: ModelConfig, spec: ModelSpec, classes: list[str] | None = None, sizes: Iterable[int] = ()
+    config: ModelConfig,
+    spec: ModelSpec,
+    classes: list[str] | None = None,
+    sizes: Iterable[int] = (),
 ) -> None:
-    """ModelError for what start_model would refuse, without a download and without memory for the weights.
+    """ModelError for what start_model would refuse, without a download and without memory for the
+    weights.
 
-    sizes: pixels of the square images that the model will get; not every model of timm takes every size, or gives
-    features [B, D] at all. Unchecked remain the network and the content of published weights.
+    sizes: pixels of the square images that the model will get; not every model of timm takes every
+    size, or gives features [B, D] at all. Unchecked remain the network and the content of published
+    weights.
     """
     init = start_weights(config)
     with torch.device("meta"):
@@ -83,14 +99,18 @@ def check_start(
         try:
             shape = tuple(model.features(torch.empty(2, 3, size, size, device="meta")).shape)
         except Exception as error:  # whatever that model says to a size that it cannot take
-            native = "x".join(str(n) for n in getattr(model.trunk, "pretrained_cfg", {}).get("input_size", ())[1:])
+            native = "x".join(
+                str(n) for n in getattr(model.trunk, "pretrained_cfg", {}).get("input_size", ())[1:]
+            )
             raise ModelError(
-                f"model.arch={spec.arch} does not take images of {size} pixels, it was made for {native}: "
+                f"model.arch={spec.arch} does not take images of {size} pixels, it was made for "
+                f"{native}: "
                 f"{one_line(error)}"
             ) from None
         if shape != (2, model.width):
             raise ModelError(
-                f"model.arch={spec.arch} gives features of shape {list(shape)} for 2 images, not one vector each; "
+                f"model.arch={spec.arch} gives features of shape {list(shape)} for 2 images, not "
+                "one vector each; "
                 "choose another model"
             )
 
@@ -99,17 +119,24 @@ def check_start(
 
 
 def start_weights(config: ModelConfig) -> str | None:
-    """`model.init`, or what its alias `model.pretrained` stands for. ModelError where both are given and differ."""
+    """`model.init`, or what its alias `model.pretrained` stands for. ModelError where both are
+    given and differ.
+    """
     if not config.pretrained:
         return config.init or None
     meant = config.arch if config.arch.startswith(TIMM) else f"{TORCHVISION}{config.arch}"
     if config.init and _untagged(config.init) != _untagged(meant):
-        raise ModelError(f"model.pretrained=1 means model.init={meant}, but model.init={config.init}; leave one out")
+        raise ModelError(
+            f"model.pretrained=1 means model.init={meant}, but model.init={config.init}; leave "
+            "one out"
+        )
     return config.init or meant
 
 
 def _untagged(name: str) -> str:
-    """timm:resnet18.a1_in1k -> timm:resnet18; torchvision:resnet50.IMAGENET1K_V2 -> torchvision:resnet50."""
+    """timm:resnet18.a1_in1k -> timm:resnet18; torchvision:resnet50.IMAGENET1K_V2 ->
+    torchvision:resnet50.
+    """
     return name.partition(".")[0]
 
 
@@ -119,7 +146,9 @@ def _published(init: str, arch: str) -> str | None:
         return None
     theirs = _untagged(init).removeprefix(TORCHVISION)  # as model.arch would say it
     if theirs != _untagged(arch):
-        raise ModelError(f"model.init={init} does not fit model.arch={arch}; add --model.arch={theirs}")
+        raise ModelError(
+            f"model.init={init} does not fit model.arch={arch}; add --model.arch={theirs}"
+        )
     if init.startswith(TIMM):
         weights = init.removeprefix(TIMM)
         timm = import_timm(f"model.init={init}")
@@ -133,16 +162,22 @@ def _published(init: str, arch: str) -> str | None:
         known = sorted(get_model_weights(theirs).__members__) if theirs in RESNETS else []
         if weights in known:
             return weights
-    raise ModelError(f"model.init={init}: no such weights are published; known: {', '.join(known) or 'none'}")
+    raise ModelError(
+        f"model.init={init}: no such weights are published; known: {', '.join(known) or 'none'}"
+    )
 
 
 def _from_file(
     path: str, model: NestedModel, classes: list[str] | None
 ) -> tuple[dict[str, Tensor], Preprocessing, str]:
-    """(what `model` takes from a checkpoint, its mean and std, a line about it). `model` may be on the meta device."""
+    """(what `model` takes from a checkpoint, its mean and std, a line about it). `model` may be on
+    the meta device.
+    """
     spec = model.spec
     if not Path(path).is_file():
-        raise ModelError(f"model.init={path}: no such file; give a checkpoint, {TORCHVISION}NAME or {TIMM}NAME")
+        raise ModelError(
+            f"model.init={path}: no such file; give a checkpoint, {TORCHVISION}NAME or {TIMM}NAME"
+        )
     try:
         # the file says what it is, but a bare .pt can be compared with only one of timm's models
         found = checkpoint.read(path, arch=spec.arch if spec.arch.startswith(TIMM) else None)
@@ -150,7 +185,8 @@ def _from_file(
         raise ModelError(f"model.init: {error}") from None
     if _untagged(found.spec.arch) != _untagged(spec.arch):
         raise ModelError(
-            f"model.init={path} is a {found.spec.arch}, model.arch={spec.arch}; add --model.arch={found.spec.arch}"
+            f"model.init={path} is a {found.spec.arch}, model.arch={spec.arch}; add "
+            f"--model.arch={found.spec.arch}"
         )
     note, state, like = f"trunk from {path}", found.state, model.state_dict()
     if found.spec.blurpool != spec.blurpool:
@@ -159,11 +195,17 @@ def _from_file(
     if reason := _other_head(found, spec, classes):
         state = {key: value for key, value in state.items() if not key.startswith("head.")}
         like = {key: value for key, value in like.items() if not key.startswith("head.")}
-    expected, given = ({key: tuple(v.shape) for key, v in weights.items()} for weights in (like, state))
+    expected, given = (
+        {key: tuple(v.shape) for key, v in weights.items()} for weights in (like, state)
+    )
     for key in sorted(expected | given):
         if expected.get(key) != given.get(key):
-            there, here = (list(shapes[key]) if key in shapes else "missing" for shapes in (given, expected))
-            raise ModelError(f"model.init={path} does not fit {spec.arch}: {key} is {there} there, {here} here")
+            there, here = (
+                list(shapes[key]) if key in shapes else "missing" for shapes in (given, expected)
+            )
+            raise ModelError(
+                f"model.init={path} does not fit {spec.arch}: {key} is {there} there, {here} here"
+            )
     note += f"; the head starts fresh: {reason}" if reason else " with its head"
     return state, Preprocessing(mean=found.preprocessing.mean, std=found.preprocessing.std), note
 
@@ -181,21 +223,30 @@ def _other_head(found: checkpoint.Contents, spec: ModelSpec, classes: list[str] 
         return f"dims {list(theirs.dims)} there, {list(spec.dims)} here"
     if theirs.num_classes != spec.num_classes:
         return f"{theirs.num_classes} classes there, {spec.num_classes} here"
-    return "the class names differ" if found.classes and classes and found.classes != classes else ""
+    return (
+        "the class names differ" if found.classes and classes and found.classes != classes else ""
+    )
 
 
 # ---------------------------------------------------------------- frozen stages
 
 
 def apply_freeze(model: NestedModel, freeze: str) -> int:
-    """Keep stages of the trunk as they are: no gradients, and eval mode whatever `model.train()` is called with.
+    """Keep stages of the trunk as they are: no gradients, and eval mode whatever `model.train()` is
+    called with.
 
-    freeze: "" none, "trunk" all of it, or names separated by commas: modules or parameters of the trunk
-    (`layer1`, `blocks.0`, `cls_token`), and `stem` for a ResNet's conv1 and bn1. Replaces what was frozen before.
-    Returns the number of frozen parameters (scalars). ModelError lists the known stages.
+    freeze: "" none, "trunk" all of it, or names separated by commas: modules or parameters of the
+    trunk (`layer1`, `blocks.0`, `cls_token`), and `stem` for a ResNet's conv1 and bn1. Replaces
+    what was frozen before. Returns the number of frozen parameters (scalars). ModelError lists the
+    known stages.
     """
     parameters = dict(model.trunk.named_parameters())
-    inside = [prefix for part in freeze.split(",") if part.strip() for prefix in _prefixes(part.strip(), model.trunk)]
+    inside = [
+        prefix
+        for part in freeze.split(",")
+        if part.strip()
+        for prefix in _prefixes(part.strip(), model.trunk)
+    ]
     frozen = {name for name in parameters if any(_is_inside(name, prefix) for prefix in inside)}
     for name, parameter in parameters.items():
         parameter.requires_grad_(name not in frozen)
@@ -222,9 +273,14 @@ def _prefixes(stage: str, trunk: nn.Module) -> list[str]:
     if any(_is_inside(name, stage) for name in names):
         return [stage]
     known = [*aliases, *tops]
-    every = {".".join(parts[: i + 1]) for parts in (name.split(".") for name in names) for i in range(len(parts))}
+    every = {
+        ".".join(parts[: i + 1])
+        for parts in (name.split(".") for name in names)
+        for i in range(len(parts))
+    }
     near = difflib.get_close_matches(stage, [*known, *sorted(every)], n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise ModelError(
-        f"model.freeze: {stage!r} is no stage of this trunk{hint}; known: {', '.join(known)}, and parts of them"
+        f"model.freeze: {stage!r} is no stage of this trunk{hint}; known: {', '.join(known)}, "
+        "and parts of them"
     )

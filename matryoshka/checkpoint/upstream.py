@@ -1,4 +1,6 @@
-"""The plain state_dicts of MRL's and ffcv-imagenet's repositories, whose key names are known here and only here."""
+"""The plain state_dicts of MRL's and ffcv-imagenet's repositories, whose key names are known here
+and only here.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,18 @@ from matryoshka.nested import check_dims, default_dims
 
 
 def save_upstream(model: NestedModel, path: str | Path) -> None:
-    """Write `final_weights.pt`: a plain state_dict with upstream's keys, always behind its `module.` prefix."""
+    """Write `final_weights.pt`: a plain state_dict with upstream's keys, always behind its
+    `module.` prefix.
+    """
     buffer = io.BytesIO()
     torch.save({f"module.{key}": value for key, value in to_upstream(model).items()}, buffer)
     write_atomically(path, buffer.getvalue())
 
 
 def to_upstream(model: NestedModel) -> dict[str, Tensor]:
-    """Weights under upstream's names: torchvision's for the trunk, `fc.*` for the head; no `module.` prefix."""
+    """Weights under upstream's names: torchvision's for the trunk, `fc.*` for the head; no
+    `module.` prefix.
+    """
     state = {}
     for key, value in model.state_dict().items():
         room, rest = key.split(".", 1)
@@ -53,21 +59,30 @@ def from_upstream(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    """An upstream state_dict without its `module.` prefix. weights_only: a pickle that wants more is refused."""
+    """An upstream state_dict without its `module.` prefix. weights_only: a pickle that wants more
+    is refused.
+    """
     try:
         with warnings.catch_warnings():  # torch warns of plain pickles before it refuses them
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except Exception:  # whatever an unpickler stumbles over; torch's own message advises to run the file's code
+    except (
+        Exception
+    ):  # whatever an unpickler stumbles over; torch's own message advises to run the file's code
         raise CheckpointError(
-            f"{path}: not a checkpoint of plain tensors (an HTML page? a pickle that wants to run code? cut off?); "
+            f"{path}: not a checkpoint of plain tensors (an HTML page? a pickle that wants to "
+            "run code? cut off?); "
             "give a state_dict that torch.save wrote, or a model.safetensors"
         ) from None
-    plain = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    plain = isinstance(state, Mapping) and all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    )
     if not plain or not state:
-        raise CheckpointError(f"{path}: not a plain state_dict; expected upstream's final_weights.pt")
+        raise CheckpointError(
+            f"{path}: not a plain state_dict; expected upstream's final_weights.pt"
+        )
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return dict(state)
@@ -83,9 +98,12 @@ def read(path: Path, asked: dict) -> Contents:
     arch, trunk_width, blurpool = _recognise(path, trunk, asked["arch"] or params.get("model.arch"))
 
     nested_keys = "fc.weight" not in state
-    if asked["old_ckpt"] and nested_keys and len(widths) == 1:  # MRL and fixed features kept their keys
+    if (
+        asked["old_ckpt"] and nested_keys and len(widths) == 1
+    ):  # MRL and fixed features kept their keys
         raise CheckpointError(
-            f"{path}: not of upstream's old style: its MRL-E classifier is nesting_classifier_0; drop old_ckpt"
+            f"{path}: not of upstream's old style: its MRL-E classifier is nesting_classifier_0; "
+            "drop old_ckpt"
         )
     said_efficient = asked["efficient"] or bool(params.get("model.efficient"))
     if len(widths) > 1:  # one classifier per prefix: MRL, its dims are in the shapes
@@ -96,11 +114,13 @@ def read(path: Path, asked: dict) -> Contents:
         dims, efficient = widths, False
         if params.get("model.mrl"):
             raise CheckpointError(
-                f"{path}: params.json beside it says model.mrl=1, but it has one classifier, fc.weight"
+                f"{path}: params.json beside it says model.mrl=1, but it has one classifier, "
+                "fc.weight"
             )
         if widest == trunk_width and not params:
             notes.append(
-                f"read as a fixed feature of width {widest}; an old-style MRL-E file looks the same: "
+                f"read as a fixed feature of width {widest}; an old-style MRL-E file looks the "
+                "same: "
                 "if it is one, ask for efficient"
             )
     num_classes = len(state["fc.nesting_classifier_0.weight" if nested_keys else "fc.weight"])
@@ -119,8 +139,14 @@ def _params_beside(path: Path) -> dict:
     except ValueError as error:
         raise CheckpointError(f"{file}: not valid JSON ({error}); mend or remove it") from None
     params = params if isinstance(params, dict) else {}
-    for key, expected in {"model.arch": str, "model.nesting_start": int, "validation.resolution": int}.items():
-        if not isinstance(params.get(key), expected | None) or (expected is int and (params.get(key) or 0) < 0):
+    for key, expected in {
+        "model.arch": str,
+        "model.nesting_start": int,
+        "validation.resolution": int,
+    }.items():
+        if not isinstance(params.get(key), expected | None) or (
+            expected is int and (params.get(key) or 0) < 0
+        ):
             raise CheckpointError(f"{file}: {key} is {params[key]!r}; mend or remove it")
     return params
 
@@ -128,18 +154,28 @@ def _params_beside(path: Path) -> dict:
 def _head_widths(path: Path, state: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Input widths of the classifiers, in order."""
     names = ["fc.weight"] if "fc.weight" in state else []
-    names = names or list(takewhile(state.__contains__, map("fc.nesting_classifier_{}.weight".format, count())))
+    names = names or list(
+        takewhile(state.__contains__, map("fc.nesting_classifier_{}.weight".format, count()))
+    )
     if not names:
-        raise CheckpointError(f"{path}: no classifier (fc.weight or fc.nesting_classifier_0.weight) among its keys")
+        raise CheckpointError(
+            f"{path}: no classifier (fc.weight or fc.nesting_classifier_0.weight) among its keys"
+        )
     for name in names:
         weight = state[name]
         plain = weight.layout == torch.strided and weight.device.type == "cpu" and weight.ndim == 2
-        if not plain or weight.untyped_storage().nbytes() < weight.nbytes:  # a small file can claim any shape
-            raise CheckpointError(f"{path}: {name}, {list(weight.shape)}, is no whole matrix; get another copy of it")
+        if (
+            not plain or weight.untyped_storage().nbytes() < weight.nbytes
+        ):  # a small file can claim any shape
+            raise CheckpointError(
+                f"{path}: {name}, {list(weight.shape)}, is no whole matrix; get another copy of it"
+            )
     return tuple(state[name].shape[1] for name in names)
 
 
-def _shared_dims(path: Path, asked: dict, params: dict, width: int, notes: list[str]) -> tuple[int, ...]:
+def _shared_dims(
+    path: Path, asked: dict, params: dict, width: int, notes: list[str]
+) -> tuple[int, ...]:
     """The prefixes of an MRL-E classifier of that width."""
     given = params.get("model.dims") or None if asked["dims"] is None else asked["dims"]
     try:
@@ -155,12 +191,15 @@ def _shared_dims(path: Path, asked: dict, params: dict, width: int, notes: list[
         raise CheckpointError(f"{path}: {error} of its classifier ({place})") from None
     dims = default_dims(width)
     notes.append(
-        f"MRL-E weights do not tell their prefixes: {list(dims)} assumed; if it was trained with others, give dims"
+        f"MRL-E weights do not tell their prefixes: {list(dims)} assumed; if it was trained with "
+        "others, give dims"
     )
     return dims
 
 
-def _recognise(path: Path, trunk: dict[str, tuple[int, ...]], arch: str | None) -> tuple[str, int, bool]:
+def _recognise(
+    path: Path, trunk: dict[str, tuple[int, ...]], arch: str | None
+) -> tuple[str, int, bool]:
     """(arch, feature width, blurpool) whose trunk has exactly these keys and shapes."""
     blurpool = any(key.endswith(".blur_filter") for key in trunk)
     named = [arch] if arch and (arch in BACKBONES or arch.startswith(TIMM)) else []
@@ -173,4 +212,6 @@ def _recognise(path: Path, trunk: dict[str, tuple[int, ...]], arch: str | None) 
             return name, width, blurpool
     if arch:
         raise CheckpointError(f"{path}: its weights are not those of a {arch}")
-    raise CheckpointError(f"{path}: its weights fit no known backbone ({', '.join(sorted(BACKBONES))})")
+    raise CheckpointError(
+        f"{path}: its weights fit no known backbone ({', '.join(sorted(BACKBONES))})"
+    )

@@ -1,4 +1,6 @@
-"""The native core (matryoshka/data/native/), as Python sees it. Arrays must have these types: nothing is converted."""
+"""The native core (matryoshka/data/native/), as Python sees it. Arrays must have these types:
+nothing is converted.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +24,9 @@ def random_crops(
     ratio: tuple[float, float],
     flip: float,
 ) -> NDArray[np.int32]: ...
-def center_crops(width: NDArray[np.int32], height: NDArray[np.int32], ratio: float) -> NDArray[np.int32]: ...
+def center_crops(
+    width: NDArray[np.int32], height: NDArray[np.int32], ratio: float
+) -> NDArray[np.int32]: ...
 def decode_batch(
     pool: Pool,
     data: Buffer,

@@ -1,7 +1,7 @@
 """Batched operations on the device; uint8 travels there, floats are made there.
 
-Random ones draw all their numbers on the host, from a generator that is given: the device is never waited for, and
-the result is a pure function of the arguments and the generator's state.
+Random ones draw all their numbers on the host, from a generator that is given: the device is never
+waited for, and the result is a pure function of the arguments and the generator's state.
 """
 
 from __future__ import annotations
@@ -45,8 +45,12 @@ def normalise(
 
 
 @cache
-def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two [1, 3, 1, 1]. Kept: to make them would copy from the host, and wait for the device, in every step."""
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Two [1, 3, 1, 1]. Kept: to make them would copy from the host, and wait for the device, in
+    every step.
+    """
     scale = torch.tensor([1 / (255 * s) for s in std], device=device)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
     return scale.view(1, 3, 1, 1), shift.view(1, 3, 1, 1)
@@ -55,9 +59,10 @@ def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: to
 def resized_crops(images: Tensor, crops: Tensor, size: int) -> Tensor:
     """Crops of images of one size, resized: uint8 [B, H, W, 3] -> uint8 [B, size, size, 3].
 
-    crops: integers [B, 5], rows (x, y, w, h, flip) inside the images. Area averaging where an axis shrinks,
-    bilinear where it grows: the weights of the native decoder, here as two batched matrix products. The native
-    decoder rounds between its two passes and works in fixed point: pixels may differ by one level.
+    crops: integers [B, 5], rows (x, y, w, h, flip) inside the images. Area averaging where an axis
+    shrinks, bilinear where it grows: the weights of the native decoder, here as two batched matrix
+    products. The native decoder rounds between its two passes and works in fixed point: pixels may
+    differ by one level.
     """
     b, height, width, _ = images.shape
     x, y, w, h, flip = crops.long().unbind(1)
@@ -71,12 +76,15 @@ def resized_crops(images: Tensor, crops: Tensor, size: int) -> Tensor:
 
 
 def _resize_weights(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
-    """float32 [B, target, source]: the share of each source pixel in each pixel of the resized [start, start + length).
+    """float32 [B, target, source]: the share of each source pixel in each pixel of the resized
+    [start, start + length).
 
     start, length: int64 [B].
     """
     i = torch.arange(target, device=start.device)[None, :, None]
-    j = torch.arange(source, device=start.device)[None, None, :] - start[:, None, None]  # from the crop's edge
+    j = (
+        torch.arange(source, device=start.device)[None, None, :] - start[:, None, None]
+    )  # from the crop's edge
     step = length[:, None, None] / target
     low, high = i * step, (i + 1) * step
     area = (torch.minimum(j + 1, high) - torch.maximum(j, low)).clamp_(min=0) / step
@@ -86,7 +94,9 @@ def _resize_weights(start: Tensor, length: Tensor, source: int, target: int) -> 
 
 
 def shifted(images: Tensor, windows: Tensor, padding: int) -> Tensor:
-    """uint8 [B, S, S, 3] with `padding` black pixels around, cut to `windows`: PadCrop's, integers [B, 5]."""
+    """uint8 [B, S, S, 3] with `padding` black pixels around, cut to `windows`: PadCrop's, integers
+    [B, 5].
+    """
     b, size = images.shape[:2]
     padded = F.pad(images, (0, 0, padding, padding, padding, padding))
     x, y, _, _, flip = windows.long().unbind(1)
@@ -100,14 +110,21 @@ def shifted(images: Tensor, windows: Tensor, padding: int) -> Tensor:
 
 
 def step_rng(seed: int, step: int, rank: int) -> np.random.Generator:
-    """The generator of one rank's step, the same after a resume. No two steps or ranks share a part of a stream."""
+    """The generator of one rank's step, the same after a resume. No two steps or ranks share a part
+    of a stream.
+    """
     # the last word of the counter is 0 in the streams of order.py
-    counter, key = np.array([0, 0, step, 1], dtype=np.uint64), np.array([seed, rank], dtype=np.uint64)
+    counter, key = (
+        np.array([0, 0, step, 1], dtype=np.uint64),
+        np.array([seed, rank], dtype=np.uint64),
+    )
     return np.random.Generator(np.random.Philox(counter=counter, key=key))
 
 
 class Mixed(NamedTuple):
-    """A batch in which each image may show a second one: its target is share x labels + (1 - share) x other."""
+    """A batch in which each image may show a second one: its target is share x labels + (1 - share)
+    x other.
+    """
 
     images: Tensor  # [B, 3, H, W]
     labels: Tensor  # int64 [B]
@@ -115,13 +132,15 @@ class Mixed(NamedTuple):
     share: float
 
 
-def mix(images: Tensor, labels: Tensor, mixup: float, cutmix: float, rng: np.random.Generator) -> Mixed:
+def mix(
+    images: Tensor, labels: Tensor, mixup: float, cutmix: float, rng: np.random.Generator
+) -> Mixed:
     """Each image with the one before it in the batch; the first with the last.
 
-    mixup: the weighted mean (Zhang et al. 2018, arXiv 1710.09412). cutmix: a rectangle of the other image, of which
-    the part inside the image counts (Yun et al. 2019, arXiv 1905.04899). Both are the alpha of the share's
-    Beta(alpha, alpha), 0 for off; with both on, a batch takes either with probability 1/2.
-    images: float [B, 3, H, W], whose memory layout is kept; labels: int64 [B].
+    mixup: the weighted mean (Zhang et al. 2018, arXiv 1710.09412). cutmix: a rectangle of the other
+    image, of which the part inside the image counts (Yun et al. 2019, arXiv 1905.04899). Both are
+    the alpha of the share's Beta(alpha, alpha), 0 for off; with both on, a batch takes either with
+    probability 1/2. images: float [B, 3, H, W], whose memory layout is kept; labels: int64 [B].
     """
     if not mixup and not cutmix:
         return Mixed(images, labels, labels, 1.0)
@@ -151,7 +170,9 @@ def _interval(length: int, part: float, rng: np.random.Generator) -> slice:
 def mixed_loss(
     loss_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], logits: Tensor, mixed: Mixed
 ) -> tuple[Tensor, Tensor]:
-    """share x loss_of(logits, labels) + (1 - share) x loss_of(logits, other), of both: the scalar and the [G]."""
+    """share x loss_of(logits, labels) + (1 - share) x loss_of(logits, other), of both: the scalar
+    and the [G].
+    """
     loss, per_prefix = loss_of(logits, mixed.labels)
     if mixed.share == 1:
         return loss, per_prefix
@@ -164,10 +185,12 @@ def mixed_loss(
 
 
 def rand_augment(images: Tensor, magnitude: float, rng: np.random.Generator) -> Tensor:
-    """RandAugment (Cubuk et al. 2020, arXiv 1909.13719): each image through two operations of its own.
+    """RandAugment (Cubuk et al. 2020, arXiv 1909.13719): each image through two operations of its
+    own.
 
-    uint8 [B, H, W, 3] -> the same. magnitude: 0 (unchanged) to 10, the paper's scale; torchvision calls 30 what is 10
-    here, with the same ranges: every operation grows stronger with it. ValueError outside.
+    uint8 [B, H, W, 3] -> the same. magnitude: 0 (unchanged) to 10, the paper's scale; torchvision
+    calls 30 what is 10 here, with the same ranges: every operation grows stronger with it.
+    ValueError outside.
     """
     if not 0 <= magnitude <= 10:
         raise ValueError(f"magnitude={magnitude}: expected 0 to 10")
@@ -181,11 +204,15 @@ def rand_augment(images: Tensor, magnitude: float, rng: np.random.Generator) -> 
 
 
 def distorted(images: Tensor, operations: np.ndarray, levels: np.ndarray) -> Tensor:
-    """Image i by the operation number `operations[i]` of OPERATIONS: uint8 [B, H, W, 3] -> the same.
+    """Image i by the operation number `operations[i]` of OPERATIONS: uint8 [B, H, W, 3] -> the
+    same.
 
-    operations: integers [B]. levels: float [B], -1 to 1; the sign matters to geometry and to enhancement only.
+    operations: integers [B]. levels: float [B], -1 to 1; the sign matters to geometry and to
+    enhancement only.
     """
-    order = np.argsort(operations, kind="stable")  # each operation works on all of its images at once
+    order = np.argsort(
+        operations, kind="stable"
+    )  # each operation works on all of its images at once
     there, back = _on_device(np.stack([order, np.argsort(order)]), images)
     images, levels = images[there], levels[order]
     ends = np.searchsorted(operations[order], np.arange(len(OPERATIONS) + 1)).tolist()
@@ -198,21 +225,30 @@ def distorted(images: Tensor, operations: np.ndarray, levels: np.ndarray) -> Ten
 
 SHIFT = 150 / 331  # of the image's side, at the highest level
 
-# uint8 [n, H, W, 3], float [n] -> uint8 [n, H, W, 3], with Pillow's arithmetic. torchvision's functionals take one
-# level for all images, and its affine and sharpness copy constants from the host, which waits for the device.
+# uint8 [n, H, W, 3], float [n] -> uint8 [n, H, W, 3], with Pillow's arithmetic. torchvision's
+# functionals take one level for all images, and its affine and sharpness copy constants from the
+# host, which waits for the device.
 OPERATIONS: dict[str, Callable[[Tensor, np.ndarray], Tensor]] = {
     "identity": lambda images, levels: images,
     "shear_x": lambda images, levels: _affine(images, (1, 0.3 * levels, 0), (0, 1, 0)),
     "shear_y": lambda images, levels: _affine(images, (1, 0, 0), (0.3 * levels, 1, 0)),
-    "translate_x": lambda images, levels: _affine(images, (1, 0, -SHIFT * images.shape[2] * levels), (0, 1, 0)),
-    "translate_y": lambda images, levels: _affine(images, (1, 0, 0), (0, 1, -SHIFT * images.shape[1] * levels)),
+    "translate_x": lambda images, levels: _affine(
+        images, (1, 0, -SHIFT * images.shape[2] * levels), (0, 1, 0)
+    ),
+    "translate_y": lambda images, levels: _affine(
+        images, (1, 0, 0), (0, 1, -SHIFT * images.shape[1] * levels)
+    ),
     "rotate": lambda images, levels: _rotated(images, np.radians(30 * levels)),
     "brightness": lambda images, levels: _away_from(torch.zeros_like(images), images, levels),
     "color": lambda images, levels: _away_from(_grey(images), images, levels),
     "contrast": lambda images, levels: _away_from(_mean_grey(images), images, levels),
     "sharpness": lambda images, levels: _away_from(_smooth(images), images, levels),
-    "posterize": lambda images, levels: images & _each(256 - 2 ** np.round(4 * abs(levels)), images, np.uint8),
-    "solarize": lambda images, levels: torch.where(images < _each(255 * (1 - abs(levels)), images), images, ~images),
+    "posterize": lambda images, levels: (
+        images & _each(256 - 2 ** np.round(4 * abs(levels)), images, np.uint8)
+    ),
+    "solarize": lambda images, levels: torch.where(
+        images < _each(255 * (1 - abs(levels)), images), images, ~images
+    ),
     "autocontrast": lambda images, levels: _torchvision("autocontrast", images),
     "equalize": lambda images, levels: _torchvision("equalize", images),
 }
@@ -228,12 +264,15 @@ def _each(numbers: np.ndarray, images: Tensor, dtype: type = np.float32) -> Tens
 
 
 def _affine(images: Tensor, column: tuple[Number, ...], row: tuple[Number, ...]) -> Tensor:
-    """The pixel with its centre at (x, y) shows the one that holds (column . (x, y, 1), row . (x, y, 1)).
+    """The pixel with its centre at (x, y) shows the one that holds (column . (x, y, 1), row . (x,
+    y, 1)).
 
     Coordinates in pixels from the image's corner; black outside.
     """
     n, height, width, _ = images.shape
-    numbers = np.stack([np.broadcast_to(number, n) for number in (*column, *row)]).astype(np.float32)
+    numbers = np.stack([np.broadcast_to(number, n) for number in (*column, *row)]).astype(
+        np.float32
+    )
     a, b, c, d, e, f = _on_device(numbers, images).view(6, n, 1, 1)
     x = torch.arange(width, device=images.device) + 0.5
     y = torch.arange(height, device=images.device)[:, None] + 0.5
@@ -252,7 +291,9 @@ def _rotated(images: Tensor, angle: np.ndarray) -> Tensor:
 def _away_from(plain: Tensor, images: Tensor, levels: np.ndarray) -> Tensor:
     """From `plain` beyond the image where the level is positive, towards it where it is negative."""
     plain = plain.int()
-    return (plain + _each(1 + 0.9 * levels, images) * (images - plain)).clamp_(0, 255).to(torch.uint8)
+    return (
+        (plain + _each(1 + 0.9 * levels, images) * (images - plain)).clamp_(0, 255).to(torch.uint8)
+    )
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -268,7 +309,9 @@ def _mean_grey(images: Tensor) -> Tensor:
 
 
 def _smooth(images: Tensor) -> Tensor:
-    """Pillow's SMOOTH: the mean of 3 x 3 pixels with weight 5 in the middle; pixels at the border stay."""
+    """Pillow's SMOOTH: the mean of 3 x 3 pixels with weight 5 in the middle; pixels at the border
+    stay.
+    """
     if min(images.shape[1:3]) < 3:
         return images
     planes = images.permute(0, 3, 1, 2).float()
@@ -279,6 +322,8 @@ def _smooth(images: Tensor) -> Tensor:
 
 
 def _torchvision(name: str, images: Tensor) -> Tensor:
-    from torchvision.transforms.v2 import functional  # seconds, which other programs should not take
+    from torchvision.transforms.v2 import (
+        functional,
+    )  # seconds, which other programs should not take
 
     return getattr(functional, name)(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

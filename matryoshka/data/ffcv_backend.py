@@ -1,9 +1,12 @@
-"""FFCV's own writer and loader behind our interfaces, for comparison; needs the extra `[ffcv]` (Python 3.11).
+"""FFCV's own writer and loader behind our interfaces, for comparison; needs the extra `[ffcv]`
+(Python 3.11).
 
-    write_with_ffcv(ImageFolder("imagenet/train"), "train.beton", max_resolution=500, write_mode="jpg")
-    for batch in FFCVLoader("train.beton", 256, order="random", image=RandomResizedCrop(224)): ...
+    write_with_ffcv(ImageFolder("imagenet/train"), "train.beton", max_resolution=500,
+    write_mode="jpg") for batch in FFCVLoader("train.beton", 256, order="random",
+    image=RandomResizedCrop(224)): ...
 
-What FFCV does not do is refused by name, never ignored. Nothing else in the library needs this file.
+What FFCV does not do is refused by name, never ignored. Nothing else in the library needs this
+file.
 """
 
 # pyright: reportMissingImports=false
@@ -35,7 +38,13 @@ from matryoshka.data.writer import Source, WriteOptions
 from matryoshka.environment import available_cores
 
 # What FFCV's image field takes, and what we do for it before (the subset, EXIF) and after (names).
-_WRITER_KNOWS = {"max_resolution", "write_mode", "compress_probability", "smart_threshold", "jpeg_quality"}
+_WRITER_KNOWS = {
+    "max_resolution",
+    "write_mode",
+    "compress_probability",
+    "smart_threshold",
+    "jpeg_quality",
+}
 _WRITER_KNOWS |= {"subset", "seed", "exif_rotate", "names"}
 _ORDERS = {"random": "RANDOM", "quasi_random": "QUASI_RANDOM", "sequential": "SEQUENTIAL"}
 
@@ -74,10 +83,12 @@ def write_with_ffcv(
     progress: Callable[[int, int], None] | None = None,
     **options,
 ) -> dict:
-    """`write_beton` by FFCV's DatasetWriter: the same arguments, the same side file, worker processes.
+    """`write_beton` by FFCV's DatasetWriter: the same arguments, the same side file, worker
+    processes.
 
-    The manifest's counts are jpg and raw alone. The bytes depend on the workers' timing. BetonError also for
-    options that FFCV does not have, and for an image that cannot be read: FFCV cannot leave one out.
+    The manifest's counts are jpg and raw alone. The bytes depend on the workers' timing. BetonError
+    also for options that FFCV does not have, and for an image that cannot be read: FFCV cannot
+    leave one out.
     """
     path = Path(path)
     wanted = WriteOptions(**options)
@@ -85,17 +96,23 @@ def write_with_ffcv(
         value = getattr(wanted, option.name)
         if option.name not in _WRITER_KNOWS and value != option.default:
             raise BetonError(
-                f"{option.name}={value} is not for writer=ffcv, FFCV has no such option; writer=native has"
+                f"{option.name}={value} is not for writer=ffcv, FFCV has no such option; "
+                "writer=native has"
             )
     if wanted.write_mode == "proportion" and wanted.seed != 0:
         raise BetonError(
-            f"seed={wanted.seed} is not for writer=ffcv with write_mode=proportion: FFCV draws without a seed; "
+            f"seed={wanted.seed} is not for writer=ffcv with write_mode=proportion: FFCV draws "
+            "without a seed; "
             "writer=native has one"
         )
     if wanted.subset != -1 and not 1 <= wanted.subset <= len(source):
-        raise BetonError(f"{path}: not written: subset={wanted.subset}: expected -1 (all) or 1 to {len(source)}")
+        raise BetonError(
+            f"{path}: not written: subset={wanted.subset}: expected -1 (all) or 1 to {len(source)}"
+        )
     if num_workers < 0 or chunk_size < 1:
-        raise BetonError(f"{path}: not written: {num_workers=}, {chunk_size=}: expected at least 0 and 1")
+        raise BetonError(
+            f"{path}: not written: {num_workers=}, {chunk_size=}: expected at least 0 and 1"
+        )
     native._check_place(path)
     _import_ffcv("writer=ffcv")
     if wanted.write_mode == "proportion" and wanted.compress_probability is None:
@@ -104,7 +121,9 @@ def write_with_ffcv(
     images = _Images(source, wanted.exif_rotate)
 
     with native._Replacement(path) as file, native._Replacement(manifest_path(path)) as side:
-        _run_writer(str(file._temporary), images, indices, wanted, num_workers, chunk_size, progress, path)
+        _run_writer(
+            str(file._temporary), images, indices, wanted, num_workers, chunk_size, progress, path
+        )
         with BetonFile(file._temporary) as written:
             jpg = int((written.mode == layout.JPG).sum())
             content = {
@@ -125,7 +144,8 @@ def write_with_ffcv(
 
 
 class _Images:
-    """What FFCV's workers read: (RGB, label). `failed` marks what could not be read, for the parent process.
+    """What FFCV's workers read: (RGB, label). `failed` marks what could not be read, for the parent
+    process.
 
     An exception in a worker would leave FFCV's writer waiting for ever.
     """
@@ -159,7 +179,8 @@ class _Images:
             except Exception as error:
                 reason = str(error)
             raise BetonError(
-                f"{path}: not written: {self.source.name(first)}: {reason}; writer=ffcv cannot leave an image out, "
+                f"{path}: not written: {self.source.name(first)}: {reason}; writer=ffcv cannot "
+                "leave an image out, "
                 "writer=native can"
             )
 
@@ -186,7 +207,9 @@ def _run_writer(
     )
     page = layout.page_size_for(3 * wanted.max_resolution**2)
     workers = num_workers or available_cores()
-    writer = ffcv.writer.DatasetWriter(temporary, {"image": image, "label": IntField()}, page, workers)
+    writer = ffcv.writer.DatasetWriter(
+        temporary, {"image": image, "label": IntField()}, page, workers
+    )
     before = set(multiprocessing.active_children())
     started: set = set()
 
@@ -204,11 +227,16 @@ def _run_writer(
         def close(self) -> None:
             started.update(set(multiprocessing.active_children()) - before)
 
-    def pause(seconds: float) -> None:  # FFCV's loop waits for its workers here, also when one is dead
+    def pause(
+        seconds: float,
+    ) -> None:  # FFCV's loop waits for its workers here, also when one is dead
         started.update(set(multiprocessing.active_children()) - before)
         images.check(path)
         if any(worker.exitcode for worker in started):
-            raise BetonError(f"{path}: not written: a worker of FFCV's writer failed (its error is above); free space?")
+            raise BetonError(
+                f"{path}: not written: a worker of FFCV's writer failed (its error is above); "
+                "free space?"
+            )
         time.sleep(seconds)
 
     names = {"tqdm": Bar, "sleep": pause}
@@ -235,12 +263,14 @@ def _run_writer(
 
 
 class FFCVLoader:
-    """FFCV's Loader with the interface of `Loader`: the same arguments, the same batches, also the index.
+    """FFCV's Loader with the interface of `Loader`: the same arguments, the same batches, also the
+    index.
 
-    Unlike there: crops and flips come from FFCV's own generators, which no seed reaches; a sample that cannot
-    be decoded is trained on as whatever was in its buffer; order="random" under several processes gives some
-    samples twice where the set does not divide; `image` may change its size between epochs, nothing else.
-    in_memory: FFCV's os_cache. BetonError also when FFCV's thread dies, where FFCV itself waits for ever.
+    Unlike there: crops and flips come from FFCV's own generators, which no seed reaches; a sample
+    that cannot be decoded is trained on as whatever was in its buffer; order="random" under several
+    processes gives some samples twice where the set does not divide; `image` may change its size
+    between epochs, nothing else. in_memory: FFCV's os_cache. BetonError also when FFCV's thread
+    dies, where FFCV itself waits for ever.
     """
 
     def __init__(
@@ -261,23 +291,38 @@ class FFCVLoader:
         if order not in _ORDERS:
             raise ValueError(f"order={order!r}: expected one of {', '.join(_ORDERS)}")
         if os.path.isdir(path):
-            raise BetonError(f"{os.fspath(path)}: is a folder, FFCV reads .beton files; write one, or loader=native")
+            raise BetonError(
+                f"{os.fspath(path)}: is a folder, FFCV reads .beton files; write one, or "
+                "loader=native"
+            )
         self.dataset = BetonFile(path)  # FFCV checks nothing
         if batch_size % world:
-            raise BetonError(f"a global batch of {batch_size} does not divide by {world} processes, as FFCV needs")
+            raise BetonError(
+                f"a global batch of {batch_size} does not divide by {world} processes, as FFCV "
+                "needs"
+            )
         if order == "quasi_random" and world > 1:
-            raise BetonError("order=quasi_random works with loader=native or one process; FFCV has it for one only")
+            raise BetonError(
+                "order=quasi_random works with loader=native or one process; FFCV has it for one "
+                "only"
+            )
         _import_ffcv("loader=ffcv")
         from ffcv.loader import Loader, OrderOption
 
         self.batch_size, self.device, self.wait = batch_size, torch.device(device), 0.0
         self._image = image
         # FFCV's distributed sampler repeats samples to make the shares even: not in an evaluation
-        part = np.arange(rank, len(self.dataset), world).astype(np.uint64) if order == "sequential" else None
+        part = (
+            np.arange(rank, len(self.dataset), world).astype(np.uint64)
+            if order == "sequential"
+            else None
+        )
         self._loader = Loader(
             str(path),
             batch_size=batch_size // world,
-            num_workers=min(num_workers or available_cores(), available_cores()),  # more raise in FFCV
+            num_workers=min(
+                num_workers or available_cores(), available_cores()
+            ),  # more raise in FFCV
             os_cache=in_memory,
             order=getattr(OrderOption, _ORDERS[order]),
             distributed=world > 1 and order == "random",
@@ -288,7 +333,9 @@ class FFCVLoader:
         )
 
     def _pipelines(self) -> dict[str, Any]:
-        """Pipelines that end in tensors: FFCV hangs on a CPU where anything compiled follows `ToTensor`."""
+        """Pipelines that end in tensors: FFCV hangs on a CPU where anything compiled follows
+        `ToTensor`.
+        """
         from ffcv.fields.basics import IntDecoder
         from ffcv.fields.decoders import CenterCropRGBImageDecoder, RandomResizedCropRGBImageDecoder
         from ffcv.pipeline import PipelineSpec
@@ -307,12 +354,16 @@ class FFCVLoader:
 
         size, flip = (self._image.size, self._image.size), []
         if isinstance(self._image, RandomResizedCrop):
-            self._decoder = RandomResizedCropRGBImageDecoder(size, self._image.scale, self._image.ratio)
+            self._decoder = RandomResizedCropRGBImageDecoder(
+                size, self._image.scale, self._image.ratio
+            )
             flip = [RandomHorizontalFlip(self._image.flip)] if self._image.flip else []
         elif isinstance(self._image, CenterCrop):
             self._decoder = CenterCropRGBImageDecoder(size, self._image.ratio)
         else:
-            raise BetonError(f"{type(self._image).__name__} works with loader=native, FFCV does not have it")
+            raise BetonError(
+                f"{type(self._image).__name__} works with loader=native, FFCV does not have it"
+            )
 
         def to_tensor() -> list:
             return [ToTensor(), *([] if self.device.type == "cpu" else [ToDevice(self.device)])]
@@ -334,8 +385,13 @@ class FFCVLoader:
 
     @image.setter
     def image(self, value: Crop) -> None:
-        if type(value) is not type(self._image) or replace(value, size=self._image.size) != self._image:
-            raise BetonError("only the size of the crops can change between epochs with loader=ffcv")
+        if (
+            type(value) is not type(self._image)
+            or replace(value, size=self._image.size) != self._image
+        ):
+            raise BetonError(
+                "only the size of the crops can change between epochs with loader=ffcv"
+            )
         self._image = value
         self._decoder.output_size = (value.size, value.size)
 
@@ -360,7 +416,9 @@ class FFCVLoader:
                 start = time.perf_counter()
                 while epoch.output_queue.empty():
                     if not epoch.is_alive() and epoch.output_queue.empty():
-                        raise BetonError(f"{self.dataset.path}: FFCV's loading thread died (its error is above)")
+                        raise BetonError(
+                            f"{self.dataset.path}: FFCV's loading thread died (its error is above)"
+                        )
                     time.sleep(0.0005)
                 try:
                     values = next(epoch)

@@ -1,6 +1,8 @@
-"""The fields of a .beton beside image and label: numbers, bytes, JSON, arrays. `BetonFile.field` calls this.
+"""The fields of a .beton beside image and label: numbers, bytes, JSON, arrays. `BetonFile.field`
+calls this.
 
-A descriptor, a record and an allocation table may say anything: what they say is compared before a byte is read.
+A descriptor, a record and an allocation table may say anything: what they say is compared before a
+byte is read.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ TYPE_NAMES = {
     layout.JSON: "JSON",
     layout.TENSOR: "tensor",
 }
-_ARGUMENTS = np.dtype([("shape", "<u8", 32), ("length", "<u8"), ("dtype", "V760")])  # of an array's descriptor
+_ARGUMENTS = np.dtype(
+    [("shape", "<u8", 32), ("length", "<u8"), ("dtype", "V760")]
+)  # of an array's descriptor
 _PLAIN_DTYPE = re.compile(r"\|[biu]1|[<>](i[248]|u[248]|f[248]|c8|c16)")
 _MAX_AXIS = 1 << 40  # beyond any page; the product of 32 such numbers is still a cheap integer
 
@@ -39,10 +43,14 @@ class Regions:
 
     def __init__(self, table: np.ndarray) -> None:
         order = np.argsort(table["pointer"], kind="stable")
-        self._pointer, self._sample, self._size = (table[key][order] for key in ("pointer", "sample", "size"))
+        self._pointer, self._sample, self._size = (
+            table[key][order] for key in ("pointer", "sample", "size")
+        )
 
     def sizes(self, sample: np.ndarray, pointer: np.ndarray) -> np.ndarray:
-        """Bytes uint64 [B] of each sample's region that starts at pointer, 0 where it has none there."""
+        """Bytes uint64 [B] of each sample's region that starts at pointer, 0 where it has none
+        there.
+        """
         if not len(self._pointer):
             return np.zeros(len(pointer), np.uint64)
         at = np.minimum(np.searchsorted(self._pointer, pointer), len(self._pointer) - 1)
@@ -53,7 +61,8 @@ class Regions:
 def array_type(arguments: bytes) -> tuple[np.dtype, tuple[int, ...]]:
     """(dtype, shape) from the 1024 bytes of arguments of an array's descriptor.
 
-    ValueError with the reason for anything but plain booleans, integers, floats and complex numbers.
+    ValueError with the reason for anything but plain booleans, integers, floats and complex
+    numbers.
     """
     row = np.frombuffer(arguments, _ARGUMENTS, 1)[0]
     shape = row["shape"].tolist()
@@ -86,15 +95,25 @@ def read_bytes(
     pointer, size = column["pointer"], column["size"]
     stored = regions.sizes(samples, pointer)
     for k in np.flatnonzero((stored != size) & (size != 0))[:1]:
-        fail(f"sample {samples[k]} says {size[k]} bytes at {pointer[k]}, where it has a region of {stored[k]}")
+        fail(
+            f"sample {samples[k]} says {size[k]} bytes at {pointer[k]}, where it has a region of "
+            f"{stored[k]}"
+        )
     # a value without bytes has no region, and its pointer means nothing
-    return [data[p : p + s] if s else data[:0] for p, s in zip(pointer.tolist(), size.tolist(), strict=True)]
+    return [
+        data[p : p + s] if s else data[:0]
+        for p, s in zip(pointer.tolist(), size.tolist(), strict=True)
+    ]
 
 
-def read_json(data: np.ndarray, regions: Regions, column: np.ndarray, samples: np.ndarray, fail: Fail) -> list[Any]:
+def read_json(
+    data: np.ndarray, regions: Regions, column: np.ndarray, samples: np.ndarray, fail: Fail
+) -> list[Any]:
     """Python objects from JSON texts that end in NUL."""
     values = []
-    for sample, content in zip(samples, read_bytes(data, regions, column, samples, fail), strict=True):
+    for sample, content in zip(
+        samples, read_bytes(data, regions, column, samples, fail), strict=True
+    ):
         try:
             values.append(json.loads(content.tobytes().rstrip(b"\0").decode("utf-8")))
         except (ValueError, RecursionError) as error:
@@ -103,7 +122,12 @@ def read_json(data: np.ndarray, regions: Regions, column: np.ndarray, samples: n
 
 
 def read_arrays(
-    data: np.ndarray, regions: Regions, column: np.ndarray, samples: np.ndarray, fail: Fail, arguments: bytes
+    data: np.ndarray,
+    regions: Regions,
+    column: np.ndarray,
+    samples: np.ndarray,
+    fail: Fail,
+    arguments: bytes,
 ) -> np.ndarray:
     """[B, *shape] of the declared dtype. column: pointers; arguments: of the field's descriptor."""
     try:

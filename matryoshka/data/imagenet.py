@@ -20,7 +20,9 @@ SUBSETS = ("A", "R", "O")  # of 200 classes each
 
 
 class ImageNetError(ValueError):
-    """A data set that is not there, or whose labels do not mean the model's outputs; the message has the remedy."""
+    """A data set that is not there, or whose labels do not mean the model's outputs; the message
+    has the remedy.
+    """
 
     user_error = True
 
@@ -31,7 +33,9 @@ def _lists() -> dict[str, list[str]]:
 
 
 def wnids(name: str = "V1") -> list[str]:
-    """WordNet ids of the classes of a data set in the order of its labels: 1000, for A, R and O 200 of them."""
+    """WordNet ids of the classes of a data set in the order of its labels: 1000, for A, R and O 200
+    of them.
+    """
     return _lists()[name.lower() if name in SUBSETS else "1k"]
 
 
@@ -44,20 +48,27 @@ def canonical(name: str) -> str:
 
 
 def find(name: str, root: str | Path) -> Path:
-    """The folder of a data set below `root`; `root` itself where that is a file, or holds no such folder."""
+    """The folder of a data set below `root`; `root` itself where that is a file, or holds no such
+    folder.
+    """
     path = Path(root)
     names = FOLDERS[name]
     if not path.exists():
         raise ImageNetError(
-            f"--data-root {root}: no such file or folder; give a .beton file, a folder of class folders, or the "
+            f"--data-root {root}: no such file or folder; give a .beton file, a folder of class "
+            "folders, or the "
             f"folder that holds {names[0]}/"
         )
     for folder in names:
         if (path / folder).is_dir():
             return path / folder
-    variants = sorted(p.name for p in path.glob("imagenetv2-*") if p.is_dir()) if name == "V2" else []
+    variants = (
+        sorted(p.name for p in path.glob("imagenetv2-*") if p.is_dir()) if name == "V2" else []
+    )
     if variants:
-        raise ImageNetError(f"--data-root {root}: no {names[0]}/ there; give one of {', '.join(variants)} itself")
+        raise ImageNetError(
+            f"--data-root {root}: no {names[0]}/ there; give one of {', '.join(variants)} itself"
+        )
     return path
 
 
@@ -65,5 +76,7 @@ def find_outside(root: str | Path) -> Path:
     """The folder of ImageNet-O below `root`: images of classes that ImageNet-1K lacks."""
     path = Path(root) / OUTSIDE
     if not path.is_dir():
-        raise ImageNetError(f"--data-root {root}: --dataset O needs {OUTSIDE}/ and {FOLDERS['O'][0]}/ in it")
+        raise ImageNetError(
+            f"--data-root {root}: --dataset O needs {OUTSIDE}/ and {FOLDERS['O'][0]}/ in it"
+        )
     return path

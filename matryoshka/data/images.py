@@ -1,4 +1,6 @@
-"""Single image files as a Loader's evaluation would give them: for queries, outside of any data set."""
+"""Single image files as a Loader's evaluation would give them: for queries, outside of any data
+set.
+"""
 
 from __future__ import annotations
 

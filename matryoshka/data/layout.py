@@ -2,8 +2,8 @@
 
     header | field descriptors | one metadata record per sample | zeros | pages | allocation table
 
-Integers are little-endian, offsets count bytes from the start of the file. There is no magic number and no
-checksum: whoever reads must check (`reader.py`). docs/data_format.md explains the parts.
+Integers are little-endian, offsets count bytes from the start of the file. There is no magic number
+and no checksum: whoever reads must check (`reader.py`). docs/data_format.md explains the parts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ MIN_PAGE = 1 << 21
 MAX_PAGE = 1 << 31  # the last power of two that the header's 32 bits hold
 DEFAULT_PAGE = 1 << 23
 
-# Type numbers of fields. 255 marks a class of the writing program, whose record only that program knows.
+# Type numbers of fields. 255 marks a class of the writing program, whose record only that program
+# knows.
 FLOAT, INT, IMAGE, BYTES, NDARRAY, JSON, TENSOR, CUSTOM = 0, 1, 2, 3, 4, 5, 6, 255
 
 # Values of an image record's mode.
@@ -61,8 +62,8 @@ class Samples(NamedTuple):
     """Where the stored images of one batch are: what the native decoder takes.
 
     data: uint8 [N], a memory map or a buffer; sample b is data[offset[b] : offset[b] + size[b]].
-    offset, size: uint64 [B]. mode: uint8 [B], JPG (a whole JPEG stream) or RAW (RGB, height x width x 3).
-    width, height: int32 [B], pixels.
+    offset, size: uint64 [B]. mode: uint8 [B], JPG (a whole JPEG stream) or RAW (RGB, height x width
+    x 3). width, height: int32 [B], pixels.
     """
 
     data: np.ndarray
@@ -81,8 +82,8 @@ def align(offset: int, alignment: int) -> int:
 def record_dtype(types: list[int]) -> np.dtype:
     """The metadata record of one sample, with the members f0, f1, ... in field order.
 
-    Every member starts at a multiple of its alignment, and the record is padded to the largest alignment.
-    KeyError for an unknown type.
+    Every member starts at a multiple of its alignment, and the record is padded to the largest
+    alignment. KeyError for an unknown type.
     """
     offsets, end = [], 0
     for kind in types:
@@ -100,7 +101,8 @@ def record_dtype(types: list[int]) -> np.dtype:
 
 
 def page_size_for(largest: int) -> int:
-    """Bytes of a page: the default, or the next power of two that holds one region of `largest` bytes.
+    """Bytes of a page: the default, or the next power of two that holds one region of `largest`
+    bytes.
 
     ValueError when that is more than the header can say.
     """
@@ -111,24 +113,31 @@ def page_size_for(largest: int) -> int:
 
 
 class Pages:
-    """The writing side: packs samples (image, label) into pages as they come, then puts the rest around them.
+    """The writing side: packs samples (image, label) into pages as they come, then puts the rest
+    around them.
 
-    write(data, offset) stores bytes in the file. most: no more samples than this are added. page_size: bytes.
-    count: samples so far.
+    write(data, offset) stores bytes in the file. most: no more samples than this are added.
+    page_size: bytes. count: samples so far.
     """
 
-    def __init__(self, write: Callable[[bytes | bytearray, int], None], most: int, page_size: int) -> None:
+    def __init__(
+        self, write: Callable[[bytes | bytearray, int], None], most: int, page_size: int
+    ) -> None:
         self._write, self._page_size = write, page_size
         self._fields = np.array([(IMAGE, b"image", b""), (INT, b"label", b"")], DESCRIPTOR)
         self._records = np.zeros(most, record_dtype([IMAGE, INT]))
         self._table = np.zeros(most, TABLE_ROW)
         # with fewer samples than `most`, zeros stay between the last record and the first page
-        self._page_at = align(HEADER.itemsize + self._fields.nbytes + self._records.nbytes, page_size)
+        self._page_at = align(
+            HEADER.itemsize + self._fields.nbytes + self._records.nbytes, page_size
+        )
         self._page = bytearray(page_size)
         self._used = 0
         self.count = 0
 
-    def add(self, payload: bytes | memoryview, mode: int, width: int, height: int, label: int) -> None:
+    def add(
+        self, payload: bytes | memoryview, mode: int, width: int, height: int, label: int
+    ) -> None:
         """Append one sample; payload: bytes. ValueError when it is larger than a page."""
         size = len(payload)
         if size > self._page_size:

@@ -4,8 +4,8 @@
     for batch in loader:          # every iteration is the next epoch
         batch.images              # uint8 [B, 224, 224, 3] on the device
 
-No worker processes: one Python thread per running epoch fills the next batches, each by one native call that
-uses all threads without the GIL.
+No worker processes: one Python thread per running epoch fills the next batches, each by one native
+call that uses all threads without the GIL.
 """
 
 from __future__ import annotations
@@ -61,18 +61,22 @@ class Loader:
     """Iterates over a .beton file or an image folder in batches.
 
     path: a .beton file, an image folder, or an opened dataset (BetonFile, ImageFolder).
-    batch_size: images of the GLOBAL batch; each of `world` ranks gets its share (the first take one more).
-        Batches of which a rank has no share are not yielded on that rank.
-    order: random, quasi_random (random inside a moving window of `window_pages` pages; .beton only) or sequential.
-    image: RandomResizedCrop, CenterCrop or PadCrop; may be replaced between epochs (progressive resolution).
+    batch_size: images of the GLOBAL batch; each of `world` ranks gets its share (the first take one
+        more). Batches of which a rank has no share are not yielded on that rank.
+    order: random, quasi_random (random inside a moving window of `window_pages` pages; .beton only)
+        or sequential.
+    image: RandomResizedCrop, CenterCrop or PadCrop; may be replaced between epochs (progressive
+        resolution).
     num_workers: native threads, 0 for all cores. device: where the batches are handed out.
     drop_last: leave out a last batch that is not full. prefetch: batches decoded ahead.
-    in_memory: True maps a .beton file, and the system keeps in memory what there is room for. False reads ahead
-        into a buffer: about `window_pages` pages with quasi_random, a few pages with sequential, a few batches
-        with random. A `path` that names a file is then open for batches alone, not for `loader.dataset.fetch`.
-    on_error: "error" raises at the first image that cannot be decoded; "skip" leaves it out of its batch, which
-        gets smaller, and adds it to `skipped`. With drop_last, where every rank counts on every batch, a share
-        without a readable image is an error all the same; without, it is not yielded.
+    in_memory: True maps a .beton file, and the system keeps in memory what there is room for. False
+        reads ahead into a buffer: about `window_pages` pages with quasi_random, a few pages with
+        sequential, a few batches with random. A `path` that names a file is then open for batches
+        alone, not for `loader.dataset.fetch`.
+    on_error: "error" raises at the first image that cannot be decoded; "skip" leaves it out of its
+        batch, which gets smaller, and adds it to `skipped`. With drop_last, where every rank counts
+        on every batch, a share without a readable image is an error all the same; without, it is
+        not yielded.
     epoch: the next epoch's number; counts up with every `iter`, may be set.
     wait: seconds for which the consumer has waited for data, so far.
     skipped: list of Skipped, in the order in which batches were handed out; the owner may clear it.
@@ -105,18 +109,25 @@ class Loader:
             raise ValueError(f"on_error={on_error!r}: expected one of {', '.join(ON_ERROR)}")
         if batch_size < 1 or not 0 <= rank < world or seed < 0 or prefetch < 1 or window_pages < 1:
             raise ValueError(
-                f"{batch_size=}, {rank=}, {world=}, {seed=}, {prefetch=}, {window_pages=} do not make sense"
+                f"{batch_size=}, {rank=}, {world=}, {seed=}, {prefetch=}, {window_pages=} do not "
+                "make sense"
             )
         opened_here = isinstance(path, (str, os.PathLike))
         self.dataset = open_dataset(path) if opened_here else path
         if drop_last and batch_size > len(self.dataset):
             raise BetonError(
-                f"{self.dataset.path}: has {len(self.dataset)} images, fewer than one global batch of {batch_size}; "
+                f"{self.dataset.path}: has {len(self.dataset)} images, fewer than one global "
+                f"batch of {batch_size}; "
                 "lower the batch size"
             )
         if order == "quasi_random" and not isinstance(self.dataset, BetonFile):
-            raise BetonError(f"{self.dataset.path}: has no pages for order=quasi_random; use random, or write a .beton")
-        self._file = None  # for reading with bounded memory; a folder's images are read when they are wanted
+            raise BetonError(
+                f"{self.dataset.path}: has no pages for order=quasi_random; use random, or write "
+                "a .beton"
+            )
+        self._file = (
+            None  # for reading with bounded memory; a folder's images are read when they are wanted
+        )
         if not in_memory and isinstance(self.dataset, BetonFile):
             self._file = PagedFile(self.dataset)
             if opened_here:
@@ -125,7 +136,9 @@ class Loader:
         self.order = order
         self.image = image
         self.device = torch.device(device)
-        if self.device.type == "cuda" and self.device.index is None:  # threads have a current device of their own
+        if (
+            self.device.type == "cuda" and self.device.index is None
+        ):  # threads have a current device of their own
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.seed = seed
         self.drop_last = drop_last
@@ -156,7 +169,8 @@ class Loader:
     # ------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the latest iteration is: batches that were handed out, not those decoded ahead. Under 1 kB of JSON.
+        """Where the latest iteration is: batches that were handed out, not those decoded ahead.
+        Under 1 kB of JSON.
 
         The state is that of all ranks: it fits a loader with another number of workers or ranks.
         """
@@ -165,7 +179,8 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next `iter` yields what is left of the state's epoch, then come the epochs after it.
 
-        StateError naming what differs, when the state is of another dataset, seed, order or global batch size.
+        StateError naming what differs, when the state is of another dataset, seed, order or global
+        batch size.
         """
         self.epoch, batch = check_state(state, self._identity, len(self), self.dataset.path)
         self._next = self.epoch, batch
@@ -198,7 +213,9 @@ class Loader:
 
     def _run(self, position: _Position, image: Crop) -> Iterator[Batch]:
         epoch = position.epoch
-        with closing(self._timed(self._produce(self._shares(epoch, position.batch), epoch, image))) as produced:
+        with closing(
+            self._timed(self._produce(self._shares(epoch, position.batch), epoch, image))
+        ) as produced:
             for k, batch, skipped in produced:
                 position.batch = k + 1
                 self.skipped += skipped
@@ -206,7 +223,8 @@ class Loader:
                     yield batch
                 elif self.drop_last:
                     raise BetonError(
-                        f"{self.dataset.path}: none of the {len(skipped)} images of a batch could be decoded; "
+                        f"{self.dataset.path}: none of the {len(skipped)} images of a batch "
+                        "could be decoded; "
                         f"the first: {skipped[0].name}: {skipped[0].reason}"
                     )
         position.epoch, position.batch = epoch + 1, 0
@@ -227,12 +245,18 @@ class Loader:
         pages = None
         if self.order == "quasi_random" and isinstance(self.dataset, BetonFile):
             pages = page_numbers(self.dataset)
-        order = epoch_order(len(self.dataset), self.order, self.seed, epoch, pages, self.window_pages)
+        order = epoch_order(
+            len(self.dataset), self.order, self.seed, epoch, pages, self.window_pages
+        )
         shares = batches(order, self.batch_size, self.drop_last, self.rank, self.world, first)
         return [(k, share) for k, share in enumerate(shares, first) if len(share)]
 
     def _produce(self, shares: list[tuple[int, np.ndarray]], epoch: int, image: Crop) -> Produced:
-        slots = HostSlots(self.device) if self._stream is None else PinnedSlots(self.device, self._stream)
+        slots = (
+            HostSlots(self.device)
+            if self._stream is None
+            else PinnedSlots(self.device, self._stream)
+        )
         ahead: deque[tuple[int, Future]] = deque()
         feed, unreadable = self._feed([indices for _, indices in shares])
         executor = ThreadPoolExecutor(1, thread_name_prefix="matryoshka-loader")
@@ -268,8 +292,12 @@ class Loader:
             executor.shutdown(wait=True, cancel_futures=True)
             feed.close()
 
-    def _feed(self, shares: list[np.ndarray]) -> tuple[MapFeed | PageFeed | ImageFeed, dict[int, str]]:
-        """Where the bytes of these batches come from; and the reasons, by index, for images that cannot be read."""
+    def _feed(
+        self, shares: list[np.ndarray]
+    ) -> tuple[MapFeed | PageFeed | ImageFeed, dict[int, str]]:
+        """Where the bytes of these batches come from; and the reasons, by index, for images that
+        cannot be read.
+        """
         unreadable: dict[int, str] = {}
         if self._file is not None:
             most = self.window_pages if self.order == "sequential" else None
@@ -279,13 +307,26 @@ class Loader:
             fetch = partial(fetch, unreadable=unreadable)
         return MapFeed(fetch, shares), unreadable
 
-    def _decode(self, samples: Samples, crops: np.ndarray, images: np.ndarray, exact: bool = True) -> np.ndarray:
+    def _decode(
+        self, samples: Samples, crops: np.ndarray, images: np.ndarray, exact: bool = True
+    ) -> np.ndarray:
         """Fill `images` with the samples' crops; one status each, 0 where it went well."""
-        where = (samples.data, samples.offset, samples.size, samples.mode, samples.width, samples.height)
+        where = (
+            samples.data,
+            samples.offset,
+            samples.size,
+            samples.mode,
+            samples.width,
+            samples.height,
+        )
         return _native.decode_batch(self._pool, *where, crops, images, exact)
 
-    def _failed(self, indices: np.ndarray, status: np.ndarray, unreadable: dict[int, str]) -> list[Skipped]:
-        """The samples whose status is not 0. BetonError for the first of them where on_error is "error"."""
+    def _failed(
+        self, indices: np.ndarray, status: np.ndarray, unreadable: dict[int, str]
+    ) -> list[Skipped]:
+        """The samples whose status is not 0. BetonError for the first of them where on_error is
+        "error".
+        """
         failed = []
         for b in np.flatnonzero(status).tolist():
             index = int(indices[b])

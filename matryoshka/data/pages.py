@@ -1,12 +1,13 @@
-"""The bytes that the batches of an epoch need: from a memory map, or read ahead into bounded, reused buffers.
+"""The bytes that the batches of an epoch need: from a memory map, or read ahead into bounded,
+reused buffers.
 
     with PagedFile(data).feed(batches, ...) as feed:
         samples = feed.fetch(0)     # waits for the reads of batch 0; those of the next ones go on
         feed.release(0)             # its bytes may be overwritten
 
-A feed belongs to one thread, which takes the batches in order. Whole pages are read where the order stays
-within a window of them, single images where it does not. Reads that fail are a BetonError: a file that is cut
-while it is read is no signal from the system, as it would be with a memory map.
+A feed belongs to one thread, which takes the batches in order. Whole pages are read where the order
+stays within a window of them, single images where it does not. Reads that fail are a BetonError: a
+file that is cut while it is read is no signal from the system, as it would be with a memory map.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ class PagedFile:
             raise BetonError(f"{data.path}: has changed since it was opened")
         self._spare = np.empty(0, np.uint8)
 
-    def feed(self, batches: list[np.ndarray], whole_pages: bool, most_pages: int | None = None) -> PageFeed | ImageFeed:
+    def feed(
+        self, batches: list[np.ndarray], whole_pages: bool, most_pages: int | None = None
+    ) -> PageFeed | ImageFeed:
         """A feed of these batches of indices.
 
         whole_pages: read pages, unless that would need more than `most_pages` of them at a time.
@@ -88,7 +91,9 @@ class PagedFile:
             except OSError as error:
                 raise BetonError(f"{self.data.path}: cannot be read: {error.strerror}") from error
             if count == 0:
-                raise BetonError(f"{self.data.path}: was cut off while it was in use: nothing at byte {offset}")
+                raise BetonError(
+                    f"{self.data.path}: was cut off while it was in use: nothing at byte {offset}"
+                )
             view, offset = view[count:], offset + count
 
     def expect(self, offset: int, size: int) -> None:
@@ -97,7 +102,9 @@ class PagedFile:
             os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
     def take_buffer(self, size: int) -> np.ndarray:
-        """Uninitialised uint8 [size or more]: the buffer of the last epoch, where it is large enough."""
+        """Uninitialised uint8 [size or more]: the buffer of the last epoch, where it is large
+        enough.
+        """
         spare, self._spare = self._spare, np.empty(0, np.uint8)
         return spare if len(spare) >= size else np.empty(size, np.uint8)
 
@@ -108,8 +115,8 @@ class PagedFile:
 class PagePlan:
     """When every page is needed.
 
-    page: int64 [N] of each sample. first, last: int64 [P], the first and last batch that needs a page, -1 for
-    pages that none does. most: pages that are needed at a time.
+    page: int64 [N] of each sample. first, last: int64 [P], the first and last batch that needs a
+    page, -1 for pages that none does. most: pages that are needed at a time.
     """
 
     def __init__(self, page: np.ndarray, batches: list[np.ndarray]) -> None:
@@ -139,7 +146,8 @@ class _Reads:
 
 
 class PageFeed(_Reads):
-    """Every page is read once, whole, and stays in its slot of one buffer until its last batch is released.
+    """Every page is read once, whole, and stays in its slot of one buffer until its last batch is
+    released.
 
     num_bytes: the size of that buffer, all that this feed ever holds.
     """
@@ -168,7 +176,11 @@ class PageFeed(_Reads):
             self._reads[number].result()
         size = np.uint64(data.page_size)
         offset = self._slot[page] * size + data.offset[indices] % size
-        return Samples(self._buffer, offset, *(c[indices] for c in (data.size, data.mode, data.width, data.height)))
+        return Samples(
+            self._buffer,
+            offset,
+            *(c[indices] for c in (data.size, data.mode, data.width, data.height)),
+        )
 
     def release(self, k: int) -> None:
         """Batch k is done with: pages that no later batch needs make room."""
@@ -179,8 +191,8 @@ class PageFeed(_Reads):
         self._read_ahead()
 
     def _read_ahead(self) -> None:
-        # Pages are taken in the order of their first use, and there are slots for all that one batch needs: the
-        # pages of the batch that is waited for always are among those taken.
+        # Pages are taken in the order of their first use, and there are slots for all that one
+        # batch needs: the pages of the batch that is waited for always are among those taken.
         page_size = self._file.data.page_size
         while self._free and self._to_read:
             page, slot = self._to_read.popleft(), self._free.pop()
@@ -198,7 +210,8 @@ class PageFeed(_Reads):
 
 
 class ImageFeed(_Reads):
-    """Every image of a batch is read by itself, in the order of the file; the next batches are read ahead.
+    """Every image of a batch is read by itself, in the order of the file; the next batches are read
+    ahead.
 
     num_bytes: what the buffers of this feed hold; at most the largest 1 + BATCHES_AHEAD batches.
     """
@@ -223,7 +236,9 @@ class ImageFeed(_Reads):
         for read in reads:
             read.result()
         data, indices = self._file.data, self._batches[k]
-        return Samples(buffer, offset, *(c[indices] for c in (data.size, data.mode, data.width, data.height)))
+        return Samples(
+            buffer, offset, *(c[indices] for c in (data.size, data.mode, data.width, data.height))
+        )
 
     def release(self, k: int) -> None:
         """Batch k is done with: its buffer serves another one."""
@@ -238,7 +253,9 @@ class ImageFeed(_Reads):
         if len(buffer) < end[-1]:
             buffer = np.empty(int(end[-1]), np.uint8)
         places = list(zip((end - size).tolist(), end.tolist(), at.tolist(), strict=True))
-        parts = (places[i::READERS] for i in range(READERS))  # neighbours in the file at the same time
+        parts = (
+            places[i::READERS] for i in range(READERS)
+        )  # neighbours in the file at the same time
         reads = [self._threads.submit(self._read_all, buffer, part) for part in parts]
         offset = np.empty_like(end)
         offset[order] = end - size

@@ -1,11 +1,12 @@
-"""A .beton file as a memory map, with everything that the file says about itself checked before it is used.
+"""A .beton file as a memory map, with everything that the file says about itself checked before it
+is used.
 
     data = BetonFile("train.beton")
     samples = data.fetch(np.array([3, 1, 2]))    # where the stored images are
     labels = data.labels[[3, 1, 2]]
 
-Opening reads the metadata and the allocation table and never an image. A file that passes cannot send the
-decoder outside its bytes; what is *inside* a JPEG stream is the decoder's to check.
+Opening reads the metadata and the allocation table and never an image. A file that passes cannot
+send the decoder outside its bytes; what is *inside* a JPEG stream is the decoder's to check.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ def _not_empty(rows: np.ndarray) -> np.ndarray:
 class BetonFile:
     """An opened and validated .beton file.
 
-    path: where it is. fields: [(name, type number)], see layout.py. labels: int64 [N], the Int field called
-    "label", else the first Int field. width, height: int32 [N]. mode: uint8 [N], layout.JPG or layout.RAW.
-    offset, size: uint64 [N], bytes of each image in the file. manifest: the side file's content, or None.
-    classes: names by label, or None. num_classes: len(classes), without names the largest label + 1.
+    path: where it is. fields: [(name, type number)], see layout.py. labels: int64 [N], the Int
+    field called "label", else the first Int field. width, height: int32 [N]. mode: uint8 [N],
+    layout.JPG or layout.RAW. offset, size: uint64 [N], bytes of each image in the file. manifest:
+    the side file's content, or None. classes: names by label, or None. num_classes: len(classes),
+    without names the largest label + 1.
 
     BetonError for anything that is not a whole, consistent .beton file with an image field.
     """
@@ -81,20 +83,23 @@ class BetonFile:
         return len(self.classes) if self.classes is not None else max(int(self.labels.max()) + 1, 0)
 
     def fetch(self, indices: np.ndarray) -> Samples:
-        """The stored images of `indices` (int64 [B]) as places in the memory map: nothing is copied.
+        """The stored images of `indices` (int64 [B]) as places in the memory map: nothing is
+        copied.
 
-        IndexError for an index outside the file, BetonError when the file was closed or cut off meanwhile.
+        IndexError for an index outside the file, BetonError when the file was closed or cut off
+        meanwhile.
         """
         self._check_open()
         columns = (self.offset, self.size, self.mode, self.width, self.height)
         return Samples(self._data, *(column[indices] for column in columns))
 
     def field(self, name: str, indices: np.ndarray) -> Any:
-        """The values of a field of `indices` (int64 [B]): float -> float64 [B], integer -> int64 [B], bytes ->
-        list of read-only uint8 [n], JSON -> list of objects, array and tensor -> [B, *shape] of the stored dtype.
+        """The values of a field of `indices` (int64 [B]): float -> float64 [B], integer -> int64
+        [B], bytes -> list of read-only uint8 [n], JSON -> list of objects, array and tensor -> [B,
+        *shape] of the stored dtype.
 
-        IndexError for an index outside the file. BetonError for a field that is not there or that is the image
-        (`fetch` finds images), for damage, and when the file was closed.
+        IndexError for an index outside the file. BetonError for a field that is not there or that
+        is the image (`fetch` finds images), for damage, and when the file was closed.
         """
         self._check_open()
         names = [known for known, _ in self.fields]
@@ -103,8 +108,12 @@ class BetonFile:
         k = names.index(name)
         kind = self.fields[k][1]
         if kind == layout.IMAGE:
-            raise self._error(f"field {name!r} holds images: fetch() finds them, a Loader decodes them")
-        samples = np.arange(len(self))[indices]  # negative ones count from the end, as they do for fetch
+            raise self._error(
+                f"field {name!r} holds images: fetch() finds them, a Loader decodes them"
+            )
+        samples = np.arange(len(self))[
+            indices
+        ]  # negative ones count from the end, as they do for fetch
         column = self._records()[f"f{k}"][samples]
         if kind in (layout.FLOAT, layout.INT):
             return fields.read_numbers(column)
@@ -134,7 +143,9 @@ class BetonFile:
         return zlib.crc32(self.size.tobytes())
 
     def name(self, index: int) -> str:
-        """A sample in words, for error messages; with the original file name where the side file has it."""
+        """A sample in words, for error messages; with the original file name where the side file
+        has it.
+        """
         names = (self.manifest or {}).get("names")
         original = f" ({printable(names[index])})" if names else ""
         return f"sample {index}{original}"
@@ -145,7 +156,9 @@ class BetonFile:
             self._map.madvise(mmap.MADV_WILLNEED)
 
     def close(self) -> None:
-        """Let the file go. Batches that were fetched before stay valid: the map lives as long as they do."""
+        """Let the file go. Batches that were fetched before stay valid: the map lives as long as
+        they do.
+        """
         self._map = None
         self._data = np.empty(0, np.uint8)
 
@@ -160,8 +173,12 @@ class BetonFile:
     def _check_open(self) -> None:
         if self._map is None:
             raise self._error("is closed")
-        if (now := self._map.size()) < self._size:  # to read what is gone would end the process (SIGBUS)
-            raise self._error(f"was cut off while it was in use: {now} of {self._size} bytes are left")
+        if (
+            now := self._map.size()
+        ) < self._size:  # to read what is gone would end the process (SIGBUS)
+            raise self._error(
+                f"was cut off while it was in use: {now} of {self._size} bytes are left"
+            )
 
     def _error(self, reason: str) -> BetonError:
         return BetonError(f"{self.path}: {reason}")
@@ -172,7 +189,9 @@ class BetonFile:
             if not stat.S_ISREG(status.st_mode):
                 raise self._error("is not a regular file")
             if status.st_size < layout.HEADER.itemsize:
-                raise self._error(f"is not a .beton file: {status.st_size} bytes are fewer than its header")
+                raise self._error(
+                    f"is not a .beton file: {status.st_size} bytes are fewer than its header"
+                )
             with self.path.open("rb") as file:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
@@ -194,20 +213,38 @@ class BetonFile:
         self._table = int(header["table"])
         size = self._size
         if version != layout.VERSION:
-            raise self._error(f"is not a .beton file of version {layout.VERSION} (its first two bytes say {version})")
+            raise self._error(
+                f"is not a .beton file of version {layout.VERSION} (its first two bytes say "
+                f"{version})"
+            )
         if self._table == 0:
-            raise self._error("was never finished: its writer stopped before the end; write it again")
-        if not layout.MIN_PAGE <= self._page_size <= layout.MAX_PAGE or self._page_size & (self._page_size - 1):
-            raise self._error(f"page size {self._page_size} is not a power of two from 2 MiB to 2 GiB")
+            raise self._error(
+                "was never finished: its writer stopped before the end; write it again"
+            )
+        if not layout.MIN_PAGE <= self._page_size <= layout.MAX_PAGE or self._page_size & (
+            self._page_size - 1
+        ):
+            raise self._error(
+                f"page size {self._page_size} is not a power of two from 2 MiB to 2 GiB"
+            )
         if self._num_fields == 0 or self._num_samples == 0:
-            raise self._error(f"holds nothing: {self._num_fields} fields, {self._num_samples} samples")
+            raise self._error(
+                f"holds nothing: {self._num_fields} fields, {self._num_samples} samples"
+            )
         self._fields_end = layout.HEADER.itemsize + self._num_fields * layout.DESCRIPTOR.itemsize
         if self._fields_end > size:
-            raise self._error(f"is cut off: {self._num_fields} field descriptors do not fit into {size} bytes")
+            raise self._error(
+                f"is cut off: {self._num_fields} field descriptors do not fit into {size} bytes"
+            )
         if self._table > size:
-            raise self._error(f"is cut off: its allocation table is at byte {self._table}, it has {size}")
+            raise self._error(
+                f"is cut off: its allocation table is at byte {self._table}, it has {size}"
+            )
         if (size - self._table) % layout.TABLE_ROW.itemsize:
-            raise self._error(f"is cut off: the {size - self._table} bytes of its allocation table are not whole rows")
+            raise self._error(
+                f"is cut off: the {size - self._table} bytes of its allocation table are not "
+                "whole rows"
+            )
         if size == self._table:
             raise self._error("was never finished: its allocation table is empty; write it again")
 
@@ -216,13 +253,18 @@ class BetonFile:
         for row in self._descriptors():
             name, kind = row["name"].decode("ascii", "backslashreplace"), int(row["type"])
             if kind == layout.CUSTOM:
-                raise self._error(f"field {name!r} has a custom type, which only the program that wrote it can read")
+                raise self._error(
+                    f"field {name!r} has a custom type, which only the program that wrote it can "
+                    "read"
+                )
             if kind not in layout.FIELDS:
                 raise self._error(f"field {name!r} has the unknown type {kind}")
             self.fields.append((name, kind))
         self._image = self._field(layout.IMAGE, "image")
         if self._image is None:
-            raise self._error(f"has no image field, only {', '.join(repr(name) for name, _ in self.fields)}")
+            raise self._error(
+                f"has no image field, only {', '.join(repr(name) for name, _ in self.fields)}"
+            )
 
     def _field(self, kind: int, preferred: str) -> str | None:
         """The record member of the field of this type: the one called `preferred`, else the first."""
@@ -242,7 +284,11 @@ class BetonFile:
         n = self._num_samples
         self._labels = None if label is None else np.empty(n, np.int64)
         self.width, self.height = np.empty(n, np.int32), np.empty(n, np.int32)
-        self.mode, self.offset, self.size = np.empty(n, np.uint8), np.empty(n, np.uint64), np.zeros(n, np.uint64)
+        self.mode, self.offset, self.size = (
+            np.empty(n, np.uint8),
+            np.empty(n, np.uint64),
+            np.zeros(n, np.uint64),
+        )
         for part, records in self._parts(self._record, self._fields_end, n):
             if self._labels is not None:
                 self._labels[part] = records[label]
@@ -258,16 +304,24 @@ class BetonFile:
             pixels = self.width[part].astype(np.uint64) * self.height[part].astype(np.uint64)
             wrong = (self.mode[part] == layout.RAW) & (self.size[part] != 3 * pixels)
             which = np.arange(start, start + len(wrong))
-            self._reject(wrong, "is stored raw in a region that is not 3 x width x height bytes", which)
+            self._reject(
+                wrong, "is stored raw in a region that is not 3 x width x height bytes", which
+            )
 
     def _reject(self, wrong: np.ndarray, reason: str, sample: np.ndarray | None = None) -> None:
-        """BetonError for the first True of `wrong`; its sample is its position, or given by `sample`."""
+        """BetonError for the first True of `wrong`; its sample is its position, or given by
+        `sample`.
+        """
         if wrong.any():
             first = int(wrong.argmax())
             raise self._error(f"sample {first if sample is None else sample[first]} {reason}")
 
-    def _parts(self, dtype: np.dtype, offset: int, count: int) -> Iterator[tuple[slice, np.ndarray]]:
-        """(which of `count` rows, these rows); what was read is handed back, so opening a file needs little memory."""
+    def _parts(
+        self, dtype: np.dtype, offset: int, count: int
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """(which of `count` rows, these rows); what was read is handed back, so opening a file
+        needs little memory.
+        """
         for start in range(0, count, PART):
             part = slice(start, min(start + PART, count))
             begin, end = offset + start * dtype.itemsize, offset + part.stop * dtype.itemsize
@@ -280,7 +334,9 @@ class BetonFile:
         return (self._size - self._table) // layout.TABLE_ROW.itemsize
 
     def _read_table(self) -> None:
-        """Bytes of every image: its sample's region that starts where the record says. Checks all regions."""
+        """Bytes of every image: its sample's region that starts where the record says. Checks all
+        regions.
+        """
         ordered, end = True, np.uint64(0)
         for _, part in self._parts(layout.TABLE_ROW, self._table, self._table_rows()):
             rows = self._checked(_not_empty(part))
@@ -296,15 +352,23 @@ class BetonFile:
             order = np.argsort(pointer, kind="stable")
             pointer, size = pointer[order], rows["size"][order]
             self._reject(
-                pointer[1:] < pointer[:-1] + size[:-1], "has a region that overlaps the next one", rows["sample"][order]
+                pointer[1:] < pointer[:-1] + size[:-1],
+                "has a region that overlaps the next one",
+                rows["sample"][order],
             )
 
     def _checked(self, rows: np.ndarray) -> np.ndarray:
         """Each inside the pages and inside one page."""
         sample, pointer, size = rows["sample"], rows["pointer"], rows["size"]
         self._reject(sample >= self._num_samples, "of the allocation table does not exist", sample)
-        outside = (pointer < self._records_end) | (pointer > self._table) | (size > self._table - pointer)
-        self._reject(outside, f"has a region outside the pages (bytes {self._records_end} to {self._table})", sample)
+        outside = (
+            (pointer < self._records_end) | (pointer > self._table) | (size > self._table - pointer)
+        )
+        self._reject(
+            outside,
+            f"has a region outside the pages (bytes {self._records_end} to {self._table})",
+            sample,
+        )
         shift = np.uint64(self._page_size.bit_length() - 1)
         crosses = (pointer >> shift) != ((pointer + size - np.uint64(1)) >> shift)
         self._reject(crosses, "has a region that crosses the end of a page", sample)
@@ -340,11 +404,15 @@ class BetonFile:
                 )
         for key in ("classes", "names"):
             value = manifest.get(key)
-            if value is not None and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+            if value is not None and not (
+                isinstance(value, list) and all(isinstance(v, str) for v in value)
+            ):
                 raise BetonError(f"{path}: {key} is not a list of texts")
         self.classes = manifest.get("classes")
         if len(manifest.get("names") or self.mode) != len(self):
-            raise BetonError(f"{path}: names has {len(manifest['names'])} entries for {len(self)} samples")
+            raise BetonError(
+                f"{path}: names has {len(manifest['names'])} entries for {len(self)} samples"
+            )
         if self.classes is not None and self._labels is not None:
             self._reject(
                 self._labels >= len(self.classes),

@@ -2,8 +2,9 @@
 
     loader = ResidentLoader("cifar.beton", 512, order="random", image=PadCrop(32), device="cuda")
 
-The same batches as Loader: order, crops, labels, state. Pixels may differ by one level (augment.resized_crops),
-and by more where Loader decodes a JPEG inexactly for training (crops.py): here every image is decoded exactly.
+The same batches as Loader: order, crops, labels, state. Pixels may differ by one level
+(augment.resized_crops), and by more where Loader decodes a JPEG inexactly for training (crops.py):
+here every image is decoded exactly.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ _CHUNK = 1024  # images decoded at a time
 
 
 class ResidentLoader(Loader):
-    """A Loader whose images lie on its device, all of one size. Arguments and use are those of Loader.
+    """A Loader whose images lie on its device, all of one size. Arguments and use are those of
+    Loader.
 
-    Every rank holds the whole set: count x height x width x 3 bytes.
-    BetonError when the images differ in size or do not fit into the device's memory; and, where on_error is
-    "error", by the constructor for an image that cannot be decoded.
+    Every rank holds the whole set: count x height x width x 3 bytes. BetonError when the images
+    differ in size or do not fit into the device's memory; and, where on_error is "error", by the
+    constructor for an image that cannot be decoded.
     """
 
     def __init__(self, path, batch_size: int, **options) -> None:
@@ -49,13 +51,17 @@ class ResidentLoader(Loader):
                     shape = int(height[first]), int(width[first])
                     self._images = self._allocate(n, *shape)
                 if shape is None:
-                    raise BetonError(f"{self.dataset.path}: none of the first {len(indices)} images can be read")
+                    raise BetonError(
+                        f"{self.dataset.path}: none of the first {len(indices)} images can be read"
+                    )
                 other = readable & ((height != shape[0]) | (width != shape[1]))
                 if other.any():
                     b = int(other.argmax())
                     raise BetonError(
-                        f"{self.dataset.path}: {self.dataset.name(int(indices[b]))} has {width[b]}x{height[b]} pixels, "
-                        f"others have {shape[1]}x{shape[0]}: a resident set needs images of one size; "
+                        f"{self.dataset.path}: {self.dataset.name(int(indices[b]))} has "
+                        f"{width[b]}x{height[b]} pixels, "
+                        f"others have {shape[1]}x{shape[0]}: a resident set needs images of one "
+                        "size; "
                         "write them so, or leave out data.resident"
                     )
                 pixels = np.empty((len(indices), *shape, 3), np.uint8)
@@ -63,7 +69,9 @@ class ResidentLoader(Loader):
                 feed.release(k)
                 for skipped in self._failed(indices, status, unreadable):
                     self._broken[skipped.index] = skipped
-                self._images[indices[0] : indices[-1] + 1] = torch.from_numpy(pixels).to(self.device)
+                self._images[indices[0] : indices[-1] + 1] = torch.from_numpy(pixels).to(
+                    self.device
+                )
         finally:
             feed.close()
 
@@ -73,15 +81,24 @@ class ResidentLoader(Loader):
         except RuntimeError as error:  # of which torch.OutOfMemoryError is one
             size = 3 * n * height * width / 2**30
             raise BetonError(
-                f"{self.dataset.path}: its {n} images of {width}x{height} need {size:.1f} GiB on {self.device}, which "
+                f"{self.dataset.path}: its {n} images of {width}x{height} need {size:.1f} GiB on "
+                f"{self.device}, which "
                 "has less; leave out data.resident"
             ) from error
 
     def _produce(self, shares: list[tuple[int, np.ndarray]], epoch: int, image: Crop) -> Produced:
         height, width = self._images.shape[1:3]
         for k, share in shares:
-            skipped = [self._broken[i] for i in share.tolist() if i in self._broken] if self._broken else []
-            good = np.array([i not in self._broken for i in share.tolist()]) if skipped else slice(None)
+            skipped = (
+                [self._broken[i] for i in share.tolist() if i in self._broken]
+                if self._broken
+                else []
+            )
+            good = (
+                np.array([i not in self._broken for i in share.tolist()])
+                if skipped
+                else slice(None)
+            )
             indices = share[good].copy()
             index = torch.from_numpy(indices).to(self.device, non_blocking=True)
             sides = np.full(len(indices), width, np.int32), np.full(len(indices), height, np.int32)

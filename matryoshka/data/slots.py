@@ -1,7 +1,7 @@
 """Where batches are decoded to, and how they get to their device.
 
-Slots belong to one thread, which calls `take`, fills what it got, and calls `send`; `receive` belongs to the
-consumer.
+Slots belong to one thread, which calls `take`, fills what it got, and calls `send`; `receive`
+belongs to the consumer.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ class Batch(NamedTuple):
 class HostSlots:
     """Output arrays that are used again once nobody looks at them.
 
-    `torch.from_numpy` keeps a reference to its array for as long as any view of the tensor lives, so an array
-    whose only reference is this list is free. A fresh 38 MB allocation per batch costs 9,000 page faults.
+    `torch.from_numpy` keeps a reference to its array for as long as any view of the tensor lives,
+    so an array whose only reference is this list is free. A fresh 38 MB allocation per batch costs
+    9,000 page faults.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -55,7 +56,8 @@ class HostSlots:
 class Ring:
     """Buffers that take turns; one is written again only when the last copy out of it is done.
 
-    allocate: bytes -> uint8 tensor. An entry's `copied` is anything with `synchronize()`, such as a CUDA event.
+    allocate: bytes -> uint8 tensor. An entry's `copied` is anything with `synchronize()`, such as a
+    CUDA event.
     """
 
     class Entry:
@@ -89,18 +91,24 @@ def batch_views(piece: Tensor, count: int, size: int) -> tuple[Tensor, Tensor]:
     """(images uint8 [count, size, size, 3], labels and indices int64 [2, count]) in a uint8 tensor."""
     images = 3 * count * size * size
     whole = batch_bytes(count, size)
-    return piece[:images].view(count, size, size, 3), piece[whole - 16 * count : whole].view(torch.int64).view(2, count)
+    return piece[:images].view(count, size, size, 3), piece[whole - 16 * count : whole].view(
+        torch.int64
+    ).view(2, count)
 
 
 class PinnedSlots:
-    """Pinned memory, from which batches go to a CUDA device on a stream of their own, each as one copy."""
+    """Pinned memory, from which batches go to a CUDA device on a stream of their own, each as one
+    copy.
+    """
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream, count: int = 3) -> None:
         self._device, self._stream = device, stream
         self._ring = Ring(count, self._allocate)
 
     def _allocate(self, num_bytes: int) -> Tensor:
-        with torch.cuda.device(self._device):  # a new thread's current device is GPU 0, which is another process's
+        with torch.cuda.device(
+            self._device
+        ):  # a new thread's current device is GPU 0, which is another process's
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def take(self, count: int, size: int) -> np.ndarray:
@@ -109,8 +117,12 @@ class PinnedSlots:
         self._entry = self._ring.take(batch_bytes(count, size))
         return batch_views(self._entry.buffer, count, size)[0].numpy()
 
-    def send(self, images: np.ndarray, labels: np.ndarray, index: np.ndarray) -> tuple[Batch, torch.cuda.Event]:
-        """Start the copy of the first len(labels) images to the device; the event says when it is done."""
+    def send(
+        self, images: np.ndarray, labels: np.ndarray, index: np.ndarray
+    ) -> tuple[Batch, torch.cuda.Event]:
+        """Start the copy of the first len(labels) images to the device; the event says when it is
+        done.
+        """
         n, whole = len(labels), batch_bytes(self._count, self._size)
         numbers = batch_views(self._entry.buffer, self._count, self._size)[1]
         numbers[0, :n] = torch.from_numpy(labels)

@@ -1,8 +1,8 @@
 """Where samples come from before there is a .beton: image folders and scikit-learn's digits.
 
-A source has `classes` (list of str), `labels` (int64 [N]), `len()`, `read(i)` -> the bytes of an image file,
-and `name(i)` -> a text for lists and messages. That is all that `write_beton` asks of it: a new source is one
-class here. `decode_image` turns the bytes of any image file into RGB.
+A source has `classes` (list of str), `labels` (int64 [N]), `len()`, `read(i)` -> the bytes of an
+image file, and `name(i)` -> a text for lists and messages. That is all that `write_beton` asks of
+it: a new source is one class here. `decode_image` turns the bytes of any image file into RGB.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from matryoshka.data.reader import BetonFile
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
-# Formats that photos come in: Pillow's other readers (PostScript, ...) should not see hostile files.
+# Formats that photos come in: Pillow's other readers (PostScript, ...) should not see hostile
+# files.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 # Pillow's own limit for "decompression bombs", here for every decoder: half a gigabyte of RGB.
 MAX_PIXELS = 178_956_970
@@ -35,9 +36,9 @@ _STRIP = 1 << 20  # pixels of 16 bits that are converted together
 class Decoded(NamedTuple):
     """An image and what was noticed on the way.
 
-    pixels: uint8 [H, W, 3] RGB. content: Pillow's name of the file format. grayscale, cmyk: what the file
-    held. orientation: the EXIF tag, 1 (upright) to 8, not applied. damage: why the native decoder refused
-    a file that Pillow then read, else "".
+    pixels: uint8 [H, W, 3] RGB. content: Pillow's name of the file format. grayscale, cmyk: what
+    the file held. orientation: the EXIF tag, 1 (upright) to 8, not applied. damage: why the native
+    decoder refused a file that Pillow then read, else "".
     """
 
     pixels: np.ndarray
@@ -53,10 +54,11 @@ def is_jpeg(data: bytes) -> bool:
 
 
 def decode_image(data: bytes) -> Decoded:
-    """The bytes of an image file as RGB. ValueError with the reason when neither decoder can read them.
+    """The bytes of an image file as RGB. ValueError with the reason when neither decoder can read
+    them.
 
-    JPEG is decoded natively; everything else, and what the native decoder refuses, by Pillow: first frame,
-    alpha dropped as torchvision's ImageFolder does, 16-bit samples scaled to 8.
+    JPEG is decoded natively; everything else, and what the native decoder refuses, by Pillow: first
+    frame, alpha dropped as torchvision's ImageFolder does, 16-bit samples scaled to 8.
     """
     if not data:
         raise ValueError("the file is empty")
@@ -66,10 +68,14 @@ def decode_image(data: bytes) -> Decoded:
             components = _checked_jpeg_size(data)[2]
             if components in (1, 3):  # CMYK is Pillow's
                 pixels = _native.decode(data)
-                return Decoded(pixels, "JPEG", grayscale=components == 1, orientation=_exif_orientation(data))
+                return Decoded(
+                    pixels, "JPEG", grayscale=components == 1, orientation=_exif_orientation(data)
+                )
         except ValueError as error:
             damage = str(error)
-        return _decode_with_pillow(data)._replace(content="JPEG", damage=damage)  # Pillow may say MPO
+        return _decode_with_pillow(data)._replace(
+            content="JPEG", damage=damage
+        )  # Pillow may say MPO
     return _decode_with_pillow(data)
 
 
@@ -100,7 +106,9 @@ def _exif_orientation(data: bytes) -> int:
         return 1
     try:
         return _orientation(Image.open(io.BytesIO(data), formats=_FORMATS))
-    except Exception:  # Pillow's header parser raises many types; the pixels are good whatever the header says
+    except (
+        Exception
+    ):  # Pillow's header parser raises many types; the pixels are good whatever the header says
         return 1
 
 
@@ -123,9 +131,12 @@ def _decode_with_pillow(data: bytes) -> Decoded:
                 cmyk=image.mode == "CMYK",
                 orientation=_orientation(image),
             )
-    except Image.UnidentifiedImageError:  # its text holds a memory address, and manifests are reproducible
+    except (
+        Image.UnidentifiedImageError
+    ):  # its text holds a memory address, and manifests are reproducible
         raise ValueError("is not an image in a known format, or its header is damaged") from None
-    except Exception as error:  # a hostile file makes Pillow raise nearly anything (struct.error, SyntaxError, ...)
+    except Exception as error:
+        # a hostile file makes Pillow raise nearly anything (struct.error, SyntaxError, ...)
         raise ValueError(str(error) or type(error).__name__) from error
 
 
@@ -148,9 +159,9 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 class ImageFolder:
     """One subfolder per class, as torchvision's ImageFolder reads it: `root/<class>/**/<image>`.
 
-    path: the root. classes: names of the subfolders, sorted; a label is a position in it. labels: int64 [N].
-    Samples are sorted by class, folder, file name. Hidden files and folders are left out, symbolic links are
-    followed.
+    path: the root. classes: names of the subfolders, sorted; a label is a position in it. labels:
+    int64 [N]. Samples are sorted by class, folder, file name. Hidden files and folders are left
+    out, symbolic links are followed.
 
     BetonError when the folder is missing, has no class folders, or a class has no images.
     """
@@ -161,9 +172,13 @@ class ImageFolder:
             raise BetonError(f"{self.path}: there is no such folder")
         if not self.path.is_dir():
             raise BetonError(f"{self.path}: is not a folder")
-        self.classes = sorted(e.name for e in os.scandir(self.path) if e.is_dir() and not e.name.startswith("."))
+        self.classes = sorted(
+            e.name for e in os.scandir(self.path) if e.is_dir() and not e.name.startswith(".")
+        )
         if not self.classes:
-            raise BetonError(f"{self.path}: has no class folders (expected {self.path}/<class>/<image>)")
+            raise BetonError(
+                f"{self.path}: has no class folders (expected {self.path}/<class>/<image>)"
+            )
         self._names: list[str] = []
         counts = []
         for name in self.classes:
@@ -197,11 +212,12 @@ class ImageFolder:
         return zlib.crc32("\n".join(self._names).encode(errors="surrogateescape"))
 
     def fetch(self, indices: np.ndarray, unreadable: dict[int, str] | None = None) -> Samples:
-        """Read the images of `indices` (int64 [B]) into one buffer, for training straight from a folder.
+        """Read the images of `indices` (int64 [B]) into one buffer, for training straight from a
+        folder.
 
         JPEG bytes that the native decoder takes stay as they are, everything else becomes raw RGB.
-        BetonError naming the file when one cannot be read; but where `unreadable` is given, it gets the reason,
-        by index, and the sample has no bytes and no size.
+        BetonError naming the file when one cannot be read; but where `unreadable` is given, it gets
+        the reason, by index, and the sample has no bytes and no size.
         """
 
         def stored_or_nothing(index: int) -> tuple[bytes, int, int, int]:
@@ -235,7 +251,9 @@ class ImageFolder:
         return pixels.tobytes(), RAW, pixels.shape[1], pixels.shape[0]
 
 
-def _images(root: Path, folder: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, str]]:
+def _images(
+    root: Path, folder: str = "", above: tuple[tuple[int, int], ...] = ()
+) -> Iterator[tuple[str, str]]:
     """(folder relative to root, file name) of every image below root."""
     status = os.stat(root / folder)
     identity = (status.st_dev, status.st_ino)
@@ -254,8 +272,8 @@ def _images(root: Path, folder: str = "", above: tuple[tuple[int, int], ...] = (
 class Digits:
     """scikit-learn's handwritten digits: 1,797 images of 10 classes that need no download.
 
-    The 8x8 images of 17 gray levels are spread over 0..255 and enlarged to 32x32. split: "train" (80 %) or
-    "val", stratified and always the same. Needs scikit-learn.
+    The 8x8 images of 17 gray levels are spread over 0..255 and enlarged to 32x32. split: "train"
+    (80 %) or "val", stratified and always the same. Needs scikit-learn.
     """
 
     SIZE = 32

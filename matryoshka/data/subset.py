@@ -12,14 +12,20 @@ from matryoshka.data.sources import ImageFolder
 
 
 class Subset:
-    """The samples `indices` (int64 [n], any order) of an opened dataset, whose classes and labels it keeps.
+    """The samples `indices` (int64 [n], any order) of an opened dataset, whose classes and labels
+    it keeps.
 
-    `dataset` has to stay open. A Loader takes it in place of a dataset; not with in_memory=False or quasi_random.
+    `dataset` has to stay open. A Loader takes it in place of a dataset; not with in_memory=False or
+    quasi_random.
     """
 
     def __init__(self, dataset: BetonFile | ImageFolder, indices: np.ndarray) -> None:
         self.dataset, self.indices = dataset, np.asarray(indices, np.int64)
-        self.path, self.classes, self.num_classes = dataset.path, dataset.classes, dataset.num_classes
+        self.path, self.classes, self.num_classes = (
+            dataset.path,
+            dataset.classes,
+            dataset.num_classes,
+        )
         self.labels = dataset.labels[self.indices]
 
     def __len__(self) -> int:

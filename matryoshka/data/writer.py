@@ -1,9 +1,11 @@
 """Samples -> one .beton file and its side file `<file>.json`.
 
-    manifest = write_beton(ImageFolder("imagenet/train"), "train.beton", max_resolution=500, write_mode="jpg")
+    manifest = write_beton(ImageFolder("imagenet/train"), "train.beton", max_resolution=500,
+    write_mode="jpg")
 
-The bytes are a pure function of the samples and the options: threads decode, resize and encode, one place
-decides the order. Both files appear under their names only when they are whole and on the disk.
+The bytes are a pure function of the samples and the options: threads decode, resize and encode, one
+place decides the order. Both files appear under their names only when they are whole and on the
+disk.
 """
 
 from __future__ import annotations
@@ -27,43 +29,71 @@ from matryoshka.data.sources import _exif_orientation, decode_image, upright
 from matryoshka.files import Replacement as _Replacement
 
 MODES = ("proportion", "jpg", "raw", "smart")
-TRANSCODE = ("never", "fit", "always")  # only baseline JPEGs within max_resolution; about twice quality 90's bytes
+TRANSCODE = (
+    "never",
+    "fit",
+    "always",
+)  # only baseline JPEGs within max_resolution; about twice quality 90's bytes
 MAX_RESOLUTION = 26_754  # the largest square whose pixels fit into the largest page
 # A window of chunks is held in memory: a chunk of large raw images is cut to this many bytes.
 _CHUNK_BYTES = 16 << 20
-# The errors of a file that is not there for us; any other OSError (a disk that fails) stops the writing.
+# The errors of a file that is not there for us; any other OSError (a disk that fails) stops the
+# writing.
 _UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError)
 
 
 def _option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"help": help} | ({"choices": choices} if choices else {}))
+    return field(
+        default=default, metadata={"help": help} | ({"choices": choices} if choices else {})
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class WriteOptions:
-    """What decides the bytes of a .beton, besides its source. BetonError for values that make no sense."""
+    """What decides the bytes of a .beton, besides its source. BetonError for values that make no
+    sense.
+    """
 
-    max_resolution: int = field(metadata={"help": "longest side in pixels; larger images are reduced to it"})
-    write_mode: str = _option("smart", "how images are stored; proportion and smart decide per image", MODES)
-    compress_probability: float | None = _option(None, "share stored as jpg, only for proportion (0.5)")
-    smart_threshold: int | None = _option(None, "only for smart: jpg above this many raw bytes; unset: all raw")
+    max_resolution: int = field(
+        metadata={"help": "longest side in pixels; larger images are reduced to it"}
+    )
+    write_mode: str = _option(
+        "smart", "how images are stored; proportion and smart decide per image", MODES
+    )
+    compress_probability: float | None = _option(
+        None, "share stored as jpg, only for proportion (0.5)"
+    )
+    smart_threshold: int | None = _option(
+        None, "only for smart: jpg above this many raw bytes; unset: all raw"
+    )
     jpeg_quality: float = _option(90, "1 to 100")
-    transcode: str = _option("never", "copy JPEGs losslessly; fit: if stored as jpg; always: also for raw", TRANSCODE)
+    transcode: str = _option(
+        "never", "copy JPEGs losslessly; fit: if stored as jpg; always: also for raw", TRANSCODE
+    )
     subset: int = _option(-1, "store this many samples, evenly over the classes; -1: all")
     seed: int = _option(0, "of the subset and of proportion's choices")
     exif_rotate: bool = _option(False, "turn photos upright by their EXIF tag before storing them")
     names: bool = _option(False, "keep every original file name in the side file")
 
     def __post_init__(self) -> None:
-        mode, probability, threshold = self.write_mode, self.compress_probability, self.smart_threshold
+        mode, probability, threshold = (
+            self.write_mode,
+            self.compress_probability,
+            self.smart_threshold,
+        )
         wrong = []
         for name, choices in (("write_mode", MODES), ("transcode", TRANSCODE)):
             if getattr(self, name) not in choices:
                 wrong.append(f"{name}={getattr(self, name)}: expected one of {', '.join(choices)}")
         if probability is not None and mode != "proportion":
-            wrong.append(f"compress_probability={probability} is for write_mode=proportion, not write_mode={mode}")
+            wrong.append(
+                f"compress_probability={probability} is for write_mode=proportion, not "
+                f"write_mode={mode}"
+            )
         if threshold is not None and mode != "smart":
-            wrong.append(f"smart_threshold={threshold} is for write_mode=smart, not write_mode={mode}")
+            wrong.append(
+                f"smart_threshold={threshold} is for write_mode=smart, not write_mode={mode}"
+            )
         for name, low, high in (
             ("max_resolution", 1, MAX_RESOLUTION),
             ("compress_probability", 0, 1),
@@ -82,9 +112,15 @@ class WriteOptions:
 class WriterConfig(WriteOptions):
     """The section `cfg` of write_imagenet.py."""
 
-    write_path: str = field(metadata={"help": "the .beton to write; an old one is replaced once this is whole"})
-    dataset: str = _option("imagenet", "imagenet: any folder of class folders; digits", ("imagenet", "digits"))
-    split: str | None = _option(None, "part of digits; the part of a folder is data_dir's", ("train", "val"))
+    write_path: str = field(
+        metadata={"help": "the .beton to write; an old one is replaced once this is whole"}
+    )
+    dataset: str = _option(
+        "imagenet", "imagenet: any folder of class folders; digits", ("imagenet", "digits")
+    )
+    split: str | None = _option(
+        None, "part of digits; the part of a folder is data_dir's", ("train", "val")
+    )
     data_dir: str | None = _option(None, "the folder that holds the class folders")
     num_workers: int = _option(0, "threads, 0: all cores; does not change the file")
     chunk_size: int = _option(100, "most samples per unit of work; does not change the file")
@@ -129,21 +165,27 @@ def write_beton(
 ) -> dict:
     """Write `source` to `path` and return the manifest, which is also written to `<path>.json`.
 
-    num_workers, chunk_size: threads (0: all cores) and samples per unit of work; they do not change the file.
-    progress(done, total) is called after every sample. options: the fields of WriteOptions.
+    num_workers, chunk_size: threads (0: all cores) and samples per unit of work; they do not change
+    the file. progress(done, total) is called after every sample. options: the fields of
+    WriteOptions.
 
-    Images that no decoder reads are left out and listed in the manifest. BetonError for options that make no
-    sense, a folder that does not exist, a full disk, or when no image could be read; the source's exceptions
-    pass through. After any error or Ctrl-C there is no new file, and an old one at `path` is as it was.
+    Images that no decoder reads are left out and listed in the manifest. BetonError for options
+    that make no sense, a folder that does not exist, a full disk, or when no image could be read;
+    the source's exceptions pass through. After any error or Ctrl-C there is no new file, and an old
+    one at `path` is as it was.
     """
     path = Path(path)
     wanted = WriteOptions(**options)
     if wanted.write_mode == "proportion" and wanted.compress_probability is None:
         wanted = replace(wanted, compress_probability=0.5)
     if num_workers < 0 or chunk_size < 1:
-        raise BetonError(f"{path}: not written: {num_workers=}, {chunk_size=}: expected at least 0 and 1")
+        raise BetonError(
+            f"{path}: not written: {num_workers=}, {chunk_size=}: expected at least 0 and 1"
+        )
     if wanted.subset != -1 and not 1 <= wanted.subset <= len(source):
-        raise BetonError(f"{path}: not written: subset={wanted.subset}: expected -1 (all) or 1 to {len(source)}")
+        raise BetonError(
+            f"{path}: not written: subset={wanted.subset}: expected -1 (all) or 1 to {len(source)}"
+        )
     _check_place(path)
     indices = select_subset(source.labels, wanted.subset, wanted.seed)
     raw_bytes = 3 * wanted.max_resolution**2
@@ -165,7 +207,11 @@ def write_beton(
             if progress is not None:
                 progress(done, len(indices))
         if not pages.count:
-            first = manifest.broken[0] if manifest.broken else {"name": "-", "reason": "the source is empty"}
+            first = (
+                manifest.broken[0]
+                if manifest.broken
+                else {"name": "-", "reason": "the source is empty"}
+            )
             raise BetonError(
                 f"{path}: not written: none of {len(indices)} images could be read; "
                 f"the first is {first['name']}: {first['reason']}"
@@ -199,14 +245,17 @@ def _check_place(path: Path) -> None:
 def select_subset(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
     """Positions of n samples, evenly over the classes, sorted, int64 [n]; all of them for n = -1.
 
-    Classes differ by at most one sample, except where one has too few. A pure function of (labels, n, seed).
+    Classes differ by at most one sample, except where one has too few. A pure function of (labels,
+    n, seed).
     """
     if n == -1:
         return np.arange(len(labels))
     shuffled = np.argsort(np.random.Philox(key=seed).random_raw(len(labels)), kind="stable")
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     _, first, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
-    turn = np.arange(len(labels)) - np.repeat(first, counts)  # each class gives its k-th sample in turn k
+    turn = np.arange(len(labels)) - np.repeat(
+        first, counts
+    )  # each class gives its k-th sample in turn k
     return np.sort(by_class[np.argsort(turn, kind="stable")[:n]])
 
 
@@ -274,7 +323,9 @@ def _encode(source: Source, index: int, options: WriteOptions) -> _Stored:
 
 
 def _transcoded(data: bytes, index: int, options: WriteOptions) -> _Stored | None:
-    """The source's own coefficients with restart markers; None where they cannot or need not be kept."""
+    """The source's own coefficients with restart markers; None where they cannot or need not be
+    kept.
+    """
     try:
         width, height, components = _native.jpeg_size(data)
         turned = _exif_orientation(data) != 1
@@ -290,7 +341,9 @@ def _transcoded(data: bytes, index: int, options: WriteOptions) -> _Stored | Non
 
 
 def reduced_size(height: int, width: int, max_resolution: int) -> tuple[int, int]:
-    """(height, width) of a larger image, its long side brought to `max_resolution`; cut off, as FFCV does."""
+    """(height, width) of a larger image, its long side brought to `max_resolution`; cut off, as
+    FFCV does.
+    """
     ratio = max_resolution / max(width, height)
     return max(1, int(ratio * height)), max(1, int(ratio * width))
 
@@ -321,10 +374,19 @@ class _Manifest:
     def __init__(self, source: Source, options: WriteOptions) -> None:
         self._source, self._options = source, options
         self._names: list[str] = []
-        self._counts: dict[str, int] = dict.fromkeys(("jpg", "raw", "resized", "grayscale", "exif_orientation"), 0)
+        self._counts: dict[str, int] = dict.fromkeys(
+            ("jpg", "raw", "resized", "grayscale", "exif_orientation"), 0
+        )
         if options.transcode != "never":
-            self._counts |= dict.fromkeys(("transcoded", "transcoded_source_bytes", "transcoded_bytes"), 0)
-        self._lists: dict[str, list[dict]] = {"cmyk": [], "other_content": [], "damaged": [], "broken": []}
+            self._counts |= dict.fromkeys(
+                ("transcoded", "transcoded_source_bytes", "transcoded_bytes"), 0
+            )
+        self._lists: dict[str, list[dict]] = {
+            "cmyk": [],
+            "other_content": [],
+            "damaged": [],
+            "broken": [],
+        }
 
     @property
     def broken(self) -> list[dict]:

@@ -1,5 +1,11 @@
 """A data set's embeddings on disk: a folder of memory-mapped arrays."""
 
-from matryoshka.embeddings.reading import EmbeddingError, Embeddings, labels_like, open_embeddings, trunk_sha256
+from matryoshka.embeddings.reading import (
+    EmbeddingError,
+    Embeddings,
+    labels_like,
+    open_embeddings,
+    trunk_sha256,
+)
 
 __all__ = ["EmbeddingError", "Embeddings", "labels_like", "open_embeddings", "trunk_sha256"]

@@ -1,4 +1,5 @@
-"""Writing a folder of embeddings: any number of processes, stopped at any moment, the same files in the end.
+"""Writing a folder of embeddings: any number of processes, stopped at any moment, the same files in
+the end.
 
     with Unfinished(folder) as unfinished:              # one process
         plan = unfinished.begin(meta, labels, name)     # None: finished already
@@ -27,7 +28,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from matryoshka.embeddings.reading import ARRAYS, META, WORK, EmbeddingError, open_embeddings, read_meta
+from matryoshka.embeddings.reading import (
+    ARRAYS,
+    META,
+    WORK,
+    EmbeddingError,
+    open_embeddings,
+    read_meta,
+)
 from matryoshka.files import write_atomically
 
 PLAN = "plan.json"
@@ -37,7 +45,9 @@ _NAMES_AT_ONCE = 1 << 16
 
 
 class Plan(NamedTuple):
-    """What every process has to know about a folder that is being written. todo: missing rows, as [from, to)."""
+    """What every process has to know about a folder that is being written. todo: missing rows, as
+    [from, to).
+    """
 
     token: str
     rows: int
@@ -47,7 +57,9 @@ class Plan(NamedTuple):
 
 
 class Unfinished:
-    """A folder while it is written. For one process, which calls `begin`, then, when all rows are there, `finish`."""
+    """A folder while it is written. For one process, which calls `begin`, then, when all rows are
+    there, `finish`.
+    """
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
@@ -55,21 +67,31 @@ class Unfinished:
         self._lock: int | None = None
 
     def begin(
-        self, meta: Mapping[str, Any], labels: np.ndarray, name: Callable[[int], str], overwrite: bool = False
+        self,
+        meta: Mapping[str, Any],
+        labels: np.ndarray,
+        name: Callable[[int], str],
+        overwrite: bool = False,
     ) -> Plan | None:
-        """Start, or go on where a process with the same `meta` was killed; None when all is finished already.
+        """Start, or go on where a process with the same `meta` was killed; None when all is
+        finished already.
 
-        meta: see open_embeddings; labels: int64 [N]; name: index -> the image's name. overwrite: embeddings that are
-        there are replaced, once the new ones are whole; an unfinished folder of another `meta` is begun anew.
-        EmbeddingError naming the first difference without it, and where another process writes into the folder.
+        meta: see open_embeddings; labels: int64 [N]; name: index -> the image's name. overwrite:
+        embeddings that are there are replaced, once the new ones are whole; an unfinished folder of
+        another `meta` is begun anew. EmbeddingError naming the first difference without it, and
+        where another process writes into the folder.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise EmbeddingError(f"{self.folder}: {error.strerror}; choose another --output") from None
+            raise EmbeddingError(
+                f"{self.folder}: {error.strerror}; choose another --output"
+            ) from None
         self._take_lock()
         if (self.folder / META).exists() and not (self.work / "X.npy").exists():
-            shutil.rmtree(self.work, ignore_errors=True)  # killed while it swept, or before there was anything
+            shutil.rmtree(
+                self.work, ignore_errors=True
+            )  # killed while it swept, or before there was anything
         if not overwrite and (self.folder / META).exists():
             self._must_match(read_meta(self.folder), meta, "holds embeddings")
             open_embeddings(self.folder)
@@ -86,17 +108,26 @@ class Unfinished:
             foreign = [file for file in ARRAYS if (self.folder / file).exists()]
             if foreign:
                 raise EmbeddingError(
-                    f"{self.folder}: has {foreign[0]}, but no {META}: choose another --output, or add --overwrite"
+                    f"{self.folder}: has {foreign[0]}, but no {META}: choose another --output, "
+                    "or add --overwrite"
                 )
         return self._start(meta, labels, name)
 
-    def _start(self, meta: Mapping[str, Any], labels: np.ndarray, name: Callable[[int], str]) -> Plan:
+    def _start(
+        self, meta: Mapping[str, Any], labels: np.ndarray, name: Callable[[int], str]
+    ) -> Plan:
         rows, columns, dtype = _size(meta)
         with _reported(self.work):
             shutil.rmtree(self.work, ignore_errors=True)
-            needed, free = rows * columns * np.dtype(dtype).itemsize, shutil.disk_usage(self.folder).free
+            needed, free = (
+                rows * columns * np.dtype(dtype).itemsize,
+                shutil.disk_usage(self.folder).free,
+            )
             if needed > free:
-                raise EmbeddingError(f"{self.folder}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
+                raise EmbeddingError(
+                    f"{self.folder}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free "
+                    "there"
+                )
             self.work.mkdir()
             labels = np.ascontiguousarray(labels, np.int64)
             write_atomically(self.work / "y.npy", _header("int64", (rows,)), labels.data.cast("B"))
@@ -119,7 +150,9 @@ class Unfinished:
         with open(self.work / "ids.npy", "wb") as out:
             out.write(_header("uint8", (int(ends[-1]),)))
             for start in range(0, rows, _NAMES_AT_ONCE):  # never all of them at once
-                out.write(b"".join(encoded(i) for i in range(start, min(rows, start + _NAMES_AT_ONCE))))
+                out.write(
+                    b"".join(encoded(i) for i in range(start, min(rows, start + _NAMES_AT_ONCE)))
+                )
             out.flush()
             os.fsync(out.fileno())
 
@@ -155,7 +188,9 @@ class Unfinished:
         self.close()
 
     def _take_lock(self) -> None:
-        """Held by an open file: it ends with the process. Some network file systems have no locks; then without."""
+        """Held by an open file: it ends with the process. Some network file systems have no locks;
+        then without.
+        """
         try:
             import fcntl
         except ImportError:
@@ -166,7 +201,9 @@ class Unfinished:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            raise EmbeddingError(f"{self.folder}: another process is writing into it; wait for its end") from None
+            raise EmbeddingError(
+                f"{self.folder}: another process is writing into it; wait for its end"
+            ) from None
         except OSError:
             pass
 
@@ -175,13 +212,18 @@ class Unfinished:
             key, old, new = different[0]
             more = f" (and {len(different) - 1} more differences)" if len(different) > 1 else ""
             raise EmbeddingError(
-                f"{self.folder}: {state} with {key} {old}, not {new}{more}; choose another --output, or add --overwrite"
+                f"{self.folder}: {state} with {key} {old}, not {new}{more}; choose another "
+                "--output, or add --overwrite"
             )
 
     def _read_plan(self) -> dict | None:
         with contextlib.suppress(OSError, ValueError):
             stored = json.loads((self.work / PLAN).read_bytes())
-            if isinstance(stored, dict) and isinstance(stored.get("meta"), dict) and "token" in stored:
+            if (
+                isinstance(stored, dict)
+                and isinstance(stored.get("meta"), dict)
+                and "token" in stored
+            ):
                 return stored
         return None
 
@@ -192,7 +234,9 @@ class Unfinished:
         for file in files:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 stored = json.loads(file.read_bytes())
-                if stored["token"] == token:  # not of a process that works on for a folder that was begun anew
+                if (
+                    stored["token"] == token
+                ):  # not of a process that works on for a folder that was begun anew
                     ranges += [(int(a), int(b)) for a, b in stored["rows"]]
         done = merged(ranges)
         whole = self.work / "progress.json"
@@ -204,9 +248,11 @@ class Unfinished:
 
 
 class RowWriter:
-    """One process's rows. They are written where they belong, not through a map: a full disk is an error, no signal.
+    """One process's rows. They are written where they belong, not through a map: a full disk is an
+    error, no signal.
 
-    What `flush` has put on the disk is not done again after a kill. EmbeddingError when the disk is full.
+    What `flush` has put on the disk is not done again after a kill. EmbeddingError when the disk is
+    full.
     """
 
     def __init__(self, folder: str | os.PathLike, plan: Plan, rank: int = 0) -> None:
@@ -232,11 +278,15 @@ class RowWriter:
             self._written = merged([*self._written, (int(which[0]), int(which[-1]) + 1)])
 
     def flush(self) -> None:
-        """The rows written so far onto the disk, then the note that they are there. `write` may go on meanwhile."""
+        """The rows written so far onto the disk, then the note that they are there. `write` may go
+        on meanwhile.
+        """
         there = self._written  # replaced, never changed, by `write`
         with _reported(self._path):
             os.fsync(self._file)
-            write_atomically(self._progress, json.dumps({"token": self._token, "rows": there}).encode())
+            write_atomically(
+                self._progress, json.dumps({"token": self._token, "rows": there}).encode()
+            )
 
     def close(self) -> None:
         os.close(self._file)
@@ -265,7 +315,11 @@ def _size(meta: Mapping[str, Any]) -> tuple[int, int, str]:
 
 def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
     buffer = io.BytesIO()
-    fields = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    fields = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+        "fortran_order": False,
+        "shape": shape,
+    }
     np.lib.format.write_array_header_1_0(buffer, fields)
     return buffer.getvalue()
 
@@ -276,7 +330,9 @@ def _reported(path: Path) -> Iterator[Path]:
     try:
         yield path
     except OSError as error:
-        raise EmbeddingError(f"{path}: {error.strerror}; start the same command again when that is mended") from error
+        raise EmbeddingError(
+            f"{path}: {error.strerror}; start the same command again when that is mended"
+        ) from error
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,8 @@
 """What the predictions of all prefixes tell together: arrays in, numbers out.
 
-G prefixes, shortest first; N images; C classes. scores float [G, N, C], predictions int64 [G, N], labels int64 [N].
-Sources: Kusupati et al., arXiv 2205.13147, section 5 and appendices; Guo et al., arXiv 1706.04599 (calibration).
+G prefixes, shortest first; N images; C classes. scores float [G, N, C], predictions int64 [G, N],
+labels int64 [N]. Sources: Kusupati et al., arXiv 2205.13147, section 5 and appendices; Guo et al.,
+arXiv 1706.04599 (calibration).
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-ROWS = 512  # images at a time: 2 MB of 1000 classes stay in the cache (4096 rows: 1.5 times as long)
+ROWS = (
+    512  # images at a time: 2 MB of 1000 classes stay in the cache (4096 rows: 1.5 times as long)
+)
 TRENDS = ("rising", "rise-dip", "dip-rise", "falling", "flat", "mixed", "absent")
 BINS = 15  # of confidence, as Guo et al.
 
@@ -22,17 +25,23 @@ class AnalysisError(ValueError):
     user_error = True
 
 
-def top_confidence(scores: np.ndarray, logits: bool = True, chunk: int = ROWS) -> tuple[np.ndarray, np.ndarray]:
-    """(predictions int64 [G, N], confidence float32 [G, N]): the class that scores highest, the first of equals, and
-    its softmax probability; with logits=False the score itself. Reads a memory map part by part. AnalysisError for
-    scores that are not finite."""
+def top_confidence(
+    scores: np.ndarray, logits: bool = True, chunk: int = ROWS
+) -> tuple[np.ndarray, np.ndarray]:
+    """(predictions int64 [G, N], confidence float32 [G, N]): the class that scores highest, the
+    first of equals, and its softmax probability; with logits=False the score itself. Reads a memory
+    map part by part. AnalysisError for scores that are not finite.
+    """
     predictions = np.empty(scores.shape[:2], np.int64)
     confidence = np.empty(scores.shape[:2], np.float32)
     for g in range(len(scores)):
         for part, rows in _parts(scores[g], chunk):
             if not np.isfinite(rows.sum(dtype=np.float64)):
                 first = part.start + int(np.flatnonzero(~np.isfinite(rows).all(1))[0])
-                raise AnalysisError(f"prefix number {g + 1}, image {first}: scores are not finite; the model diverged")
+                raise AnalysisError(
+                    f"prefix number {g + 1}, image {first}: scores are not finite; the model "
+                    "diverged"
+                )
             best = rows.argmax(1)
             highest = np.take_along_axis(rows, best[:, None], 1)
             predictions[g, part] = best
@@ -50,9 +59,11 @@ def _parts(rows: np.ndarray, chunk: int) -> Iterator[tuple[slice, np.ndarray]]:
 
 
 class OracleResult(NamedTuple):
-    """first: int64 [N], the first prefix that is right, G where none is. shares: float [G+1], fractions of the images
-    by `first`. accuracy: fraction that some prefix has right. expected_dim: mean length of the first right prefix, the
-    longest where none is. majority_accuracy: of the class that most prefixes say."""
+    """first: int64 [N], the first prefix that is right, G where none is. shares: float [G+1],
+    fractions of the images by `first`. accuracy: fraction that some prefix has right. expected_dim:
+    mean length of the first right prefix, the longest where none is. majority_accuracy: of the
+    class that most prefixes say.
+    """
 
     first: np.ndarray
     shares: np.ndarray
@@ -62,7 +73,8 @@ class OracleResult(NamedTuple):
 
 
 def oracle(predictions: np.ndarray, labels: np.ndarray, dims: Sequence[int]) -> OracleResult:
-    """The bounds of routing: a router that knew the answer would take the first right prefix (appendix of the paper).
+    """The bounds of routing: a router that knew the answer would take the first right prefix
+    (appendix of the paper).
 
     Equal votes of a majority go to the class that the longest prefix among its voters says.
     """
@@ -72,14 +84,21 @@ def oracle(predictions: np.ndarray, labels: np.ndarray, dims: Sequence[int]) -> 
     shares = np.bincount(first, minlength=len(dims) + 1) / len(labels)
     lengths = np.asarray([*dims, dims[-1]])
     return OracleResult(
-        first, shares, float(right.mean()), float(lengths[first].mean()),
+        first,
+        shares,
+        float(right.mean()),
+        float(lengths[first].mean()),
         float((_majority(predictions) == labels).mean()),
-    )  # fmt: skip
+    )
 
 
 def _majority(predictions: np.ndarray) -> np.ndarray:
-    votes = np.stack([(predictions == said).sum(0) for said in predictions])  # [G, N]: for what each prefix says
-    last = len(votes) - 1 - votes[::-1].argmax(0)  # the longest prefix among those with the most votes
+    votes = np.stack(
+        [(predictions == said).sum(0) for said in predictions]
+    )  # [G, N]: for what each prefix says
+    last = (
+        len(votes) - 1 - votes[::-1].argmax(0)
+    )  # the longest prefix among those with the most votes
     return np.take_along_axis(predictions, last[None], 0)[0]
 
 
@@ -100,11 +119,12 @@ def class_accuracy(predictions: np.ndarray, labels: np.ndarray, num_classes: int
 
 
 def trends(accuracy: np.ndarray) -> list[str]:
-    """For each class of `class_accuracy`, how it goes from the shortest to the longest prefix; one of TRENDS.
+    """For each class of `class_accuracy`, how it goes from the shortest to the longest prefix; one
+    of TRENDS.
 
-    By the signs of the steps that change anything: all up (`rising`), all down (`falling`), one turn (`rise-dip`,
-    `dip-rise`), more (`mixed`), none (`flat`). `absent` has no images. The paper counts 244, 177 (rise-dip) and 49
-    (dip-rise) of ImageNet's 1000 classes.
+    By the signs of the steps that change anything: all up (`rising`), all down (`falling`), one
+    turn (`rise-dip`, `dip-rise`), more (`mixed`), none (`flat`). `absent` has no images. The paper
+    counts 244, 177 (rise-dip) and 49 (dip-rise) of ImageNet's 1000 classes.
     """
     names = {(): "flat", (1,): "rising", (-1,): "falling", (1, -1): "rise-dip", (-1, 1): "dip-rise"}
     found = []
@@ -129,8 +149,11 @@ def superclass_confusion(
     return np.bincount(pairs, minlength=num_groups**2).reshape(num_groups, num_groups)
 
 
-def within_superclass(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
-    """float [K]: accuracy on the images of a group if only its classes could be said; NaN where there are none.
+def within_superclass(
+    scores: np.ndarray, labels: np.ndarray, groups: np.ndarray, num_groups: int
+) -> np.ndarray:
+    """float [K]: accuracy on the images of a group if only its classes could be said; NaN where
+    there are none.
 
     scores float [N, C], also a memory map: read once.
     """
@@ -150,7 +173,9 @@ def within_superclass(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray
 
 
 class OutOfDistribution(NamedTuple):
-    """How well low confidence tells images of unknown classes, in percent; chance is 50, their share, 95."""
+    """How well low confidence tells images of unknown classes, in percent; chance is 50, their
+    share, 95.
+    """
 
     auroc: float
     aupr: float
@@ -160,23 +185,32 @@ class OutOfDistribution(NamedTuple):
 def out_of_distribution(inside: np.ndarray, outside: np.ndarray) -> OutOfDistribution:
     """confidence [N] of images of known classes, [M] of unknown ones, which count as the positive.
 
-    fpr95: share of known images lost where 95 % of the unknown are found. Hendrycks and Gimpel, arXiv 1610.02136;
-    Hendrycks et al., arXiv 1907.07174.
+    fpr95: share of known images lost where 95 % of the unknown are found. Hendrycks and Gimpel,
+    arXiv 1610.02136; Hendrycks et al., arXiv 1907.07174.
     """
-    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve  # a second to import
+    from sklearn.metrics import (
+        average_precision_score,
+        roc_auc_score,
+        roc_curve,
+    )  # a second to import
 
     if not (np.isfinite(inside).all() and np.isfinite(outside).all()):
         raise AnalysisError("unknown classes: confidences are not finite; the model diverged")
     unknown = np.repeat([0, 1], [len(inside), len(outside)])
     score = -np.concatenate([inside, outside])
     lost, found, _ = roc_curve(unknown, score, drop_intermediate=False)
-    numbers = roc_auc_score(unknown, score), average_precision_score(unknown, score), lost[found >= 0.95].min()
+    numbers = (
+        roc_auc_score(unknown, score),
+        average_precision_score(unknown, score),
+        lost[found >= 0.95].min(),
+    )
     return OutOfDistribution(*(100 * float(x) for x in numbers))
 
 
 class Reliability(NamedTuple):
-    """ece: expected calibration error, a fraction. Of each bin of confidence: the number of images, their mean
-    confidence and their accuracy, NaN where it is empty."""
+    """ece: expected calibration error, a fraction. Of each bin of confidence: the number of images,
+    their mean confidence and their accuracy, NaN where it is empty.
+    """
 
     ece: float
     counts: np.ndarray
@@ -185,7 +219,9 @@ class Reliability(NamedTuple):
 
 
 def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> Reliability:
-    """How far confidence [N] is from accuracy, in equal bins (a, b] of (0, 1] (Guo et al. 2017, eq. 3)."""
+    """How far confidence [N] is from accuracy, in equal bins (a, b] of (0, 1] (Guo et al. 2017, eq.
+    3).
+    """
     edges = np.linspace(0, 1, bins + 1, dtype=confidence.dtype)
     place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
     counts = np.bincount(place, minlength=bins)
@@ -199,8 +235,8 @@ def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """T > 0 that minimises the mean negative log-likelihood of softmax(logits / T); logits [N, C].
 
-    Newton's method on 1/T, in which the likelihood is concave, kept inside a bracket: 0.001 to 1000, also the answer
-    where the likelihood has no maximum (every image right, or chance).
+    Newton's method on 1/T, in which the likelihood is concave, kept inside a bracket: 0.001 to
+    1000, also the answer where the likelihood has no maximum (every image right, or chance).
     """
     low, high = 1e-3, 1e3  # of 1/T
     shifted = np.asarray(logits, np.float64)

@@ -30,7 +30,9 @@ from matryoshka.environment import git_state
 from matryoshka.models import ModelError, NestedModel
 
 PREPROCESSING = ("checkpoint", "upstream", "ffcv")
-FLUSH_SECONDS = 20.0  # at most so much work, and the batches being written, is done again after a kill
+FLUSH_SECONDS = (
+    20.0  # at most so much work, and the batches being written, is done again after a kill
+)
 SHOWN = 5  # names of classes
 LOOKED_AT = 64  # images whose bytes are part of a data set's fingerprint
 
@@ -41,22 +43,34 @@ def check(args: Any) -> None:
     if args.resolution is not None and not 1 <= args.resolution <= 8192:
         raise config.ConfigError(f"--resolution {args.resolution}: expected 1 to 8192")
     if args.resolution is not None and args.preprocessing == "upstream":
-        raise config.ConfigError(f"--resolution {args.resolution}: --preprocessing upstream is of {CROP} pixels")
+        raise config.ConfigError(
+            f"--resolution {args.resolution}: --preprocessing upstream is of {CROP} pixels"
+        )
 
 
 def load(args: Any) -> NestedModel:
     """The model with the preprocessing that was asked for."""
-    # the flags of upstream say --mrl --efficient for MRL-E; the checkpoint's own words are mrl and efficient
-    flags = {"mrl": args.mrl and not args.efficient, "efficient": args.efficient, "rep_size": args.rep_size}
+    # the flags of upstream say --mrl --efficient for MRL-E; the checkpoint's own words are mrl and
+    # efficient
+    flags = {
+        "mrl": args.mrl and not args.efficient,
+        "efficient": args.efficient,
+        "rep_size": args.rep_size,
+    }
     model = load_any(args.path, **flags, old_ckpt=args.old_ckpt)
-    given = model.preprocessing = replace(model.preprocessing, size=args.resolution or model.preprocessing.size)
+    given = model.preprocessing = replace(
+        model.preprocessing, size=args.resolution or model.preprocessing.size
+    )
     if args.preprocessing == "upstream":
         model.preprocessing = replace(given, size=CROP, ratio=CROP / RESIZE)
     elif args.preprocessing == "ffcv":
         model.preprocessing = replace(given, ratio=224 / 256)
     columns = args.truncate_dim
     if columns is not None and not 1 <= columns <= model.width:
-        raise ModelError(f"--truncate-dim {columns}: expected 1 to {model.width}, the width of this model's features")
+        raise ModelError(
+            f"--truncate-dim {columns}: expected 1 to {model.width}, the width of this model's "
+            "features"
+        )
     return model
 
 
@@ -127,19 +141,27 @@ class Job:
         for note in model.notes:
             self.tell(f"note: {note}")
         if last < self.columns:
-            self.tell(f"note: no classifier of this model has seen columns {last} to {self.columns - 1}; "
-                  f"--truncate-dim {last} leaves them out")  # fmt: skip
+            self.tell(
+                f"note: no classifier of this model has seen columns {last} to {self.columns - 1}; "
+                f"--truncate-dim {last} leaves them out"
+            )
         self.tell(
-            f"{self.args.path}: {model.spec.arch}, {model.spec.head_name}, {self.columns} of {model.width} columns"
+            f"{self.args.path}: {model.spec.arch}, {model.spec.head_name}, {self.columns} of "
+            f"{model.width} columns"
         )
         classes = f"{self.data.num_classes:,} classes"
         if names := self.data.classes:  # images that lie where nobody meant them show here
             classes += f" ({', '.join(map(printable, names[:SHOWN]))}{', ...' if len(names) > SHOWN else ''})"
-        self.tell(f"{self.data.path}: {len(self.data):,} images of {classes} at {model.preprocessing.size} px")
+        self.tell(
+            f"{self.data.path}: {len(self.data):,} images of {classes} at "
+            f"{model.preprocessing.size} px"
+        )
 
 
 def fingerprint(data: Data, labels: np.ndarray) -> str:
-    """16 hex digits that change with the images or their labels: lengths or names of all, the bytes of a few."""
+    """16 hex digits that change with the images or their labels: lengths or names of all, the bytes
+    of a few.
+    """
     digest = hashlib.sha256(f"{data.fingerprint():08x}".encode())
     digest.update(np.ascontiguousarray(labels, np.int64).data)
     few = np.unique(np.linspace(0, len(data) - 1, LOOKED_AT).astype(np.int64))
@@ -164,14 +186,21 @@ class Done(NamedTuple):
 
 
 def embed(job: Job, output: str | Path, overwrite: bool) -> bool:
-    """Fill the folder `output`; False where it is full already. For every process; prints on the main one."""
+    """Fill the folder `output`; False where it is full already. For every process; prints on the
+    main one.
+    """
     world = job.world
     meta = job.meta()
     with Unfinished(output) as unfinished:
-        plan = distributed.on_main(lambda: unfinished.begin(meta, job.labels, job.name, overwrite), world)
+        plan = distributed.on_main(
+            lambda: unfinished.begin(meta, job.labels, job.name, overwrite), world
+        )
         if plan is None:
             if world.is_main:
-                job.tell(f"{output}: finished already, {len(job.data):,} x {job.columns} {job.args.dtype}")
+                job.tell(
+                    f"{output}: finished already, {len(job.data):,} x {job.columns} "
+                    f"{job.args.dtype}"
+                )
             return False
         left = sum(end - start for start, end in plan.todo)
         if world.is_main and left < plan.rows:
@@ -187,7 +216,9 @@ def embed(job: Job, output: str | Path, overwrite: bool) -> bool:
 
 
 def rows_of(todo: Sequence[tuple[int, int]], batch: int, rank: int, world: int) -> np.ndarray:
-    """This rank's rows, int64, one after the other, in whole batches: those that one process would make."""
+    """This rank's rows, int64, one after the other, in whole batches: those that one process would
+    make.
+    """
     rows = np.concatenate([np.arange(0), *(np.arange(start, end) for start, end in todo)])
     part = share(-(-len(rows) // batch), rank, world)
     return rows[part.start * batch : part.stop * batch]
@@ -209,7 +240,9 @@ def write_rows(job: Job, output: str | Path, plan: Plan) -> Done:
         crop = CenterCrop(model.preprocessing.size, model.preprocessing.ratio)
         loader = Loader(subset, args.batch_size, image=crop, **options)
     dtype = torch.float16 if plan.dtype == "float16" else torch.float32
-    bar = tqdm(loader, leave=False, unit="batch", disable=not (world.is_main and sys.stderr.isatty()))
+    bar = tqdm(
+        loader, leave=False, unit="batch", disable=not (world.is_main and sys.stderr.isatty())
+    )
     with writing(RowWriter(output, plan, world.rank)) as write, torch.inference_mode():
         for batch in bar:
             with distributed.autocast(world.device, job.precision):
@@ -219,8 +252,14 @@ def write_rows(job: Job, output: str | Path, plan: Plan) -> Done:
             finite = np.isfinite(values).all(1)
             if not finite.all():
                 first = job.name(int(where[finite.argmin()]))
-                remedy = " in float16; use --dtype float32" if dtype is torch.float16 else "; the checkpoint is broken"
-                raise EmbeddingError(f"{job.data.path}: {first}: its embedding has no finite numbers{remedy}")
+                remedy = (
+                    " in float16; use --dtype float32"
+                    if dtype is torch.float16
+                    else "; the checkpoint is broken"
+                )
+                raise EmbeddingError(
+                    f"{job.data.path}: {first}: its embedding has no finite numbers{remedy}"
+                )
             write(where, values)
     return Done(len(rows), time.perf_counter() - started, loader.wait)
 
@@ -235,7 +274,9 @@ def writing(writer: RowWriter) -> Iterator[Callable[[np.ndarray, np.ndarray], No
         def write(rows: np.ndarray, values: np.ndarray) -> None:
             nonlocal flushing, last
             writer.write(rows, values)
-            if time.perf_counter() - last >= FLUSH_SECONDS and (flushing is None or flushing.done()):
+            if time.perf_counter() - last >= FLUSH_SECONDS and (
+                flushing is None or flushing.done()
+            ):
                 if flushing is not None:
                     flushing.result()  # its error, if it had one
                 flushing, last = background.submit(writer.flush), time.perf_counter()

@@ -1,4 +1,6 @@
-"""Accuracy of every prefix, kept as sums so that one reduction per evaluation is exact for any sharding."""
+"""Accuracy of every prefix, kept as sums so that one reduction per evaluation is exact for any
+sharding.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,12 @@ from torchmetrics import Metric
 
 
 class PrefixAccuracy(Metric):
-    """Top-1 and top-k accuracy of logits [G, B, C], for each of `dims`; states are counts, summed over ranks.
+    """Top-1 and top-k accuracy of logits [G, B, C], for each of `dims`; states are counts, summed
+    over ranks.
 
-    A sample hits when fewer than k classes rank above its own, in a sort that is stable by class index (argmax's
-    rule for ties, which bf16 logits have). NaN ranks above everything and never hits, so a broken model scores 0.
+    A sample hits when fewer than k classes rank above its own, in a sort that is stable by class
+    index (argmax's rule for ties, which bf16 logits have). NaN ranks above everything and never
+    hits, so a broken model scores 0.
     """
 
     full_state_update = False
@@ -26,7 +30,9 @@ class PrefixAccuracy(Metric):
         self.dims = tuple(dims)
         self.top_k = top_k
         for name in ("hits1", "hits5"):
-            self.add_state(name, torch.zeros(len(self.dims), dtype=torch.int64), dist_reduce_fx="sum")
+            self.add_state(
+                name, torch.zeros(len(self.dims), dtype=torch.int64), dist_reduce_fx="sum"
+            )
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:

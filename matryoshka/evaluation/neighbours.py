@@ -1,9 +1,10 @@
 """Nearest neighbours and nearest class means on the prefixes of features: exact, in bounded memory.
 
-A prefix is L2-normalised after it was cut off; a vector of zeros stays one. Distances are Euclidean. Products are
-computed in `dtype` and compared as float32: what is nearer or farther by less than that resolves counts as a tie.
-Sources: 1-NN and few-shot accuracy of Kusupati et al., arXiv 2205.13147, sections 4.2 and 4.3.
-Dimension legend: G prefixes, M database entries, N queries, K neighbours, C classes, D features.
+A prefix is L2-normalised after it was cut off; a vector of zeros stays one. Distances are
+Euclidean. Products are computed in `dtype` and compared as float32: what is nearer or farther by
+less than that resolves counts as a tie. Sources: 1-NN and few-shot accuracy of Kusupati et al.,
+arXiv 2205.13147, sections 4.2 and 4.3. Dimension legend: G prefixes, M database entries, N queries,
+K neighbours, C classes, D features.
 """
 
 from __future__ import annotations
@@ -35,14 +36,17 @@ def nearest(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """The k nearest database entries of each query, nearest first; ties by index: int64 [G, N, k], on the CPU.
+    """The k nearest database entries of each query, nearest first; ties by index: int64 [G, N, k],
+    on the CPU.
 
-    database [M, D], queries [N, D], on any device. device: where products are computed, default where the database
-    is; blocks travel there. NeighbourError for k beyond the database.
+    database [M, D], queries [N, D], on any device. device: where products are computed, default
+    where the database is; blocks travel there. NeighbourError for k beyond the database.
     """
     dims = check_dims(dims, min(database.shape[1], queries.shape[1]))
     if not 1 <= k <= len(database):
-        raise NeighbourError(f"{k} neighbours were asked for, the database has {len(database)} entries")
+        raise NeighbourError(
+            f"{k} neighbours were asked for, the database has {len(database)} entries"
+        )
     device = device or database.device
     found = torch.empty(len(dims), len(queries), k, dtype=torch.int64)
     for g, d in enumerate(dims):
@@ -70,21 +74,28 @@ def unit_prefixes(features: Tensor, d: int, device: torch.device, dtype: torch.d
 
 
 def vote(labels: Tensor) -> Tensor:
-    """The majority of the labels of each query's neighbours, int64 [..., K], nearest first -> [...].
+    """The majority of the labels of each query's neighbours, int64 [..., K], nearest first ->
+    [...].
 
     Of several classes with as many votes, that of the nearest neighbour among them wins.
     """
-    votes = torch.stack([(labels == labels[..., j : j + 1]).sum(-1) for j in range(labels.shape[-1])], dim=-1)
+    votes = torch.stack(
+        [(labels == labels[..., j : j + 1]).sum(-1) for j in range(labels.shape[-1])], dim=-1
+    )
     return labels.gather(-1, votes.argmax(-1, keepdim=True))[..., 0]
 
 
 def knn_accuracy(neighbours: Tensor, database_labels: Tensor, query_labels: Tensor) -> list[float]:
-    """Top-1 % of every prefix [G] from the neighbours [G, N, K] by majority; K = 1 is the paper's 1-NN."""
+    """Top-1 % of every prefix [G] from the neighbours [G, N, K] by majority; K = 1 is the paper's
+    1-NN.
+    """
     predicted = vote(database_labels.cpu()[neighbours])
     return (100 * (predicted == query_labels.cpu()).double().mean(1)).tolist()
 
 
-def draw_shots(labels: Tensor, shots: int, seed: int, draw: int, ways: int | None = None) -> tuple[Tensor, Tensor]:
+def draw_shots(
+    labels: Tensor, shots: int, seed: int, draw: int, ways: int | None = None
+) -> tuple[Tensor, Tensor]:
     """(classes [ways] in ascending order, rows [ways, shots] of them), without replacement.
 
     The first n columns are the draw of n shots. ways: None for all classes that `labels` has.
@@ -94,11 +105,14 @@ def draw_shots(labels: Tensor, shots: int, seed: int, draw: int, ways: int | Non
     classes, counts = np.unique(given, return_counts=True)
     if (fewest := counts.min()) < shots:
         raise NeighbourError(
-            f"{shots} shots: class {classes[counts.argmin()]} has only {fewest} images; ask for fewer shots"
+            f"{shots} shots: class {classes[counts.argmin()]} has only {fewest} images; ask for "
+            "fewer shots"
         )
     if ways is not None:
         if not 2 <= ways <= len(classes):
-            raise NeighbourError(f"{ways} ways: expected 2 to {len(classes)}, the classes that are there")
+            raise NeighbourError(
+                f"{ways} ways: expected 2 to {len(classes)}, the classes that are there"
+            )
         classes = np.sort(rng.choice(classes, ways, replace=False))
     by_class = np.argsort(given, kind="stable")
     first = np.searchsorted(given[by_class], classes)
@@ -123,10 +137,11 @@ def nearest_class_mean(
 ) -> Tensor:
     """Few-shot top-1 %: float64 [draws, shots, G], on the CPU.
 
-    Each draw takes n images of each class, the same for every prefix, those of n shots among those of more. A class
-    is the mean of its n normalised prefixes; a normalised query belongs to the nearest mean, of equal ones the first.
-    ways: that many classes, drawn at random, and the queries of these alone. None: all classes that `labels` has, and
-    all queries, of which those of other classes are wrong.
+    Each draw takes n images of each class, the same for every prefix, those of n shots among those
+    of more. A class is the mean of its n normalised prefixes; a normalised query belongs to the
+    nearest mean, of equal ones the first. ways: that many classes, drawn at random, and the queries
+    of these alone. None: all classes that `labels` has, and all queries, of which those of other
+    classes are wrong.
     """
     dims = check_dims(dims, min(features.shape[1], queries.shape[1]))
     device = device or features.device

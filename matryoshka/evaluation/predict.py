@@ -1,4 +1,6 @@
-"""Batches -> logits of every prefix, all from one forward pass; or the features that they are made of."""
+"""Batches -> logits of every prefix, all from one forward pass; or the features that they are made
+of.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +45,12 @@ def predict(
 def extract_features(
     model: NestedModel, batches: Iterable[Batch], count: int, precision: str = "fp32"
 ) -> tuple[Tensor, Tensor]:
-    """(features float32 [N, D], labels int64 [N]) of the trunk, on the CPU, in the data set's order. For one process.
+    """(features float32 [N, D], labels int64 [N]) of the trunk, on the CPU, in the data set's
+    order. For one process.
 
-    count: N, the images of the data set; every one has to come once, else ValueError. Puts the model into eval mode
-    (and leaves it there). The features are written where they stay: memory is N x D numbers and a batch.
+    count: N, the images of the data set; every one has to come once, else ValueError. Puts the
+    model into eval mode (and leaves it there). The features are written where they stay: memory is
+    N x D numbers and a batch.
     """
     model.eval()
     mean, std = model.preprocessing.mean, model.preprocessing.std
@@ -61,6 +65,7 @@ def extract_features(
         missing[index] = False
     if missing.any():
         raise ValueError(
-            f"{int(missing.sum())} of {count} images did not come, the first is {int(missing.int().argmax())}"
+            f"{int(missing.sum())} of {count} images did not come, the first is "
+            f"{int(missing.int().argmax())}"
         )
     return features, labels

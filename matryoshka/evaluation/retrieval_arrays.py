@@ -1,10 +1,12 @@
-"""Upstream's `pytorch_inference.py --retrieval`: features of database and queries as two arrays each.
+"""Upstream's `pytorch_inference.py --retrieval`: features of database and queries as two arrays
+each.
 
     <--retrieval_array_path><data set>_<val|train>_mrl<0|1>_e<0|1>_ff<D>-X.npy    float32 [N, D], not normalised
     <...>-y.npy       int64 [N, 1]; upstream's float16 holds no label above 2048
     <...>-meta.json   what they are of, as `matryoshka embed` writes it
 
-val are the queries, train the database. The path is put before the names as it is, as upstream does.
+val are the queries, train the database. The path is put before the names as it is, as upstream
+does.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from matryoshka.evaluation.embedding import (
 )
 from matryoshka.evaluation.saved_arrays import write_array
 
-SPLITS = {  # --dataset of --retrieval: split, and where it lies below --data-root, the first that is there
+# --dataset of --retrieval: split, and where it lies below --data-root, the first that is there
+SPLITS = {
     "1K": {"val": ("val", "val.beton"), "train": ("train", "train.beton")},
     "V2": {"val": FOLDERS["V2"]},
     "4K": {
@@ -41,35 +44,53 @@ SPLITS = {  # --dataset of --retrieval: split, and where it lies below --data-ro
         "train": ("imagenet4k_database.beton", "imagenet4k_train"),
     },
 }
-NOT_FOR_RETRIEVAL = ("tta", "ood", "nesting_list", "output", "upstream_names", *(
-    f"save_{kind}" for kind in ("logits", "softmax", "predictions", "gt")
-))  # fmt: skip
+NOT_FOR_RETRIEVAL = (
+    "tta",
+    "ood",
+    "nesting_list",
+    "output",
+    "upstream_names",
+    *(f"save_{kind}" for kind in ("logits", "softmax", "predictions", "gt")),
+)
 
 
 def retrieval(args: Any, tell: Callable[[str], None]) -> int:
     """Write the arrays of one --dataset, queries first. V2 has no database but 1K's.
 
-    args: those of pytorch_inference.py. --random_sample_dim: so many images at random, the same in every run, of
-    whatever has more. Goes on after a kill, as `matryoshka embed` does.
+    args: those of pytorch_inference.py. --random_sample_dim: so many images at random, the same in
+    every run, of whatever has more. Goes on after a kill, as `matryoshka embed` does.
     """
     check(args)
     name = args.dataset.upper()
     if name not in SPLITS:
         raise ImageNetError(f"--dataset {args.dataset}: --retrieval knows {', '.join(SPLITS)}")
     if given := [flag for flag in NOT_FOR_RETRIEVAL if getattr(args, flag)]:
-        raise config.ConfigError(f"--{given[0].replace('nesting_list', 'nesting-list')} is not for --retrieval")
+        raise config.ConfigError(
+            f"--{given[0].replace('nesting_list', 'nesting-list')} is not for --retrieval"
+        )
     if args.random_sample_dim < 1:
-        raise config.ConfigError(f"--random_sample_dim {args.random_sample_dim}: expected 1 or more")
+        raise config.ConfigError(
+            f"--random_sample_dim {args.random_sample_dim}: expected 1 or more"
+        )
     stem = args.retrieval_array_path
     folder = Path(f"{stem}X").parent
     if not folder.is_dir():
-        raise config.ConfigError(f"--retrieval_array_path {stem}: the folder {folder} does not exist; make it first")
-    found = {split: open_dataset(find(name, args.data_root, where)) for split, where in SPLITS[name].items()}
+        raise config.ConfigError(
+            f"--retrieval_array_path {stem}: the folder {folder} does not exist; make it first"
+        )
+    found = {
+        split: open_dataset(find(name, args.data_root, where))
+        for split, where in SPLITS[name].items()
+    }
     if "train" in found and found["train"].classes != found["val"].classes:
-        raise ImageNetError(f"{found['train'].path}: its classes are not those of {found['val'].path}")
+        raise ImageNetError(
+            f"{found['train'].path}: its classes are not those of {found['val'].path}"
+        )
     model = load(SimpleNamespace(**{**vars(args), "truncate_dim": None}))
     columns, head = model.dims[-1], model.spec.head_name
-    own = SimpleNamespace(**{**vars(args), "truncate_dim": columns, "normalize": False, "dtype": "float32"})
+    own = SimpleNamespace(
+        **{**vars(args), "truncate_dim": columns, "normalize": False, "dtype": "float32"}
+    )
     with distributed.joined(args.device) as world:
         for split, dataset in found.items():
             data, labels = dataset, class_numbers(name, dataset)
@@ -92,7 +113,9 @@ def find(name: str, root: str | Path, places: Sequence[str]) -> Path:
     for place in places:
         if (Path(root) / place).exists():
             return Path(root) / place
-    raise ImageNetError(f"--data-root {root}: --retrieval --dataset {name} needs {' or '.join(places)} in it")
+    raise ImageNetError(
+        f"--data-root {root}: --retrieval --dataset {name} needs {' or '.join(places)} in it"
+    )
 
 
 def random_rows(count: int, wanted: int) -> np.ndarray | None:
@@ -104,14 +127,18 @@ def random_rows(count: int, wanted: int) -> np.ndarray | None:
 
 
 def class_numbers(name: str, dataset: BetonFile | ImageFolder) -> np.ndarray:
-    """Labels int64 [N]; of ImageNet-1K and V2 the class numbers 0 to 999, whatever the rank of a folder's name."""
+    """Labels int64 [N]; of ImageNet-1K and V2 the class numbers 0 to 999, whatever the rank of a
+    folder's name.
+    """
     number = {wnid: label for label, wnid in enumerate(wnids())} if name != "4K" else {}
     if name == "V2":
         number |= {str(label): label for label in range(len(number))}
     names = dataset.classes or []
     strangers = [folder for folder in names if folder not in number]
     if name == "V2" and strangers:
-        raise ImageNetError(f"{dataset.path}: {strangers[0]!r} is no class of V2, whose folders are 0 to 999")
+        raise ImageNetError(
+            f"{dataset.path}: {strangers[0]!r} is no class of V2, whose folders are 0 to 999"
+        )
     if not names or strangers:
         return dataset.labels
     return np.array([number[folder] for folder in names], np.int64)[dataset.labels]

@@ -1,9 +1,11 @@
-"""Logits, softmax, predictions and labels of an evaluation as files, in the data set's order for any number of ranks.
+"""Logits, softmax, predictions and labels of an evaluation as files, in the data set's order for
+any number of ranks.
 
-    <data set>[-<folder>]_<run>-<checkpoint>_<head>_<dims>_<preprocessing>_<precision>[_tta]_<kind>.npy
+    <data
+    set>[-<folder>]_<run>-<checkpoint>_<head>_<dims>_<preprocessing>_<precision>[_tta]_<kind>.npy
 
-logits, softmax: float32 [G, N, C]. predictions: int64 [G, N]. gt: int64 [N]. With `upstream`, upstream's names and
-torch.save instead, and without the axis G for a fixed feature.
+logits, softmax: float32 [G, N, C]. predictions: int64 [G, N]. gt: int64 [N]. With `upstream`,
+upstream's names and torch.save instead, and without the axis G for a fixed feature.
 """
 
 from __future__ import annotations
@@ -36,17 +38,22 @@ def file_names(
     tta: bool,
     upstream: bool = False,
 ) -> dict[str, str]:
-    """{kind: file name}. head: mrl, mrl-e or ff<width>. checkpoint: as --path says it. variant: the data's own name
-    where that is not the usual one.
+    """{kind: file name}. head: mrl, mrl-e or ff<width>. checkpoint: as --path says it. variant: the
+    data's own name where that is not the usual one.
 
     settings: what else changes the numbers.
     """
     if upstream:
         shown = "sketch" if dataset == "Sketch" else dataset
         stem = f"mrl={head.startswith('mrl')}_efficient={head == 'mrl-e'}_dataset={shown}_tta={tta}"
-        return {kind: f"gt_dataset={shown}.pth" if kind == "gt" else f"{stem}_{kind}.pth" for kind in kinds}
+        return {
+            kind: f"gt_dataset={shown}.pth" if kind == "gt" else f"{stem}_{kind}.pth"
+            for kind in kinds
+        }
     path = Path(checkpoint)
-    where = f"{path.resolve().parent.name}-{path.stem}" if path.is_file() else checkpoint  # every run has model.*
+    where = (
+        f"{path.resolve().parent.name}-{path.stem}" if path.is_file() else checkpoint
+    )  # every run has model.*
     words = [
         "-".join(filter(None, (dataset, _word(variant)))),
         _word(where),
@@ -67,7 +74,9 @@ def dims_word(dims: Sequence[int]) -> str:
 
 
 class Collected:
-    """What one rank has seen, on the CPU. Logits are kept only where `kinds` needs them: 4 bytes x G x N x C."""
+    """What one rank has seen, on the CPU. Logits are kept only where `kinds` needs them: 4 bytes x
+    G x N x C.
+    """
 
     def __init__(self, kinds: Sequence[str]) -> None:
         self.kinds = tuple(kinds)
@@ -86,7 +95,8 @@ class Collected:
             self._rows["gt"].append(prediction.labels.cpu()[None])
 
     def arrays(self, total: int, world: World) -> Iterator[tuple[str, np.ndarray]]:
-        """(kind, array) on rank 0, in the data set's order, one at a time: an array is used again for the next.
+        """(kind, array) on rank 0, in the data set's order, one at a time: an array is used again
+        for the next.
 
         Every rank has to exhaust it.
         """
@@ -110,14 +120,24 @@ class Collected:
     def _assembled(
         rows: list[Tensor], order: Tensor | None, sizes: list[int], total: int, world: World
     ) -> np.ndarray | None:
-        """[G, N, ...] on rank 0, from every rank's [G, b, ...]; None elsewhere, and where no rank has any."""
+        """[G, N, ...] on rank 0, from every rank's [G, b, ...]; None elsewhere, and where no rank
+        has any.
+        """
         like = next((shape for shape in gather([_layout(rows)], world) if shape), None)
         if like is None:
             return None
         prefixes, tail, dtype = like
-        array = np.empty((prefixes, total, *tail), torch.empty(0, dtype=dtype).numpy().dtype) if world.is_main else None
+        array = (
+            np.empty((prefixes, total, *tail), torch.empty(0, dtype=dtype).numpy().dtype)
+            if world.is_main
+            else None
+        )
         for g in range(prefixes):  # one prefix at a time: a tenth of the memory on the way
-            mine = torch.cat([batch[g] for batch in rows]) if rows else torch.empty((0, *tail), dtype=dtype)
+            mine = (
+                torch.cat([batch[g] for batch in rows])
+                if rows
+                else torch.empty((0, *tail), dtype=dtype)
+            )
             everything = _to_main(mine, sizes, world)
             if array is not None and everything is not None and order is not None:
                 array[g, order.numpy()] = everything.numpy()
@@ -137,14 +157,18 @@ def _to_main(rows: Tensor, sizes: list[int], world: World) -> Tensor | None:
     parts = [rows]
     for rank in range(1, world.size):
         if sizes[rank]:
-            part = torch.empty((sizes[rank], *rows.shape[1:]), dtype=rows.dtype, device=world.device)
+            part = torch.empty(
+                (sizes[rank], *rows.shape[1:]), dtype=rows.dtype, device=world.device
+            )
             dist.recv(part, rank)
             parts.append(part.cpu())
     return torch.cat(parts)
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """One file, whole or not at all: .npy, or for .pth what torch.save writes, without an axis G of length 1."""
+    """One file, whole or not at all: .npy, or for .pth what torch.save writes, without an axis G of
+    length 1.
+    """
     header = io.BytesIO()
     if path.suffix == ".pth":
         single = array.ndim > 1 and len(array) == 1

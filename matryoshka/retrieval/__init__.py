@@ -11,10 +11,10 @@ device.py     exhaustive and funnel search on a GPU
 store.py      an index as a folder; store_writer.py changes it, lance.py lets it follow a table
 metrics.py    ids -> numbers
 
-Rows are embeddings, float32 or float16 [N, D], any array or memory map, never changed. Similarity is the cosine of
-prefixes: normalised after they were cut off. A zero vector has cosine 0; rows with NaN or infinity are never found;
-equal scores go by rising id; where fewer than k are found, ids are -1.
-Source: Kusupati et al., arXiv 2205.13147, section 4.3.1 and appendix E.
+Rows are embeddings, float32 or float16 [N, D], any array or memory map, never changed. Similarity
+is the cosine of prefixes: normalised after they were cut off. A zero vector has cosine 0; rows with
+NaN or infinity are never found; equal scores go by rising id; where fewer than k are found, ids are
+-1. Source: Kusupati et al., arXiv 2205.13147, section 4.3.1 and appendix E.
 """
 
 from matryoshka.retrieval.exact import exact_search

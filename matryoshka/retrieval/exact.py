@@ -1,4 +1,6 @@
-"""The nearest rows by a pass over all of them in full: the truth that other searches are held against."""
+"""The nearest rows by a pass over all of them in full: the truth that other searches are held
+against.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from matryoshka.retrieval.rerank import Stage, rerank
 
 ROWS = 16_384  # at a time: with 1000 queries 64 MB of scores
 MORE = 32  # rows beyond k that the pass hands on
-EQUAL = 4e-6  # cosines that differ by less may be equal: BLAS adds in another order at the edges of its blocks
+# cosines that differ by less may be equal: BLAS adds in another order at the edges of its blocks
+EQUAL = 4e-6
 
 
 def exact_search(
@@ -22,17 +25,21 @@ def exact_search(
     rows_at_once: int = ROWS,
     deleted: np.ndarray | None = None,
 ) -> Hits:
-    """The k rows of highest cosine of the first `dim` dimensions, in float32; equal rows by rising id.
+    """The k rows of highest cosine of the first `dim` dimensions, in float32; equal rows by rising
+    id.
 
-    deleted: bits of rows to leave out, see hits.set_bits. A pass by BLAS finds k + MORE rows, which `rerank` puts in
-    order: it adds up every row alike. Queries of which those may be too few, because still more rows are as near, pass
-    once more in float64, whose errors are gone when it is rounded to float32.
+    deleted: bits of rows to leave out, see hits.set_bits. A pass by BLAS finds k + MORE rows, which
+    `rerank` puts in order: it adds up every row alike. Queries of which those may be too few,
+    because still more rows are as near, pass once more in float64, whose errors are gone when it is
+    rounded to float32.
     """
     check_rows(rows, dim, "database")
     check_rows(queries, dim, "queries")
     check_k(k)
     plain = rows.dtype in (np.float16, np.float32)
-    out = Hits(np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32))
+    out = Hits(
+        np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
+    )
     again = np.ones(len(queries), bool)
     if plain:
         near = _pass(rows, queries, dim, k + MORE, torch.float32, device, rows_at_once, deleted)
@@ -61,7 +68,9 @@ def _pass(
     rows_at_once: int,
     deleted: np.ndarray | None,
 ) -> Hits:
-    """The k rows of highest cosine, or all of them where there are fewer; products in `dtype`, compared as float32."""
+    """The k rows of highest cosine, or all of them where there are fewer; products in `dtype`,
+    compared as float32.
+    """
     asked = torch.from_numpy(unit(queries, dim)).to(device, dtype)
     best = torch.empty(len(asked), 0, device=device)
     index = torch.empty(len(asked), 0, dtype=torch.int64, device=device)

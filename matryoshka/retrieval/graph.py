@@ -12,16 +12,19 @@ LINKS = 32  # M of the paper's HNSW32
 
 
 class Graph:
-    """Graph.build(rows, 64).search(queries, k=200, ef=200). Approximate; of equal scores any may come first."""
+    """Graph.build(rows, 64).search(queries, k=200, ef=200). Approximate; of equal scores any may
+    come first.
+    """
 
     def __init__(self, graph: Any, dim: int, count: int, num_threads: int = 0) -> None:
         self._graph, self.dim, self.count, self.num_threads = graph, dim, count, num_threads
 
     @classmethod
     def build(cls, rows: np.ndarray, dim: int, links: int = LINKS, num_threads: int = 0) -> Self:
-        """On L2-normalised prefixes, where the inner product orders as the paper's Euclidean distance does; of a zero
-        vector only the former is its cosine. RetrievalError without faiss, and for rows with NaN or infinity, which a
-        graph cannot leave out."""
+        """On L2-normalised prefixes, where the inner product orders as the paper's Euclidean
+        distance does; of a zero vector only the former is its cosine. RetrievalError without faiss,
+        and for rows with NaN or infinity, which a graph cannot leave out.
+        """
         check_rows(rows, dim, "database")
         try:
             import faiss
@@ -32,7 +35,9 @@ class Graph:
         for first, prefixes in chunks(rows, dim):
             if not np.isfinite(prefixes).all():
                 row = first + int(np.flatnonzero(~np.isfinite(prefixes).all(1))[0])
-                raise RetrievalError(f"database: row {row} has NaN or infinity; the index hnsw cannot leave rows out")
+                raise RetrievalError(
+                    f"database: row {row} has NaN or infinity; the index hnsw cannot leave rows out"
+                )
             graph.add(prefixes)
         return cls(graph, dim, len(rows), num_threads)
 
@@ -41,14 +46,18 @@ class Graph:
         """Vectors and links of the lowest layer, nearly all of it."""
         return self.count * (4 * self.dim + 4 * 2 * LINKS)
 
-    def search(self, queries: np.ndarray, k: int, ef: int = 200, deleted: np.ndarray | None = None) -> Hits:
+    def search(
+        self, queries: np.ndarray, k: int, ef: int = 200, deleted: np.ndarray | None = None
+    ) -> Hits:
         """As PrefixScan.search. ef: candidates that are kept on the way, at least k."""
         import faiss
 
         check_rows(queries, self.dim, "queries")
         check_k(k)
         if deleted is not None and deleted.any():
-            raise RetrievalError("the index hnsw cannot leave rows out; use scan, ivf, binary or exact")
+            raise RetrievalError(
+                "the index hnsw cannot leave rows out; use scan, ivf, binary or exact"
+            )
         faiss.omp_set_num_threads(pool(self.num_threads).num_threads)
         asked = unit(queries, self.dim)
         sound = np.isfinite(asked).all(1)

@@ -24,7 +24,9 @@ class RetrievalError(ValueError):
 
 
 class Hits(NamedTuple):
-    """ids: int64 [Q, k], best first, -1 where there is none. scores: float32 [Q, k], cosines or estimates of them."""
+    """ids: int64 [Q, k], best first, -1 where there is none. scores: float32 [Q, k], cosines or
+    estimates of them.
+    """
 
     ids: np.ndarray
     scores: np.ndarray
@@ -33,14 +35,20 @@ class Hits(NamedTuple):
 @cache
 def pool(num_threads: int) -> Any:
     """Threads, shared by all that ask for as many; 0: one for each core."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return _native.Pool(num_threads) if num_threads else pool(cores)
 
 
 def memory(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Zeros on pages of their own, huge ones where the system has them: random rows are 1.3 times as fast there."""
+    """Zeros on pages of their own, huge ones where the system has them: random rows are 1.3 times
+    as fast there.
+    """
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if hasattr(mmap, "MAP_ANONYMOUS"):  # private: shared memory, Python's default, gets no huge pages
+    if hasattr(
+        mmap, "MAP_ANONYMOUS"
+    ):  # private: shared memory, Python's default, gets no huge pages
         area = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     else:
         area = mmap.mmap(-1, max(size, 1))
@@ -53,9 +61,14 @@ def memory(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 def check_rows(rows: np.ndarray, dim: int, what: str) -> None:
     """RetrievalError unless `rows` is a table of at least `dim` numbers a row."""
     if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.floating):
-        raise RetrievalError(f"{what}: is {rows.dtype} {list(rows.shape)}, expected floating point [rows, dimensions]")
+        raise RetrievalError(
+            f"{what}: is {rows.dtype} {list(rows.shape)}, expected floating point [rows, "
+            "dimensions]"
+        )
     if not 1 <= dim <= rows.shape[1]:
-        raise RetrievalError(f"{what}: has {rows.shape[1]} dimensions, a prefix of {dim} was asked for")
+        raise RetrievalError(
+            f"{what}: has {rows.shape[1]} dimensions, a prefix of {dim} was asked for"
+        )
 
 
 def as_rows(queries: Any, what: str = "queries") -> np.ndarray:
@@ -64,16 +77,22 @@ def as_rows(queries: Any, what: str = "queries") -> np.ndarray:
         return np.asarray(queries)
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise RetrievalError(f"{what}: {reason}; give an array [rows, dimensions], or a tensor on the CPU") from None
+        raise RetrievalError(
+            f"{what}: {reason}; give an array [rows, dimensions], or a tensor on the CPU"
+        ) from None
 
 
 def check_k(k: int) -> None:
     if not 1 <= k < 1 << 31:
-        raise RetrievalError(f"k = {k}: ask for 1 or more neighbours" + (", below 2^31" if k > 1 else ""))
+        raise RetrievalError(
+            f"k = {k}: ask for 1 or more neighbours" + (", below 2^31" if k > 1 else "")
+        )
 
 
 def unit(rows: np.ndarray, dim: int) -> np.ndarray:
-    """float32 [n, dim]: the prefixes, L2-normalised; zeros stay zeros, and rows with NaN or infinity are all NaN."""
+    """float32 [n, dim]: the prefixes, L2-normalised; zeros stay zeros, and rows with NaN or
+    infinity are all NaN.
+    """
     cut = np.asarray(rows[:, :dim], np.float32)
     with np.errstate(all="ignore"):
         length = np.sqrt(np.einsum("nd,nd->n", cut, cut, dtype=np.float64))

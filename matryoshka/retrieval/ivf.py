@@ -1,4 +1,6 @@
-"""An inverted file over the 7-bit codes of a prefix: only the lists of the nearest centroids are looked at."""
+"""An inverted file over the 7-bit codes of a prefix: only the lists of the nearest centroids are
+looked at.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ PER_LIST = 64  # rows for each centroid that k-means sees
 class InvertedFile:
     """InvertedFile.build(rows, 64).search(queries, k=200, nprobe=32).
 
-    centres: float32 [lists, d]. starts int64, sizes int32: of each list in `packed`, in rows; ids uint32: the row
-    of each slot, rising inside of a list.
+    centres: float32 [lists, d]. starts int64, sizes int32: of each list in `packed`, in rows; ids
+    uint32: the row of each slot, rising inside of a list.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class InvertedFile:
         return self.packed.nbytes + self.ids.nbytes + self.centroids.nbytes
 
     @classmethod
-    def build(cls, rows: np.ndarray, dim: int, lists: int = 0, seed: int = 0, num_threads: int = 0) -> Self:
+    def build(
+        cls, rows: np.ndarray, dim: int, lists: int = 0, seed: int = 0, num_threads: int = 0
+    ) -> Self:
         """lists: 0 for about 4 x sqrt(N), a power of two. Centroids by faiss' spherical k-means."""
         check_rows(rows, dim, "database")
         if not len(rows):
@@ -84,12 +88,19 @@ class InvertedFile:
         step = 1024 * block
         for first in range(0, len(ids), step):  # padding repeats row 0: no search comes to it
             _native.pack(
-                threads, codec.encode(unit(rows[ids[first : first + step]], dim)), packed[first * codec.width :]
+                threads,
+                codec.encode(unit(rows[ids[first : first + step]], dim)),
+                packed[first * codec.width :],
             )
         return cls(codec, centres, packed, starts, sizes, ids, len(rows), bad, num_threads)
 
     def search(
-        self, queries: np.ndarray, k: int, nprobe: int = 32, deleted: np.ndarray | None = None, kernels: str = ""
+        self,
+        queries: np.ndarray,
+        k: int,
+        nprobe: int = 32,
+        deleted: np.ndarray | None = None,
+        kernels: str = "",
     ) -> Hits:
         """The k rows of highest estimated cosine in the lists of the `nprobe` nearest centroids."""
         check_rows(queries, self.dim, "queries")
@@ -97,13 +108,24 @@ class InvertedFile:
         if nprobe < 1:
             raise RetrievalError(f"nprobe = {nprobe}: ask for 1 or more lists")
         prefixes = unit(queries, self.dim)
-        nearest = self.centroids.search_unit(prefixes, min(nprobe, len(self.starts)), kernels=kernels)
+        nearest = self.centroids.search_unit(
+            prefixes, min(nprobe, len(self.starts)), kernels=kernels
+        )
         probes = nearest.ids.astype(np.int32)
         signed, scale, offset = self.codec.queries(prefixes)
         ids, scores = _native.search_lists(
-            pool(self.num_threads), self.packed, self.starts, self.sizes, self.ids, self.count, signed, probes, k,
-            left_out(self.bad, deleted), kernels,
-        )  # fmt: skip
+            pool(self.num_threads),
+            self.packed,
+            self.starts,
+            self.sizes,
+            self.ids,
+            self.count,
+            signed,
+            probes,
+            k,
+            left_out(self.bad, deleted),
+            kernels,
+        )
         return finished(ids, scores * scale[:, None] + offset[:, None], prefixes)
 
 
@@ -112,7 +134,9 @@ def _k_means(rows: np.ndarray, dim: int, lists: int, seed: int, num_threads: int
     try:
         import faiss
     except ImportError:
-        raise RetrievalError("an inverted file needs faiss' k-means: pip install faiss-cpu") from None
+        raise RetrievalError(
+            "an inverted file needs faiss' k-means: pip install faiss-cpu"
+        ) from None
     points = unit(sample(rows, PER_LIST * lists), dim)
     points = np.ascontiguousarray(points[np.isfinite(points[:, 0])])
     lists = min(lists, len(points))
@@ -120,7 +144,13 @@ def _k_means(rows: np.ndarray, dim: int, lists: int, seed: int, num_threads: int
         raise RetrievalError("database: has no row without NaN or infinity")
     faiss.omp_set_num_threads(pool(num_threads).num_threads)
     found = faiss.Kmeans(
-        dim, lists, niter=10, spherical=True, seed=seed, min_points_per_centroid=1, max_points_per_centroid=PER_LIST
+        dim,
+        lists,
+        niter=10,
+        spherical=True,
+        seed=seed,
+        min_points_per_centroid=1,
+        max_points_per_centroid=PER_LIST,
     )
     found.train(points)
     return np.nan_to_num(np.asarray(found.centroids))

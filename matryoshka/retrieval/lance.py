@@ -1,12 +1,13 @@
-"""A LanceDB table as the system of record of an index: metadata, filters and edits there, searches here.
+"""A LanceDB table as the system of record of an index: metadata, filters and edits there, searches
+here.
 
     record = Record.create("photos.lance", "photos", batch)      # columns id, label, class, source, item, vector
     record.table.add_columns({"licence": "'CC0'"})               # any edit that LanceDB knows
     record.sync("photos.index")                                  # the index follows: rows added, changed, deleted
     index.search(queries, 10, only=index.find(record.names("licence = 'CC0'")))
 
-Needs the extra [lancedb]. LanceDB's own search of 1.28 million rows does 0.1 to 0.3 thousand queries/s on two cores,
-the index thousands: docs/retrieval.md.
+Needs the extra [lancedb]. LanceDB's own search of 1.28 million rows does 0.1 to 0.3 thousand
+queries/s on two cores, the index thousands: docs/retrieval.md.
 """
 
 from __future__ import annotations
@@ -48,26 +49,38 @@ class _Found(NamedTuple):
 
 
 class Record:
-    """A table that `create` made. `table`: LanceDB's own object; model, preprocessing, data: as embed wrote them."""
+    """A table that `create` made. `table`: LanceDB's own object; model, preprocessing, data: as
+    embed wrote them.
+    """
 
     def __init__(self, uri: str, name: str) -> None:
         """RetrievalError for a table that is not there, or that `create` did not make."""
         self.uri, self.name = uri, name
         self.table: Any = None if _is_absent(uri) else _opened(_connect(uri), name)
         if self.table is None:
-            raise RetrievalError(f"{uri}: has no table {name!r}; `matryoshka index record` makes one")
+            raise RetrievalError(
+                f"{uri}: has no table {name!r}; `matryoshka index record` makes one"
+            )
         about = json.loads((self.table.schema.metadata or {}).get(KEY, b"{}"))
         missing = [column for column in COLUMNS if column not in self.table.schema.names]
         if "model" not in about or missing:
-            lacks = f"has no column {missing[0]!r}" if missing else "does not say which model made its vectors"
-            raise RetrievalError(f"{uri}: table {name!r} {lacks}; make it with `matryoshka index record`")
+            lacks = (
+                f"has no column {missing[0]!r}"
+                if missing
+                else "does not say which model made its vectors"
+            )
+            raise RetrievalError(
+                f"{uri}: table {name!r} {lacks}; make it with `matryoshka index record`"
+            )
         self.model: dict[str, Any] = about["model"]
         self.preprocessing: dict[str, Any] = about["preprocessing"]
         self.data: list[dict[str, Any]] = about.get("data", [])  # older tables have none
 
     @classmethod
     def create(cls, uri: str, name: str, batch: Batch, overwrite: bool = False) -> Record:
-        """Vectors are float16, as the index has them. RetrievalError for a table that is there, without `overwrite`."""
+        """Vectors are float16, as the index has them. RetrievalError for a table that is there,
+        without `overwrite`.
+        """
         import pyarrow as pa
 
         database, columns = _connect(uri), batch.rows.shape[1]
@@ -75,9 +88,22 @@ class Record:
         if present and not overwrite:
             raise RetrievalError(f"{uri}: has a table {name!r} already; --overwrite replaces it")
         data = [dict(source) for source in batch.data]
-        about = {"model": dict(batch.model), "preprocessing": dict(batch.preprocessing), "data": data}
-        types = [pa.string(), pa.int64(), pa.string(), pa.string(), pa.int64(), pa.list_(pa.float16(), columns)]
-        schema = pa.schema(list(zip(COLUMNS, types, strict=True)), metadata={KEY: json.dumps(about).encode()})
+        about = {
+            "model": dict(batch.model),
+            "preprocessing": dict(batch.preprocessing),
+            "data": data,
+        }
+        types = [
+            pa.string(),
+            pa.int64(),
+            pa.string(),
+            pa.string(),
+            pa.int64(),
+            pa.list_(pa.float16(), columns),
+        ]
+        schema = pa.schema(
+            list(zip(COLUMNS, types, strict=True)), metadata={KEY: json.dumps(about).encode()}
+        )
         sources = [_path(source) for source in data] or [""]
 
         def blocks() -> Iterator[Any]:
@@ -92,7 +118,9 @@ class Record:
                     [
                         pa.array([batch.names[i] for i in range(first, last)]),
                         pa.array(labels),
-                        pa.array([_class(batch.classes, label) for label in labels.tolist()], pa.string()),
+                        pa.array(
+                            [_class(batch.classes, label) for label in labels.tolist()], pa.string()
+                        ),
                         pa.array([sources[s] for s in origins[:, 0].tolist()]),
                         pa.array(origins[:, 1]),
                         pa.FixedSizeListArray.from_arrays(flat, columns),
@@ -100,23 +128,30 @@ class Record:
                     schema=schema,
                 )
 
-        mode = "overwrite" if present else "create"  # LanceDB warns of an overwrite where there is nothing
+        mode = (
+            "overwrite" if present else "create"
+        )  # LanceDB warns of an overwrite where there is nothing
         database.create_table(name, pa.RecordBatchReader.from_batches(schema, blocks()), mode=mode)
         return cls(uri, name)
 
     def names(self, where: str) -> list[str]:
-        """Names of the rows that a filter in SQL selects. RetrievalError for one that LanceDB does not understand."""
+        """Names of the rows that a filter in SQL selects. RetrievalError for one that LanceDB does
+        not understand.
+        """
         try:
             found = self.table.search().where(where).select(["id"]).to_batches()
             return [name for block in found for name in block["id"].to_pylist()]
         except ValueError as error:
             reason = str(error).splitlines()[0]
-            raise RetrievalError(f"{self.uri}: table {self.name!r}: filter {where!r}: {reason}") from None
+            raise RetrievalError(
+                f"{self.uri}: table {self.name!r}: filter {where!r}: {reason}"
+            ) from None
 
     def sync(self, folder: str | Path, num_threads: int = 0, dim: int = 0) -> Change:
-        """Makes the index have the table's rows; a folder without one becomes one. A row is replaced where its vector
-        has other bits, or its class (of rows without one: its label), source or item differs. Killed in between, the
-        next call does the rest."""
+        """Makes the index have the table's rows; a folder without one becomes one. A row is
+        replaced where its vector has other bits, or its class (of rows without one: its label),
+        source or item differs. Killed in between, the next call does the rest.
+        """
         with Writer(folder, num_threads) as writer:
             index = Index(folder, num_threads) if (Path(folder) / MANIFEST).exists() else None
             if index is not None:
@@ -144,7 +179,9 @@ class Record:
                     is_new, index = index is None, None  # closed before the writer opens it
                     index = writer.build(batch, dim) if is_new else writer.add(batch, replace=True)
             if index is None:
-                raise RetrievalError(f"{self.uri}: table {self.name!r} is empty; nothing can be found in it")
+                raise RetrievalError(
+                    f"{self.uri}: table {self.name!r} is empty; nothing can be found in it"
+                )
             gone = np.flatnonzero(~seen)
             gone = gone[~index.is_deleted(gone)]
             names, index = [index.name(int(row)) for row in gone], None
@@ -155,15 +192,22 @@ class Record:
     def _blocks(self, numbers: _Numbers) -> Iterator[_Found]:
         for block in self.table.search().select(COLUMNS).to_batches(batch_size=ROWS):
             vectors, items = block["vector"], np.asarray(block["item"].fill_null(0), np.int64)
-            rows = np.asarray(vectors.flatten(), np.float16).reshape(len(block), vectors.type.list_size)
+            rows = np.asarray(vectors.flatten(), np.float16).reshape(
+                len(block), vectors.type.list_size
+            )
             if len(items) and not 0 <= items.min() <= items.max() < 1 << 32:
-                raise RetrievalError(f"{self.uri}: table {self.name!r} has items that are no numbers of 32 bits; "
-                                     "give each row's place in its source, or 0")  # fmt: skip
+                raise RetrievalError(
+                    f"{self.uri}: table {self.name!r} has items that are no numbers of 32 bits; "
+                    "give each row's place in its source, or 0"
+                )
             yield _Found(
-                block["id"].to_pylist(), np.asarray(block["label"].fill_null(-1), np.int64),
-                _numbered(numbers.classes, block["class"]), _numbered(numbers.sources, block["source"].fill_null("")),
-                items, half(rows),
-            )  # fmt: skip
+                block["id"].to_pylist(),
+                np.asarray(block["label"].fill_null(-1), np.int64),
+                _numbered(numbers.classes, block["class"]),
+                _numbered(numbers.sources, block["source"].fill_null("")),
+                items,
+                half(rows),
+            )
 
     def _batch(self, kept: Sequence[_Found], rows: np.ndarray, numbers: _Numbers) -> Batch:
         labels, classes, sources, items = map(np.concatenate, list(zip(*kept, strict=True))[1:5])
@@ -174,15 +218,23 @@ class Record:
         texts, paths = list(numbers.classes), list(numbers.sources)
         known = {_path(source): source for source in self.data}
         return Batch(
-            rows, [name for block in kept for name in block.names], labels, self.model, self.preprocessing,
+            rows,
+            [name for block in kept for name in block.names],
+            labels,
+            self.model,
+            self.preprocessing,
             [texts[i] for i in named] or None,
-            [known.get(path, {"path": path} if path else {}) for path in map(paths.__getitem__, used)],
+            [
+                known.get(path, {"path": path} if path else {})
+                for path in map(paths.__getitem__, used)
+            ],
             np.stack([np.searchsorted(used, sources), items], 1).astype(np.uint32),
-        )  # fmt: skip
+        )
 
 
 class _Numbers:
-    """Numbers of class names and sources, of the index and then of the table: what is compared row by row.
+    """Numbers of class names and sources, of the index and then of the table: what is compared row
+    by row.
 
     parts: of each part of the index, the numbers of its classes and sources, -1 after them.
     """
@@ -204,7 +256,9 @@ def _known(numbers: dict[str, int], texts: Iterable[str]) -> np.ndarray:
 def _numbered(numbers: dict[str, int], column: Any) -> np.ndarray:
     """The same for a column of a table, -1 where it has none."""
     encoded = column.dictionary_encode()
-    return _known(numbers, encoded.dictionary.to_pylist())[np.asarray(encoded.indices.fill_null(-1), np.int64)]
+    return _known(numbers, encoded.dictionary.to_pylist())[
+        np.asarray(encoded.indices.fill_null(-1), np.int64)
+    ]
 
 
 def _is_absent(uri: str) -> bool:
@@ -260,6 +314,10 @@ def _same(index: Index, numbers: _Numbers, rows: np.ndarray, found: _Found) -> n
 
 def _some(block: _Found, rows: np.ndarray) -> _Found:
     return _Found(
-        [block.names[i] for i in rows.tolist()], block.labels[rows], block.classes[rows], block.sources[rows],
-        block.items[rows], block.rows[:0],
-    )  # fmt: skip
+        [block.names[i] for i in rows.tolist()],
+        block.labels[rows],
+        block.classes[rows],
+        block.sources[rows],
+        block.items[rows],
+        block.rows[:0],
+    )

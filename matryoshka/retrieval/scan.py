@@ -1,8 +1,8 @@
 """Every row of a database by a code of its prefix: shortlists without a graph or a tree.
 
-PrefixScan keeps 7 bits for each dimension, BinaryScan one: above the database's median or not (all features behind a
-ReLU are positive, their signs say nothing). Both pass over the codes with the native kernels, which keep only what is
-above the k-th best so far.
+PrefixScan keeps 7 bits for each dimension, BinaryScan one: above the database's median or not (all
+features behind a ReLU are positive, their signs say nothing). Both pass over the codes with the
+native kernels, which keep only what is above the k-th best so far.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class Codec:
         return codes
 
     def queries(self, prefixes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(int8 [n, width], scale float32 [n], offset float32 [n]): score x scale + offset estimates the cosine."""
+        """(int8 [n, width], scale float32 [n], offset float32 [n]): score x scale + offset
+        estimates the cosine.
+        """
         if not np.isfinite(prefixes).all():
             prefixes = np.nan_to_num(prefixes)
         weights = prefixes * self.step
@@ -80,7 +82,9 @@ class Codec:
 class PrefixScan:
     """7-bit codes of the first `dim` dimensions: PrefixScan.build(rows, 64).search(queries, k=200)."""
 
-    def __init__(self, codec: Codec, packed: np.ndarray, count: int, bad: np.ndarray, num_threads: int = 0) -> None:
+    def __init__(
+        self, codec: Codec, packed: np.ndarray, count: int, bad: np.ndarray, num_threads: int = 0
+    ) -> None:
         self.codec, self.packed, self.count, self.bad = codec, packed, count, bad
         self.num_threads = num_threads
 
@@ -105,26 +109,45 @@ class PrefixScan:
             set_bits(bad, first + np.flatnonzero(~np.isfinite(prefixes[:, 0])))
         return cls(codec, packed, len(rows), bad, num_threads)
 
-    def search(self, queries: np.ndarray, k: int, deleted: np.ndarray | None = None, kernels: str = "") -> Hits:
-        """The k rows of highest estimated cosine. deleted: bits of rows to leave out, see hits.set_bits."""
+    def search(
+        self, queries: np.ndarray, k: int, deleted: np.ndarray | None = None, kernels: str = ""
+    ) -> Hits:
+        """The k rows of highest estimated cosine. deleted: bits of rows to leave out, see
+        hits.set_bits.
+        """
         check_rows(queries, self.dim, "queries")
         check_k(k)
         return self.search_unit(unit(queries, self.dim), k, deleted, kernels)
 
-    def search_unit(self, prefixes: np.ndarray, k: int, deleted: np.ndarray | None = None, kernels: str = "") -> Hits:
+    def search_unit(
+        self, prefixes: np.ndarray, k: int, deleted: np.ndarray | None = None, kernels: str = ""
+    ) -> Hits:
         """The same for prefixes that have length 1 already."""
         signed, scale, offset = self.codec.queries(prefixes)
         ids, scores = _native.search_codes(
-            pool(self.num_threads), self.packed, self.count, signed, k, left_out(self.bad, deleted), kernels
+            pool(self.num_threads),
+            self.packed,
+            self.count,
+            signed,
+            k,
+            left_out(self.bad, deleted),
+            kernels,
         )
         return finished(ids, scores * scale[:, None] + offset[:, None], prefixes)
 
 
 class BinaryScan:
-    """One bit for each of the first `dim` dimensions; the score is 1 - 2 x the share of bits that differ."""
+    """One bit for each of the first `dim` dimensions; the score is 1 - 2 x the share of bits that
+    differ.
+    """
 
     def __init__(
-        self, medians: np.ndarray, packed: np.ndarray, count: int, bad: np.ndarray, num_threads: int = 0
+        self,
+        medians: np.ndarray,
+        packed: np.ndarray,
+        count: int,
+        bad: np.ndarray,
+        num_threads: int = 0,
     ) -> None:
         self.medians, self.packed, self.count, self.bad = medians, packed, count, bad
         self.num_threads = num_threads
@@ -139,13 +162,19 @@ class BinaryScan:
 
     @classmethod
     def build(cls, rows: np.ndarray, dim: int, num_threads: int = 0) -> Self:
-        """dim: a multiple of 64. RetrievalError for another one, or a prefix that the rows do not have."""
+        """dim: a multiple of 64. RetrievalError for another one, or a prefix that the rows do not
+        have.
+        """
         check_rows(rows, dim, "database")
         if dim % 64:
             raise RetrievalError(f"{dim} bits: give a multiple of 64")
         values = unit(sample(rows, SAMPLE), dim)
         values = values[np.isfinite(values[:, 0])]
-        medians = np.median(values, axis=0).astype(np.float32) if len(values) else np.zeros(dim, np.float32)
+        medians = (
+            np.median(values, axis=0).astype(np.float32)
+            if len(values)
+            else np.zeros(dim, np.float32)
+        )
         block, words = _native.BLOCK, dim // 64
         packed = memory((-(-len(rows) // block) * block * words,), np.uint64)
         bad = empty_bits(len(rows))
@@ -154,15 +183,22 @@ class BinaryScan:
             set_bits(bad, first + np.flatnonzero(~np.isfinite(prefixes[:, 0])))
         return cls(medians, packed, len(rows), bad, num_threads)
 
-    def search(self, queries: np.ndarray, k: int, deleted: np.ndarray | None = None, kernels: str = "") -> Hits:
+    def search(
+        self, queries: np.ndarray, k: int, deleted: np.ndarray | None = None, kernels: str = ""
+    ) -> Hits:
         """As PrefixScan.search."""
         check_rows(queries, self.dim, "queries")
         check_k(k)
         prefixes = unit(queries, self.dim)
         ids, scores = _native.search_bits(
-            pool(self.num_threads), self.packed, self.count, _above(prefixes, self.medians), k,
-            left_out(self.bad, deleted), kernels,
-        )  # fmt: skip
+            pool(self.num_threads),
+            self.packed,
+            self.count,
+            _above(prefixes, self.medians),
+            k,
+            left_out(self.bad, deleted),
+            kernels,
+        )
         return finished(ids, 1 + scores * np.float32(2 / self.dim), prefixes)
 
 

@@ -6,9 +6,10 @@
     part-*/rows.f16     float16 [n, D]: each row times a power of two, which no cosine of a prefix notices
     part-*/...          7-bit codes of the first `dim` dimensions, in lists where there are many; names, labels
 
-Files are little-endian, raw, memory-mapped. Opening reads the small ones and checks the sizes of all. Readers need no
-lock: files never change, and those of an index that was replaced stay readable for who has them open. Writing is
-store_writer.py's. Source of the design: 5 GB of rows cannot be rewritten for one image that is added or deleted.
+Files are little-endian, raw, memory-mapped. Opening reads the small ones and checks the sizes of
+all. Readers need no lock: files never change, and those of an index that was replaced stay readable
+for who has them open. Writing is store_writer.py's. Source of the design: 5 GB of rows cannot be
+rewritten for one image that is added or deleted.
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ from typing import Any
 import numpy as np
 
 from matryoshka.retrieval.exact import exact_search
-from matryoshka.retrieval.hits import Hits, RetrievalError, as_rows, check_rows, empty_bits, get_bits, set_bits
+from matryoshka.retrieval.hits import (
+    Hits,
+    RetrievalError,
+    as_rows,
+    check_rows,
+    empty_bits,
+    get_bits,
+    set_bits,
+)
 from matryoshka.retrieval.ivf import InvertedFile
 from matryoshka.retrieval.pipeline import HEAD, Setting
 from matryoshka.retrieval.rerank import Stage, head_of, rerank
@@ -34,23 +43,30 @@ from matryoshka.retrieval.store_part import REBUILD, Part, name_hash, read_check
 FORMAT = "matryoshka-index-1"
 MANIFEST = "index.json"
 FEW = 4096  # rows that are compared in full without a shortlist: 2 ms for 2048 dimensions
-OURS = re.compile(r"part-[0-9a-f]{8}|deleted-[0-9a-f]{8}\.bits|\.index\.json\.tmp")  # besides index.json
+OURS = re.compile(
+    r"part-[0-9a-f]{8}|deleted-[0-9a-f]{8}\.bits|\.index\.json\.tmp"
+)  # besides index.json
 
 
 def rows_of(about: Mapping[str, Any]) -> list[Any]:
-    """What tells one set of rows from another: parts never change, and deleted rows have a checksum."""
+    """What tells one set of rows from another: parts never change, and deleted rows have a
+    checksum.
+    """
     return [about["parts"], (about["deleted"] or {}).get("crc32")]
 
 
 class Index:
     """An index as it was when it was opened; `is_current` tells whether it still is.
 
-    columns: D; dim: of the shortlist; model, preprocessing: what embed wrote about them; setting: the default of
-    `search`. Rows are numbered through all parts; the numbers stay until the index is compacted.
+    columns: D; dim: of the shortlist; model, preprocessing: what embed wrote about them; setting:
+    the default of `search`. Rows are numbered through all parts; the numbers stay until the index
+    is compacted.
     """
 
     def __init__(self, path: str | os.PathLike, num_threads: int = 0) -> None:
-        """RetrievalError, one line, for a folder that is no index, not whole, or damaged where opening looks."""
+        """RetrievalError, one line, for a folder that is no index, not whole, or damaged where
+        opening looks.
+        """
         self.path, self.num_threads = Path(path), num_threads
         for attempt in range(5):
             try:
@@ -59,7 +75,9 @@ class Index:
             except FileNotFoundError as error:
                 if not (self.path / MANIFEST).is_file():
                     raise RetrievalError(f"{self.path}: {_absent(self.path)}") from None
-                if attempt == 4:  # before: compacted between reading the manifest and opening its files
+                if (
+                    attempt == 4
+                ):  # before: compacted between reading the manifest and opening its files
                     raise RetrievalError(f"{error.filename}: is missing; {REBUILD}") from None
             except OSError as error:
                 raise RetrievalError(f"{error.filename or self.path}: {error.strerror}") from None
@@ -68,28 +86,40 @@ class Index:
         file = self.path / MANIFEST
         about = self.about = read_checked(file)
         if about.get("format") != FORMAT:
-            raise RetrievalError(f"{file}: is of the format {str(about.get('format'))[:40]!r}, not {FORMAT}")
+            raise RetrievalError(
+                f"{file}: is of the format {str(about.get('format'))[:40]!r}, not {FORMAT}"
+            )
         try:
             self._use(about)
         except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
             if str(self.path) in str(error):  # of a part
                 raise
-            raise RetrievalError(f"{file}: does not say all that an index needs; {REBUILD}") from None
+            raise RetrievalError(
+                f"{file}: does not say all that an index needs; {REBUILD}"
+            ) from None
 
     def _use(self, about: Mapping[str, Any]) -> None:
         self.columns, self.dim = int(about["columns"]), int(about["dim"])
         self.model, self.preprocessing = about["model"], about["preprocessing"]
-        if not (0 < self.dim <= self.columns and isinstance(self.model["weights_sha256"], str) and about["parts"]):
+        if not (
+            0 < self.dim <= self.columns
+            and isinstance(self.model["weights_sha256"], str)
+            and about["parts"]
+        ):
             raise ValueError
         self.parts, self.total = list[Part](), 0
         for name in about["parts"]:
-            self.parts.append(Part(self.path / name, self.total, self.columns, self.dim, self.num_threads))
+            self.parts.append(
+                Part(self.path / name, self.total, self.columns, self.dim, self.num_threads)
+            )
             self.total += self.parts[-1].count
         self.deleted = self._stored_bits()
         self._live = self.total - int(np.bitwise_count(self.deleted).sum())
         self._firsts = [part.first for part in self.parts]
         chosen = about["setting"]
-        self.setting = Setting(chosen["index"], chosen["dim"], chosen["k"], tuple(chosen["stages"]), chosen["effort"])
+        self.setting = Setting(
+            chosen["index"], chosen["dim"], chosen["k"], tuple(chosen["stages"]), chosen["effort"]
+        )
         if self.setting.index == "ivf" and not any(part.about["lists"] for part in self.parts):
             self.setting = replace(self.setting, index="scan")  # until there are lists
 
@@ -111,8 +141,9 @@ class Index:
 
     @property
     def certificate(self) -> tuple[dict[str, Any], bool] | None:
-        """What is known of the default search's recall, None where it was not measured; and whether these are still
-        the rows that it was measured on."""
+        """What is known of the default search's recall, None where it was not measured; and whether
+        these are still the rows that it was measured on.
+        """
         found = self.about["certificate"]
         return (found, found.get("rows_of") == rows_of(self.about)) if found else None
 
@@ -124,29 +155,42 @@ class Index:
             return False
 
     def check_model(self, weights_sha256: str, what: str) -> None:
-        """RetrievalError unless `what` comes from the model of this index (embeddings.trunk_sha256)."""
+        """RetrievalError unless `what` comes from the model of this index
+        (embeddings.trunk_sha256).
+        """
         own = self.model["weights_sha256"]
         if weights_sha256 != own:
             raise RetrievalError(
-                f"{what}: is of another model (weights {weights_sha256[:12]}) than {self.path} ({own[:12]}, "
+                f"{what}: is of another model (weights {weights_sha256[:12]}) than {self.path} "
+                f"({own[:12]}, "
                 f"{self.model.get('file')}); embed with that model, or build another index"
             )
 
     def check_setting(self, setting: Setting) -> None:
         """RetrievalError for one that needs codes or dimensions that the index does not have."""
         if not isinstance(setting, Setting):
-            raise RetrievalError(f"setting: is a {type(setting).__name__}, expected a matryoshka.retrieval.Setting")
-        if setting.index != "exact" and (setting.index not in ("ivf", "scan") or setting.dim != self.dim):
             raise RetrievalError(
-                f"{self.path}: has 7-bit codes of {self.dim} dimensions; {setting} needs others: give index ivf, scan "
+                f"setting: is a {type(setting).__name__}, expected a matryoshka.retrieval.Setting"
+            )
+        if setting.index != "exact" and (
+            setting.index not in ("ivf", "scan") or setting.dim != self.dim
+        ):
+            raise RetrievalError(
+                f"{self.path}: has 7-bit codes of {self.dim} dimensions; {setting} needs others: "
+                "give index ivf, scan "
                 f"or exact, and shortlist dimension {self.dim}"
             )
         widest = max([setting.dim, *(stage.dim for stage in setting.stages)])
         if widest > self.columns:
-            raise RetrievalError(f"{self.path}: has {self.columns} dimensions, {setting} asks for a prefix of {widest}")
+            raise RetrievalError(
+                f"{self.path}: has {self.columns} dimensions, {setting} asks for a prefix of "
+                f"{widest}"
+            )
 
     def warm(self) -> None:
-        """Copies the rows' first dimensions to memory where random ones are fast: 0.3 s and 0.66 GB for 1.28 M."""
+        """Copies the rows' first dimensions to memory where random ones are fast: 0.3 s and 0.66 GB
+        for 1.28 M.
+        """
         for part in self.parts:
             if part.head is None and part.count:
                 part.head = head_of(part.rows, min(HEAD, self.columns))
@@ -159,29 +203,36 @@ class Index:
         deleted: np.ndarray | None = None,
         only: np.ndarray | None = None,
     ) -> Hits:
-        """queries: float [Q, D], anything that NumPy reads -> the k nearest rows, by number. setting: index "ivf" or
-        "scan" of the index's own `dim`, or "exact"; default: the index's, see Setting.giving. deleted: bits of more
-        rows to leave out.
+        """queries: float [Q, D], anything that NumPy reads -> the k nearest rows, by number.
+        setting: index "ivf" or "scan" of the index's own `dim`, or "exact"; default: the index's,
+        see Setting.giving. deleted: bits of more rows to leave out.
 
-        only: a filter, the rows that may be found (-1, which `find` gives for none, is passed over). Up to FEW of them
-        are all compared in full; with more, so many more lists are looked at as the filter is narrow. Parts without
-        lists are scanned. RetrievalError for another setting, other widths, or rows that the index does not have.
+        only: a filter, the rows that may be found (-1, which `find` gives for none, is passed
+        over). Up to FEW of them are all compared in full; with more, so many more lists are looked
+        at as the filter is narrow. Parts without lists are scanned. RetrievalError for another
+        setting, other widths, or rows that the index does not have.
         """
         setting = self.setting if setting is None else setting
         self.check_setting(setting)
         setting, queries = setting.giving(k), as_rows(queries)
         check_rows(queries, 1, "queries")
         if queries.shape[1] != self.columns:
-            raise RetrievalError(f"queries: have {queries.shape[1]} dimensions, {self.path} has {self.columns}")
+            raise RetrievalError(
+                f"queries: have {queries.shape[1]} dimensions, {self.path} has {self.columns}"
+            )
         if deleted is not None and deleted.shape != self.deleted.shape:
-            raise RetrievalError(f"deleted: has bits for {64 * deleted.size} rows, {self.path} has {self.total}")
+            raise RetrievalError(
+                f"deleted: has bits for {64 * deleted.size} rows, {self.path} has {self.total}"
+            )
         out = self.deleted if deleted is None else self.deleted | deleted
         few = False
         if only is not None:
             only = np.asarray(only, np.int64)
             only = only[only >= 0]
             if len(only) and only.max() >= self.total:
-                raise RetrievalError(f"only: row {only.max()} of {self.total}; {self.path} does not have it")
+                raise RetrievalError(
+                    f"only: row {only.max()} of {self.total}; {self.path} does not have it"
+                )
             allowed = empty_bits(self.total)
             set_bits(allowed, only)
             out = out | ~allowed
@@ -195,7 +246,14 @@ class Index:
             if few:
                 some = np.flatnonzero(~get_bits(left_out, 0, part.count))
                 all_of_them = np.broadcast_to(some, (len(queries), len(some)))
-                found = rerank(part.rows, queries, all_of_them, [Stage(self.columns, k)], None, self.num_threads)
+                found = rerank(
+                    part.rows,
+                    queries,
+                    all_of_them,
+                    [Stage(self.columns, k)],
+                    None,
+                    self.num_threads,
+                )
             else:
                 found = self._search_part(part, queries, setting, left_out)
             ids[:, i * k : (i + 1) * k] = np.where(found.ids < 0, -1, found.ids + part.first)
@@ -205,7 +263,9 @@ class Index:
             ids, scores = np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
         return Hits(ids, scores)
 
-    def _search_part(self, part: Part, queries: np.ndarray, setting: Setting, deleted: np.ndarray) -> Hits:
+    def _search_part(
+        self, part: Part, queries: np.ndarray, setting: Setting, deleted: np.ndarray
+    ) -> Hits:
         left_out, shortlist = deleted if deleted.any() else None, part.shortlist
         if setting.index == "exact":
             found = exact_search(part.rows, queries, setting.dim, setting.k, deleted=left_out)
@@ -235,7 +295,9 @@ class Index:
         return part.classes[label] if part.classes and 0 <= label < len(part.classes) else None
 
     def origin(self, row: int) -> tuple[dict[str, Any], int]:
-        """What embed wrote about the data set that a row comes from, and the number of its image there."""
+        """What embed wrote about the data set that a row comes from, and the number of its image
+        there.
+        """
         part, local = self._place(row)
         source, item = part.origins[local].tolist()
         if source >= len(part.data):
@@ -263,7 +325,9 @@ class Index:
     def is_deleted(self, rows: np.ndarray) -> np.ndarray:
         """bool, for each row number."""
         at = np.maximum(rows, 0).astype(np.uint64)
-        return (self.deleted[at // np.uint64(64)] >> (at % np.uint64(64)) & np.uint64(1)).astype(bool)
+        return (self.deleted[at // np.uint64(64)] >> (at % np.uint64(64)) & np.uint64(1)).astype(
+            bool
+        )
 
     def verify(self) -> None:
         """Reads every byte. RetrievalError naming the first file that is damaged, or gone since."""
@@ -314,7 +378,9 @@ class SomeNames(Sequence[str]):
 
 
 def joined_classes(index: Index, live: np.ndarray) -> tuple[list[str] | None, np.ndarray]:
-    """Classes of all parts by name, and the labels of the rows as numbers of these; those without a name follow."""
+    """Classes of all parts by name, and the labels of the rows as numbers of these; those without a
+    name follow.
+    """
     number: dict[str, int] = {}
     for part in index.parts:
         for name in part.classes or ():

@@ -20,10 +20,25 @@ from matryoshka.retrieval.ivf import InvertedFile
 from matryoshka.retrieval.scan import Codec, PrefixScan
 
 PART = "part.json"
-BIG = frozenset(("rows.f16", "codes.u8", "names.utf8", "name_ends.i64", "name_hashes.u64", "name_rows.u32",
-                 "labels.i64", "origins.u32", "slots.u32"))  # fmt: skip
-MAPPED = 1 << 20  # bytes from which on a file is mapped: a map takes one of the 1024 open files that systems allow
-UNTRACKED: dict[str, bool] = {"trackfd": False} if sys.version_info >= (3, 13) else {}  # there it takes none
+BIG = frozenset(
+    (
+        "rows.f16",
+        "codes.u8",
+        "names.utf8",
+        "name_ends.i64",
+        "name_hashes.u64",
+        "name_rows.u32",
+        "labels.i64",
+        "origins.u32",
+        "slots.u32",
+    )
+)
+MAPPED = (
+    1 << 20
+)  # bytes from which on a file is mapped: a map takes one of the 1024 open files that systems allow
+UNTRACKED: dict[str, bool] = (
+    {"trackfd": False} if sys.version_info >= (3, 13) else {}
+)  # there it takes none
 REBUILD = "build the index again: matryoshka index build --overwrite"
 
 
@@ -34,7 +49,9 @@ def checked(about: Mapping[str, Any]) -> bytes:
 
 
 def read_checked(path: Path) -> dict[str, Any]:
-    """RetrievalError for a file that is not, byte by byte, what `checked` wrote; OSError where it cannot be read."""
+    """RetrievalError for a file that is not, byte by byte, what `checked` wrote; OSError where it
+    cannot be read.
+    """
     content = path.read_bytes()
     first, _, rest = content.partition(b"\n")
     try:
@@ -48,7 +65,9 @@ def read_checked(path: Path) -> dict[str, Any]:
 
 
 def name_hash(name: str) -> int:
-    return int.from_bytes(blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+    )
 
 
 class Part:
@@ -59,7 +78,10 @@ class Part:
         self.about = read_checked(folder / PART)
         try:
             n, lists = int(self.about["rows"]), int(self.about["lists"])
-            self._files = {str(name): (int(f["bytes"]), int(f["crc32"])) for name, f in self.about["files"].items()}
+            self._files = {
+                str(name): (int(f["bytes"]), int(f["crc32"]))
+                for name, f in self.about["files"].items()
+            }
             self.classes: list[str] | None = self.about["classes"]
             self.data: list[dict[str, Any]] = self.about["data"]
             if n < 1 or lists < 0:
@@ -79,29 +101,42 @@ class Part:
         self.shortlist: PrefixScan | InvertedFile
         if not lists:
             padded = -(-n // _native.BLOCK) * _native.BLOCK
-            self.shortlist = PrefixScan(codec, self._map("codes.u8", np.uint8, (padded * width,)), n, bad, num_threads)
+            self.shortlist = PrefixScan(
+                codec, self._map("codes.u8", np.uint8, (padded * width,)), n, bad, num_threads
+            )
         else:
-            starts, sizes = self._map("starts.i64", np.int64, (lists,)), self._map("sizes.i32", np.int32, (lists,))
+            starts, sizes = (
+                self._map("starts.i64", np.int64, (lists,)),
+                self._map("sizes.i32", np.int32, (lists,)),
+            )
             slots = self._map("slots.u32", np.uint32, (-1,))
             codes = self._map("codes.u8", np.uint8, (len(slots) * width,))
             if len(slots) and int(slots.max()) >= n:  # the native search trusts it
                 raise self.damaged("slots.u32")
             centres = self._map("centroids.f32", np.float32, (lists, dim))
-            self.shortlist = InvertedFile(codec, centres, codes, starts, sizes, slots, n, bad, num_threads)
+            self.shortlist = InvertedFile(
+                codec, centres, codes, starts, sizes, slots, n, bad, num_threads
+            )
         self.head: np.ndarray | None = None
 
     def damaged(self, name: str) -> RetrievalError:
-        return RetrievalError(f"{self.folder / name}: is damaged or does not belong to {PART}; {REBUILD}")
+        return RetrievalError(
+            f"{self.folder / name}: is damaged or does not belong to {PART}; {REBUILD}"
+        )
 
     def _map(self, name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-        """A file of exactly this size (-1: as part.json says) as an array; small ones are checksummed."""
+        """A file of exactly this size (-1: as part.json says) as an array; small ones are
+        checksummed.
+        """
         path, item = self.folder / name, np.dtype(dtype).itemsize
         size, crc = self._files.get(name, (-1, 0))
         shape = (size // item,) if shape == (-1,) else shape
         if size != int(np.prod(shape, dtype=object)) * item:
             raise self.damaged(name)
         if os.stat(path).st_size != size:
-            raise RetrievalError(f"{path}: has {os.stat(path).st_size} bytes instead of {size}; {REBUILD}")
+            raise RetrievalError(
+                f"{path}: has {os.stat(path).st_size} bytes instead of {size}; {REBUILD}"
+            )
         if not size:
             return np.zeros(shape, dtype)
         if size >= MAPPED:
@@ -110,7 +145,9 @@ class Part:
             array = np.frombuffer(area, dtype).reshape(shape)
         else:
             array = np.frombuffer(path.read_bytes(), dtype).reshape(shape)
-        if (name not in BIG or size < MAPPED) and zlib.crc32(array.reshape(-1).view(np.uint8).data) != crc:
+        if (name not in BIG or size < MAPPED) and zlib.crc32(
+            array.reshape(-1).view(np.uint8).data
+        ) != crc:
             raise self.damaged(name)
         return array
 
@@ -136,7 +173,9 @@ class Part:
             raise self.damaged("names.utf8") from None
 
     def rows_named(self, names: Sequence[str], hashes: np.ndarray) -> np.ndarray:
-        """int64: the row of each name, -1 where there is none; of several the last. hashes: name_hash of each."""
+        """int64: the row of each name, -1 where there is none; of several the last. hashes:
+        name_hash of each.
+        """
         found = np.full(len(names), -1, np.int64)
         place = np.searchsorted(self._hashes, hashes)
         for i in np.flatnonzero(self._hashes[np.minimum(place, self.count - 1)] == hashes).tolist():

@@ -1,10 +1,11 @@
-"""Writing an index: one writer at a time, killed at any moment, and readers see the old index or the new one.
+"""Writing an index: one writer at a time, killed at any moment, and readers see the old index or
+the new one.
 
     with Writer(folder) as writer:
         writer.build(Batch(rows, names, ...), dim=64)       # or .add(batch), .delete(names), .compact()
 
-A change writes new files under names that nobody knows, brings them to the disk, and then replaces index.json. Files
-that it does not name are swept by the next writer.
+A change writes new files under names that nobody knows, brings them to the disk, and then replaces
+index.json. Files that it does not name are swept by the next writer.
 """
 
 from __future__ import annotations
@@ -27,23 +28,33 @@ from matryoshka.retrieval.hits import CHUNK, RetrievalError, check_rows, empty_b
 from matryoshka.retrieval.ivf import InvertedFile
 from matryoshka.retrieval.pipeline import Setting, default_setting
 from matryoshka.retrieval.scan import PrefixScan
-from matryoshka.retrieval.store import FORMAT, MANIFEST, OURS, Index, SomeNames, SomeRows, joined_classes, rows_of
+from matryoshka.retrieval.store import (
+    FORMAT,
+    MANIFEST,
+    OURS,
+    Index,
+    SomeNames,
+    SomeRows,
+    joined_classes,
+    rows_of,
+)
 from matryoshka.retrieval.store_part import PART, checked, name_hash, read_checked
 
 MOST_PARTS = 128  # a search goes through all of them, and a large one keeps ten files open
-# rows of a part from which on it has an inverted file: of 50,000 x 512 real ones a scan finds 0.996 of the exact ten at
-# 20,000 queries/s, 32 lists 0.957 at 37,000
+# rows of a part from which on it has an inverted file: of 50,000 x 512 real ones a scan finds 0.996
+# of the exact ten at 20,000 queries/s, 32 lists 0.957 at 37,000
 LISTED = 200_000
 LOCK = "writer.lock"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows to add. rows: float [n, D], any array or memory map; names: n different ones; labels: int64 [n].
+    """Rows to add. rows: float [n, D], any array or memory map; names: n different ones; labels:
+    int64 [n].
 
-    model, preprocessing: what embed wrote; model["weights_sha256"] must be the index's. classes: names by label.
-    data: about the data sets, as it is to be stored; origins: uint32 [n, 2], which of them a row comes from and the
-    number of its image there, default: the first, in its order.
+    model, preprocessing: what embed wrote; model["weights_sha256"] must be the index's. classes:
+    names by label. data: about the data sets, as it is to be stored; origins: uint32 [n, 2], which
+    of them a row comes from and the number of its image there, default: the first, in its order.
     """
 
     rows: np.ndarray
@@ -65,9 +76,15 @@ class Writer:
     def __enter__(self) -> Writer:
         try:
             if self.path.is_dir() and not (self.path / MANIFEST).exists():
-                foreign = [name for name in os.listdir(self.path) if name != LOCK and not OURS.fullmatch(name)]
+                foreign = [
+                    name
+                    for name in os.listdir(self.path)
+                    if name != LOCK and not OURS.fullmatch(name)
+                ]
                 if foreign:
-                    raise RetrievalError(f"{self.path}: has {foreign[0]}; an index needs a folder of its own")
+                    raise RetrievalError(
+                        f"{self.path}: has {foreign[0]}; an index needs a folder of its own"
+                    )
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
@@ -76,7 +93,9 @@ class Writer:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._lock)
-            raise RetrievalError(f"{self.path}: another process is changing it; wait for it") from None
+            raise RetrievalError(
+                f"{self.path}: another process is changing it; wait for it"
+            ) from None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,46 +103,73 @@ class Writer:
 
     # ---------------------------------------------------------------- changes
 
-    def build(self, batch: Batch, dim: int = 0, lists: int = 0, seed: int = 0, overwrite: bool = False) -> Index:
-        """A new index. dim: of the shortlist's codes, 0 for 64 or all; lists: of the inverted file, 0 for about
-        4 x sqrt(n) where there are LISTED rows or more. RetrievalError for an index, damaged or not, without
-        `overwrite`."""
+    def build(
+        self, batch: Batch, dim: int = 0, lists: int = 0, seed: int = 0, overwrite: bool = False
+    ) -> Index:
+        """A new index. dim: of the shortlist's codes, 0 for 64 or all; lists: of the inverted file,
+        0 for about 4 x sqrt(n) where there are LISTED rows or more. RetrievalError for an index,
+        damaged or not, without `overwrite`.
+        """
         self._check(batch)
         present = (self.path / MANIFEST).exists()
         if present and not overwrite:
-            raise RetrievalError(f"{self.path}: is an index already; `index add` adds to it, --overwrite replaces it")
+            raise RetrievalError(
+                f"{self.path}: is an index already; `index add` adds to it, --overwrite replaces it"
+            )
         columns = batch.rows.shape[1]
         dim = dim or min(64, columns)
         check_rows(batch.rows, dim, "embeddings")
         self._unique(batch.names)
-        with contextlib.suppress(RetrievalError):  # of a damaged index nothing is swept before there is another
+        with contextlib.suppress(
+            RetrievalError
+        ):  # of a damaged index nothing is swept before there is another
             self._sweep(read_checked(self.path / MANIFEST) if present else {})
         part = self._write_part(batch, dim, lists, seed)
         setting = default_setting(columns, dim)
         about = {
-            "format": FORMAT, "columns": columns, "dim": dim, "lists": lists, "seed": seed, "model": dict(batch.model),
-            "preprocessing": dict(batch.preprocessing), "setting": asdict(setting), "certificate": None,
-        }  # fmt: skip
+            "format": FORMAT,
+            "columns": columns,
+            "dim": dim,
+            "lists": lists,
+            "seed": seed,
+            "model": dict(batch.model),
+            "preprocessing": dict(batch.preprocessing),
+            "setting": asdict(setting),
+            "certificate": None,
+        }
         return self._publish(about, [part], None)
 
     def add(self, batch: Batch, replace: bool = False) -> Index:
-        """replace: rows that have a name already are deleted in the same step. RetrievalError for such a name without
-        it, for another model, another width, and beyond MOST_PARTS; nothing is changed then."""
+        """replace: rows that have a name already are deleted in the same step. RetrievalError for
+        such a name without it, for another model, another width, and beyond MOST_PARTS; nothing is
+        changed then.
+        """
         index = self._opened()
         if len(index.parts) >= MOST_PARTS:
             many = f"has {len(index.parts)} parts"
-            raise RetrievalError(f"{self.path}: {many}; `matryoshka index compact` makes one of them, then add again")
+            raise RetrievalError(
+                f"{self.path}: {many}; `matryoshka index compact` makes one of them, then add again"
+            )
         self._check(batch)
         index.check_model(batch.model["weights_sha256"], "the embeddings")
         prepared = json.loads(json.dumps(batch.preprocessing))
         if prepared != index.preprocessing:
-            keys = [k for k in {**index.preprocessing, **prepared} if index.preprocessing.get(k) != prepared.get(k)]
-            what = ", ".join(f"{k} {index.preprocessing.get(k)} there, {prepared.get(k)} here" for k in keys)
+            keys = [
+                k
+                for k in {**index.preprocessing, **prepared}
+                if index.preprocessing.get(k) != prepared.get(k)
+            ]
+            what = ", ".join(
+                f"{k} {index.preprocessing.get(k)} there, {prepared.get(k)} here" for k in keys
+            )
             raise RetrievalError(
-                f"{self.path}: its images were prepared otherwise ({what}); embed these in the same way"
+                f"{self.path}: its images were prepared otherwise ({what}); embed these in the "
+                "same way"
             )
         if batch.rows.shape[1] != index.columns:
-            raise RetrievalError(f"{self.path}: has {index.columns} dimensions, the embeddings {batch.rows.shape[1]}")
+            raise RetrievalError(
+                f"{self.path}: has {index.columns} dimensions, the embeddings {batch.rows.shape[1]}"
+            )
         self._unique(batch.names)
         there = index.find(batch.names)
         if (there >= 0).any() and not replace:
@@ -131,7 +177,8 @@ class Writer:
             more = (there >= 0).sum() - 1
             others = f", and {more} more of these names" if more else ""
             raise RetrievalError(
-                f"{self.path}: has {first!r} already{others}; --replace replaces them, --prefix gives others"
+                f"{self.path}: has {first!r} already{others}; --replace replaces them, --prefix "
+                "gives others"
             )
         about, bits = index.about, _longer(index.deleted, index.total + len(batch.rows))
         del index  # its files are closed before those of the next one are opened
@@ -140,61 +187,87 @@ class Writer:
         return self._publish(about, [*about["parts"], part], bits)
 
     def delete(self, names: Sequence[str], missing_ok: bool = False) -> Index:
-        """RetrievalError for a name that the index does not have, without `missing_ok`; nothing is changed then."""
+        """RetrievalError for a name that the index does not have, without `missing_ok`; nothing is
+        changed then.
+        """
         index = self._opened()
         rows = index.find(names)
         if (rows < 0).any() and not missing_ok:
             first = names[int((rows < 0).argmax())]
             more = (rows < 0).sum() - 1
             others = f", nor {more} more of these names" if more else ""
-            raise RetrievalError(f"{self.path}: has no row {first!r}{others}; --missing-ok passes over them")
+            raise RetrievalError(
+                f"{self.path}: has no row {first!r}{others}; --missing-ok passes over them"
+            )
         about, bits = index.about, index.deleted.copy()
         del index
         set_bits(bits, rows[rows >= 0])
         return self._publish(about, about["parts"], bits)
 
     def compact(self) -> Index:
-        """One part of all rows that are not deleted. Row numbers change; room for a second copy is needed.
-        RetrievalError for damage, which a new part would hide."""
+        """One part of all rows that are not deleted. Row numbers change; room for a second copy is
+        needed. RetrievalError for damage, which a new part would hide.
+        """
         index = self._opened()
         if not len(index):
-            raise RetrievalError(f"{self.path}: all rows are deleted; add some, or remove the folder")
+            raise RetrievalError(
+                f"{self.path}: all rows are deleted; add some, or remove the folder"
+            )
         index.verify()
         live = np.flatnonzero(~index.is_deleted(np.arange(index.total)))
         classes, labels = joined_classes(index, live)
         rows: Any = SomeRows(index, live)
         sources = [source for part in index.parts for source in part.data]
         before = np.cumsum([0, *(len(part.data) for part in index.parts)])
-        origins = [part.origins + np.array([n, 0], np.uint32) for part, n in zip(index.parts, before, strict=False)]
+        origins = [
+            part.origins + np.array([n, 0], np.uint32)
+            for part, n in zip(index.parts, before, strict=False)
+        ]
         batch = Batch(
-            rows, SomeNames(index, live), labels, index.model, index.preprocessing, classes,
-            sources, np.concatenate(origins)[live],
-        )  # fmt: skip
+            rows,
+            SomeNames(index, live),
+            labels,
+            index.model,
+            index.preprocessing,
+            classes,
+            sources,
+            np.concatenate(origins)[live],
+        )
         about = index.about
         part = self._write_part(batch, about["dim"], about["lists"], about["seed"])
         del index, batch, rows
         return self._publish(about, [part], None)
 
     def choose(
-        self, setting: Setting, certificate: Mapping[str, Any] | None, measured: Mapping[str, Any] | None = None
+        self,
+        setting: Setting,
+        certificate: Mapping[str, Any] | None,
+        measured: Mapping[str, Any] | None = None,
     ) -> Index:
-        """Makes `setting` the default of searches, with what is known of its recall. measured: `Index.about` of the
-        index that this was measured on. RetrievalError where that had other rows or codes, and for a setting that the
-        index cannot search."""
+        """Makes `setting` the default of searches, with what is known of its recall. measured:
+        `Index.about` of the index that this was measured on. RetrievalError where that had other
+        rows or codes, and for a setting that the index cannot search.
+        """
         index = self._opened()
         about, bits = index.about, index.deleted
         if measured is not None and _searched(measured) != _searched(about):
-            raise RetrievalError(f"{self.path}: has changed since it was measured; start the sweep again")
+            raise RetrievalError(
+                f"{self.path}: has changed since it was measured; start the sweep again"
+            )
         index.check_setting(setting)
         if certificate is not None:
             certificate = {**certificate, "rows": len(index), "rows_of": rows_of(about)}
         del index
-        return self._publish(about | {"setting": asdict(setting), "certificate": certificate}, about["parts"], bits)
+        return self._publish(
+            about | {"setting": asdict(setting), "certificate": certificate}, about["parts"], bits
+        )
 
     # ---------------------------------------------------------------- files
 
     def _opened(self) -> Index:
-        """The index, without what it does not name: of writers that were killed, or from before a change."""
+        """The index, without what it does not name: of writers that were killed, or from before a
+        change.
+        """
         index = Index(self.path, self.num_threads)
         self._sweep(index.about)
         return index
@@ -207,20 +280,27 @@ class Writer:
         labels = batch.labels
         if len(batch.names) != n or labels.shape != (n,) or labels.dtype.kind not in "iu":
             what = f"{len(batch.names)} names, labels {labels.dtype} {list(labels.shape)}"
-            raise RetrievalError(f"embeddings: {n} rows, {what}; give each a name and a whole number")
+            raise RetrievalError(
+                f"embeddings: {n} rows, {what}; give each a name and a whole number"
+            )
         where = batch.origins
         if where is not None and (
-            where.shape != (n, 2) or not 0 <= where[:, 0].min() <= where[:, 0].max() < len(batch.data)
+            where.shape != (n, 2)
+            or not 0 <= where[:, 0].min() <= where[:, 0].max() < len(batch.data)
         ):
             raise RetrievalError(
-                f"embeddings: origins {list(where.shape)} are not [{n}, 2] of {len(batch.data)} data sets"
+                f"embeddings: origins {list(where.shape)} are not [{n}, 2] of {len(batch.data)} "
+                "data sets"
             )
 
     def _unique(self, names: Sequence[str]) -> None:
         seen: set[str] = set()
         for name in names:
             if name in seen:
-                raise RetrievalError(f"embeddings: the name {name!r} occurs twice; rows are told apart by their names")
+                raise RetrievalError(
+                    f"embeddings: the name {name!r} occurs twice; rows are told apart by their "
+                    "names"
+                )
             seen.add(name)
 
     def _write_part(self, batch: Batch, dim: int, lists: int, seed: int) -> str:
@@ -228,18 +308,26 @@ class Writer:
         n, columns = len(batch.rows), batch.rows.shape[1]
         needed, free = n * (2 * columns + dim + 64), shutil.disk_usage(self.path).free
         if needed > free:
-            raise RetrievalError(f"{self.path}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
+            raise RetrievalError(
+                f"{self.path}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there"
+            )
         name = f"part-{secrets.token_hex(4)}"
         folder = self.path / name
         try:
             folder.mkdir()
             files = _Files(folder)
             files.write("rows.f16", (half(batch.rows[i : i + CHUNK]) for i in range(0, n, CHUNK)))
-            rows = np.memmap(folder / "rows.f16", np.float16, "r", shape=(n, columns)).view(np.ndarray)
+            rows = np.memmap(folder / "rows.f16", np.float16, "r", shape=(n, columns)).view(
+                np.ndarray
+            )
             if n >= LISTED or lists:
                 made = InvertedFile.build(rows, dim, lists, seed, self.num_threads)
                 files.array("centroids.f32", made.centres.astype(np.float32))
-                for key, array in (("starts.i64", made.starts), ("sizes.i32", made.sizes), ("slots.u32", made.ids)):
+                for key, array in (
+                    ("starts.i64", made.starts),
+                    ("sizes.i32", made.sizes),
+                    ("slots.u32", made.ids),
+                ):
                     files.array(key, array)
                 count = len(made.starts)
             else:
@@ -253,18 +341,27 @@ class Writer:
                 origins = np.stack([np.zeros(n, np.uint32), np.arange(n, dtype=np.uint32)], 1)
             files.array("origins.u32", np.ascontiguousarray(origins, np.uint32))
             _write_names(files, batch.names)
-            about = {"rows": n, "lists": count, "files": files.written, "classes": batch.classes,
-                     "data": [dict(source) for source in batch.data] or [{}]}  # fmt: skip
+            about = {
+                "rows": n,
+                "lists": count,
+                "files": files.written,
+                "classes": batch.classes,
+                "data": [dict(source) for source in batch.data] or [{}],
+            }
             _durable(folder / PART, checked(about))
             _sync_folder(folder)
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
-                raise RetrievalError(f"{folder}: {error.strerror}; the index is as it was") from None
+                raise RetrievalError(
+                    f"{folder}: {error.strerror}; the index is as it was"
+                ) from None
             raise
         return name
 
-    def _publish(self, about: Mapping[str, Any], parts: Sequence[str], deleted: np.ndarray | None) -> Index:
+    def _publish(
+        self, about: Mapping[str, Any], parts: Sequence[str], deleted: np.ndarray | None
+    ) -> Index:
         entry, state = None, "the index is as it was"
         try:
             if not (self.path / MANIFEST).exists():
@@ -286,10 +383,14 @@ class Writer:
             return self._opened()
         except (OSError, RetrievalError, MemoryError) as error:
             reason = str(error) or type(error).__name__
-            raise RetrievalError(f"{self.path}: the index has changed, but cannot be opened now: {reason}") from None
+            raise RetrievalError(
+                f"{self.path}: the index has changed, but cannot be opened now: {reason}"
+            ) from None
 
     def _sweep(self, about: Mapping[str, Any]) -> None:
-        """Removes what an index that says this does not name; nothing of other names than a writer gives."""
+        """Removes what an index that says this does not name; nothing of other names than a writer
+        gives.
+        """
         entry = about.get("deleted")
         named = {*about.get("parts", ()), *([entry["file"]] if entry else [])}
         for file in self.path.iterdir():
@@ -344,8 +445,10 @@ def _write_names(files: _Files, names: Sequence[str]) -> None:
 
 
 def half(rows: np.ndarray) -> np.ndarray:
-    """float16, each row times the power of two that brings its largest number to 256 .. 512: nothing overflows, and
-    what the row has is not rounded but to float16's 11 bits. Rows with NaN or infinity become NaN."""
+    """float16, each row times the power of two that brings its largest number to 256 .. 512:
+    nothing overflows, and what the row has is not rounded but to float16's 11 bits. Rows with NaN
+    or infinity become NaN.
+    """
     rows = np.asarray(rows, np.float32)
     with np.errstate(all="ignore"):
         largest = np.abs(rows).max(1)
@@ -382,10 +485,14 @@ def _sync_folder(path: Path) -> None:
 
 
 def _sync_parents(path: Path) -> None:
-    """The names of a folder and of those above: a writer may have made them, also one that was killed since."""
+    """The names of a folder and of those above: a writer may have made them, also one that was
+    killed since.
+    """
     path = path.resolve()
     for folder in path.parents:
         if os.stat(folder).st_dev != os.stat(path).st_dev:  # a mount: what is above was there
             break
-        with contextlib.suppress(PermissionError):  # nobody makes folders in one that he may not read
+        with contextlib.suppress(
+            PermissionError
+        ):  # nobody makes folders in one that he may not read
             _sync_folder(folder)

@@ -1,4 +1,6 @@
-"""Which of many searches is the fastest of those whose recall is certain: settings to try, frontier, certificate."""
+"""Which of many searches is the fastest of those whose recall is certain: settings to try,
+frontier, certificate.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,24 @@ from matryoshka.retrieval.metrics import RecallSummary, recall_against_exact, su
 from matryoshka.retrieval.pipeline import HEAD, Setting
 from matryoshka.retrieval.rerank import Stage
 
-PREFIXES = (16, 32, 64, 128)  # of int8 shortlists: 0.89, 0.976, 0.997, 1.0 of the exact ten are in their first 200
+PREFIXES = (
+    16,
+    32,
+    64,
+    128,
+)  # of int8 shortlists: 0.89, 0.976, 0.997, 1.0 of the exact ten are in their first 200
 BITS = (64, 128, 256, 512)
 LENGTHS = (50, 100, 200, 400, 800)
 PROBES = (4, 8, 16, 32, 64, 128)
-LARGE = 200_000  # rows from which on an inverted file is built for one prefix only: k-means takes a minute
+# rows from which on an inverted file is built for one prefix only: k-means takes a minute
+LARGE = 200_000
 
 
 @dataclass(frozen=True)
 class Measured:
-    """recall: of the exact neighbours, with bounds that hold for all settings of a sweep together. rate: queries per
-    second of each turn, in batches of `batch`."""
+    """recall: of the exact neighbours, with bounds that hold for all settings of a sweep together.
+    rate: queries per second of each turn, in batches of `batch`.
+    """
 
     setting: Setting
     recall: RecallSummary
@@ -39,7 +48,9 @@ class Measured:
 def grid(
     indexes: Sequence[str], columns: int, rows: int, neighbours: int = 10, dims: Sequence[int] = ()
 ) -> list[Setting]:
-    """Settings worth a try for `rows` x `columns`. dims: prefixes of the shortlists, default: by the index."""
+    """Settings worth a try for `rows` x `columns`. dims: prefixes of the shortlists, default: by
+    the index.
+    """
     found: list[Setting] = []
     for index in indexes:
         if index == "exact":
@@ -51,9 +62,13 @@ def grid(
         usable = [d for d in chosen if d <= columns and (index != "binary" or d % 64 == 0)]
         if not usable and index != "binary":
             usable = [columns]
-        lists = 2 ** round(math.log2(4 * math.sqrt(rows)))  # of an InvertedFile; more are all of them once more
+        lists = 2 ** round(
+            math.log2(4 * math.sqrt(rows))
+        )  # of an InvertedFile; more are all of them once more
         probes = tuple(p for p in PROBES if p <= lists) or (lists,)
-        efforts = probes if index == "ivf" else tuple(4 * p for p in PROBES) if index == "hnsw" else (1,)
+        efforts = (
+            probes if index == "ivf" else tuple(4 * p for p in PROBES) if index == "hnsw" else (1,)
+        )
         lengths = (*LENGTHS[2:], 1600) if index == "binary" else LENGTHS
         for dim in usable:
             for k in sorted({max(neighbours, min(k, rows)) for k in lengths}):
@@ -62,13 +77,19 @@ def grid(
     return list(dict.fromkeys(found))
 
 
-def _stages(index: str, dim: int, k: int, columns: int, neighbours: int) -> Iterator[tuple[Stage, ...]]:
+def _stages(
+    index: str, dim: int, k: int, columns: int, neighbours: int
+) -> Iterator[tuple[Stage, ...]]:
     """To the whole width at once; by a middle prefix; for bits, whose order is rough, by two."""
     last = Stage(columns, neighbours)
     yield (last,)
     middle = 2 ** int(math.log2(min(HEAD, max(columns // 2, 1))))
     for keep in (25, 40):
-        if (index == "binary" or middle > dim) and 4 * neighbours <= 4 * keep < 4 * k and middle < columns:
+        if (
+            (index == "binary" or middle > dim)
+            and 4 * neighbours <= 4 * keep < 4 * k
+            and middle < columns
+        ):
             yield Stage(middle, keep), last
             if index == "binary" and middle > 64 and k >= 400:
                 yield Stage(64, 120), Stage(middle, keep), last
@@ -82,8 +103,10 @@ def measure(
     batch: int,
     tried: int,
 ) -> Iterator[Measured]:
-    """Each setting over all queries. search: (queries, setting) -> ids; truth: int64 [Q, n], exact neighbours.
-    tried: how many settings there are in all; recall bounds hold for all of them together (Bonferroni)."""
+    """Each setting over all queries. search: (queries, setting) -> ids; truth: int64 [Q, n], exact
+    neighbours. tried: how many settings there are in all; recall bounds hold for all of them
+    together (Bonferroni).
+    """
     for setting in settings:
         search(queries[: min(batch, len(queries))], setting)  # builds, warms up
         found, rates = [], []
@@ -92,7 +115,9 @@ def measure(
             found.append(search(queries[first : first + batch], setting))
             rates.append(len(found[-1]) / (time.perf_counter() - started))
         recall = recall_against_exact(np.concatenate(found), truth)
-        yield Measured(setting, summarise_recall(recall, truth.shape[1], bonferroni=tried), tuple(rates), batch)
+        yield Measured(
+            setting, summarise_recall(recall, truth.shape[1], bonferroni=tried), tuple(rates), batch
+        )
 
 
 def frontier(measured: Iterable[Measured]) -> list[Measured]:

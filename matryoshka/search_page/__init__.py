@@ -1,4 +1,5 @@
-"""A page on which an index is tried: neighbours of a picture at every prefix, side by side, beside the fast search.
+"""A page on which an index is tried: neighbours of a picture at every prefix, side by side, beside
+the fast search.
 
 comparison.py  one query: exact at each prefix, and the index's fast search
 pictures.py    uploads and pictures of data sets, decoded and checked

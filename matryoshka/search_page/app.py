@@ -1,4 +1,5 @@
-"""The service over HTTP. Made for loopback, where every page that a browser has open can send requests, too.
+"""The service over HTTP. Made for loopback, where every page that a browser has open can send
+requests, too.
 
     GET /  /static/NAME              the page, from this package alone
     GET /api/index                   what there is
@@ -41,10 +42,14 @@ UPLOADS, WORKERS = 4, 4  # at once; of uploads more are turned away, of the rest
 PATIENCE = 30.0  # seconds for an upload
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "[::1]"))
 STATIC = {
-    "page.html": "text/html", "style.css": "text/css", "behaviour.js": "text/javascript", "icon.svg": "image/svg+xml",
-}  # fmt: skip
+    "page.html": "text/html",
+    "style.css": "text/css",
+    "behaviour.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
+}
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src "
+    "'self' blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -58,11 +63,18 @@ log = logging.getLogger(__name__)
 
 
 def make_app(
-    service: Service, hosts: Collection[str] = (), any_address: bool = False, max_upload: int = MAX_UPLOAD
+    service: Service,
+    hosts: Collection[str] = (),
+    any_address: bool = False,
+    max_upload: int = MAX_UPLOAD,
 ) -> Guard:
-    """An ASGI application. hosts: names, besides those of loopback, under which the page may be asked for;
-    any_address: also under every IP address, which unlike a name nobody can make point here. max_upload: bytes."""
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)  # the documentation's pages would load from a CDN
+    """An ASGI application. hosts: names, besides those of loopback, under which the page may be
+    asked for; any_address: also under every IP address, which unlike a name nobody can make point
+    here. max_upload: bytes.
+    """
+    app = FastAPI(
+        openapi_url=None, docs_url=None, redoc_url=None
+    )  # the documentation's pages would load from a CDN
     here = Path(__file__).parent
     files = {name: (here / name).read_bytes() for name in STATIC}
     working, showing = CapacityLimiter(WORKERS), CapacityLimiter(WORKERS)
@@ -112,7 +124,9 @@ def make_app(
         nprobe: int | None = None,
         rerank: int | None = None,
     ) -> JSONResponse:
-        return JSONResponse(await work(service.neighbours, row, query, choice(shortlist, nprobe, rerank)))
+        return JSONResponse(
+            await work(service.neighbours, row, query, choice(shortlist, nprobe, rerank))
+        )
 
     @app.get("/api/adaptive")
     async def adaptive(
@@ -122,7 +136,9 @@ def make_app(
         nprobe: int | None = None,
         rerank: int | None = None,
     ) -> JSONResponse:
-        return JSONResponse(await work(service.adaptive, row, query, choice(shortlist, nprobe, rerank)))
+        return JSONResponse(
+            await work(service.adaptive, row, query, choice(shortlist, nprobe, rerank))
+        )
 
     @app.get("/image/{row}")
     async def image(row: int, size: int = 160, version: str | None = None) -> Response:
@@ -136,7 +152,10 @@ def make_app(
     handlers: dict[type[Exception], Callable[[Exception], tuple[int, str]]] = {
         Refusal: lambda error: (getattr(error, "status", 400), str(error)),
         RequestValidationError: lambda error: (400, _first(error)),
-        StarletteHTTPException: lambda error: (getattr(error, "status_code", 500), str(getattr(error, "detail", ""))),
+        StarletteHTTPException: lambda error: (
+            getattr(error, "status_code", 500),
+            str(getattr(error, "detail", "")),
+        ),
         RetrievalError: _damaged,
         Exception: lambda _: (500, OWN_FAULT),  # goes to the log as well
     }
@@ -183,16 +202,22 @@ def _damaged(error: Exception) -> tuple[int, str]:
     return 500, OWN_FAULT
 
 
-async def _answer(say: Callable[[Exception], tuple[int, str]], _: Request, error: Exception) -> JSONResponse:
+async def _answer(
+    say: Callable[[Exception], tuple[int, str]], _: Request, error: Exception
+) -> JSONResponse:
     status, message = say(error)
     return JSONResponse({"error": message}, status, {"Cache-Control": "no-store"})
 
 
 class Guard:
-    """Lets pass what a browser sends for this page alone: by its Host (a foreign name that was made to point here
-    would be another), and by where the request comes from. Puts HEADERS on every answer."""
+    """Lets pass what a browser sends for this page alone: by its Host (a foreign name that was made
+    to point here would be another), and by where the request comes from. Puts HEADERS on every
+    answer.
+    """
 
-    def __init__(self, app: Callable[..., Awaitable[None]], hosts: frozenset[str], any_address: bool) -> None:
+    def __init__(
+        self, app: Callable[..., Awaitable[None]], hosts: frozenset[str], any_address: bool
+    ) -> None:
         self._app, self._hosts, self._any_address = app, hosts, any_address
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:

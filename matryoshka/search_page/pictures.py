@@ -1,7 +1,8 @@
-"""Pictures from outside: what a browser sends, and those of the data sets that an index was made of.
+"""Pictures from outside: what a browser sends, and those of the data sets that an index was made
+of.
 
-Both are decoded by the checked decoder, and only pixels go further. Of a data set only images that it has itself are
-read, by their number, and only if they still have the name that the index knows.
+Both are decoded by the checked decoder, and only pixels go further. Of a data set only images that
+it has itself are read, by their number, and only if they still have the name that the index knows.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ MAX_PIXELS = 50_000_000  # of an upload: 150 MB of RGB
 MAX_FILE = 256 << 20  # bytes of a data set's file
 SIZES = 16, 640  # pixels of the longer side of what is sent
 QUALITY = 85
-RETRY = 5.0  # seconds until a data set that was refused is looked for again: it may have been mounted since
+# seconds until a data set that was refused is looked for again: it may have been mounted since
+RETRY = 5.0
 
 
 class Refusal(ValueError):
-    """What somebody asks for and does not get. status: of HTTP; the message names nothing of this machine."""
+    """What somebody asks for and does not get. status: of HTTP; the message names nothing of this
+    machine.
+    """
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -39,17 +43,25 @@ class Refusal(ValueError):
 
 
 def read_upload(data: bytes) -> np.ndarray:
-    """uint8 [H, W, 3] of an image file, as it was stored: EXIF orientations are not applied, as nowhere in the data
-    path. Refusal."""
+    """uint8 [H, W, 3] of an image file, as it was stored: EXIF orientations are not applied, as
+    nowhere in the data path. Refusal.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=UPLOADS) as image:  # reads the header only
             width, height = image.size
     except Image.DecompressionBombError:
-        raise Refusal(400, f"the picture has more than {MAX_PIXELS // 10**6} million pixels") from None
+        raise Refusal(
+            400, f"the picture has more than {MAX_PIXELS // 10**6} million pixels"
+        ) from None
     except Exception:  # a hostile file makes Pillow raise nearly anything
-        raise Refusal(415, "this is not a JPEG, PNG, WebP, GIF or BMP picture; convert it to one of these") from None
+        raise Refusal(
+            415, "this is not a JPEG, PNG, WebP, GIF or BMP picture; convert it to one of these"
+        ) from None
     if width * height > MAX_PIXELS:
-        raise Refusal(400, f"the picture has {width} x {height} pixels, more than {MAX_PIXELS // 10**6} million")
+        raise Refusal(
+            400,
+            f"the picture has {width} x {height} pixels, more than {MAX_PIXELS // 10**6} million",
+        )
     try:
         return decode_image(data).pixels
     except ValueError:
@@ -59,8 +71,9 @@ def read_upload(data: bytes) -> np.ndarray:
 class Pictures:
     """The data sets of an index, opened once each where they can be.
 
-    replaced: where data sets lie now, by the path that the index has. fingerprint: of a data set, as its embeddings'
-    meta.json has it: an image of a .beton is known by its number, which tells nothing of another file.
+    replaced: where data sets lie now, by the path that the index has. fingerprint: of a data set,
+    as its embeddings' meta.json has it: an image of a .beton is known by its number, which tells
+    nothing of another file.
     """
 
     def __init__(
@@ -103,7 +116,10 @@ class Pictures:
                 if fingerprint and self._fingerprint:
                     same = self._fingerprint(data) == fingerprint
                 elif not _names(data):  # any file has a number 7
-                    raise Refusal(404, "the index cannot tell this data set from others: no fingerprint, no names")
+                    raise Refusal(
+                        404,
+                        "the index cannot tell this data set from others: no fingerprint, no names",
+                    )
         except (BetonError, OSError):
             gone = "cannot be read" if os.path.exists(place) else "is not there any more"
             raise Refusal(404, f"the data set {gone}") from None
@@ -112,8 +128,9 @@ class Pictures:
         return data
 
     def pixels(self, about: Mapping[str, Any], number: int, name: str) -> np.ndarray:
-        """uint8 [H, W, 3] of an image by its number; name: what the index calls it, with or without a text before.
-        Refusal."""
+        """uint8 [H, W, 3] of an image by its number; name: what the index calls it, with or without
+        a text before. Refusal.
+        """
         data = self.open(about)
         if not 0 <= number < len(data) or not name.endswith(_name(data, number)):
             raise Refusal(404, "the data set has changed since the index was made")
@@ -157,7 +174,9 @@ def _names(data: BetonFile) -> list[str] | None:
 
 
 def _read_inside(root: Path, name: str) -> bytes:
-    """A regular file that lies in `root`, wherever links may lead. Refusal for one outside, OSError."""
+    """A regular file that lies in `root`, wherever links may lead. Refusal for one outside,
+    OSError.
+    """
     inside = root.resolve(strict=True)
     file = (root / name).resolve(strict=True)
     if not file.is_relative_to(inside):

@@ -1,4 +1,6 @@
-"""What the page asks for, without HTTP: an index that may change meanwhile, a model, and what was asked before."""
+"""What the page asks for, without HTTP: an index that may change meanwhile, a model, and what was
+asked before.
+"""
 
 from __future__ import annotations
 
@@ -57,17 +59,23 @@ class Recent(Generic[T]):
 class Service:
     """Answers for any number of threads. Every method raises Refusal.
 
-    encode: uint8 pixels [H, W, 3] of any size -> float [W], the embedding, by the model of these weights
-    (embeddings.trunk_sha256). RetrievalError for an index of another model.
+    encode: uint8 pixels [H, W, 3] of any size -> float [W], the embedding, by the model of these
+    weights (embeddings.trunk_sha256). RetrievalError for an index of another model.
     """
 
     def __init__(
-        self, index: Index, encode: Callable[[np.ndarray], np.ndarray], weights_sha256: str, pictures: Pictures
+        self,
+        index: Index,
+        encode: Callable[[np.ndarray], np.ndarray],
+        weights_sha256: str,
+        pictures: Pictures,
     ) -> None:
         self._encode, self._weights, self._pictures = encode, weights_sha256, pictures
         self._opened = self._use(index)
         self._queries, self._truths = Recent[np.ndarray](QUERIES), Recent[list[Column]](TRUTHS)
-        self._opening, self._keeping, self._searching, self._encoding = (threading.Lock() for _ in range(4))
+        self._opening, self._keeping, self._searching, self._encoding = (
+            threading.Lock() for _ in range(4)
+        )
 
     def _use(self, index: Index) -> Opened:
         index.check_model(self._weights, "the model")
@@ -86,7 +94,9 @@ class Service:
                     self._opened = self._use(Index(opened.index.path, opened.index.num_threads))
                 except RetrievalError as error:
                     log.error("%s", error)
-                    raise Refusal(503, "the index has changed and cannot be used; the server says why") from None
+                    raise Refusal(
+                        503, "the index has changed and cannot be used; the server says why"
+                    ) from None
             return self._opened
 
     def about(self) -> dict[str, Any]:
@@ -105,17 +115,25 @@ class Service:
             "model": {key: printable(str(index.model.get(key) or "")) for key in ("arch", "head")},
             "setting": str(comparison.setting(own)),
             "certificate": _recall(index),
-            "shortlist": {"dim": index.dim, "low": NEIGHBOURS, "high": comparison.longest, "default": own.shortlist},
+            "shortlist": {
+                "dim": index.dim,
+                "low": NEIGHBOURS,
+                "high": comparison.longest,
+                "default": own.shortlist,
+            },
             "nprobe": {"high": comparison.lists, "default": own.nprobe},
             "rerank": {"dims": comparison.rerank_dims, "default": own.rerank},
             "pictures": None in self.places(index).values(),
         }
 
     def places(self, index: Index | None = None) -> dict[str, str | None]:
-        """Where each of the index's data sets is looked for, and why there are no pictures of it: None where there are.
-        Parts that were added or compacted may name the same one."""
+        """Where each of the index's data sets is looked for, and why there are no pictures of it:
+        None where there are. Parts that were added or compacted may name the same one.
+        """
         found = dict[str, str | None]()
-        for source in (source for part in (index or self._opened.index).parts for source in part.data):
+        for source in (
+            source for part in (index or self._opened.index).parts for source in part.data
+        ):
             try:
                 self._pictures.open(source)
                 found[self._pictures.place(source)] = None
@@ -141,15 +159,23 @@ class Service:
             self._queries.put(key, vector)
         return key
 
-    def neighbours(self, row: int | None, query: str | None, choice: Choice | None) -> dict[str, Any]:
-        """Of a row, or of a query by its key: exact ones at each prefix, and those of the fast search."""
+    def neighbours(
+        self, row: int | None, query: str | None, choice: Choice | None
+    ) -> dict[str, Any]:
+        """Of a row, or of a query by its key: exact ones at each prefix, and those of the fast
+        search.
+        """
         opened = self.current()
         vector, truth = self._truth(opened, row, query)
         widest = truth[-1]
         return {
             "query": self._shown(opened.index, row) if row is not None else {},
             "columns": [
-                {"dim": column.dim, "ms": _ms(column.seconds), **self._hits(opened.index, column, widest)}
+                {
+                    "dim": column.dim,
+                    "ms": _ms(column.seconds),
+                    **self._hits(opened.index, column, widest),
+                }
                 for column in truth
             ],
             **self._adaptive(opened, vector, truth, row, choice),
@@ -171,7 +197,12 @@ class Service:
         return self._pictures.jpeg(source, number, index.name(row), size)
 
     def _adaptive(
-        self, opened: Opened, vector: np.ndarray, truth: list[Column], row: int | None, choice: Choice | None
+        self,
+        opened: Opened,
+        vector: np.ndarray,
+        truth: list[Column],
+        row: int | None,
+        choice: Choice | None,
     ) -> dict[str, Any]:
         index, comparison, version = opened
         choice = comparison.clipped(choice or comparison.default)
@@ -191,7 +222,9 @@ class Service:
             },
         }
 
-    def _truth(self, opened: Opened, row: int | None, query: str | None) -> tuple[np.ndarray, list[Column]]:
+    def _truth(
+        self, opened: Opened, row: int | None, query: str | None
+    ) -> tuple[np.ndarray, list[Column]]:
         """(float32 [D], exact columns): a row does not find itself."""
         index, comparison, version = opened
         if (row is None) == (query is None):
@@ -232,7 +265,9 @@ class Service:
         return {
             "row": row,
             "name": printable(index.name(row)),
-            "class": None if name is None else printable(name_of(name) if WNID.fullmatch(name) else name),
+            "class": None
+            if name is None
+            else printable(name_of(name) if WNID.fullmatch(name) else name),
         }
 
 

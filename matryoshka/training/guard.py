@@ -1,7 +1,9 @@
-"""Steps whose gradient is not finite: skipped on the device, without waiting for it; many in a row are told.
+"""Steps whose gradient is not finite: skipped on the device, without waiting for it; many in a row
+are told.
 
-The same decision on every rank: it is made from the norm of the gradients after they were averaged. Running
-statistics of batch norm that are not finite, which the optimizer does not protect, go back to the last that were.
+The same decision on every rank: it is made from the norm of the gradients after they were averaged.
+Running statistics of batch norm that are not finite, which the optimizer does not protect, go back
+to the last that were.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from torch import Tensor, nn
 
 
 class Report(NamedTuple):
-    """One step's numbers, on the host. row: steps skipped in a row, this one included, 0 where it was done."""
+    """One step's numbers, on the host. row: steps skipped in a row, this one included, 0 where it
+    was done.
+    """
 
     step: int
     loss: float
@@ -26,8 +30,8 @@ class Report(NamedTuple):
 class Guard:
     """One for a run, made when the model is on its device.
 
-    clip: the largest norm of a step's gradients; 0 for any. lag: steps after which a report reaches the host
-    (0 on a CPU: it is there at once).
+    clip: the largest norm of a step's gradients; 0 for any. lag: steps after which a report reaches
+    the host (0 on a CPU: it is there at once).
     """
 
     def __init__(self, model: nn.Module, device: torch.device, clip: float = 0.0) -> None:
@@ -47,7 +51,9 @@ class Guard:
 
     @torch.no_grad()
     def before_step(self) -> tuple[Tensor, Tensor]:
-        """(norm of the gradients, whether the step must be skipped as 0-d bool); clips them. After backward."""
+        """(norm of the gradients, whether the step must be skipped as 0-d bool); clips them. After
+        backward.
+        """
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.clip:

@@ -31,33 +31,47 @@ class ResolutionConfig:
 class DataConfig:
     """Section `data`."""
 
-    train_dataset: str | None = field(default=None, metadata={"help": ".beton/.ffcv file or image folder"})
-    val_dataset: str | None = field(default=None, metadata={"help": ".beton/.ffcv file or image folder"})
-    loader: str = field(
-        default="native", metadata={"help": "ffcv: FFCV's own loader, for comparison", "choices": ("native", "ffcv")}
+    train_dataset: str | None = field(
+        default=None, metadata={"help": ".beton/.ffcv file or image folder"}
     )
-    num_workers: int = field(default=0, metadata={"help": "decoding threads per process; 0: all cores, shared fairly"})
+    val_dataset: str | None = field(
+        default=None, metadata={"help": ".beton/.ffcv file or image folder"}
+    )
+    loader: str = field(
+        default="native",
+        metadata={"help": "ffcv: FFCV's own loader, for comparison", "choices": ("native", "ffcv")},
+    )
+    num_workers: int = field(
+        default=0, metadata={"help": "decoding threads per process; 0: all cores, shared fairly"}
+    )
     in_memory: bool = field(
         default=True,
-        metadata={"help": "1: read the training file into the page cache first; 0: read through a bounded buffer"},
+        metadata={
+            "help": "1: read the training file into the page cache first; 0: read through a "
+            "bounded buffer"
+        },
     )
     order: str = field(
         default="auto",
         metadata={
-            "help": "of training; auto: random; with in_memory=0 and a .beton quasi_random, which reads whole pages",
+            "help": "of training; auto: random; with in_memory=0 and a .beton quasi_random, "
+            "which reads whole pages",
             "choices": ("auto", *ORDERS),
         },
     )
     window_pages: int = field(
-        default=128, metadata={"help": "pages (8 MB each) that quasi_random mixes and, with in_memory=0, holds"}
+        default=128,
+        metadata={"help": "pages (8 MB each) that quasi_random mixes and, with in_memory=0, holds"},
     )
     resident: bool = field(
-        default=False, metadata={"help": "keep both sets on the device, decoded; for small images of one size"}
+        default=False,
+        metadata={"help": "keep both sets on the device, decoded; for small images of one size"},
     )
     on_error: str = field(
         default="error",
         metadata={
-            "help": "a training image that cannot be decoded: stop, or skip it and list it in skipped.jsonl",
+            "help": "a training image that cannot be decoded: stop, or skip it and list it in "
+            "skipped.jsonl",
             "choices": ON_ERROR,
         },
     )
@@ -65,11 +79,16 @@ class DataConfig:
     scale: tuple[float, float] = field(
         default=(0.08, 1.0), metadata={"help": "crop area, share of the image: low,high"}
     )
-    ratio: tuple[float, float] = field(default=(3 / 4, 4 / 3), metadata={"help": "crop aspect ratio: low,high"})
-    mixup: float = field(default=0.0, metadata={"help": "alpha of mixup; with cutmix, either by halves; 0: none"})
+    ratio: tuple[float, float] = field(
+        default=(3 / 4, 4 / 3), metadata={"help": "crop aspect ratio: low,high"}
+    )
+    mixup: float = field(
+        default=0.0, metadata={"help": "alpha of mixup; with cutmix, either by halves; 0: none"}
+    )
     cutmix: float = field(default=0.0, metadata={"help": "alpha of CutMix; 0: none"})
     randaugment: float = field(
-        default=0.0, metadata={"help": "magnitude of RandAugment, 0 (none) to 10; 2 operations an image"}
+        default=0.0,
+        metadata={"help": "magnitude of RandAugment, 0 (none) to 10; 2 operations an image"},
     )
 
 
@@ -79,13 +98,19 @@ class ValidationConfig:
 
     batch_size: int = field(default=512, metadata={"help": "images per process"})
     resolution: int = field(default=224, metadata={"help": "pixels of the central crop"})
-    crop_ratio: float = field(default=224 / 256, metadata={"help": "side of the crop / shorter side of the image"})
+    crop_ratio: float = field(
+        default=224 / 256, metadata={"help": "side of the crop / shorter side of the image"}
+    )
     lr_tta: bool = field(default=True, metadata={"help": "add the logits of the mirror image"})
 
 
 def make_loaders(cfg: SimpleNamespace, world: World, global_batch: int) -> tuple[Loader, Loader]:
     """The training loader (only full global batches) and the validation loader."""
-    native = {} if cfg.data.loader == "ffcv" else {"window_pages": cfg.data.window_pages, "on_error": cfg.data.on_error}
+    native = (
+        {}
+        if cfg.data.loader == "ffcv"
+        else {"window_pages": cfg.data.window_pages, "on_error": cfg.data.on_error}
+    )
     train_loader = loader_class(cfg)(
         cfg.data.train_dataset,
         global_batch,
@@ -102,7 +127,9 @@ def make_loaders(cfg: SimpleNamespace, world: World, global_batch: int) -> tuple
 
 
 def validation_loader(cfg: SimpleNamespace, world: World) -> Loader:
-    """Every image of the validation set once, over all ranks; one that cannot be decoded is always an error."""
+    """Every image of the validation set once, over all ranks; one that cannot be decoded is always
+    an error.
+    """
     return loader_class(cfg)(
         cfg.data.val_dataset,
         cfg.validation.batch_size * world.size,
@@ -126,7 +153,9 @@ def training_order(cfg: SimpleNamespace, world: World) -> str:
     if cfg.data.order != "auto":
         return cfg.data.order
     no_pages = cfg.data.in_memory or os.path.isdir(cfg.data.train_dataset)
-    if no_pages or (cfg.data.loader == "ffcv" and world.size > 1):  # FFCV has quasi_random for one process alone
+    if no_pages or (
+        cfg.data.loader == "ffcv" and world.size > 1
+    ):  # FFCV has quasi_random for one process alone
         return "random"
     return "quasi_random"
 
@@ -134,7 +163,12 @@ def training_order(cfg: SimpleNamespace, world: World) -> str:
 def loader_place(cfg: SimpleNamespace, world: World) -> dict:
     threads = cfg.data.num_workers or max(1, available_cores() // world.local_size)
     ranks = {"rank": world.rank, "world": world.size}
-    return {"num_workers": threads, "device": world.device, "in_memory": cfg.data.in_memory, **ranks}
+    return {
+        "num_workers": threads,
+        "device": world.device,
+        "in_memory": cfg.data.in_memory,
+        **ranks,
+    }
 
 
 def training_crop(cfg: SimpleNamespace, resolution: int) -> RandomResizedCrop:
@@ -142,7 +176,9 @@ def training_crop(cfg: SimpleNamespace, resolution: int) -> RandomResizedCrop:
 
 
 def resolution_at(epoch: int, c: ResolutionConfig) -> int:
-    """Pixels of an epoch: min_res, then linear between the ramp's ends in multiples of 32, then max_res."""
+    """Pixels of an epoch: min_res, then linear between the ramp's ends in multiples of 32, then
+    max_res.
+    """
     if epoch <= c.start_ramp:
         return c.min_res
     if epoch >= c.end_ramp:
@@ -173,9 +209,14 @@ def check_loader(cfg: SimpleNamespace) -> None:
     data = cfg.data
     if data.window_pages < 1:
         raise ConfigError(f"data.window_pages={data.window_pages}: expected 1 or more")
-    if data.order == "quasi_random" and data.train_dataset is not None and os.path.isdir(data.train_dataset):
+    if (
+        data.order == "quasi_random"
+        and data.train_dataset is not None
+        and os.path.isdir(data.train_dataset)
+    ):
         raise ConfigError(
-            f"data.order=quasi_random needs the pages of a .beton file, {data.train_dataset} is a folder; "
+            f"data.order=quasi_random needs the pages of a .beton file, {data.train_dataset} is "
+            "a folder; "
             "write a .beton of it, or take data.order=random"
         )
     if data.loader == "ffcv":
@@ -183,7 +224,10 @@ def check_loader(cfg: SimpleNamespace) -> None:
 
         for name in ("resident", "window_pages", "on_error"):
             if getattr(data, name) != getattr(DataConfig, name):
-                raise ConfigError(f"data.{name}={getattr(data, name)} is for data.loader=native, FFCV does not have it")
+                raise ConfigError(
+                    f"data.{name}={getattr(data, name)} is for data.loader=native, FFCV does not "
+                    "have it"
+                )
         check_installed("data.loader=ffcv")
         for name in ("train_dataset", "val_dataset"):
             path = getattr(data, name)
@@ -198,10 +242,12 @@ def check_classes(train_set, val_set) -> None:
     """The two sets must agree on what a label means. ConfigError names both."""
     if train_set.classes and val_set.classes and train_set.classes != val_set.classes:
         raise ConfigError(
-            f"{val_set.path}: its {val_set.num_classes} classes are not the {train_set.num_classes} of "
+            f"{val_set.path}: its {val_set.num_classes} classes are not the "
+            f"{train_set.num_classes} of "
             f"{train_set.path}; write both from folders with the same class folders"
         )
     if val_set.num_classes > train_set.num_classes:
         raise ConfigError(
-            f"{val_set.path}: has {val_set.num_classes} classes, {train_set.path} only {train_set.num_classes}"
+            f"{val_set.path}: has {val_set.num_classes} classes, {train_set.path} only "
+            f"{train_set.num_classes}"
         )

@@ -1,4 +1,6 @@
-"""Learning-rate schedules as pure functions of the epoch, parameter groups by module type, optimizers by name."""
+"""Learning-rate schedules as pure functions of the epoch, parameter groups by module type,
+optimizers by name.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,25 @@ class OptimError(ValueError):
 class LrConfig:
     """Section `lr`."""
 
-    lr: float | None = field(default=None, metadata={"help": "peak rate; unset: lr_per_256 x global batch / 256"})
-    lr_per_256: float = field(default=0.125, metadata={"help": "peak rate per 256 images of the global batch"})
+    lr: float | None = field(
+        default=None, metadata={"help": "peak rate; unset: lr_per_256 x global batch / 256"}
+    )
+    lr_per_256: float = field(
+        default=0.125, metadata={"help": "peak rate per 256 images of the global batch"}
+    )
     lr_schedule_type: str = field(
-        default="cyclic", metadata={"help": "shape over the run", "choices": ("step", "cyclic", "constant", "cosine")}
+        default="cyclic",
+        metadata={
+            "help": "shape over the run",
+            "choices": ("step", "cyclic", "constant", "cosine"),
+        },
     )
     lr_peak_epoch: int = field(default=2, metadata={"help": "cyclic: epoch of the highest rate"})
     warmup_epochs: float = field(
-        default=0.0, metadata={"help": "step, constant, cosine: epochs from 1e-4 x the peak rate to the peak, linear"}
+        default=0.0,
+        metadata={
+            "help": "step, constant, cosine: epochs from 1e-4 x the peak rate to the peak, linear"
+        },
     )
     step_ratio: float = field(default=0.1, metadata={"help": "step: factor at each step"})
     step_length: int = field(default=30, metadata={"help": "step: epochs between two steps"})
@@ -47,23 +60,28 @@ class LrConfig:
             raise ValueError(f"lr.step_length={self.step_length}: expected 1 or more")
         if self.warmup_epochs and self.lr_schedule_type == "cyclic":
             raise ValueError(
-                f"lr.warmup_epochs={self.warmup_epochs}: the ramp of lr.lr_schedule_type=cyclic is its warm-up; "
+                f"lr.warmup_epochs={self.warmup_epochs}: the ramp of lr.lr_schedule_type=cyclic "
+                "is its warm-up; "
                 "give lr.lr_peak_epoch"
             )
         if self.warmup_epochs > self.step_length and self.lr_schedule_type == "step":
             raise ValueError(
-                f"lr.warmup_epochs={self.warmup_epochs}: longer than lr.step_length={self.step_length}; "
+                f"lr.warmup_epochs={self.warmup_epochs}: longer than "
+                f"lr.step_length={self.step_length}; "
                 "the first step would fall into the warm-up"
             )
 
 
 def peak_lr(config: LrConfig, global_batch: int) -> float:
-    """The highest rate of the run: linear in the global batch unless `lr.lr` is given (Goyal et al. 2017)."""
+    """The highest rate of the run: linear in the global batch unless `lr.lr` is given (Goyal et al.
+    2017).
+    """
     return config.lr if config.lr is not None else config.lr_per_256 * global_batch / 256
 
 
 def peak_epoch(config: LrConfig, epochs: int) -> float:
-    """The epoch at which the ramp reaches the peak: `lr.lr_peak_epoch` of cyclic, else `lr.warmup_epochs`.
+    """The epoch at which the ramp reaches the peak: `lr.lr_peak_epoch` of cyclic, else
+    `lr.warmup_epochs`.
 
     Moved into a run that is too short for it.
     """
@@ -74,9 +92,10 @@ def peak_epoch(config: LrConfig, epochs: int) -> float:
 def lr_at(epoch: float, config: LrConfig, peak: float, epochs: int) -> float:
     """Rate at a point of the run, in epochs (2.5 is half-way through the third).
 
-    All: 1e-4 x peak -> peak, linear, until `peak_epoch`. Then cyclic: -> 0, linear. cosine: -> 0, by half a
-    cosine (Loshchilov and Hutter 2017, arXiv 1608.03983). step: x step_ratio every step_length epochs of the run, at
-    the boundary (upstream smears each drop over the epoch before it). constant: peak.
+    All: 1e-4 x peak -> peak, linear, until `peak_epoch`. Then cyclic: -> 0, linear. cosine: -> 0,
+    by half a cosine (Loshchilov and Hutter 2017, arXiv 1608.03983). step: x step_ratio every
+    step_length epochs of the run, at the boundary (upstream smears each drop over the epoch before
+    it). constant: peak.
     """
     turn = peak_epoch(config, epochs)
     if epoch < turn:
@@ -86,18 +105,25 @@ def lr_at(epoch: float, config: LrConfig, peak: float, epochs: int) -> float:
     if config.lr_schedule_type == "step":
         return peak * config.step_ratio ** (int(epoch) // config.step_length)
     left = max(0.0, (epochs - epoch) / (epochs - turn))
-    return peak * (0.5 - 0.5 * math.cos(math.pi * left) if config.lr_schedule_type == "cosine" else left)
+    return peak * (
+        0.5 - 0.5 * math.cos(math.pi * left) if config.lr_schedule_type == "cosine" else left
+    )
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, norm_weight_decay: float) -> list[dict]:
-    """Two groups for an optimizer: the parameters of normalisation layers, chosen by type, and all others.
+    """Two groups for an optimizer: the parameters of normalisation layers, chosen by type, and all
+    others.
 
     The last `classifiers` (a count) of a group are those of nested heads, for `make_optimizer`.
     Upstream chooses by the substring "bn" in the name, which misses ResNet's `downsample.1`.
     """
     types = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-    in_norms = {id(p) for m in model.modules() if isinstance(m, types) for p in m.parameters(recurse=False)}
-    in_heads = {id(p) for m in model.modules() if isinstance(m, NestedLinear) for p in m.parameters()}
+    in_norms = {
+        id(p) for m in model.modules() if isinstance(m, types) for p in m.parameters(recurse=False)
+    }
+    in_heads = {
+        id(p) for m in model.modules() if isinstance(m, NestedLinear) for p in m.parameters()
+    }
     trainable = [p for p in model.parameters() if p.requires_grad]
     norms = [p for p in trainable if id(p) in in_norms]
     heads = [p for p in trainable if id(p) in in_heads]
@@ -111,22 +137,25 @@ def parameter_groups(model: nn.Module, weight_decay: float, norm_weight_decay: f
 def make_optimizer(
     name: str, groups: Sequence[dict], lr: float, momentum: float, device: torch.device
 ) -> torch.optim.Optimizer:
-    """One of OPTIMIZERS for `parameter_groups`; OptimError if it cannot be had. A rate set in a group counts.
+    """One of OPTIMIZERS for `parameter_groups`; OptimError if it cannot be had. A rate set in a
+    group counts.
 
-    momentum: beta 1 of AdamW, whose beta 2 is 0.999.
-    lars (You et al. 2017, arXiv 1708.03888): the trust ratio, with coefficient 0.001, scales the steps of each group
-    that decays or holds a matrix; not those of norm layers without weight decay.
-    muon (Jordan et al. 2024): kernels as matrices [out, in x h x w], their steps scaled to the size of AdamW's (Liu et
-    al. 2025, arXiv 2502.16982), so one rate suits both; vectors, classifiers and very narrow matrices by AdamW.
-    The state holds tensors and numbers only, the groups nothing that JSON lacks.
+    momentum: beta 1 of AdamW, whose beta 2 is 0.999. lars (You et al. 2017, arXiv 1708.03888): the
+    trust ratio, with coefficient 0.001, scales the steps of each group that decays or holds a
+    matrix; not those of norm layers without weight decay. muon (Jordan et al. 2024): kernels as
+    matrices [out, in x h x w], their steps scaled to the size of AdamW's (Liu et al. 2025, arXiv
+    2502.16982), so one rate suits both; vectors, classifiers and very narrow matrices by AdamW. The
+    state holds tensors and numbers only, the groups nothing that JSON lacks.
     """
     if name not in OPTIMIZERS:
         raise OptimError(f"training.optimizer={name!r}: expected one of {', '.join(OPTIMIZERS)}")
     if name in ("adamw", "muon") and not 0 <= momentum < 1:
         raise OptimError(f"training.momentum={momentum}: {name} needs 0 or more, and less than 1")
-    plain = [{key: value for key, value in group.items() if key != "classifiers"} for group in groups]
-    # not on a CPU: the fused step is 1.5 to 2 times as fast there, of seconds for the gradients, but it takes equal
-    # memory layouts for granted and is silently wrong without them (torch 2.15)
+    plain = [
+        {key: value for key, value in group.items() if key != "classifiers"} for group in groups
+    ]
+    # not on a CPU: the fused step is 1.5 to 2 times as fast there, of seconds for the gradients,
+    # but it takes equal memory layouts for granted and is silently wrong without them (torch 2.15)
     fused = True if device.type == "cuda" else None
     betas = (float(momentum), 0.999)
     if name == "sgd":
@@ -138,7 +167,9 @@ def make_optimizer(
         optimizer = torch.optim.AdamW(plain, lr=lr, betas=betas, fused=fused)
     elif name == "lars":
         # timm adapts where there is weight decay; without any, LARS would be SGD
-        adapted = [{**group, "always_adapt": any(p.ndim > 1 for p in group["params"])} for group in plain]
+        adapted = [
+            {**group, "always_adapt": any(p.ndim > 1 for p in group["params"])} for group in plain
+        ]
         optimizer = _timm(name).Lars(adapted, lr=lr, momentum=momentum)
     else:
         muon = _muon_in_float32(_timm(name)) if device.type == "cpu" else _timm(name).Muon
@@ -153,12 +184,16 @@ def _timm(name: str) -> Any:
     try:
         import timm.optim  # seconds, which no other optimizer should take
     except ImportError as error:
-        raise OptimError(f"training.optimizer={name} needs timm ({error}): pip install timm") from None
+        raise OptimError(
+            f"training.optimizer={name} needs timm ({error}): pip install timm"
+        ) from None
     return timm.optim
 
 
 def _muon_in_float32(timm_optim: Any) -> Any:
-    """timm's Muon computes in bf16, which took 31 times as long as float32 on a CPU without AVX-512."""
+    """timm's Muon computes in bf16, which took 31 times as long as float32 on a CPU without
+    AVX-512.
+    """
     module = timm_optim.muon
 
     class Muon(module.Muon):
@@ -180,7 +215,9 @@ def _classifiers_apart(groups: Sequence[dict]) -> list[dict]:
         end = len(group["params"]) - group.get("classifiers", 0)
         for params, adamw in ((group["params"][:end], False), (group["params"][end:], True)):
             if params:
-                apart.append({"params": params, "weight_decay": group["weight_decay"], "use_fallback": adamw})
+                apart.append(
+                    {"params": params, "weight_decay": group["weight_decay"], "use_fallback": adamw}
+                )
     return apart
 
 
@@ -194,5 +231,9 @@ def _restore_layout(optimizer: torch.optim.Optimizer) -> None:
     """A file stores tensors row by row; fused kernels take the layout of the parameter for granted."""
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
+            if (
+                torch.is_tensor(value)
+                and value.shape == parameter.shape
+                and value.stride() != parameter.stride()
+            ):
                 state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

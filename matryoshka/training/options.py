@@ -1,4 +1,6 @@
-"""Options of train_imagenet.py: section `training`, `logging`, and what can be checked before anything starts."""
+"""Options of train_imagenet.py: section `training`, `logging`, and what can be checked before
+anything starts.
+"""
 
 from __future__ import annotations
 
@@ -26,52 +28,87 @@ from matryoshka.training.optim import OPTIMIZERS, LrConfig
 class TrainingConfig:
     """Section `training`."""
 
-    eval_only: bool = field(default=False, metadata={"help": "evaluate training.path instead of training"})
+    eval_only: bool = field(
+        default=False, metadata={"help": "evaluate training.path instead of training"}
+    )
     path: str | None = field(default=None, metadata={"help": "checkpoint for eval_only"})
-    batch_size: int = field(default=512, metadata={"help": "images per process and forward pass, at most"})
+    batch_size: int = field(
+        default=512, metadata={"help": "images per process and forward pass, at most"}
+    )
     accumulate: int = field(default=1, metadata={"help": "forward passes per optimizer step"})
     global_batch_size: int = field(
-        default=0, metadata={"help": "images per optimizer step; 0: batch_size x processes x accumulate"}
+        default=0,
+        metadata={"help": "images per optimizer step; 0: batch_size x processes x accumulate"},
     )
     optimizer: str = field(default="sgd", metadata={"help": "optimizer", "choices": OPTIMIZERS})
     momentum: float = field(default=0.9, metadata={"help": "of SGD, LARS and Muon; beta1 of AdamW"})
     weight_decay: float = field(default=4e-5, metadata={"help": "of all but norm layers"})
-    bn_wd: float = field(default=0.0, metadata={"help": "weight decay of norm layers, found by their type"})
-    clip: float = field(default=0.0, metadata={"help": "largest norm of the gradients of a step; 0: any"})
-    ema: float = field(default=0.0, metadata={"help": "decay of an average of the weights, evaluated, too; 0: none"})
-    sync_bn: bool = field(default=False, metadata={"help": "batch norm over all processes (GPUs only)"})
+    bn_wd: float = field(
+        default=0.0, metadata={"help": "weight decay of norm layers, found by their type"}
+    )
+    clip: float = field(
+        default=0.0, metadata={"help": "largest norm of the gradients of a step; 0: any"}
+    )
+    ema: float = field(
+        default=0.0,
+        metadata={"help": "decay of an average of the weights, evaluated, too; 0: none"},
+    )
+    sync_bn: bool = field(
+        default=False, metadata={"help": "batch norm over all processes (GPUs only)"}
+    )
     epochs: int = field(default=30, metadata={"help": "passes over the training set"})
     label_smoothing: float = field(default=0.1, metadata={"help": "of the cross-entropy"})
     distributed: bool | None = field(
         default=None,
-        metadata={"help": "1: start the processes of section dist; under torchrun 1 is implied, 0 an error"},
+        metadata={
+            "help": "1: start the processes of section dist; under torchrun 1 is implied, 0 an "
+            "error"
+        },
     )
-    use_blurpool: bool = field(default=False, metadata={"help": "anti-aliased strided convolutions"})
-    seed: int = field(default=0, metadata={"help": "of weights, sample order, crops and augmentations"})
+    use_blurpool: bool = field(
+        default=False, metadata={"help": "anti-aliased strided convolutions"}
+    )
+    seed: int = field(
+        default=0, metadata={"help": "of weights, sample order, crops and augmentations"}
+    )
     deterministic: bool = field(
-        default=False, metadata={"help": "the same weights in every run, slower: no compilation, no autotuning"}
+        default=False,
+        metadata={"help": "the same weights in every run, slower: no compilation, no autotuning"},
     )
     precision: str = field(
-        default="auto", metadata={"help": "auto: bf16 or fp16 on CUDA, else fp32", "choices": PRECISIONS}
+        default="auto",
+        metadata={"help": "auto: bf16 or fp16 on CUDA, else fp32", "choices": PRECISIONS},
     )
     compile: bool | None = field(default=None, metadata={"help": "torch.compile; unset: on CUDA"})
-    device: str = field(default="auto", metadata={"help": "auto: CUDA, else MPS, else CPU", "choices": DEVICES})
+    device: str = field(
+        default="auto", metadata={"help": "auto: CUDA, else MPS, else CPU", "choices": DEVICES}
+    )
     resume: str | None = field(
         default=None,
-        metadata={"help": "auto: go on with logging.run_id where it stopped; or a run folder, or a checkpoint in one"},
+        metadata={
+            "help": "auto: go on with logging.run_id where it stopped; or a run folder, or a "
+            "checkpoint in one"
+        },
     )
     checkpoint_every_steps: int = field(
-        default=0, metadata={"help": "steps between two checkpoints; 0: only those of epochs and minutes"}
+        default=0,
+        metadata={"help": "steps between two checkpoints; 0: only those of epochs and minutes"},
     )
     checkpoint_every_minutes: float = field(
         default=10.0, metadata={"help": "minutes between two checkpoints within an epoch; 0: none"}
     )
     keep_last: int = field(default=3, metadata={"help": "checkpoints to keep, beside the best one"})
     skip_limit: int = field(
-        default=10, metadata={"help": "steps without a finite gradient in a row: then back to the last checkpoint"}
+        default=10,
+        metadata={
+            "help": "steps without a finite gradient in a row: then back to the last checkpoint"
+        },
     )
     hang_timeout: float = field(
-        default=1800.0, metadata={"help": "seconds without progress: then stacks are saved and the run ends; 0: never"}
+        default=1800.0,
+        metadata={
+            "help": "seconds without progress: then stacks are saved and the run ends; 0: never"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -82,12 +119,19 @@ class TrainingConfig:
         for name in ("batch_size", "accumulate", "epochs", "keep_last", "skip_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name}={getattr(self, name)}: expected 1 or more")
-        for name in ("global_batch_size", "seed", "checkpoint_every_steps", "checkpoint_every_minutes", "hang_timeout"):
+        for name in (
+            "global_batch_size",
+            "seed",
+            "checkpoint_every_steps",
+            "checkpoint_every_minutes",
+            "hang_timeout",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"training.{name}={getattr(self, name)}: expected 0 or more")
         if self.global_batch_size and self.accumulate != 1:
             raise ValueError(
-                f"training.accumulate={self.accumulate} and training.global_batch_size={self.global_batch_size}: "
+                f"training.accumulate={self.accumulate} and "
+                f"training.global_batch_size={self.global_batch_size}: "
                 "give one, either follows from the other"
             )
 
@@ -98,13 +142,20 @@ class LoggingConfig:
 
     folder: str = field(default="trainlogs", metadata={"help": "parent of the run folder"})
     run_id: str | None = field(
-        default=None, metadata={"help": "name of the run folder; unset: torchrun's run id, or time, model, 4 digits"}
+        default=None,
+        metadata={
+            "help": "name of the run folder; unset: torchrun's run id, or time, model, 4 digits"
+        },
     )
     log_level: int = field(
-        default=1, metadata={"help": "0: evaluate once, at the end; 1: after every epoch; 2: also log steps"}
+        default=1,
+        metadata={"help": "0: evaluate once, at the end; 1: after every epoch; 2: also log steps"},
     )
     wandb: str | None = field(
-        default=None, metadata={"help": "project of Weights & Biases to log to as well (WANDB_MODE=offline: a folder)"}
+        default=None,
+        metadata={
+            "help": "project of Weights & Biases to log to as well (WANDB_MODE=offline: a folder)"
+        },
     )
 
 
@@ -121,15 +172,20 @@ SECTIONS = {
 
 
 def global_batch_size(cfg: SimpleNamespace, processes: int, before: int | None = None) -> int:
-    """Images per optimizer step. before: that of the checkpoint that the run goes on from, which stays."""
+    """Images per optimizer step. before: that of the checkpoint that the run goes on from, which
+    stays.
+    """
     t = cfg.training
     size = before or t.global_batch_size or t.batch_size * processes * t.accumulate
     if t.global_batch_size and before and before != t.global_batch_size:
         raise config.ConfigError(
-            f"training.global_batch_size={t.global_batch_size}: the run that goes on has {before}; leave it out"
+            f"training.global_batch_size={t.global_batch_size}: the run that goes on has "
+            f"{before}; leave it out"
         )
     if size < processes:
-        raise config.ConfigError(f"training.global_batch_size={size} is less than one image for {processes} processes")
+        raise config.ConfigError(
+            f"training.global_batch_size={size} is less than one image for {processes} processes"
+        )
     return size
 
 
@@ -137,7 +193,9 @@ def check(cfg: SimpleNamespace, processes: int) -> None:
     """Whatever can be found out before `processes` are started, so that a mistake is one line."""
     training, data = cfg.training, cfg.data
     if training.eval_only and training.path is None:
-        raise config.ConfigError("training.eval_only=1 needs training.path, the checkpoint to evaluate")
+        raise config.ConfigError(
+            "training.eval_only=1 needs training.path, the checkpoint to evaluate"
+        )
     needed = [("data.val_dataset", data.val_dataset)]
     if not training.eval_only:
         needed.append(("data.train_dataset", data.train_dataset))
@@ -145,7 +203,9 @@ def check(cfg: SimpleNamespace, processes: int) -> None:
         if value is None:
             raise config.ConfigError(f"{name} is required: a .beton file or an image folder")
     if cfg.validation.batch_size < 1:
-        raise config.ConfigError(f"validation.batch_size={cfg.validation.batch_size}: expected 1 or more")
+        raise config.ConfigError(
+            f"validation.batch_size={cfg.validation.batch_size}: expected 1 or more"
+        )
     if data.num_workers < 0:
         raise config.ConfigError(f"data.num_workers={data.num_workers}: expected 0 or more")
     check_crops(cfg)
@@ -154,27 +214,43 @@ def check(cfg: SimpleNamespace, processes: int) -> None:
     device = distributed.pick_device(training.device, 0)
     distributed.pick_precision(training.precision, device)
     if training.sync_bn and device.type != "cuda":
-        raise config.ConfigError(f"training.sync_bn=1 needs GPUs, the device is {device.type}; leave it out")
+        raise config.ConfigError(
+            f"training.sync_bn=1 needs GPUs, the device is {device.type}; leave it out"
+        )
     if training.deterministic and training.compile:
-        raise config.ConfigError("training.compile=1 and training.deterministic=1: compiled code is not; leave one out")
+        raise config.ConfigError(
+            "training.compile=1 and training.deterministic=1: compiled code is not; leave one out"
+        )
     if training.eval_only:
         return
     if training.path is not None:
-        raise config.ConfigError("training.path is the checkpoint for training.eval_only=1; leave it out to train")
-    if training.resume == "auto" and cfg.logging.run_id is None and not distributed.started_by_torchrun():
+        raise config.ConfigError(
+            "training.path is the checkpoint for training.eval_only=1; leave it out to train"
+        )
+    if (
+        training.resume == "auto"
+        and cfg.logging.run_id is None
+        and not distributed.started_by_torchrun()
+    ):
         raise config.ConfigError("training.resume=auto needs logging.run_id, the run to go on with")
     train_set, val_set = open_dataset(data.train_dataset), open_dataset(data.val_dataset)
     spec = model_spec(cfg.model, train_set.num_classes, training.use_blurpool)
     if training.resume is None:  # a run that goes on has its weights
         r = cfg.resolution
-        sizes = {resolution_at(epoch, r) for epoch in (0, r.start_ramp, *range(r.start_ramp, r.end_ramp), r.end_ramp)}
-        check_start(cfg.model, spec, train_set.classes, sizes=sorted(sizes | {cfg.validation.resolution}))
+        sizes = {
+            resolution_at(epoch, r)
+            for epoch in (0, r.start_ramp, *range(r.start_ramp, r.end_ramp), r.end_ramp)
+        }
+        check_start(
+            cfg.model, spec, train_set.classes, sizes=sorted(sizes | {cfg.validation.resolution})
+        )
     check_classes(train_set, val_set)
     check_mixing(cfg, spec)
     batch = global_batch_size(cfg, processes)
     if batch > len(train_set):
         raise config.ConfigError(
-            f"training.batch_size={training.batch_size} makes global batches of {batch}, more than the "
+            f"training.batch_size={training.batch_size} makes global batches of {batch}, more "
+            "than the "
             f"{len(train_set)} images of {train_set.path}; lower it"
         )
 
@@ -182,8 +258,14 @@ def check(cfg: SimpleNamespace, processes: int) -> None:
 def check_mixing(cfg: SimpleNamespace, spec: ModelSpec) -> None:
     for name in ("mixup", "cutmix", "randaugment"):
         if getattr(cfg.data, name) < 0:
-            raise config.ConfigError(f"data.{name}={getattr(cfg.data, name)}: expected 0 (off) or more")
+            raise config.ConfigError(
+                f"data.{name}={getattr(cfg.data, name)}: expected 0 (off) or more"
+            )
     if cfg.data.randaugment > 10:
-        raise config.ConfigError(f"data.randaugment={cfg.data.randaugment}: expected 0 (off) to 10, the paper's scale")
+        raise config.ConfigError(
+            f"data.randaugment={cfg.data.randaugment}: expected 0 (off) to 10, the paper's scale"
+        )
     if spec.num_classes < 2 and (cfg.data.mixup or cfg.data.cutmix):
-        raise config.ConfigError("data.mixup and data.cutmix mix classes, the training set has only one")
+        raise config.ConfigError(
+            "data.mixup and data.cutmix mix classes, the training set has only one"
+        )

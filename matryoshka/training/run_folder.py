@@ -1,4 +1,6 @@
-"""The run folder: one JSON line per event, TensorBoard, Weights & Biases if wanted, and what produced the run."""
+"""The run folder: one JSON line per event, TensorBoard, Weights & Biases if wanted, and what
+produced the run.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class RunExists(ValueError):
 
     def __init__(self, path: Path) -> None:
         super().__init__(
-            f"{path}: this run exists; go on with it (--training.resume=auto), or choose another --logging.run_id or "
+            f"{path}: this run exists; go on with it (--training.resume=auto), or choose another "
+            "--logging.run_id or "
             "--logging.folder"
         )
 
@@ -41,12 +44,13 @@ def new_run_id(name: str) -> str:
 
 
 class RunLog:
-    """A run folder: params.json (flat, upstream's format), config.yaml, env.json, log, events.jsonl, tensorboard/.
+    """A run folder: params.json (flat, upstream's format), config.yaml, env.json, log,
+    events.jsonl, tensorboard/.
 
-    going_on: (step, epoch) of the checkpoint that the run goes on from; later lines are dropped. None: a new run,
-    which begins anew what was killed before its first checkpoint.
-    wandb: project of Weights & Biases to log to as well; the run has its folder's name there, and stays one run there
-    when it goes on. WandbError where that does not work; nothing is written then.
+    going_on: (step, epoch) of the checkpoint that the run goes on from; later lines are dropped.
+    None: a new run, which begins anew what was killed before its first checkpoint. wandb: project
+    of Weights & Biases to log to as well; the run has its folder's name there, and stays one run
+    there when it goes on. WandbError where that does not work; nothing is written then.
     """
 
     def __init__(
@@ -61,12 +65,16 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # 2 s to import: only where a run starts
 
         self.path = path
-        self._wandb = None if wandb is None else _start_wandb(wandb, path, params, going_on is not None)
+        self._wandb = (
+            None if wandb is None else _start_wandb(wandb, path, params, going_on is not None)
+        )
         self._wandb_names: set[str] = set()
         path.mkdir(parents=True, exist_ok=True)
         (path / "params.json").write_text(json.dumps(dict(params), indent=1) + "\n")
         (path / "config.yaml").write_text(config_yaml)
-        (path / "env.json").write_text(json.dumps(environment() | {"launch": launch}, indent=1) + "\n")
+        (path / "env.json").write_text(
+            json.dumps(environment() | {"launch": launch}, indent=1) + "\n"
+        )
         if going_on is None:
             for name in ("log", "events.jsonl", "skipped.jsonl"):
                 (path / name).unlink(missing_ok=True)
@@ -78,7 +86,9 @@ class RunLog:
         self._start = time.time()
 
     def cut(self, epoch: int) -> None:
-        """Drop the lines of `log` and skipped.jsonl from this epoch on, and a line that was not finished."""
+        """Drop the lines of `log` and skipped.jsonl from this epoch on, and a line that was not
+        finished.
+        """
         for file in self._lines.values():
             file.close()
         self._lines.clear()
@@ -110,11 +120,17 @@ class RunLog:
         self._append("skipped.jsonl", values)
 
     def event(self, values: Mapping) -> None:
-        """Append one JSON line: upstream's `timestamp` and `relative_time` first, then `values` in their order."""
+        """Append one JSON line: upstream's `timestamp` and `relative_time` first, then `values` in
+        their order.
+        """
         now = time.time()
         self._append("log", {"timestamp": now, "relative_time": now - self._start, **values})
         if "epoch" in values:
-            self._send({f"epoch/{name}": v for name, v in values.items() if name != "epoch"}, "epoch", values["epoch"])
+            self._send(
+                {f"epoch/{name}": v for name, v in values.items() if name != "epoch"},
+                "epoch",
+                values["epoch"],
+            )
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """TensorBoard scalars at an optimizer step."""
@@ -123,7 +139,9 @@ class RunLog:
         self._send(values, "step", step)
 
     def _send(self, values: Mapping[str, float], axis: str, at: int) -> None:
-        """To Weights & Biases, over an axis of ours: its own never goes back, what follows a rollback would be lost."""
+        """To Weights & Biases, over an axis of ours: its own never goes back, what follows a
+        rollback would be lost.
+        """
         if self._wandb is None:
             return
         with self._wandb_may_fail():
@@ -138,7 +156,9 @@ class RunLog:
             yield
         except Exception as error:  # of its own process, of its server: the training is worth more
             self._wandb = None
-            self.note({"event": "problem", "text": f"no more logging to Weights & Biases: {error!r}"})
+            self.note(
+                {"event": "problem", "text": f"no more logging to Weights & Biases: {error!r}"}
+            )
 
     def close(self) -> None:
         if self._wandb is not None:
@@ -150,29 +170,44 @@ class RunLog:
 
 
 def _start_wandb(project: str, path: Path, params: Mapping, going_on: bool) -> Any:
-    """A run of Weights & Biases. Its id is kept in the folder: another folder of the same name is another run."""
+    """A run of Weights & Biases. Its id is kept in the folder: another folder of the same name is
+    another run.
+    """
     try:
         import wandb
     except ImportError:
-        raise WandbError(f"logging.wandb={project}: wandb is not installed; `pip install wandb`") from None
+        raise WandbError(
+            f"logging.wandb={project}: wandb is not installed; `pip install wandb`"
+        ) from None
     new, kept = not path.exists() or not any(path.iterdir()), path / "wandb_id"
     path.mkdir(parents=True, exist_ok=True)
     if not (going_on and kept.exists()):
-        write_atomically(kept, f"{re.sub('[^A-Za-z0-9_-]', '-', path.name)[:64]}-{secrets.token_hex(4)}\n".encode())
+        write_atomically(
+            kept,
+            f"{re.sub('[^A-Za-z0-9_-]', '-', path.name)[:64]}-{secrets.token_hex(4)}\n".encode(),
+        )
     try:
         return wandb.init(
-            project=project, id=kept.read_text().strip(), resume="allow", dir=str(path), config=dict(params),
+            project=project,
+            id=kept.read_text().strip(),
+            resume="allow",
+            dir=str(path),
+            config=dict(params),
             name=path.name,
-        )  # fmt: skip
+        )
     except wandb.Error as error:
         if new:
             shutil.rmtree(path, ignore_errors=True)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WandbError(f"logging.wandb={project}: {reason.rstrip('.')}; or set WANDB_MODE=offline") from None
+        raise WandbError(
+            f"logging.wandb={project}: {reason.rstrip('.')}; or set WANDB_MODE=offline"
+        ) from None
 
 
 def accuracy_keys(prefixes: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-    """Upstream's log keys, as fractions: top_1, top_5 of one prefix; top_1_8 .. top_1_2048, top_5_8 .. of several."""
+    """Upstream's log keys, as fractions: top_1, top_5 of one prefix; top_1_8 .. top_1_2048, top_5_8
+    .. of several.
+    """
     keys = {}
     for ours, theirs in (("top1", "top_1"), ("top5", "top_5")):
         for dim, accuracy in prefixes.items():

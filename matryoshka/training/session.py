@@ -35,16 +35,38 @@ from matryoshka.training.watch import HangWatch, Stopped, StopSignal, Vote
 
 T = TypeVar("T")
 FINAL = "model.safetensors"
-CALM_STEPS, CALM_RATE = 100, 0.1  # after a rollback: so many steps at this share of the learning rate
+CALM_STEPS, CALM_RATE = (
+    100,
+    0.1,
+)  # after a rollback: so many steps at this share of the learning rate
 MOST_ROLLBACKS = 5
 # Options that decide where and how fast a run goes on, not what it computes.
 FREE = (
-    "data.train_dataset", "data.val_dataset", "data.num_workers", "data.in_memory", "validation.batch_size",
-    "training.batch_size", "training.accumulate", "training.global_batch_size", "training.distributed",
-    "training.device", "training.resume", "training.checkpoint_every_steps", "training.checkpoint_every_minutes",
-    "training.keep_last", "training.hang_timeout", "training.skip_limit", "training.compile", "logging.folder",
-    "logging.run_id", "logging.log_level", "logging.wandb", "dist.world_size", "dist.address", "dist.port",
-)  # fmt: skip
+    "data.train_dataset",
+    "data.val_dataset",
+    "data.num_workers",
+    "data.in_memory",
+    "validation.batch_size",
+    "training.batch_size",
+    "training.accumulate",
+    "training.global_batch_size",
+    "training.distributed",
+    "training.device",
+    "training.resume",
+    "training.checkpoint_every_steps",
+    "training.checkpoint_every_minutes",
+    "training.keep_last",
+    "training.hang_timeout",
+    "training.skip_limit",
+    "training.compile",
+    "logging.folder",
+    "logging.run_id",
+    "logging.log_level",
+    "logging.wandb",
+    "dist.world_size",
+    "dist.address",
+    "dist.port",
+)
 
 
 class SessionError(ValueError):
@@ -77,7 +99,9 @@ class Start:
 
 
 def launch_id() -> str | None:
-    """A name that every restart of one torchrun shares: its run id, with the agent's own number where that is none."""
+    """A name that every restart of one torchrun shares: its run id, with the agent's own number
+    where that is none.
+    """
     if not distributed.started_by_torchrun():
         return None
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
@@ -94,10 +118,12 @@ def launch_id() -> str | None:
 
 
 def find_start(folder: Path, run_id: str, resume: str | None, options: Mapping[str, Any]) -> Start:
-    """What to begin with in `<folder>/<run_id>`; resume: auto, a run folder or a checkpoint in one, or None.
+    """What to begin with in `<folder>/<run_id>`; resume: auto, a run folder or a checkpoint in one,
+    or None.
 
-    A folder that the same torchrun has begun is a restart, which implies auto. RunExists without resume;
-    SessionError for a path that is no run, and where the options would give another result than those of the run.
+    A folder that the same torchrun has begun is a restart, which implies auto. RunExists without
+    resume; SessionError for a path that is no run, and where the options would give another result
+    than those of the run.
     """
     path, chosen = folder / run_id, None
     if resume not in (None, "auto"):
@@ -120,7 +146,9 @@ def find_start(folder: Path, run_id: str, resume: str | None, options: Mapping[s
     return Start(path, saved, (path / FINAL).exists() and chosen is None, tuple(notes))
 
 
-def begin(folder: Path, run_id: str, resume: str | None, options: Mapping[str, Any], world: World) -> Start:
+def begin(
+    folder: Path, run_id: str, resume: str | None, options: Mapping[str, Any], world: World
+) -> Start:
     """`find_start` by rank 0, for all ranks."""
     found: list[Start] = []
 
@@ -146,10 +174,14 @@ def check_options(saved: Saved, options: Mapping[str, Any]) -> None:
     """SessionError that lists the options which decide about the result and differ from the run's."""
     before = saved.about["config"]
     now = json.loads(json.dumps(dict(options)))
-    names = [name for name in {**before, **now} if name not in FREE and before.get(name) != now.get(name)]
+    names = [
+        name for name in {**before, **now} if name not in FREE and before.get(name) != now.get(name)
+    ]
     if names:
         told = ", ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in names)
-        raise SessionError(f"{saved.path}: cannot go on with other options: {told}; start another run for these")
+        raise SessionError(
+            f"{saved.path}: cannot go on with other options: {told}; start another run for these"
+        )
 
 
 # ---------------------------------------------------------------- while it runs
@@ -159,16 +191,40 @@ class Session:
     """One run, on every rank. progress: where it is; log: on rank 0, else None.
 
     every_steps, every_minutes: checkpoints (0: none of these) beside those of the epochs' ends.
-    skip_limit: steps with non-finite gradients in a row after which the last checkpoint is loaded again.
+    skip_limit: steps with non-finite gradients in a row after which the last checkpoint is loaded
+    again.
     """
 
     def __init__(
-        self, state: TrainState, guard: Guard, world: World, start: Start, options: Mapping[str, Any], config_yaml: str,
-        *, keep_last: int, every_steps: int, every_minutes: float, skip_limit: int, hang_timeout: float,
-        say: Callable[[str], None], global_batch: int, wandb: str | None = None,
-    ) -> None:  # fmt: skip
-        self._state, self._guard, self._world, self._start, self._say = state, guard, world, start, say
-        self._every_steps, self._every_seconds, self._skip_limit = every_steps, 60 * every_minutes, skip_limit
+        self,
+        state: TrainState,
+        guard: Guard,
+        world: World,
+        start: Start,
+        options: Mapping[str, Any],
+        config_yaml: str,
+        *,
+        keep_last: int,
+        every_steps: int,
+        every_minutes: float,
+        skip_limit: int,
+        hang_timeout: float,
+        say: Callable[[str], None],
+        global_batch: int,
+        wandb: str | None = None,
+    ) -> None:
+        self._state, self._guard, self._world, self._start, self._say = (
+            state,
+            guard,
+            world,
+            start,
+            say,
+        )
+        self._every_steps, self._every_seconds, self._skip_limit = (
+            every_steps,
+            60 * every_minutes,
+            skip_limit,
+        )
         self.path = start.path
         if start.saved is not None:
             self._load(start.saved)
@@ -176,7 +232,9 @@ class Session:
         if world.is_main:
             going_on = None if start.saved is None else (self.progress.step, self.progress.epoch)
             self.log = RunLog(self.path, options, config_yaml, going_on, launch_id(), wandb)
-            self.event("start" if going_on is None else "go on", step=self.progress.step, ranks=world.size)
+            self.event(
+                "start" if going_on is None else "go on", step=self.progress.step, ranks=world.size
+            )
         about = {"config": dict(options), "global_batch": global_batch, **state.about}
         self.snapshots = Snapshots(self.path / "checkpoints", about, keep_last)
         if world.is_main and start.saved is not None:
@@ -219,7 +277,8 @@ class Session:
     # -- steps
 
     def after_step(self, loss: Tensor, norm: Tensor, skip: Tensor) -> list[Report]:
-        """The step is done: count it, write a checkpoint where one is due. The reports that have arrived.
+        """The step is done: count it, write a checkpoint where one is due. The reports that have
+        arrived.
 
         Stopped when the run was asked to stop.
         """
@@ -227,7 +286,9 @@ class Session:
         self.progress.step += 1
         self._watch.beat()
         self._look_at(reports)
-        minutes = self._world.is_main and 0 < self._every_seconds < time.monotonic() - self._saved_at
+        minutes = (
+            self._world.is_main and 0 < self._every_seconds < time.monotonic() - self._saved_at
+        )
         stop, minutes = self._vote(self._signal.asked is not None, minutes)
         if stop or minutes or (self._every_steps and self.progress.step % self._every_steps == 0):
             self.save(always=stop)
@@ -245,7 +306,9 @@ class Session:
         return self._epoch_totals.sum(0).tolist()
 
     def epoch_is_done(self, top1: float | None) -> None:
-        """Trained, evaluated, logged: count it and write a checkpoint, the best one where `top1` is the highest."""
+        """Trained, evaluated, logged: count it and write a checkpoint, the best one where `top1` is
+        the highest.
+        """
         best = top1 is not None and top1 > self.progress.best
         if best and top1 is not None:
             self.progress.best = top1
@@ -265,7 +328,8 @@ class Session:
     def save(self, best: bool = False, totals: Tensor | None = None, always: bool = False) -> None:
         """Begin a checkpoint of the state as it is; on all ranks, unless `totals` are given.
 
-        Not while steps are skipped, unless `always`: what is wrong with them may be wrong with the weights.
+        Not while steps are skipped, unless `always`: what is wrong with them may be wrong with the
+        weights.
         """
         if self._row and not always:
             return
@@ -273,7 +337,9 @@ class Session:
             totals = distributed.stack_over_ranks(self._state.totals, self._world)
         self._saved_at = time.monotonic()
         if self._world.is_main:
-            self.snapshots.save(self.progress.step, self._state.tensors(totals), self._state.values(), best=best)
+            self.snapshots.save(
+                self.progress.step, self._state.tensors(totals), self._state.values(), best=best
+            )
             self._tell_problems()
 
     def _tell_problems(self) -> None:
@@ -285,7 +351,10 @@ class Session:
         self.snapshots.wait()
         self._tell_problems()
         self.event("stopped", step=self.progress.step, signal=self._signal.asked)
-        self._say(f"stopped  after step {self.progress.step}; the same command with --training.resume=auto goes on")
+        self._say(
+            f"stopped  after step {self.progress.step}; the same command with "
+            "--training.resume=auto goes on"
+        )
         raise Stopped(f"{self.path}: stopped after step {self.progress.step}")
 
     # -- rollbacks
@@ -298,7 +367,8 @@ class Session:
             self.event("skipped", step=report.step, loss=repr(report.loss), norm=repr(report.norm))
             if report.row == 1:
                 self._say(
-                    f"note     step {report.step} skipped: loss {report.loss:.4g}, gradient norm {report.norm:.4g}"
+                    f"note     step {report.step} skipped: loss {report.loss:.4g}, gradient norm "
+                    f"{report.norm:.4g}"
                 )
             if report.row >= self._skip_limit:
                 self._roll_back(report.step)
@@ -307,7 +377,8 @@ class Session:
         rollbacks = self.progress.rollbacks + 1
         if rollbacks > MOST_ROLLBACKS:
             raise Diverged(
-                f"step {step}: not finite again after {MOST_ROLLBACKS} rollbacks; lower lr.lr or lr.lr_per_256, "
+                f"step {step}: not finite again after {MOST_ROLLBACKS} rollbacks; lower lr.lr or "
+                "lr.lr_per_256, "
                 "or use bf16"
             )
         self.snapshots.wait()
@@ -316,7 +387,9 @@ class Session:
             saved, _ = snapshot.newest(self.snapshots.folder)
         saved = share(saved, self._world)
         if saved is None:
-            raise Diverged(f"step {step}: not finite, and there is no checkpoint to go back to; lower lr.lr")
+            raise Diverged(
+                f"step {step}: not finite, and there is no checkpoint to go back to; lower lr.lr"
+            )
         self._load(saved)
         if self._world.is_main:
             snapshot.forget_after(self.snapshots.folder, self.progress.step)
@@ -324,18 +397,25 @@ class Session:
                 self.log.cut(self.progress.epoch)
         self.progress.rollbacks, self.progress.calm_until = rollbacks, step + CALM_STEPS
         self._vote.finish()
-        self.event("rolled back", step=step, to=self.progress.step, calm_until=self.progress.calm_until)
+        self.event(
+            "rolled back", step=step, to=self.progress.step, calm_until=self.progress.calm_until
+        )
         self._say(
-            f"note     {self._skip_limit} steps in a row are not finite: back to step {self.progress.step}, "
+            f"note     {self._skip_limit} steps in a row are not finite: back to step "
+            f"{self.progress.step}, "
             f"learning rate x {CALM_RATE} until step {self.progress.calm_until}"
         )
         raise _RolledBack
 
     def _load(self, saved: Saved) -> None:
         try:
-            self._state.restore(saved.tensors, saved.about["progress"], self._world.rank, self._world.size)
+            self._state.restore(
+                saved.tensors, saved.about["progress"], self._world.rank, self._world.size
+            )
         except (RuntimeError, KeyError) as error:
-            raise SessionError(f"{saved.path}: does not fit this run: {str(error).splitlines()[0]}") from None
+            raise SessionError(
+                f"{saved.path}: does not fit this run: {str(error).splitlines()[0]}"
+            ) from None
         self._guard.reset()
         self._row = 0
 
@@ -352,7 +432,11 @@ def share(saved: Saved | None, world: World) -> Saved | None:
         return saved
     told = None
     if saved is not None:
-        told = saved.path, saved.about, {k: (v.dtype, tuple(v.shape)) for k, v in saved.tensors.items()}
+        told = (
+            saved.path,
+            saved.about,
+            {k: (v.dtype, tuple(v.shape)) for k, v in saved.tensors.items()},
+        )
     told = distributed.broadcast(told, world)
     if told is None:
         return None

@@ -1,11 +1,13 @@
-"""Training checkpoints: all that a run needs to go on as if it had never stopped, safetensors + JSON, no pickle.
+"""Training checkpoints: all that a run needs to go on as if it had never stopped, safetensors +
+JSON, no pickle.
 
     snapshots = Snapshots(run / "checkpoints", about={...}, keep_last=3)
     snapshots.save(step, tensors, progress)     # copies, then writes in the background
     saved = newest(run / "checkpoints")         # Saved(path, about, tensors), or None
 
-`step_N.safetensors` are the last few, `last` the newest of them and `best` the most accurate (hard links). A file
-has its name only when it is whole and on the disk; its checksum is tested when it is read.
+`step_N.safetensors` are the last few, `last` the newest of them and `best` the most accurate (hard
+links). A file has its name only when it is whole and on the disk; its checksum is tested when it is
+read.
 """
 
 from __future__ import annotations
@@ -28,9 +30,18 @@ from matryoshka.checkpoint.contents import TRAINING_FORMAT as FORMAT
 from matryoshka.checkpoint.contents import CheckpointError
 from matryoshka.files import write_atomically
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-           "BOOL": torch.bool}  # fmt: skip
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -55,7 +66,11 @@ class _Arena:
         for name in self._names:
             tensor, begin = tensors[name], end
             end += tensor.numel() * tensor.element_size()
-            about = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+            about = {
+                "dtype": _NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, end],
+            }
             self.entries[name] = about
         on_gpu = any(tensor.is_cuda for tensor in tensors.values())
         self.block = torch.empty(end, dtype=torch.uint8, pin_memory=on_gpu)
@@ -93,9 +108,10 @@ def _shape(tensors: Mapping[str, Tensor]) -> list:
 class Snapshots:
     """Writes the checkpoints of one run, one at a time, from a thread.
 
-    folder: made when the first one is written. about: what does not change in a run; goes into every file.
-    keep_last: so many step_N stay. waited: seconds for which `save` has kept its caller, the longest of them.
-    A write that fails (disk full) leaves the older ones as they were and is told by `problems`; training goes on.
+    folder: made when the first one is written. about: what does not change in a run; goes into
+    every file. keep_last: so many step_N stay. waited: seconds for which `save` has kept its
+    caller, the longest of them. A write that fails (disk full) leaves the older ones as they were
+    and is told by `problems`; training goes on.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any], keep_last: int) -> None:
@@ -106,24 +122,37 @@ class Snapshots:
         self._problems: list[str] = []
 
     def save(
-        self, step: int, tensors: Mapping[str, Tensor], progress: Mapping[str, Any], *, best: bool = False
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        progress: Mapping[str, Any],
+        *,
+        best: bool = False,
     ) -> None:
-        """Copy the tensors as they are now, and write them as step `step` in the background. Waits for an earlier one.
+        """Copy the tensors as they are now, and write them as step `step` in the background. Waits
+        for an earlier one.
 
-        progress: plain values that change from one checkpoint to the next. best: is the most accurate so far, too.
+        progress: plain values that change from one checkpoint to the next. best: is the most
+        accurate so far, too.
         """
         self.wait()
         start = time.perf_counter()
         if self._arena is None or self._arena.shape != _shape(tensors):
             self._arena = _Arena(tensors)
         self._arena.fill(tensors)
-        about = json.dumps(self._about | {"format": FORMAT, "step": step, "best": best, "progress": dict(progress)})
-        self._thread = threading.Thread(target=self._write, args=(step, about, best), name="matryoshka-snapshot")
+        about = json.dumps(
+            self._about | {"format": FORMAT, "step": step, "best": best, "progress": dict(progress)}
+        )
+        self._thread = threading.Thread(
+            target=self._write, args=(step, about, best), name="matryoshka-snapshot"
+        )
         self._thread.start()
         self.waited = max(self.waited, time.perf_counter() - start)
 
     def adopt(self, saved: Saved) -> None:
-        """The run goes on from here: finish what its writer may have left undone, the other names of the file."""
+        """The run goes on from here: finish what its writer may have left undone, the other names
+        of the file.
+        """
         if saved.path.stem.startswith("step_"):
             _name(saved.path, saved.about["best"])
 
@@ -144,11 +173,16 @@ class Snapshots:
         try:
             arena.wait()
             if poisoned := arena.poisoned():
-                self._problems.append(f"checkpoint of step {step} not written: {poisoned} is not finite")
+                self._problems.append(
+                    f"checkpoint of step {step} not written: {poisoned} is not finite"
+                )
                 return
             data = memoryview(arena.block.numpy())  # pyright: ignore[reportArgumentType]
             header = json.dumps(
-                {"__metadata__": {"matryoshka": about, "crc32": f"{zlib.crc32(data):08x}"}, **arena.entries}
+                {
+                    "__metadata__": {"matryoshka": about, "crc32": f"{zlib.crc32(data):08x}"},
+                    **arena.entries,
+                }
             ).encode()
             header += b" " * (-len(header) % 8)
             path = self.folder / f"step_{step}.safetensors"
@@ -158,9 +192,13 @@ class Snapshots:
             for old in _steps(self.folder)[self.keep_last :]:
                 old.unlink(missing_ok=True)
         except OSError as error:
-            self._problems.append(f"checkpoint of step {step} not written: {error.strerror or error}")
+            self._problems.append(
+                f"checkpoint of step {step} not written: {error.strerror or error}"
+            )
         except Exception as error:  # a thread's exception would be lost
-            self._problems.append(f"checkpoint of step {step} not written: {type(error).__name__}: {error}")
+            self._problems.append(
+                f"checkpoint of step {step} not written: {type(error).__name__}: {error}"
+            )
 
 
 def _name(path: Path, best: bool) -> None:
@@ -169,7 +207,9 @@ def _name(path: Path, best: bool) -> None:
 
 
 def _link(path: Path, name: Path) -> None:
-    """`name` becomes another name of `path`, at once; a copy where the file system has no hard links."""
+    """`name` becomes another name of `path`, at once; a copy where the file system has no hard
+    links.
+    """
     temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -183,13 +223,18 @@ def _link(path: Path, name: Path) -> None:
 
 def _steps(folder: Path) -> list[Path]:
     """step_N files, the newest first."""
-    found = [(int(m[1]), path) for path in folder.glob("step_*.safetensors")
-             if (m := re.fullmatch(r"step_(\d+)\.safetensors", path.name))]  # fmt: skip
+    found = [
+        (int(m[1]), path)
+        for path in folder.glob("step_*.safetensors")
+        if (m := re.fullmatch(r"step_(\d+)\.safetensors", path.name))
+    ]
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Remove checkpoints of later steps, which a run that goes on writes anew, and what killed writers left."""
+    """Remove checkpoints of later steps, which a run that goes on writes anew, and what killed
+    writers left.
+    """
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
     for path in _steps(folder):
@@ -215,7 +260,9 @@ def newest(folder: Path) -> tuple[Saved | None, list[str]]:
 
 
 def about(path: Path) -> dict[str, Any]:
-    """What a training checkpoint says about itself; its tensors are not read. CheckpointError if it is none."""
+    """What a training checkpoint says about itself; its tensors are not read. CheckpointError if it
+    is none.
+    """
     try:
         with open(path, "rb") as file:
             return json.loads(_header(path, file)["__metadata__"]["matryoshka"])
@@ -247,6 +294,7 @@ def read(path: Path) -> Saved:
     if f"{zlib.crc32(data):08x}" != meta.get("crc32"):
         raise CheckpointError(f"{path}: its checksum is wrong; it is damaged")
     whole = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    # copies: aligned as libraries expect it (torch.set_rng_state crashes otherwise), each free to live on alone
+    # copies: aligned as libraries expect it (torch.set_rng_state crashes otherwise), each free to
+    # live on alone
     tensors = {name: _view(whole, entry).clone() for name, entry in header.items()}
     return Saved(path, json.loads(meta["matryoshka"]), tensors)

@@ -19,8 +19,9 @@ M = TypeVar("M", bound=nn.Module)
 class Progress:
     """Where a run is. step: optimizer steps; epoch: epochs that are trained, evaluated and logged.
 
-    best: highest top-1 of the longest prefix, in percent. rollbacks: returns to an older checkpoint, so far.
-    calm_until: the step up to which the learning rate is lowered after a rollback.
+    best: highest top-1 of the longest prefix, in percent. rollbacks: returns to an older
+    checkpoint, so far. calm_until: the step up to which the learning rate is lowered after a
+    rollback.
     """
 
     step: int = 0
@@ -55,7 +56,8 @@ class Ema(Generic[M]):
 class TrainState(Generic[M]):
     """What a checkpoint holds of a run.
 
-    totals: the sums of the epoch so far, on this rank. about: what rebuilds the model (checkpoint.describe).
+    totals: the sums of the epoch so far, on this rank. about: what rebuilds the model
+    (checkpoint.describe).
     """
 
     def __init__(
@@ -79,7 +81,9 @@ class TrainState(Generic[M]):
         if self.ema is not None:
             found |= {f"ema.{name}": value for name, value in self.ema.module.state_dict().items()}
         for index, values in self.optimizer.state_dict()["state"].items():
-            found |= {f"optimizer.{index}.{k}": v for k, v in values.items() if isinstance(v, Tensor)}
+            found |= {
+                f"optimizer.{index}.{k}": v for k, v in values.items() if isinstance(v, Tensor)
+            }
         return found | {"totals": totals, "rng": torch.get_rng_state()}
 
     def values(self) -> dict[str, Any]:
@@ -96,25 +100,39 @@ class TrainState(Generic[M]):
             "optimizer": {"numbers": numbers, "param_groups": optimizer["param_groups"]},
         }
 
-    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], rank: int = 0, ranks: int = 1) -> None:
+    def restore(
+        self,
+        tensors: Mapping[str, Tensor],
+        values: Mapping[str, Any],
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         """Be as `tensors` and `values` were. RuntimeError or StateError where they do not fit."""
 
         def part(prefix: str) -> dict[str, Tensor]:
-            return {name[len(prefix) :]: v for name, v in tensors.items() if name.startswith(prefix)}
+            return {
+                name[len(prefix) :]: v for name, v in tensors.items() if name.startswith(prefix)
+            }
 
         self.model.load_state_dict(part("model."))
         if self.ema is not None:
             self.ema.module.load_state_dict(part("ema."))
-        state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in values["optimizer"]["numbers"].items()}
+        state: dict[int, dict[str, Any]] = {
+            int(i): dict(v) for i, v in values["optimizer"]["numbers"].items()
+        }
         for name, value in part("optimizer.").items():
             index, key = name.split(".", 1)
             state.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict({"state": state, "param_groups": values["optimizer"]["param_groups"]})
+        self.optimizer.load_state_dict(
+            {"state": state, "param_groups": values["optimizer"]["param_groups"]}
+        )
         self.loader.load_state_dict(values["loader"])
         if values["scaler"]:
             self.scaler.load_state_dict(values["scaler"])
         totals = tensors["totals"].to(self.totals.device)
-        if len(totals) == ranks:  # the same sums in the same order: the log is the same to the last digit
+        if (
+            len(totals) == ranks
+        ):  # the same sums in the same order: the log is the same to the last digit
             self.totals.copy_(totals[rank])
         else:
             self.totals.copy_(totals.sum(0)) if rank == 0 else self.totals.zero_()

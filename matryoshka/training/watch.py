@@ -1,4 +1,6 @@
-"""Signals and hangs: a run that is asked to stop leaves a checkpoint; one that hangs leaves the stacks of its ranks."""
+"""Signals and hangs: a run that is asked to stop leaves a checkpoint; one that hangs leaves the
+stacks of its ranks.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """SIGTERM and SIGUSR1 while it is entered: the first sets `asked`, a second ends the process at once."""
+    """SIGTERM and SIGUSR1 while it is entered: the first sets `asked`, a second ends the process at
+    once.
+    """
 
     def __init__(self) -> None:
         self.asked: str | None = None
@@ -51,7 +55,8 @@ class StopSignal:
 
 
 class Vote:
-    """What any rank wants, known to all ranks at the same step: one step later, without waiting for the others.
+    """What any rank wants, known to all ranks at the same step: one step later, without waiting for
+    the others.
 
     wishes: how many yes-or-no questions. The votes travel over gloo, beside the gradients.
     """
@@ -83,9 +88,11 @@ class Vote:
 
 
 class HangWatch:
-    """Ends this process with status 1, its stacks in `<folder>/rank_<n>.txt`, when `beat` stays away for `seconds`.
+    """Ends this process with status 1, its stacks in `<folder>/rank_<n>.txt`, when `beat` stays
+    away for `seconds`.
 
-    faulthandler's timer is a thread of C: it also fires when Python's lock is never given back. 0 seconds: off.
+    faulthandler's timer is a thread of C: it also fires when Python's lock is never given back. 0
+    seconds: off.
     """
 
     def __init__(self, folder: Path, rank: int, seconds: float) -> None:
@@ -103,7 +110,9 @@ class HangWatch:
     def beat(self) -> None:
         """Progress was made."""
         now = time.monotonic()
-        if self._file is not None and now - self._armed > self._seconds / 20:  # arming starts a thread: 50 us
+        if (
+            self._file is not None and now - self._armed > self._seconds / 20
+        ):  # arming starts a thread: 50 us
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._file)
             self._armed = now
 

@@ -27,7 +27,10 @@ def test_the_loader_bench(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     few = ["--threads", "1", "2", "--blocks", "1", "--images", "20", "--many", "1000"]
     few += ["--peers", "torchvision PIL", "torchvision v2", "simplejpeg + cv2"]
-    few += ["--cases", *[name for name in (*bench.CASES, *bench.WRITERS, bench.OPEN) if name != "RRC 160"]]
+    few += [
+        "--cases",
+        *[name for name in (*bench.CASES, *bench.WRITERS, bench.OPEN) if name != "RRC 160"],
+    ]
     assert bench.main(few) == 0
     said = capsys.readouterr().out
     for words in (
@@ -80,10 +83,16 @@ def test_a_file_of_many_samples_is_a_valid_one(tmp_path):
 
     write_many(tmp_path / "x", 500)
     with BetonFile(tmp_path / "x") as data:
-        assert (len(data), int(data.size.sum()), int(data.labels.sum())) == (500, 25_000_000, sum(range(500)))
+        assert (len(data), int(data.size.sum()), int(data.labels.sum())) == (
+            500,
+            25_000_000,
+            sum(range(500)),
+        )
 
 
-@pytest.mark.parametrize("crop", [(100, 50, 20, 9), (0, 0, 7, 80), (3, 70, 140, 20), (0, 0, 150, 90)])
+@pytest.mark.parametrize(
+    "crop", [(100, 50, 20, 9), (0, 0, 7, 80), (3, 70, 140, 20), (0, 0, 150, 90)]
+)
 @pytest.mark.parametrize("markers", [{}, {"restart_marker_blocks": 3}, {"restart_marker_rows": 1}])
 @pytest.mark.parametrize("subsampling", [0, 2])
 def test_bytes_that_a_crop_needs(subsampling, markers, crop):
@@ -92,7 +101,9 @@ def test_bytes_that_a_crop_needs(subsampling, markers, crop):
 
     stream = encoded(photo(150, 90), "JPEG", quality=90, subsampling=subsampling, **markers)
     parts = needed_parts(stream, crop)
-    needed, whole = (sum(b - a for a, b in found) for found in (parts, needed_parts(stream, (0, 0, 150, 90))))
+    needed, whole = (
+        sum(b - a for a, b in found) for found in (parts, needed_parts(stream, (0, 0, 150, 90)))
+    )
     assert stream[: len(stream) - whole].rfind(b"\xff\xda") == len(stream) - whole - 14
     assert 0 < needed <= whole
     if not markers:
@@ -102,7 +113,9 @@ def test_bytes_that_a_crop_needs(subsampling, markers, crop):
         return
 
     def shown(stream):
-        return np.asarray(Image.open(io.BytesIO(stream)).crop((*crop[:2], crop[0] + crop[2], crop[1] + crop[3])))
+        return np.asarray(
+            Image.open(io.BytesIO(stream)).crop((*crop[:2], crop[0] + crop[2], crop[1] + crop[3]))
+        )
 
     damaged = bytearray(stream)
     for at in range(len(stream) - whole, len(stream) - 2):

@@ -19,10 +19,27 @@ def _bench(monkeypatch, tmp_path):
 def test_the_evaluation_bench(capsys, tmp_path):
     import evaluation as bench
 
-    few = ["--arch", "resnet10", "--res", "32", "--batch", "2", "--classes", "20", "--device", "cpu", "--blocks", "1"]
+    few = [
+        "--arch",
+        "resnet10",
+        "--res",
+        "32",
+        "--batch",
+        "2",
+        "--classes",
+        "20",
+        "--device",
+        "cpu",
+        "--blocks",
+        "1",
+    ]
     assert bench.main([*few, "--seconds", "0", "--images", "60", "--loop-images", "20"]) == 0
     said = capsys.readouterr().out
-    for words in ("7 prefixes over one, resnet10 32 px x 2: ", " % of the loader's rate", "cascade of [9, 60, 20]"):
+    for words in (
+        "7 prefixes over one, resnet10 32 px x 2: ",
+        " % of the loader's rate",
+        "cascade of [9, 60, 20]",
+    ):
         assert words in said
     rows = [json.loads(line) for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()]
     prefixes, loop, analysis = rows

@@ -21,7 +21,14 @@ def _bench(monkeypatch, tmp_path):
 def test_the_retrieval_bench(capsys, tmp_path):
     import retrieval as bench
 
-    few = [f"--work={tmp_path / 'work'}", "--rows=1500", "--truth=60", "--turns=1", "--seconds=0", "--lists=16"]
+    few = [
+        f"--work={tmp_path / 'work'}",
+        "--rows=1500",
+        "--truth=60",
+        "--turns=1",
+        "--seconds=0",
+        "--lists=16",
+    ]
     without_graphs = ["--only", "scans", "rerank", "pipelines"]
     assert bench.main([*few, "--threads=1", *without_graphs]) == 0
     said = capsys.readouterr().out
@@ -39,15 +46,21 @@ def test_the_retrieval_bench(capsys, tmp_path):
     assert [row["batch"] for row in scan] == 3 * [1, 32, 60]
     assert scan[0]["ratio"]["n"] == 1
     pipelines = [row for row in rows if "lower" in row]
-    ours = [row for row in pipelines if not row["case"].startswith(("upstream", "usearch", "faiss"))]
-    assert all(0.9 < row["recall"] <= 1 for row in ours)  # 1500 rows: nearly all are in every shortlist
+    ours = [
+        row for row in pipelines if not row["case"].startswith(("upstream", "usearch", "faiss"))
+    ]
+    assert all(
+        0.9 < row["recall"] <= 1 for row in ours
+    )  # 1500 rows: nearly all are in every shortlist
     assert {"upstream: FlatL2 16 k200 -> 2048 (NumPy)"} < {row["case"] for row in pipelines} - {
         row["case"] for row in ours
     }
     assert all(row["lower"] < row["recall"] for row in pipelines)
 
     stored = np.lib.format.open_memmap(tmp_path / "work" / "rows_1500_60.npy", "r")
-    queries, truth = (np.load(tmp_path / "work" / f"{name}_1500_60.npy") for name in ("queries", "truth"))
+    queries, truth = (
+        np.load(tmp_path / "work" / f"{name}_1500_60.npy") for name in ("queries", "truth")
+    )
     assert (stored.shape, stored.dtype) == ((1500, 2048), np.float16)
     rows64, query = stored.astype(np.float64), queries[7].astype(np.float64)
     cosines = rows64 @ query / np.linalg.norm(rows64, axis=1)
@@ -62,11 +75,21 @@ def test_on_real_embeddings(capsys, tmp_path):
     rows, labels = nested(1400, 512, 0)
     database = write(tmp_path / "train", rows[:800], labels[:800])
     queries = write(tmp_path / "val", rows[800:], labels[800:])
-    few = [f"--work={tmp_path / 'work'}", "--turns=1", "--seconds=0", "--lists=8", "--threads=1", "--only", "pipelines"]
+    few = [
+        f"--work={tmp_path / 'work'}",
+        "--turns=1",
+        "--seconds=0",
+        "--lists=8",
+        "--threads=1",
+        "--only",
+        "pipelines",
+    ]
     assert bench.main([*few, f"--database={database}", f"--queries={queries}"]) == 0
     said = capsys.readouterr().out
     assert "train: 800 x 512" in said
-    assert "fastest with recall of at least 0.985" in said  # all of the 8 lists: next to nothing is lost
+    assert (
+        "fastest with recall of at least 0.985" in said
+    )  # all of the 8 lists: next to nothing is lost
     assert not list((tmp_path / "work").iterdir())
     with pytest.raises(SystemExit, match="2"):
         bench.main([*few, f"--database={database}"])

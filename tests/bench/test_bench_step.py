@@ -1,4 +1,6 @@
-"""The benches of training steps run through with tiny arguments; what they compare is compared here by value."""
+"""The benches of training steps run through with tiny arguments; what they compare is compared here
+by value.
+"""
 
 import json
 import os
@@ -31,12 +33,37 @@ def test_the_step_bench(capsys, tmp_path, monkeypatch):
         raise RuntimeError("no compiler here\nand more")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    few = ["--arch", "resnet10", "--res", "32", "--batch", "2", "--modes", "eager", "compiled", "--device", "cpu"]
-    few += ["--blocks", "1", "--seconds", "0", "--classes", "5", "--widths", "16", "--head-batch", "3"]
+    few = [
+        "--arch",
+        "resnet10",
+        "--res",
+        "32",
+        "--batch",
+        "2",
+        "--modes",
+        "eager",
+        "compiled",
+        "--device",
+        "cpu",
+    ]
+    few += [
+        "--blocks",
+        "1",
+        "--seconds",
+        "0",
+        "--classes",
+        "5",
+        "--widths",
+        "16",
+        "--head-batch",
+        "3",
+    ]
     assert bench.main(few) == 0
     said = capsys.readouterr().out
     assert "MRL-E, 16 x 3 " in said
-    assert "not measured: MRL (resnet10 32 px x 2, compiled): RuntimeError: no compiler here\n" in said
+    assert (
+        "not measured: MRL (resnet10 32 px x 2, compiled): RuntimeError: no compiler here\n" in said
+    )
     rows = rows_of(tmp_path / "step.jsonl")
     assert {row["hardware"]["cpu"] for row in rows} == {rows[0]["hardware"]["cpu"]}
     heads = [row for row in rows if row["case"] == "head and loss"]
@@ -72,7 +99,9 @@ def test_the_papers_loops_compute_the_same(shared):
     for compute, inputs in zip((ours, theirs), features, strict=True):
         losses.append(compute(inputs, labels))
         losses[-1].backward()
-    torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)  # the loss itself is computed in float32
+    torch.testing.assert_close(
+        *losses, rtol=1e-6, atol=1e-6
+    )  # the loss itself is computed in float32
     torch.testing.assert_close(*(x.grad for x in features), rtol=1e-6, atol=1e-6)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-6)
@@ -82,14 +111,30 @@ def test_what_a_call_asks_for():
     import machine
 
     x, w = torch.randn(3, 5), torch.randn(7, 5)
-    assert machine.asked(lambda: x @ w.T) == (2 * 3 * 5 * 7, 4 * (3 * 5 + 5 * 7 + 3 * 7))  # the transpose moves nothing
+    assert machine.asked(lambda: x @ w.T) == (
+        2 * 3 * 5 * 7,
+        4 * (3 * 5 + 5 * 7 + 3 * 7),
+    )  # the transpose moves nothing
 
 
 @pytest.mark.parametrize("own", [True, False])
 def test_the_end_to_end_bench(own, digits, capsys, tmp_path):
     import end_to_end as bench
 
-    few = ["--arch", "resnet10", "--res", "32", "--batch", "4", "--steps", "2", "--blocks", "1", "--device", "cpu"]
+    few = [
+        "--arch",
+        "resnet10",
+        "--res",
+        "32",
+        "--batch",
+        "4",
+        "--steps",
+        "2",
+        "--blocks",
+        "1",
+        "--device",
+        "cpu",
+    ]
     few += ["--images", "8"] if own else ["--data", str(digits["train"]), "--classes", "3"]
     assert bench.main(few) == 0
     said = capsys.readouterr().out

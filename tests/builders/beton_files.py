@@ -1,4 +1,5 @@
-"""An independent .beton parser and builder (struct alone, typed from docs/data_format.md), and small sources.
+"""An independent .beton parser and builder (struct alone, typed from docs/data_format.md), and
+small sources.
 
 Neither knows matryoshka.data.layout.
 """
@@ -15,7 +16,9 @@ PAGE = 1 << 21
 
 
 def parse(path):
-    """page size, [(type, name)], [(mode, width, height, pointer, label)], [(sample, pointer, size)], bytes"""
+    """page size, [(type, name)], [(mode, width, height, pointer, label)], [(sample, pointer,
+    size)], bytes
+    """
     data = path.read_bytes()
     version, num_fields, page, n, table = struct.unpack_from("<HHIQQ", data)
     fields = [struct.unpack_from("<B16s1024s", data, 24 + 1041 * k) for k in range(num_fields)]
@@ -32,8 +35,9 @@ def parse(path):
 
 
 def build(path, fields, record, samples, table=list):
-    """A file from [(type, name)], the struct format of a record, and its values; of bytes, the record gets
-    the place and the file the content. `table` may reorder the allocation rows."""
+    """A file from [(type, name)], the struct format of a record, and its values; of bytes, the
+    record gets the place and the file the content. `table` may reorder the allocation rows.
+    """
     at = -(-(24 + 1041 * len(fields) + struct.calcsize(record) * len(samples)) // PAGE) * PAGE
     body, records, rows = b"", b"", []
     for i, values in enumerate(samples):
@@ -86,7 +90,9 @@ def encoded(image, kind="PNG", **options):
 
 
 def pngs(n, seed=0, size=(40, 30)):
-    return Files([(f"{i % 2}/{i}.png", encoded(photo(*size, seed=seed + i)), i % 2) for i in range(n)])
+    return Files(
+        [(f"{i % 2}/{i}.png", encoded(photo(*size, seed=seed + i)), i % 2) for i in range(n)]
+    )
 
 
 def raw_beton(path, sizes, seed=0):

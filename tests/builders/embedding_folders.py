@@ -5,16 +5,32 @@ import numpy as np
 from matryoshka.embeddings.writing import RowWriter, Unfinished
 
 META = {
-    "format": "matryoshka-embeddings-1", "normalised": False, "precision": "fp32",
-    "model": {"file": "model.safetensors", "weights_sha256": "ab" * 32, "arch": "resnet10", "head": "mrl",
-              "dims": [8, 16, 32], "width": 32},
-    "preprocessing": {"name": "checkpoint", "size": 32, "ratio": 1.0, "mean": [0, 0, 0], "std": [1, 1, 1]},
+    "format": "matryoshka-embeddings-1",
+    "normalised": False,
+    "precision": "fp32",
+    "model": {
+        "file": "model.safetensors",
+        "weights_sha256": "ab" * 32,
+        "arch": "resnet10",
+        "head": "mrl",
+        "dims": [8, 16, 32],
+        "width": 32,
+    },
+    "preprocessing": {
+        "name": "checkpoint",
+        "size": 32,
+        "ratio": 1.0,
+        "mean": [0, 0, 0],
+        "std": [1, 1, 1],
+    },
     "code": {"version": "1"},
-}  # fmt: skip
+}
 
 
 def nested(n, dim, seed, classes=12):
-    """(float32 [n, dim], int64 [n]): clusters, earlier dimensions vary more, all positive as behind a ReLU."""
+    """(float32 [n, dim], int64 [n]): clusters, earlier dimensions vary more, all positive as behind
+    a ReLU.
+    """
     rng = np.random.default_rng(seed)
     spread = (1 + np.arange(dim) / 16) ** -0.6
     centres = np.random.default_rng(99).standard_normal((classes, dim)) * spread
@@ -28,8 +44,12 @@ def write(folder, rows, labels, names=None, weights=None, classes=None, **meta):
     names = names or [f"{i:05d}.jpg" for i in range(len(rows))]
     count = int(labels.max()) + 1 if len(labels) else 1
     about = META | {"rows": len(rows), "columns": rows.shape[1], "dtype": str(rows.dtype)} | meta
-    about["data"] = {"path": "photos", "fingerprint": "ff", "num_classes": len(classes or range(count)),
-                     "classes": classes}  # fmt: skip
+    about["data"] = {
+        "path": "photos",
+        "fingerprint": "ff",
+        "num_classes": len(classes or range(count)),
+        "classes": classes,
+    }
     if weights:
         about["model"] = META["model"] | {"weights_sha256": weights}
     with Unfinished(folder) as unfinished:

@@ -1,4 +1,5 @@
-"""What the real FFCV does in test_interop.py, in a process of its own: a hang there is a failure here.
+"""What the real FFCV does in test_interop.py, in a process of its own: a hang there is a failure
+here.
 
 python tests/builders/ffcv_child.py write FOLDER             files by FFCV's writer
 python tests/builders/ffcv_child.py load OUT FILE...         what FFCV's loader gives, as OUT/<file name>.npz
@@ -43,19 +44,36 @@ FILES = {
     "jpg": (("image", "label"), {"write_mode": "jpg", "jpeg_quality": 95}),
     "raw": (("image", "label"), {"write_mode": "raw"}),
     "proportion": (("image", "label"), {"write_mode": "proportion", "compress_probability": 0.5}),
-    "smart": (("image", "label"), {"write_mode": "smart", "smart_threshold": 1000, "jpeg_quality": 95}),
+    "smart": (
+        ("image", "label"),
+        {"write_mode": "smart", "smart_threshold": 1000, "jpeg_quality": 95},
+    ),
     "smart_raw": (("image", "label"), {"write_mode": "smart"}),
     "reduced": (("image", "label"), {"write_mode": "raw", "max_resolution": 101}),
     "label_first": (("label", "image"), {"write_mode": "raw"}),
     "label_first_jpg": (("label", "image"), {"write_mode": "jpg", "jpeg_quality": 95}),
-    "fields": (("about", "weight", "image", "blob", "label", "array", "tensor"), {"write_mode": "raw"}),
-    "fields_jpg": (("tensor", "label", "array", "image", "weight", "about", "blob"), {"write_mode": "jpg"}),
+    "fields": (
+        ("about", "weight", "image", "blob", "label", "array", "tensor"),
+        {"write_mode": "raw"},
+    ),
+    "fields_jpg": (
+        ("tensor", "label", "array", "image", "weight", "about", "blob"),
+        {"write_mode": "jpg"},
+    ),
 }
 
 
 def write(folder):
     import torch
-    from ffcv.fields import BytesField, FloatField, IntField, JSONField, NDArrayField, RGBImageField, TorchTensorField
+    from ffcv.fields import (
+        BytesField,
+        FloatField,
+        IntField,
+        JSONField,
+        NDArrayField,
+        RGBImageField,
+        TorchTensorField,
+    )
     from ffcv.writer import DatasetWriter
 
     for file, (names, options) in FILES.items():
@@ -82,7 +100,9 @@ def write(folder):
             "array": NDArrayField(np.dtype(np.float32), (2, 3)),
             "tensor": TorchTensorField(torch.int32, (4,)),
         }
-        writer = DatasetWriter(str(Path(folder) / file), {name: kinds[name] for name in names}, num_workers=2)
+        writer = DatasetWriter(
+            str(Path(folder) / file), {name: kinds[name] for name in names}, num_workers=2
+        )
         writer.from_indexed_dataset(Samples(), chunksize=5)
 
 
@@ -93,11 +113,20 @@ def load(out, *files):
     from ffcv.transforms import ToTensor
 
     for file in files:
-        pipelines = {"image": [SimpleRGBImageDecoder(), ToTensor()], "label": [IntDecoder(), ToTensor()]}
-        loader = Loader(file, 5, 2, order=OrderOption.SEQUENTIAL, drop_last=False, pipelines=pipelines)
+        pipelines = {
+            "image": [SimpleRGBImageDecoder(), ToTensor()],
+            "label": [IntDecoder(), ToTensor()],
+        }
+        loader = Loader(
+            file, 5, 2, order=OrderOption.SEQUENTIAL, drop_last=False, pipelines=pipelines
+        )
         parts = zip(*[[part.numpy().copy() for part in batch] for batch in loader], strict=True)
         arrays = dict(zip(loader.reader.field_names, map(np.concatenate, parts), strict=True))
-        np.savez(Path(out) / f"{Path(file).name}.npz", images=arrays["image"], labels=arrays["label"].reshape(-1))
+        np.savez(
+            Path(out) / f"{Path(file).name}.npz",
+            images=arrays["image"],
+            labels=arrays["label"].reshape(-1),
+        )
 
 
 def loader(file):
@@ -118,7 +147,9 @@ def loader(file):
     again = FFCVLoader(file, 5, image=RandomResizedCrop(48), num_workers=1, seed=3)
     random.image = RandomResizedCrop(32)
     ranks = [
-        FFCVLoader(file, 4, order="sequential", image=CenterCrop(SIDE, 1), num_workers=1, rank=r, world=2)
+        FFCVLoader(
+            file, 4, order="sequential", image=CenterCrop(SIDE, 1), num_workers=1, rank=r, world=2
+        )
         for r in (0, 1)
     ]
     batch = next(iter(ranks[0]))

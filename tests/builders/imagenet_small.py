@@ -1,4 +1,6 @@
-"""A small tree of ImageNet's test sets, a model of its 1000 classes, and runs of the evaluation on them."""
+"""A small tree of ImageNet's test sets, a model of its 1000 classes, and runs of the evaluation on
+them.
+"""
 
 import json
 from pathlib import Path
@@ -17,7 +19,10 @@ from matryoshka.models import ModelSpec, build
 ROOT = Path(__file__).resolve().parents[2]
 INFO = Path(timm.__file__).parent / "data" / "_info"
 WNIDS = (INFO / "imagenet_synsets.txt").read_text().split()
-SUBSET = {s: [int(i) for i in (INFO / f"imagenet_{s.lower()}_indices.txt").read_text().split()] for s in "AR"}
+SUBSET = {
+    s: [int(i) for i in (INFO / f"imagenet_{s.lower()}_indices.txt").read_text().split()]
+    for s in "AR"
+}
 PRESENT = {  # class indices of the folders of each set
     "V1": [0, 7, 999],
     "V2": [2, 10, 100],
@@ -26,9 +31,12 @@ PRESENT = {  # class indices of the folders of each set
     "Sketch": [1, 500, 998],
 }
 FOLDERS = {
-    "V1": "val", "V2": "imagenetv2-matched-frequency-format-val", "A": "imagenet-a", "R": "imagenet-r_",
+    "V1": "val",
+    "V2": "imagenetv2-matched-frequency-format-val",
+    "A": "imagenet-a",
+    "R": "imagenet-r_",
     "Sketch": "sketch",
-}  # fmt: skip
+}
 LIKELY = sorted({i for classes in PRESENT.values() for i in classes})
 OUTSIDE = next(i for i in range(1000) if i not in {*SUBSET["A"], *SUBSET["R"], *LIKELY})
 
@@ -44,7 +52,9 @@ def write_tree(root, photo):
 
 
 def write_checkpoint(path):
-    """1000 classes at random, of which those that are there are likely, and one that is in no set is likelier."""
+    """1000 classes at random, of which those that are there are likely, and one that is in no set
+    is likelier.
+    """
     torch.manual_seed(0)
     model = build(ModelSpec("resnet10", 1000, (8, 64, 512)))
     model.preprocessing = Preprocessing(size=32, ratio=1.0)
@@ -61,11 +71,19 @@ def evaluate(checkpoint, data, folder, *more):
     folder.mkdir(exist_ok=True)
     output = folder / "results.json"
     save = [f"--save_{kind}" for kind in ("logits", "softmax", "predictions", "gt")]
-    argv = [f"--path={checkpoint}", f"--data-root={data}", f"--output={output}", "--workers=1", "--device=cpu"]
+    argv = [
+        f"--path={checkpoint}",
+        f"--data-root={data}",
+        f"--output={output}",
+        "--workers=1",
+        "--device=cpu",
+    ]
     assert pytorch_inference.main([*argv, "--batch-size=4", *save, *more]) == 0
     results = json.loads(output.read_text())
     load = {".npy": np.load, ".pth": lambda path: torch.load(path, weights_only=True).numpy()}
-    arrays = {kind: load[Path(file).suffix](folder / file) for kind, file in results["arrays"].items()}
+    arrays = {
+        kind: load[Path(file).suffix](folder / file) for kind, file in results["arrays"].items()
+    }
     return results, arrays
 
 

@@ -28,9 +28,11 @@ HOST = "http://127.0.0.1:8000"
 
 
 def made_once(tmp_path_factory, photo):
-    """The session's folder with model.safetensors (of DIMS), photos/, their embeddings and photos.index.
+    """The session's folder with model.safetensors (of DIMS), photos/, their embeddings and
+    photos.index.
 
-    Rows 0 to 11 are of the class EVIL, row 0 has the name EVIL, too; 12 to 25 of ant, the rest of cat.
+    Rows 0 to 11 are of the class EVIL, row 0 has the name EVIL, too; 12 to 25 of ant, the rest of
+    cat.
     """
     folder = tmp_path_factory.getbasetemp() / "served"
     if folder.exists():
@@ -44,7 +46,9 @@ def made_once(tmp_path_factory, photo):
         (folder / "photos" / name).mkdir(parents=True)
         for i in range(count):
             file = f"{EVIL}{i}.png" if i == 3 else f"{i}.{('png', 'jpg')[i % 2]}"
-            Image.fromarray(photo(40 + 3 * i, 64 - i, seed=100 * label + i)).save(folder / "photos" / name / file)
+            Image.fromarray(photo(40 + 3 * i, 64 - i, seed=100 * label + i)).save(
+                folder / "photos" / name / file
+            )
     embedded(folder, folder / "photos", "embeddings")
     with Writer(folder / "photos.index") as writer:
         writer.build(batch_of(folder / "embeddings"), dim=8)
@@ -53,7 +57,12 @@ def made_once(tmp_path_factory, photo):
 
 def embedded(folder, data, name, *more):
     """`name` in `folder`: the embeddings of a data set by the model in `folder`."""
-    argv = [f"--path={folder / 'model.safetensors'}", f"--data={data}", f"--output={folder / name}", "--device=cpu"]
+    argv = [
+        f"--path={folder / 'model.safetensors'}",
+        f"--data={data}",
+        f"--output={folder / name}",
+        "--device=cpu",
+    ]
     assert embed.main([*argv, "--workers=1", "--batch-size=8", *more]) == 0
     return folder / name
 
@@ -70,7 +79,9 @@ def batch_of(path):
 def loaded(folder):
     """(model, hash of its weights)"""
     index = Index(folder / "photos.index", 1)
-    args = serve.parser().parse_args([str(index.path), f"--model={folder / 'model.safetensors'}", "--device=cpu"])
+    args = serve.parser().parse_args(
+        [str(index.path), f"--model={folder / 'model.safetensors'}", "--device=cpu"]
+    )
     model = serve.load(args, index)
     return model, trunk_sha256(model)
 

@@ -20,6 +20,8 @@ def torchrun(processes: int, *command, timeout=280):
         f"--nproc-per-node={processes}",
         *map(str, command),
     ]
-    done = subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+    done = subprocess.run(
+        run, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

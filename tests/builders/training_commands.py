@@ -5,12 +5,24 @@ import pytest
 
 def options(data, folder, run_id="run", *more):
     return [
-        f"--data.train_dataset={data['train']}", f"--data.val_dataset={data['val']}", f"--logging.folder={folder}",
-        f"--logging.run_id={run_id}", "--model.arch=resnet10", "--training.batch_size=64", "--training.epochs=2",
-        "--lr.lr=0.05", "--lr.lr_peak_epoch=1", "--data.flip=0", "--data.scale=0.7,1", "--validation.crop_ratio=1",
-        "--resolution.min_res=32", "--resolution.max_res=32", "--validation.resolution=32", "--training.device=cpu",
+        f"--data.train_dataset={data['train']}",
+        f"--data.val_dataset={data['val']}",
+        f"--logging.folder={folder}",
+        f"--logging.run_id={run_id}",
+        "--model.arch=resnet10",
+        "--training.batch_size=64",
+        "--training.epochs=2",
+        "--lr.lr=0.05",
+        "--lr.lr_peak_epoch=1",
+        "--data.flip=0",
+        "--data.scale=0.7,1",
+        "--validation.crop_ratio=1",
+        "--resolution.min_res=32",
+        "--resolution.max_res=32",
+        "--validation.resolution=32",
+        "--training.device=cpu",
         *more,
-    ]  # fmt: skip
+    ]
 
 
 def refused(main, argv, capsys) -> str:

@@ -1,10 +1,11 @@
-"""Builds matryoshka/evaluation/imagenet_tree.json, the part of WordNet's nouns at and above ImageNet-1K's classes.
+"""Builds matryoshka/evaluation/imagenet_tree.json, the part of WordNet's nouns at and above
+ImageNet-1K's classes.
 
-    apt-get install wordnet-base
-    python tests/builders/wordnet.py matryoshka/evaluation/imagenet_tree.json [/usr/share/wordnet/data.noun]
+    apt-get install wordnet-base python tests/builders/wordnet.py
+    matryoshka/evaluation/imagenet_tree.json [/usr/share/wordnet/data.noun]
 
-ImageNet's WordNet ids are offsets into WordNet 3.0's data.noun, which is the version of Debian's package.
-The format of that file: wndb(5WN).
+ImageNet's WordNet ids are offsets into WordNet 3.0's data.noun, which is the version of Debian's
+package. The format of that file: wndb(5WN).
 """
 
 import json
@@ -16,10 +17,14 @@ NOUNS = Path("/usr/share/wordnet/data.noun")
 SETS = Path(__file__).resolve().parents[2] / "matryoshka" / "data" / "imagenet.json"
 HYPERNYMS = ("@", "@i")  # a kind of, an instance of
 ABOUT = (
-    "node: [name, its hypernyms in WordNet's order]. A name is the synset's first lemma; where several nodes share it, "
-    "with the first hypernym's behind it, or else the id. counted: the hypernym that alone counts in the hierarchy of "
-    "github.com/MadryLab/robustness (MIT) where it is not the first: the last one that ImageNet's wordnet.is_a.txt "
-    "names, an order which WordNet's files do not have. Those lines are the same in github.com/RAIVNLab/MRL (MIT), "
+    "node: [name, its hypernyms in WordNet's order]. A name is the synset's first lemma; where "
+    "several nodes share it, "
+    "with the first hypernym's behind it, or else the id. counted: the hypernym that alone "
+    "counts in the hierarchy of "
+    "github.com/MadryLab/robustness (MIT) where it is not the first: the last one that "
+    "ImageNet's wordnet.is_a.txt "
+    "names, an order which WordNet's files do not have. Those lines are the same in "
+    "github.com/RAIVNLab/MRL (MIT), "
     "model_analysis/imgnt_meta."
 )
 COUNTED = """
@@ -45,7 +50,11 @@ def read(path: Path) -> tuple[dict[str, tuple[str, list[str]]], str]:
         fields = line.split(" | ")[0].split()
         lemmas = 2 * int(fields[3], 16)  # each with its lex_id
         pointers = fields[4 + lemmas + 1 :]  # symbol, offset, part of speech, source/target
-        above = [f"n{pointers[4 * i + 1]}" for i in range(int(fields[4 + lemmas])) if pointers[4 * i] in HYPERNYMS]
+        above = [
+            f"n{pointers[4 * i + 1]}"
+            for i in range(int(fields[4 + lemmas]))
+            if pointers[4 * i] in HYPERNYMS
+        ]
         nouns[f"n{fields[0]}"] = (fields[4].replace("_", " "), above)
     return nouns, "\n".join(licence).strip()
 
@@ -70,9 +79,13 @@ def build(path: Path) -> str:
     counted = dict(zip(ids[::2], ids[1::2], strict=True))
     for wnid, parent in counted.items():
         assert parent in nodes[wnid][1][1:], wnid
-    rows = [f"{json.dumps(wnid)}: {json.dumps([names[wnid], *nodes[wnid][1]])}" for wnid in sorted(nodes)]
+    rows = [
+        f"{json.dumps(wnid)}: {json.dumps([names[wnid], *nodes[wnid][1]])}"
+        for wnid in sorted(nodes)
+    ]
     head = {
-        "source": "WordNet 3.0, Princeton University: data.noun, from Debian's package wordnet-base",
+        "source": "WordNet 3.0, Princeton University: data.noun, from Debian's package "
+        "wordnet-base",
         "licence": licence,
         "about": ABOUT,
         "counted": counted,

@@ -1,4 +1,6 @@
-"""The door: our files and upstream's, in their old and new style, with and without `module.`; and hostile ones."""
+"""The door: our files and upstream's, in their old and new style, with and without `module.`; and
+hostile ones.
+"""
 
 import json
 import os
@@ -34,19 +36,25 @@ def model_of(dims=(8, 512), efficient=False, arch="resnet10", classes=10, blurpo
 def old_style(model):
     """Upstream's old key names: MRL-E under fc.weight, fc.bias."""
     return {
-        k.replace("nesting_classifier_0.", "") if model.spec.efficient else k: v for k, v in to_upstream(model).items()
+        k.replace("nesting_classifier_0.", "") if model.spec.efficient else k: v
+        for k, v in to_upstream(model).items()
     }
 
 
 @pytest.mark.parametrize(
-    ("dims", "efficient"), [((512,), False), ((16,), False), ((8, 512), False), ((8, 12, 512), True)]
+    ("dims", "efficient"),
+    [((512,), False), ((16,), False), ((8, 512), False), ((8, 12, 512), True)],
 )
 def test_our_file_rebuilds_the_model_alone(tmp_path, dims, efficient):
     model = model_of(dims, efficient)
     save_model(model, tmp_path / "model.safetensors", {"training.epochs": 3})
     loaded = load_model(tmp_path / "model.safetensors")
     assert loaded.spec == model.spec
-    assert (loaded.preprocessing, loaded.classes, loaded.notes) == (model.preprocessing, model.classes, [])
+    assert (loaded.preprocessing, loaded.classes, loaded.notes) == (
+        model.preprocessing,
+        model.classes,
+        [],
+    )
     assert torch.equal(loaded(IMAGES), model(IMAGES))
     assert not loaded.training
     assert os.listdir(tmp_path) == ["model.safetensors"]
@@ -91,7 +99,9 @@ def test_keys_of_upstream():
 
 
 def test_final_weights_load_into_torchvision_plus_the_papers_layer(tmp_path):
-    """What upstream's code does with final_weights.pt: cut 7 characters, load into resnet + MRL layer."""
+    """What upstream's code does with final_weights.pt: cut 7 characters, load into resnet + MRL
+    layer.
+    """
     import torchvision
 
     import MRL
@@ -183,7 +193,10 @@ def hostile_files(folder, marker):
     content = good.read_bytes()
     pt = folder / "good.pt"
     save_upstream(model_of(), pt)
-    wrong = {"format": "matryoshka-model-1", "model": {"arch": "resnet10", "num_classes": 10, "dims": [8]}}
+    wrong = {
+        "format": "matryoshka-model-1",
+        "model": {"arch": "resnet10", "num_classes": 10, "dims": [8]},
+    }
     yield "html.pt", b"<html>404</html>"
     yield "html.safetensors", b"<html>404</html>"
     yield "empty.pt", b""
@@ -209,13 +222,17 @@ def test_files_that_are_not_checkpoints(tmp_path):
             load_model(tmp_path / name)  # without torch's two lines of a warning
         assert name in str(error.value)
         assert "\n" not in str(error.value)
-        assert ("an HTML page? a pickle that wants to run code? cut off?" in str(error.value)) == (".pt" in name)
+        assert ("an HTML page? a pickle that wants to run code? cut off?" in str(error.value)) == (
+            ".pt" in name
+        )
         assert "issue" not in str(error.value)
         names.append(name)
     torch.save({"model": Attack(marker)}, tmp_path / "zip.pt")
     torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "trainer.pt")
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "headless.pt")
-    torch.save({"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(10, 512)}, tmp_path / "unknown.pt")
+    torch.save(
+        {"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(10, 512)}, tmp_path / "unknown.pt"
+    )
     for name in ("zip.pt", "trainer.pt", "headless.pt", "unknown.pt", "missing.pt"):
         with pytest.raises(CheckpointError, match=name):
             load_model(tmp_path / name)
@@ -232,7 +249,10 @@ NONSENSE = [
     ({"dims": [8, 512.0]}, "512.0"),
     ({"dims": [True, 512]}, "True"),
     ({"dims": 8}, "not a whole"),
-    ({"dims": [8, 256]}, "classifier 1 is [10, 512], by its dims and classes it should be [10, 256]"),
+    (
+        {"dims": [8, 256]},
+        "classifier 1 is [10, 512], by its dims and classes it should be [10, 256]",
+    ),
     ({"dims": [8, 512, 1024]}, "classifier 2 is missing"),
     ({"arch": 18}, "arch"),
     ({"arch": ["resnet10"]}, "arch"),
@@ -267,7 +287,9 @@ def test_metadata_that_make_no_sense(tmp_path, monkeypatch, change, words):
     model = model_of()
     about = {"format": checkpoint.FORMAT} | json.loads(json.dumps(checkpoint.describe(model)))
     for key, value in change.items():
-        place = next((about[part] for part in ("model", "preprocessing") if key in about[part]), about)
+        place = next(
+            (about[part] for part in ("model", "preprocessing") if key in about[part]), about
+        )
         assert key in place
         place[key] = value
     save_file(model.state_dict(), tmp_path / "m.safetensors", {"matryoshka": json.dumps(about)})
@@ -279,12 +301,16 @@ def test_metadata_that_make_no_sense(tmp_path, monkeypatch, change, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("change", "words"), [({"arch": "resnet11"}, "resnet11"), ({"dims": [8, 1024]}, "width 512")])
+@pytest.mark.parametrize(
+    ("change", "words"), [({"arch": "resnet11"}, "resnet11"), ({"dims": [8, 1024]}, "width 512")]
+)
 def test_models_that_there_are_not(tmp_path, change, words):
     model = model_of()
     about = {"format": checkpoint.FORMAT} | checkpoint.describe(model)
     about["model"] |= change
-    state = model.state_dict() | {"head.heads.1.weight": torch.zeros(10, about["model"]["dims"][-1])}
+    state = model.state_dict() | {
+        "head.heads.1.weight": torch.zeros(10, about["model"]["dims"][-1])
+    }
     save_file(state, tmp_path / "m.safetensors", {"matryoshka": json.dumps(about)})
     with pytest.raises(CheckpointError, match=rf"m\.safetensors: .*{words}"):
         load_model(tmp_path / "m.safetensors")
@@ -368,8 +394,12 @@ def test_a_write_that_fails_names_its_target_and_leaves_it(tmp_path, monkeypatch
 
 def test_places_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").touch()
-    for target, words in {tmp_path: "is a folder", Path(): "is a folder", tmp_path / "file" / "x": "Not a directory",
-                          tmp_path / "none" / "x": "No such file"}.items():  # fmt: skip
+    for target, words in {
+        tmp_path: "is a folder",
+        Path(): "is a folder",
+        tmp_path / "file" / "x": "Not a directory",
+        tmp_path / "none" / "x": "No such file",
+    }.items():
         with pytest.raises(SystemExit):
             written(target)
         (line,) = capsys.readouterr().err.splitlines()

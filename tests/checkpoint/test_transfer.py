@@ -38,7 +38,9 @@ def source_of(spec=MRL):
 
 
 def start(init, spec=MRL, freeze="", classes=None, pretrained=False):
-    config = ModelConfig(arch=spec.arch, init=init and str(init), freeze=freeze, pretrained=pretrained)
+    config = ModelConfig(
+        arch=spec.arch, init=init and str(init), freeze=freeze, pretrained=pretrained
+    )
     check_start(config, spec, classes)
     torch.manual_seed(0)
     model, notes = start_model(config, spec, classes)
@@ -56,7 +58,9 @@ def same(a, b):
 
 
 def cached_torchvision(monkeypatch, folder, name, weights, content=None):
-    """Weights where torchvision looks before it downloads; without `content` those of a model that is returned."""
+    """Weights where torchvision looks before it downloads; without `content` those of a model that
+    is returned.
+    """
     monkeypatch.setenv("TORCH_HOME", str(folder))
     torch.manual_seed(3)
     model = torchvision.models.get_model(name).eval()
@@ -69,12 +73,17 @@ def cached_torchvision(monkeypatch, folder, name, weights, content=None):
 
 
 def cached_timm(monkeypatch, folder, name):
-    """Weights of `name` where Hugging Face's library looks when it is offline; returns the model without head."""
+    """Weights of `name` where Hugging Face's library looks when it is offline; returns the model
+    without head.
+    """
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     torch.manual_seed(3)
     model = timm.create_model(name).eval()
-    repository = folder / f"models--timm--{model.pretrained_cfg['architecture']}.{model.pretrained_cfg['tag']}"
+    repository = (
+        folder
+        / f"models--timm--{model.pretrained_cfg['architecture']}.{model.pretrained_cfg['tag']}"
+    )
     snapshot = repository / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
@@ -120,20 +129,27 @@ def test_another_head_starts_fresh(tmp_path, spec, reason):
     source = source_of()
     source.classes = [f"class {i}" for i in range(10)]
     save_model(source, tmp_path / "m.safetensors")
-    model, notes = start(tmp_path / "m.safetensors", spec, classes=[f"other {i}" for i in range(spec.num_classes)])
+    model, notes = start(
+        tmp_path / "m.safetensors", spec, classes=[f"other {i}" for i in range(spec.num_classes)]
+    )
     assert notes[0].endswith(f"; the head starts fresh: {reason}")
     assert same(model.trunk.state_dict(), source.trunk.state_dict())
     assert same(model.head.state_dict(), fresh_head(spec))  # that of a run without model.init
 
 
 def test_heads_of_upstream(tmp_path):
-    """A shared classifier fits any prefixes; an old-style file, which may be a fixed feature, is not guessed at."""
+    """A shared classifier fits any prefixes; an old-style file, which may be a fixed feature, is
+    not guessed at.
+    """
     spec = ModelSpec("resnet10", 10, (8, 12, 512), efficient=True)
     source = source_of(replace(spec, dims=(8, 16, 512)))
     save_upstream(source, tmp_path / "new.pt")
     model, _ = start(tmp_path / "new.pt", spec)
     assert same(model.head.state_dict(), source.head.state_dict())
-    old = {key.replace("nesting_classifier_0.", ""): value for key, value in to_upstream(source).items()}
+    old = {
+        key.replace("nesting_classifier_0.", ""): value
+        for key, value in to_upstream(source).items()
+    }
     torch.save(old, tmp_path / "old.pt")
     model, notes = start(tmp_path / "old.pt", spec)
     assert notes[0].endswith("ff512 there, mrl-e here")
@@ -146,10 +162,15 @@ def test_heads_of_upstream(tmp_path):
 @pytest.mark.parametrize("there", [False, True])
 def test_blurpool_is_added_or_left_out(tmp_path, kind, there):
     spec = replace(MRL, blurpool=not there)
-    source, path = source_of(replace(spec, blurpool=there)), tmp_path / ("m.safetensors" if kind == "ours" else "w.pt")
+    source, path = (
+        source_of(replace(spec, blurpool=there)),
+        tmp_path / ("m.safetensors" if kind == "ours" else "w.pt"),
+    )
     save_model(source, path) if kind == "ours" else save_upstream(source, path)
     model, notes = start(path, spec)
-    assert notes[0] == f"trunk from {path}, BlurPool {'left out' if there else 'added'} with its head"
+    assert (
+        notes[0] == f"trunk from {path}, BlurPool {'left out' if there else 'added'} with its head"
+    )
     if there:
         apply_blurpool(model.trunk)  # the oracle knows one direction only
     else:
@@ -205,19 +226,29 @@ class Attack:
 
 
 def test_weights_that_cannot_be_had(monkeypatch, tmp_path):
-    spec, config = ModelSpec("resnet18", 10, (512,)), ModelConfig(arch="resnet18", init="torchvision:resnet18")
+    spec, config = (
+        ModelSpec("resnet18", 10, (512,)),
+        ModelConfig(arch="resnet18", init="torchvision:resnet18"),
+    )
     check_start(config, spec)  # nobody asked the network yet
     attack = pickle.dumps(Attack(tmp_path / "executed"), 2)
     for content in (b"", b"<html>404</html>", attack, pickle.dumps({"a": 1}, 2)):
         cached_torchvision(monkeypatch, tmp_path, "resnet18", "IMAGENET1K_V1", content)
-        with pytest.raises(ModelError, match=r"^model.init: the weights IMAGENET1K_V1 of resnet18 cannot be had.*$"):
+        with pytest.raises(
+            ModelError, match=r"^model.init: the weights IMAGENET1K_V1 of resnet18 cannot be had.*$"
+        ):
             start_model(config, spec)
     assert not (tmp_path / "executed").exists()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    config, spec = ModelConfig(arch="timm:test_vit", pretrained=True), ModelSpec("timm:test_vit", 10, (64,))
+    config, spec = (
+        ModelConfig(arch="timm:test_vit", pretrained=True),
+        ModelSpec("timm:test_vit", 10, (64,)),
+    )
     check_start(config, spec)
-    with pytest.raises(ModelError, match=r"^model.init: the weights test_vit of timm:test_vit cannot be had.*$"):
+    with pytest.raises(
+        ModelError, match=r"^model.init: the weights test_vit of timm:test_vit cannot be had.*$"
+    ):
         start_model(config, spec)
 
 
@@ -242,11 +273,17 @@ FROZEN = [  # what is frozen, and the names in the trunk that it means
     ("resnet10", "layer3.0.bn1,layer1", ["layer3.0.bn1.", "layer1."]),
     ("timm:test_resnet", "stem,layer1", ["conv1.", "bn1.", "layer1."]),
     ("timm:test_vit", "cls_token,patch_embed,blocks.0", ["cls_token", "patch_embed.", "blocks.0."]),
-    ("timm:test_efficientnet", "conv_stem,bn1,blocks.0,blocks.1", ["conv_stem.", "bn1.", "blocks.0.", "blocks.1."]),
+    (
+        "timm:test_efficientnet",
+        "conv_stem,bn1,blocks.0,blocks.1",
+        ["conv_stem.", "bn1.", "blocks.0.", "blocks.1."],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("arch", "freeze", "prefixes"), FROZEN, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("arch", "freeze", "prefixes"), FROZEN, ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_frozen_stages_stay_and_the_rest_moves(tmp_path, arch, freeze, prefixes):
     spec = ModelSpec(arch, 10, (8, 64), blurpool=arch == "resnet10")
     save_model(source_of(spec), tmp_path / "m.safetensors")
@@ -271,7 +308,9 @@ def test_frozen_stages_stay_and_the_rest_moves(tmp_path, arch, freeze, prefixes)
     constant = {key for key in after if key.endswith(".blur_filter")}
     still = {key for key in after if torch.equal(before[key], after[key])}
     assert still - constant == frozen - constant
-    assert all(not module.training for name, module in model.named_modules() if name in model.frozen)
+    assert all(
+        not module.training for name, module in model.named_modules() if name in model.frozen
+    )
     assert model.head.training
     assert apply_freeze(model, "") == 0  # and it can be taken back
     assert all(p.requires_grad for p in model.parameters())
@@ -287,7 +326,11 @@ def test_frozen_without_start_weights_is_said():
 @pytest.mark.parametrize(
     ("arch", "freeze", "words"),
     [
-        ("resnet10", "layer5", ["'layer5'", "did you mean layer", "trunk, stem, layer1, layer2, layer3, layer4"]),
+        (
+            "resnet10",
+            "layer5",
+            ["'layer5'", "did you mean layer", "trunk, stem, layer1, layer2, layer3, layer4"],
+        ),
         ("resnet10", "stem,layer1.7", ["'layer1.7'", "layer1.0"]),
         ("resnet10", "head", ["'head'"]),
         ("resnet10", "layer", ["'layer'"]),
@@ -320,7 +363,10 @@ def files(tmp_path_factory):
     save_file({"a": torch.zeros(1)}, folder / "plain.safetensors")
     about = json.dumps({"format": checkpoint.FORMAT, **checkpoint.describe(source)})
     state = source.state_dict()
-    other = {"trunk.layer1.0.conv1.weight": torch.zeros(3), "head.heads.0.weight": torch.zeros(10, 9)}
+    other = {
+        "trunk.layer1.0.conv1.weight": torch.zeros(3),
+        "head.heads.0.weight": torch.zeros(10, 9),
+    }
     for key, value in other.items():
         save_file(state | {key: value}, folder / f"{key[:4]}.safetensors", {"matryoshka": about})
     del state["trunk.bn1.weight"]
@@ -340,7 +386,11 @@ def files(tmp_path_factory):
         ("timm:test_resnet", "{}/w.pt", ["w.pt", "not those of a timm:test_resnet"]),
         ("resnet10", "{}/broken.pt", ["not a checkpoint of plain tensors"]),
         ("resnet10", "{}/plain.safetensors", ["not one of ours"]),
-        ("resnet10", "{}/trun.safetensors", ["trunk.layer1.0.conv1.weight is [3] there, [64, 64, 3, 3] here"]),
+        (
+            "resnet10",
+            "{}/trun.safetensors",
+            ["trunk.layer1.0.conv1.weight is [3] there, [64, 64, 3, 3] here"],
+        ),
         ("resnet10", "{}/head.safetensors", ["head.heads.0.weight is [10, 9] there, [10, 8] here"]),
         ("resnet10", "{}/missing.safetensors", ["trunk.bn1.weight is missing there, [64] here"]),
         ("resnet10", "torchvision:resnet10", ["no such weights", "none"]),
@@ -367,5 +417,7 @@ def test_start_weights_that_do_not_fit(files, arch, init, words):
 @pytest.mark.parametrize("init", ["torchvision:resnet50", "timm:resnet18", "w.pt"])
 def test_pretrained_that_contradicts_init(init):
     config = ModelConfig(arch="resnet18", pretrained=True, init=init)
-    with pytest.raises(ModelError, match=rf"^model.pretrained=1 means model.init=torchvision:resnet18, .*{init}"):
+    with pytest.raises(
+        ModelError, match=rf"^model.pretrained=1 means model.init=torchvision:resnet18, .*{init}"
+    ):
         check_start(config, ModelSpec("resnet18", 10, (8,)))

@@ -40,9 +40,13 @@ def batch(b, height, width, seed=0, layout=torch.channels_last):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    b=st.integers(1, 5), height=st.integers(1, 12), width=st.integers(1, 12), alpha=st.sampled_from([0.1, 1.0, 8.0]),
-    seed=st.integers(0, 2**32), layout=st.sampled_from([torch.channels_last, torch.contiguous_format]),
-)  # fmt: skip
+    b=st.integers(1, 5),
+    height=st.integers(1, 12),
+    width=st.integers(1, 12),
+    alpha=st.sampled_from([0.1, 1.0, 8.0]),
+    seed=st.integers(0, 2**32),
+    layout=st.sampled_from([torch.channels_last, torch.contiguous_format]),
+)
 def test_mixup_equals_the_formula(b, height, width, alpha, seed, layout):
     images, labels = batch(b, height, width, seed, layout)
     before = images.clone()
@@ -59,9 +63,13 @@ def test_mixup_equals_the_formula(b, height, width, alpha, seed, layout):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    b=st.integers(1, 5), height=st.integers(1, 12), width=st.integers(1, 12), alpha=st.sampled_from([0.1, 1.0, 8.0]),
-    seed=st.integers(0, 2**32), layout=st.sampled_from([torch.channels_last, torch.contiguous_format]),
-)  # fmt: skip
+    b=st.integers(1, 5),
+    height=st.integers(1, 12),
+    width=st.integers(1, 12),
+    alpha=st.sampled_from([0.1, 1.0, 8.0]),
+    seed=st.integers(0, 2**32),
+    layout=st.sampled_from([torch.channels_last, torch.contiguous_format]),
+)
 def test_cutmix_shows_one_rectangle_and_counts_it(b, height, width, alpha, seed, layout):
     images, labels = batch(b, height, width, seed, layout)
     before = images.clone()
@@ -74,7 +82,12 @@ def test_cutmix_shows_one_rectangle_and_counts_it(b, height, width, alpha, seed,
         assert torch.equal(mixed.images, before)
         return
     foreign = [
-        [(y, x) for y in range(height) for x in range(width) if (mixed.images[i, :, y, x] != before[i, :, y, x]).any()]
+        [
+            (y, x)
+            for y in range(height)
+            for x in range(width)
+            if (mixed.images[i, :, y, x] != before[i, :, y, x]).any()
+        ]
         for i in range(b)
     ]
     assert all(pixels == foreign[0] for pixels in foreign)
@@ -84,7 +97,9 @@ def test_cutmix_shows_one_rectangle_and_counts_it(b, height, width, alpha, seed,
         rectangle = [(y, x) for y in range(top, bottom + 1) for x in range(left, right + 1)]
         assert foreign[0] == rectangle
         for i in range(b):
-            assert all(torch.equal(mixed.images[i, :, y, x], before[i - 1, :, y, x]) for y, x in rectangle)
+            assert all(
+                torch.equal(mixed.images[i, :, y, x], before[i - 1, :, y, x]) for y, x in rectangle
+            )
 
 
 def test_shares_are_beta_and_both_kinds_take_turns():
@@ -103,8 +118,14 @@ def test_shares_are_beta_and_both_kinds_take_turns():
             start = replay.integers(length) - size // 2
             seen *= len(set(range(start, start + size)) & set(range(length)))
         assert share == 1 - seen / (400 * 300)
-    kinds = [set(mix(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1), labels, 1, 1, rng).images.flatten().tolist())
-             for _ in range(2000)]  # fmt: skip
+    kinds = [
+        set(
+            mix(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1), labels, 1, 1, rng)
+            .images.flatten()
+            .tolist()
+        )
+        for _ in range(2000)
+    ]
     mixups = sum(kind != {0.0, 1.0} for kind in kinds)
     assert stats.binomtest(mixups, 2000).pvalue > 0.01
 
@@ -126,12 +147,17 @@ def test_the_loss_is_that_of_the_mixed_target(share, weights):
     for i in range(4):
         target[i, labels[i]] += share
         target[i, other[i]] += 1 - share
-    per_prefix = [np.mean([-(target[i] * (z[i] - np.log(np.exp(z[i]).sum()))).sum() for i in range(4)]) for z in logits]
+    per_prefix = [
+        np.mean([-(target[i] * (z[i] - np.log(np.exp(z[i]).sum()))).sum() for i in range(4)])
+        for z in logits
+    ]
     calls = []
 
     def loss_of(*arguments):
         calls.append(arguments)
-        return nested_cross_entropy(*arguments, weights=None if weights is None else torch.tensor(weights))
+        return nested_cross_entropy(
+            *arguments, weights=None if weights is None else torch.tensor(weights)
+        )
 
     mixed = Mixed(torch.empty(0), torch.from_numpy(labels), torch.from_numpy(other), share)
     loss, shown = mixed_loss(loss_of, torch.from_numpy(logits), mixed)
@@ -145,7 +171,9 @@ def test_the_loss_is_that_of_the_mixed_target(share, weights):
 
 def one(name, image, level):
     """An operation on one uint8 [H, W, 3] array."""
-    return distorted(torch.from_numpy(image.copy())[None], np.array([NAMES.index(name)]), np.array([level]))[0].numpy()
+    return distorted(
+        torch.from_numpy(image.copy())[None], np.array([NAMES.index(name)]), np.array([level])
+    )[0].numpy()
 
 
 def by_pillow(name, image, level):
@@ -156,7 +184,12 @@ def by_pillow(name, image, level):
     def affine(*numbers):
         return picture.transform((width, height), Image.Transform.AFFINE, numbers, nearest)
 
-    enhance = {"brightness": "Brightness", "color": "Color", "contrast": "Contrast", "sharpness": "Sharpness"}
+    enhance = {
+        "brightness": "Brightness",
+        "color": "Color",
+        "contrast": "Contrast",
+        "sharpness": "Sharpness",
+    }
     if name in enhance:
         return np.asarray(getattr(ImageEnhance, enhance[name])(picture).enhance(1 + 0.9 * level))
     operations = {
@@ -177,9 +210,19 @@ def by_pillow(name, image, level):
 @pytest.mark.parametrize("level", [-1.0, -0.9, -0.35, 0.0, 0.12, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("name", NAMES)
 def test_each_operation_is_that_of_pillow(name, level, photo):
-    level *= 0.99 if name == "rotate" else 1  # with sin(30 degrees) = 1/2 many centres meet the edge of two pixels
-    for image in (photo(61, 47), photo(32, 32, 1), np.full((9, 9, 3), 77, np.uint8), photo(3, 5, 2), photo(2, 2, 3)):
-        difference = np.abs(one(name, image, level).astype(int) - by_pillow(name, image, level)).max(2)
+    level *= (
+        0.99 if name == "rotate" else 1
+    )  # with sin(30 degrees) = 1/2 many centres meet the edge of two pixels
+    for image in (
+        photo(61, 47),
+        photo(32, 32, 1),
+        np.full((9, 9, 3), 77, np.uint8),
+        photo(3, 5, 2),
+        photo(2, 2, 3),
+    ):
+        difference = np.abs(
+            one(name, image, level).astype(int) - by_pillow(name, image, level)
+        ).max(2)
         if name in GEOMETRY:  # Pillow's coordinates are rounded to 1/65536 pixel
             assert (difference > 0).mean() < 0.003 or (difference > 0).sum() <= 1
         else:
@@ -188,9 +231,12 @@ def test_each_operation_is_that_of_pillow(name, level, photo):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    name=st.sampled_from(GEOMETRY), level=st.floats(-1, 1), height=st.integers(1, 14), width=st.integers(1, 14),
+    name=st.sampled_from(GEOMETRY),
+    level=st.floats(-1, 1),
+    height=st.integers(1, 14),
+    width=st.integers(1, 14),
     seed=st.integers(0, 2**32),
-)  # fmt: skip
+)
 def test_geometry_equals_the_formula_pixel_by_pixel(name, level, height, width, seed):
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     result = one(name, image, level)
@@ -227,8 +273,12 @@ def test_each_operation_is_near_torchvision(name, level, photo):
         "identity": lambda: planes,
         "shear_x": lambda: tv.affine(planes, **nothing | {"shear": [shear, 0.0]}, center=[0, 0]),
         "shear_y": lambda: tv.affine(planes, **nothing | {"shear": [0.0, shear]}, center=[0, 0]),
-        "translate_x": lambda: tv.affine(planes, **nothing | {"translate": [round(150 / 331 * 61 * level), 0]}),
-        "translate_y": lambda: tv.affine(planes, **nothing | {"translate": [0, round(150 / 331 * 47 * level)]}),
+        "translate_x": lambda: tv.affine(
+            planes, **nothing | {"translate": [round(150 / 331 * 61 * level), 0]}
+        ),
+        "translate_y": lambda: tv.affine(
+            planes, **nothing | {"translate": [0, round(150 / 331 * 47 * level)]}
+        ),
         "rotate": lambda: tv.rotate(planes, 30 * level),
         "brightness": lambda: tv.adjust_brightness(planes, 1 + 0.9 * level),
         "color": lambda: tv.adjust_saturation(planes, 1 + 0.9 * level),
@@ -239,7 +289,9 @@ def test_each_operation_is_near_torchvision(name, level, photo):
         "autocontrast": lambda: tv.autocontrast(planes),
         "equalize": lambda: tv.equalize(planes),
     }[name]()
-    difference = np.abs(one(name, image, level).astype(int) - expected.permute(1, 2, 0).numpy()).max(2)
+    difference = np.abs(
+        one(name, image, level).astype(int) - expected.permute(1, 2, 0).numpy()
+    ).max(2)
     assert (difference > (0 if name in GEOMETRY else 1)).mean() < 0.003
 
 
@@ -254,11 +306,16 @@ def test_operations_and_ranges_are_those_of_torchvision():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    b=st.integers(0, 6), height=st.integers(1, 9), width=st.integers(1, 9), magnitude=st.floats(0, 10),
+    b=st.integers(0, 6),
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    magnitude=st.floats(0, 10),
     seed=st.integers(0, 2**32),
-)  # fmt: skip
+)
 def test_any_shape_is_augmented_image_by_image(b, height, width, magnitude, seed):
-    images = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (b, height, width, 3), dtype=np.uint8))
+    images = torch.from_numpy(
+        np.random.default_rng(seed).integers(0, 256, (b, height, width, 3), dtype=np.uint8)
+    )
     before = images.clone()
     result = rand_augment(images, magnitude, np.random.default_rng(seed))
     assert (result.shape, result.dtype) == (images.shape, torch.uint8)
@@ -267,17 +324,26 @@ def test_any_shape_is_augmented_image_by_image(b, height, width, magnitude, seed
     if magnitude:
         for _ in range(2):
             operations, signs = rng.integers(len(NAMES), size=b), 1 - 2 * rng.integers(2, size=b)
-            alone = [one(NAMES[k], image.numpy(), sign * (magnitude / 10))
-                     for k, sign, image in zip(operations, signs, before, strict=True)]  # fmt: skip
+            alone = [
+                one(NAMES[k], image.numpy(), sign * (magnitude / 10))
+                for k, sign, image in zip(operations, signs, before, strict=True)
+            ]
             before = torch.from_numpy(np.array(alone, np.uint8).reshape(images.shape))
     assert torch.equal(result, before)
 
 
 def test_magnitudes():
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
+    images = torch.from_numpy(
+        np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    )
     assert torch.equal(rand_augment(images, 0, np.random.default_rng(0)), images)
-    changes = [(rand_augment(images, m, np.random.default_rng(0)).int() - images.int()).abs().float().mean()
-               for m in (0.5, 3, 10)]  # fmt: skip
+    changes = [
+        (rand_augment(images, m, np.random.default_rng(0)).int() - images.int())
+        .abs()
+        .float()
+        .mean()
+        for m in (0.5, 3, 10)
+    ]
     assert 0 < changes[0] < changes[1] < changes[2]
     for wrong in (-0.1, 10.5, math.nan):
         with pytest.raises(ValueError, match=f"magnitude={wrong}: expected 0 to 10"):
@@ -286,7 +352,9 @@ def test_magnitudes():
 
 def test_images_draw_their_operations_and_signs_independently(monkeypatch):
     drawn = []
-    monkeypatch.setattr(augment, "distorted", lambda images, *numbers: drawn.append(numbers) or images)
+    monkeypatch.setattr(
+        augment, "distorted", lambda images, *numbers: drawn.append(numbers) or images
+    )
     rand_augment(torch.zeros(3000, 1, 1, 3, dtype=torch.uint8), 9, np.random.default_rng(5))
     (first, one_level), (second, other_level) = drawn
     assert set(one_level) == set(other_level) == {-0.9, 0.9}
@@ -307,9 +375,13 @@ def test_pure_functions_of_the_generator():
     results = []
     for seed in (1, 1, 2):
         rng = step_rng(seed, 3, 0)
-        results.append([mix(images, labels, 1, 1, rng) for _ in range(4)] + [rand_augment(pixels, 9, rng)])
-    assert all(torch.equal(a.images, b.images) and a.share == b.share
-               for a, b in zip(results[0][:4], results[1][:4], strict=True))  # fmt: skip
+        results.append(
+            [mix(images, labels, 1, 1, rng) for _ in range(4)] + [rand_augment(pixels, 9, rng)]
+        )
+    assert all(
+        torch.equal(a.images, b.images) and a.share == b.share
+        for a, b in zip(results[0][:4], results[1][:4], strict=True)
+    )
     assert torch.equal(results[0][4], results[1][4])
     assert not torch.equal(results[0][4], results[2][4])
     after = torch.rand(3), np.random.rand(3)  # noqa: NPY002
@@ -324,7 +396,10 @@ def test_nothing_is_read_back_from_the_device():
     pixels = torch.empty(400, 9, 7, 3, dtype=torch.uint8, device="meta")
     rng = np.random.default_rng(0)
     assert rand_augment(pixels, 9, rng).shape == pixels.shape
-    images, labels = torch.empty(5, 3, 9, 7, device="meta"), torch.empty(5, dtype=torch.int64, device="meta")
+    images, labels = (
+        torch.empty(5, 3, 9, 7, device="meta"),
+        torch.empty(5, dtype=torch.int64, device="meta"),
+    )
     for mixup, cutmix in ((1, 0), (0, 1)):
         assert mix(images, labels, mixup, cutmix, rng).images.shape == images.shape
 
@@ -333,7 +408,9 @@ def test_step_rng():
     def words(rng, n=64):
         return set(rng.bit_generator.random_raw(n).tolist())
 
-    keys = [(seed, step, rank) for seed in (0, 1, 2**63) for step in (0, 1, 2**40) for rank in (0, 1, 7)]
+    keys = [
+        (seed, step, rank) for seed in (0, 1, 2**63) for step in (0, 1, 2**40) for rank in (0, 1, 7)
+    ]
     assert len(set().union(*(words(step_rng(*key)) for key in keys))) == 64 * len(keys)
     assert step_rng(3, 5, 1).random() == step_rng(3, 5, 1).random()
     # the order's stream of epoch 2

@@ -1,4 +1,6 @@
-"""`matryoshka data info|verify`: what it says about sound and damaged data, and with which exit status."""
+"""`matryoshka data info|verify`: what it says about sound and damaged data, and with which exit
+status.
+"""
 
 import io
 import json
@@ -19,7 +21,9 @@ SAMPLINGS = {0: "4:4:4", 1: "4:2:2", 2: "4:2:0"}
 @pytest.fixture
 def mixed(tmp_path):
     """raw and jpg, three classes of which one is empty, one broken file; and its parts."""
-    files = Files([(f"{i}.png", encoded(photo(30 + i, 40, seed=i)), i % 2) for i in range(9)], "abc")
+    files = Files(
+        [(f"{i}.png", encoded(photo(30 + i, 40, seed=i)), i % 2) for i in range(9)], "abc"
+    )
     files.files.append(("dead.jpg", b"\xff\xd8\xff", 0))
     files.labels = np.append(files.labels, 0)
     options = {"max_resolution": 40, "write_mode": "proportion", "seed": 2, "names": True}
@@ -40,7 +44,11 @@ def run(capsys, *argv):
 def damaged(path, index):
     """Zeros in the second half of a sample's JPEG."""
     data = BetonFile(path)
-    content, start, size = bytearray(path.read_bytes()), int(data.offset[index]), int(data.size[index])
+    content, start, size = (
+        bytearray(path.read_bytes()),
+        int(data.offset[index]),
+        int(data.size[index]),
+    )
     content[start + size // 2 : start + size] = bytes(size - size // 2)
     path.write_bytes(content)
 
@@ -49,9 +57,15 @@ def test_info(mixed, capsys):
     code, out, _ = run(capsys, "info", mixed, "--json")
     facts, data = json.loads(out), BetonFile(mixed)
     assert code == 0
-    assert facts["modes"] == {"jpg": int((data.mode == 0).sum()), "raw": int((data.mode == 1).sum())}
+    assert facts["modes"] == {
+        "jpg": int((data.mode == 0).sum()),
+        "raw": int((data.mode == 1).sum()),
+    }
     assert min(facts["modes"].values()) > 0
-    assert facts["fields"] == [{"name": "image", "type": "image"}, {"name": "label", "type": "integer"}]
+    assert facts["fields"] == [
+        {"name": "image", "type": "image"},
+        {"name": "label", "type": "integer"},
+    ]
     assert (facts["samples"], facts["file_bytes"]) == (9, mixed.stat().st_size)
     assert facts["page_bytes"] == struct.unpack_from("<I", mixed.read_bytes(), 4)[0]
     assert facts["width"] == {"min": 30, "median": 34.0, "max": 38}
@@ -59,11 +73,22 @@ def test_info(mixed, capsys):
     assert facts["image_bytes"]["max"] == 3 * 40 * max(data.width[data.mode == 1])
     assert facts["classes"] == ["a", "b", "c"]
     assert facts["labels"]["per_class"] == {"min": 4, "median": 4.5, "max": 5}
-    assert (facts["labels"]["fewest"], facts["labels"]["most"], facts["labels"]["without_images"]) == (1, 0, 1)
+    assert (
+        facts["labels"]["fewest"],
+        facts["labels"]["most"],
+        facts["labels"]["without_images"],
+    ) == (1, 0, 1)
     assert facts["noticed"]["broken"] == 1
     assert facts["jpeg"]["process"] == {"baseline": facts["modes"]["jpg"]}
     code, out, _ = run(capsys, "info", mixed)
-    for text in ("9 samples", "a, b, c", "1 classes have no image", "1 left out", "write_mode=proportion", "baseline"):
+    for text in (
+        "9 samples",
+        "a, b, c",
+        "1 classes have no image",
+        "1 left out",
+        "write_mode=proportion",
+        "baseline",
+    ):
         assert text in out
     assert max(len(line) for line in out.splitlines()) <= 120
 
@@ -86,7 +111,9 @@ def test_jpeg_headers_equal_what_pillow_says(sampling, blocks, progressive):
 
 
 def test_a_grey_header_and_no_header():
-    header = check_data.jpeg_header(encoded(photo(70, 50).convert("L"), "JPEG", restart_marker_blocks=2))
+    header = check_data.jpeg_header(
+        encoded(photo(70, 50).convert("L"), "JPEG", restart_marker_blocks=2)
+    )
     assert header == ("baseline", "grayscale", 16)
     rng = np.random.default_rng(0)
     for n in range(500):
@@ -117,7 +144,10 @@ def test_verify_lists_what_is_broken(mixed, capsys):
 
 
 def test_verify_looks_at_labels_and_other_fields(tmp_path, capsys):
-    samples = [((-1) ** i, 1, 2, 1, b"abcdef", text, len(text)) for i, text in enumerate([b"{}\0", b"[]\0", b"{\0"])]
+    samples = [
+        ((-1) ** i, 1, 2, 1, b"abcdef", text, len(text))
+        for i, text in enumerate([b"{}\0", b"[]\0", b"{\0"])
+    ]
     fields = [(1, b"label"), (2, b"image"), (5, b"info")]
     path = build(tmp_path / "x", fields, "<qBHHQQQ3x", samples)
     code, out, _ = run(capsys, "verify", path, "--json")
@@ -145,8 +175,15 @@ def test_verify_of_a_folder(folder, tmp_path, capsys):
     code, out, _ = run(capsys, "verify", tmp_path, "--json")
     found = json.loads(out)
     assert code == 1
-    assert [entry["name"] for entry in found["broken"]] == ["a/cut.jpg", "a/empty.png", "a/gone.jpg"]
-    assert [entry["reason"] for entry in found["broken"]][1:] == ["the file is empty", "No such file or directory"]
+    assert [entry["name"] for entry in found["broken"]] == [
+        "a/cut.jpg",
+        "a/empty.png",
+        "a/gone.jpg",
+    ]
+    assert [entry["reason"] for entry in found["broken"]][1:] == [
+        "the file is empty",
+        "No such file or directory",
+    ]
     assert [entry["name"] for entry in found["noticed"]] == ["a/cmyk.jpg", "a/png.jpg"]
 
 
@@ -154,16 +191,22 @@ def test_what_cannot_be_read_is_one_line(mixed, tmp_path, capsys):
     content = mixed.read_bytes()
     (tmp_path / "cut").write_bytes(content[:-5])
     for argv in (
-        ("info", tmp_path / "cut"), ("verify", tmp_path / "cut"), ("info", tmp_path), ("verify", tmp_path / "none"),
-        ("verify", tmp_path / "none", "--workers", "-1"), ("verify", mixed, "--workers", "-1"),
-    ):  # fmt: skip
+        ("info", tmp_path / "cut"),
+        ("verify", tmp_path / "cut"),
+        ("info", tmp_path),
+        ("verify", tmp_path / "none"),
+        ("verify", tmp_path / "none", "--workers", "-1"),
+        ("verify", mixed, "--workers", "-1"),
+    ):
         code, out, err = run(capsys, *argv)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert err.startswith("error: ")
 
 
 def test_hostile_names_stay_on_their_line(tmp_path, capsys):
-    path = build(tmp_path / "x", [(2, b"i\x1b[2J"), (1, b"label")], "<BHHQ3xq", [(0, 2, 1, b"no jpeg", 0)])
+    path = build(
+        tmp_path / "x", [(2, b"i\x1b[2J"), (1, b"label")], "<BHHQ3xq", [(0, 2, 1, b"no jpeg", 0)]
+    )
     side = {
         "classes": ["a\n\x1b]0;b\x07"],
         "names": ["\ud800\r"],

@@ -15,13 +15,22 @@ def missing(monkeypatch):
 def test_without_ffcv_one_line_says_how_to_install_it(missing, digits, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         train_imagenet.main(
-            [f"--data.train_dataset={digits['train']}", f"--data.val_dataset={digits['val']}", "--data.loader=ffcv"]
+            [
+                f"--data.train_dataset={digits['train']}",
+                f"--data.val_dataset={digits['val']}",
+                "--data.loader=ffcv",
+            ]
         )
     said = capsys.readouterr().err
     assert (caught.value.code, said.count("\n")) == (2, 1)
     assert said.startswith("error: data.loader=ffcv needs FFCV")
     assert "pip install '.[ffcv]'" in said
-    options = ["--cfg.dataset=digits", "--cfg.split=val", "--cfg.writer=ffcv", "--cfg.max_resolution=32"]
+    options = [
+        "--cfg.dataset=digits",
+        "--cfg.split=val",
+        "--cfg.writer=ffcv",
+        "--cfg.max_resolution=32",
+    ]
     with pytest.raises(SystemExit) as caught:
         write_imagenet.main([*options, f"--cfg.write_path={tmp_path / 'x'}"])
     assert caught.value.code == 2
@@ -33,7 +42,11 @@ def test_a_folder_is_not_for_ffcvs_loader(folder, digits, monkeypatch, capsys):
     monkeypatch.setattr(ffcv_backend, "find_spec", lambda name: name)
     with pytest.raises(SystemExit):
         train_imagenet.main(
-            [f"--data.train_dataset={folder / 'train'}", f"--data.val_dataset={folder / 'val'}", "--data.loader=ffcv"]
+            [
+                f"--data.train_dataset={folder / 'train'}",
+                f"--data.val_dataset={folder / 'val'}",
+                "--data.loader=ffcv",
+            ]
         )
     assert "data.loader=native" in capsys.readouterr().err
     with pytest.raises(BetonError, match="is a folder"):
@@ -58,7 +71,10 @@ def test_options_that_ffcv_does_not_have(missing, tmp_path, message, options):
 
 @pytest.mark.parametrize(
     ("message", "options"),
-    [("100 does not divide by 3", {"batch_size": 100, "world": 3}), ("quasi_random", {"order": "quasi_random"})],
+    [
+        ("100 does not divide by 3", {"batch_size": 100, "world": 3}),
+        ("quasi_random", {"order": "quasi_random"}),
+    ],
 )
 def test_what_ffcvs_loader_does_not_do(missing, digits, message, options):
     with pytest.raises(BetonError, match=message):

@@ -1,4 +1,6 @@
-"""Fields beside image and label, in files that struct put together; then the same files with wrong claims."""
+"""Fields beside image and label, in files that struct put together; then the same files with wrong
+claims.
+"""
 
 import json
 import struct
@@ -14,7 +16,15 @@ from matryoshka.data import BetonError, BetonFile
 from matryoshka.data.fields import array_type
 
 IMAGE = (1, 2, 1, b"abcdef")  # raw, 2 x 1
-FIELDS = [(2, b"image"), (1, b"label"), (0, b"weight"), (3, b"blob"), (5, b"info"), (4, b"array"), (6, b"tensor")]
+FIELDS = [
+    (2, b"image"),
+    (1, b"label"),
+    (0, b"weight"),
+    (3, b"blob"),
+    (5, b"info"),
+    (4, b"array"),
+    (6, b"tensor"),
+]
 RECORD = "<BHHQ3xqdQQQQQQ"
 BLOBS = [b"xyz", b"", b"\0\xff\0"]
 OBJECTS = [{"a": [1, 2.5, None]}, "Grüße", []]
@@ -83,7 +93,10 @@ def test_every_field_comes_back(whole, opened, tmp_path):
 
 def test_what_cannot_be_returned(whole, opened):
     data = opened(whole)
-    with pytest.raises(BetonError, match=r"x: has no field 'nothing'; it has 'image', 'label', 'weight', .*'tensor'"):
+    with pytest.raises(
+        BetonError,
+        match=r"x: has no field 'nothing'; it has 'image', 'label', 'weight', .*'tensor'",
+    ):
         data.field("nothing", ROWS)
     with pytest.raises(BetonError, match=r"'image' holds images: fetch\(\)"):
         data.field("image", ROWS)
@@ -99,7 +112,8 @@ def test_what_cannot_be_returned(whole, opened):
 
 # fmt: off
 LIES = [  # field, place in the records, value, message
-    ("blob", 32, PAGE + 1, "sample 0 says 3 bytes"), ("blob", 32, 2**64 - 1, "sample 0 says 3 bytes"),
+    ("blob", 32, PAGE + 1, "sample 0 says 3 bytes"), ("blob", 32, 2**64 - 1, "sample 0 says 3 "
+                                                                             "bytes"),
     ("blob", 40, 4, "sample 0 says 4 bytes"), ("blob", 40, 2, "sample 0 says 2 bytes"),
     ("blob", 40, 2**64 - 1, "sample 0 says 18446744073709551615 bytes"),
     ("blob", SIZE + 40, 1, "sample 1 says 1 bytes"),
@@ -126,7 +140,9 @@ def test_a_record_that_lies(whole, opened, name, place, value, message):
 def test_a_value_of_another_sample_is_refused(whole, opened):
     content = bytearray(whole)
     for at in (64, 72):  # array, tensor: sample 0 points to the numbers of sample 1
-        content[RECORDS + at : RECORDS + at + 8] = whole[RECORDS + SIZE + at : RECORDS + SIZE + at + 8]
+        content[RECORDS + at : RECORDS + at + 8] = whole[
+            RECORDS + SIZE + at : RECORDS + SIZE + at + 8
+        ]
     data = opened(bytes(content))
     for name in ("array", "tensor"):
         with pytest.raises(BetonError, match="sample 0 has a region of 0 bytes"):
@@ -138,14 +154,20 @@ def test_a_value_of_another_sample_is_refused(whole, opened):
 def test_a_type_that_is_no_plain_number(whole, opened, text):
     data = opened(with_arguments(whole, 5, arguments((2, 3), text)))
     for rows in (ROWS, ROWS[:0]):
-        with pytest.raises(BetonError, match=r"x: field 'array': (describes its type|has elements)"):
+        with pytest.raises(
+            BetonError, match=r"x: field 'array': (describes its type|has elements)"
+        ):
             data.field("array", rows)
 
 
-@pytest.mark.parametrize("shape", [(2, 4), (1,), (), (2**63,), (2**39,) * 32, (2**20, 2**20), (2, 0, 3), (24,)])
+@pytest.mark.parametrize(
+    "shape", [(2, 4), (1,), (), (2**63,), (2**39,) * 32, (2**20, 2**20), (2, 0, 3), (24,)]
+)
 def test_a_shape_that_does_not_fit(whole, opened, shape):
     data = opened(with_arguments(whole, 5, arguments(shape, b'[["", "<i4"]]')))
-    with pytest.raises(BetonError, match=r"x: field 'array': (sample 0 has a region of 24 bytes|has an impossible)"):
+    with pytest.raises(
+        BetonError, match=r"x: field 'array': (sample 0 has a region of 24 bytes|has an impossible)"
+    ):
         data.field("array", np.arange(3))
     if 2**63 not in shape and 0 not in shape:
         assert len(data.field("array", ROWS[:0])) == 0
@@ -157,7 +179,10 @@ def test_plain_numbers(name):
     assert array_type(arguments((5, 7), text).ljust(1024, b"\0")) == (np.dtype(name), (5, 7))
 
 
-@given(st.binary(min_size=1024, max_size=1024) | st.binary(max_size=60).map(lambda b: arguments((3,), b)[:1024]))
+@given(
+    st.binary(min_size=1024, max_size=1024)
+    | st.binary(max_size=60).map(lambda b: arguments((3,), b)[:1024])
+)
 def test_arguments_of_any_kind(data):
     with suppress(ValueError):
         dtype, shape = array_type(data.ljust(1024, b"\0"))

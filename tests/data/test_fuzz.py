@@ -20,9 +20,18 @@ FUZZING = Path(__file__).resolve().parents[1] / "fuzzing"
 
 
 def test_thousands_of_damaged_files(tmp_path):
-    """No crash, no hang, no silent change, every error names its file; `make fuzz` runs more of them."""
+    """No crash, no hang, no silent change, every error names its file; `make fuzz` runs more of
+    them.
+    """
     cases = os.environ.get("FUZZ_CASES", "3000")
-    command = [sys.executable, str(FUZZING / "fuzz.py"), "--cases", cases, "--out", str(tmp_path / "failures")]
+    command = [
+        sys.executable,
+        str(FUZZING / "fuzz.py"),
+        "--cases",
+        cases,
+        "--out",
+        str(tmp_path / "failures"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     assert f"\n{int(cases):,} cases in " in done.stdout

@@ -1,4 +1,6 @@
-"""ImageNet-4K on a small tree: which image goes where, by a loop over the files; kills, too few images, bad lists."""
+"""ImageNet-4K on a small tree: which image goes where, by a loop over the files; kills, too few
+images, bad lists.
+"""
 
 import hashlib
 import json
@@ -28,12 +30,16 @@ FILES = ("imagenet4k_queries.beton", "imagenet4k_database.beton")
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Three listed classes of 9, 8 and 12 images and one that is not listed; every image's first pixel is unlike."""
+    """Three listed classes of 9, 8 and 12 images and one that is not listed; every image's first
+    pixel is unlike.
+    """
     root = tmp_path_factory.mktemp("imagenet21k")
     for c, (wnid, count) in enumerate(zip((*WNIDS, "n99999999"), (9, 8, 12, 3), strict=True)):
         (root / wnid).mkdir()
         for i in range(count):
-            pixels = np.random.default_rng(100 * c + i).integers(0, 256, (20 + i, 24, 3), dtype=np.uint8)
+            pixels = np.random.default_rng(100 * c + i).integers(
+                0, 256, (20 + i, 24, 3), dtype=np.uint8
+            )
             Image.fromarray(pixels).save(root / wnid / f"{wnid}_{i}.png")
     (root / WNIDS[0] / "notes.txt").write_text("no image")
     (root / WNIDS[0] / ".hidden.png").write_text("no image")
@@ -45,9 +51,13 @@ def tree(tmp_path_factory):
 def options(tree, tmp_path):
     (tmp_path / "classes.txt").write_text(CLASSES)
     return [
-        f"--data={tree}", f"--classes={tmp_path / 'classes.txt'}", "--write-mode=raw", "--workers=1",
-        "--database-per-class=5", "--queries-per-class=2",
-    ]  # fmt: skip
+        f"--data={tree}",
+        f"--classes={tmp_path / 'classes.txt'}",
+        "--write-mode=raw",
+        "--workers=1",
+        "--database-per-class=5",
+        "--queries-per-class=2",
+    ]
 
 
 def build(options, output, *more):
@@ -72,7 +82,10 @@ def pixels(beton):
 
 
 def hashes(folder):
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*")}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+    }
 
 
 def refused(argv, capsys):
@@ -95,7 +108,11 @@ def test_every_image_is_where_the_manifest_says(tree, options, tmp_path, capsys)
         with BetonFile(tmp_path / "out" / name) as beton:
             assert beton.classes == sorted(WNIDS)
             assert beton.labels.tolist() == np.repeat(range(3), count).tolist()
-            wanted = [(label, row["wnid"], file) for label, row in enumerate(classes) for file in row[kind]]
+            wanted = [
+                (label, row["wnid"], file)
+                for label, row in enumerate(classes)
+                for file in row[kind]
+            ]
             assert beton.manifest["names"] == [f"{wnid}/{file}" for _, wnid, file in wanted]
             assert beton.manifest["counts"]["raw"] == 3 * count
             for (label, stored), (expected, wnid, file) in zip(pixels(beton), wanted, strict=True):
@@ -130,7 +147,9 @@ def test_a_draw_is_a_permutation_that_the_order_of_the_folder_does_not_change(na
 
 
 def test_unreadable_images_are_passed_over(tmp_path, options):
-    """Whatever the draw: the only two readable images are chosen, also where all of a first try are damaged."""
+    """Whatever the draw: the only two readable images are chosen, also where all of a first try are
+    damaged.
+    """
     folder = tmp_path / "tree" / WNIDS[1]
     folder.mkdir(parents=True)
     for i in range(9):
@@ -138,9 +157,15 @@ def test_unreadable_images_are_passed_over(tmp_path, options):
     for i in (3, 7):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"{i}.jpg")
     (tmp_path / "one.txt").write_text(f"{WNIDS[1]}\n")
-    more = [f"--data={tmp_path / 'tree'}", f"--classes={tmp_path / 'one.txt'}", "--database-per-class=1"]
+    more = [
+        f"--data={tmp_path / 'tree'}",
+        f"--classes={tmp_path / 'one.txt'}",
+        "--database-per-class=1",
+    ]
     for seed in range(4):
-        _, (row,) = build([*options, *more, "--queries-per-class=1", f"--seed={seed}"], tmp_path / f"out{seed}")
+        _, (row,) = build(
+            [*options, *more, "--queries-per-class=1", f"--seed={seed}"], tmp_path / f"out{seed}"
+        )
         assert sorted([*row["queries"], *row["database"]]) == ["3.jpg", "7.jpg"]
         assert set(row["unreadable"]) <= {f"{i}.jpg" for i in range(9)} - {"3.jpg", "7.jpg"}
 
@@ -148,7 +173,10 @@ def test_unreadable_images_are_passed_over(tmp_path, options):
 def test_classes_with_too_few_images_are_an_error_or_listed(tree, options, tmp_path, capsys):
     more = ["--database-per-class=7", f"--output={tmp_path / 'out'}"]
     line = refused([*options, *more], capsys)
-    assert all(word in line for word in (str(tree), "1 of 3 classes", "fewer than 9", "n00440941 (8)", "--leave-out"))
+    assert all(
+        word in line
+        for word in (str(tree), "1 of 3 classes", "fewer than 9", "n00440941 (8)", "--leave-out")
+    )
     assert not (tmp_path / "out").exists()
     _, classes = build(options, tmp_path / "out", "--database-per-class=7", "--leave-out-small")
     assert "1 classes left out" in capsys.readouterr().out
@@ -160,7 +188,10 @@ def test_classes_with_too_few_images_are_an_error_or_listed(tree, options, tmp_p
     (tmp_path / "last.txt").write_text(CLASSES.splitlines()[0])
     last = [*options, f"--classes={tmp_path / 'last.txt'}", "--database-per-class=10"]
     line = refused([*last, f"--output={tmp_path / 'last'}"], capsys)
-    assert all(word in line for word in (WNIDS[2], "too few readable", f"{WNIDS[2]}_3.png", "--leave-out-small"))
+    assert all(
+        word in line
+        for word in (WNIDS[2], "too few readable", f"{WNIDS[2]}_3.png", "--leave-out-small")
+    )
     line = refused([*last, f"--output={tmp_path / 'none'}", "--leave-out-small"], capsys)
     assert "every one of the 1 classes" in line
 
@@ -216,7 +247,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_files(options, tmp_path):
     out.mkdir()
     command = [sys.executable, str(tmp_path / "killed.py"), str(out), *options]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=280, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "goes on, " in done.stdout
     whole = hashes(out / "whole")
@@ -227,7 +260,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_files(options, tmp_path):
 
 
 def test_the_manifest_never_describes_other_files(options, tmp_path, monkeypatch):
-    """Stopped before each of the renames that replace finished files; then, with the old options, all is built anew."""
+    """Stopped before each of the renames that replace finished files; then, with the old options,
+    all is built anew.
+    """
     out = tmp_path / "out"
     build(options, out)
     before, replace = hashes(out), os.replace

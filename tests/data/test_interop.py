@@ -18,7 +18,9 @@ from PIL import Image
 
 from matryoshka.data import BetonFile, CenterCrop, Loader, layout, write_beton
 
-pytestmark = pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV is not installed: make interop")
+pytestmark = pytest.mark.skipif(
+    find_spec("ffcv") is None, reason="FFCV is not installed: make interop"
+)
 SECONDS = 300  # FFCV compiles each pipeline anew, and takes long to import; a hang lasts longer
 
 
@@ -36,7 +38,9 @@ def python(*arguments, status=0):
             out, err = process.communicate(timeout=SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # also FFCV's workers
-            pytest.fail(f"{arguments} did not end in {SECONDS} s: {process.communicate()[1][-3000:]}")
+            pytest.fail(
+                f"{arguments} did not end in {SECONDS} s: {process.communicate()[1][-3000:]}"
+            )
     assert process.returncode == status, err[-3000:]
     return err if status else out
 
@@ -64,7 +68,9 @@ def test_our_reader_takes_their_files(theirs, name):
         assert [field for field, _ in data.fields] == list(names)
         assert data.labels.tolist() == [values(i)["label"] for i in range(N)]
         samples = data.fetch(np.arange(N))
-        jpg = {"jpg": N, "raw": 0, "smart": N if "smart_threshold" in options else 0}.get(options["write_mode"])
+        jpg = {"jpg": N, "raw": 0, "smart": N if "smart_threshold" in options else 0}.get(
+            options["write_mode"]
+        )
         assert jpg is None or (samples.mode == layout.JPG).sum() == jpg
         for i in range(N):
             stored = samples.data[samples.offset[i] :][: samples.size[i]]
@@ -75,7 +81,9 @@ def test_our_reader_takes_their_files(theirs, name):
                 assert stored.tobytes() == picture(i).tobytes()
 
 
-@pytest.mark.parametrize("name", ["jpg", "raw", "proportion", "label_first_jpg", "fields", "fields_jpg"])
+@pytest.mark.parametrize(
+    "name", ["jpg", "raw", "proportion", "label_first_jpg", "fields", "fields_jpg"]
+)
 def test_our_loader_takes_their_files(theirs, name):
     with BetonFile(theirs / name) as data:
         samples = data.fetch(np.arange(N))
@@ -96,12 +104,16 @@ def test_our_reader_returns_their_other_fields(theirs, name):
             found = data.field(field, indices)
             want = np.array([sample[field] for sample in wanted])
             assert (found.dtype.str, found.tolist()) == (want.dtype.str, want.tolist())
-        assert [bytes(blob) for blob in data.field("blob", indices)] == [bytes(sample["blob"]) for sample in wanted]
+        assert [bytes(blob) for blob in data.field("blob", indices)] == [
+            bytes(sample["blob"]) for sample in wanted
+        ]
         assert data.field("about", indices) == [sample["about"] for sample in wanted]
 
 
 def test_both_writers_reduce_to_the_same_pixels(theirs, tmp_path):
-    source = Files([(f"{i}.png", encoded(Image.fromarray(picture(i, 301, 200))), 0) for i in range(N)])
+    source = Files(
+        [(f"{i}.png", encoded(Image.fromarray(picture(i, 301, 200))), 0) for i in range(N)]
+    )
     write_beton(source, tmp_path / "x", max_resolution=101, write_mode="raw")
     with BetonFile(theirs / "reduced") as a, BetonFile(tmp_path / "x") as b:
         assert (a.width.tolist(), a.height.tolist()) == (b.width.tolist(), b.height.tolist())
@@ -124,7 +136,9 @@ def restart_markers(stored):
 def ours(tmp_path_factory):
     """(the folder of our files, FFCV's arrays by file name)."""
     folder = tmp_path_factory.mktemp("ours")
-    files = [(f"{i}.png", encoded(Image.fromarray(picture(i))), values(i)["label"]) for i in range(N)]
+    files = [
+        (f"{i}.png", encoded(Image.fromarray(picture(i))), values(i)["label"]) for i in range(N)
+    ]
     source = Files(files, classes="abcde")
     modes = {
         "jpg": {"write_mode": "jpg", "jpeg_quality": 95},
@@ -134,11 +148,18 @@ def ours(tmp_path_factory):
     }
     for name, options in modes.items():
         write_beton(source, folder / name, max_resolution=SIDE, chunk_size=5, **options)
-    photos = [(f"{i}.jpg", encoded(Image.fromarray(picture(i)), "JPEG"), values(i)["label"]) for i in range(N)]
+    photos = [
+        (f"{i}.jpg", encoded(Image.fromarray(picture(i)), "JPEG"), values(i)["label"])
+        for i in range(N)
+    ]
     kept = {"write_mode": "jpg", "transcode": "fit"}
     write_beton(Files(photos, classes="abcde"), folder / "transcoded", max_resolution=SIDE, **kept)
     # the same coefficients with and without markers, by Pillow; and the label in front
-    for name, markers in (("plain", {}), ("tiles", {"restart_marker_blocks": 4}), ("rows", {"restart_marker_rows": 1})):
+    for name, markers in (
+        ("plain", {}),
+        ("tiles", {"restart_marker_blocks": 4}),
+        ("rows", {"restart_marker_rows": 1}),
+    ):
         samples = []
         for i in range(N):
             stored = encoded(Image.fromarray(picture(i)), "JPEG", quality=90, **markers)
@@ -150,7 +171,9 @@ def ours(tmp_path_factory):
     return folder, {path.stem: dict(np.load(path)) for path in folder.glob("*.npz")}
 
 
-@pytest.mark.parametrize("name", ["jpg", "raw", "proportion", "smart", "transcoded", "plain", "tiles", "rows"])
+@pytest.mark.parametrize(
+    "name", ["jpg", "raw", "proportion", "smart", "transcoded", "plain", "tiles", "rows"]
+)
 def test_their_loader_takes_our_files(ours, name):
     folder, arrays = ours
     with BetonFile(folder / name) as data:
@@ -163,7 +186,9 @@ def test_their_loader_takes_our_files(ours, name):
             stored = samples.data[samples.offset[i] :][: samples.size[i]]
             if samples.mode[i] == layout.RAW:
                 assert (images[i] == picture(i)).all()
-            else:  # FFCV asks libjpeg-turbo for its fast, coarse DCT, which is a level darker on average
+            else:
+                # FFCV asks libjpeg-turbo for its fast, coarse DCT, which is a level darker on
+                # average
                 difference = np.abs(images[i] - pillow(stored))
                 assert (difference.mean() < 1.5, difference.max() < 16) == (True, True)
 
@@ -215,10 +240,17 @@ def photos(tmp_path_factory):
 def test_the_programs_write_and_train_with_ffcv(photos, tmp_path):
     for split in ("train", "val"):
         said = python(
-            "-m", "matryoshka.train.write_imagenet", f"--cfg.data_dir={photos / split}", "--cfg.writer=ffcv",
-            f"--cfg.write_path={tmp_path / split}", "--cfg.max_resolution=64", "--cfg.write_mode=jpg",
-            "--cfg.num_workers=2", "--cfg.chunk_size=3", "--cfg.names=1",
-        )  # fmt: skip
+            "-m",
+            "matryoshka.train.write_imagenet",
+            f"--cfg.data_dir={photos / split}",
+            "--cfg.writer=ffcv",
+            f"--cfg.write_path={tmp_path / split}",
+            "--cfg.max_resolution=64",
+            "--cfg.write_mode=jpg",
+            "--cfg.num_workers=2",
+            "--cfg.chunk_size=3",
+            "--cfg.names=1",
+        )
         assert "2 classes" in said
         with BetonFile(tmp_path / split) as data:
             assert (data.classes, data.width.max()) == (["a", "b"], 64)
@@ -226,12 +258,24 @@ def test_the_programs_write_and_train_with_ffcv(photos, tmp_path):
             assert data.labels.tolist() == ["ab".index(name[0]) for name in names]
             assert len(names) == {"train": 16, "val": 8}[split]
     said = python(
-        "-m", "matryoshka.train.train_imagenet", f"--data.train_dataset={tmp_path / 'train'}", "--data.loader=ffcv",
-        f"--data.val_dataset={tmp_path / 'val'}", "--data.num_workers=1", "--training.epochs=1",
-        "--training.batch_size=8", "--validation.batch_size=5", "--validation.resolution=32",
-        "--resolution.min_res=32", "--resolution.max_res=32", "--model.arch=resnet18", "--model.mrl=1",
-        f"--logging.folder={tmp_path}", "--logging.run_id=run", "--training.device=cpu",
-    )  # fmt: skip
+        "-m",
+        "matryoshka.train.train_imagenet",
+        f"--data.train_dataset={tmp_path / 'train'}",
+        "--data.loader=ffcv",
+        f"--data.val_dataset={tmp_path / 'val'}",
+        "--data.num_workers=1",
+        "--training.epochs=1",
+        "--training.batch_size=8",
+        "--validation.batch_size=5",
+        "--validation.resolution=32",
+        "--resolution.min_res=32",
+        "--resolution.max_res=32",
+        "--model.arch=resnet18",
+        "--model.mrl=1",
+        f"--logging.folder={tmp_path}",
+        "--logging.run_id=run",
+        "--training.device=cpu",
+    )
     assert "epoch   0" in said
     assert (tmp_path / "run" / "model.safetensors").exists()
 
@@ -241,9 +285,15 @@ def test_an_image_that_their_writer_cannot_take(photos, tmp_path):
     broken.write_bytes(b"no image")
     try:
         said = python(
-            "-m", "matryoshka.train.write_imagenet", f"--cfg.data_dir={photos / 'train'}", "--cfg.writer=ffcv",
-            f"--cfg.write_path={tmp_path / 'x'}", "--cfg.max_resolution=64", "--cfg.num_workers=2", status=2,
-        )  # fmt: skip
+            "-m",
+            "matryoshka.train.write_imagenet",
+            f"--cfg.data_dir={photos / 'train'}",
+            "--cfg.writer=ffcv",
+            f"--cfg.write_path={tmp_path / 'x'}",
+            "--cfg.max_resolution=64",
+            "--cfg.num_workers=2",
+            status=2,
+        )
     finally:
         broken.unlink()
     assert "b/broken.jpg" in said

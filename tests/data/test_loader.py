@@ -30,7 +30,9 @@ from matryoshka.data.order import batches, epoch_order, share
 @pytest.fixture(scope="module")
 def beton(tmp_path_factory, folder):
     path = tmp_path_factory.mktemp("loader") / "train.beton"
-    write_beton(ImageFolder(folder / "train"), path, max_resolution=500, write_mode="jpg", jpeg_quality=95)
+    write_beton(
+        ImageFolder(folder / "train"), path, max_resolution=500, write_mode="jpg", jpeg_quality=95
+    )
     return path
 
 
@@ -39,9 +41,13 @@ def beton(tmp_path_factory, folder):
 
 @settings(max_examples=100, deadline=None)
 @given(
-    n=st.integers(0, 200), batch=st.integers(1, 50), world=st.integers(1, 8), drop=st.booleans(),
-    seed=st.integers(0, 2**63), epoch=st.integers(0, 1000),
-)  # fmt: skip
+    n=st.integers(0, 200),
+    batch=st.integers(1, 50),
+    world=st.integers(1, 8),
+    drop=st.booleans(),
+    seed=st.integers(0, 2**63),
+    epoch=st.integers(0, 1000),
+)
 def test_global_batches_do_not_depend_on_the_world(n, batch, world, drop, seed, epoch):
     order = epoch_order(n, "random", seed, epoch)
     assert sorted(order) == list(range(n))
@@ -59,7 +65,9 @@ def test_global_batches_do_not_depend_on_the_world(n, batch, world, drop, seed, 
 
 def test_order_is_pinned():
     """The order of a seed and epoch must never change: resumed runs rely on it."""
-    assert epoch_order(8, "random", 0, 0).tolist() == list(np.argsort(np.random.Philox(key=[0, 0]).random_raw(8)))
+    assert epoch_order(8, "random", 0, 0).tolist() == list(
+        np.argsort(np.random.Philox(key=[0, 0]).random_raw(8))
+    )
     assert epoch_order(8, "random", 0, 0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
     assert epoch_order(100, "random", 0, 0).tolist() != epoch_order(100, "random", 0, 1).tolist()
     assert epoch_order(100, "random", 0, 1).tolist() != epoch_order(100, "random", 1, 0).tolist()
@@ -80,9 +88,13 @@ def test_center_crops_equal_pillow_and_area_averaging(beton):
     for batch in loader:
         assert batch.images.dtype == torch.uint8
         assert batch.images.shape[1:] == (24, 24, 3)
-        for image, label, i in zip(batch.images.numpy(), batch.labels.tolist(), batch.index.tolist(), strict=True):
+        for image, label, i in zip(
+            batch.images.numpy(), batch.labels.tolist(), batch.index.tolist(), strict=True
+        ):
             start, size = int(data.offset[i]), int(data.size[i])
-            whole = np.asarray(Image.open(io.BytesIO(raw[start : start + size])).convert("RGB"), np.float64)
+            whole = np.asarray(
+                Image.open(io.BytesIO(raw[start : start + size])).convert("RGB"), np.float64
+            )
             h, w = whole.shape[:2]
             c = int(224 / 256 * min(h, w))
             y, x = (h - c) // 2, (w - c) // 2
@@ -96,7 +108,9 @@ def test_center_crops_equal_pillow_and_area_averaging(beton):
 
 def test_folder_and_beton_give_the_same_labels_and_nearly_the_same_pixels(beton, folder):
     options = {"order": "random", "image": RandomResizedCrop(32), "seed": 5, "num_workers": 2}
-    for a, b in zip(Loader(beton, 7, **options), Loader(folder / "train", 7, **options), strict=True):
+    for a, b in zip(
+        Loader(beton, 7, **options), Loader(folder / "train", 7, **options), strict=True
+    ):
         assert torch.equal(a.index, b.index)
         assert torch.equal(a.labels, b.labels)
         assert (a.images.float() - b.images.float()).abs().mean() < 8  # one more JPEG generation
@@ -142,7 +156,12 @@ def test_epochs_differ_and_repeat(beton):
 
 def test_shards_of_an_evaluation_cover_every_sample_once(beton):
     for world in (1, 2, 3, 7, 23):
-        seen = [i for r in range(world) for b in Loader(beton, 6, rank=r, world=world) for i in b.index.tolist()]
+        seen = [
+            i
+            for r in range(world)
+            for b in Loader(beton, 6, rank=r, world=world)
+            for i in b.index.tolist()
+        ]
         assert sorted(seen) == list(range(20))
 
 
@@ -170,13 +189,17 @@ def resident_memory() -> int:
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_an_abandoned_epoch_leaves_nothing_behind(beton, in_memory):
-    loader = Loader(beton, 2, order="random", image=RandomResizedCrop(64), num_workers=2, in_memory=in_memory)
+    loader = Loader(
+        beton, 2, order="random", image=RandomResizedCrop(64), num_workers=2, in_memory=in_memory
+    )
     memory = []
     for epoch in range(200):
         for _batch in loader:
             break
         assert threads_of_a_loader() == 0
-        if os.path.exists("/proc/self/statm") and epoch >= 50:  # what is kept for reuse is there by then
+        if (
+            os.path.exists("/proc/self/statm") and epoch >= 50
+        ):  # what is kept for reuse is there by then
             memory.append(resident_memory())
     assert not memory or max(memory) - memory[0] < 8 << 20
     iterator = iter(loader)
@@ -228,15 +251,23 @@ def test_arguments(beton, tmp_path):
         Loader(beton, 21, drop_last=True)
     with pytest.raises(BetonError, match=r"nothing.beton"):
         Loader(tmp_path / "nothing.beton", 4)
-    bad_ones = ({"order": "shuffled"}, {"rank": 2, "world": 2}, {"seed": -1}, {"prefetch": 0}, {"window_pages": 0})
+    bad_ones = (
+        {"order": "shuffled"},
+        {"rank": 2, "world": 2},
+        {"seed": -1},
+        {"prefetch": 0},
+        {"window_pages": 0},
+    )
     for bad in bad_ones:
         with pytest.raises(ValueError, match=next(iter(bad))):
             Loader(beton, 4, **bad)
     for make in (
-        lambda: RandomResizedCrop(0), lambda: RandomResizedCrop(8, scale=(0.5, 0.1)),
-        lambda: RandomResizedCrop(8, flip=2), lambda: RandomResizedCrop(8, ratio=(0, 1)),
+        lambda: RandomResizedCrop(0),
+        lambda: RandomResizedCrop(8, scale=(0.5, 0.1)),
+        lambda: RandomResizedCrop(8, flip=2),
+        lambda: RandomResizedCrop(8, ratio=(0, 1)),
         lambda: CenterCrop(8, ratio=0),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match="expected"):
             make()
     assert len(Loader(beton, 6)) == 4
@@ -249,4 +280,6 @@ def test_normalise():
     result = normalise(images)
     assert result.shape == (2, 3, 5, 4)
     assert result.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(result.double(), expected.permute(0, 3, 1, 2), atol=1e-6, rtol=1e-6, check_dtype=False)
+    torch.testing.assert_close(
+        result.double(), expected.permute(0, 3, 1, 2), atol=1e-6, rtol=1e-6, check_dtype=False
+    )

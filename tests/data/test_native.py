@@ -1,4 +1,6 @@
-"""The native core against slow, independent oracles: NumPy's Philox, float64 resampling matrices, Pillow."""
+"""The native core against slow, independent oracles: NumPy's Philox, float64 resampling matrices,
+Pillow.
+"""
 
 import contextlib
 import io
@@ -16,10 +18,32 @@ from PIL import Image
 
 from matryoshka.data import _native
 
-MESSAGES = ["ok", "truncated or corrupt JPEG data", "not a JPEG", "JPEG dimensions differ from the metadata"]
-MESSAGES += ["raw size does not match its dimensions", "unknown mode", "outside the file", "bad crop"]
+MESSAGES = [
+    "ok",
+    "truncated or corrupt JPEG data",
+    "not a JPEG",
+    "JPEG dimensions differ from the metadata",
+]
+MESSAGES += [
+    "raw size does not match its dimensions",
+    "unknown mode",
+    "outside the file",
+    "bad crop",
+]
 MESSAGES += ["unsupported colour space (CMYK)", "image too large", "not a baseline JPEG"]
-OK, CORRUPT, NOT_JPEG, DIMENSIONS, RAW_SIZE, MODE, OUTSIDE, CROP, COLOUR, TOO_LARGE, NOT_BASELINE = range(len(MESSAGES))
+(
+    OK,
+    CORRUPT,
+    NOT_JPEG,
+    DIMENSIONS,
+    RAW_SIZE,
+    MODE,
+    OUTSIDE,
+    CROP,
+    COLOUR,
+    TOO_LARGE,
+    NOT_BASELINE,
+) = range(len(MESSAGES))
 JPG, RAW = 0, 1
 KINDS |= {"progressive": {"progressive": True}, "restarts": {"restart_marker_blocks": 2}}
 KINDS |= {"grey": {"mode": "L"}, "grey progressive": {"mode": "L", "progressive": True}}
@@ -30,7 +54,9 @@ def picture(height, width, seed=0):
     """Smooth colours with noise on top: survives JPEG, and has something in every frequency."""
     rng = np.random.default_rng(seed)
     base = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((width, height))
-    return np.clip(np.asarray(base) + rng.normal(0, 12, (height, width, 3)), 0, 255).astype(np.uint8)
+    return np.clip(np.asarray(base) + rng.normal(0, 12, (height, width, 3)), 0, 255).astype(
+        np.uint8
+    )
 
 
 def pillow(data):
@@ -66,7 +92,13 @@ def oracle_crop(size, index, seed, epoch, draw):
         aspect = math.exp(low + u[1] * (high - low))
         w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return math.floor(u[2] * (width - w + 1)), math.floor(u[3] * (height - h + 1)), w, h, flipped
+            return (
+                math.floor(u[2] * (width - w + 1)),
+                math.floor(u[3] * (height - h + 1)),
+                w,
+                h,
+                flipped,
+            )
     w, h = width, height
     if width / height < ratio[0]:
         h = max(1, round(w / ratio[0]))
@@ -76,7 +108,9 @@ def oracle_crop(size, index, seed, epoch, draw):
 
 
 def check_crops(images, seed, epoch, draw):
-    width, height, index = (np.array(c, t) for c, t in zip(zip(*images, strict=True), "iiq", strict=True))
+    width, height, index = (
+        np.array(c, t) for c, t in zip(zip(*images, strict=True), "iiq", strict=True)
+    )
     crops = _native.random_crops(width, height, index, seed, epoch, *draw)
     expected = [oracle_crop(image[:2], image[2], seed, epoch, draw) for image in images]
     assert crops.dtype == np.int32
@@ -133,7 +167,13 @@ def resize_errors(result, pixels, crop):
 def cropped_pictures(draw, limit=90):
     height, width = draw(st.integers(1, limit)), draw(st.integers(1, limit))
     w, h = draw(st.integers(1, width)), draw(st.integers(1, height))
-    crop = draw(st.integers(0, width - w)), draw(st.integers(0, height - h)), w, h, draw(st.integers(0, 1))
+    crop = (
+        draw(st.integers(0, width - w)),
+        draw(st.integers(0, height - h)),
+        w,
+        h,
+        draw(st.integers(0, 1)),
+    )
     # Often an axis keeps its size.
     out = draw(st.just(h) | st.integers(1, limit)), draw(st.just(w) | st.integers(1, limit))
     return picture(height, width, draw(st.integers(0, 9))), crop, out
@@ -226,11 +266,18 @@ def bad_samples():
     yield from ((NOT_JPEG, (other, JPG, 40, 30, whole)) for other in (bytes(500), noise, b""))
     for width, height in ((40, 31), (41, 30), (30, 40), (40, 60)):
         yield DIMENSIONS, (data, JPG, width, height, (0, 0, 30, 30, 0))
-    yield from ((RAW_SIZE, (wrong, RAW, 40, 30, whole)) for wrong in (raw[:-1], raw + b"x", b"", raw[:120]))
+    yield from (
+        (RAW_SIZE, (wrong, RAW, 40, 30, whole)) for wrong in (raw[:-1], raw + b"x", b"", raw[:120])
+    )
     yield RAW_SIZE, (raw, RAW, -40, -30, whole)
     yield from ((MODE, (data, mode, 40, 30, whole)) for mode in (2, 3, 255))
     crops = [(0, 0, 0, 5), (0, 0, 5, 0), (-1, 0, 5, 5), (0, -1, 5, 5), (36, 0, 5, 5), (0, 26, 5, 5)]
-    crops += [(0, 0, 41, 5), (0, 0, 5, -5), (2**31 - 1, 0, 2**31 - 1, 1), (-(2**31), 0, -(2**31), 1)]
+    crops += [
+        (0, 0, 41, 5),
+        (0, 0, 5, -5),
+        (2**31 - 1, 0, 2**31 - 1, 1),
+        (-(2**31), 0, -(2**31), 1),
+    ]
     for crop in crops:
         yield CROP, (data, JPG, 40, 30, (*crop, 0))
         yield CROP, (raw, RAW, 40, 30, (*crop, 0))
@@ -263,12 +310,23 @@ def test_truncation_anywhere(kind):
 def test_offsets_outside_the_file():
     data = jpeg(picture(30, 40))
     end, top = len(data), 2**64 - 1
-    spans = [(0, end), (1, end), (0, end + 1), (end + 1, 0), (end, 1), (top, end), (top, 1), (1, top)]
+    spans = [
+        (0, end),
+        (1, end),
+        (0, end + 1),
+        (end + 1, 0),
+        (end, 1),
+        (top, end),
+        (top, 1),
+        (1, top),
+    ]
     n = len(spans)
     offset, size = np.array(spans, np.uint64).T.copy()
     sides, crops = np.tile(np.int32([[40], [30]]), n), np.tile(np.int32([0, 0, 40, 30, 0]), (n, 1))
     out = np.full((n, 8, 8, 3), 9, np.uint8)
-    status = _native.decode_batch(POOL, data, offset, size, np.zeros(n, np.uint8), *sides, crops, out)
+    status = _native.decode_batch(
+        POOL, data, offset, size, np.zeros(n, np.uint8), *sides, crops, out
+    )
     assert status.tolist() == [OK] + [OUTSIDE] * (n - 1)
     assert not out[1:].any()
 
@@ -293,7 +351,9 @@ def test_mutated_streams():
         samples = []
         for source in sources * 30:
             data = np.frombuffer(source, np.uint8).copy()
-            reach = 700 if rng.random() < 0.5 else len(data)  # half of the damage goes where the structure is
+            reach = (
+                700 if rng.random() < 0.5 else len(data)
+            )  # half of the damage goes where the structure is
             places = rng.integers(0, reach, rng.integers(1, 6)) % len(data)
             data[places] = rng.integers(0, 256, len(places))
             samples += [(data.tobytes(), JPG, 64, 48, (0, 0, 64, 48, 0)), good]
@@ -309,14 +369,18 @@ def test_mutated_streams():
 
 def test_any_number_of_threads_gives_the_same_batch():
     samples = []
-    for k, (height, width) in enumerate(np.random.default_rng(1).integers(20, 120, (60, 2)).tolist()):
+    for k, (height, width) in enumerate(
+        np.random.default_rng(1).integers(20, 120, (60, 2)).tolist()
+    ):
         pixels, crop = picture(height, width, k), (3, 2, width - 9, height - 7, k % 2)
         data, mode = (pixels.tobytes(), RAW) if k % 3 else (jpeg(pixels), JPG)
         samples.append((data, mode, width, height, crop))
     reference, status = decode_batch(samples, (48, 40), _native.Pool(1))
     assert not status.any()
     for threads in (2, 5) * 4:
-        np.testing.assert_array_equal(decode_batch(samples, (48, 40), _native.Pool(threads))[0], reference)
+        np.testing.assert_array_equal(
+            decode_batch(samples, (48, 40), _native.Pool(threads))[0], reference
+        )
 
 
 def wait_for(condition):
@@ -352,10 +416,17 @@ def arguments(count):
 
 
 def test_wrong_arguments():
-    sides = np.array([[0, 5, -1], [5, 0, 3]], np.int32)  # without pixels: an empty crop, refused later
+    sides = np.array(
+        [[0, 5, -1], [5, 0, 3]], np.int32
+    )  # without pixels: an empty crop, refused later
     assert not _native.random_crops(*sides, np.arange(3), 0, 0, (0.1, 1), (1, 1), 1.0).any()
     assert not _native.center_crops(*sides, 1.0).any()
-    two, three, one, pixels = arguments(2), arguments(3), np.ones(1, np.int32), np.zeros((4, 4, 3), np.uint8)
+    two, three, one, pixels = (
+        arguments(2),
+        arguments(3),
+        np.ones(1, np.int32),
+        np.zeros((4, 4, 3), np.uint8),
+    )
     assert _native.decode_batch(POOL, b"", *arguments(0)).shape == (0,)
     for k in range(len(two)):
         with pytest.raises(ValueError, match="differ in length"):
@@ -363,7 +434,11 @@ def test_wrong_arguments():
         with pytest.raises(TypeError):
             _native.decode_batch(POOL, b"", *two[:k], two[k].astype(np.float32), *two[k + 1 :])
     read_only = np.frombuffer(bytes(96), np.uint8).reshape(2, 4, 4, 3)
-    for out in (read_only, np.zeros((2, 4, 4, 6), np.uint8)[..., ::2], np.zeros((2, 4, 4, 4), np.uint8)):
+    for out in (
+        read_only,
+        np.zeros((2, 4, 4, 6), np.uint8)[..., ::2],
+        np.zeros((2, 4, 4, 4), np.uint8),
+    ):
         with pytest.raises(TypeError):
             _native.decode_batch(POOL, b"", *two[:-1], out)
     with pytest.raises(TypeError):
@@ -372,10 +447,16 @@ def test_wrong_arguments():
     for call, *rest in (
         (_native.decode_batch, POOL, b"", *two[:-1], np.zeros((2, 0, 4, 3), np.uint8)),
         (crops, one, one, np.zeros(2, np.int64), 0, 0, (0.1, 1), (1, 1), 0),
-        *((crops, one, one, index, 0, 0, *draw) for draw in (((1, 0.1), (1, 1), 0), ((0.1, 1), (1, 1), 2))),
+        *(
+            (crops, one, one, index, 0, 0, *draw)
+            for draw in (((1, 0.1), (1, 1), 0), ((0.1, 1), (1, 1), 2))
+        ),
         (_native.center_crops, one, one, 1.5),
         *((_native.Pool, threads) for threads in (0, 100_000)),
-        *((_native.encode, image, 90) for image in (pixels[:0], np.zeros((1, 70_000, 3), np.uint8))),
+        *(
+            (_native.encode, image, 90)
+            for image in (pixels[:0], np.zeros((1, 70_000, 3), np.uint8))
+        ),
         *((_native.encode, pixels, quality) for quality in (0, 101)),
         *((_native.resize, pixels, *size) for size in ((0, 4), (2**40, 2**40))),
         (_native.status_message, len(MESSAGES)),

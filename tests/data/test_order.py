@@ -27,7 +27,9 @@ def files():
 
 
 def most_at_a_time(groups):
-    """Largest number of pages between first and last use, at any of the groups (lists of pages). Slow on purpose."""
+    """Largest number of pages between first and last use, at any of the groups (lists of pages).
+    Slow on purpose.
+    """
     most = 0
     for k in range(len(groups)):
         before = {page for group in groups[: k + 1] for page in group}
@@ -37,7 +39,9 @@ def most_at_a_time(groups):
 
 
 @settings(max_examples=150, deadline=None)
-@given(pages=files(), window=st.integers(1, 50), seed=st.integers(0, 2**63), epoch=st.integers(0, 1000))
+@given(
+    pages=files(), window=st.integers(1, 50), seed=st.integers(0, 2**63), epoch=st.integers(0, 1000)
+)
 def test_every_sample_once_and_few_pages_at_a_time(pages, window, seed, epoch):
     order = epoch_order(len(pages), "quasi_random", seed, epoch, pages, window)
     assert order.dtype == np.int64
@@ -46,7 +50,13 @@ def test_every_sample_once_and_few_pages_at_a_time(pages, window, seed, epoch):
 
 
 @settings(max_examples=100, deadline=None)
-@given(pages=files(), window=st.integers(1, 20), batch=st.integers(1, 30), world=st.integers(1, 5), drop=st.booleans())
+@given(
+    pages=files(),
+    window=st.integers(1, 20),
+    batch=st.integers(1, 30),
+    world=st.integers(1, 5),
+    drop=st.booleans(),
+)
 def test_a_rank_needs_the_window_and_one_batch(pages, window, batch, world, drop):
     order = epoch_order(len(pages), "quasi_random", 1, 2, pages, window)
     alone = list(batches(order, batch, drop))
@@ -64,20 +74,31 @@ def test_batches_are_mixed_from_many_pages():
         order = epoch_order(len(pages), "quasi_random", 0, epoch, pages, 16)
         for start in range(0, len(order), 40):
             assert len(set(pages[order[start : start + 40]].tolist())) >= 9
-    whole = epoch_order(len(pages), "quasi_random", 0, 0, pages, 64)  # a window for all: any sample anywhere
+    whole = epoch_order(
+        len(pages), "quasi_random", 0, 0, pages, 64
+    )  # a window for all: any sample anywhere
     assert abs(np.corrcoef(whole, np.arange(len(whole)))[0, 1]) < 0.05
-    first = [epoch_order(len(pages), "quasi_random", s, e, pages, 16)[:8].tolist() for s in (0, 1) for e in (0, 1)]
+    first = [
+        epoch_order(len(pages), "quasi_random", s, e, pages, 16)[:8].tolist()
+        for s in (0, 1)
+        for e in (0, 1)
+    ]
     assert len({tuple(f) for f in first}) == 4
 
 
 def test_quasi_random_is_pinned():
     """The order of a seed and epoch must never change: resumed runs rely on it."""
     pages = np.repeat(np.arange(4), 3)
-    stream = np.random.Philox(key=[0, 0]).random_raw(4 + 12).tolist()  # first the order of the pages
+    stream = (
+        np.random.Philox(key=[0, 0]).random_raw(4 + 12).tolist()
+    )  # first the order of the pages
     place = {page: p for p, page in enumerate(sorted(range(4), key=lambda page: stream[page]))}
     begin = {page: max(place[page] - 1, 0) for page in range(4)}
     end = {page: min(place[page] + 1, 3) for page in range(4)}
-    moment = [begin[i // 3] + Fraction(stream[4 + i] >> 32, 2**32) * (end[i // 3] - begin[i // 3]) for i in range(12)]
+    moment = [
+        begin[i // 3] + Fraction(stream[4 + i] >> 32, 2**32) * (end[i // 3] - begin[i // 3])
+        for i in range(12)
+    ]
     order = epoch_order(12, "quasi_random", 0, 0, pages, 2).tolist()
     assert order == sorted(range(12), key=lambda i: moment[i])
     assert order == [7, 1, 0, 2, 8, 5, 6, 4, 9, 11, 10, 3]

@@ -1,4 +1,6 @@
-"""data.in_memory=0: the same batches as from memory, through bounded buffers, and errors instead of signals."""
+"""data.in_memory=0: the same batches as from memory, through bounded buffers, and errors instead of
+signals.
+"""
 
 import os
 import threading
@@ -59,13 +61,17 @@ def test_a_folder_is_read_as_it_is_needed(folder):
 
 
 def test_what_is_read_and_how_much_is_held(paged, monkeypatch):
-    """Slow oracle: every page once, in the buffer from its first to its last batch; single images otherwise."""
+    """Slow oracle: every page once, in the buffer from its first to its last batch; single images
+    otherwise.
+    """
     data = BetonFile(paged)
     page = (data.offset // PAGE).astype(int)
     read = []
     original = PagedFile.read
     monkeypatch.setattr(
-        PagedFile, "read", lambda self, into, at: (read.append((at, len(into))), original(self, into, at))
+        PagedFile,
+        "read",
+        lambda self, into, at: (read.append((at, len(into))), original(self, into, at)),
     )
     for order, window in (("quasi_random", 3), ("sequential", 3)):
         loader = Loader(paged, 8, order=order, window_pages=window, in_memory=False)
@@ -130,7 +136,15 @@ def test_memory_stays_bounded(large, order):
     """315 MB through a window of 4 pages of 2 MiB; from the memory map, all of it becomes resident."""
     grown = {}
     for in_memory in (False, True):
-        loader = Loader(large, 8, order=order, image=CenterCrop(16), window_pages=4, in_memory=in_memory, num_workers=2)
+        loader = Loader(
+            large,
+            8,
+            order=order,
+            image=CenterCrop(16),
+            window_pages=4,
+            in_memory=in_memory,
+            num_workers=2,
+        )
         before, most = rss(), 0
         for _ in loader:
             most = max(most, rss() - before)
@@ -165,7 +179,9 @@ def test_a_mapped_file_that_is_cut_while_it_is_used(paged, tmp_path):
     path.write_bytes(paged.read_bytes())
     loader = Loader(path, 8, order="random", image=CenterCrop(16), prefetch=1)
     os.truncate(path, PAGE)
-    with pytest.raises(BetonError, match=rf"cut\.beton: was cut off while it was in use: {PAGE} of"):
+    with pytest.raises(
+        BetonError, match=rf"cut\.beton: was cut off while it was in use: {PAGE} of"
+    ):
         list(loader)
 
 
@@ -182,14 +198,20 @@ def test_a_read_error_names_the_file(paged, monkeypatch):
 
 def test_short_reads_are_continued(paged, monkeypatch):
     original = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, views, at: original(fd, [v[:100_000] for v in views], at))
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, views, at: original(fd, [v[:100_000] for v in views], at)
+    )
     read = next(iter(Loader(paged, 8, order="sequential", image=CenterCrop(16), in_memory=False)))
-    assert torch.equal(read.images, next(iter(Loader(paged, 8, order="sequential", image=CenterCrop(16)))).images)
+    assert torch.equal(
+        read.images, next(iter(Loader(paged, 8, order="sequential", image=CenterCrop(16)))).images
+    )
 
 
 def test_abandoned_epochs_leave_no_thread(paged):
     for order in ("random", "quasi_random"):
-        loader = Loader(paged, 4, order=order, image=CenterCrop(16), window_pages=2, in_memory=False)
+        loader = Loader(
+            paged, 4, order=order, image=CenterCrop(16), window_pages=2, in_memory=False
+        )
         for _ in range(20):
             for _batch in loader:
                 break

@@ -36,8 +36,14 @@ def test_other_fields_and_orders_are_read(tmp_path):
     assert data.labels.tolist() == list(range(50))
     assert (data.num_classes, data.classes, data.manifest) == (50, None, None)
     batch = data.fetch(np.array([4, 3]))
-    assert (batch.width.dtype, batch.offset.dtype, batch.mode.tolist()) == (np.int32, np.uint64, [1, 0])
-    stored = [batch.data[o : o + s].tobytes() for o, s in zip(batch.offset, batch.size, strict=True)]
+    assert (batch.width.dtype, batch.offset.dtype, batch.mode.tolist()) == (
+        np.int32,
+        np.uint64,
+        [1, 0],
+    )
+    stored = [
+        batch.data[o : o + s].tobytes() for o, s in zip(batch.offset, batch.size, strict=True)
+    ]
     assert stored == [b"abcdef", jpeg]
     data.preload()
     data.close()
@@ -130,12 +136,17 @@ def test_a_million_samples_open_quickly(tmp_path, order):
     n, path = 1_281_167, tmp_path / "x"
     start = -(-(24 + 2 * 1041 + 24 * n) >> 23) << 23
     place = np.arange(n) if order == "sorted" else np.random.default_rng(0).permutation(n)
-    records = np.ones(n, [("m", "u1"), ("w", "<u2"), ("h", "<u2"), ("p", "<u8"), ("pad", "V3"), ("l", "<i8")])
+    records = np.ones(
+        n, [("m", "u1"), ("w", "<u2"), ("h", "<u2"), ("p", "<u8"), ("pad", "V3"), ("l", "<i8")]
+    )
     records["p"] = start + 3 * place
     rows = np.stack([np.arange(n), records["p"], np.full(n, 3)], 1).astype("<u8")
     with path.open("wb") as file:
         file.write(struct.pack("<HHIQQ", 2, 2, 1 << 23, n, start + (1 << 23)))
-        file.write(struct.pack("<B16s1024sB16s1024s", 2, b"image", b"", 1, b"label", b"") + records.tobytes())
+        file.write(
+            struct.pack("<B16s1024sB16s1024s", 2, b"image", b"", 1, b"label", b"")
+            + records.tobytes()
+        )
         file.seek(start + (1 << 23))
         file.write(rows[::-1].tobytes() if order == "shuffled" else rows.tobytes())
     begin = time.perf_counter()

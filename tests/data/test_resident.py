@@ -12,7 +12,15 @@ from matryoshka.train import train_imagenet
 from oracles import area_weights
 from training_commands import options as program_options
 
-from matryoshka.data import BetonError, BetonFile, CenterCrop, Loader, PadCrop, RandomResizedCrop, ResidentLoader
+from matryoshka.data import (
+    BetonError,
+    BetonFile,
+    CenterCrop,
+    Loader,
+    PadCrop,
+    RandomResizedCrop,
+    ResidentLoader,
+)
 from matryoshka.data.augment import resized_crops
 
 
@@ -23,9 +31,15 @@ def noise(tmp_path_factory):
 
 
 CROPS = [
-    RandomResizedCrop(16), RandomResizedCrop(64), RandomResizedCrop(24, scale=(0.3, 1), flip=1),
-    CenterCrop(13), CenterCrop(29, 1.0), CenterCrop(40), PadCrop(37, 5), PadCrop(20),
-]  # fmt: skip
+    RandomResizedCrop(16),
+    RandomResizedCrop(64),
+    RandomResizedCrop(24, scale=(0.3, 1), flip=1),
+    CenterCrop(13),
+    CenterCrop(29, 1.0),
+    CenterCrop(40),
+    PadCrop(37, 5),
+    PadCrop(20),
+]
 
 
 @pytest.mark.parametrize("image", CROPS, ids=str)
@@ -47,7 +61,10 @@ def test_the_same_batches_as_the_streaming_loader(noise, image, order):
 def test_ranks_and_bounded_reading(noise, in_memory):
     options = {"order": "random", "image": PadCrop(32), "seed": 1, "drop_last": True}
     whole = list(Loader(noise, 16, **options))
-    ranks = [list(ResidentLoader(noise, 16, rank=r, world=3, in_memory=in_memory, **options)) for r in range(3)]
+    ranks = [
+        list(ResidentLoader(noise, 16, rank=r, world=3, in_memory=in_memory, **options))
+        for r in range(3)
+    ]
     for k, batch in enumerate(whole):
         images, labels, index = (torch.cat([rank[k][j] for rank in ranks]) for j in range(3))
         assert (images.int() - batch.images.int()).abs().max() <= 1
@@ -57,9 +74,12 @@ def test_ranks_and_bounded_reading(noise, in_memory):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    height=st.integers(1, 30), width=st.integers(1, 30), size=st.integers(1, 40), seed=st.integers(0, 1000),
+    height=st.integers(1, 30),
+    width=st.integers(1, 30),
+    size=st.integers(1, 40),
+    seed=st.integers(0, 1000),
     flip=st.booleans(),
-)  # fmt: skip
+)
 def test_resized_crops_against_weights_in_float64(height, width, size, seed, flip):
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -72,7 +92,9 @@ def test_resized_crops_against_weights_in_float64(height, width, size, seed, fli
         centre = np.clip((np.arange(size) + 0.5) * n / size - 0.5, 0, n - 1)
         return np.maximum(1 - np.abs(np.arange(n)[None] - centre[:, None]), 0)
 
-    expected = np.einsum("ph,hwc,qw->pqc", weights(h), image[y : y + h, x : x + w].astype(float), weights(w))
+    expected = np.einsum(
+        "ph,hwc,qw->pqc", weights(h), image[y : y + h, x : x + w].astype(float), weights(w)
+    )
     if flip:
         expected = expected[:, ::-1]
     crops = torch.tensor([[x, y, w, h, flip]])
@@ -81,7 +103,9 @@ def test_resized_crops_against_weights_in_float64(height, width, size, seed, fli
 
 
 def test_pad_crops_are_windows_of_the_padded_image(noise):
-    """One image at a time: some window of it, every place and both directions are drawn, black outside."""
+    """One image at a time: some window of it, every place and both directions are drawn, black
+    outside.
+    """
     data = BetonFile(noise)
     image = PadCrop(8, 2)
     stored = {i: data.fetch(np.array([i])) for i in range(90)}
@@ -120,14 +144,22 @@ def test_pad_crop_sizes_draw_uniformly():
             assert len(counts) == 2 * padding + 1
             assert counts.min() > 0.6 * 4000 / len(counts)
         assert abs(windows[:, 4].mean() - 0.5) < 0.04
-    for bad in ({"size": 0}, {"size": 4, "padding": 5}, {"size": 4, "padding": -1}, {"size": 4, "flip": 2}):
+    for bad in (
+        {"size": 0},
+        {"size": 4, "padding": 5},
+        {"size": 4, "padding": -1},
+        {"size": 4, "flip": 2},
+    ):
         with pytest.raises(ValueError, match="expected"):
             PadCrop(**bad)
 
 
 def test_images_of_several_sizes_are_refused(tmp_path, folder):
     path = raw_beton(tmp_path / "mixed.beton", [(20, 20)] * 5 + [(20, 21)])
-    with pytest.raises(BetonError, match=r"mixed\.beton: sample 5 has 20x21 pixels, others have 20x20.*data\.resident"):
+    with pytest.raises(
+        BetonError,
+        match=r"mixed\.beton: sample 5 has 20x21 pixels, others have 20x20.*data\.resident",
+    ):
         ResidentLoader(path, 2)
     with pytest.raises(BetonError, match=r"ant/1\.jpg has"):
         ResidentLoader(folder / "train", 2)
@@ -138,12 +170,16 @@ def test_a_set_that_does_not_fit(noise, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch, "empty", full)
-    with pytest.raises(BetonError, match=r"noise\.beton: its 90 images of 37x29 need 0\.0 GiB on cpu"):
+    with pytest.raises(
+        BetonError, match=r"noise\.beton: its 90 images of 37x29 need 0\.0 GiB on cpu"
+    ):
         ResidentLoader(noise, 4)
 
 
 def test_training_on_a_resident_set(digits, tmp_path):
-    """The same order as with the streaming loader, and a loss like its: crops are decoded a little differently."""
+    """The same order as with the streaming loader, and a loss like its: crops are decoded a little
+    differently.
+    """
     lines = {}
     for resident in (0, 1):
         more = ["--training.epochs=1", f"--data.resident={resident}", "--data.order=quasi_random"]

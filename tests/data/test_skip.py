@@ -13,7 +13,14 @@ from matryoshka.train import train_imagenet
 from torchrun_starts import ROOT, torchrun
 from training_commands import options, refused
 
-from matryoshka.data import BetonError, BetonFile, CenterCrop, Loader, RandomResizedCrop, ResidentLoader
+from matryoshka.data import (
+    BetonError,
+    BetonFile,
+    CenterCrop,
+    Loader,
+    RandomResizedCrop,
+    ResidentLoader,
+)
 from matryoshka.data.augment import Preprocessing
 from matryoshka.data.slots import Batch
 from matryoshka.distributed import World
@@ -45,11 +52,23 @@ def test_skipped_samples_leave_their_batch(damaged, digits, make, in_memory):
     results = []
     for workers, world in ((1, 1), (3, 1), (2, 3)):
         ranks = [
-            make(damaged, 64, on_error="skip", num_workers=workers, rank=r, world=world, in_memory=in_memory, **options)
+            make(
+                damaged,
+                64,
+                on_error="skip",
+                num_workers=workers,
+                rank=r,
+                world=world,
+                in_memory=in_memory,
+                **options,
+            )
             for r in range(world)
         ]
         shares = [list(rank) for rank in ranks]
-        batches = [tuple(torch.cat(parts) for parts in zip(*share, strict=True)) for share in zip(*shares, strict=True)]
+        batches = [
+            tuple(torch.cat(parts) for parts in zip(*share, strict=True))
+            for share in zip(*shares, strict=True)
+        ]
         results.append((batches, sorted(s for rank in ranks for s in rank.skipped)))
     for batches, skipped in results:
         assert [s.index for s in skipped] == list(BROKEN)
@@ -64,7 +83,9 @@ def test_skipped_samples_leave_their_batch(damaged, digits, make, in_memory):
 
 
 def test_skipped_is_counted_when_a_batch_is_handed_out(damaged):
-    loader = Loader(damaged, 5, order="sequential", image=CenterCrop(8), on_error="skip", prefetch=4)
+    loader = Loader(
+        damaged, 5, order="sequential", image=CenterCrop(8), on_error="skip", prefetch=4
+    )
     iterator = iter(loader)
     next(iterator)
     assert loader.skipped == []  # batch 1, decoded ahead, holds sample 7
@@ -89,9 +110,15 @@ def test_a_share_without_any_image(damaged):
     """Training counts on every batch, evaluation on none."""
     for make in (Loader, ResidentLoader):
         loader = make(damaged, 1, order="sequential", image=CenterCrop(8), on_error="skip")
-        assert [i for b in loader for i in b.index.tolist()] == [i for i in range(400) if i not in BROKEN]
-        loader = make(damaged, 1, order="sequential", image=CenterCrop(8), on_error="skip", drop_last=True)
-        with pytest.raises(BetonError, match=r"damaged\.beton: none of the 1 images of a batch.*sample 7: "):
+        assert [i for b in loader for i in b.index.tolist()] == [
+            i for i in range(400) if i not in BROKEN
+        ]
+        loader = make(
+            damaged, 1, order="sequential", image=CenterCrop(8), on_error="skip", drop_last=True
+        )
+        with pytest.raises(
+            BetonError, match=r"damaged\.beton: none of the 1 images of a batch.*sample 7: "
+        ):
             list(loader)
 
 
@@ -115,7 +142,9 @@ def test_the_gradient_is_that_of_the_images_that_are_left_over_the_whole_batch()
     torch.manual_seed(0)
     images = torch.randint(0, 256, (8, 4, 4, 3), dtype=torch.uint8)
     labels = torch.arange(8) % 3
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3), torch.nn.Unflatten(0, (1, -1)))
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(48, 3), torch.nn.Unflatten(0, (1, -1))
+    )
     model.preprocessing, model.no_sync = Preprocessing(), contextlib.nullcontext
     plain = SimpleNamespace(mixup=0, cutmix=0, randaugment=0)
     cfg = SimpleNamespace(data=plain, training=SimpleNamespace(seed=0, batch_size=3))
@@ -142,16 +171,24 @@ def test_a_run_lists_what_it_skipped(damaged, digits, tmp_path, capsys):
     data = {"train": damaged, "val": digits["val"]}
     more = ["--data.on_error=skip", "--training.batch_size=100"]
     assert train_imagenet.main(options(data, tmp_path, "run", *more)) == 0
-    lines = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
-    assert [(line["epoch"], line["index"]) for line in lines] == [(e, i) for e in (0, 1) for i in BROKEN]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+    ]
+    assert [(line["epoch"], line["index"]) for line in lines] == [
+        (e, i) for e in (0, 1) for i in BROKEN
+    ]
     assert {line["name"] for line in lines} == {f"sample {i}" for i in BROKEN}
     assert "4 images were left out of this epoch" in capsys.readouterr().out
-    assert "damaged.beton: sample" in refused(train_imagenet.main, options(data, tmp_path, "strict"), capsys)
+    assert "damaged.beton: sample" in refused(
+        train_imagenet.main, options(data, tmp_path, "strict"), capsys
+    )
 
 
 def test_two_processes_list_what_both_skipped(damaged, digits, tmp_path):
     data = {"train": damaged, "val": digits["val"]}
     more = ["--data.on_error=skip", "--training.batch_size=50", "--training.epochs=1"]
     torchrun(2, ROOT / "train" / "train_imagenet.py", *options(data, tmp_path, "run", *more))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+    ]
     assert [(line["epoch"], line["index"]) for line in lines] == [(0, i) for i in BROKEN]

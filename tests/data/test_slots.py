@@ -41,7 +41,9 @@ def test_the_ring_waits_for_the_copy_out_of_a_buffer_and_for_no_other():
     entry = ring.take(50)  # a smaller batch uses what there is
     assert len(entry.buffer) == 100
     assert log == [0, 1, 2, 3, 4]
-    assert len(ring.take(200).buffer) == 200  # a larger one gets a new buffer, after its old one was copied
+    assert (
+        len(ring.take(200).buffer) == 200
+    )  # a larger one gets a new buffer, after its old one was copied
     assert log == [0, 1, 2, 3, 4, 5]
     assert allocated == [100] * 3 + [200]
     ring.take(1)
@@ -57,7 +59,9 @@ def test_a_batch_in_one_piece(count, size):
     assert numbers.shape == (2, count)
     images.fill_(255)
     numbers.fill_(-1)
-    assert batch_bytes(count, size) - int((piece == 255).sum()) < 8  # nothing overlaps, at most 7 bytes between
+    assert (
+        batch_bytes(count, size) - int((piece == 255).sum()) < 8
+    )  # nothing overlaps, at most 7 bytes between
     assert not piece[batch_bytes(count, size) :].any()
 
 
@@ -81,7 +85,10 @@ def test_host_slots_are_used_again_when_nobody_looks():
 @pytest.mark.parametrize("image", [RandomResizedCrop(32), CenterCrop(20), PadCrop(32)])
 def test_batches_on_a_gpu_equal_those_on_the_cpu(digits, image):
     options = {"order": "random", "image": image, "seed": 3}
-    host, device = Loader(digits["train"], 24, **options), Loader(digits["train"], 24, device="cuda", **options)
+    host, device = (
+        Loader(digits["train"], 24, **options),
+        Loader(digits["train"], 24, device="cuda", **options),
+    )
     kept = []
     for _ in range(2):
         for a, b in zip(host, device, strict=True):
@@ -97,7 +104,9 @@ def test_batches_on_a_gpu_equal_those_on_the_cpu(digits, image):
 def test_resident_batches_on_a_gpu(digits, image):
     options = {"order": "random", "image": image, "seed": 3}
     host = ResidentLoader(digits["train"], 24, **options)
-    for a, b in zip(host, ResidentLoader(digits["train"], 24, device="cuda", **options), strict=True):
+    for a, b in zip(
+        host, ResidentLoader(digits["train"], 24, device="cuda", **options), strict=True
+    ):
         assert torch.equal(a.index, b.index.cpu())
         assert torch.equal(a.labels, b.labels.cpu())
         assert (a.images.int() - b.images.cpu().int()).abs().max() <= 1

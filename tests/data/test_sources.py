@@ -14,7 +14,15 @@ import pytest
 from beton_files import photo
 from PIL import Image
 
-from matryoshka.data import BetonError, BetonFile, Digits, ImageFolder, layout, open_dataset, sources
+from matryoshka.data import (
+    BetonError,
+    BetonFile,
+    Digits,
+    ImageFolder,
+    layout,
+    open_dataset,
+    sources,
+)
 from matryoshka.data.sources import decode_image, write_digits_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,10 +38,17 @@ def test_image_folder(tmp_path):
     (root / "ant" / ".hidden.jpg").touch()
     (root / "ant" / "notes.txt").touch()
     data = open_dataset(root)
-    assert (data.classes, data.labels.tolist()) == (["ant", "bee", "zoo"], [0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
+    assert (data.classes, data.labels.tolist()) == (
+        ["ant", "bee", "zoo"],
+        [0, 0, 0, 0, 1, 1, 1, 2, 2, 2],
+    )
     assert [data.name(i) for i in (0, 3, 7)] == ["ant/0.JPEG", "ant/last.png", "zoo/x/0.JPEG"]
     batch = data.fetch(np.array([3, 8]))
-    assert (batch.mode.tolist(), batch.width.tolist(), batch.height.tolist()) == ([1, 0], [9, 31], [9, 20])
+    assert (batch.mode.tolist(), batch.width.tolist(), batch.height.tolist()) == (
+        [1, 0],
+        [9, 31],
+        [9, 20],
+    )
     assert batch.data.tobytes() == photo(9, 9).tobytes() + data.read(8)
     (root / "ant" / "0.JPEG").write_bytes(b"\xff\xd8broken")
     with pytest.raises(BetonError, match=r"ant/0\.JPEG"):
@@ -71,7 +86,9 @@ def test_samples_of_16_bits_are_scaled_to_8(monkeypatch):
             np.testing.assert_array_equal(found.pixels, expected)
         for value in (-1, 65536):
             wide = values.astype(np.int32)
-            np.testing.assert_array_equal(decode_image(stored(Image.fromarray(wide), "TIFF")).pixels, expected)
+            np.testing.assert_array_equal(
+                decode_image(stored(Image.fromarray(wide), "TIFF")).pixels, expected
+            )
             wide[400, 7] = value
             with pytest.raises(ValueError, match="32-bit pixels have no defined range"):
                 decode_image(stored(Image.fromarray(wide), "TIFF"))
@@ -86,7 +103,9 @@ def test_a_small_file_of_many_samples_takes_little_memory():
     finally:
         tracemalloc.stop()
     assert len(data) < 100_000
-    assert peak < pixels.nbytes + 2 * pixels.size // 3 + (1 << 20)  # Pillow's own 2 bytes a pixel are not seen here
+    assert peak < pixels.nbytes + 2 * pixels.size // 3 + (
+        1 << 20
+    )  # Pillow's own 2 bytes a pixel are not seen here
 
 
 def test_digits(tmp_path):
@@ -105,7 +124,9 @@ def test_the_program(folder, tmp_path, capsys):
     copytree(folder / "train", images)
     (images / "bee" / "0.jpg").write_bytes(b"")
     arguments = [f"--cfg.write_path={path}", "--cfg.max_resolution=68", "--cfg.write_mode=jpg"]
-    module.main([*arguments, f"--cfg.data_dir={images}", "--cfg.split=train", "--cfg.jpeg_quality=90"])
+    module.main(
+        [*arguments, f"--cfg.data_dir={images}", "--cfg.split=train", "--cfg.jpeg_quality=90"]
+    )
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("19 images of 3 classes: 19 jpg, 0 raw, ")
     assert "  bee/0.jpg: the file is empty" in lines
@@ -123,11 +144,15 @@ def test_the_shell_script(folder, tmp_path):
     def run(*arguments, where=ROOT, without=None):
         env = {k: v for k, v in environment.items() if k != without}
         command = ["./write_imagenet.sh", *arguments]
-        return subprocess.run(command, cwd=where, env=env, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, cwd=where, env=env, capture_output=True, text=True, check=False
+        )
 
     done = run("24", "0.50", "90", where=ROOT / "train")
     assert done.returncode == 0, done.stderr
-    train, val = (BetonFile(tmp_path / name) for name in ("train_24_0.50_90.ffcv", "val_24_uncompressed.ffcv"))
+    train, val = (
+        BetonFile(tmp_path / name) for name in ("train_24_0.50_90.ffcv", "val_24_uncompressed.ffcv")
+    )
     assert (len(train), len(val), set(val.mode)) == (20, 9, {layout.RAW})
     assert train.manifest["options"]["compress_probability"] == 0.5
     for done in (run("24", "0.50"), run("24", "0.50", "90", without="WRITE_DIR")):

@@ -1,4 +1,6 @@
-"""A loader's state: the rest of the run, also for another number of workers or ranks; and what does not fit."""
+"""A loader's state: the rest of the run, also for another number of workers or ranks; and what does
+not fit.
+"""
 
 import json
 import time
@@ -10,7 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matryoshka.data import BetonFile, ImageFolder, Loader, RandomResizedCrop, ResidentLoader, StateError, write_beton
+from matryoshka.data import (
+    BetonFile,
+    ImageFolder,
+    Loader,
+    RandomResizedCrop,
+    ResidentLoader,
+    StateError,
+    write_beton,
+)
 from matryoshka.data.order import ORDERS
 
 EPOCHS = 3
@@ -19,20 +29,29 @@ EPOCHS = 3
 @pytest.fixture(scope="module")
 def beton(tmp_path_factory, folder):
     path = tmp_path_factory.mktemp("state") / "train.beton"
-    write_beton(ImageFolder(folder / "train"), path, max_resolution=500, write_mode="jpg", jpeg_quality=95)
+    write_beton(
+        ImageFolder(folder / "train"), path, max_resolution=500, write_mode="jpg", jpeg_quality=95
+    )
     return path
 
 
 def loaders(data, world, **options):
-    return [Loader(data, rank=rank, world=world, image=RandomResizedCrop(12), **options) for rank in range(world)]
+    return [
+        Loader(data, rank=rank, world=world, image=RandomResizedCrop(12), **options)
+        for rank in range(world)
+    ]
 
 
 def rest_of(ranks, epochs):
-    """[(epoch, index, labels, images)] of global batches until all epochs are done; ranks take turns."""
+    """[(epoch, index, labels, images)] of global batches until all epochs are done; ranks take
+    turns.
+    """
     seen = []
     while ranks[0].epoch < epochs:
         epoch = ranks[0].epoch
-        for shares in zip_longest(*(list(rank) for rank in ranks)):  # a last small batch has no share for some
+        for shares in zip_longest(
+            *(list(rank) for rank in ranks)
+        ):  # a last small batch has no share for some
             there = [share for share in shares if share is not None]
             seen.append((epoch, *(torch.cat(parts) for parts in zip(*there, strict=True))))
     return seen
@@ -47,11 +66,19 @@ whole_runs = {}
 
 @settings(max_examples=40, deadline=None)
 @given(
-    epoch=st.integers(0, EPOCHS - 1), taken=st.integers(0, 5), batch=st.integers(3, 7), drop=st.booleans(),
-    order=st.sampled_from(ORDERS), in_memory=st.booleans(), prefetch=st.integers(1, 4),
-    before=st.tuples(st.integers(1, 3), st.integers(1, 3)), after=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-)  # fmt: skip
-def test_the_rest_of_an_interrupted_run(beton, epoch, taken, batch, drop, order, in_memory, prefetch, before, after):
+    epoch=st.integers(0, EPOCHS - 1),
+    taken=st.integers(0, 5),
+    batch=st.integers(3, 7),
+    drop=st.booleans(),
+    order=st.sampled_from(ORDERS),
+    in_memory=st.booleans(),
+    prefetch=st.integers(1, 4),
+    before=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    after=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+)
+def test_the_rest_of_an_interrupted_run(
+    beton, epoch, taken, batch, drop, order, in_memory, prefetch, before, after
+):
     options = {"batch_size": batch, "order": order, "drop_last": drop, "seed": 11}
     key = tuple(options.values())
     if key not in whole_runs:
@@ -66,7 +93,9 @@ def test_the_rest_of_an_interrupted_run(beton, epoch, taken, batch, drop, order,
         rank.epoch = epoch
         iterator = iter(rank)
         for _ in range(taken):
-            next(iterator, None)  # a rank may have no share of a last small batch: its epoch has ended then
+            next(
+                iterator, None
+            )  # a rank may have no share of a last small batch: its epoch has ended then
     states = [json.dumps(rank.state_dict()) for rank in first]
     assert len(states[0]) < 1000
     assert json.loads(states[0])["batch"] == taken
@@ -101,7 +130,9 @@ def test_what_a_state_is_at_every_point(beton):
     loader.epoch = 7
     assert where() == (7, 0)
 
-    loader.load_state_dict({**loader.state_dict(), "epoch": 5, "batch": 4})  # all batches handed out, not yet ended
+    loader.load_state_dict(
+        {**loader.state_dict(), "epoch": 5, "batch": 4}
+    )  # all batches handed out, not yet ended
     assert where() == (5, 4)
     assert loader.epoch == 5
     assert list(loader) == []
@@ -121,10 +152,19 @@ def test_an_older_iterator_does_not_change_the_state(beton):
 def test_states_of_other_runs_are_refused(beton, folder, digits):
     base = {"batch_size": 6, "order": "random", "seed": 1, "drop_last": True}
     state = Loader(beton, **base).state_dict()
-    for name, value in (("batch_size", 5), ("order", "sequential"), ("seed", 2), ("drop_last", False)):
-        with pytest.raises(StateError, match=rf"train\.beton: .*another run: {name} was .* and is {value!r}$"):
+    for name, value in (
+        ("batch_size", 5),
+        ("order", "sequential"),
+        ("seed", 2),
+        ("drop_last", False),
+    ):
+        with pytest.raises(
+            StateError, match=rf"train\.beton: .*another run: {name} was .* and is {value!r}$"
+        ):
             Loader(beton, **(base | {name: value})).load_state_dict(state)
-    with pytest.raises(StateError, match=r"seed was 1 and is 3; samples was 20 and is 400; dataset was"):
+    with pytest.raises(
+        StateError, match=r"seed was 1 and is 3; samples was 20 and is 400; dataset was"
+    ):
         Loader(digits["train"], **(base | {"seed": 3})).load_state_dict(state)
     with pytest.raises(StateError, match="dataset was"):  # as many images, other bytes
         Loader(folder / "train", **base).load_state_dict(state)
@@ -134,10 +174,14 @@ def test_states_of_other_runs_are_refused(beton, folder, digits):
         Loader(beton, **quasi, window_pages=4).load_state_dict(state_of_quasi)
     loader = Loader(beton, **base)
     for bad, words in (
-        (None, "not a dict"), ([1], "not a dict"), ({}, "lacks epoch, batch, seed"),
-        ({**state, "epoch": -1}, "epoch -1"), ({**state, "batch": 4}, "batch 4; an epoch has 3"),
-        ({**state, "batch": "1"}, "batch '1'"), ({**state, "epoch": True}, "epoch True"),
-    ):  # fmt: skip
+        (None, "not a dict"),
+        ([1], "not a dict"),
+        ({}, "lacks epoch, batch, seed"),
+        ({**state, "epoch": -1}, "epoch -1"),
+        ({**state, "batch": 4}, "batch 4; an epoch has 3"),
+        ({**state, "batch": "1"}, "batch '1'"),
+        ({**state, "epoch": True}, "epoch True"),
+    ):
         with pytest.raises(StateError, match=words) as caught:
             loader.load_state_dict(bad)
         assert "\n" not in str(caught.value)
@@ -147,7 +191,10 @@ def test_states_of_other_runs_are_refused(beton, folder, digits):
 
 def test_a_resident_loader_continues_a_streaming_one(digits):
     options = {"order": "random", "seed": 5, "image": RandomResizedCrop(16)}
-    streaming, resident = Loader(digits["train"], 50, **options), ResidentLoader(digits["train"], 50, **options)
+    streaming, resident = (
+        Loader(digits["train"], 50, **options),
+        ResidentLoader(digits["train"], 50, **options),
+    )
     iterator = iter(streaming)
     for _ in range(3):
         next(iterator)
@@ -163,7 +210,9 @@ def test_a_large_set_is_not_iterated(beton, monkeypatch):
     loader = Loader(beton, 4, image=RandomResizedCrop(8))
     fetched = []
     original = BetonFile.fetch
-    monkeypatch.setattr(BetonFile, "fetch", lambda self, i: (fetched.append(i), original(self, i))[1])
+    monkeypatch.setattr(
+        BetonFile, "fetch", lambda self, i: (fetched.append(i), original(self, i))[1]
+    )
     loader.load_state_dict({**loader.state_dict(), "batch": 4})
     start = time.perf_counter()
     assert len(list(loader)) == 1

@@ -1,4 +1,6 @@
-"""Crops of a JPEG that decode only the tiles they need: bit-identical to crops of the whole decoded image."""
+"""Crops of a JPEG that decode only the tiles they need: bit-identical to crops of the whole decoded
+image.
+"""
 
 import io
 import itertools
@@ -16,8 +18,8 @@ from matryoshka.data import _native
 OK, CORRUPT = 0, 1
 KNOWN = 11  # statuses
 POOL = _native.Pool(1)
-# name: (Pillow's options, luma sampling factors, MCU width, MCU height). Pillow writes 4:4:4, 4:2:2 and 4:2:0;
-# another shape with as many blocks in its MCU is the same data behind another size.
+# name: (Pillow's options, luma sampling factors, MCU width, MCU height). Pillow writes 4:4:4, 4:2:2
+# and 4:2:0; another shape with as many blocks in its MCU is the same data behind another size.
 SAMPLINGS = {
     "grey": ("L", None, None, 8, 8),
     "grey 2x2": ("L", None, 0x22, 8, 8),
@@ -33,7 +35,9 @@ SAMPLINGS = {
 def picture(height, width, seed=0):
     rng = np.random.default_rng(seed)
     base = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((width, height))
-    return np.clip(np.asarray(base) + rng.normal(0, 25, (height, width, 3)), 0, 255).astype(np.uint8)
+    return np.clip(np.asarray(base) + rng.normal(0, 25, (height, width, 3)), 0, 255).astype(
+        np.uint8
+    )
 
 
 def make(width, height, sampling="420", quality=90, **options):
@@ -114,7 +118,9 @@ markers = st.one_of(
     st.sampled_from([95, 50, 10]),
     st.booleans(),
 )
-def test_crops_are_those_of_the_whole_image(width, height, sampling, options, seed, quality, progressive):
+def test_crops_are_those_of_the_whole_image(
+    width, height, sampling, options, seed, quality, progressive
+):
     """Twelve crops of each of 400 images."""
     options = dict(options)
     tile = options.pop("tile", None)
@@ -141,7 +147,9 @@ def test_every_crop_of_a_size(sampling, tile):
         samples = [(data, width, height, (x, y, w, h, 0)) for x, y in itertools.product(xs, ys)]
         out, status = decode(samples, (h, w))
         assert not status.any()
-        np.testing.assert_array_equal(out, [whole[y : y + h, x : x + w] for *_, (x, y, *_) in samples])
+        np.testing.assert_array_equal(
+            out, [whole[y : y + h, x : x + w] for *_, (x, y, *_) in samples]
+        )
 
 
 @pytest.mark.parametrize("size", [(1, 1), (17, 5), (63, 40), (64, 64), (353, 70), (500, 90)])
@@ -161,7 +169,16 @@ def test_encode_with_markers(size, tile):
 
 
 def test_tiles_are_about_as_wide_as_asked_for():
-    for width, expected in ((500, 4), (375, 4), (333, 3), (496, 31), (64, 4), (65, 5), (30, 2), (1, 1)):
+    for width, expected in (
+        (500, 4),
+        (375, 4),
+        (333, 3),
+        (496, 31),
+        (64, 4),
+        (65, 5),
+        (30, 2),
+        (1, 1),
+    ):
         data = _native.encode(picture(20, width), 90)
         at = data.index(b"\xff\xdd\x00\x04") + 4
         assert int.from_bytes(data[at : at + 2], "big") == expected
@@ -183,7 +200,13 @@ def test_images_do_not_leave_their_tables_behind():
     Image.new("RGB", (64, 64), (9, 8, 7)).save(flat, "JPEG", optimize=True)
     several_scans = three_components(pixels[:8, :8], 3)  # gets new tables
     encoded = _native.encode(pixels, 90)
-    for source in [flat.getvalue(), several_scans, make(80, 64, "444"), several_scans, flat.getvalue()]:
+    for source in [
+        flat.getvalue(),
+        several_scans,
+        make(80, 64, "444"),
+        several_scans,
+        flat.getvalue(),
+    ]:
         np.testing.assert_array_equal(pillow(_native.transcode(source, 16)), pillow(source))
         assert _native.encode(pixels, 90) == encoded
 
@@ -211,14 +234,21 @@ def test_transcode_refuses():
     ):
         with pytest.raises(ValueError, match=text):
             _native.transcode(data)
-    for call in (lambda: _native.transcode(good, -1), lambda: _native.encode(picture(9, 9), 90, -1)):
+    for call in (
+        lambda: _native.transcode(good, -1),
+        lambda: _native.encode(picture(9, 9), 90, -1),
+    ):
         with pytest.raises(ValueError, match="tile"):
             call()
-    np.testing.assert_array_equal(pillow(_native.transcode(good)), pillow(good))  # after failures, too
+    np.testing.assert_array_equal(
+        pillow(_native.transcode(good)), pillow(good)
+    )  # after failures, too
 
 
 def test_metadata_and_padding_are_no_obstacle():
-    """Comments, other APPn, fill bytes before markers, several DRI: decoders take them, so do crops."""
+    """Comments, other APPn, fill bytes before markers, several DRI: decoders take them, so do
+    crops.
+    """
     data = make(150, 60, restart_marker_blocks=2)
     whole = pillow(data)
     dri = data.index(b"\xff\xdd")
@@ -239,14 +269,18 @@ def segments_of(data):
     """(header, segments without markers, end) of a JPEG with restart markers."""
     scan = data.index(b"\xff\xda")
     scan += 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")
-    cuts = [i for i in range(scan, len(data) - 1) if data[i] == 0xFF and 0xD0 <= data[i + 1] <= 0xD9]
+    cuts = [
+        i for i in range(scan, len(data) - 1) if data[i] == 0xFF and 0xD0 <= data[i + 1] <= 0xD9
+    ]
     starts = [scan] + [c + 2 for c in cuts[:-1]]
     return data[:scan], [data[a:b] for a, b in zip(starts, cuts, strict=True)], data[cuts[-1] :]
 
 
 def joined(header, parts, end, numbers=None):
     numbers = numbers or [k % 8 for k in range(len(parts) - 1)]
-    body = parts[0] + b"".join(bytes([0xFF, 0xD0 + n]) + p for n, p in zip(numbers, parts[1:], strict=True))
+    body = parts[0] + b"".join(
+        bytes([0xFF, 0xD0 + n]) + p for n, p in zip(numbers, parts[1:], strict=True)
+    )
     return header + body + end
 
 
@@ -273,12 +307,16 @@ def test_wrong_markers_are_an_error():
             assert status.tolist() == [CORRUPT]
     for short in (parts[:5] + parts[6:], [*parts[:5], parts[5] + parts[6], *parts[7:]]):
         # Numbered as if nothing were missing: seen where the count matters.
-        _, status = decode([(joined(header, short, end), width, height, (90, 50, 38, 14, 0))], (8, 8))
+        _, status = decode(
+            [(joined(header, short, end), width, height, (90, 50, 38, 14, 0))], (8, 8)
+        )
         assert status.tolist() == [CORRUPT]
 
 
 def mutated(source, rng):
-    """Bytes set, inserted or taken out, whole stretches moved or cut off; often where the structure is."""
+    """Bytes set, inserted or taken out, whole stretches moved or cut off; often where the structure
+    is.
+    """
     data = bytearray(source)
     for _ in range(rng.integers(1, 4)):
         reach = 640 if rng.random() < 0.4 else len(data)
@@ -290,7 +328,9 @@ def mutated(source, rng):
         if action == 0:
             data[at : at + n] = rng.bytes(n)
         elif action == 1:
-            data[at:at] = rng.bytes(n) if rng.random() < 0.5 else bytes([0xFF, 0xD0 + int(rng.integers(8))])
+            data[at:at] = (
+                rng.bytes(n) if rng.random() < 0.5 else bytes([0xFF, 0xD0 + int(rng.integers(8))])
+            )
         elif action == 2:
             del data[at : at + n]
         elif action == 3:
@@ -298,7 +338,9 @@ def mutated(source, rng):
         elif action == 4:
             data[at : at + 100] = data[at + 50 : at + 150]
         else:
-            data[at : at + 1] = bytes([data[at] ^ (1 << int(rng.integers(8)))]) if at < len(data) else b""
+            data[at : at + 1] = (
+                bytes([data[at] ^ (1 << int(rng.integers(8)))]) if at < len(data) else b""
+            )
         if len(data) < 4:
             break
     return bytes(data)
@@ -306,13 +348,17 @@ def mutated(source, rng):
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_mutated_tiles(exact):
-    """3,300 damaged streams each: a known status, and the healthy neighbour as it was. MUTATION_ROUNDS for more."""
+    """3,300 damaged streams each: a known status, and the healthy neighbour as it was.
+    MUTATION_ROUNDS for more.
+    """
     rounds = int(os.environ.get("MUTATION_ROUNDS", "10"))
     rng = np.random.default_rng(rounds)
     width, height = 160, 96
     kinds = [(s, t) for s in SAMPLINGS for t in (8, 32, 64)]
     sources = [_native.transcode(make(width, height, s), t) for s, t in kinds]
-    sources += [make(width, height, s, restart_marker_blocks=7) for s in SAMPLINGS] + [make(width, height)]
+    sources += [make(width, height, s, restart_marker_blocks=7) for s in SAMPLINGS] + [
+        make(width, height)
+    ]
     good = (sources[6], width, height, (30, 20, 90, 60, 1))
     expected = decode([good], (32, 32), exact)[0][0]
     counts = np.zeros(KNOWN, int)
@@ -334,9 +380,13 @@ def photo(width, height, seed=0):
     rng = np.random.default_rng(seed)
     spectrum = np.fft.rfft2(rng.normal(size=(3, height, width)))
     fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
-    pixels = np.fft.irfft2(spectrum / np.maximum(np.hypot(fy, fx), 1 / max(width, height)) ** 1.2, (height, width))
+    pixels = np.fft.irfft2(
+        spectrum / np.maximum(np.hypot(fy, fx), 1 / max(width, height)) ** 1.2, (height, width)
+    )
     pixels = 128 + 45 * pixels / pixels.std(axis=(1, 2), keepdims=True)
-    pixels[:, height // 3 : height // 2, width // 4 : width // 2] += np.array([60, -40, 20])[:, None, None]
+    pixels[:, height // 3 : height // 2, width // 4 : width // 2] += np.array([60, -40, 20])[
+        :, None, None
+    ]
     return np.clip(pixels, 0, 255).astype(np.uint8).transpose(1, 2, 0).copy()
 
 
@@ -347,7 +397,9 @@ def psnr(a, b):
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("kind", ["tiles", "plain", "progressive"])
 def test_fast_is_close_to_exact(sampling, kind):
-    """Chroma is enlarged only once, 1/2 DCT scale for strong reductions: training does not see the difference."""
+    """Chroma is enlarged only once, 1/2 DCT scale for strong reductions: training does not see the
+    difference.
+    """
     _, subsampling, factors, *_ = SAMPLINGS[sampling]
     if subsampling is None or (factors is not None and kind == "progressive"):
         kind = "plain"
@@ -365,13 +417,19 @@ def test_fast_is_close_to_exact(sampling, kind):
     data = _native.transcode(bytes(data)) if kind == "tiles" else bytes(data)
     rng = np.random.default_rng(5)
     for size in ((224, 224), (96, 80), (61, 300)):
-        crops = [(data, width, height, crop) for crop in crops_of(width, height, rng, 20) if min(crop[2:4]) > 60]
+        crops = [
+            (data, width, height, crop)
+            for crop in crops_of(width, height, rng, 20)
+            if min(crop[2:4]) > 60
+        ]
         exact, fast = (decode(crops, size, e) for e in (True, False))
         assert not exact[1].any()
         assert not fast[1].any()
         errors = [psnr(a, b) for a, b in zip(exact[0], fast[0], strict=True)]
         assert min(errors) > (45 if "grey" in sampling else 28 if factors else 35)
-        assert np.abs(exact[0].astype(float).mean((1, 2)) - fast[0].mean((1, 2))).max() < 1.5  # no colour cast
+        assert (
+            np.abs(exact[0].astype(float).mean((1, 2)) - fast[0].mean((1, 2))).max() < 1.5
+        )  # no colour cast
 
 
 def test_fast_does_not_depend_on_tiles():
@@ -389,7 +447,9 @@ def test_fast_does_not_depend_on_tiles():
 
 
 def test_same_size_grey_is_exact_in_both_ways():
-    """Without chroma the planes are the image: this checks every block of the fast decoder against libjpeg's."""
+    """Without chroma the planes are the image: this checks every block of the fast decoder against
+    libjpeg's.
+    """
     for quality in (5, 50, 90, 100):
         data = make(301, 203, "grey", quality)
         whole = pillow(data)

@@ -22,12 +22,16 @@ from matryoshka.files import FileError
 @pytest.mark.parametrize("mode", ["raw", "jpg", "proportion", "smart"])
 def test_the_writer_follows_the_layout(tmp_path, mode):
     source, path = pngs(30), tmp_path / "x.beton"
-    manifest = write_beton(source, path, max_resolution=64, write_mode=mode, num_workers=2, chunk_size=7)
+    manifest = write_beton(
+        source, path, max_resolution=64, write_mode=mode, num_workers=2, chunk_size=7
+    )
     page, fields, records, rows, data = parse(path)
     assert (page, fields) == (8 << 20, [(2, b"image"), (1, b"label")])
     assert ([row[0] for row in rows], rows[0][1]) == (list(range(30)), page)
     assert [r[4] for r in records] == source.labels.tolist()
-    for i, ((stored, width, height, pointer, _), (_, at, size)) in enumerate(zip(records, rows, strict=True)):
+    for i, ((stored, width, height, pointer, _), (_, at, size)) in enumerate(
+        zip(records, rows, strict=True)
+    ):
         assert (width, height, pointer) == (40, 30, at)
         want, payload = np.asarray(photo(40, 30, seed=i)), data[at : at + size]
         if stored == 1:
@@ -41,7 +45,9 @@ def test_the_writer_follows_the_layout(tmp_path, mode):
     assert numbers == (modes.count(0), 30, len(data))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=6),
     limit=st.integers(1, 90),
@@ -69,7 +75,9 @@ def test_the_bytes_depend_on_the_seed_and_on_no_thread(tmp_path):
         return (tmp_path / "x").read_bytes(), manifest_path(tmp_path / "x").read_bytes()
 
     first = write(num_workers=1)
-    assert all(write(num_workers=w, chunk_size=c) == first for w, c in ((1, 100), (2, 7), (4, 1), (0, 13)))
+    assert all(
+        write(num_workers=w, chunk_size=c) == first for w, c in ((1, 100), (2, 7), (4, 1), (0, 13))
+    )
     assert write(seed=1)[0] != first[0]
 
 
@@ -117,7 +125,13 @@ def test_odd_sources_are_converted_or_listed(tmp_path):
     }
     source = Files([(name, content, 0) for name, content in files.items()])
     manifest = write_beton(source, tmp_path / "x", max_resolution=64, write_mode="raw", names=True)
-    assert manifest["counts"] == {"jpg": 0, "raw": 7, "resized": 0, "grayscale": 2, "exif_orientation": 1}
+    assert manifest["counts"] == {
+        "jpg": 0,
+        "raw": 7,
+        "resized": 0,
+        "grayscale": 2,
+        "exif_orientation": 1,
+    }
     assert manifest["cmyk"] == [{"name": "cmyk.jpg"}]
     assert manifest["other_content"] == [{"name": "png.jpg", "reason": "PNG"}]
     assert [e["name"] for e in manifest["broken"]] == list(files)[7:]
@@ -128,7 +142,9 @@ def test_odd_sources_are_converted_or_listed(tmp_path):
         np.frombuffer(data, np.uint8, size, at).reshape(height, width, 3)
         for (_, width, height, _, _), (_, at, size) in zip(records, rows, strict=True)
     ]
-    for stored, want in zip(pixels[2:6], (np.asarray(rgb), (10, 20, 30), np.asarray(rgb), 200), strict=True):
+    for stored, want in zip(
+        pixels[2:6], (np.asarray(rgb), (10, 20, 30), np.asarray(rgb), 200), strict=True
+    ):
         assert (stored == want).all()
     write_beton(source, tmp_path / "y", max_resolution=64, write_mode="raw", exif_rotate=True)
     assert (BetonFile(tmp_path / "x").width[6], BetonFile(tmp_path / "y").width[6]) == (32, 24)
@@ -155,8 +171,16 @@ def test_transcode_keeps_the_coefficients_of_what_fits(tmp_path):
         kept = []
         for (mode, width, height, _, _), (_, at, size) in zip(records, rows, strict=True):
             name = list(files)[len(kept)]  # "cut" comes behind all that matter
-            stored = np.asarray(Image.open(io.BytesIO(data[at : at + size])).convert("RGB")) if mode == 0 else None
-            original = np.asarray(Image.open(io.BytesIO(files[name])).convert("RGB")) if name != "cut" else None
+            stored = (
+                np.asarray(Image.open(io.BytesIO(data[at : at + size])).convert("RGB"))
+                if mode == 0
+                else None
+            )
+            original = (
+                np.asarray(Image.open(io.BytesIO(files[name])).convert("RGB"))
+                if name != "cut"
+                else None
+            )
             kept.append(stored is not None and np.array_equal(stored, original))
             assert max(width, height) <= 100
         return [name for name, k in zip(files, kept, strict=False) if k], manifest["counts"]
@@ -179,7 +203,10 @@ def test_upright_is_what_pillow_does(orientation):
     data = encoded(photo(16, 8), exif=exif)
     decoded = decode_image(data)
     want = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
-    assert (decoded.orientation, (upright(decoded.pixels, orientation) == want).all()) == (orientation, True)
+    assert (decoded.orientation, (upright(decoded.pixels, orientation) == want).all()) == (
+        orientation,
+        True,
+    )
 
 
 # fmt: off
@@ -206,7 +233,9 @@ def test_an_interrupted_write_changes_nothing(tmp_path, how, old):
     if old:
         path.write_bytes(b"the old one")
     before = [(p, p.read_bytes()) for p in tmp_path.iterdir()]
-    if how == "full":  # the kernel writes nothing behind this byte: pwrite comes back short, then fails
+    if (
+        how == "full"
+    ):  # the kernel writes nothing behind this byte: pwrite comes back short, then fails
         resource.setrlimit(resource.RLIMIT_FSIZE, ((9 << 20) + 5, limit[1]))
     elif how == "broken":
         source = Files([("x.jpg", b"nothing", 0)] * 3)

@@ -1,4 +1,6 @@
-"""Embeddings of a data set: against single images through the model, killed at any moment, by several processes."""
+"""Embeddings of a data set: against single images through the model, killed at any moment, by
+several processes.
+"""
 
 import hashlib
 import itertools
@@ -29,18 +31,29 @@ from matryoshka.models import ModelError, ModelSpec, build
 
 
 def run(model, data, output, *more):
-    argv = [f"--path={model}", f"--data={data}", f"--output={output}", "--device=cpu", "--workers=1", "--batch-size=4"]
+    argv = [
+        f"--path={model}",
+        f"--data={data}",
+        f"--output={output}",
+        "--device=cpu",
+        "--workers=1",
+        "--batch-size=4",
+    ]
     assert embed.main([*argv, *more]) == 0
     return open_embeddings(output)
 
 
 def hashes(folder):
-    """{file: sha256} of all that is there; of meta.json without the code's version, which others may change."""
+    """{file: sha256} of all that is there; of meta.json without the code's version, which others
+    may change.
+    """
     found = {}
     for file in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
         content = file.read_bytes()
         if file.name == "meta.json":
-            content = json.dumps({k: v for k, v in json.loads(content).items() if k != "code"}).encode()
+            content = json.dumps(
+                {k: v for k, v in json.loads(content).items() if k != "code"}
+            ).encode()
         found[str(file.relative_to(folder))] = hashlib.sha256(content).hexdigest()
     return found
 
@@ -59,9 +72,12 @@ def refused(argv, capsys, main=embed.main):
 
 
 @pytest.mark.parametrize(
-    ("columns", "normalise", "dtype"), [(None, False, "float32"), (64, True, "float32"), (7, True, "float16")]
+    ("columns", "normalise", "dtype"),
+    [(None, False, "float32"), (64, True, "float32"), (7, True, "float16")],
 )
-def test_embeddings_are_those_of_single_images(imagenet_root, imagenet_checkpoint, tmp_path, columns, normalise, dtype):
+def test_embeddings_are_those_of_single_images(
+    imagenet_root, imagenet_checkpoint, tmp_path, columns, normalise, dtype
+):
     model = load_model(imagenet_checkpoint)
     folder = imagenet_root / "val"
     options = [f"--dtype={dtype}", *(["--normalize"] if normalise else [])]
@@ -71,7 +87,11 @@ def test_embeddings_are_those_of_single_images(imagenet_root, imagenet_checkpoin
     expected = rows[:, : columns or 512].astype(np.float64)
     if normalise:
         expected /= np.sqrt((expected**2).sum(1, keepdims=True))
-    assert (found.X.dtype, found.y.dtype, found.X.shape) == (np.dtype(dtype), np.int64, expected.shape)
+    assert (found.X.dtype, found.y.dtype, found.X.shape) == (
+        np.dtype(dtype),
+        np.int64,
+        expected.shape,
+    )
     np.testing.assert_allclose(found.X, expected, atol=1e-3 if dtype == "float16" else 1e-4)
     np.testing.assert_array_equal(found.y, labels)
     assert list(found.ids) == found.ids[:] == names
@@ -79,15 +99,21 @@ def test_embeddings_are_those_of_single_images(imagenet_root, imagenet_checkpoin
     assert found.classes == sorted(p.name for p in folder.iterdir())
     assert found.meta["normalised"] is normalise
     assert found.meta["model"] == {
-        "file": str(imagenet_checkpoint), "weights_sha256": trunk_sha256(model), "arch": "resnet10", "head": "mrl",
-        "dims": [8, 64, 512], "width": 512,
-    }  # fmt: skip
+        "file": str(imagenet_checkpoint),
+        "weights_sha256": trunk_sha256(model),
+        "arch": "resnet10",
+        "head": "mrl",
+        "dims": [8, 64, 512],
+        "width": 512,
+    }
     assert np.array_equal(np.load(tmp_path / "e" / "X.npy", allow_pickle=False), found.X)
     with pytest.raises(ValueError, match="read-only"):
         found.X[0, 0] = 1
 
 
-def test_a_beton_gives_the_same_with_its_names_or_numbers(imagenet_root, imagenet_checkpoint, tmp_path):
+def test_a_beton_gives_the_same_with_its_names_or_numbers(
+    imagenet_root, imagenet_checkpoint, tmp_path
+):
     source = open_dataset(imagenet_root / "val")
     there = run(imagenet_checkpoint, source.path, tmp_path / "folder")
     for names in (True, False):
@@ -105,12 +131,17 @@ def test_the_data_set_is_described(imagenet_root, imagenet_checkpoint, tmp_path,
         Image.new("RGB", (32, 32)).save(tmp_path / "stray" / name / "plot.png")
         if i in (1, 5):
             run(imagenet_checkpoint, tmp_path / "stray", tmp_path / f"e{i}")
-    write_beton(open_dataset(tmp_path / "stray"), tmp_path / "x.beton", write_mode="raw", max_resolution=32)
+    write_beton(
+        open_dataset(tmp_path / "stray"), tmp_path / "x.beton", write_mode="raw", max_resolution=32
+    )
     (tmp_path / "x.beton.json").unlink()
     run(imagenet_checkpoint, tmp_path / "x.beton", tmp_path / "beton")
     out = capsys.readouterr().out
     assert f"{tmp_path / 'stray'}: 2 images of 2 classes (run\\x1b2, run 1) at 32 px\n" in out
-    assert f"{tmp_path / 'stray'}: 6 images of 6 classes (a, b, c, d, run\\x1b2, ...) at 32 px\n" in out
+    assert (
+        f"{tmp_path / 'stray'}: 6 images of 6 classes (a, b, c, d, run\\x1b2, ...) at 32 px\n"
+        in out
+    )
     assert f"{tmp_path / 'x.beton'}: 6 images of 6 classes at 32 px\n" in out
 
 
@@ -119,16 +150,27 @@ def test_preprocessing_is_what_was_asked_for(folder, tmp_path):
     model = build(ModelSpec("resnet10", 3, (8, 512))).eval()
     model.preprocessing = Preprocessing(size=48, ratio=1.0)
     save_model(model, tmp_path / "m.safetensors")
-    found = run(tmp_path / "m.safetensors", folder / "val", tmp_path / "upstream", "--preprocessing=upstream")
+    found = run(
+        tmp_path / "m.safetensors",
+        folder / "val",
+        tmp_path / "upstream",
+        "--preprocessing=upstream",
+    )
     resize = torchvision.transforms.Compose(
         [torchvision.transforms.Resize(256), torchvision.transforms.CenterCrop(224)]
     )
     for name, row in zip(found.ids, found.X, strict=True):
-        pixels = (np.asarray(resize(Image.open(folder / "val" / name))) / 255 - IMAGENET_MEAN) / IMAGENET_STD
+        pixels = (
+            np.asarray(resize(Image.open(folder / "val" / name))) / 255 - IMAGENET_MEAN
+        ) / IMAGENET_STD
         with torch.inference_mode():
-            alone = model.trunk(torch.tensor(pixels.transpose(2, 0, 1)[None], dtype=torch.float32))[0]
+            alone = model.trunk(torch.tensor(pixels.transpose(2, 0, 1)[None], dtype=torch.float32))[
+                0
+            ]
         np.testing.assert_allclose(row, alone, atol=1e-3)
-    ffcv = run(tmp_path / "m.safetensors", folder / "val", tmp_path / "ffcv", "--preprocessing=ffcv")
+    ffcv = run(
+        tmp_path / "m.safetensors", folder / "val", tmp_path / "ffcv", "--preprocessing=ffcv"
+    )
     larger = run(tmp_path / "m.safetensors", folder / "val", tmp_path / "larger", "--resolution=64")
     for shown, crop in ((ffcv, CenterCrop(48, 224 / 256)), (larger, CenterCrop(64, 1.0))):
         batch = next(iter(Loader(folder / "val", 9, order="sequential", image=crop, num_workers=1)))
@@ -139,8 +181,12 @@ def test_upstreams_and_published_checkpoints(imagenet_root, tmp_path, monkeypatc
     torch.manual_seed(4)
     model = build(ModelSpec("resnet10", 10, (16,))).eval()
     save_upstream(model, tmp_path / "final_weights.pt")
-    found = run(tmp_path / "final_weights.pt", imagenet_root / "val", tmp_path / "ff", "--rep_size=16")
-    assert "--truncate-dim 16" in capsys.readouterr().out  # the rest of the trunk's columns was never trained
+    found = run(
+        tmp_path / "final_weights.pt", imagenet_root / "val", tmp_path / "ff", "--rep_size=16"
+    )
+    assert (
+        "--truncate-dim 16" in capsys.readouterr().out
+    )  # the rest of the trunk's columns was never trained
     assert found.X.shape == (9, 512)
     assert found.meta["model"]["weights_sha256"] == trunk_sha256(model)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -162,9 +208,13 @@ def test_encode_takes_both_kinds_of_images_and_leaves_the_model_as_it_was():
     floats = (pixels.double() / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
     whole = model.encode(pixels)
     assert (whole.shape, whole.dtype, whole.requires_grad) == ((3, 512), torch.float32, False)
-    torch.testing.assert_close(model.encode(floats.float().permute(0, 3, 1, 2)), whole, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        model.encode(floats.float().permute(0, 3, 1, 2)), whole, atol=1e-4, rtol=1e-4
+    )
     part = model.encode(pixels, truncate_dim=64, normalize=True)
-    torch.testing.assert_close(part, whole[:, :64] / whole[:, :64].square().sum(1, keepdim=True).sqrt())
+    torch.testing.assert_close(
+        part, whole[:, :64] / whole[:, :64].square().sum(1, keepdim=True).sqrt()
+    )
     assert [module.training for module in model.modules()] == modes
     torch.nn.Linear(64, 2)(part).sum().backward()  # a probe can be trained on them
     for wrong in (0, 513, -1):
@@ -194,7 +244,9 @@ def test_every_missing_row_is_in_one_batch_of_one_process(rows, batch, world, th
     assert [i for a, b in todo for i in range(a, b)] == wanted
     shares = [embedding.rows_of(todo, batch, rank, world).tolist() for rank in range(world)]
     cut = [part[i : i + batch] for part in shares for i in range(0, len(part), batch)]
-    assert cut == [wanted[i : i + batch] for i in range(0, len(wanted), batch)]  # the batches of one process
+    assert cut == [
+        wanted[i : i + batch] for i in range(0, len(wanted), batch)
+    ]  # the batches of one process
     assert max(map(len, shares)) - min(map(len, shares)) < 2 * batch
 
 
@@ -275,7 +327,9 @@ def test_killed_at_any_moment_and_in_two_processes_it_ends_with_the_same_files(
     out.mkdir()
     command = [sys.executable, script, imagenet_checkpoint, imagenet_root / "val", out]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        list(map(str, command)), env=env, capture_output=True, text=True, timeout=280, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     events, kills, starts = json.loads(done.stdout.splitlines()[-1])
     assert events > 24  # not vacuous: the last folder needed several starts
@@ -291,7 +345,9 @@ def test_killed_at_any_moment_and_in_two_processes_it_ends_with_the_same_files(
     )
 
 
-def test_finished_is_said_and_other_options_are_refused(imagenet_root, imagenet_checkpoint, tmp_path, capsys):
+def test_finished_is_said_and_other_options_are_refused(
+    imagenet_root, imagenet_checkpoint, tmp_path, capsys
+):
     data, output = imagenet_root / "val", tmp_path / "e"
     run(imagenet_checkpoint, data, output)
     before = {p: p.stat().st_mtime_ns for p in output.iterdir()}
@@ -305,7 +361,10 @@ def test_finished_is_said_and_other_options_are_refused(imagenet_root, imagenet_
     path, here = f"--path={imagenet_checkpoint}", f"--data={data}"
     for more, words in (
         ([path, here, "--dtype=float16"], ["dtype float32", "not float16", "--overwrite"]),
-        ([path, here, "--truncate-dim=64", "--normalize"], ["columns 512", "not 64", "1 more difference"]),
+        (
+            [path, here, "--truncate-dim=64", "--normalize"],
+            ["columns 512", "not 64", "1 more difference"],
+        ),
         ([f"--path={tmp_path / 'other.safetensors'}", here], ["model.weights_sha256"]),
         ([path, f"--data={imagenet_root / 'sketch'}"], ["data.fingerprint"]),
         ([path, here, "--precision=bf16"], ["precision fp32"]),
@@ -334,7 +393,9 @@ def test_finished_is_said_and_other_options_are_refused(imagenet_root, imagenet_
         (["--device=cpu", "--precision=fp16"], ["fp16"]),
     ],
 )
-def test_mistakes_are_one_line(imagenet_root, imagenet_checkpoint, tmp_path, monkeypatch, capsys, more, words):
+def test_mistakes_are_one_line(
+    imagenet_root, imagenet_checkpoint, tmp_path, monkeypatch, capsys, more, words
+):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
     Path("foreign").mkdir()
@@ -345,7 +406,12 @@ def test_mistakes_are_one_line(imagenet_root, imagenet_checkpoint, tmp_path, mon
             with torch.no_grad():
                 model.trunk.get_submodule("layer4.0.bn2").weight.mul_(factor)
             save_model(model, f"{name}.safetensors")
-    argv = [f"--path={imagenet_checkpoint}", f"--data={imagenet_root / 'val'}", "--output=e", "--device=cpu"]
+    argv = [
+        f"--path={imagenet_checkpoint}",
+        f"--data={imagenet_root / 'val'}",
+        "--output=e",
+        "--device=cpu",
+    ]
     line = refused([*argv, "--workers=1", *more], capsys)
     assert all(word in line for word in words), line
     assert not Path("e/meta.json").exists()

@@ -1,4 +1,6 @@
-"""The folder of embeddings: what is written is read, old files stay until new ones are whole, damage is one line."""
+"""The folder of embeddings: what is written is read, old files stay until new ones are whole,
+damage is one line.
+"""
 
 import numpy as np
 import pytest
@@ -10,22 +12,35 @@ from imagenet_small import WNIDS
 from matryoshka.checkpoint.model_file import load_model, save_model
 from matryoshka.checkpoint.upstream import save_upstream
 from matryoshka.embeddings import writing as embedding_writer
-from matryoshka.embeddings.reading import ARRAYS, EmbeddingError, labels_like, open_embeddings, trunk_sha256
+from matryoshka.embeddings.reading import (
+    ARRAYS,
+    EmbeddingError,
+    labels_like,
+    open_embeddings,
+    trunk_sha256,
+)
 from matryoshka.embeddings.writing import RowWriter, Unfinished
 from matryoshka.models import ModelSpec, build
 
 META = {
-    "format": "matryoshka-embeddings-1", "rows": 5, "columns": 3, "dtype": "float32", "normalised": False,
-    "model": {"file": "a.pt", "weights_sha256": "00"}, "code": {"version": "1"},
+    "format": "matryoshka-embeddings-1",
+    "rows": 5,
+    "columns": 3,
+    "dtype": "float32",
+    "normalised": False,
+    "model": {"file": "a.pt", "weights_sha256": "00"},
+    "code": {"version": "1"},
     "data": {"path": "x", "fingerprint": "ff", "num_classes": 2, "classes": None},
-}  # fmt: skip
+}
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.text(st.characters(), max_size=12), min_size=1, max_size=20), st.integers(1, 5), st.randoms(),
+    st.lists(st.text(st.characters(), max_size=12), min_size=1, max_size=20),
+    st.integers(1, 5),
+    st.randoms(),
     st.sampled_from(["float32", "float16"]),
-)  # fmt: skip
+)
 def test_what_is_written_in_any_order_is_read(tmp_path_factory, names, columns, random, dtype):
     folder = tmp_path_factory.mktemp("any") / "e"
     n = len(names)
@@ -60,17 +75,23 @@ def test_ranks_that_were_killed_leave_what_they_flushed(tmp_path):
             writer.flush()
             writer.write(np.array([2]), np.ones((1, 3)))  # lost: not flushed
             writer.close()
-        (tmp_path / ".unfinished" / "progress-7.json").write_text('{"token": "of another start", "rows": [[0, 5]]}')
+        (tmp_path / ".unfinished" / "progress-7.json").write_text(
+            '{"token": "of another start", "rows": [[0, 5]]}'
+        )
         (tmp_path / ".unfinished" / "progress-8.json").write_text("half a fi")
     with Unfinished(tmp_path) as again, Unfinished(tmp_path) as third:
-        assert again.begin(META, np.zeros(5), str)._replace(token=plan.token) == plan._replace(todo=[(1, 3)])
+        assert again.begin(META, np.zeros(5), str)._replace(token=plan.token) == plan._replace(
+            todo=[(1, 3)]
+        )
         with pytest.raises(EmbeddingError, match="another process"):
             third.begin(META, np.zeros(5), str)
 
 
 def test_labels_of_one_set_as_those_of_another(tmp_path):
     def made(name, classes, labels):
-        meta = META | {"data": META["data"] | {"classes": classes, "num_classes": len(classes or range(3))}}
+        meta = META | {
+            "data": META["data"] | {"classes": classes, "num_classes": len(classes or range(3))}
+        }
         with Unfinished(tmp_path / name) as unfinished:
             plan = unfinished.begin(meta | {"rows": len(labels)}, np.array(labels), str)
             writer = RowWriter(tmp_path / name, plan)
@@ -123,7 +144,10 @@ def test_damaged_files_are_one_line(tmp_path_factory, sound, file, data):
     message = f"{folder}: one line"
     try:
         found = open_embeddings(folder)
-        assert (found.X.shape, found.y.shape) == ((found.meta["rows"], found.meta["columns"]), (found.meta["rows"],))
+        assert (found.X.shape, found.y.shape) == (
+            (found.meta["rows"], found.meta["columns"]),
+            (found.meta["rows"],),
+        )
         assert len(found.X.tobytes()) == found.X.size * found.X.itemsize  # every byte can be read
         assert len(list(found.ids)) == len(found)
     except EmbeddingError as error:
@@ -166,7 +190,9 @@ def test_the_hash_is_that_of_the_trunk_alone(tmp_path):
     before = trunk_sha256(model)
     save_model(model, tmp_path / "m.safetensors")
     save_upstream(model, tmp_path / "m.pt")
-    assert {trunk_sha256(load_model(tmp_path / name)) for name in ("m.safetensors", "m.pt")} == {before}
+    assert {trunk_sha256(load_model(tmp_path / name)) for name in ("m.safetensors", "m.pt")} == {
+        before
+    }
     assert trunk_sha256(model.to(memory_format=torch.channels_last)) == before
     with torch.no_grad():
         model.head.heads[0].bias += 1
@@ -185,5 +211,8 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         with pytest.raises(EmbeddingError, match=r"X\.npy: No space left"):
             writer.write(np.arange(5), np.zeros((5, 3)))
         writer.close()
-    with Unfinished(tmp_path / "large") as unfinished, pytest.raises(EmbeddingError, match="GB are free"):
+    with (
+        Unfinished(tmp_path / "large") as unfinished,
+        pytest.raises(EmbeddingError, match="GB are free"),
+    ):
         unfinished.begin(META | {"rows": 1 << 44}, np.zeros(5), str)

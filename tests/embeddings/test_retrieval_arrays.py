@@ -1,4 +1,6 @@
-"""Upstream's --retrieval: its file names and shapes, labels that are class numbers, features of single images."""
+"""Upstream's --retrieval: its file names and shapes, labels that are class numbers, features of
+single images.
+"""
 
 from argparse import Namespace
 
@@ -21,12 +23,28 @@ from matryoshka.models import ModelSpec, build
 def arguments(path, root, prefix, **more):
     """What pytorch_inference.py reads, with its defaults."""
     given = {
-        "path": str(path), "data_root": str(root), "retrieval_array_path": str(prefix), "dataset": "1K",
-        "random_sample_dim": 4_202_000, "mrl": False, "efficient": False, "rep_size": None, "old_ckpt": False,
-        "preprocessing": "checkpoint", "resolution": None, "workers": 1, "batch_size": 4,
-        "device": "cpu", "precision": "fp32", "retrieval": True, "tta": False, "ood": None, "nesting_list": None,
-        "output": None, "upstream_names": False,
-    }  # fmt: skip
+        "path": str(path),
+        "data_root": str(root),
+        "retrieval_array_path": str(prefix),
+        "dataset": "1K",
+        "random_sample_dim": 4_202_000,
+        "mrl": False,
+        "efficient": False,
+        "rep_size": None,
+        "old_ckpt": False,
+        "preprocessing": "checkpoint",
+        "resolution": None,
+        "workers": 1,
+        "batch_size": 4,
+        "device": "cpu",
+        "precision": "fp32",
+        "retrieval": True,
+        "tta": False,
+        "ood": None,
+        "nesting_list": None,
+        "output": None,
+        "upstream_names": False,
+    }
     kinds = dict.fromkeys(("save_logits", "save_softmax", "save_gt", "save_predictions"), False)
     return Namespace(**given | kinds | more)
 
@@ -40,7 +58,9 @@ def root(tmp_path_factory, imagenet_root, photo):
     for label in (0, 7, 999):
         (place / "train" / WNIDS[label]).mkdir(parents=True)
         for i in range(4):
-            Image.fromarray(photo(32, 32, seed=5000 + label + i)).save(place / "train" / WNIDS[label] / f"{i}.png")
+            Image.fromarray(photo(32, 32, seed=5000 + label + i)).save(
+                place / "train" / WNIDS[label] / f"{i}.png"
+            )
     return place
 
 
@@ -51,29 +71,45 @@ def arrays(prefix):
     return found[0], found[1][:, 0]
 
 
-def test_queries_and_database_of_1k_are_those_of_single_images(root, imagenet_checkpoint, tmp_path, capsys):
+def test_queries_and_database_of_1k_are_those_of_single_images(
+    root, imagenet_checkpoint, tmp_path, capsys
+):
     args = arguments(imagenet_checkpoint, root, f"{tmp_path}/run1_", mrl=True)
     assert retrieval_arrays.retrieval(args, print) == 0
     model = load_model(imagenet_checkpoint)
-    for split, labels in (("val", [0] * 3 + [7] * 2 + [999] * 4), ("train", [0] * 4 + [7] * 4 + [999] * 4)):
+    for split, labels in (
+        ("val", [0] * 3 + [7] * 2 + [999] * 4),
+        ("train", [0] * 4 + [7] * 4 + [999] * 4),
+    ):
         X, y = arrays(f"{tmp_path}/run1_1K_{split}_mrl1_e0_ff512")
         np.testing.assert_allclose(X, one_by_one(model, root / split)[0], atol=1e-4)
         assert y.tolist() == labels
     files = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     kinds = ("X.npy", "y.npy", "meta.json")
-    assert sorted(files) == sorted(f"run1_1K_{s}_mrl1_e0_ff512-{kind}" for s in ("val", "train") for kind in kinds)
+    assert sorted(files) == sorted(
+        f"run1_1K_{s}_mrl1_e0_ff512-{kind}" for s in ("val", "train") for kind in kinds
+    )
     assert retrieval_arrays.retrieval(args, print) == 0  # again: nothing is computed again
     assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == files
     (tmp_path / "run1_1K_val_mrl1_e0_ff512-y.npy").unlink()
     capsys.readouterr()
     assert retrieval_arrays.retrieval(args, print) == 0  # what is missing is
     assert capsys.readouterr().out.count("images/s") == 1
-    assert arrays(f"{tmp_path}/run1_1K_val_mrl1_e0_ff512")[1].tolist() == [0] * 3 + [7] * 2 + [999] * 4
+    assert (
+        arrays(f"{tmp_path}/run1_1K_val_mrl1_e0_ff512")[1].tolist() == [0] * 3 + [7] * 2 + [999] * 4
+    )
 
 
 def test_v2s_labels_are_the_numbers_of_its_folders(root, imagenet_checkpoint, tmp_path):
-    assert retrieval_arrays.retrieval(arguments(imagenet_checkpoint, root, f"{tmp_path}/", dataset="V2"), print) == 0
-    assert arrays(f"{tmp_path}/V2_val_mrl1_e0_ff512")[1].tolist() == [10] * 2 + [100] * 4 + [2] * 3  # "10" sorts first
+    assert (
+        retrieval_arrays.retrieval(
+            arguments(imagenet_checkpoint, root, f"{tmp_path}/", dataset="V2"), print
+        )
+        == 0
+    )
+    assert (
+        arrays(f"{tmp_path}/V2_val_mrl1_e0_ff512")[1].tolist() == [10] * 2 + [100] * 4 + [2] * 3
+    )  # "10" sorts first
     assert len(list(tmp_path.iterdir())) == 3  # no database
 
 
@@ -81,12 +117,19 @@ def test_4k_a_fixed_feature_and_a_random_sample(root, tmp_path):
     place = tmp_path / "4k"
     place.mkdir()
     for name, split in (("imagenet4k_queries", "val"), ("imagenet4k_database", "train")):
-        write_beton(ImageFolder(root / split), place / f"{name}.beton", write_mode="raw", max_resolution=32)
+        write_beton(
+            ImageFolder(root / split), place / f"{name}.beton", write_mode="raw", max_resolution=32
+        )
     model = build(ModelSpec("resnet10", 3, (16,)))
     model.preprocessing = Preprocessing(32, 1.0)
     save_model(model, tmp_path / "ff.safetensors")
     args = arguments(
-        tmp_path / "ff.safetensors", place, f"{tmp_path}/", dataset="4K", rep_size=16, random_sample_dim=10
+        tmp_path / "ff.safetensors",
+        place,
+        f"{tmp_path}/",
+        dataset="4K",
+        rep_size=16,
+        random_sample_dim=10,
     )
     assert retrieval_arrays.retrieval(args, print) == 0
     features, labels, _ = one_by_one(model.eval(), root / "train")
@@ -96,13 +139,22 @@ def test_4k_a_fixed_feature_and_a_random_sample(root, tmp_path):
     assert picked == sorted(set(picked))  # ten different images
     np.testing.assert_allclose(X, features[picked, :16], atol=1e-4)
     assert y.tolist() == labels[picked].tolist()
-    assert arrays(f"{tmp_path}/4K_val_mrl0_e0_ff16")[0].shape == (9, 16)  # there are fewer: all of them
+    assert arrays(f"{tmp_path}/4K_val_mrl0_e0_ff16")[0].shape == (
+        9,
+        16,
+    )  # there are fewer: all of them
 
 
-def test_a_kill_between_the_files_leaves_no_old_description(root, imagenet_checkpoint, tmp_path, monkeypatch):
-    """Of the arrays of another sample y is there, X and the description are not, when the process goes."""
+def test_a_kill_between_the_files_leaves_no_old_description(
+    root, imagenet_checkpoint, tmp_path, monkeypatch
+):
+    """Of the arrays of another sample y is there, X and the description are not, when the process
+    goes.
+    """
     stem = f"{tmp_path}/1K_val_mrl1_e0_ff512"
-    three, five = (arguments(imagenet_checkpoint, root, f"{tmp_path}/", random_sample_dim=n) for n in (3, 5))
+    three, five = (
+        arguments(imagenet_checkpoint, root, f"{tmp_path}/", random_sample_dim=n) for n in (3, 5)
+    )
     assert retrieval_arrays.retrieval(three, print) == 0
     before = arrays(stem)
 
@@ -158,5 +210,7 @@ def test_a_kill_before_the_arrays_are_published_computes_nothing_again(
 )
 def test_mistakes_name_the_option(root, imagenet_checkpoint, tmp_path, more, error, words):
     with pytest.raises(error, match=words):
-        retrieval_arrays.retrieval(arguments(imagenet_checkpoint, root, **{"prefix": f"{tmp_path}/", **more}), print)
+        retrieval_arrays.retrieval(
+            arguments(imagenet_checkpoint, root, **{"prefix": f"{tmp_path}/", **more}), print
+        )
     assert not list(tmp_path.iterdir())

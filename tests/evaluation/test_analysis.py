@@ -1,4 +1,6 @@
-"""Analyses of predictions and confidences, against plain loops over images, and the paper's recorded oracle."""
+"""Analyses of predictions and confidences, against plain loops over images, and the paper's
+recorded oracle.
+"""
 
 import math
 import tracemalloc
@@ -35,7 +37,11 @@ def predicted(draw, classes=4):
     """(predictions int64 [G, N], labels int64 [N], C)."""
     g, n, c = draw(st.integers(1, 6)), draw(st.integers(1, 12)), draw(st.integers(2, classes))
     index = st.integers(0, c - 1)
-    return draw(hnp.arrays(np.int64, (g, n), elements=index)), draw(hnp.arrays(np.int64, n, elements=index)), c
+    return (
+        draw(hnp.arrays(np.int64, (g, n), elements=index)),
+        draw(hnp.arrays(np.int64, n, elements=index)),
+        c,
+    )
 
 
 def best(row):
@@ -77,27 +83,37 @@ def test_a_memory_map_is_read_in_parts(tmp_path, logits):
     np.save(tmp_path / "scores.npy", scores)
     mapped = np.lib.format.open_memmap(tmp_path / "scores.npy", mode="r")
     expected = analysis.top_confidence(scores, logits=logits)
-    analysis.top_confidence(mapped[:, :2], logits=logits, chunk=1)  # what is imported on the way does not count
+    analysis.top_confidence(
+        mapped[:, :2], logits=logits, chunk=1
+    )  # what is imported on the way does not count
     tracemalloc.start()
     found = analysis.top_confidence(mapped, logits=logits, chunk=64)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < scores.nbytes / 4
-    assert all(isinstance(array, np.ndarray) and not isinstance(array, np.memmap) for array in found)
+    assert all(
+        isinstance(array, np.ndarray) and not isinstance(array, np.memmap) for array in found
+    )
     for array, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(array, other, rtol=1e-6)
 
 
 @st.composite
 def graded(draw):
-    """(confidence [N], correct [N], bins): in powers of two of bins their edges, which are exact, are common."""
+    """(confidence [N], correct [N], bins): in powers of two of bins their edges, which are exact,
+    are common.
+    """
     bins = draw(st.sampled_from([1, 2, 4, 8, 10, 15]))
     # of 10 or 15 bins the edges are rounded: what lies on one depends on the precision
-    value = st.floats(2**-10, 1, width=32).filter(lambda v: v == 1 or abs(v * bins - round(v * bins)) > 1e-5)
+    value = st.floats(2**-10, 1, width=32).filter(
+        lambda v: v == 1 or abs(v * bins - round(v * bins)) > 1e-5
+    )
     if bins in (1, 2, 4, 8):
         value = st.sampled_from([k / 8 for k in range(1, 9)]) | value
     n = draw(st.integers(1, 30))
-    confidence = draw(hnp.arrays(draw(st.sampled_from([np.float32, np.float64])), n, elements=value))
+    confidence = draw(
+        hnp.arrays(draw(st.sampled_from([np.float32, np.float64])), n, elements=value)
+    )
     return confidence, draw(hnp.arrays(bool, n)), bins
 
 
@@ -109,7 +125,9 @@ def test_calibration_equals_loops(case):
     assert found.counts.dtype == np.int64
     members = [[] for _ in range(bins)]
     for value, right in zip(confidence.tolist(), correct.tolist(), strict=True):
-        members[next(b for b in range(bins) if value <= (b + 1) / bins or b == bins - 1)].append((value, right))
+        members[next(b for b in range(bins) if value <= (b + 1) / bins or b == bins - 1)].append(
+            (value, right)
+        )
     assert found.counts.tolist() == [len(inside) for inside in members]
     ece = 0.0
     for b, inside in enumerate(members):
@@ -118,7 +136,10 @@ def test_calibration_equals_loops(case):
             assert math.isnan(found.accuracy[b])
             continue
         mean, share = (sum(column) / len(inside) for column in zip(*inside, strict=True))
-        assert (found.confidence[b], found.accuracy[b]) == (pytest.approx(mean, rel=1e-5), pytest.approx(share))
+        assert (found.confidence[b], found.accuracy[b]) == (
+            pytest.approx(mean, rel=1e-5),
+            pytest.approx(share),
+        )
         ece += len(inside) / len(confidence) * abs(mean - share)
     assert found.ece == pytest.approx(ece, abs=1e-6)
 
@@ -143,14 +164,18 @@ def nll(logits, labels, temperature):
     total = 0.0
     for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
         scaled = [value / temperature for value in row]
-        total += max(scaled) + math.log(sum(math.exp(v - max(scaled)) for v in scaled)) - scaled[label]
+        total += (
+            max(scaled) + math.log(sum(math.exp(v - max(scaled)) for v in scaled)) - scaled[label]
+        )
     return total / len(labels)
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.5, 1.0, 4.0, 20.0])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_the_temperature_minimises_the_likelihood(scale, dtype):
-    """Labels are drawn from softmax(clean), and the logits are scale x clean: the temperature is about the scale."""
+    """Labels are drawn from softmax(clean), and the logits are scale x clean: the temperature is
+    about the scale.
+    """
     rng = np.random.default_rng(2)
     clean = rng.normal(size=(400, 4)) * 1.5
     shares = np.exp(clean) / np.exp(clean).sum(1, keepdims=True)
@@ -158,7 +183,10 @@ def test_the_temperature_minimises_the_likelihood(scale, dtype):
     logits = (scale * clean).astype(dtype)
     found = analysis.fit_temperature(logits, labels)
     best_of_all = minimize_scalar(
-        lambda log: nll(logits, labels, math.exp(log)), bounds=(-5, 5), method="bounded", options={"xatol": 1e-6}
+        lambda log: nll(logits, labels, math.exp(log)),
+        bounds=(-5, 5),
+        method="bounded",
+        options={"xatol": 1e-6},
     )
     assert isinstance(found, float)
     assert found == pytest.approx(math.exp(best_of_all.x), rel=5e-3)
@@ -212,7 +240,14 @@ def test_oracle_equals_loops(case):
 
 @pytest.mark.parametrize(
     ("votes", "winner"),
-    [([0, 1], 1), ([1, 0], 0), ([0, 0, 1], 0), ([0, 1, 2], 2), ([0, 1, 1, 0, 2], 0), ([3, 3, 0, 0, 1, 1], 1)],
+    [
+        ([0, 1], 1),
+        ([1, 0], 0),
+        ([0, 0, 1], 0),
+        ([0, 1, 2], 2),
+        ([0, 1, 1, 0, 2], 0),
+        ([3, 3, 0, 0, 1, 1], 1),
+    ],
 )
 def test_the_longest_prefix_decides_between_majorities(votes, winner):
     column = np.array(votes)[:, None]
@@ -221,7 +256,8 @@ def test_the_longest_prefix_decides_between_majorities(votes, winner):
         assert found.majority_accuracy == (label == winner), label
 
 
-RECORDED = {  # output of model_analysis/Oracle_Upper_Bound_Performance.ipynb, ImageNet's 50,000 validation images
+# output of model_analysis/Oracle_Upper_Bound_Performance.ipynb, ImageNet's 50,000 validation images
+RECORDED = {
     "shares": [67.462, 8.782, 2.588, 1.358, 0.642, 0.318, 0.204, 0.128, 18.518],
     "accuracy": 81.542,
     "expected_dim": 391.73904,
@@ -230,7 +266,9 @@ RECORDED = {  # output of model_analysis/Oracle_Upper_Bound_Performance.ipynb, I
 
 
 def test_the_papers_oracle():
-    """Predictions with the recorded shares; of the last, 2048 or never, the accuracy tells the two apart."""
+    """Predictions with the recorded shares; of the last, 2048 or never, the accuracy tells the two
+    apart.
+    """
     n, rng = 50_000, np.random.default_rng(3)
     counts = [round(n * share / 100) for share in RECORDED["shares"]]
     never = n - round(n * RECORDED["accuracy"] / 100)
@@ -243,7 +281,9 @@ def test_the_papers_oracle():
     right = np.zeros((9, n), bool)
     for g in range(9):
         right[g] = first == g
-    wanted = round(n * RECORDED["majority"] / 100)  # as many images of those that are right early stay right later on
+    wanted = round(
+        n * RECORDED["majority"] / 100
+    )  # as many images of those that are right early stay right later on
     settled = np.argsort(first, kind="stable")[:wanted]
     right[:, settled] |= np.arange(9)[:, None] >= first[settled]
     found = analysis.oracle(np.where(right, labels, wrong), labels, DIMS)
@@ -266,7 +306,10 @@ def test_class_accuracy_and_agreement_equal_loops(case):
         for label in range(c):
             hits = [predictions[k, i] == label for i in range(n) if labels[i] == label]
             assert found[k, label] == (pytest.approx(sum(hits) / len(hits)) if hits else nothing)
-    agree = [[sum(predictions[a, i] == predictions[b, i] for i in range(n)) / n for b in range(g)] for a in range(g)]
+    agree = [
+        [sum(predictions[a, i] == predictions[b, i] for i in range(n)) / n for b in range(g)]
+        for a in range(g)
+    ]
     same(analysis.agreement(predictions), agree)
 
 
@@ -278,7 +321,13 @@ def trend_by_loops(values):
     for step in steps:
         if not runs or runs[-1] != (step > 0):
             runs.append(step > 0)
-    kinds = {(): "flat", (True,): "rising", (False,): "falling", (True, False): "rise-dip", (False, True): "dip-rise"}
+    kinds = {
+        (): "flat",
+        (True,): "rising",
+        (False,): "falling",
+        (True, False): "rise-dip",
+        (False, True): "dip-rise",
+    }
     return kinds.get(tuple(runs), "mixed")
 
 
@@ -293,15 +342,21 @@ def test_trends_equal_loops(accuracy, data):
     for c in range(accuracy.shape[1]):
         if data.draw(st.integers(0, 5)) == 0:
             accuracy[:, c] = np.nan
-    assert list(analysis.trends(accuracy)) == [trend_by_loops(column) for column in accuracy.T.tolist()]
+    assert list(analysis.trends(accuracy)) == [
+        trend_by_loops(column) for column in accuracy.T.tolist()
+    ]
 
 
 def test_every_trend():
     examples = {
-        "flat": [0.5, 0.5, 0.5, 0.5], "rising": [0.1, 0.1, 0.2, 0.3], "falling": [0.4, 0.4, 0.1, 0.1],
-        "rise-dip": [0.1, 0.5, 0.5, 0.3], "dip-rise": [0.5, 0.1, 0.1, 0.3], "mixed": [0.1, 0.5, 0.1, 0.5],
+        "flat": [0.5, 0.5, 0.5, 0.5],
+        "rising": [0.1, 0.1, 0.2, 0.3],
+        "falling": [0.4, 0.4, 0.1, 0.1],
+        "rise-dip": [0.1, 0.5, 0.5, 0.3],
+        "dip-rise": [0.5, 0.1, 0.1, 0.3],
+        "mixed": [0.1, 0.5, 0.1, 0.5],
         "absent": [np.nan] * 4,
-    }  # fmt: skip
+    }
     assert list(analysis.trends(np.array(list(examples.values())).T)) == list(examples)
 
 
@@ -325,7 +380,9 @@ def test_superclasses_equal_loops(case):
     predictions = np.array([best(row) for row in scores.tolist()])
     confusion = [[0] * k for _ in range(k)]
     hits = [[] for _ in range(k)]
-    for row, prediction, label in zip(scores.tolist(), predictions.tolist(), labels.tolist(), strict=True):
+    for row, prediction, label in zip(
+        scores.tolist(), predictions.tolist(), labels.tolist(), strict=True
+    ):
         own = groups[label]
         confusion[own][groups[prediction]] += 1
         inside = [c for c in range(len(groups)) if groups[c] == own]

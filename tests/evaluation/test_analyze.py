@@ -1,4 +1,6 @@
-"""`matryoshka analyze`: its file against loops over images, upstream's formats, files that misfit or are hostile."""
+"""`matryoshka analyze`: its file against loops over images, upstream's formats, files that misfit
+or are hostile.
+"""
 
 import json
 import os
@@ -36,10 +38,15 @@ def folder(arrays, tmp_path):
     np.save(tmp_path / "gt.npy", labels)
     names = imagenet_sets.wnids()[100:500:10]
     results = {
-        "prefixes": {str(d): {"top1": 0.0} for d in DIMS}, "checkpoint": "m.safetensors", "arch": "resnet10",
-        "head": "mrl", "dataset": "V1", "data": "val.beton", "class_names": names,
+        "prefixes": {str(d): {"top1": 0.0} for d in DIMS},
+        "checkpoint": "m.safetensors",
+        "arch": "resnet10",
+        "head": "mrl",
+        "dataset": "V1",
+        "data": "val.beton",
+        "class_names": names,
         "arrays": {"logits": "logits.npy", "gt": "gt.npy"},
-    }  # fmt: skip
+    }
     (tmp_path / "results.json").write_text(json.dumps(results))
     return tmp_path
 
@@ -51,30 +58,46 @@ def run(*argv, output):
 
 def test_the_file_against_loops(folder, arrays, capsys):
     logits, labels = arrays
-    found = run(f"--results={folder / 'results.json'}", "--splits=3", "--learn=0.25", output=folder / "a.json")
+    found = run(
+        f"--results={folder / 'results.json'}",
+        "--splits=3",
+        "--learn=0.25",
+        output=folder / "a.json",
+    )
     shown = capsys.readouterr().out
     said = [[int(max(range(C), key=lambda c: (row[c], -c))) for row in prefix] for prefix in logits]
-    sure = [[softmax(row)[c] for row, c in zip(p, s, strict=True)] for p, s in zip(logits, said, strict=True)]
+    sure = [
+        [softmax(row)[c] for row, c in zip(p, s, strict=True)]
+        for p, s in zip(logits, said, strict=True)
+    ]
     right = [[c == y for c, y in zip(row, labels, strict=True)] for row in said]
-    assert list(found["top1"].values()) == pytest.approx([100 * sum(row) / N for row in right], abs=1e-3)
+    assert list(found["top1"].values()) == pytest.approx(
+        [100 * sum(row) / N for row in right], abs=1e-3
+    )
 
     first = [next((g for g in range(3) if right[g][i]), 3) for i in range(N)]
     shares = [100 * first.count(g) / N for g in range(4)]
     assert list(found["oracle"]["first_right"].values()) == pytest.approx(shares, abs=1e-3)
     assert list(found["oracle"]["first_right"]) == ["8", "32", "512", "never"]
-    assert found["oracle"]["expected_dim"] == pytest.approx(np.mean([[*DIMS, 512][g] for g in first]))
+    assert found["oracle"]["expected_dim"] == pytest.approx(
+        np.mean([[*DIMS, 512][g] for g in first])
+    )
 
     rows = found["per_class"]
     assert [r["name"] for r in rows] == imagenet_sets.wnids()[100:500:10]
     for c in (0, 7, 38):
         mine = [i for i in range(N) if labels[i] == c]
         assert rows[c]["images"] == len(mine)
-        assert rows[c]["top1"] == pytest.approx([100 * np.mean([row[i] for i in mine]) for row in right], abs=1e-3)
+        assert rows[c]["top1"] == pytest.approx(
+            [100 * np.mean([row[i] for i in mine]) for row in right], abs=1e-3
+        )
         assert rows[c]["shown"] == superclasses.name_of(rows[c]["name"])
     assert (rows[39]["images"], rows[39]["top1"], rows[39]["trend"]) == (0, [None] * 3, "absent")
     assert sum(found["trends"].values()) == C
 
-    same = [[100 * np.mean([a == b for a, b in zip(x, y, strict=True)]) for y in said] for x in said]
+    same = [
+        [100 * np.mean([a == b for a, b in zip(x, y, strict=True)]) for y in said] for x in said
+    ]
     np.testing.assert_allclose(found["agreement"], same, atol=1e-3)
 
     bins = found["calibration"]["32"]["bins"]
@@ -93,14 +116,24 @@ def test_the_file_against_loops(folder, arrays, capsys):
     assert 8 <= caps[1]["expected_dim"]["mean"] <= 32
     assert GRID[0] <= caps[1]["threshold"]["mean"] <= GRID[-1]
     assert [c["epsilon"] for c in found["cascade"]["certified"]] == [0.5, 1, 2]
-    for word in ("cascade", "oracle", "superclasses", "trends", "calibration", "agreement", "certified at 95 %"):
+    for word in (
+        "cascade",
+        "oracle",
+        "superclasses",
+        "trends",
+        "calibration",
+        "agreement",
+        "certified at 95 %",
+    ):
         assert word in shown
 
 
 def test_superclasses_of_the_file(folder, arrays):
     logits, labels = arrays
     only = ["--only=superclasses", "--superclasses=dog,bird"]
-    found = run(f"--results={folder / 'results.json'}", *only, output=folder / "a.json")["superclasses"]
+    found = run(f"--results={folder / 'results.json'}", *only, output=folder / "a.json")[
+        "superclasses"
+    ]
     grouping = superclasses.superclasses(imagenet_sets.wnids()[100:500:10], "dog,bird")
     assert found["names"] == ["other", "dog", "bird"]
     for g, dim in enumerate(DIMS):
@@ -112,7 +145,9 @@ def test_superclasses_of_the_file(folder, arrays):
             allowed = [c for c in range(C) if grouping.groups[c] == k]
             within[k].append(max(allowed, key=lambda c: row[c]) == y)
         assert found["confusion"][str(dim)] == confusion
-        assert found["top1"][str(dim)] == pytest.approx(100 * sum(confusion[k][k] for k in range(3)) / N, abs=1e-3)
+        assert found["top1"][str(dim)] == pytest.approx(
+            100 * sum(confusion[k][k] for k in range(3)) / N, abs=1e-3
+        )
         assert found["within"][str(dim)] == [
             pytest.approx(100 * np.mean(v), abs=1e-3) if v else None for v in within.values()
         ]
@@ -122,7 +157,11 @@ def test_every_format_tells_the_same(folder, arrays):
     """Logits or softmax, .npy or upstream's .pth; the last digits of ECE may differ."""
     logits, labels = arrays
     names = ["cascade", "oracle", "trends", "agreement"]
-    whole = run(f"--results={folder / 'results.json'}", f"--only={','.join(names)}", output=folder / "a.json")
+    whole = run(
+        f"--results={folder / 'results.json'}",
+        f"--only={','.join(names)}",
+        output=folder / "a.json",
+    )
     torch.save(torch.from_numpy(softmax(logits, 2)), folder / "softmax.pth")
     torch.save(torch.from_numpy(labels), folder / "gt.pth")
     np.save(folder / "predictions.npy", logits.argmax(2))
@@ -132,11 +171,21 @@ def test_every_format_tells_the_same(folder, arrays):
         given = [file.replace("=", f"={folder}/") for file in files]
         other = run(*given, *dims, output=folder / "b.json")
         assert [other[name] for name in names] == [whole[name] for name in names]
-    one = run(f"--softmax={folder / 'softmax.pth'}", f"--gt={folder / 'gt.npy'}", *dims, output=folder / "b.json")
+    one = run(
+        f"--softmax={folder / 'softmax.pth'}",
+        f"--gt={folder / 'gt.npy'}",
+        *dims,
+        output=folder / "b.json",
+    )
     assert one["top1"] == whole["top1"]
     torch.save(torch.from_numpy(softmax(logits[2], 1)), folder / "ff.pth")
     only = ["--dims=512", "--only=oracle"]
-    fixed = run(f"--softmax={folder / 'ff.pth'}", f"--gt={folder / 'gt.pth'}", *only, output=folder / "b.json")
+    fixed = run(
+        f"--softmax={folder / 'ff.pth'}",
+        f"--gt={folder / 'gt.pth'}",
+        *only,
+        output=folder / "b.json",
+    )
     assert fixed["top1"] == {"512": whole["top1"]["512"]}
 
 
@@ -154,7 +203,12 @@ def test_predictions_alone(folder, arrays, capsys):
 
 def test_a_fixed_feature_has_no_cascade(folder, arrays, capsys):
     np.save(folder / "one.npy", arrays[0][2:])
-    found = run(f"--logits={folder / 'one.npy'}", f"--gt={folder / 'gt.npy'}", "--dims=512", output=folder / "a.json")
+    found = run(
+        f"--logits={folder / 'one.npy'}",
+        f"--gt={folder / 'gt.npy'}",
+        "--dims=512",
+        output=folder / "a.json",
+    )
     assert "note: no cascade: needs two prefixes" in capsys.readouterr().out
     assert {"oracle", "trends", "calibration", "agreement"} <= set(found)
 
@@ -198,10 +252,12 @@ def hostile(folder):
     (folder / "none.json").write_text(json.dumps({"prefixes": {"8": {}}, "arrays": {}}))
     results = json.loads((folder / "results.json").read_text())
     for name, change in (
-        ("names", {"class_names": ["a"]}), ("digits", {"class_names": [str(c) for c in range(C)]}),
+        ("names", {"class_names": ["a"]}),
+        ("digits", {"class_names": [str(c) for c in range(C)]}),
         ("classes", {"class_names": 5}),
-        ("lost", {"arrays": {"logits": "nowhere.npy", "gt": "gt.npy"}}), ("pair", {"prefixes": {"8": {}, "16": {}}}),
-    ):  # fmt: skip
+        ("lost", {"arrays": {"logits": "nowhere.npy", "gt": "gt.npy"}}),
+        ("pair", {"prefixes": {"8": {}, "16": {}}}),
+    ):
         (folder / f"{name}.json").write_text(json.dumps(results | change))
     return folder
 
@@ -232,8 +288,14 @@ FILES = ["--logits={}/logits.npy", "--gt={}/gt.npy", "--dims=8,32,512"]
         ([*FILES, "--logits={}/inf.npy"], ["prefix number 2, image 77", "not finite"]),
         ([*FILES, "--logits={}/minus.npy"], ["prefix number 2, image 77", "not finite"]),
         ([*FILES, "--logits={}/softmax.npy"], ["softmax.npy", "--softmax"]),
-        (["--softmax={}/logits.npy", "--gt={}/gt.npy", "--dims=8,32,512"], ["logits.npy", "--logits"]),
-        (["--predictions={}/many.npy", "--gt={}/gt.npy", "--dims=8,32,512"], ["many.npy", "1000000000000"]),
+        (
+            ["--softmax={}/logits.npy", "--gt={}/gt.npy", "--dims=8,32,512"],
+            ["logits.npy", "--logits"],
+        ),
+        (
+            ["--predictions={}/many.npy", "--gt={}/gt.npy", "--dims=8,32,512"],
+            ["many.npy", "1000000000000"],
+        ),
         (["--results={}/results.json", "--logits={}/logits.npy"], ["--results", "drop --logits"]),
         (["--results={}/classes.json"], ["classes.json", "damaged"]),
         (["--results={}/results.json", "--superclasses="], ["superclasses"]),
@@ -250,7 +312,10 @@ FILES = ["--logits={}/logits.npy", "--gt={}/gt.npy", "--dims=8,32,512"]
         ([*FILES, "--learn=1"], ["--learn"]),
         ([*FILES, "--splits=0"], ["--splits"]),
         ([*FILES, "--output=/nowhere/a.json"], ["--output", "/nowhere"]),
-        (["--predictions={}/gt.npy", "--gt={}/gt.npy", "--dims=8", "--only=cascade"], ["--only cascade", "--logits"]),
+        (
+            ["--predictions={}/gt.npy", "--gt={}/gt.npy", "--dims=8", "--only=cascade"],
+            ["--only cascade", "--logits"],
+        ),
     ],
 )
 def test_mistakes_are_one_line(hostile, capsys, monkeypatch, argv, words):

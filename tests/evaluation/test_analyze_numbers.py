@@ -1,5 +1,6 @@
-"""The numbers of `matryoshka analyze` that hold-out, temperature and votes decide, against loops over the images; and
-which of the arrays it reads, as what."""
+"""The numbers of `matryoshka analyze` that hold-out, temperature and votes decide, against loops
+over the images; and which of the arrays it reads, as what.
+"""
 
 import json
 import math
@@ -22,8 +23,9 @@ TEMPERATURES = (0.4, 1.6, 4.0)  # of the prefixes: what makes their softmax righ
 
 @pytest.fixture(scope="module")
 def arrays():
-    """logits [3, 1200, 5], labels. Of classes seen through noise of the same variance, 1.5 / variance x what is seen is
-    calibrated: here that times the temperature."""
+    """logits [3, 1200, 5], labels. Of classes seen through noise of the same variance, 1.5 /
+    variance x what is seen is calibrated: here that times the temperature.
+    """
     rng = np.random.default_rng(8)
     labels = rng.integers(0, C, N)
     logits = np.empty((3, N, C), np.float32)
@@ -67,7 +69,10 @@ def left_at(confidence, thresholds, i):
 def spread(values, digits=4):
     mean = math.fsum(values) / len(values)
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    return {"mean": pytest.approx(mean, abs=10**-digits), "std": pytest.approx(deviation, abs=10**-digits)}
+    return {
+        "mean": pytest.approx(mean, abs=10**-digits),
+        "std": pytest.approx(deviation, abs=10**-digits),
+    }
 
 
 # ---------------------------------------------------------------- cascades
@@ -76,7 +81,11 @@ def spread(values, digits=4):
 def test_the_caps_of_a_cascade_against_loops(folder, answers):
     confidence, correct = answers
     found = run(folder, "--only=cascade", f"--splits={SPLITS}", "--learn=0.25")["cascade"]
-    rows = {(cap, key): [] for cap in range(3) for key in ("top1", "expected_dim", "cumulative_dim", "threshold")}
+    rows = {
+        (cap, key): []
+        for cap in range(3)
+        for key in ("top1", "expected_dim", "cumulative_dim", "threshold")
+    }
     for mine, rest in split_indices(N, SPLITS, 300, SEED):
         thresholds = learn_thresholds(confidence[:, mine], correct[:, mine])
         for cap in range(3):
@@ -85,7 +94,9 @@ def test_the_caps_of_a_cascade_against_loops(folder, answers):
             rows[cap, "expected_dim"].append(sum(DIMS[g] for g, _ in at) / len(rest))
             rows[cap, "cumulative_dim"].append(sum(sum(DIMS[: g + 1]) for g, _ in at) / len(rest))
             if cap:
-                rows[cap, "threshold"].append(thresholds[cap - 1])  # on the way from the prefix before it
+                rows[cap, "threshold"].append(
+                    thresholds[cap - 1]
+                )  # on the way from the prefix before it
     assert rows[1, "threshold"] != rows[2, "threshold"]
     for cap, shown in enumerate(found["caps"]):
         assert shown["dim"] == DIMS[cap]
@@ -98,7 +109,11 @@ def test_the_caps_of_a_cascade_against_loops(folder, answers):
 def test_certificates_are_tried_on_the_other_half(folder, answers, capsys):
     confidence, correct = answers
     epsilons = [2.0, 4.0, 9.0]
-    options = [f"--epsilon={','.join(map(str, epsilons))}", "--delta=0.9", f"--splits={SPLITS}"]  # much may be lost
+    options = [
+        f"--epsilon={','.join(map(str, epsilons))}",
+        "--delta=0.9",
+        f"--splits={SPLITS}",
+    ]  # much may be lost
     found = run(folder, "--only=cascade", *options)["cascade"]["certified"]
     shown = capsys.readouterr().out
     assert [c["epsilon"] for c in found] == epsilons
@@ -110,17 +125,29 @@ def test_certificates_are_tried_on_the_other_half(folder, answers, capsys):
         assert row["loss_bound"] == pytest.approx(100 * whole.loss_bound, abs=1e-4)
         losses, lengths, same_half = [], [], []
         for mine, rest in split_indices(N, SPLITS, N // 2, SEED):
-            thresholds = certify(confidence[:, mine], correct[:, mine], DIMS, points / 100, 0.9, SEED).thresholds
+            thresholds = certify(
+                confidence[:, mine], correct[:, mine], DIMS, points / 100, 0.9, SEED
+            ).thresholds
             for part, place in ((rest, losses), (mine, same_half)):
                 at = [(left_at(confidence, thresholds, i), i) for i in part]
-                place.append(100 * (sum(correct[-1, i] for i in part) - sum(correct[g, i] for g, i in at)) / len(part))
+                place.append(
+                    100
+                    * (sum(correct[-1, i] for i in part) - sum(correct[g, i] for g, i in at))
+                    / len(part)
+                )
             lengths.append(sum(DIMS[left_at(confidence, thresholds, i)] for i in rest) / len(rest))
         above = sum(loss > points for loss in losses)
         counts.append((above, sum(loss > points / 100 for loss in losses)))
-        assert row["held_out"] == {"loss": spread(losses), "expected_dim": spread(lengths), "above": above}
+        assert row["held_out"] == {
+            "loss": spread(losses),
+            "expected_dim": spread(lengths),
+            "above": above,
+        }
         assert abs(np.mean(losses)) > 0.01  # a wrong sign is seen
         assert abs(np.mean(losses) - np.mean(same_half)) > 1e-3
-        assert f"{np.mean(losses):.2f} lost, above {points:g} in {above} of {SPLITS} splits" in shown
+        assert (
+            f"{np.mean(losses):.2f} lost, above {points:g} in {above} of {SPLITS} splits" in shown
+        )
     assert any(0 < above < of_points_as_fraction for above, of_points_as_fraction in counts)
 
 
@@ -134,7 +161,9 @@ def test_the_majority_against_loops(folder, arrays):
     for i, label in enumerate(labels):
         votes = said[:, i].tolist()
         most = max(votes.count(c) for c in votes)
-        right += [c for c in votes if votes.count(c) == most][-1] == label  # equal votes: as the longest of them says
+        right += [c for c in votes if votes.count(c) == most][
+            -1
+        ] == label  # equal votes: as the longest of them says
         some += label in votes
     found = run(folder, "--only=oracle")["oracle"]
     assert found["majority_top1"] == pytest.approx(100 * right / N, abs=1e-3)
@@ -148,20 +177,26 @@ def fitted(logits, labels):
     def likelihood(t):
         return -log_softmax(logits.astype(float) / t, 1)[np.arange(len(labels)), labels].mean()
 
-    return optimize.minimize_scalar(likelihood, bounds=(0.01, 100), method="bounded", options={"xatol": 1e-8}).x
+    return optimize.minimize_scalar(
+        likelihood, bounds=(0.01, 100), method="bounded", options={"xatol": 1e-8}
+    ).x
 
 
 def calibration_error(confidence, correct, bins=15):
     total = 0.0
     for b in range(bins):
         inside = [i for i, c in enumerate(confidence) if b / bins < c <= (b + 1) / bins]
-        total += abs(sum(float(confidence[i]) for i in inside) - sum(bool(correct[i]) for i in inside))
+        total += abs(
+            sum(float(confidence[i]) for i in inside) - sum(bool(correct[i]) for i in inside)
+        )
     return 100 * total / len(confidence)
 
 
 @pytest.mark.parametrize("kind", ["logits", "softmax"])
 @pytest.mark.parametrize("most", [5000, 200])
-def test_temperatures_are_fitted_on_one_part_and_judged_on_the_other(folder, arrays, answers, monkeypatch, kind, most):
+def test_temperatures_are_fitted_on_one_part_and_judged_on_the_other(
+    folder, arrays, answers, monkeypatch, kind, most
+):
     """A temperature of softmax is one of its logarithm: the same numbers."""
     monkeypatch.setattr(analyze, "FIT", most)
     logits, labels = arrays
@@ -177,7 +212,9 @@ def test_temperatures_are_fitted_on_one_part_and_judged_on_the_other(folder, arr
         before = calibration_error(answers[0][g, rest], answers[1][g, rest])
         after = calibration_error(cooled, answers[1][g, rest])
         assert row["held_out_ece"] == pytest.approx(before, abs=2e-3)
-        assert row["held_out_ece_after"] == pytest.approx(after, abs=0.3)  # an image may fall on the edge of a bin
+        assert row["held_out_ece_after"] == pytest.approx(
+            after, abs=0.3
+        )  # an image may fall on the edge of a bin
         assert after < before - 1
     assert max(apart) > 0.01  # the parts can be told apart
 
@@ -186,18 +223,23 @@ def test_temperatures_are_fitted_on_one_part_and_judged_on_the_other(folder, arr
 
 
 def files(folder, kind, dims=DIMS):
-    return from_files(dict.fromkeys(("logits", "softmax", "predictions")) | {
-        kind: f"{folder}/{kind}.npy", "gt": f"{folder}/gt.npy", "dims": ",".join(map(str, dims))
-    })  # fmt: skip
+    return from_files(
+        dict.fromkeys(("logits", "softmax", "predictions"))
+        | {kind: f"{folder}/{kind}.npy", "gt": f"{folder}/gt.npy", "dims": ",".join(map(str, dims))}
+    )
 
 
 def test_logits_of_softmax_are_its_logarithm(folder, arrays):
     images = np.array([5, 3, 1100])
     for g in range(3):
-        np.testing.assert_array_equal(files(folder, "logits").logits(g, images), arrays[0][g, images])
+        np.testing.assert_array_equal(
+            files(folder, "logits").logits(g, images), arrays[0][g, images]
+        )
         expected = log_softmax(arrays[0][g, images].astype(float), 1)
         found = files(folder, "softmax").logits(g, images)
-        np.testing.assert_allclose(found[expected > -80], expected[expected > -80], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            found[expected > -80], expected[expected > -80], rtol=1e-4, atol=1e-4
+        )
         assert np.isfinite(found).all()
 
 
@@ -211,7 +253,11 @@ def test_a_probability_of_zero_has_a_logarithm(tmp_path):
 
 def write_results(folder, kinds, names=None, dims=DIMS):
     arrays = {kind: f"{kind}.npy" for kind in (*kinds, "gt")}
-    results = {"prefixes": {str(d): {"top1": 0.0} for d in dims}, "arrays": arrays, "class_names": names}
+    results = {
+        "prefixes": {str(d): {"top1": 0.0} for d in dims},
+        "arrays": arrays,
+        "class_names": names,
+    }
     about = {
         "checkpoint": "m",
         "arch": "resnet10",
@@ -229,9 +275,11 @@ def test_logits_are_preferred_then_softmax(folder, arrays):
     """They say more than predictions do, which here are all wrong."""
     np.save(folder / "predictions.npy", (np.stack([arrays[1]] * 3) + 1) % C)
     for kinds, used in (
-        (("predictions", "softmax", "logits"), "logits"), (("predictions", "logits"), "logits"),
-        (("softmax", "predictions"), "softmax"), (("predictions",), "predictions"),
-    ):  # fmt: skip
+        (("predictions", "softmax", "logits"), "logits"),
+        (("predictions", "logits"), "logits"),
+        (("softmax", "predictions"), "softmax"),
+        (("predictions",), "predictions"),
+    ):
         found = from_results(write_results(folder, kinds))
         predictions, confidence = found.answers()
         if used == "predictions":
@@ -261,7 +309,9 @@ def test_predictions_are_of_the_classes(tmp_path, arrays, capsys, value, names):
     predictions[1, 7] = value
     np.save(tmp_path / "predictions.npy", predictions)
     np.save(tmp_path / "gt.npy", arrays[1])
-    results = write_results(tmp_path, ["predictions"], [f"class {c}" for c in range(C)] if names else None)
+    results = write_results(
+        tmp_path, ["predictions"], [f"class {c}" for c in range(C)] if names else None
+    )
     with pytest.raises(SystemExit) as end:
         analyze.main([f"--results={results}", "--only=oracle", f"--output={tmp_path / 'a.json'}"])
     said = capsys.readouterr().err.strip()
@@ -279,7 +329,12 @@ def test_a_thousand_classes_without_names_are_imagenets(tmp_path):
     labels = rng.integers(0, 1000, 12)
     torch.save(torch.from_numpy(softmax(rng.standard_normal((2, 12, 1000)), 2)), tmp_path / "s.pth")
     torch.save(torch.from_numpy(labels), tmp_path / "gt.pth")
-    options = [f"--softmax={tmp_path}/s.pth", f"--gt={tmp_path}/gt.pth", "--dims=8,16", f"--output={tmp_path}/a.json"]
+    options = [
+        f"--softmax={tmp_path}/s.pth",
+        f"--gt={tmp_path}/gt.pth",
+        "--dims=8,16",
+        f"--output={tmp_path}/a.json",
+    ]
     assert analyze.main([*options, "--only=trends,superclasses", "--superclasses=dog,bird"]) == 0
     found = json.loads((tmp_path / "a.json").read_text())
     assert [row["name"] for row in found["per_class"]] == imagenet_sets.wnids()

@@ -18,18 +18,29 @@ from matryoshka.checkpoint.model_file import load_model, save_model
 from matryoshka.data import CenterCrop, Loader
 from matryoshka.data.augment import Preprocessing
 from matryoshka.evaluation import neighbours as rooms
-from matryoshka.evaluation.neighbours import NeighbourError, draw_shots, knn_accuracy, nearest, nearest_class_mean, vote
+from matryoshka.evaluation.neighbours import (
+    NeighbourError,
+    draw_shots,
+    knn_accuracy,
+    nearest,
+    nearest_class_mean,
+    vote,
+)
 from matryoshka.evaluation.predict import extract_features
 from matryoshka.models import ModelSpec, build
 
 # scikit-learn's NearestCentroid divides by the number of images beyond one a class
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:sklearn", "ignore:self.within_class:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning:sklearn", "ignore:self.within_class:UserWarning"
+)
 
 # ---------------------------------------------------------------- neighbours
 
 
 def ranked(database, queries, d):
-    """Indices of all entries by distance of the normalised prefixes, of (nearly) equal ones the first: [N, M]."""
+    """Indices of all entries by distance of the normalised prefixes, of (nearly) equal ones the
+    first: [N, M].
+    """
 
     def unit(v):
         length = np.sqrt((v[:d] ** 2).sum())
@@ -56,12 +67,16 @@ def test_nearest_equals_loops(data):
         found = nearest(torch.tensor(database), torch.tensor(queries), dims, k)
     assert (tuple(found.shape), found.dtype) == ((len(dims), n, k), torch.int64)
     for g, d in enumerate(dims):
-        np.testing.assert_array_equal(found[g], ranked(database.astype(float), queries.astype(float), d)[:, :k])
+        np.testing.assert_array_equal(
+            found[g], ranked(database.astype(float), queries.astype(float), d)[:, :k]
+        )
 
 
 def test_a_zero_vector_ties_with_what_is_60_degrees_away():
     """Both are at distance 1 of the query; the rounding errors of the products must not decide."""
-    angles = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1], [0, 1, 1], [0, 0, 0]], dtype=torch.float32)
+    angles = torch.tensor(
+        [[1, 1, 0], [0, 0, 0], [1, 0, 1], [0, 1, 1], [0, 0, 0]], dtype=torch.float32
+    )
     assert nearest(angles, torch.tensor([[1.0, 1, 0]]), (3,), 5).tolist() == [[[0, 1, 2, 3, 4]]]
 
 
@@ -80,7 +95,9 @@ def test_doubles_far_apart_stay_in_order(monkeypatch):
 def test_neighbours_are_scikit_learns(k):
     rng = np.random.default_rng(1)
     labels, queries_labels = rng.integers(0, 4, 200), rng.integers(0, 4, 60)
-    database = (rng.normal(size=(4, 12))[labels] + 2 * rng.normal(size=(200, 12))).astype(np.float32)
+    database = (rng.normal(size=(4, 12))[labels] + 2 * rng.normal(size=(200, 12))).astype(
+        np.float32
+    )
     queries = (rng.normal(size=(60, 12)) + 1).astype(np.float32)
     dims = (1, 4, 12)
     found = nearest(torch.tensor(database), torch.tensor(queries), dims, k)
@@ -90,11 +107,15 @@ def test_neighbours_are_scikit_learns(k):
         expected = oracle.kneighbors(normalize(queries[:, :d]), return_distance=False)
         np.testing.assert_array_equal(found[g], expected)
         if k == 1:
-            assert accuracy[g] == pytest.approx(100 * oracle.score(normalize(queries[:, :d]), queries_labels))
+            assert accuracy[g] == pytest.approx(
+                100 * oracle.score(normalize(queries[:, :d]), queries_labels)
+            )
     for g in range(3):
         predicted = []
         for row in found[g].numpy():
-            votes = Counter(labels[row].tolist())  # in the order of the neighbours, as most_common keeps it
+            votes = Counter(
+                labels[row].tolist()
+            )  # in the order of the neighbours, as most_common keeps it
             predicted.append(votes.most_common(1)[0][0])
         assert accuracy[g] == pytest.approx(100 * np.mean(np.array(predicted) == queries_labels))
 
@@ -109,7 +130,9 @@ def test_votes():
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 99), st.integers(2, 5), st.integers(1, 4))
 def test_draws_of_shots(seed, classes, shots):
-    labels = torch.tensor(np.random.default_rng(seed).permutation(np.repeat(np.arange(classes) * 3, shots + 2)))
+    labels = torch.tensor(
+        np.random.default_rng(seed).permutation(np.repeat(np.arange(classes) * 3, shots + 2))
+    )
     present, rows = draw_shots(labels, shots, seed, 0)
     assert present.tolist() == [3 * c for c in range(classes)]
     assert torch.equal(labels[rows], present[:, None].expand(-1, shots))
@@ -136,15 +159,25 @@ def test_other_draws_are_other_images():
 @pytest.mark.parametrize("ways", [None, 2])
 def test_class_means_are_scikit_learns(monkeypatch, ways):
     rng = np.random.default_rng(2)
-    labels, query_labels = np.repeat(np.arange(4), 12), rng.integers(0, 5, 80)  # class 4 is nowhere to be learned
+    labels, query_labels = (
+        np.repeat(np.arange(4), 12),
+        rng.integers(0, 5, 80),
+    )  # class 4 is nowhere to be learned
     centres = rng.normal(size=(5, 6))
     features = (centres[labels] + rng.normal(size=(48, 6))).astype(np.float32)
     queries = (centres[query_labels] + rng.normal(size=(80, 6))).astype(np.float32)
     monkeypatch.setattr(rooms, "_TILE", 100)
     found = nearest_class_mean(
-        torch.tensor(features), torch.tensor(labels), torch.tensor(queries), torch.tensor(query_labels), (2, 6),
-        (1, 4), draws=3, seed=7, ways=ways,
-    )  # fmt: skip
+        torch.tensor(features),
+        torch.tensor(labels),
+        torch.tensor(queries),
+        torch.tensor(query_labels),
+        (2, 6),
+        (1, 4),
+        draws=3,
+        seed=7,
+        ways=ways,
+    )
     assert tuple(found.shape) == (3, 2, 2)
     for draw in range(3):
         classes, rows = draw_shots(torch.tensor(labels), 4, 7, draw, ways)
@@ -152,8 +185,12 @@ def test_class_means_are_scikit_learns(monkeypatch, ways):
         for s, n in enumerate((1, 4)):
             for g, d in enumerate((2, 6)):
                 few = rows[:, :n].flatten().numpy()
-                oracle = NearestCentroid().fit(normalize(features[few, :d].astype(float)), labels[few])
-                score = oracle.score(normalize(queries[asked, :d].astype(float)), query_labels[asked])
+                oracle = NearestCentroid().fit(
+                    normalize(features[few, :d].astype(float)), labels[few]
+                )
+                score = oracle.score(
+                    normalize(queries[asked, :d].astype(float)), query_labels[asked]
+                )
                 assert float(found[draw, s, g]) == pytest.approx(100 * score)
     assert found.std() > 0
 
@@ -177,7 +214,10 @@ def make(path, dims, digits, classes=10):
     """A checkpoint whose trunk is random, and whose heads know some of the validation digits."""
     torch.manual_seed(0)
     model = build(ModelSpec("resnet10", classes, dims))
-    model.preprocessing, model.classes = Preprocessing(size=32, ratio=1.0), [str(i) for i in range(classes)]
+    model.preprocessing, model.classes = (
+        Preprocessing(size=32, ratio=1.0),
+        [str(i) for i in range(classes)],
+    )
     if classes == 10:
         x, y = features_of(model, digits["train"])
         with torch.no_grad():
@@ -205,7 +245,12 @@ def checkpoints(tmp_path_factory, digits):
 def run(checkpoint, digits, folder, *more):
     """(baselines.json, {split: (features, labels)} as NumPy arrays)."""
     output = folder / "baselines.json"
-    argv = [f"--path={checkpoint}", f"--train-data={digits['train']}", f"--val-data={digits['val']}", "--workers=1"]
+    argv = [
+        f"--path={checkpoint}",
+        f"--train-data={digits['train']}",
+        f"--val-data={digits['val']}",
+        "--workers=1",
+    ]
     assert baselines.main([*argv, "--device=cpu", f"--output={output}", *more]) == 0
     model = load_model(checkpoint)
     sets = {}
@@ -228,9 +273,15 @@ def test_all_methods_of_a_fixed_feature(checkpoints, digits, tmp_path, capsys):
     rows = results["methods"]
     (x, y), (queries, labels) = sets["train"], sets["val"]
     assert list(rows) == [
-        "FF512 linear", "FF512 1-NN", "FF512 NCM 1-shot", "FF512 NCM 5-shot", "SVD linear", "SVD 1-NN",
-        "Rand. FS 1-NN", "Rand. LP linear",
-    ]  # fmt: skip
+        "FF512 linear",
+        "FF512 1-NN",
+        "FF512 NCM 1-shot",
+        "FF512 NCM 5-shot",
+        "SVD linear",
+        "SVD 1-NN",
+        "Rand. FS 1-NN",
+        "Rand. LP linear",
+    ]
     head = load_model(checkpoints["ff"]).head.heads[0]
     weight, bias = head.weight.detach().double().numpy(), head.bias.detach().double().numpy()
     whole = 100 * np.mean((queries @ weight.T + bias).argmax(1) == labels)
@@ -244,12 +295,19 @@ def test_all_methods_of_a_fixed_feature(checkpoints, digits, tmp_path, capsys):
     for k in (4, 8, 512):
         cut = sum(s[i] * np.outer(u[:, i], v[i]) for i in range(min(k, 10)))
         svd.append(100 * np.mean((queries @ cut.T + bias).argmax(1) == labels))
-    assert list(rows["SVD linear"]["values"].values()) == [pytest.approx(value, abs=1.01) for value in svd]
+    assert list(rows["SVD linear"]["values"].values()) == [
+        pytest.approx(value, abs=1.01) for value in svd
+    ]
     assert svd[0] < svd[2]
     projected = {split: (features @ v.T, own) for split, (features, own) in sets.items()}
-    assert rows["SVD 1-NN"]["values"] == {str(k): of_one_nn(projected, slice(k)) for k in (4, 8)}  # of rank 10
+    assert rows["SVD 1-NN"]["values"] == {
+        str(k): of_one_nn(projected, slice(k)) for k in (4, 8)
+    }  # of rank 10
 
-    orders = [torch.randperm(512, generator=torch.Generator().manual_seed(3 * 1_000_003 + i)).numpy() for i in (0, 1)]
+    orders = [
+        torch.randperm(512, generator=torch.Generator().manual_seed(3 * 1_000_003 + i)).numpy()
+        for i in (0, 1)
+    ]
     for d in (4, 8):
         found = []
         for order in orders:
@@ -258,11 +316,19 @@ def test_all_methods_of_a_fixed_feature(checkpoints, digits, tmp_path, capsys):
             oracle.fit(scaler.transform(x[:, order[:d]]), y)
             one_nn = KNeighborsClassifier(1, algorithm="brute").fit(normalize(x[:, order[:d]]), y)
             score = oracle.score(scaler.transform(queries[:, order[:d]]), labels)
-            found.append((100 * one_nn.score(normalize(queries[:, order[:d]]), labels), 100 * score))
-        for name, values in zip(("Rand. FS 1-NN", "Rand. LP linear"), np.array(found).T, strict=True):
+            found.append(
+                (100 * one_nn.score(normalize(queries[:, order[:d]]), labels), 100 * score)
+            )
+        for name, values in zip(
+            ("Rand. FS 1-NN", "Rand. LP linear"), np.array(found).T, strict=True
+        ):
             assert rows[name]["values"][str(d)] == pytest.approx(values.mean(), abs=1.01)
             assert rows[name]["std"][str(d)] == pytest.approx(values.std(ddof=1), abs=1.5)
-            assert (rows[name]["draws"], rows[name]["seed"], rows[name]["std"]["512"]) == (2, 3, None)
+            assert (rows[name]["draws"], rows[name]["seed"], rows[name]["std"]["512"]) == (
+                2,
+                3,
+                None,
+            )
     assert rows["Rand. FS 1-NN"]["values"]["512"] == rows["FF512 1-NN"]["values"]["512"]
     assert rows["Rand. LP linear"]["converged"]
 
@@ -279,7 +345,9 @@ def test_all_methods_of_a_fixed_feature(checkpoints, digits, tmp_path, capsys):
     assert [results[key] for key in facts] == [[4, 8, 512], 400, 100, 3, "ff512", 10]
     assert set(results["seconds"]) == {"features_train", "features_val", *baselines.METHODS}
     table = [
-        line for line in capsys.readouterr().out.splitlines() if line.startswith(("top-1", "Rand", "SVD", "FF512"))
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith(("top-1", "Rand", "SVD", "FF512"))
     ]
     assert len({len(line) for line in table}) == 1
     assert [line.count("±") for line in table] == [0, 0, 0, 3, 3, 0, 0, 2, 2]
@@ -289,11 +357,20 @@ def test_all_methods_of_a_fixed_feature(checkpoints, digits, tmp_path, capsys):
 def test_a_nested_model(checkpoints, digits, tmp_path, capsys):
     results, sets = run(checkpoints["mrl"], digits, tmp_path, "--draws=1", "--shots=2", "--ways=3")
     rows = results["methods"]
-    assert list(rows) == ["MRL linear", "MRL 1-NN", "MRL NCM 3-way 2-shot", "Rand. FS 1-NN", "Rand. LP linear"]
+    assert list(rows) == [
+        "MRL linear",
+        "MRL 1-NN",
+        "MRL NCM 3-way 2-shot",
+        "Rand. FS 1-NN",
+        "Rand. LP linear",
+    ]
     assert "svd, svd-1nn left out" in capsys.readouterr().out
     queries, labels = sets["val"]
     for d, head in zip((4, 32, 512), load_model(checkpoints["mrl"]).head.heads, strict=True):
-        logits = queries[:, :d] @ head.weight.detach().double().numpy().T + head.bias.detach().double().numpy()
+        logits = (
+            queries[:, :d] @ head.weight.detach().double().numpy().T
+            + head.bias.detach().double().numpy()
+        )
         expected = 100 * np.mean(logits.argmax(1) == labels)
         assert rows["MRL linear"]["values"][str(d)] == pytest.approx(expected, abs=1.01)
         assert rows["MRL 1-NN"]["values"][str(d)] == of_one_nn(sets, slice(d))
@@ -310,12 +387,19 @@ def test_a_feature_narrower_than_its_trunk(checkpoints, digits, tmp_path):
 def test_other_classes_than_the_models(digits, tmp_path, capsys):
     path = make(tmp_path / "m.safetensors", (512,), digits, classes=7)
     results, _ = run(path, digits, tmp_path, "--dims=8", "--draws=1", "--shots=1")
-    assert list(results["methods"]) == ["FF512 1-NN", "FF512 NCM 1-shot", "Rand. FS 1-NN", "Rand. LP linear"]
+    assert list(results["methods"]) == [
+        "FF512 1-NN",
+        "FF512 NCM 1-shot",
+        "Rand. FS 1-NN",
+        "Rand. LP linear",
+    ]
     assert "linear, svd, svd-1nn left out" in capsys.readouterr().out
 
 
 def test_the_largest_seed(checkpoints, digits, tmp_path):
-    results, _ = run(checkpoints["ff"], digits, tmp_path, f"--seed={2**63 - 1}", "--dims=4", "--only=ncm,rand-fs")
+    results, _ = run(
+        checkpoints["ff"], digits, tmp_path, f"--seed={2**63 - 1}", "--dims=4", "--only=ncm,rand-fs"
+    )
     assert {row["seed"] for row in results["methods"].values()} == {2**63 - 1}
     assert results["methods"]["Rand. FS 1-NN"]["std"]["4"] > 0  # the draws differ
 
@@ -343,7 +427,10 @@ def test_no_figure_is_said(checkpoints, digits, tmp_path, capsys):
         (["--only=svd", "--path={mrl}"], ["--only svd", "one classifier", "mrl"]),
         (["--only=linear", "--path={other}"], ["10 classes", "the model 7"]),
         (["--val-data={folder}/val"], ["--val-data", "3 classes", "10"]),
-        (["--train-data={tmp}/single", "--val-data={tmp}/single"], ["--train-data", "only one class"]),
+        (
+            ["--train-data={tmp}/single", "--val-data={tmp}/single"],
+            ["--train-data", "only one class"],
+        ),
         (["--train-data={tmp}/none"], ["none", "no such file"]),
         (["--path={tmp}/none.pt"], ["none.pt", "no such checkpoint"]),
         (["--path=torchvision:resnet50", "--mrl"], ["torchvision:resnet50", "mrl"]),
@@ -363,7 +450,10 @@ def test_no_figure_is_said(checkpoints, digits, tmp_path, capsys):
 def test_mistakes_are_one_line(checkpoints, digits, folder, tmp_path, capsys, more, words):
     shutil.copytree(folder / "train" / "ant", tmp_path / "single" / "ant")
     other = make(tmp_path / "other.safetensors", (512,), digits, classes=7)
-    given = [word.format(tmp=tmp_path, folder=folder, mrl=checkpoints["mrl"], other=other) for word in more]
+    given = [
+        word.format(tmp=tmp_path, folder=folder, mrl=checkpoints["mrl"], other=other)
+        for word in more
+    ]
     with pytest.raises(SystemExit) as end:
         run(checkpoints["ff"], digits, tmp_path, *given)
     lines = capsys.readouterr().err.strip().splitlines()

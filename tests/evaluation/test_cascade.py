@@ -1,4 +1,6 @@
-"""Cascades of prefixes against plain loops over images, the paper's recorded tables, and simulated guarantees."""
+"""Cascades of prefixes against plain loops over images, the paper's recorded tables, and simulated
+guarantees.
+"""
 
 import itertools
 import math
@@ -18,11 +20,17 @@ quick = settings(max_examples=60, deadline=None)
 
 @st.composite
 def measured(draw, images=12):
-    """(confidence [G, N], correct [G, N]): confidences from the grid itself are common, to be on thresholds."""
+    """(confidence [G, N], correct [G, N]): confidences from the grid itself are common, to be on
+    thresholds.
+    """
     shape = draw(st.integers(1, 5)), draw(st.integers(1, images))
-    value = draw(st.sampled_from([st.sampled_from(list(cascade.GRID[::9])), st.floats(2**-10, 1, width=32)]))
+    value = draw(
+        st.sampled_from([st.sampled_from(list(cascade.GRID[::9])), st.floats(2**-10, 1, width=32)])
+    )
     dtype = draw(st.sampled_from([np.float32, np.float64]))
-    return draw(hnp.arrays(float, shape, elements=value)).astype(dtype), draw(hnp.arrays(bool, shape))
+    return draw(hnp.arrays(float, shape, elements=value)).astype(dtype), draw(
+        hnp.arrays(bool, shape)
+    )
 
 
 # ---------------------------------------------------------------- oracles
@@ -33,15 +41,23 @@ def thresholds_by_loops(confidence, correct, grid):
     for g in range(len(confidence) - 1):
         hits = []
         for t in grid:
-            chosen = [g if float(confidence[g, i]) > float(t) else g + 1 for i in range(confidence.shape[1])]
+            chosen = [
+                g if float(confidence[g, i]) > float(t) else g + 1
+                for i in range(confidence.shape[1])
+            ]
             hits.append(sum(bool(correct[k, i]) for i, k in enumerate(chosen)))
-        found.append(float(grid[hits.index(max(hits))]))  # the grid ascends: the smallest of the best
+        found.append(
+            float(grid[hits.index(max(hits))])
+        )  # the grid ascends: the smallest of the best
     return found
 
 
 def exits_by_loops(confidence, thresholds):
     g, n = confidence.shape
-    return [next((k for k in range(g - 1) if float(confidence[k, i]) > float(thresholds[k])), g - 1) for i in range(n)]
+    return [
+        next((k for k in range(g - 1) if float(confidence[k, i]) > float(thresholds[k])), g - 1)
+        for i in range(n)
+    ]
 
 
 def evaluated_by_loops(exits, correct, dims):
@@ -49,11 +65,13 @@ def evaluated_by_loops(exits, correct, dims):
     n, rows = len(exits), []
     for cap in range(len(dims)):
         at = [min(k, cap) for k in exits]
-        rows.append((
-            sum(bool(correct[k, i]) for i, k in enumerate(at)) / n,
-            sum(dims[k] for k in at) / n,
-            sum(sum(dims[: k + 1]) for k in at) / n,
-        ))  # fmt: skip
+        rows.append(
+            (
+                sum(bool(correct[k, i]) for i, k in enumerate(at)) / n,
+                sum(dims[k] for k in at) / n,
+                sum(sum(dims[: k + 1]) for k in at) / n,
+            )
+        )
     return [list(column) for column in zip(*rows, strict=True)]
 
 
@@ -74,7 +92,11 @@ def test_the_grid_is_the_papers():
 def test_thresholds_equal_loops(case, own_grid):
     confidence, correct = case
     grid = np.array([0.0, 0.3, 0.55, 0.8]) if own_grid else cascade.GRID
-    found = cascade.learn_thresholds(confidence, correct, grid) if own_grid else cascade.learn_thresholds(*case)
+    found = (
+        cascade.learn_thresholds(confidence, correct, grid)
+        if own_grid
+        else cascade.learn_thresholds(*case)
+    )
     assert found.shape == (len(confidence) - 1,)
     assert found.tolist() == thresholds_by_loops(confidence, correct, grid)
 
@@ -107,24 +129,57 @@ def test_evaluation_equals_loops(case, data):
     g, n = correct.shape
     exits = data.draw(hnp.arrays(np.int64, n, elements=st.integers(0, g - 1)))
     dims = sorted(data.draw(st.lists(st.integers(1, 3000), min_size=g, max_size=g, unique=True)))
-    assert_evaluated(cascade.evaluate(exits, correct, dims), evaluated_by_loops(exits.tolist(), correct, dims))
+    assert_evaluated(
+        cascade.evaluate(exits, correct, dims), evaluated_by_loops(exits.tolist(), correct, dims)
+    )
 
 
-RECORDED = {  # output of model_analysis/Model_Cascades.ipynb: means over 30 splits of 40,000 images, caps 16 to 2048
-    "expected_dim": [13.18502, 18.02794, 25.73146, 35.28671333, 45.66122, 62.05503333, 87.92042, 121.67231333],
-    "accuracy": [
-        0.73790917, 0.75242666, 0.76048249, 0.76273834, 0.76418666, 0.76514667, 0.76533666, 0.76541667
+# output of model_analysis/Model_Cascades.ipynb: means over 30 splits of 40,000 images, caps 16 to
+# 2048
+RECORDED = {
+    "expected_dim": [
+        13.18502,
+        18.02794,
+        25.73146,
+        35.28671333,
+        45.66122,
+        62.05503333,
+        87.92042,
+        121.67231333,
     ],
-    "thresholds": [0.78636364, 0.70939394, 0.7930303, 0.65151515, 0.55333333, 0.55636364, 0.52212121, 0.44484848],
-}  # fmt: skip
+    "accuracy": [
+        0.73790917,
+        0.75242666,
+        0.76048249,
+        0.76273834,
+        0.76418666,
+        0.76514667,
+        0.76533666,
+        0.76541667,
+    ],
+    "thresholds": [
+        0.78636364,
+        0.70939394,
+        0.7930303,
+        0.65151515,
+        0.55333333,
+        0.55636364,
+        0.52212121,
+        0.44484848,
+    ],
+}
 
 
 def test_the_papers_cascade():
-    """Its 30 x 40,000 exits and hits can be counted from the table: then every row has to come out again."""
+    """Its 30 x 40,000 exits and hits can be counted from the table: then every row has to come out
+    again.
+    """
     n = 30 * 40_000
     means = [DIMS[0], *RECORDED["expected_dim"]]
     beyond = [n]  # images that come to a prefix
-    for (low, high), (d, e) in zip(itertools.pairwise(means), itertools.pairwise(DIMS), strict=True):
+    for (low, high), (d, e) in zip(
+        itertools.pairwise(means), itertools.pairwise(DIMS), strict=True
+    ):
         count = (high - low) / (e - d) * n
         assert count == pytest.approx(round(count), abs=0.05)  # the table's digits are enough
         beyond.append(round(count))
@@ -138,16 +193,22 @@ def test_the_papers_cascade():
     settled = round(0.95 * leaving[0])  # at prefix 8, about which the table is silent
     correct[0, :settled] = True
     for g in range(1, 9):
-        start = n - beyond[g]  # images in the order in which they leave: those that come to g begin here
+        start = (
+            n - beyond[g]
+        )  # images in the order in which they leave: those that come to g begin here
         right = wanted[g - 1] - settled
         assert 0 <= right <= beyond[g]
-        here = min(leaving[g], right if g == 8 else round(min(0.9, 1.25 * right / beyond[g]) * leaving[g]))
+        here = min(
+            leaving[g], right if g == 8 else round(min(0.9, 1.25 * right / beyond[g]) * leaving[g])
+        )
         assert 0 <= right - here <= beyond[g] - leaving[g]
         correct[g, start : start + here] = True
         correct[g, start + leaving[g] : start + leaving[g] + right - here] = True
         settled += here
     for g, t in enumerate(RECORDED["thresholds"]):
-        confidence[g] = np.where(where > g, t, np.nextafter(t, 1))  # on the threshold an image goes on
+        confidence[g] = np.where(
+            where > g, t, np.nextafter(t, 1)
+        )  # on the threshold an image goes on
     confidence[8] = rng.random(n)
     exits = cascade.exits(confidence, np.array(RECORDED["thresholds"]))
     np.testing.assert_array_equal(exits, where)
@@ -155,7 +216,8 @@ def test_the_papers_cascade():
     np.testing.assert_allclose(found.expected_dim[1:], RECORDED["expected_dim"], atol=5e-8)
     np.testing.assert_allclose(found.accuracy[1:], RECORDED["accuracy"], atol=5e-8)
     assert found.expected_dim[0] == found.cumulative_dim[0] == 8
-    # the paper's section 4.2.1: about 37 dimensions for 76.30 %, 62 where every prefix on the way counts
+    # the paper's section 4.2.1: about 37 dimensions for 76.30 %, 62 where every prefix on the way
+    # counts
     assert found.cumulative_dim[4] == pytest.approx(62.5, abs=0.5)
 
 
@@ -182,7 +244,9 @@ def test_splits_differ_and_reach_every_image():
 
     assert len({*chosen(0), *chosen(1)}) == 60
     counts = np.bincount([i for own in chosen(0) for i in own], minlength=100)
-    assert counts.min() > 0  # of a fair draw 6 on average: P(any 0) = 100 x 0.8^30 = 12 % over seeds, not for this one
+    assert (
+        counts.min() > 0
+    )  # of a fair draw 6 on average: P(any 0) = 100 x 0.8^30 = 12 % over seeds, not for this one
     assert counts.max() < 18
     assert cascade.split_indices(100, 3, 20, 0)[1][0].tolist() != list(range(20))
 
@@ -201,8 +265,12 @@ def test_the_cascade_is_learned_on_one_part_and_tested_on_the_other(options):
     for s, (own, rest) in enumerate(parts):
         thresholds = thresholds_by_loops(confidence[:, own], correct[:, own], cascade.GRID)
         assert found.thresholds[s].tolist() == thresholds
-        expected = evaluated_by_loops(exits_by_loops(confidence[:, rest], thresholds), correct[:, rest], dims)
-        for name, values in zip(("accuracy", "expected_dim", "cumulative_dim"), expected, strict=True):
+        expected = evaluated_by_loops(
+            exits_by_loops(confidence[:, rest], thresholds), correct[:, rest], dims
+        )
+        for name, values in zip(
+            ("accuracy", "expected_dim", "cumulative_dim"), expected, strict=True
+        ):
             np.testing.assert_allclose(getattr(found, name)[s], values, rtol=1e-12)
     assert len({tuple(row) for row in found.expected_dim.tolist()}) > 1
 
@@ -214,19 +282,33 @@ def test_the_cascade_is_learned_on_one_part_and_tested_on_the_other(options):
 @given(st.integers(1, 400), st.floats(0.001, 0.4), st.data())
 def test_bounds_solve_the_binomial_tail(n, alpha, data):
     k = data.draw(st.integers(0, n))
-    upper, lower = cascade.clopper_pearson(k, n, alpha, True), cascade.clopper_pearson(k, n, alpha, False)
+    upper, lower = (
+        cascade.clopper_pearson(k, n, alpha, True),
+        cascade.clopper_pearson(k, n, alpha, False),
+    )
     assert 0 <= lower <= k / n <= upper <= 1
 
     def tail(p, counts):
-        return math.fsum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in counts) if n < 60 else None
+        return (
+            math.fsum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in counts)
+            if n < 60
+            else None
+        )
 
-    assert upper == pytest.approx(1 if k == n else stats.beta.ppf(1 - alpha, k + 1, n - k), abs=1e-9)
+    assert upper == pytest.approx(
+        1 if k == n else stats.beta.ppf(1 - alpha, k + 1, n - k), abs=1e-9
+    )
     assert lower == pytest.approx(0 if k == 0 else stats.beta.ppf(alpha, k, n - k + 1), abs=1e-9)
     if n < 60 and 0 < k < n:
-        assert tail(upper, range(k + 1)) == pytest.approx(alpha, rel=1e-6)  # at most k, were the truth the bound
+        assert tail(upper, range(k + 1)) == pytest.approx(
+            alpha, rel=1e-6
+        )  # at most k, were the truth the bound
         assert tail(lower, range(k, n + 1)) == pytest.approx(alpha, rel=1e-6)
     interval = stats.binomtest(k, n).proportion_ci(1 - 2 * alpha, method="exact")
-    assert (lower, upper) == (pytest.approx(interval.low, abs=1e-6), pytest.approx(interval.high, abs=1e-6))
+    assert (lower, upper) == (
+        pytest.approx(interval.low, abs=1e-6),
+        pytest.approx(interval.high, abs=1e-6),
+    )
 
 
 def test_bounds_without_any_hit_or_miss():
@@ -237,7 +319,9 @@ def test_bounds_without_any_hit_or_miss():
 
 
 def calibrated(rng, n):
-    """Four prefixes whose confidences are about their chance to be right; what is easy is easy for all."""
+    """Four prefixes whose confidences are about their chance to be right; what is easy is easy for
+    all.
+    """
     ease = rng.normal(0.8, 1.5, n)
     chance = 1 / (1 + np.exp(-1.5 * (ease + np.array([-0.4, 0.3, 0.7, 0.9])[:, None])))
     correct = rng.random(n) < chance  # one draw for all prefixes: longer ones lose little
@@ -245,14 +329,18 @@ def calibrated(rng, n):
 
 
 def overconfident(rng, n):
-    """Short prefixes are sure of everything and lose 3.3 points: at most 90 % of the images may leave early."""
+    """Short prefixes are sure of everything and lose 3.3 points: at most 90 % of the images may
+    leave early.
+    """
     correct = rng.random((4, n)) < 0.8
     correct[:3] = correct[3] & (rng.random(n) >= 0.033 / 0.8)
     return rng.uniform(0.995, 1, (4, n)), correct
 
 
 def barely(rng, n):
-    """What the first prefix is sure of is wrong often enough to lose 3.1 points; of the rest nothing leaves early."""
+    """What the first prefix is sure of is wrong often enough to lose 3.1 points; of the rest
+    nothing leaves early.
+    """
     sure = rng.random(n) < 0.31
     correct = np.ones((4, n), bool)
     correct[0] = np.where(sure, rng.random(n) >= 0.1, False)
@@ -274,7 +362,9 @@ def test_the_loss_is_rarely_above_the_bound(population, delta):
     draws, violations, certified, cheap = 300, 0, 0, 0
     for seed in range(draws):
         own = rng.integers(0, truth.shape[1], 1500)
-        found = cascade.certify(everything[:, own], truth[:, own], LOSS_DIMS, EPSILON, delta=delta, seed=seed)
+        found = cascade.certify(
+            everything[:, own], truth[:, own], LOSS_DIMS, EPSILON, delta=delta, seed=seed
+        )
         certified += bool(found.certified)
         if not found.certified:
             assert np.isinf(found.thresholds).all()

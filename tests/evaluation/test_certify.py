@@ -1,6 +1,8 @@
-"""Certified cascades against the whole procedure in plain loops: splits, path, thresholds, bounds, where it stops.
+"""Certified cascades against the whole procedure in plain loops: splits, path, thresholds, bounds,
+where it stops.
 
-The oracle can also make a mistake on purpose, to show that the cases tell it from the right procedure.
+The oracle can also make a mistake on purpose, to show that the cases tell it from the right
+procedure.
 """
 
 import math
@@ -15,8 +17,22 @@ from scipy import stats
 
 from matryoshka.evaluation.cascade import PATH, certify, split_indices
 
-MISTAKES = ("whole delta", "mean gain", "no gain", "goes on after a failure", "keeps the last", "tests what it learned")
-SEEDS = (*range(36, 52), 56, 65, 94, 151, 249)  # of cases: none of the mistakes is without effect on them
+MISTAKES = (
+    "whole delta",
+    "mean gain",
+    "no gain",
+    "goes on after a failure",
+    "keeps the last",
+    "tests what it learned",
+)
+SEEDS = (
+    *range(36, 52),
+    56,
+    65,
+    94,
+    151,
+    249,
+)  # of cases: none of the mistakes is without effect on them
 
 
 @cache
@@ -30,7 +46,9 @@ def lower(k, n, alpha):
 
 
 def learned(allowed, confidence, correct, images):
-    """At each prefix the smallest threshold at which the leavers, of those there, lose at most `allowed` of theirs."""
+    """At each prefix the smallest threshold at which the leavers, of those there, lose at most
+    `allowed` of theirs.
+    """
     thresholds = []
     for g in range(len(confidence) - 1):
         sure = sorted({confidence[g][i] for i in images})
@@ -51,7 +69,9 @@ def leaves(confidence, thresholds, i):
 
 
 def certified_by_loops(confidence, correct, dims, epsilon, delta, seed, mistake=None):
-    """Certificates as tuples: those of the shortest cascade that passes, more than one where several are as short."""
+    """Certificates as tuples: those of the shortest cascade that passes, more than one where
+    several are as short.
+    """
     confidence, correct = confidence.tolist(), correct.astype(int).tolist()
     n, last = len(correct[0]), len(dims) - 1
     ((path, test),) = split_indices(n, 1, n // 2, seed)
@@ -66,7 +86,9 @@ def certified_by_loops(confidence, correct, dims, epsilon, delta, seed, mistake=
         at = {i: leaves(confidence, thresholds, i) for i in test}
         harmed = sum(correct[-1][i] > correct[at[i]][i] for i in test)
         gained = sum(correct[-1][i] < correct[at[i]][i] for i in test)
-        gain = {"mean gain": gained / len(test), "no gain": 0.0}.get(mistake or "", lower(gained, len(test), alpha))
+        gain = {"mean gain": gained / len(test), "no gain": 0.0}.get(
+            mistake or "", lower(gained, len(test), alpha)
+        )
         bound = upper(harmed, len(test), alpha) - gain
         if bound > epsilon:
             if mistake == "goes on after a failure":
@@ -87,13 +109,16 @@ def is_among(found, expected):
     """Thresholds and all that is counted are equal; of the bound, a root, 1e-9."""
     thresholds, certified, bound, *counted = found
     return any(
-        (tuple(thresholds), certified, counted) == (row[0], row[1], list(row[3:])) and abs(bound - row[2]) < 1e-9
+        (tuple(thresholds), certified, counted) == (row[0], row[1], list(row[3:]))
+        and abs(bound - row[2]) < 1e-9
         for row in expected
     )
 
 
 def drawn(seed) -> tuple[np.ndarray, np.ndarray, tuple[int, ...], dict]:
-    """(confidence [G, N], correct, dims, options): easy and hard images, prefixes that gain and lose."""
+    """(confidence [G, N], correct, dims, options): easy and hard images, prefixes that gain and
+    lose.
+    """
     rng = np.random.default_rng(seed)
     g, n = int(rng.integers(2, 5)), int(rng.integers(60, 141))
     ease = rng.normal(0.5, 1.5, n)
@@ -133,8 +158,9 @@ def test_the_cases_tell_mistakes():
 
 
 def lucky_half():
-    """Two prefixes. In the half of the path those that are sure at 0.9 lose nothing, and all from 0.7 on lose 8 %;
-    in the half of the test the former lose all, and those at 0.7 gain much more."""
+    """Two prefixes. In the half of the path those that are sure at 0.9 lose nothing, and all from
+    0.7 on lose 8 %; in the half of the test the former lose all, and those at 0.7 gain much more.
+    """
     ((path, test),) = split_indices(400, 1, 200, 0)
     confidence, correct = np.full((2, 400), 0.1), np.zeros((2, 400), bool)
     for half, rows in (
@@ -160,10 +186,17 @@ def test_it_stops_at_the_first_failure():
 @given(st.data(), st.integers(1, 3), st.integers(2, 24), st.integers(0, 99))
 def test_few_images_equal_loops(data, g, n, seed):
     """With bounds so loose that even a test of three images is passed."""
-    confidence = data.draw(hnp.arrays(float, (g, n), elements=st.sampled_from([0.2, 0.5, 0.9, 1.0])))
+    confidence = data.draw(
+        hnp.arrays(float, (g, n), elements=st.sampled_from([0.2, 0.5, 0.9, 1.0]))
+    )
     correct = data.draw(hnp.arrays(bool, (g, n)))
-    options = {"epsilon": data.draw(st.floats(0.3, 0.9)), "delta": data.draw(st.floats(0.1, 0.9)), "seed": seed}
+    options = {
+        "epsilon": data.draw(st.floats(0.3, 0.9)),
+        "delta": data.draw(st.floats(0.1, 0.9)),
+        "seed": seed,
+    }
     dims = (8, 16, 64)[:g]
     assert is_among(
-        certify(confidence, correct, dims, **options), certified_by_loops(confidence, correct, dims, **options)
+        certify(confidence, correct, dims, **options),
+        certified_by_loops(confidence, correct, dims, **options),
     )

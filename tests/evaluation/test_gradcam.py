@@ -22,7 +22,9 @@ from matryoshka.models import ModelError, ModelSpec, build
 CLASSES = ["ant", "bee", "cat"]
 
 
-def made(arch="resnet10", dims=(8, 64, 512), efficient=False, blurpool=False, num_classes=5, seed=0):
+def made(
+    arch="resnet10", dims=(8, 64, 512), efficient=False, blurpool=False, num_classes=5, seed=0
+):
     torch.manual_seed(seed)
     model = build(ModelSpec(arch, num_classes, dims, efficient, blurpool)).eval()
     for module in model.modules():  # statistics of its own: those of a new model change nothing
@@ -45,9 +47,15 @@ def stages(model, images):
 
 
 def by_loops(model, images, name, targets=None):
-    """(maps [G, B, H, W], predictions [G, B], confidences [G, B]): every channel, position and pixel by itself."""
+    """(maps [G, B, H, W], predictions [G, B], confidences [G, B]): every channel, position and
+    pixel by itself.
+    """
     shape = len(model.dims), len(images)
-    maps, predictions, confidences = np.zeros((*shape, *images.shape[2:])), np.zeros(shape, int), np.zeros(shape)
+    maps, predictions, confidences = (
+        np.zeros((*shape, *images.shape[2:])),
+        np.zeros(shape, int),
+        np.zeros(shape),
+    )
     for g, b in np.ndindex(shape):
         features = stages(model, images[b : b + 1])[name].detach().requires_grad_()
         x, d = features, model.dims[g]
@@ -59,8 +67,12 @@ def by_loops(model, images, name, targets=None):
         predictions[g, b] = values.argmax()
         confidences[g, b] = 1 / sum(np.exp(v - values.max()) for v in values)
         logits[predictions[g, b] if targets is None else targets[g][b]].backward()
-        channels = zip(features.grad[0].double().numpy(), features[0].detach().double().numpy(), strict=True)
-        coarse = sum(sum(gradient.flat) / gradient.size * activation for gradient, activation in channels)
+        channels = zip(
+            features.grad[0].double().numpy(), features[0].detach().double().numpy(), strict=True
+        )
+        coarse = sum(
+            sum(gradient.flat) / gradient.size * activation for gradient, activation in channels
+        )
         maps[g, b] = normalised(enlarged(np.maximum(coarse, 0), *images.shape[2:]))
     return maps, predictions, confidences
 
@@ -73,7 +85,9 @@ def enlarged(coarse, height, width):
         y = min(max((i + 0.5) * h / height - 0.5, 0), h - 1)
         x = min(max((j + 0.5) * w / width - 0.5, 0), w - 1)
         for row, share in ((int(y), 1 - y % 1), (min(int(y) + 1, h - 1), y % 1)):
-            large[i, j] += share * ((1 - x % 1) * coarse[row, int(x)] + x % 1 * coarse[row, min(int(x) + 1, w - 1)])
+            large[i, j] += share * (
+                (1 - x % 1) * coarse[row, int(x)] + x % 1 * coarse[row, min(int(x) + 1, w - 1)]
+            )
     return large
 
 
@@ -83,7 +97,11 @@ def normalised(values):
 
 @pytest.mark.parametrize("kind", ["mrl", "mrl-e", "ff", "blurpool", "layer3", "oblong"])
 def test_maps_equal_loops(kind):
-    model = made(dims=(24,) if kind == "ff" else (8, 64, 512), efficient=kind == "mrl-e", blurpool=kind == "blurpool")
+    model = made(
+        dims=(24,) if kind == "ff" else (8, 64, 512),
+        efficient=kind == "mrl-e",
+        blurpool=kind == "blurpool",
+    )
     images = pictures(2, 64, 96 if kind == "oblong" else 64)
     name = "layer3" if kind == "layer3" else "layer4"
     found = heat_maps(model, images, layer=name if kind == "layer3" else None)
@@ -103,7 +121,9 @@ def test_targets_are_explained_but_predictions_stay():
     found = heat_maps(model, images, each)
     handle.remove()
     assert passes == [1, 2]  # the choice of the layer, by one image, and one pass for all prefixes
-    np.testing.assert_allclose(found.maps, by_loops(model, images, "layer4", each.tolist())[0], atol=1e-4)
+    np.testing.assert_allclose(
+        found.maps, by_loops(model, images, "layer4", each.tolist())[0], atol=1e-4
+    )
     assert torch.equal(found.predictions, own.predictions)
     shared = heat_maps(model, images, torch.tensor([3, 1])).maps
     assert torch.equal(shared, heat_maps(model, images, torch.tensor([[3, 1]] * 3)).maps)
@@ -118,7 +138,11 @@ def test_captum_agrees(layer):
     for g in range(len(model.dims)):
         method = captum.LayerGradCam(lambda x, g=g: model(x)[g], model.trunk.get_submodule(layer))
         coarse = method.attribute(images, target=found.predictions[g], relu_attributions=True)
-        large = captum.LayerAttribution.interpolate(coarse, tuple(images.shape[2:]), "bilinear")[:, 0].detach().numpy()
+        large = (
+            captum.LayerAttribution.interpolate(coarse, tuple(images.shape[2:]), "bilinear")[:, 0]
+            .detach()
+            .numpy()
+        )
         np.testing.assert_allclose(found.maps[g], [normalised(one) for one in large], atol=1e-5)
 
 
@@ -167,7 +191,11 @@ def test_the_caller_may_be_without_gradients():
         ("resnet10", 32, ("layer3", 2, 2)),  # layer4 has one position
         ("timm:test_convnext", 96, ("norm_pre", 3, 3)),
         ("timm:test_efficientnet", 96, ("bn2", 3, 3)),
-        ("timm:test_vit", 160, ("blocks.5.norm1", 10, 10)),  # its class token reads the patches in the last attention
+        (
+            "timm:test_vit",
+            160,
+            ("blocks.5.norm1", 10, 10),
+        ),  # its class token reads the patches in the last attention
         ("timm:test_vit2", 160, ("norm", 10, 10)),  # averages, has a register
         ("timm:test_vit3", 160, ("norm", 10, 10)),  # pools by attention
     ],
@@ -184,7 +212,9 @@ def test_the_last_layer_with_a_map_is_chosen(arch, size, expected):
 
 
 def test_maps_of_a_vit_equal_loops():
-    """From the last block's first norm on, by the block's own parts; the class token is before the others."""
+    """From the last block's first norm on, by the block's own parts; the class token is before the
+    others.
+    """
     model, images = made("timm:test_vit", (8, 64)), pictures(1, 160)
     trunk, last = model.trunk, model.trunk.blocks[-1]
     tokens = trunk.blocks[:-1](trunk._pos_embed(trunk.patch_embed(images)))
@@ -198,14 +228,22 @@ def test_maps_of_a_vit_equal_loops():
         coarse = np.zeros((10, 10))
         for n, token in enumerate(normed[0, 1:].detach()):
             coarse[n // 10, n % 10] = max(0.0, float(sum(weights * token)))
-        np.testing.assert_allclose(found.maps[g, 0], normalised(enlarged(coarse, 160, 160)), atol=1e-4)
+        np.testing.assert_allclose(
+            found.maps[g, 0], normalised(enlarged(coarse, 160, 160)), atol=1e-4
+        )
 
 
 def test_channels_may_come_last():
     model, images = made(), pictures(2, 64, 96)
     expected = heat_maps(model, images).maps
-    layers = OrderedDict((n, part) for n, part in model.trunk.named_children() if n not in ("avgpool", "fc"))
-    layers |= {"last": Permute((0, 2, 3, 1)), "back": Permute((0, 3, 1, 2)), "pool": torch.nn.AdaptiveAvgPool2d(1)}
+    layers = OrderedDict(
+        (n, part) for n, part in model.trunk.named_children() if n not in ("avgpool", "fc")
+    )
+    layers |= {
+        "last": Permute((0, 2, 3, 1)),
+        "back": Permute((0, 3, 1, 2)),
+        "pool": torch.nn.AdaptiveAvgPool2d(1),
+    }
     model.trunk = torch.nn.Sequential(layers).append(torch.nn.Flatten())
     assert tuple(find_layer(model, images, "last")) == ("last", 2, 3)
     torch.testing.assert_close(heat_maps(model, images, layer="last").maps, expected)
@@ -235,11 +273,25 @@ def test_what_cannot_be_had_is_refused(layer, targets, words):
 
 def test_a_montage_tells_right_from_wrong_without_colour():
     heat = np.linspace(0, 1, 32 * 32).reshape(32, 32)
-    given = ((8, heat, "bee $x^2$", 0.25, False), (64, heat, "ant", 0.5, True), (512, 0 * heat, "ant", 1, True))
+    given = (
+        (8, heat, "bee $x^2$", 0.25, False),
+        (64, heat, "ant", 0.5, True),
+        (512, 0 * heat, "ant", 1, True),
+    )
     cells = [Cell(*one) for one in given]
-    figure = montage(np.zeros((32, 32, 3), np.uint8), "photo.jpg", "true class: ant", cells, "Grad-CAM")
+    figure = montage(
+        np.zeros((32, 32, 3), np.uint8), "photo.jpg", "true class: ant", cells, "Grad-CAM"
+    )
     shown = [text.get_text() for text in figure.texts]
-    for words in ("photo.jpg", "true class: ant", "prefix 8", "prefix 64", "25 %", "50 %", "\N{BALLOT X} bee $x^2$"):
+    for words in (
+        "photo.jpg",
+        "true class: ant",
+        "prefix 8",
+        "prefix 64",
+        "25 %",
+        "50 %",
+        "\N{BALLOT X} bee $x^2$",
+    ):
         assert words in shown
     assert shown.count("\N{CHECK MARK} ant") == 2
     frames = [axes.spines["left"].get_linestyle() for axes in figure.axes[1:4]]
@@ -252,13 +304,17 @@ def test_nothing_overlaps_and_nothing_is_cut_off(count):
     heat = np.random.default_rng(0).random((16, 16))
     name = "a class with a long name, as there are many"
     cells = [Cell(2**k, heat, name, 0.123, k % 2 == 0) for k in range(count)]
-    figure = montage(np.zeros((16, 16, 3), np.uint8), "n" * 200, f"true class: {name}", cells, "a note " * 50)
+    figure = montage(
+        np.zeros((16, 16, 3), np.uint8), "n" * 200, f"true class: {name}", cells, "a note " * 50
+    )
     renderer = FigureCanvasAgg(figure).get_renderer()
     boxes = [one.get_window_extent(renderer) for one in (*figure.texts, *figure.axes)]
     for i, box in enumerate(boxes):
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1  # noqa: PT018
         for other in boxes[:i]:
-            apart = box.x1 <= other.x0 or other.x1 <= box.x0 or box.y1 <= other.y0 or other.y1 <= box.y0
+            apart = (
+                box.x1 <= other.x0 or other.x1 <= box.x0 or box.y1 <= other.y0 or other.y1 <= box.y0
+            )
             assert apart, (box, other)
 
 
@@ -266,7 +322,9 @@ def test_nothing_overlaps_and_nothing_is_cut_off(count):
 def checkpoint(tmp_path_factory):
     model = made(num_classes=3)
     model.classes = CLASSES
-    model.preprocessing = Preprocessing(size=32, ratio=1.0, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    model.preprocessing = Preprocessing(
+        size=32, ratio=1.0, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)
+    )
     path = tmp_path_factory.mktemp("run") / "model.safetensors"
     save_model(model, path)
     return path
@@ -274,7 +332,9 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory, photo):
-    """Class folders of 32-px PNG files, whose pixels need no resizing: {ant, bee, cat} of 3 images each."""
+    """Class folders of 32-px PNG files, whose pixels need no resizing: {ant, bee, cat} of 3 images
+    each.
+    """
     root = tmp_path_factory.mktemp("raw")
     for label, name in enumerate(CLASSES):
         (root / name).mkdir()
@@ -284,7 +344,12 @@ def raw(tmp_path_factory, photo):
 
 
 def ran(checkpoint, data, output, *more):
-    assert program.main([f"--path={checkpoint}", f"--data={data}", f"--output={output}", "--device=cpu", *more]) == 0
+    assert (
+        program.main(
+            [f"--path={checkpoint}", f"--data={data}", f"--output={output}", "--device=cpu", *more]
+        )
+        == 0
+    )
     return json.loads((output / "gradcam.json").read_text())
 
 
@@ -293,9 +358,14 @@ def expected_of(checkpoint, file):
     model = program.checkpoint.load_model(checkpoint)
     pixels = (np.asarray(Image.open(file)) / 255 - (0.4, 0.5, 0.6)) / (0.2, 0.3, 0.4)
     with torch.inference_mode():
-        shares = model(torch.tensor(pixels.transpose(2, 0, 1)[None], dtype=torch.float32))[:, 0].softmax(1).numpy()
+        shares = (
+            model(torch.tensor(pixels.transpose(2, 0, 1)[None], dtype=torch.float32))[:, 0]
+            .softmax(1)
+            .numpy()
+        )
     return {
-        str(d): (CLASSES[p.argmax()], pytest.approx(p.max(), abs=1e-4)) for d, p in zip(model.dims, shares, strict=True)
+        str(d): (CLASSES[p.argmax()], pytest.approx(p.max(), abs=1e-4))
+        for d, p in zip(model.dims, shares, strict=True)
     }
 
 
@@ -308,7 +378,11 @@ def test_every_prefix_of_every_image_is_shown(checkpoint, raw, tmp_path, capsys)
         assert set(one) == {"image", "label", "file", "prefixes"}
         for d, (prediction, confidence) in expected_of(checkpoint, raw / one["image"]).items():
             correct = prediction == one["label"]
-            assert one["prefixes"][d] == {"prediction": prediction, "confidence": confidence, "correct": correct}
+            assert one["prefixes"][d] == {
+                "prediction": prediction,
+                "confidence": confidence,
+                "correct": correct,
+            }
         picture = Image.open(tmp_path / "new" / "maps" / one["file"])
         assert (picture.format, min(picture.size) > 300) == ("PNG", True)
         assert len(picture.convert("RGB").getcolors(10**7)) > 100
@@ -323,7 +397,12 @@ def test_a_beton_gives_what_its_folder_gives(checkpoint, raw, tmp_path):
     here = ran(checkpoint, tmp_path / "raw.beton", tmp_path / "b", "--dims=8,512", "--images=4")
     assert [one["prefixes"] for one in there] == [one["prefixes"] for one in here]
     assert [list(one["prefixes"]) for one in here] == [["8", "512"]] * 4
-    assert [one["label"] for one in here] == ["ant", "bee", "bee", "cat"]  # spread over a sorted set
+    assert [one["label"] for one in here] == [
+        "ant",
+        "bee",
+        "bee",
+        "cat",
+    ]  # spread over a sorted set
     assert Image.open(tmp_path / "a" / there[0]["file"]).format == "JPEG"
 
 
@@ -337,13 +416,23 @@ def test_loose_files_and_a_single_one(checkpoint, raw, tmp_path, capsys):
     listed = ran(checkpoint, loose, loose / "maps")
     assert [one["image"] for one in listed] == ["a\N{SNOWMAN}.png", "b.png", "c.PNG"]
     skipped = capsys.readouterr().err.strip().splitlines()
-    assert all(name in line for name, line in zip(("broken.jpg", "empty.png"), skipped, strict=True)), skipped
+    assert all(
+        name in line for name, line in zip(("broken.jpg", "empty.png"), skipped, strict=True)
+    ), skipped
     for one in listed:
         assert one["label"] is None
         for d, (prediction, confidence) in expected_of(checkpoint, loose / one["image"]).items():
-            assert one["prefixes"][d] == {"prediction": prediction, "confidence": confidence, "correct": None}
-    assert [one["prefixes"] for one in ran(checkpoint, loose / "b.png", tmp_path)] == [listed[1]["prefixes"]]
-    assert [one["label"] for one in ran(checkpoint, raw / "ant", tmp_path)] == ["ant"] * 3  # by the folder's name
+            assert one["prefixes"][d] == {
+                "prediction": prediction,
+                "confidence": confidence,
+                "correct": None,
+            }
+    assert [one["prefixes"] for one in ran(checkpoint, loose / "b.png", tmp_path)] == [
+        listed[1]["prefixes"]
+    ]
+    assert [one["label"] for one in ran(checkpoint, raw / "ant", tmp_path)] == [
+        "ant"
+    ] * 3  # by the folder's name
 
 
 def test_classes_count_by_name_and_imagenets_are_in_words(raw, tmp_path):
@@ -356,15 +445,23 @@ def test_classes_count_by_name_and_imagenets_are_in_words(raw, tmp_path):
     for name in ("aardvark", "n01443537", "n02099601"):
         (tmp_path / "val" / name).mkdir(parents=True)
         (tmp_path / "val" / name / "0.png").write_bytes((raw / "bee" / "0.png").read_bytes())
-    listed = ran(tmp_path / "final_weights.pt", tmp_path / "val", tmp_path / "maps", "--mrl", "--dims=8")
+    listed = ran(
+        tmp_path / "final_weights.pt", tmp_path / "val", tmp_path / "maps", "--mrl", "--dims=8"
+    )
     assert [one["label"] for one in listed] == ["aardvark", "goldfish", "golden retriever"]
     assert {one["prefixes"]["8"]["prediction"] for one in listed} == {"golden retriever"}
-    assert [one["prefixes"]["8"]["correct"] for one in listed] == [None, False, True]  # an aardvark is no class of it
+    assert [one["prefixes"]["8"]["correct"] for one in listed] == [
+        None,
+        False,
+        True,
+    ]  # an aardvark is no class of it
 
 
 def test_the_target_decides_what_is_explained(checkpoint, raw, tmp_path, monkeypatch):
     asked, original = [], program.heat_maps
-    monkeypatch.setattr(program, "heat_maps", lambda *args: asked.append(args[2]) or original(*args))
+    monkeypatch.setattr(
+        program, "heat_maps", lambda *args: asked.append(args[2]) or original(*args)
+    )
     for target in ("predicted", "label", "2"):
         listed = ran(checkpoint, raw, tmp_path, f"--target={target}", "--images=3", "--dims=8")
         assert [one["label"] for one in listed] == CLASSES
@@ -392,7 +489,12 @@ def test_mistakes_are_one_line_and_write_nothing(checkpoint, raw, tmp_path, caps
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "0.png").write_bytes(b"no image")
     given = [word.format(tmp=tmp_path, raw=raw) for word in more]
-    base = [f"--path={checkpoint}", f"--data={raw}", f"--output={tmp_path / 'maps'}", "--device=cpu"]
+    base = [
+        f"--path={checkpoint}",
+        f"--data={raw}",
+        f"--output={tmp_path / 'maps'}",
+        "--device=cpu",
+    ]
     with pytest.raises(SystemExit) as end:
         program.main([*base, *given])
     *skipped, line = capsys.readouterr().err.strip().splitlines()

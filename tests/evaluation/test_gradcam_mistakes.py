@@ -60,13 +60,17 @@ def test_a_diverged_model_has_no_maps(picture, tmp_path, capsys, value, place):
 
 def test_upstreams_old_checkpoints(picture, tmp_path, capsys):
     model = made(tuple(2**k for k in range(3, 10)), efficient=True)
-    state = {key.replace("nesting_classifier_0.", ""): value for key, value in to_upstream(model).items()}
+    state = {
+        key.replace("nesting_classifier_0.", ""): value for key, value in to_upstream(model).items()
+    }
     torch.save(state, tmp_path / "old.pt")
     (tmp_path / "params.json").write_text(json.dumps({"validation.resolution": 32}))
     flags = ["--mrl", "--efficient", "--old_ckpt"]
     assert program.main(arguments(tmp_path / "old.pt", picture, tmp_path / "maps", *flags)) == 0
     (shown,) = json.loads((tmp_path / "maps" / "gradcam.json").read_text())
-    pixels = (np.asarray(Image.open(picture)) / 255 - model.preprocessing.mean) / model.preprocessing.std
+    pixels = (
+        np.asarray(Image.open(picture)) / 255 - model.preprocessing.mean
+    ) / model.preprocessing.std
     with torch.inference_mode():
         logits = model(torch.tensor(pixels.transpose(2, 0, 1)[None], dtype=torch.float32))[:, 0]
     assert [row["prediction"] for row in shown["prefixes"].values()] == [
@@ -88,12 +92,17 @@ def test_published_baselines(picture, tmp_path, capsys, monkeypatch):
         return model
 
     monkeypatch.setattr(published, "load_published", load)
-    assert program.main(arguments("torchvision:resnet18", picture, tmp_path / "maps", "--target=207")) == 0
+    assert (
+        program.main(arguments("torchvision:resnet18", picture, tmp_path / "maps", "--target=207"))
+        == 0
+    )
     assert asked == [("torchvision:resnet18", "--path")]
     (shown,) = json.loads((tmp_path / "maps" / "gradcam.json").read_text())
     assert list(shown["prefixes"]) == ["512"]
     assert shown["prefixes"]["512"]["prediction"] == "golden retriever"
-    line = refused(capsys, arguments("timm:resnet10t", picture, tmp_path / "no", "--mrl", "--old_ckpt"))
+    line = refused(
+        capsys, arguments("timm:resnet10t", picture, tmp_path / "no", "--mrl", "--old_ckpt")
+    )
     assert "--path timm:resnet10t: a published baseline takes no mrl, old_ckpt" in line
 
 

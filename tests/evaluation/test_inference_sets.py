@@ -26,14 +26,18 @@ from matryoshka.models import ModelSpec, build
 
 
 def one_by_one(model, name, root):
-    """(logits [G, N, C], labels [N]) in the order of sorted folders and files; C is 200 for A and R."""
+    """(logits [G, N, C], labels [N]) in the order of sorted folders and files; C is 200 for A and
+    R.
+    """
     logits, labels = [], []
     for folder in sorted((root / FOLDERS[name]).iterdir()):
         index = int(folder.name) if folder.name.isdigit() else WNIDS.index(folder.name)
         for file in sorted(folder.iterdir()):
             pixels = (np.asarray(Image.open(file)) / 255 - IMAGENET_MEAN) / IMAGENET_STD
             with torch.inference_mode():
-                row = model(torch.tensor(pixels.transpose(2, 0, 1)[None], dtype=torch.float32)).numpy()[:, 0]
+                row = model(
+                    torch.tensor(pixels.transpose(2, 0, 1)[None], dtype=torch.float32)
+                ).numpy()[:, 0]
             if name in SUBSET:
                 row = np.stack([[prefix[i] for i in SUBSET[name]] for prefix in row])
             logits.append(row)
@@ -53,12 +57,18 @@ def accuracy(logits, labels):
 
 
 def shown(results):
-    return {(g, k): row[f"top{k}"] for g, row in enumerate(results["prefixes"].values()) for k in (1, 5)}
+    return {
+        (g, k): row[f"top{k}"] for g, row in enumerate(results["prefixes"].values()) for k in (1, 5)
+    }
 
 
 @pytest.mark.parametrize("name", list(FOLDERS))
-def test_a_set_equals_loops_over_single_images(name, imagenet_root, imagenet_checkpoint, tmp_path, capsys):
-    results, arrays = evaluate(imagenet_checkpoint, imagenet_root, tmp_path, f"--dataset={name.upper()}")
+def test_a_set_equals_loops_over_single_images(
+    name, imagenet_root, imagenet_checkpoint, tmp_path, capsys
+):
+    results, arrays = evaluate(
+        imagenet_checkpoint, imagenet_root, tmp_path, f"--dataset={name.upper()}"
+    )
     logits, labels = one_by_one(load_model(imagenet_checkpoint), name, imagenet_root)
     assert (arrays["logits"].dtype, arrays["softmax"].dtype) == (np.float32, np.float32)
     assert (arrays["predictions"].dtype, arrays["gt"].dtype) == (np.int64, np.int64)
@@ -78,11 +88,22 @@ def test_a_set_equals_loops_over_single_images(name, imagenet_root, imagenet_che
     ]
     for kind, file in results["arrays"].items():
         assert all(
-            word in file for word in (name, imagenet_checkpoint.parent.name, "model", "mrl", "8-64-512", "fp32", kind)
+            word in file
+            for word in (
+                name,
+                imagenet_checkpoint.parent.name,
+                "model",
+                "mrl",
+                "8-64-512",
+                "fp32",
+                kind,
+            )
         )
 
 
-def test_numbered_folders_keep_their_numbers_in_a_beton(imagenet_root, imagenet_checkpoint, tmp_path):
+def test_numbered_folders_keep_their_numbers_in_a_beton(
+    imagenet_root, imagenet_checkpoint, tmp_path
+):
     beton = tmp_path / "v2.beton"
     source = open_dataset(imagenet_root / FOLDERS["V2"])
     write_beton(source, beton, write_mode="raw", max_resolution=32)
@@ -103,7 +124,9 @@ def test_variants_of_v2_do_not_share_a_file(imagenet_root, imagenet_checkpoint, 
     assert files[1].startswith("V2-imagenetv2-threshold0.7-format-val_")
 
 
-def test_a_beton_without_names_has_the_sets_own_labels(imagenet_root, imagenet_checkpoint, tmp_path):
+def test_a_beton_without_names_has_the_sets_own_labels(
+    imagenet_root, imagenet_checkpoint, tmp_path
+):
     beton = tmp_path / "a.beton"
     source = open_dataset(imagenet_root / FOLDERS["A"])
     write_beton(source, beton, write_mode="raw", max_resolution=32)
@@ -117,37 +140,60 @@ def test_a_beton_without_names_has_the_sets_own_labels(imagenet_root, imagenet_c
 
 def test_upstreams_names_and_shapes(imagenet_root, imagenet_checkpoint, tmp_path):
     data = imagenet_root / FOLDERS["Sketch"]  # the set's own folder
-    results, arrays = evaluate(imagenet_checkpoint, data, tmp_path, "--dataset=sketch", "--upstream_names", "--tta")
+    results, arrays = evaluate(
+        imagenet_checkpoint, data, tmp_path, "--dataset=sketch", "--upstream_names", "--tta"
+    )
     stem = "mrl=True_efficient=False_dataset=sketch_tta=True"
     kinds = ("logits", "softmax", "predictions")
-    assert results["arrays"] == {k: f"{stem}_{k}.pth" for k in kinds} | {"gt": "gt_dataset=sketch.pth"}
+    assert results["arrays"] == {k: f"{stem}_{k}.pth" for k in kinds} | {
+        "gt": "gt_dataset=sketch.pth"
+    }
     assert arrays["predictions"].shape == (3, 9)
     baseline = build(ModelSpec("resnet10", 1000, (64,)))
     save_model(baseline, tmp_path / "ff.safetensors")
     results, arrays = evaluate(
-        tmp_path / "ff.safetensors", imagenet_root, tmp_path, "--upstream_names", "--preprocessing=ffcv"
+        tmp_path / "ff.safetensors",
+        imagenet_root,
+        tmp_path,
+        "--upstream_names",
+        "--preprocessing=ffcv",
     )
     assert {kind: a.shape for kind, a in arrays.items()} == {
-        "logits": (9, 1000), "softmax": (9, 1000), "predictions": (9,), "gt": (9,)
-    }  # fmt: skip
+        "logits": (9, 1000),
+        "softmax": (9, 1000),
+        "predictions": (9,),
+        "gt": (9,),
+    }
 
 
 def test_ranks_save_what_one_process_saves(imagenet_root, imagenet_checkpoint, tmp_path):
-    """Two gloo processes, global batches of 4: the last one, of 1 image, has no share for the second."""
+    """Two gloo processes, global batches of 4: the last one, of 1 image, has no share for the
+    second.
+    """
     more = ["--dataset=R", f"--ood={imagenet_root / FOLDERS['Sketch']}"]
     results, alone = evaluate(imagenet_checkpoint, imagenet_root, tmp_path, *more)
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {
+        "OMP_NUM_THREADS": "1"
+    }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [
         ROOT / "inference" / "pytorch_inference.py",
         f"--path={imagenet_checkpoint}",
         f"--data-root={imagenet_root}",
     ]
-    command += [*more, "--batch-size=2", "--device=cpu", "--workers=1", f"--output={tmp_path / 'two.json'}"]
+    command += [
+        *more,
+        "--batch-size=2",
+        "--device=cpu",
+        "--workers=1",
+        f"--output={tmp_path / 'two.json'}",
+    ]
     command += [f"--save_{kind}" for kind in alone]
     for file in tmp_path.glob("*.npy"):
         file.unlink()
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     together = json.loads((tmp_path / "two.json").read_text())
     for kind, array in alone.items():
@@ -159,7 +205,9 @@ def test_ranks_save_what_one_process_saves(imagenet_root, imagenet_checkpoint, t
 # ---------------------------------------------------------------- preprocessing
 
 
-@pytest.mark.parametrize("size", [(500, 375), (375, 500), (256, 256), (224, 400), (64, 47), (301, 257)])
+@pytest.mark.parametrize(
+    "size", [(500, 375), (375, 500), (256, 256), (224, 400), (64, 47), (301, 257)]
+)
 def test_upstreams_pixels_are_torchvisions(photo, size):
     picture = Image.fromarray(photo(*size))
     expected = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])(picture)
@@ -171,10 +219,14 @@ def test_preprocessing_is_what_was_asked_for(folder, tmp_path):
     model = build(ModelSpec("resnet10", 3, (8, 512))).eval()
     model.preprocessing = Preprocessing(size=48, ratio=1.0)
     save_model(model, tmp_path / "m.safetensors")
-    resize = transforms.Compose([
-        transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(),
-        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-    ])  # fmt: skip
+    resize = transforms.Compose(
+        [
+            transforms.Resize(256),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
     data = open_dataset(folder / "val")
     pictures = [Image.open(folder / "val" / data.name(i)).convert("RGB") for i in range(len(data))]
     with torch.inference_mode():
@@ -187,7 +239,9 @@ def test_preprocessing_is_what_was_asked_for(folder, tmp_path):
     assert not np.allclose(own["logits"], ffcv["logits"], atol=1e-3)
     model.preprocessing = Preprocessing(size=48)  # the ratio 224/256
     save_model(model, tmp_path / "m.safetensors")
-    assert np.array_equal(evaluate(tmp_path / "m.safetensors", folder, tmp_path)[1]["logits"], ffcv["logits"])
+    assert np.array_equal(
+        evaluate(tmp_path / "m.safetensors", folder, tmp_path)[1]["logits"], ffcv["logits"]
+    )
 
 
 # ---------------------------------------------------------------- baselines
@@ -203,7 +257,11 @@ def test_torchvisions_model_is_a_baseline(imagenet_root, tmp_path, monkeypatch):
     results, arrays = evaluate(
         "torchvision:resnet18", imagenet_root, tmp_path, "--preprocessing=upstream", "--dataset=V2"
     )
-    assert (results["head"], results["resolution"], list(results["prefixes"])) == ("ff512", 224, ["512"])
+    assert (results["head"], results["resolution"], list(results["prefixes"])) == (
+        "ff512",
+        224,
+        ["512"],
+    )
     file = imagenet_root / FOLDERS["V2"] / "10" / "0.png"  # sorted before 100 and 2
     shown_to_it = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms()(Image.open(file))
     with torch.inference_mode():
@@ -224,7 +282,9 @@ def test_timms_model_is_a_baseline(imagenet_root, tmp_path, monkeypatch):
     results, arrays = evaluate("timm:test_resnet", imagenet_root, tmp_path, "--dataset=A")
     assert results["resolution"] == cfg["input_size"][-1]
     own = evaluate("timm:test_resnet", imagenet_root, tmp_path, "--preprocessing=upstream")[1]
-    picture = resize_and_crop(Image.open(next(p for p in sorted((imagenet_root / "val").rglob("*.png")))))
+    picture = resize_and_crop(
+        Image.open(next(p for p in sorted((imagenet_root / "val").rglob("*.png"))))
+    )
     image = (picture / 255 - cfg["mean"]) / np.array(cfg["std"])
     with torch.inference_mode():
         logits = model(torch.tensor(image.transpose(2, 0, 1)[None], dtype=torch.float32))[0]
@@ -256,7 +316,10 @@ def test_the_lists_are_timms():
         (["--path=torchvision:resnet50", "--old_ckpt"], ["takes no old_ckpt", "baseline"]),
         (["--dataset=A", "--data-root={root}/sketch"], ["sketch", "no class of A", "imagenet-a"]),
         (["--dataset=Sketch", "--data-root={root}/" + FOLDERS["V2"]], ["no class of Sketch"]),
-        (["--dataset=V2", "--data-root={other}"], ["imagenetv2-threshold0.7-format-val", "imagenetv2-top-images"]),
+        (
+            ["--dataset=V2", "--data-root={other}"],
+            ["imagenetv2-threshold0.7-format-val", "imagenetv2-top-images"],
+        ),
         (["--dataset=R", "--path={small}"], ["--dataset R", "1000 classes", "has 3"]),
         (["--dataset=R", "--path={named}"], ["--dataset R", "not ImageNet-1K's", "'c0'"]),
         (["--upstream_names"], ["--upstream_names", "--save_"]),
@@ -267,7 +330,9 @@ def test_the_lists_are_timms():
         (["--path=timm:test_vit"], ["timm:test_vit", "cannot be had"]),
     ],
 )
-def test_mistakes_are_one_line(imagenet_root, imagenet_checkpoint, tmp_path, monkeypatch, capsys, argv, words):
+def test_mistakes_are_one_line(
+    imagenet_root, imagenet_checkpoint, tmp_path, monkeypatch, capsys, argv, words
+):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for variant in ("threshold0.7-format-val", "top-images-format-val"):
@@ -277,17 +342,25 @@ def test_mistakes_are_one_line(imagenet_root, imagenet_checkpoint, tmp_path, mon
     named.classes = [f"c{i}" for i in range(1000)]
     save_model(named, tmp_path / "named.safetensors")
     places = {
-        "root": imagenet_root, "other": tmp_path / "other", "small": tmp_path / "small.safetensors",
+        "root": imagenet_root,
+        "other": tmp_path / "other",
+        "small": tmp_path / "small.safetensors",
         "named": tmp_path / "named.safetensors",
-    }  # fmt: skip
+    }
     given = [word.format(**places) for word in argv]
-    line = refused([f"--path={imagenet_checkpoint}", f"--data-root={imagenet_root}", *given], capsys)
+    line = refused(
+        [f"--path={imagenet_checkpoint}", f"--data-root={imagenet_root}", *given], capsys
+    )
     assert line.startswith("error: ")
     assert all(word in line for word in words), line
 
 
 def test_weights_that_cannot_be_had_are_one_line(imagenet_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(
+        torch.hub,
+        "download_url_to_file",
+        lambda *a, **k: (_ for _ in ()).throw(OSError("no network")),
+    )
     line = refused(["--path=torchvision:resnet18", f"--data-root={imagenet_root}"], capsys)
     assert "torchvision:resnet18: the weights cannot be had: no network" in line

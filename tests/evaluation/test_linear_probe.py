@@ -32,7 +32,11 @@ def test_features_come_in_the_data_sets_order(frozen, digits):
     model = load_model(frozen)
     shuffled = Loader(digits["val"], 32, order="random", image=CenterCrop(32, 1.0))
     features, labels = extract_features(model, shuffled, 100)
-    assert (features.dtype, labels.dtype, tuple(features.shape)) == (torch.float32, torch.int64, (100, 512))
+    assert (features.dtype, labels.dtype, tuple(features.shape)) == (
+        torch.float32,
+        torch.int64,
+        (100, 512),
+    )
     for batch in Loader(digits["val"], 1, order="sequential", image=CenterCrop(32, 1.0)):
         with torch.inference_mode():
             expected = model.features(normalise(batch.images))[0]
@@ -47,31 +51,55 @@ def test_features_come_in_the_data_sets_order(frozen, digits):
 
 def options(path, data, folder, run_id, *more):
     return [
-        f"--model.path={path}", f"--data.train_dataset={data['train']}", f"--data.val_dataset={data['val']}",
-        f"--logging.folder={folder}", f"--logging.run_id={run_id}", "--model.device=cpu", "--data.num_workers=1", *more,
-    ]  # fmt: skip
+        f"--model.path={path}",
+        f"--data.train_dataset={data['train']}",
+        f"--data.val_dataset={data['val']}",
+        f"--logging.folder={folder}",
+        f"--logging.run_id={run_id}",
+        "--model.device=cpu",
+        "--data.num_workers=1",
+        *more,
+    ]
 
 
 @pytest.mark.parametrize("efficient", [0, 1])
 def test_a_backbone_gets_nested_heads(frozen, digits, tmp_path, capsys, efficient):
-    more = ["--model.dims=8,64,512", f"--model.efficient={efficient}", "--probe.weight_decay=1e-3,1e-2"]
+    more = [
+        "--model.dims=8,64,512",
+        f"--model.efficient={efficient}",
+        "--probe.weight_decay=1e-3,1e-2",
+    ]
     assert linear_probe.main(options(frozen, digits, tmp_path, "run", *more)) == 0
     shown = capsys.readouterr().out
     run = tmp_path / "run"
-    assert {p.name for p in run.iterdir()} == {"params.json", "config.yaml", "results.json", "model.safetensors"}
+    assert {p.name for p in run.iterdir()} == {
+        "params.json",
+        "config.yaml",
+        "results.json",
+        "model.safetensors",
+    }
     model, before = load_model(run / "model.safetensors"), load_model(frozen)
     assert model.spec == ModelSpec("resnet10", 10, (8, 64, 512), bool(efficient))
-    assert (model.preprocessing, model.classes) == (before.preprocessing, [str(i) for i in range(10)])
+    assert (model.preprocessing, model.classes) == (
+        before.preprocessing,
+        [str(i) for i in range(10)],
+    )
     trunk = before.trunk.state_dict()
     assert all(torch.equal(value, trunk[key]) for key, value in model.trunk.state_dict().items())
 
     results = json.loads((run / "results.json").read_text())
     pytorch_inference.main(
-        [f"--path={run / 'model.safetensors'}", f"--data-root={digits['val']}", f"--output={tmp_path / 'e.json'}"]
+        [
+            f"--path={run / 'model.safetensors'}",
+            f"--data-root={digits['val']}",
+            f"--output={tmp_path / 'e.json'}",
+        ]
     )
     evaluated = json.loads((tmp_path / "e.json").read_text())["prefixes"]
     for d, row in results["prefixes"].items():
-        assert row["top1"] == pytest.approx(evaluated[d]["top1"], abs=1.01)  # other batches, other rounding: a tie
+        assert row["top1"] == pytest.approx(
+            evaluated[d]["top1"], abs=1.01
+        )  # other batches, other rounding: a tie
         assert row["converged"]
         assert row["weight_decay"] in (1e-3, 1e-2)
         line = next(line for line in shown.splitlines() if line.split()[:1] == [d])
@@ -79,7 +107,11 @@ def test_a_backbone_gets_nested_heads(frozen, digits, tmp_path, capsys, efficien
         assert line.endswith("yes")
     assert results["prefixes"]["512"]["top1"] > 60  # of ten classes: it has learned
     assert set(results["held_out_top1"]) == {"0.001", "0.01"}
-    assert (results["n_train"], results["n_val"], results["head"]) == (400, 100, "mrl-e" if efficient else "mrl")
+    assert (results["n_train"], results["n_val"], results["head"]) == (
+        400,
+        100,
+        "mrl-e" if efficient else "mrl",
+    )
     assert set(results["seconds"]) == {"features_train", "features_val", "fit"}
     assert json.loads((run / "params.json").read_text())["model.efficient"] == efficient
 
@@ -102,12 +134,20 @@ def test_the_program_fits_scikit_learns_model(frozen, digits, tmp_path):
 
 
 def test_what_does_not_converge_is_said(frozen, digits, tmp_path, capsys):
-    more = ["--model.nesting_start=8", "--probe.solver=sgd", "--probe.epochs=1", "--probe.weight_decay=0"]
-    linear_probe.main(options(frozen, digits, tmp_path, "sgd", *more, "--probe.lr=0.01", "--probe.batch_size=50"))
+    more = [
+        "--model.nesting_start=8",
+        "--probe.solver=sgd",
+        "--probe.epochs=1",
+        "--probe.weight_decay=0",
+    ]
+    linear_probe.main(
+        options(frozen, digits, tmp_path, "sgd", *more, "--probe.lr=0.01", "--probe.batch_size=50")
+    )
     results = json.loads((tmp_path / "sgd" / "results.json").read_text())
     assert {d: (row["converged"], row["iterations"]) for d, row in results["prefixes"].items()} == {
-        "256": (False, 8), "512": (False, 8),
-    }  # fmt: skip
+        "256": (False, 8),
+        "512": (False, 8),
+    }
     assert "raise probe.epochs" in capsys.readouterr().out
 
 
@@ -121,7 +161,10 @@ def test_what_does_not_converge_is_said(frozen, digits, tmp_path, capsys):
         (["--model.path=torchvision:resnet51"], ["model.path torchvision:resnet51", "resnet50"]),
         (["--data.val_dataset={folder}/val"], ["val", "classes"]),
         (["--data.train_dataset={tmp}/none.beton"], ["none.beton", "no such file"]),
-        (["--data.train_dataset={tmp}/single", "--data.val_dataset={tmp}/single"], ["single", "only one class"]),
+        (
+            ["--data.train_dataset={tmp}/single", "--data.val_dataset={tmp}/single"],
+            ["single", "only one class"],
+        ),
         (["--probe.solver=newton"], ["probe.solver", "lbfgs, sgd"]),
         (["--probe.weight_decay=-1"], ["probe.weight_decay", "0 or more"]),
         (["--probe.weight_decay="], ["probe.weight_decay", "0 or more"]),

@@ -1,4 +1,6 @@
-"""Nested classifiers of features: the minimiser against scikit-learn and SciPy, gradients by finite differences."""
+"""Nested classifiers of features: the minimiser against scikit-learn and SciPy, gradients by finite
+differences.
+"""
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ DIMS = (2, 5, 9)
 
 
 def samples(n=150, width=9, classes=4, seed=0):
-    """Overlapping clusters, with features of very different scales and offsets: (float32 [N, D], int64 [N])."""
+    """Overlapping clusters, with features of very different scales and offsets: (float32 [N, D],
+    int64 [N]).
+    """
     rng = np.random.default_rng(seed)
     labels = np.concatenate([np.arange(classes), rng.integers(0, classes, n - classes)])
     x = rng.normal(size=(classes, width))[labels] + rng.normal(size=(n, width))
@@ -27,7 +31,10 @@ def samples(n=150, width=9, classes=4, seed=0):
 def cross_entropy(logits, labels):
     """Mean over the rows, by the formula."""
     return np.mean(
-        [np.log(np.exp(row - row.max()).sum()) + row.max() - row[y] for row, y in zip(logits, labels, strict=True)]
+        [
+            np.log(np.exp(row - row.max()).sum()) + row.max() - row[y]
+            for row, y in zip(logits, labels, strict=True)
+        ]
     )
 
 
@@ -39,7 +46,9 @@ def standardised(x, shared):
 
 def objective(weight, bias, z, labels, dims, decay):
     """Of one head that serves `dims`: weight [C, max(dims)], bias [C]."""
-    losses = [cross_entropy(np.stack([weight[:, :d] @ row[:d] + bias for row in z]), labels) for d in dims]
+    losses = [
+        cross_entropy(np.stack([weight[:, :d] @ row[:d] + bias for row in z]), labels) for d in dims
+    ]
     return sum(losses) + decay / 2 * (weight**2).sum()
 
 
@@ -62,13 +71,17 @@ def test_mrl_is_scikit_learns_logistic_regression_on_each_prefix(decay):
     assert probe.converged == [True] * 3
     for g, (d, head) in enumerate(zip(DIMS, probe.heads, strict=True)):
         scaled = StandardScaler().fit_transform(x[:, :d].double().numpy())
-        oracle = LogisticRegression(C=1 / (len(x) * decay), tol=1e-10, max_iter=10000).fit(scaled, y.numpy())
+        oracle = LogisticRegression(C=1 / (len(x) * decay), tol=1e-10, max_iter=10000).fit(
+            scaled, y.numpy()
+        )
         expected = oracle.decision_function(scaled)
         logits = x[:, :d].double().numpy() @ head[0].numpy().T + head[1].numpy()
         logits -= logits.mean(1, keepdims=True)  # equal up to a shift of all classes
         np.testing.assert_allclose(logits, expected - expected.mean(1, keepdims=True), atol=2e-4)
         weight, bias = of_z(head, x, False)
-        np.testing.assert_allclose(weight - weight.mean(0), oracle.coef_ - oracle.coef_.mean(0), atol=1e-4)
+        np.testing.assert_allclose(
+            weight - weight.mean(0), oracle.coef_ - oracle.coef_.mean(0), atol=1e-4
+        )
         ours = objective(weight, bias, scaled, y.numpy(), [d], decay)
         theirs = objective(oracle.coef_, oracle.intercept_, scaled, y.numpy(), [d], decay)
         assert ours <= theirs + 1e-9
@@ -90,7 +103,10 @@ def test_mrl_e_is_the_minimum_of_its_written_objective():
     assert flat(np.concatenate([weight.ravel(), bias])) <= best.fun + 1e-9
     np.testing.assert_allclose(weight, best.x[:15].reshape(3, 5), atol=1e-3)
     for loss, d in zip(probe.loss, dims, strict=True):
-        logits = x[:, :d].double().numpy() @ probe.heads[0][0][:, :d].numpy().T + probe.heads[0][1].numpy()
+        logits = (
+            x[:, :d].double().numpy() @ probe.heads[0][0][:, :d].numpy().T
+            + probe.heads[0][1].numpy()
+        )
         assert loss == pytest.approx(cross_entropy(logits, y.numpy()), abs=1e-9)
     apart = fit(x, y, dims, 3, decay, tolerance=1e-7)
     assert not np.allclose(apart.loss, probe.loss, atol=1e-3)
@@ -99,11 +115,15 @@ def test_mrl_e_is_the_minimum_of_its_written_objective():
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_objective_and_gradient_by_finite_differences(data):
-    n, width, classes = (data.draw(st.integers(low, high)) for low, high in ((3, 9), (1, 5), (2, 4)))
+    n, width, classes = (
+        data.draw(st.integers(low, high)) for low, high in ((3, 9), (1, 5), (2, 4))
+    )
     dims = sorted(data.draw(st.sets(st.integers(1, width), min_size=1)))
     shared = data.draw(st.booleans()) and len(dims) > 1
     decay = data.draw(st.sampled_from([0.0, 0.3]))
-    x, y = samples(n=max(n, classes), width=width, classes=classes, seed=data.draw(st.integers(0, 99)))
+    x, y = samples(
+        n=max(n, classes), width=width, classes=classes, seed=data.draw(st.integers(0, 99))
+    )
     parts = rooms._Data(x, y, None, shared, None, torch.float64)
     problem = rooms._Problem(parts, tuple(dims) if shared else (dims[-1],), classes, decay)
     problem.rows = data.draw(st.integers(1, 5))
@@ -115,11 +135,15 @@ def test_objective_and_gradient_by_finite_differences(data):
     z, _ = standardised(x, shared)
 
     def flat(p):
-        return objective(p[classes:].reshape(classes, -1), p[:classes], z, y.numpy(), problem.dims, decay)
+        return objective(
+            p[classes:].reshape(classes, -1), p[:classes], z, y.numpy(), problem.dims, decay
+        )
 
     value, losses, (by_weight, by_bias) = problem.evaluate()
     assert float(value) == pytest.approx(flat(point), rel=1e-9)
-    assert float(losses.sum()) == pytest.approx(float(value) - decay / 2 * (point[classes:] ** 2).sum(), rel=1e-9)
+    assert float(losses.sum()) == pytest.approx(
+        float(value) - decay / 2 * (point[classes:] ** 2).sum(), rel=1e-9
+    )
     gradient = np.concatenate([by_bias.numpy(), by_weight.numpy().ravel()])
     np.testing.assert_allclose(gradient, approx_fprime(point, flat, 1e-7), atol=1e-5)
 
@@ -161,9 +185,14 @@ def test_blocks_and_subsets_do_not_change_it(monkeypatch):
     kept = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))[:70]
     before = x.clone()
     rows = max(1, 100 // (DIMS[-1] + 4 * 4))
-    whole = [fit(x[kept], y[kept], DIMS, 4, 0.01, tolerance=1e-8, shared=shared) for shared in (False, True)]
+    whole = [
+        fit(x[kept], y[kept], DIMS, 4, 0.01, tolerance=1e-8, shared=shared)
+        for shared in (False, True)
+    ]
     monkeypatch.setattr(rooms, "_TILE", 100)
-    assert rooms._Problem(rooms._Data(x, y, None, False, None, torch.float64), (9,), 4, 0).rows == rows
+    assert (
+        rooms._Problem(rooms._Data(x, y, None, False, None, torch.float64), (9,), 4, 0).rows == rows
+    )
     for shared in (False, True):
         part = fit(x, y, DIMS, 4, 0.01, subset=kept, tolerance=1e-8, shared=shared)
         for a, b in zip(part.heads, whole[shared].heads, strict=True):
@@ -180,7 +209,9 @@ def test_sgd_comes_near_to_the_same_minimum(shared):
     again = fit(x, y, DIMS, 4, 0.01, shared=shared, solver="sgd", epochs=60, batch_size=100, seed=1)
     other = fit(x, y, DIMS, 4, 0.01, shared=shared, solver="sgd", epochs=60, batch_size=100, seed=2)
     z, _ = standardised(x, shared)
-    for a, b, served in zip(one.heads, exact.heads, [DIMS] if shared else [(d,) for d in DIMS], strict=True):
+    for a, b, served in zip(
+        one.heads, exact.heads, [DIMS] if shared else [(d,) for d in DIMS], strict=True
+    ):
         near, least = (objective(*of_z(h, x, shared), z, y.numpy(), served, 0.01) for h in (a, b))
         assert least - 1e-9 <= near < least + 0.02 * len(served)
     assert all(torch.equal(a[0], b[0]) for a, b in zip(one.heads, again.heads, strict=True))
@@ -197,11 +228,16 @@ def test_the_curvature_bounds_the_hessian():
     problem = rooms._Problem(rooms._Data(x, y, None, True, None, torch.float64), (3, 6), 3, 0.1)
     z = problem.data.take(slice(None), 6)[0]
     for seed in range(5):
-        p = torch.randn(21, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 10.0 ** (seed - 4)
+        p = torch.randn(
+            21, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        ) * 10.0 ** (seed - 4)
 
         def flat(p):
             weight, bias = p[:18].view(3, 6), p[18:]
-            loss = sum(torch.nn.functional.cross_entropy(z[:, :d] @ weight[:, :d].T + bias, y) for d in (3, 6))
+            loss = sum(
+                torch.nn.functional.cross_entropy(z[:, :d] @ weight[:, :d].T + bias, y)
+                for d in (3, 6)
+            )
             return loss + 0.05 * weight.square().sum()
 
         hessian = torch.autograd.functional.hessian(flat, p)
@@ -246,14 +282,21 @@ def test_the_head_is_a_module():
         for g, d in enumerate(DIMS):
             weight, bias = probe.heads[0 if shared else g]
             torch.testing.assert_close(
-                logits[g], (x[:, :d].double() @ weight[:, :d].T + bias).float(), atol=1e-3, rtol=1e-3
+                logits[g],
+                (x[:, :d].double() @ weight[:, :d].T + bias).float(),
+                atol=1e-3,
+                rtol=1e-3,
             )
 
 
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"num_classes": 1, "labels": torch.zeros(20, dtype=torch.int64)}, ProbeError, "only one class"),
+        (
+            {"num_classes": 1, "labels": torch.zeros(20, dtype=torch.int64)},
+            ProbeError,
+            "only one class",
+        ),
         ({"nan": True}, ProbeError, "not finite"),
         ({"tolerance": 0}, ProbeError, "tolerance=0: expected more than 0"),
         ({"tolerance": -1.0}, ProbeError, "tolerance=-1.0"),
@@ -286,7 +329,10 @@ def test_the_decay_is_chosen_on_a_held_out_tenth(shared):
     for c, decay in enumerate(candidates):
         probe = fit(x[rest], y[rest], DIMS, 4, decay, shared=shared)
         logits = probe.head()(x[held_out])
-        assert top1[c] == [pytest.approx(100 * float((row.argmax(1) == y[held_out]).float().mean())) for row in logits]
+        assert top1[c] == [
+            pytest.approx(100 * float((row.argmax(1) == y[held_out]).float().mean()))
+            for row in logits
+        ]
     best = np.array(top1).sum(1, keepdims=True).repeat(3, 1) if shared else np.array(top1)
     assert len(chosen) == 3
     for g, decay in enumerate(chosen):

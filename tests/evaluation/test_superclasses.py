@@ -1,4 +1,6 @@
-"""Superclasses against recursive walks over imagenet_tree.json, known facts, and the paper's own list."""
+"""Superclasses against recursive walks over imagenet_tree.json, known facts, and the paper's own
+list.
+"""
 
 import json
 from functools import cache
@@ -78,12 +80,18 @@ def test_names_tell_nodes_apart():
 
 
 def test_the_licence_is_kept():
-    for words in ("WordNet 3.0 Copyright 2006 by Princeton University", 'PROVIDED "AS IS"', "on ALL copies"):
+    for words in (
+        "WordNet 3.0 Copyright 2006 by Princeton University",
+        'PROVIDED "AS IS"',
+        "on ALL copies",
+    ):
         assert words in TREE["licence"]
     assert "WordNet 3.0" in TREE["source"]
 
 
-@pytest.mark.skipif(not wordnet.NOUNS.exists(), reason="needs WordNet: apt-get install wordnet-base")
+@pytest.mark.skipif(
+    not wordnet.NOUNS.exists(), reason="needs WordNet: apt-get install wordnet-base"
+)
 def test_the_tree_is_wordnets():
     assert wordnet.build(wordnet.NOUNS).encode() == FILE.read_bytes()
 
@@ -99,7 +107,8 @@ def test_noun_lines_are_read_as_the_format_says(tmp_path):
     lemmas = " ".join(f"l_{i} 0" for i in range(16))
     (tmp_path / "data.noun").write_text(
         "  1 Licence | text\n  2  \n"
-        f"00000123 03 n 10 {lemmas} 004 @ 00000456 n 0000 ~ 00000789 n 0000 @i 00000321 n 0000 + 00000999 v 0101 "
+        f"00000123 03 n 10 {lemmas} 004 @ 00000456 n 0000 ~ 00000789 n 0000 @i 00000321 n 0000 + "
+        "00000999 v 0101 "
         "| a | b\n"
     )
     assert wordnet.read(tmp_path / "data.noun") == (
@@ -115,9 +124,17 @@ def test_noun_lines_are_read_as_the_format_says(tmp_path):
     ("name", "nodes", "others"),
     [
         ("tench", ["fish", "animal", "entity"], ["bird", "artifact"]),
-        ("golden retriever", ["dog", "sporting dog", "canine", "domestic animal", "mammal"], ["hound", "feline"]),
+        (
+            "golden retriever",
+            ["dog", "sporting dog", "canine", "domestic animal", "mammal"],
+            ["hound", "feline"],
+        ),
         ("tabby", ["domestic cat", "feline", "carnivore"], ["canine"]),
-        ("grand piano", ["stringed instrument", "percussion instrument", "artifact"], ["living thing"]),
+        (
+            "grand piano",
+            ["stringed instrument", "percussion instrument", "artifact"],
+            ["living thing"],
+        ),
         ("minivan", ["car (motor vehicle)", "truck", "wheeled vehicle"], ["craft"]),
         ("daisy", ["flower", "plant (organism)"], ["animal"]),
         ("toilet tissue", ["paper", "matter"], ["living thing"]),
@@ -130,7 +147,8 @@ def test_known_facts(name, nodes, others):
         assert sc.superclasses([CLASSES[label(name)]], [node]).groups.tolist() == [1]
     for other in others:
         with pytest.raises(
-            sc.SuperclassError, match=f"classes is under {other!r}; drop it".replace("(", r"\(").replace(")", r"\)")
+            sc.SuperclassError,
+            match=f"classes is under {other!r}; drop it".replace("(", r"\(").replace(")", r"\)"),
         ):
             sc.superclasses([CLASSES[label(name)]], [other])
 
@@ -143,13 +161,45 @@ def test_the_papers_superclasses():
     assert (grouping.groups.dtype, grouping.groups.shape) == (np.int64, (1000,))
     assert (grouping.groups > 0).sum() == 467
     assert np.bincount(grouping.groups, minlength=31)[1:].tolist() == [
-        27, 26, 24, 24, 23, 21, 21, 17, 17, 17, 16, 16, 15, 14, 13, 13, 12, 12, 12, 12, 12, 12, 12, 12, 12, 12, 11, 11,
-        11, 10,
-    ]  # fmt: skip
+        27,
+        26,
+        24,
+        24,
+        23,
+        21,
+        21,
+        17,
+        17,
+        17,
+        16,
+        16,
+        15,
+        14,
+        13,
+        13,
+        12,
+        12,
+        12,
+        12,
+        12,
+        12,
+        12,
+        12,
+        12,
+        12,
+        11,
+        11,
+        11,
+        10,
+    ]
     assert (grouping.names[0], grouping.wnids[0]) == ("other", "")
     assert grouping.names[1:] == [NODES[wnid][0] for wnid in grouping.wnids[1:]]
     of = {name: grouping.names[grouping.groups[i]] for i, name in enumerate(sc.class_names())}
-    assert (of["golden retriever"], of["beagle"], of["timber wolf"]) == ("sporting dog", "hound", "canine")
+    assert (of["golden retriever"], of["beagle"], of["timber wolf"]) == (
+        "sporting dog",
+        "hound",
+        "canine",
+    )
     assert (of["tench"], of["hammer"], of["chihuahua".capitalize()]) == ("fish", "tool", "other")
     again = sc.superclasses(set_wnids(), "30")
     assert np.array_equal(again.groups, grouping.groups)
@@ -176,7 +226,9 @@ def largest(wnids, count):
         for i, node in enumerate(path):
             below.setdefault(node, set()).update(path[i + 1 :])
     here = {node: nodes & set(wnids) for node, nodes in below.items()}
-    ranked = sorted((-len(here[node]), -len(below[node]), node) for node in below if len(here[node]) >= 2)
+    ranked = sorted(
+        (-len(here[node]), -len(below[node]), node) for node in below if len(here[node]) >= 2
+    )
     chosen = []
     for _, _, node in ranked:
         if node == ENTITY:
@@ -184,7 +236,9 @@ def largest(wnids, count):
         chosen = [other for other in chosen if other not in one_above(node, True)]
         chosen.append(node)
         if len(chosen) == count:
-            return chosen, [next((i for i, c in enumerate(chosen, 1) if wnid in here[c]), 0) for wnid in wnids]
+            return chosen, [
+                next((i for i, c in enumerate(chosen, 1) if wnid in here[c]), 0) for wnid in wnids
+            ]
     return None
 
 
@@ -228,10 +282,16 @@ def test_a_depth(wnids, depth):
 
 
 @FEW
-@given(SOME, st.lists(st.sampled_from(sorted(NODES)), min_size=1, max_size=5, unique=True), st.booleans())
+@given(
+    SOME,
+    st.lists(st.sampled_from(sorted(NODES)), min_size=1, max_size=5, unique=True),
+    st.booleans(),
+)
 def test_nodes(wnids, nodes, by_name):
     given_as = [NODES[node][0].upper().replace(" ", "_") if by_name else node for node in nodes]
-    expected = [next((i for i, n in enumerate(nodes, 1) if n in all_above(wnid)), 0) for wnid in wnids]
+    expected = [
+        next((i for i, n in enumerate(nodes, 1) if n in all_above(wnid)), 0) for wnid in wnids
+    ]
     if set(expected) >= set(range(1, len(nodes) + 1)):
         grouping = sc.superclasses(wnids, given_as)
         assert (grouping.groups.tolist(), grouping.wnids) == (expected, ["", *nodes])
@@ -243,7 +303,10 @@ def test_nodes(wnids, nodes, by_name):
 def test_nodes_are_taken_in_their_order():
     wnids = [CLASSES[label(name)] for name in ("beagle", "tench", "hammer")]
     grouping = sc.superclasses(wnids, " Dog, animal ,n04451818")
-    assert (grouping.groups.tolist(), grouping.names) == ([1, 2, 3], ["other", "dog", "animal", "tool"])
+    assert (grouping.groups.tolist(), grouping.names) == (
+        [1, 2, 3],
+        ["other", "dog", "animal", "tool"],
+    )
 
 
 # ---------------------------------------------------------------- mistakes
@@ -252,7 +315,11 @@ def test_nodes_are_taken_in_their_order():
 @pytest.mark.parametrize(
     ("wnids", "level", "words"),
     [
-        (["cat", *CLASSES[:2]], "30", ["superclasses: ", "'cat'", "1 of 3 classes", "class folders", "n01440764"]),
+        (
+            ["cat", *CLASSES[:2]],
+            "30",
+            ["superclasses: ", "'cat'", "1 of 3 classes", "class folders", "n01440764"],
+        ),
         (["n02084071"], "30", ["'n02084071'"]),  # a dog is a node, not a class
         (CLASSES, "moneky", ["'moneky'", "did you mean", "'monkey'"]),
         (CLASSES, "qqqqqq", ["superclasses: 'qqqqqq'", "n02084071", "depth:N", "paper"]),

@@ -1,10 +1,11 @@
-"""Opens and decodes thousands of damaged .beton files; each must work, or be refused by an error that names it.
+"""Opens and decodes thousands of damaged .beton files; each must work, or be refused by an error
+that names it.
 
     python tests/fuzzing/fuzz.py --cases 20000 --seed 0       # case k is the same file in every run
     python tests/fuzzing/fuzz.py --case 4711                  # one case, in words; its file is kept
 
-Cases run in child processes: a crash or a hang ends one child, is reduced to the mutations that it needs and
-kept in --out. Pixels that change although nothing legally changed them are failures, too.
+Cases run in child processes: a crash or a hang ends one child, is reduced to the mutations that it
+needs and kept in --out. Pixels that change although nothing legally changed them are failures, too.
 Exit status 1 when there are failures.
 """
 
@@ -25,10 +26,16 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from random import Random
 
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # children are forked: no threads here
+for _name in (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+):  # children are forked: no threads here
     os.environ[_name] = "1"
 if "--native" in sys.argv:  # another build of the native core, for example a sanitized one
-    _spec = importlib.util.spec_from_file_location("matryoshka.data._native", sys.argv[sys.argv.index("--native") + 1])
+    _spec = importlib.util.spec_from_file_location(
+        "matryoshka.data._native", sys.argv[sys.argv.index("--native") + 1]
+    )
     assert _spec
     assert _spec.loader
     sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
@@ -54,17 +61,23 @@ def mutations(case: int) -> tuple[int, list[tuple[str, Random]]]:
     """(base, [(kind, its own random numbers)]): leaving one out does not change the others."""
     rng = Random(case)
     count = rng.choice([1, 1, 1, 2, 2, 3, 5])
-    return rng.randrange(len(bases())), [(rng.choice(NAMES), Random(case * 100 + k)) for k in range(count)]
+    return rng.randrange(len(bases())), [
+        (rng.choice(NAMES), Random(case * 100 + k)) for k in range(count)
+    ]
 
 
-def damaged(case: int, left_out: frozenset[int] = frozenset()) -> tuple[int, mutate.Draft, list[str]]:
+def damaged(
+    case: int, left_out: frozenset[int] = frozenset()
+) -> tuple[int, mutate.Draft, list[str]]:
     """(base, the file, names of the mutations that applied)."""
     base, todo = mutations(case)
     draft, done = bases()[base].copy(), []
     for k, (first, rng) in enumerate(todo):
         if k not in left_out:
             name = first
-            while not mutate.apply(draft, name, rng):  # this kind has nothing to change in this file
+            while not mutate.apply(
+                draft, name, rng
+            ):  # this kind has nothing to change in this file
                 name = rng.choice(NAMES)
             done.append(name)
     return base, draft, done
@@ -81,7 +94,9 @@ def memory(key: str) -> int:
         return 1024 * next((int(line.split()[1]) for line in file if line.startswith(key)), 0)
 
 
-def run_case(case: int, pool, folder: Path, expected: list, left_out: frozenset[int] = frozenset()) -> dict:
+def run_case(
+    case: int, pool, folder: Path, expected: list, left_out: frozenset[int] = frozenset()
+) -> dict:
     base, draft, names = damaged(case, left_out)
     path = folder / "x.beton"
     draft.write(path)
@@ -94,10 +109,14 @@ def run_case(case: int, pool, folder: Path, expected: list, left_out: frozenset[
         result |= probe(pool, path, Random(case), expected[base])
         allowed = {kind.pixels for kind in kinds}
         result["silent"] = bool(result.get("changed")) and allowed == {"same"}
-        result["silent labels"] = bool(result.get("labels")) and not any(kind.labels for kind in kinds)
+        result["silent labels"] = bool(result.get("labels")) and not any(
+            kind.labels for kind in kinds
+        )
         if (result["silent"] or result["silent labels"]) and len(names) == 1:
             raise Failure("pixels or labels changed and nobody noticed")
-        if result.get("stricter") and allowed == {"same"} and len(names) == 1:  # data left over may do so
+        if (
+            result.get("stricter") and allowed == {"same"} and len(names) == 1
+        ):  # data left over may do so
             raise Failure("a crop is refused, the whole image is not")
         if (peak := memory("VmHWM")) > 2 * before:
             raise Failure(f"needs {(peak - before) / 1e6:.0f} MB, after {before / 1e6:.0f} MB")
@@ -108,7 +127,14 @@ def run_case(case: int, pool, folder: Path, expected: list, left_out: frozenset[
     return result | {"ms": 1000 * (time.perf_counter() - start)}
 
 
-def child(cases: list[int], pipe: int, current: mmap.mmap, errors: Path, limit: float, left_out=frozenset()) -> None:
+def child(
+    cases: list[int],
+    pipe: int,
+    current: mmap.mmap,
+    errors: Path,
+    limit: float,
+    left_out=frozenset(),
+) -> None:
     """One line of JSON for every case into the pipe; `current` holds the case at work."""
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     folder = Path(tempfile.mkdtemp(dir=scratch()))
@@ -133,7 +159,9 @@ def scratch() -> str:
 
 
 def run_child(cases: list[int], limit: float, left_out=frozenset()) -> list[dict]:
-    """Results of the cases, in order; where the child died the last one is that failure, and the rest is missing."""
+    """Results of the cases, in order; where the child died the last one is that failure, and the
+    rest is missing.
+    """
     current = mmap.mmap(-1, 8)
     struct.pack_into("<q", current, 0, -1)
     reader, writer = os.pipe()
@@ -163,7 +191,9 @@ def run_child(cases: list[int], limit: float, left_out=frozenset()) -> list[dict
         raise SystemExit(f"the child could not start:\n{said}")
     how = "HANG" if status == -signal.SIGALRM else f"CRASH (status {status})"
     names = damaged(case, left_out)[2]
-    return [r for r in results if r["case"] != case] + [{"case": case, "kinds": names, "failure": f"{how}\n{said}"}]
+    return [r for r in results if r["case"] != case] + [
+        {"case": case, "kinds": names, "failure": f"{how}\n{said}"}
+    ]
 
 
 # -------------------------------------------------------------------------------------------------- the parent
@@ -185,7 +215,9 @@ def keep(result: dict, left_out: frozenset[int], out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"case-{result['case']}.beton"
     damaged(result["case"], left_out)[1].write(path)
-    path.with_suffix(".txt").write_text(json.dumps(result["kinds"]) + "\n\n" + result.get("failure", "") + "\n")
+    path.with_suffix(".txt").write_text(
+        json.dumps(result["kinds"]) + "\n\n" + result.get("failure", "") + "\n"
+    )
     return path
 
 
@@ -196,31 +228,50 @@ def report(results: list[dict], seconds: float) -> str:
     for r in results:
         if len(r["kinds"]) == 1 and "outcome" in r:
             same = "changed" if r.get("changed") or r.get("labels") else "same pixels"
-            table[r["kinds"][0]].update(["cases", same if r["outcome"] == "decodes" else r["outcome"]])
+            table[r["kinds"][0]].update(
+                ["cases", same if r["outcome"] == "decodes" else r["outcome"]]
+            )
     lines = [f"{'single mutations':62}{'may change':>11}" + "".join(f"{c:>16}" for c in columns)]
     for name in sorted(table):
         kind = mutate.KINDS[name]
         may = {"same": "labels" if kind.labels else "nothing"}.get(kind.pixels, kind.pixels)
-        lines.append(f"{name:62}{may:>11}" + "".join(f"{table[name][c] or '-':>16}" for c in columns))
+        lines.append(
+            f"{name:62}{may:>11}" + "".join(f"{table[name][c] or '-':>16}" for c in columns)
+        )
     total = Counter(r["outcome"] for r in results if "outcome" in r)
     combined = [r for r in results if r.get("silent") or r.get("silent labels")]
     slow = max(results, key=lambda r: r.get("ms", 0))
-    lines += ["", f"{len(results):,} cases in {seconds:.0f} s: " + ", ".join(f"{n:,} {k}" for k, n in total.items())]
+    lines += [
+        "",
+        f"{len(results):,} cases in {seconds:.0f} s: "
+        + ", ".join(f"{n:,} {k}" for k, n in total.items()),
+    ]
     lines.append(f"silent changes, all mutations together: {len(combined)}")
     lines += [f"  case {r['case']}: {' + '.join(r['kinds'])}" for r in combined[:10]]
     if "ms" in slow:
-        lines.append(f"slowest: case {slow['case']}, {slow['ms']:.0f} ms ({' + '.join(slow['kinds'])})")
+        lines.append(
+            f"slowest: case {slow['case']}, {slow['ms']:.0f} ms ({' + '.join(slow['kinds'])})"
+        )
     return "\n".join(lines)
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--cases", type=int, default=20_000)
     p.add_argument("--seed", type=int, default=0, help="number of the first case")
     p.add_argument("--case", type=int, help="run this case alone and keep its file")
     p.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time")
-    p.add_argument("--limit", type=float, default=30, help="seconds after which a case counts as hanging")
-    p.add_argument("--out", type=Path, default=Path("build/fuzz-failures"), help="folder for the files that fail")
+    p.add_argument(
+        "--limit", type=float, default=30, help="seconds after which a case counts as hanging"
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/fuzz-failures"),
+        help="folder for the files that fail",
+    )
     p.add_argument("--native", help="path of another build of the module matryoshka.data._native")
     args = p.parse_args()
     if args.case is not None:
@@ -238,7 +289,10 @@ def main() -> int:
             failures += 1
             if failures <= 20:
                 small, left_out = minimised(result, args.limit)
-                print(f"FAILURE: case {small['case']}: {' + '.join(small['kinds'])}: {small['failure'][-600:]}")
+                print(
+                    f"FAILURE: case {small['case']}: {' + '.join(small['kinds'])}: "
+                    f"{small['failure'][-600:]}"
+                )
                 print(f"  kept: {keep(small, left_out, args.out)}", flush=True)
         if sys.stderr.isatty():
             print(f"\r{len(results):,} cases, {failures} failures", end="", file=sys.stderr)

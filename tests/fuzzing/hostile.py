@@ -1,7 +1,8 @@
 """Named hostile files, made on the spot: each is a sound .beton with one lie in it.
 
-FFCV 1.0.2 reads the first four without a word and trains on other pixels; the fifth makes it wait for ever.
-`ATTACKS` maps a name to (what to do to the file, what must be said about it). `{}` there stands for the sample.
+FFCV 1.0.2 reads the first four without a word and trains on other pixels; the fifth makes it wait
+for ever. `ATTACKS` maps a name to (what to do to the file, what must be said about it). `{}` there
+stands for the sample.
 """
 
 import struct
@@ -62,7 +63,9 @@ def _(draft, i):
     draft.cut = draft.table
 
 
-@attack("a region whose end wraps around 2^64", AT_OPENING, "sample {} has a region outside the pages")
+@attack(
+    "a region whose end wraps around 2^64", AT_OPENING, "sample {} has a region outside the pages"
+)
 def _(draft, i):
     row = draft.rows[draft.row_of[i]]
     row[2] = 2**64 - row[1] + 8
@@ -101,7 +104,9 @@ def _(draft, i):
     draft.replace(i, bytes(data))
 
 
-@attack("a restart interval that is twice the true one", AT_DECODING, "sample {}: truncated or corrupt")
+@attack(
+    "a restart interval that is twice the true one", AT_DECODING, "sample {}: truncated or corrupt"
+)
 def _(draft, i):
     data = bytearray(draft.stream(i))
     start = next(start for marker, start, _ in segments(data) if marker == 0xDD)

@@ -4,9 +4,9 @@
     apply(draft, "table: a size is wrong", random.Random(1))
     draft.write(path)
 
-Each kind says what it may do to the pixels of a file that still opens and decodes: nothing ("same"), something,
-because the file now legally says so ("legal"), or something that no reader can notice, because the format has no
-checksum ("payload").
+Each kind says what it may do to the pixels of a file that still opens and decodes: nothing
+("same"), something, because the file now legally says so ("legal"), or something that no reader can
+notice, because the format has no checksum ("payload").
 """
 
 import copy
@@ -19,12 +19,35 @@ from typing import NamedTuple
 
 from beton_files import PAGE
 
-HUGE = [0, 1, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**50, 2**63 - 1, 2**63, 2**64 - 1]
-ALL_FIELDS = [(2, b"image"), (1, b"label"), (0, b"weight"), (3, b"blob"), (5, b"info"), (4, b"array"), (6, b"tensor")]
+HUGE = [
+    0,
+    1,
+    0x7FFF,
+    0xFFFF,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**32,
+    2**50,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+]
+ALL_FIELDS = [
+    (2, b"image"),
+    (1, b"label"),
+    (0, b"weight"),
+    (3, b"blob"),
+    (5, b"info"),
+    (4, b"array"),
+    (6, b"tensor"),
+]
 
 
 class Layout(NamedTuple):
-    """fields: [(type, name)]; record: struct format; image, label: places of these members in a record."""
+    """fields: [(type, name)]; record: struct format; image, label: places of these members in a
+    record.
+    """
 
     fields: list[tuple[int, bytes]]
     record: str
@@ -39,7 +62,9 @@ EVERYTHING = Layout(ALL_FIELDS, "<BHHQ3xqdQQQQQQ", 0, 16)
 
 
 class Draft:
-    """A .beton in parts that a mutation can reach: head (header, descriptors, records), body (the pages), rows."""
+    """A .beton in parts that a mutation can reach: head (header, descriptors, records), body (the
+    pages), rows.
+    """
 
     def __init__(self, layout: Layout, content: bytes) -> None:
         self.layout = layout
@@ -75,7 +100,9 @@ class Draft:
         return bytes(self.body[pointer - PAGE : pointer - PAGE + size])
 
     def replace(self, i: int, data: bytes) -> None:
-        """Another image for sample i; where its length changed it moves, and record and table follow."""
+        """Another image for sample i; where its length changed it moves, and record and table
+        follow.
+        """
         pointer, size = self.places[i]
         if len(data) != size:
             pointer = PAGE + len(self.body)
@@ -88,7 +115,12 @@ class Draft:
 
     def boundaries(self) -> list[int]:
         """Where something begins or ends."""
-        ends = [0, 24, *range(24, self.records + 1, 1041), *range(self.records, len(self.head) + 1, self.size)]
+        ends = [
+            0,
+            24,
+            *range(24, self.records + 1, 1041),
+            *range(self.records, len(self.head) + 1, self.size),
+        ]
         ends += [end for pointer, size in self.places for end in (pointer, pointer + size)]
         return [*ends, PAGE, *range(self.table, self.table + 24 * len(self.rows) + 1, 24)]
 
@@ -108,7 +140,9 @@ class Draft:
 
 
 class Kind(NamedTuple):
-    """change(draft, rng) -> False where it does not apply. pixels: see above. labels: it may change labels."""
+    """change(draft, rng) -> False where it does not apply. pixels: see above. labels: it may change
+    labels.
+    """
 
     change: Callable[[Draft, Random], object]
     pixels: str
@@ -133,20 +167,35 @@ def apply(draft: Draft, name: str, rng: Random) -> bool:
 
 def near(rng: Random, value: int, bits: int) -> int:
     """Another value: a little off, somewhere else, or extreme."""
-    choice = rng.choice([value + rng.choice([-24, -8, -2, -1, 1, 2, 8, 24, 1041]), value ^ 1 << rng.randrange(bits),
-                         rng.getrandbits(bits), rng.choice(HUGE)])  # fmt: skip
+    choice = rng.choice(
+        [
+            value + rng.choice([-24, -8, -2, -1, 1, 2, 8, 24, 1041]),
+            value ^ 1 << rng.randrange(bits),
+            rng.getrandbits(bits),
+            rng.choice(HUGE),
+        ]
+    )
     return choice % 2**bits
 
 
 def poke(data: bytearray, place: int, code: str, rng: Random, value: int | None = None) -> None:
     bits = 8 * struct.calcsize(code)
     old = struct.unpack_from("<" + code, data, place)[0]
-    struct.pack_into("<" + code, data, place, near(rng, old, bits) if value is None else value % 2**bits)
+    struct.pack_into(
+        "<" + code, data, place, near(rng, old, bits) if value is None else value % 2**bits
+    )
 
 
-for _name, _place, _code in (("version", 0, "H"), ("number of fields", 2, "H"), ("page size", 4, "I"),
-                             ("number of samples", 8, "Q"), ("start of the table", 16, "Q")):  # fmt: skip
-    kind(f"header: {_name}")(lambda d, rng, place=_place, code=_code: poke(d.head, place, code, rng))
+for _name, _place, _code in (
+    ("version", 0, "H"),
+    ("number of fields", 2, "H"),
+    ("page size", 4, "I"),
+    ("number of samples", 8, "Q"),
+    ("start of the table", 16, "Q"),
+):
+    kind(f"header: {_name}")(
+        lambda d, rng, place=_place, code=_code: poke(d.head, place, code, rng)
+    )
 
 
 @kind("header: another legal page size")
@@ -157,12 +206,20 @@ def _(d, rng):
 @kind("header: one field or sample more or less")
 def _(d, rng):
     place, code = rng.choice([(2, "H"), (8, "Q")])
-    poke(d.head, place, code, rng, max(0, struct.unpack_from("<" + code, d.head, place)[0] + rng.choice([-1, 1])))
+    poke(
+        d.head,
+        place,
+        code,
+        rng,
+        max(0, struct.unpack_from("<" + code, d.head, place)[0] + rng.choice([-1, 1])),
+    )
 
 
 @kind("descriptor: type", labels=True)
 def _(d, rng):
-    d.head[24 + 1041 * rng.randrange(len(d.layout.fields))] = rng.choice([*range(8), 255, rng.randrange(256)])
+    d.head[24 + 1041 * rng.randrange(len(d.layout.fields))] = rng.choice(
+        [*range(8), 255, rng.randrange(256)]
+    )
 
 
 @kind("descriptor: name", labels=True)
@@ -177,7 +234,12 @@ def _(d, rng):
 def _(d, rng):
     k = rng.randrange(len(d.layout.fields))
     for _ in range(rng.randint(1, 4)):
-        place = 24 + 1041 * k + 17 + rng.choice([rng.randrange(40), 256 + rng.randrange(24), rng.randrange(1024)])
+        place = (
+            24
+            + 1041 * k
+            + 17
+            + rng.choice([rng.randrange(40), 256 + rng.randrange(24), rng.randrange(1024)])
+        )
         d.head[place] = rng.choice([0, 255, 91, rng.randrange(256)])
 
 
@@ -213,13 +275,27 @@ kind("record: width or height of a raw image", "legal")(lambda d, rng: _side(d, 
 @kind("record: pointer")
 def _(d, rng):
     i = rng.randrange(d.n)
-    other = rng.choice([d.pointer(rng.randrange(d.n)), 0, 24, d.records, PAGE, PAGE - 1, d.table, d.table - 1, 2**50])
+    other = rng.choice(
+        [
+            d.pointer(rng.randrange(d.n)),
+            0,
+            24,
+            d.records,
+            PAGE,
+            PAGE - 1,
+            d.table,
+            d.table - 1,
+            2**50,
+        ]
+    )
     poke(d.head, d.image(i) + 5, "Q", rng, rng.choice([None, other]))
 
 
 @kind("record: label", labels=True)
 def _(d, rng):
-    return d.layout.label is not None and poke(d.head, d.at(rng.randrange(d.n), d.layout.label), "Q", rng)
+    return d.layout.label is not None and poke(
+        d.head, d.at(rng.randrange(d.n), d.layout.label), "Q", rng
+    )
 
 
 @kind("record: any byte of another field")
@@ -259,7 +335,9 @@ def _(d, rng):
 @kind("table: a size is wrong")
 def _(d, rng):
     row = rng.choice(d.rows)
-    row[2] = rng.choice([near(rng, row[2], 64), rng.choice(d.rows)[2], max(0, row[2] + rng.randint(-3, 3))])
+    row[2] = rng.choice(
+        [near(rng, row[2], 64), rng.choice(d.rows)[2], max(0, row[2] + rng.randint(-3, 3))]
+    )
 
 
 @kind("table: a member of two rows is exchanged")
@@ -285,12 +363,20 @@ def _(d, rng):
 
 @kind("table: a row of nothing")
 def _(d, rng):
-    d.rows.insert(rng.randrange(len(d.rows) + 1), [rng.choice([0, d.n, 2**64 - 1]), rng.choice(HUGE), 0])
+    d.rows.insert(
+        rng.randrange(len(d.rows) + 1), [rng.choice([0, d.n, 2**64 - 1]), rng.choice(HUGE), 0]
+    )
 
 
 @kind("table: a row in a free place")
 def _(d, rng):
-    d.rows.append([rng.randrange(d.n), rng.choice([d.table - 9, PAGE + len(d.body), 2**40]), rng.randint(1, 9)])
+    d.rows.append(
+        [
+            rng.randrange(d.n),
+            rng.choice([d.table - 9, PAGE + len(d.body), 2**40]),
+            rng.randint(1, 9),
+        ]
+    )
 
 
 @kind("file: cut at a boundary")

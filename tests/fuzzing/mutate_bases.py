@@ -15,19 +15,34 @@ from PIL import Image
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
     rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
     noisy = np.asarray(small) + rng.normal(0, 10, (height, width, 3))
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
 
 
 PLAIN = [("RGB", {"subsampling": s, "quality": q}) for s, q in ((0, 90), (1, 60), (2, 90))]
-PLAIN += [("L", {}), ("RGB", {"progressive": True}), ("RGB", {"optimize": True, "subsampling": 0}), None]
-TILED = [("RGB", {"restart_marker_blocks": b, "subsampling": s}) for b, s in ((1, 2), (2, 0), (3, 1), (4, 2))]
+PLAIN += [
+    ("L", {}),
+    ("RGB", {"progressive": True}),
+    ("RGB", {"optimize": True, "subsampling": 0}),
+    None,
+]
+TILED = [
+    ("RGB", {"restart_marker_blocks": b, "subsampling": s})
+    for b, s in ((1, 2), (2, 0), (3, 1), (4, 2))
+]
 TILED += [("L", {"restart_marker_blocks": 2}), ("RGB", {"restart_marker_rows": 1})]
 TILED += [("RGB", {"progressive": True, "restart_marker_rows": 1})]
-# As other encoders sample: written with Pillow's MCU of as many blocks, whose shape the header then changes.
-SHAPED = [("RGB", {"subsampling": 1, "restart_marker_blocks": b, "shape": (0x12, 8, 16)}) for b in (0, 3)]
-SHAPED += [("RGB", {"subsampling": 2, "restart_marker_blocks": b, "shape": (0x41, 32, 8)}) for b in (0, 2)]
+# As other encoders sample: written with Pillow's MCU of as many blocks, whose shape the header then
+# changes.
+SHAPED = [
+    ("RGB", {"subsampling": 1, "restart_marker_blocks": b, "shape": (0x12, 8, 16)}) for b in (0, 3)
+]
+SHAPED += [
+    ("RGB", {"subsampling": 2, "restart_marker_blocks": b, "shape": (0x41, 32, 8)}) for b in (0, 2)
+]
 SIZES = [(64, 48), (61, 37), (33, 70), (120, 90), (16, 16), (1, 1), (90, 7)]
 
 
@@ -59,10 +74,15 @@ def ours(width: int, height: int, seed: int) -> tuple[int, int, int, bytes]:
 
 @cache
 def bases() -> list[Draft]:
-    """Sound files: FFCV's layout without and with restart markers, other shapes and orders, all types of field."""
+    """Sound files: FFCV's layout without and with restart markers, other shapes and orders, all
+    types of field.
+    """
 
     def images(kinds, first, sizes=SIZES):
-        return [stored(kind, *sizes[(first + k) % len(sizes)], first + k) for k, kind in enumerate(kinds)]
+        return [
+            stored(kind, *sizes[(first + k) % len(sizes)], first + k)
+            for k, kind in enumerate(kinds)
+        ]
 
     own = [ours(170, 100, 5), ours(130, 40, 6), ours(48, 48, 7)]
     files = [
@@ -81,10 +101,18 @@ def bases() -> list[Draft]:
     drafts = []
     with tempfile.TemporaryDirectory() as folder:
         for layout, samples in files:
-            backwards = layout in (LABEL_IMAGE, EVERYTHING)  # FFCV's table is in the order its workers finished
+            backwards = layout in (
+                LABEL_IMAGE,
+                EVERYTHING,
+            )  # FFCV's table is in the order its workers finished
             order = reversed if backwards else list
             drafts.append(
-                Draft(layout, build(Path(folder) / "x", layout.fields, layout.record, samples, order).read_bytes())
+                Draft(
+                    layout,
+                    build(
+                        Path(folder) / "x", layout.fields, layout.record, samples, order
+                    ).read_bytes(),
+                )
             )
     for k, shape, name in ((5, (2, 3), b'[["", "<i4"]]'), (6, (1,), b'[["", "<f8"]]')):
         text = struct.pack("<32QQ", *shape, *[0] * (32 - len(shape)), len(name)) + name

@@ -1,4 +1,6 @@
-"""Damage inside the images of a Draft: JPEG marker segments, restart markers, entropy-coded data, raw pixels."""
+"""Damage inside the images of a Draft: JPEG marker segments, restart markers, entropy-coded data,
+raw pixels.
+"""
 
 import struct
 from random import Random
@@ -19,7 +21,9 @@ def segments(data: bytes) -> list[tuple[int, int, int]]:
 
 
 def jpeg(name: str, pixels: str = "same"):
-    """A kind of damage to one JPEG: change(data, rng, segments, draft, sample) -> other bytes, or None."""
+    """A kind of damage to one JPEG: change(data, rng, segments, draft, sample) -> other bytes, or
+    None.
+    """
 
     def register(change):
         def on_draft(draft: Draft, rng: Random):
@@ -33,7 +37,11 @@ def jpeg(name: str, pixels: str = "same"):
                 return False  # an earlier mutation has destroyed the structure
             try:
                 changed = change(bytearray(data), rng, parts, draft, i)
-            except (ValueError, IndexError, struct.error):  # or has made a segment too short for this one
+            except (
+                ValueError,
+                IndexError,
+                struct.error,
+            ):  # or has made a segment too short for this one
                 return False
             return False if changed is None else draft.replace(i, bytes(changed))
 
@@ -50,7 +58,9 @@ def one(rng, parts, markers):
 
 def restarts(data: bytes, start: int) -> list[int]:
     """Where the restart markers of the entropy-coded data are."""
-    return [k for k in range(start, len(data) - 1) if data[k] == 0xFF and 0xD0 <= data[k + 1] <= 0xD7]
+    return [
+        k for k in range(start, len(data) - 1) if data[k] == 0xFF and 0xD0 <= data[k + 1] <= 0xD7
+    ]
 
 
 # ----------------------------------------------------------------------------------------- marker segments
@@ -62,7 +72,12 @@ def _(data, rng, parts, *_):
     if part is None:
         return None
     old = struct.unpack_from(">H", data, part[1] + 4)[0]
-    struct.pack_into(">H", data, part[1] + 4, rng.choice([0, 1, old + 1, max(0, old - 1), 2 * old, 65535]) & 0xFFFF)
+    struct.pack_into(
+        ">H",
+        data,
+        part[1] + 4,
+        rng.choice([0, 1, old + 1, max(0, old - 1), 2 * old, 65535]) & 0xFFFF,
+    )
     return data
 
 
@@ -71,7 +86,9 @@ def _(data, rng, parts, *_):
     if one(rng, parts, (DRI,)):
         return None
     at = rng.choice(parts)[1]
-    return data[:at] + struct.pack(">HHH", 0xFFDD, 4, rng.choice([1, 2, 3, 4, 8, 65535])) + data[at:]
+    return (
+        data[:at] + struct.pack(">HHH", 0xFFDD, 4, rng.choice([1, 2, 3, 4, 8, 65535])) + data[at:]
+    )
 
 
 @jpeg("restart interval removed")
@@ -94,8 +111,20 @@ def _frame(data, rng, parts):
 
 def _other_size(rng, height, width):
     change = rng.choice([-16, -8, -1, 1, 8, 16, 64])
-    sizes = [(height + change, width), (height, width + change), (width, height), (0, width), (height, 0)]
-    sizes += [(65535, width), (height, 65535), (65500, 65500), (2 * height, width), (height, width // 2)]
+    sizes = [
+        (height + change, width),
+        (height, width + change),
+        (width, height),
+        (0, width),
+        (height, 0),
+    ]
+    sizes += [
+        (65535, width),
+        (height, 65535),
+        (65500, 65500),
+        (2 * height, width),
+        (height, width // 2),
+    ]
     return rng.choice(sizes)
 
 
@@ -127,7 +156,24 @@ def _(data, rng, parts, *_):
         return None
     place = rng.choice([part[1] + 4, part[1] + 9, *range(part[1] + 10, part[2])])
     data[place] = rng.choice(
-        [0, 1, 2, 3, 4, 0x11, 0x12, 0x14, 0x21, 0x22, 0x24, 0x41, 0x42, 0x44, 255, rng.randrange(256)]
+        [
+            0,
+            1,
+            2,
+            3,
+            4,
+            0x11,
+            0x12,
+            0x14,
+            0x21,
+            0x22,
+            0x24,
+            0x41,
+            0x42,
+            0x44,
+            255,
+            rng.randrange(256),
+        ]
     )
     return data
 
@@ -183,12 +229,17 @@ def _(data, rng, parts, *_):
     return data
 
 
-@jpeg("length of a segment", "legal")  # what follows is then read as something else: a table may be another one
+@jpeg(
+    "length of a segment", "legal"
+)  # what follows is then read as something else: a table may be another one
 def _(data, rng, parts, *_):
     marker, start, end = rng.choice(parts)
     length = end - start - 2 if marker else 0
     struct.pack_into(
-        ">H", data, start + 2, rng.choice([0, 1, 2, 3, length - 1, length + 1, length + 2, 65535]) & 0xFFFF
+        ">H",
+        data,
+        start + 2,
+        rng.choice([0, 1, 2, 3, length - 1, length + 1, length + 2, 65535]) & 0xFFFF,
     )
     return data
 
@@ -201,7 +252,9 @@ def _(data, rng, parts, *_):
 
 @jpeg("a table or application segment twice")
 def _(data, rng, parts, *_):
-    _, start, end = rng.choice([part for part in parts if part[0] in (DHT, DQT, DRI, APP0, COM)] or parts[:1])
+    _, start, end = rng.choice(
+        [part for part in parts if part[0] in (DHT, DQT, DRI, APP0, COM)] or parts[:1]
+    )
     return data[:end] + data[start:end] + data[end:]
 
 
@@ -225,7 +278,12 @@ def _(data, rng, parts, draft, i):
 
 @jpeg("Adobe's colour transform", "legal")
 def _(data, rng, *_):
-    return data[:2] + b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([rng.choice([0, 1, 2, 255])]) + data[2:]
+    return (
+        data[:2]
+        + b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"
+        + bytes([rng.choice([0, 1, 2, 255])])
+        + data[2:]
+    )
 
 
 @jpeg("fill bytes before a marker")
@@ -293,7 +351,9 @@ def _(data, rng, parts, *_):
     at = rng.randrange(parts[-1][2], len(data))
     return (
         data[:at]
-        + rng.choice([rng.randbytes(rng.randint(1, 9)), b"\xff", b"\xff\0", b"\xff\xff", b"\xff\xd9"])
+        + rng.choice(
+            [rng.randbytes(rng.randint(1, 9)), b"\xff", b"\xff\0", b"\xff\xff", b"\xff\xd9"]
+        )
         + data[at:]
     )
 
@@ -319,8 +379,13 @@ def _(data, rng, parts, *_):
     found = restarts(data, parts[-1][2])
     where = rng.choice(found) if found else len(data)
     at = rng.randrange(parts[-1][2], len(data))
-    return rng.choice([data[:where] + data[where + 2 :], data[:where] + data[where : where + 2] + data[where:],
-                       data[:at] + bytes([0xFF, 0xD0 + rng.randrange(8)]) + data[at:]])  # fmt: skip
+    return rng.choice(
+        [
+            data[:where] + data[where + 2 :],
+            data[:where] + data[where : where + 2] + data[where:],
+            data[:at] + bytes([0xFF, 0xD0 + rng.randrange(8)]) + data[at:],
+        ]
+    )
 
 
 @jpeg("restart segments exchanged, renumbered", "payload")
@@ -350,7 +415,9 @@ def _(data, rng, parts, *_):
 def _(data, rng, parts, *_):
     found = restarts(data, parts[-1][2]) or [rng.randrange(parts[-1][2], len(data) - 1)]
     place = rng.choice(found)
-    data[place : place + 2] = bytes([0xFF, rng.choice([0xD8, 0xD9, 0xDA, 0xC0, 0xC4, 0xDB, 0xDD, 0xFE, 0x01, 0xFF])])
+    data[place : place + 2] = bytes(
+        [0xFF, rng.choice([0xD8, 0xD9, 0xDA, 0xC0, 0xC4, 0xDB, 0xDD, 0xFE, 0x01, 0xFF])]
+    )
     return data
 
 

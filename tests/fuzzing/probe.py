@@ -38,15 +38,25 @@ def decode(pool, data: BetonFile, view) -> tuple[np.ndarray, np.ndarray]:
     crops = view[1](samples.width, samples.height, indices)
     out = np.full((len(data), view[2], view[2], 3), 7, np.uint8)
     status = _native.decode_batch(
-        pool, samples.data, samples.offset, samples.size, samples.mode, samples.width, samples.height, crops,
-        out, view[3],
-    )  # fmt: skip
+        pool,
+        samples.data,
+        samples.offset,
+        samples.size,
+        samples.mode,
+        samples.width,
+        samples.height,
+        crops,
+        out,
+        view[3],
+    )
     if out[status != 0].any():
         raise Failure(f"{view[0]}: a refused sample has left pixels")
     return status, out
 
 
-def compare_with_whole_decode(pool, data: BetonFile, view, status: np.ndarray, out: np.ndarray) -> None:
+def compare_with_whole_decode(
+    pool, data: BetonFile, view, status: np.ndarray, out: np.ndarray
+) -> None:
     """A crop must be that of the whole image, whichever bytes the decoder looked at."""
     for i in np.flatnonzero((status == 0) & (data.mode == 0)).tolist():
         start, size = int(data.offset[i]), int(data.size[i])
@@ -59,20 +69,26 @@ def compare_with_whole_decode(pool, data: BetonFile, view, status: np.ndarray, o
         again = np.empty((1, view[2], view[2], 3), np.uint8)
         zero, one = np.zeros(1, np.uint64), np.ones(1, np.uint8)
         crops = view[1](*shape, index)
-        _native.decode_batch(pool, raw, zero, np.array([raw.size], np.uint64), one, *shape, crops, again)
+        _native.decode_batch(
+            pool, raw, zero, np.array([raw.size], np.uint64), one, *shape, crops, again
+        )
         if (again[0] != out[i]).any():
             raise Failure(f"{view[0]}: sample {i}: the crop differs from that of the whole image")
 
 
 def probe(pool, path: Path, rng: Random, expected: dict | None) -> dict:
-    """Uses a file in every way. expected: {view: pixels} and labels of the sound file, None to return these."""
+    """Uses a file in every way. expected: {view: pixels} and labels of the sound file, None to
+    return these.
+    """
     try:
         data = BetonFile(path)
     except BetonError as error:
         check_message(error, path)
         return {"outcome": "refused", "reason": str(error)}
     labels = data.labels.tolist() if any(kind == 1 for _, kind in data.fields) else None
-    results = {view[0]: decode(pool, data, view) for view in (VIEWS if expected is None else picked(rng))}
+    results = {
+        view[0]: decode(pool, data, view) for view in (VIEWS if expected is None else picked(rng))
+    }
     if expected is None:
         # What the training decoder finds damaged libjpeg may decode, as it does for evaluation.
         libjpeg = {view[0]: decode(pool, data, (*view[:3], True))[1] for view in VIEWS}
@@ -84,7 +100,9 @@ def probe(pool, path: Path, rng: Random, expected: dict | None) -> dict:
         refused = np.maximum(refused, status)
         if not changed:
             ok = status == 0
-            changed = not all(map(same_pixels, out[ok], expected[name][1][ok], expected["libjpeg"][name][ok]))
+            changed = not all(
+                map(same_pixels, out[ok], expected[name][1][ok], expected["libjpeg"][name][ok])
+            )
     if rng.random() < 0.3:
         view = rng.choice([view for view in VIEWS if view[0] in results and view[3]])
         compare_with_whole_decode(pool, data, view, *results[view[0]])
@@ -112,7 +130,9 @@ def probe(pool, path: Path, rng: Random, expected: dict | None) -> dict:
 
 
 def same_pixels(out: np.ndarray, sound: np.ndarray, libjpeg: np.ndarray) -> bool:
-    """Of one sample. Where libjpeg decodes at half size for training, it is as good as the mean colour error says."""
+    """Of one sample. Where libjpeg decodes at half size for training, it is as good as the mean
+    colour error says.
+    """
     if (out == sound).all() or (out == libjpeg).all():
         return True
     halved = len(out) == VIEWS[-1][2]
@@ -126,7 +146,9 @@ def picked(rng: Random) -> list:
 def as_file_of_its_own(data: BetonFile, index: int) -> None:
     """What the writer does with the bytes of an image."""
     samples = data.fetch(np.array([index]))
-    content = samples.data[int(samples.offset[0]) : int(samples.offset[0] + samples.size[0])].tobytes()
+    content = samples.data[
+        int(samples.offset[0]) : int(samples.offset[0] + samples.size[0])
+    ].tobytes()
     for use in (_native.jpeg_size, _native.decode, _native.transcode, decode_image):
         try:
             result = use(content)
@@ -139,7 +161,14 @@ def as_file_of_its_own(data: BetonFile, index: int) -> None:
 def through_loader(path: Path, data: BetonFile, rng: Random) -> None:
     image = rng.choice([RandomResizedCrop(20), CenterCrop(24)])
     try:
-        for batch in Loader(path, rng.randint(1, 4), order="random", image=image, num_workers=2, seed=rng.randrange(9)):
+        for batch in Loader(
+            path,
+            rng.randint(1, 4),
+            order="random",
+            image=image,
+            num_workers=2,
+            seed=rng.randrange(9),
+        ):
             if batch.images.shape[1:] != (image.size, image.size, 3):
                 raise Failure(f"the loader made {batch.images.shape}")
     except BetonError as error:

@@ -35,7 +35,8 @@ def test_forward_backward_every_parameter_gets_a_gradient(arch, efficient):
     assert logits.shape == (3, 2, 7)
     assert model.features(images).shape == (2, model.width)
     logits.square().sum().backward()
-    # features beyond the longest prefix are not classified: only there may a gradient be zero, nowhere missing
+    # features beyond the longest prefix are not classified: only there may a gradient be zero,
+    # nowhere missing
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
@@ -47,7 +48,11 @@ def test_every_backbone_builds(arch):
 
 
 def test_every_torchvision_resnet_is_there():
-    names = {n for n in models.list_models() if models.get_model_builder(n).__module__ == "torchvision.models.resnet"}
+    names = {
+        n
+        for n in models.list_models()
+        if models.get_model_builder(n).__module__ == "torchvision.models.resnet"
+    }
     assert set(BACKBONES) == names | {"resnet10"}
 
 
@@ -55,7 +60,14 @@ def test_spec_from_options():
     spec = model_spec(ModelConfig(arch="resnet50", mrl=True), 1000)
     assert spec.dims == (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
     assert spec.head_name == "mrl"
-    assert model_spec(ModelConfig(mrl=True, nesting_start=4), 10).dims == (16, 32, 64, 128, 256, 512)
+    assert model_spec(ModelConfig(mrl=True, nesting_start=4), 10).dims == (
+        16,
+        32,
+        64,
+        128,
+        256,
+        512,
+    )
     assert model_spec(ModelConfig(efficient=True, dims=(8, 12, 512)), 10).head_name == "mrl-e"
     assert model_spec(ModelConfig(efficient=True, mrl=True), 10).efficient
     assert model_spec(ModelConfig(), 10).dims == (512,)
@@ -85,7 +97,9 @@ def test_options_that_cannot_be_met(options, words):
 def test_blurpool_places_and_values():
     model = build(ModelSpec("resnet50", 10, (2048,), blurpool=True))
     wrapped = {name for name, m in model.named_modules() if isinstance(m, BlurPoolConv2d)}
-    assert wrapped == {f"trunk.layer{n}.0.{c}" for n in (2, 3, 4) for c in ("conv2", "downsample.0")}
+    assert wrapped == {
+        f"trunk.layer{n}.0.{c}" for n in (2, 3, 4) for c in ("conv2", "downsample.0")
+    }
     conv = nn.Conv2d(16, 2, 3, stride=2, padding=1)
     image = torch.randn(1, 16, 7, 6)
     padded = np.pad(image.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)))
@@ -94,7 +108,9 @@ def test_blurpool_places_and_values():
         for j in range(6):
             kernel = np.outer([1, 2, 1], [1, 2, 1]) / 16
             blurred[0, :, i, j] = (padded[0, :, i : i + 3, j : j + 3] * kernel).sum((1, 2))
-    np.testing.assert_allclose(BlurPoolConv2d(conv)(image).detach(), conv(torch.tensor(blurred)).detach(), atol=1e-5)
+    np.testing.assert_allclose(
+        BlurPoolConv2d(conv)(image).detach(), conv(torch.tensor(blurred)).detach(), atol=1e-5
+    )
 
 
 # ---------------------------------------------------------------- trunks of timm
@@ -148,7 +164,9 @@ def test_sizes_and_features_that_do_not_fit(arch, sizes, words):
 
 def test_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ModelError, match=r"^model.arch=timm:test_vit needs timm: pip install timm$"):
+    with pytest.raises(
+        ModelError, match=r"^model.arch=timm:test_vit needs timm: pip install timm$"
+    ):
         model_spec(ModelConfig(arch="timm:test_vit"), 10)
 
 
@@ -263,11 +281,16 @@ def test_encode_files_are_prepared_as_a_loader_prepares_them(tmp_path):
     data = ImageFolder(tmp_path)
     (batch,) = Loader(data, 4, order="sequential", image=CenterCrop(32, 0.8))
     paths = [tmp_path / data.name(i) for i in range(4)]
-    torch.testing.assert_close(model.encode_files(paths), model.encode(batch.images), rtol=0, atol=0)
+    torch.testing.assert_close(
+        model.encode_files(paths), model.encode(batch.images), rtol=0, atol=0
+    )
     short = model.encode_files(map(str, paths[:2]), truncate_dim=16, normalize=True)
     torch.testing.assert_close(short, model.encode(batch.images[:2], 16, True))
     assert model.encode_files([]).shape == (0, model.width)
     (tmp_path / "no.jpg").write_bytes(b"no picture")
-    for path, words in ((tmp_path / "no.jpg", "no.jpg: "), (tmp_path / "gone.jpg", "gone.jpg: No such file")):
+    for path, words in (
+        (tmp_path / "no.jpg", "no.jpg: "),
+        (tmp_path / "gone.jpg", "gone.jpg: No such file"),
+    ):
         with pytest.raises(BetonError, match=words):
             model.encode_files([path])

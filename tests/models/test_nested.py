@@ -1,4 +1,6 @@
-"""The nested head, its loss and the paper's public names, against loops typed from the paper's formulas."""
+"""The nested head, its loss and the paper's public names, against loops typed from the paper's
+formulas.
+"""
 
 import numpy as np
 import pytest
@@ -7,13 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import MRL
-from matryoshka.nested import NestedLinear, check_dims, default_dims, nested_cross_entropy, nested_logits
+from matryoshka.nested import (
+    NestedLinear,
+    check_dims,
+    default_dims,
+    nested_cross_entropy,
+    nested_logits,
+)
 
-dims_strategy = st.lists(st.integers(1, 24), min_size=1, max_size=5, unique=True).map(lambda d: tuple(sorted(d)))
+dims_strategy = st.lists(st.integers(1, 24), min_size=1, max_size=5, unique=True).map(
+    lambda d: tuple(sorted(d))
+)
 
 
 def oracle_logits(x, weights, biases, dims):
-    """Eq. 1's W^(1:m) z_(1:m), one multiplication at a time; weights, biases: one per prefix, or one for all."""
+    """Eq. 1's W^(1:m) z_(1:m), one multiplication at a time; weights, biases: one per prefix, or
+    one for all.
+    """
     out = np.zeros((len(dims), len(x), len(biases[0])))
     for g, d in enumerate(dims):
         w, b = (weights[g], biases[g]) if len(weights) > 1 else (weights[0], biases[0])
@@ -38,10 +50,18 @@ def oracle_loss(logits, labels, weights, smoothing):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    dims=dims_strategy, classes=st.integers(1, 5), batch=st.integers(1, 4), extra=st.integers(0, 5),
-    shared=st.booleans(), bias=st.booleans(), fused=st.booleans(), seed=st.integers(0, 2**31),
-)  # fmt: skip
-def test_logits_and_gradients_equal_the_formula(dims, classes, batch, extra, shared, bias, fused, seed):
+    dims=dims_strategy,
+    classes=st.integers(1, 5),
+    batch=st.integers(1, 4),
+    extra=st.integers(0, 5),
+    shared=st.booleans(),
+    bias=st.booleans(),
+    fused=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_logits_and_gradients_equal_the_formula(
+    dims, classes, batch, extra, shared, bias, fused, seed
+):
     torch.manual_seed(seed)
     head = NestedLinear(dims, classes, shared, bias).double()
     x = torch.randn(batch, dims[-1] + extra, dtype=torch.float64, requires_grad=True)
@@ -50,7 +70,9 @@ def test_logits_and_gradients_equal_the_formula(dims, classes, batch, extra, sha
     logits = nested_logits(x, [(h.weight, h.bias) for h in head.heads], dims, fused)
     assert logits.shape == (len(dims), batch, classes)
     features = x.detach().numpy()
-    np.testing.assert_allclose(logits.detach(), oracle_logits(features, weights, biases, dims), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        logits.detach(), oracle_logits(features, weights, biases, dims), rtol=0, atol=1e-12
+    )
     assert torch.equal(head(x), nested_logits(x, [(h.weight, h.bias) for h in head.heads], dims))
 
     # of sum(slope * logits), by the product rule
@@ -71,16 +93,23 @@ def test_logits_and_gradients_equal_the_formula(dims, classes, batch, extra, sha
 
 @settings(max_examples=40, deadline=None)
 @given(
-    g=st.integers(1, 4), n=st.integers(1, 4), c=st.integers(2, 5), smoothing=st.sampled_from([0.0, 0.1, 0.7]),
-    weighted=st.booleans(), seed=st.integers(0, 2**31),
-)  # fmt: skip
+    g=st.integers(1, 4),
+    n=st.integers(1, 4),
+    c=st.integers(2, 5),
+    smoothing=st.sampled_from([0.0, 0.1, 0.7]),
+    weighted=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
 def test_loss_equals_the_formula(g, n, c, smoothing, weighted, seed):
     rng = np.random.default_rng(seed)
     logits, labels = rng.normal(size=(g, n, c)) * 4, rng.integers(0, c, n)
     weights = rng.uniform(0.1, 2, g) if weighted else np.ones(g)
     total, per_prefix = oracle_loss(logits, labels, weights, smoothing)
     ours, ours_each = nested_cross_entropy(
-        torch.tensor(logits), torch.tensor(labels), torch.tensor(weights) if weighted else None, smoothing
+        torch.tensor(logits),
+        torch.tensor(labels),
+        torch.tensor(weights) if weighted else None,
+        smoothing,
     )
     assert ours.item() == pytest.approx(total, rel=1e-12, abs=1e-12)
     np.testing.assert_allclose(ours_each, per_prefix, rtol=1e-12, atol=1e-12)
@@ -96,7 +125,9 @@ def test_gradients_equal_finite_differences():
 
         def loss(x, *params, labels=labels):
             heads = list(zip(params[::2], params[1::2], strict=True))
-            return nested_cross_entropy(nested_logits(x, heads, (2, 5)), labels, torch.tensor([2.0, 1.0]), 0.1)[0]
+            return nested_cross_entropy(
+                nested_logits(x, heads, (2, 5)), labels, torch.tensor([2.0, 1.0]), 0.1
+            )[0]
 
         assert torch.autograd.gradcheck(loss, (x, *params))
 
@@ -128,7 +159,11 @@ def test_public_layer(efficient, bias):
     out = layer(x := torch.randn(5, 7, dtype=torch.float64))
     assert isinstance(out, tuple)
     assert [tuple(o.shape) for o in out] == [(5, 4)] * 3
-    heads = [layer.nesting_classifier_0] if efficient else [getattr(layer, f"nesting_classifier_{i}") for i in range(3)]
+    heads = (
+        [layer.nesting_classifier_0]
+        if efficient
+        else [getattr(layer, f"nesting_classifier_{i}") for i in range(3)]
+    )
     biases = [h.bias.detach().numpy() if bias else np.zeros(4) for h in heads]
     oracle = oracle_logits(x.numpy(), [h.weight.detach().numpy() for h in heads], biases, dims)
     np.testing.assert_allclose(torch.stack(out).detach(), oracle, rtol=0, atol=1e-12)
@@ -154,5 +189,7 @@ def test_fixed_feature_layer():
     layer = MRL.FixedFeatureLayer(3, 2).double()
     assert set(layer.state_dict()) == {"weight", "bias"}
     x = torch.randn(4, 8, dtype=torch.float64)
-    oracle = oracle_logits(x.numpy(), [layer.weight.detach().numpy()], [layer.bias.detach().numpy()], (3,))[0]
+    oracle = oracle_logits(
+        x.numpy(), [layer.weight.detach().numpy()], [layer.bias.detach().numpy()], (3,)
+    )[0]
     np.testing.assert_allclose(layer(x).detach(), oracle, rtol=0, atol=1e-12)

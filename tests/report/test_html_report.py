@@ -1,4 +1,6 @@
-"""`matryoshka report`: what the page says against the files it was made from, hostile names, and in a real browser."""
+"""`matryoshka report`: what the page says against the files it was made from, hostile names, and in
+a real browser.
+"""
 
 import base64
 import io
@@ -18,7 +20,9 @@ from matryoshka.report.page import MAX_BYTES, charts, paper
 DIMS = [8, 32, 512]
 N = 60
 EVIL = '"><script>alert(1)</script>'
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 class Text(HTMLParser):
@@ -43,7 +47,9 @@ class Text(HTMLParser):
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """A folder with results.json, arrays, analysis.json, baselines.json and gradcam/, of 60 digits with evil names."""
+    """A folder with results.json, arrays, analysis.json, baselines.json and gradcam/, of 60 digits
+    with evil names.
+    """
     folder = tmp_path_factory.mktemp("evaluated")
     write_beton(Digits("val"), folder / "val.beton", max_resolution=32, write_mode="raw", subset=N)
     labels = np.array([int(y) for y in Digits("val").labels[:N]])
@@ -56,17 +62,38 @@ def evaluated(tmp_path_factory):
     names = [EVIL, *(f"digit {i}" for i in range(1, 10))]
     top1 = 100 * (logits.argmax(2) == labels).mean(1)
     results = {
-        "prefixes": {str(d): {"top1": float(a), "top5": 99.0} for d, a in zip(DIMS, top1, strict=True)},
-        "checkpoint": "run/model.safetensors", "arch": "resnet10", "head": "mrl", "dims": DIMS, "dataset": "V1",
-        "data": str(folder / "val.beton"), "classes": 10, "class_names": names, "images": N, "resolution": 32,
-        "crop_ratio": 1.0, "tta": False, "precision": "fp32", "images_per_s": 100.0, "preprocessing": "checkpoint",
+        "prefixes": {
+            str(d): {"top1": float(a), "top5": 99.0} for d, a in zip(DIMS, top1, strict=True)
+        },
+        "checkpoint": "run/model.safetensors",
+        "arch": "resnet10",
+        "head": "mrl",
+        "dims": DIMS,
+        "dataset": "V1",
+        "data": str(folder / "val.beton"),
+        "classes": 10,
+        "class_names": names,
+        "images": N,
+        "resolution": 32,
+        "crop_ratio": 1.0,
+        "tta": False,
+        "precision": "fp32",
+        "images_per_s": 100.0,
+        "preprocessing": "checkpoint",
         "arrays": {"logits": "logits.npy", "gt": "gt.npy"},
-        "environment": {"python": "3.11", "versions": {"torch": "2.15"}, "git": {"commit": "c0ffee" * 7, "dirty": True},
-                        "hardware": {"cpu": "a <fast> one", "cores": 2, "gpus": []}, "world_size": 1},
-    }  # fmt: skip
+        "environment": {
+            "python": "3.11",
+            "versions": {"torch": "2.15"},
+            "git": {"commit": "c0ffee" * 7, "dirty": True},
+            "hardware": {"cpu": "a <fast> one", "cores": 2, "gpus": []},
+            "world_size": 1,
+        },
+    }
     (folder / "results.json").write_text(json.dumps(results))
     assert analyze.main([f"--results={folder / 'results.json'}", "--splits=2"]) == 0
-    methods = {"1-NN": {"metric": "top-1", "values": {"8": 40.0, "32": 50.0, "512": 60.0}, "std": None}}
+    methods = {
+        "1-NN": {"metric": "top-1", "values": {"8": 40.0, "32": 50.0, "512": 60.0}, "std": None}
+    }
     (folder / "baselines.json").write_text(json.dumps({"methods": methods}))
     (folder / "gradcam").mkdir()
     Image.new("RGB", (300, 100), (10, 120, 60)).save(folder / "gradcam" / "0.png")
@@ -81,7 +108,11 @@ def page_of(folder, *argv):
 
 def test_the_page_says_what_the_files_say(evaluated, tmp_path, capsys):
     results = json.loads((evaluated / "results.json").read_text())
-    fixed = results | {"head": "ff16", "prefixes": {"16": {"top1": 77.7, "top5": 99.0}}, "checkpoint": "ff16"}
+    fixed = results | {
+        "head": "ff16",
+        "prefixes": {"16": {"top1": 77.7, "top5": 99.0}},
+        "checkpoint": "ff16",
+    }
     other = results | {"dataset": "R", "data": "r", "images": 30}
     for name, content in (("main", results), ("ff16", fixed), ("r", other)):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -91,8 +122,19 @@ def test_the_page_says_what_the_files_say(evaluated, tmp_path, capsys):
     page = Text(page_of(evaluated, "--results", *files))
     shown = page.all()
     found = json.loads((evaluated / "analysis.json").read_text())
-    assert {"accuracy", "sets", "baselines", "cascade", "oracle", "agreement", "calibration", "classes", "samples",
-            "gradcam", "provenance"} <= page.ids  # fmt: skip
+    assert {
+        "accuracy",
+        "sets",
+        "baselines",
+        "cascade",
+        "oracle",
+        "agreement",
+        "calibration",
+        "classes",
+        "samples",
+        "gradcam",
+        "provenance",
+    } <= page.ids
     assert not {"superclasses", "training"} & page.ids  # there is no evidence for them
     for dim, row in results["prefixes"].items():
         assert f"{row['top1']:.2f}" in shown
@@ -104,7 +146,9 @@ def test_the_page_says_what_the_files_say(evaluated, tmp_path, capsys):
     assert "c0ffeec0ffee with changes" in shown
     assert "a <fast> one, 2 cores" in shown
     assert "30 images" in shown
-    data = json.loads(re.search(r'id="class-data">(.*?)</script>', page_of(evaluated), re.DOTALL)[1])
+    data = json.loads(
+        re.search(r'id="class-data">(.*?)</script>', page_of(evaluated), re.DOTALL)[1]
+    )
     assert [row[0] for row in data["rows"]] == results["class_names"]
     assert [row[4:] for row in data["rows"]] == [c["top1"] for c in found["per_class"]]
     assert capsys.readouterr().out.count("report.html") == 2
@@ -115,7 +159,9 @@ def test_nothing_is_loaded_and_nothing_escapes(evaluated):
     page = Text(content)
     addresses = [attrs[key] for _, attrs in page.tags for key in ("src", "href") if attrs.get(key)]
     assert all(a.startswith(("data:", "#", "https://arxiv.org/")) for a in addresses)
-    assert not [tag for tag, attrs in page.tags if tag in ("script", "img", "link") and "http" in str(attrs)]
+    assert not [
+        tag for tag, attrs in page.tags if tag in ("script", "img", "link") and "http" in str(attrs)
+    ]
     assert EVIL not in content
     assert content.count("<script") == 2  # the classes and the behaviour
     assert "@import" not in content
@@ -135,13 +181,25 @@ def test_samples_are_the_images_and_their_answers(evaluated):
 
 
 def test_models_are_told_apart(evaluated, tmp_path):
-    """A nested model of one prefix is no fixed feature; other images, and other classes, are not drawn beside these."""
+    """A nested model of one prefix is no fixed feature; other images, and other classes, are not
+    drawn beside these.
+    """
     results = json.loads((evaluated / "results.json").read_text()) | {"arrays": {}}
-    one = results | {"checkpoint": "b/m.safetensors", "prefixes": {"32": {"top1": 61.25, "top5": 99.0}}, "dims": [32]}
+    one = results | {
+        "checkpoint": "b/m.safetensors",
+        "prefixes": {"32": {"top1": 61.25, "top5": 99.0}},
+        "dims": [32],
+    }
     elsewhere = results | {"checkpoint": "c/m.safetensors", "data": "other", "head": "ff8"}
     classes = results | {"checkpoint": "d/m.safetensors", "classes": 77, "head": "ff8"}
     twice = results | {"tta": True}
-    for name, content in (("a", results), ("b", one), ("c", elsewhere), ("d", classes), ("e", twice)):
+    for name, content in (
+        ("a", results),
+        ("b", one),
+        ("c", elsewhere),
+        ("d", classes),
+        ("e", twice),
+    ):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     files = [str(tmp_path / f"{name}.json") for name in "abcde"]
     assert report.main(["--results", *files, f"--output={tmp_path / 'r.html'}"]) == 0
@@ -166,7 +224,9 @@ def test_the_class_count_of_imagenet_gets_the_papers_curves(evaluated, tmp_path)
     assert "no samples" in content  # arrays were not saved
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 100), (17.3, 26.1), (99.1, 99.4), (0.001, 0.002)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (0, 100), (17.3, 26.1), (99.1, 99.4), (0.001, 0.002)]
+)
 def test_ticks_are_round_and_span(low, high):
     ticks = charts.nice_ticks(low, high)
     assert ticks[0] <= low + 1e-9
@@ -209,13 +269,25 @@ def test_mistakes_are_one_line(evaluated, tmp_path, monkeypatch, capsys, argv, w
     (folder / "page.html").write_text("<!doctype html>")
     found = json.loads((folder / "analysis.json").read_text())
     (folder / "other.json").write_text(json.dumps(found | {"images": 7}))
-    (folder / "stale.json").write_text(json.dumps(found | {"top1": dict.fromkeys(found["top1"], 1.0)}))
-    (folder / "foreign.json").write_text('{"methods": {"a": {}}, "checkpoint": "another/model.safetensors"}')
-    half = {key: value for key, value in found.items() if key != "oracle"} | {"oracle": {"top1": "high"}}
+    (folder / "stale.json").write_text(
+        json.dumps(found | {"top1": dict.fromkeys(found["top1"], 1.0)})
+    )
+    (folder / "foreign.json").write_text(
+        '{"methods": {"a": {}}, "checkpoint": "another/model.safetensors"}'
+    )
+    half = {key: value for key, value in found.items() if key != "oracle"} | {
+        "oracle": {"top1": "high"}
+    }
     (folder / "half.json").write_text(json.dumps(half))
-    (folder / "probe.json").write_text(json.dumps({"prefixes": {"8": {"top1": 50.0}}, "images": 60}))
+    (folder / "probe.json").write_text(
+        json.dumps({"prefixes": {"8": {"top1": 50.0}}, "images": 60})
+    )
     outside = '[{"image": "a", "file": "../secret.png"}]'
-    for name, text in (("outside", outside), ("torn", '[{"image": '), ("lost", '[{"image": "a", "file": "1.png"}]')):
+    for name, text in (
+        ("outside", outside),
+        ("torn", '[{"image": '),
+        ("lost", '[{"image": "a", "file": "1.png"}]'),
+    ):
         (folder / name).mkdir()
         (folder / name / "gradcam.json").write_text(text)
     (folder / "empty").mkdir()
@@ -233,7 +305,9 @@ def test_mistakes_are_one_line(evaluated, tmp_path, monkeypatch, capsys, argv, w
 
 @pytest.fixture(scope="module")
 def chromium():
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (requirements-dev.txt)")
+    sync = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed (requirements-dev.txt)"
+    )
     if BROWSER is None:
         pytest.skip("no Chromium: sh system-deps.sh browser")
     with sync.sync_playwright() as tools:
@@ -258,7 +332,10 @@ def open_page(chromium, path, **options):
 def test_a_browser_shows_the_page(chromium, evaluated, tmp_path, scheme):
     page_of(evaluated)
     page, said, asked = open_page(
-        chromium, evaluated / "report.html", color_scheme=scheme, viewport={"width": 1200, "height": 900}
+        chromium,
+        evaluated / "report.html",
+        color_scheme=scheme,
+        viewport={"width": 1200, "height": 900},
     )
     assert said == []
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
@@ -270,9 +347,13 @@ def test_a_browser_shows_the_page(chromium, evaluated, tmp_path, scheme):
     assert page.locator("#accuracy svg circle").count() >= len(DIMS)
     page.locator("#theme").click()
     page.screenshot(path=tmp_path / "other.png", full_page=True)
-    assert (np.asarray(Image.open(tmp_path / "other.png").convert("L")).mean() > 128) == (scheme == "dark")
+    assert (np.asarray(Image.open(tmp_path / "other.png").convert("L")).mean() > 128) == (
+        scheme == "dark"
+    )
     page.set_viewport_size({"width": 390, "height": 800})
-    assert page.evaluate("document.documentElement.scrollWidth") == 390  # nothing sticks out on a phone
+    assert (
+        page.evaluate("document.documentElement.scrollWidth") == 390
+    )  # nothing sticks out on a phone
 
 
 def test_the_table_of_classes_is_used_by_keyboard(chromium, evaluated):
@@ -281,9 +362,16 @@ def test_the_table_of_classes_is_used_by_keyboard(chromium, evaluated):
     page, said, _ = open_page(chromium, evaluated / "report.html")
     rows = page.locator("#class-table tbody tr")
     assert rows.count() == 10
-    for ascending in (True, False):  # by top-1 of the longest prefix; the least comes first at the start
-        values = [float(v) for v in page.locator("#class-table tbody td:last-child").all_inner_texts()]
-        assert values == sorted((c["top1"][-1] for c in found), reverse=not ascending) or np.allclose(
+    for ascending in (
+        True,
+        False,
+    ):  # by top-1 of the longest prefix; the least comes first at the start
+        values = [
+            float(v) for v in page.locator("#class-table tbody td:last-child").all_inner_texts()
+        ]
+        assert values == sorted(
+            (c["top1"][-1] for c in found), reverse=not ascending
+        ) or np.allclose(
             values, sorted((round(c["top1"][-1], 1) for c in found), reverse=not ascending)
         )
         button = page.locator("#class-table thead th:last-child button")
@@ -307,10 +395,15 @@ def test_the_table_of_classes_is_used_by_keyboard(chromium, evaluated):
 def test_superclasses_are_drawn(chromium, evaluated, tmp_path):
     found = json.loads((evaluated / "analysis.json").read_text())
     found["superclasses"] = {
-        "names": ["other", "dog", EVIL], "images": [20, 30, 10], "classes": [4, 4, 2], "within": {},
-        "confusion": {str(d): [[20, 0, 0], [5, 20 + g, 5 - g], [0, 0, 10]] for g, d in enumerate(DIMS)},
+        "names": ["other", "dog", EVIL],
+        "images": [20, 30, 10],
+        "classes": [4, 4, 2],
+        "within": {},
+        "confusion": {
+            str(d): [[20, 0, 0], [5, 20 + g, 5 - g], [0, 0, 10]] for g, d in enumerate(DIMS)
+        },
         "top1": {"8": 83.3, "32": 85.0, "512": 86.7},
-    }  # fmt: skip
+    }
     (tmp_path / "a.json").write_text(json.dumps(found))
     page_of(evaluated, f"--analysis={tmp_path / 'a.json'}")
     page, said, _ = open_page(chromium, evaluated / "report.html")
@@ -318,7 +411,10 @@ def test_superclasses_are_drawn(chromium, evaluated, tmp_path):
     assert "86.67 %" in page.locator("#confusion-said").inner_text()
     page.locator("#confusion-dim").select_option("8")
     assert "83.33 %" in page.locator("#confusion-said").inner_text()
-    assert f"dog taken for {EVIL}: 5 of 30 (16.7 %)" in page.locator("#confusion rect title").all_text_contents()
+    assert (
+        f"dog taken for {EVIL}: 5 of 30 (16.7 %)"
+        in page.locator("#confusion rect title").all_text_contents()
+    )
     assert said == []
 
 

@@ -1,4 +1,6 @@
-"""The search kernels of other CPUs, compiled for them and run by an emulator; skipped where there is none."""
+"""The search kernels of other CPUs, compiled for them and run by an emulator; skipped where there
+is none.
+"""
 
 import platform
 import shutil
@@ -26,27 +28,44 @@ def build(compiler, folder, macro, sources):
     objects = []
     for name, options in ({"kernels.cpp": [], "kernels_portable.cpp": []} | sources).items():
         objects.append(folder / f"{name}.o")
-        command = [compiler, *FLAGS, *options, f"-D{macro}", "-c", str(NATIVE / name), "-o", str(objects[-1])]
+        command = [
+            compiler,
+            *FLAGS,
+            *options,
+            f"-D{macro}",
+            "-c",
+            str(NATIVE / name),
+            "-o",
+            str(objects[-1]),
+        ]
         subprocess.run(command, check=True)
     program = folder / "search_kernels"
     check = str(Path(__file__).with_name("search_kernels.cpp"))
-    subprocess.run([compiler, *FLAGS, f"-I{NATIVE}", check, *map(str, objects), "-o", str(program)], check=True)
+    subprocess.run(
+        [compiler, *FLAGS, f"-I{NATIVE}", check, *map(str, objects), "-o", str(program)], check=True
+    )
     return program
 
 
 def run(*command):
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.split("\n")[:-1]
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs g++ on x86-64")
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not shutil.which("g++"), reason="needs g++ on x86-64"
+)
 def test_the_check_itself_on_this_cpu(tmp_path):
     from matryoshka.retrieval import _native
 
     avx2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt"]
     avx512 = [*avx2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "vnni", "vpopcntdq"))]
-    program = build("g++", tmp_path, "MATRYOSHKA_X86_64", {"kernels_avx2.cpp": avx2, "kernels_vnni.cpp": avx512})
+    program = build(
+        "g++", tmp_path, "MATRYOSHKA_X86_64", {"kernels_avx2.cpp": avx2, "kernels_vnni.cpp": avx512}
+    )
     assert run(program) == [f"{name} agrees" for name in _native.kernels()]
 
 
@@ -55,5 +74,9 @@ def test_the_check_itself_on_this_cpu(tmp_path):
 def test_arm(tmp_path):
     sources = {"kernels_neon.cpp": [], "kernels_dotprod.cpp": ["-march=armv8.2-a+dotprod"]}
     program = build("aarch64-linux-gnu-g++", tmp_path, "MATRYOSHKA_ARM64", sources)
-    assert run("qemu-aarch64", "-cpu", "max", program) == ["neon-dotprod agrees", "neon agrees", "portable agrees"]
+    assert run("qemu-aarch64", "-cpu", "max", program) == [
+        "neon-dotprod agrees",
+        "neon agrees",
+        "portable agrees",
+    ]
     assert run("qemu-aarch64", "-cpu", "cortex-a53", program) == ["neon agrees", "portable agrees"]

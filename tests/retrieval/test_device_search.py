@@ -20,7 +20,12 @@ def table(n, dim, seed):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@given(n=st.integers(1, 70), k=st.integers(1, 90), block=st.sampled_from([16, 64]), seed=st.integers(0, 99))
+@given(
+    n=st.integers(1, 70),
+    k=st.integers(1, 90),
+    block=st.sampled_from([16, 64]),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=30, deadline=None)
 def test_exhaustive_search_and_funnel_against_the_cpus(device, n, k, block, seed):
     rows, queries = table(n, 32, seed), table(9, 32, seed + 1)

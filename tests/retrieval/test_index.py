@@ -1,4 +1,6 @@
-"""`matryoshka index`: build, add, delete, compact and info of an index; what a user gets wrong is one line."""
+"""`matryoshka index`: build, add, delete, compact and info of an index; what a user gets wrong is
+one line.
+"""
 
 import os
 import re
@@ -25,11 +27,26 @@ def embed(folder, names, columns=24, seed=0, weights="ab" * 32, size=32, **more)
     """Embeddings of `names` as `matryoshka embed` writes them; their rows."""
     rows = np.random.default_rng(seed).random((len(names), columns), dtype=np.float32)
     meta = {
-        "format": "matryoshka-embeddings-1", "rows": len(names), "columns": columns, "dtype": "float32",
-        "normalised": False, "preprocessing": {"size": size, "mean": [0.5, 0.5, 0.5]}, "code": {"version": "1"},
-        "model": {"file": "model.safetensors", "arch": "resnet10", "head": "MRL", "weights_sha256": weights},
-        "data": {"path": str(folder.name), "fingerprint": "ff", "num_classes": 3, "classes": CLASSES},
-    } | more  # fmt: skip
+        "format": "matryoshka-embeddings-1",
+        "rows": len(names),
+        "columns": columns,
+        "dtype": "float32",
+        "normalised": False,
+        "preprocessing": {"size": size, "mean": [0.5, 0.5, 0.5]},
+        "code": {"version": "1"},
+        "model": {
+            "file": "model.safetensors",
+            "arch": "resnet10",
+            "head": "MRL",
+            "weights_sha256": weights,
+        },
+        "data": {
+            "path": str(folder.name),
+            "fingerprint": "ff",
+            "num_classes": 3,
+            "classes": CLASSES,
+        },
+    } | more
     with Unfinished(folder) as unfinished:
         plan = unfinished.begin(meta, np.arange(len(names)) % 3, names.__getitem__)
         writer = RowWriter(folder, plan)
@@ -61,7 +78,10 @@ def test_a_life_of_an_index(tmp_path, photos, capsys):
     assert "resnet10, MRL, model.safetensors (abababababab)" in out
     assert nearest("x.index", rows) == names
     index = Index("x.index")
-    assert index.origin(5) == ({"path": "photos", "fingerprint": "ff", "num_classes": 3} | index.origin(5)[0], 5)
+    assert index.origin(5) == (
+        {"path": "photos", "fingerprint": "ff", "num_classes": 3} | index.origin(5)[0],
+        5,
+    )
     assert index.origin(5)[0]["path"] == str(tmp_path / "photos")  # found from elsewhere, too
     assert (index.class_name(5), index.dim, index.model["normalised"]) == ("cat", 24, False)
 
@@ -93,10 +113,29 @@ def test_a_life_of_an_index(tmp_path, photos, capsys):
     assert "49 rows without lists" in out
     assert "advice" not in out
     assert nearest("x.index", rows) == kept
-    assert main(["build", "x.index", "--embeddings", "new", "--shortlist-dim", "7", "--lists", "2", "--overwrite"]) == 0
+    assert (
+        main(
+            [
+                "build",
+                "x.index",
+                "--embeddings",
+                "new",
+                "--shortlist-dim",
+                "7",
+                "--lists",
+                "2",
+                "--overwrite",
+            ]
+        )
+        == 0
+    )
     assert "3 rows in 2 lists" in capsys.readouterr().out
     index = Index("x.index")
-    assert (index.dim, len(index), [*map(index.name, range(3))]) == (7, 3, ["5.jpg", "6.jpg", "z.jpg"])
+    assert (index.dim, len(index), [*map(index.name, range(3))]) == (
+        7,
+        3,
+        ["5.jpg", "6.jpg", "z.jpg"],
+    )
 
 
 def test_the_command_knows_it(photos, capsys):
@@ -109,32 +148,79 @@ def snapshot(folder):
 
 
 MISTAKES = {
-    "an index is there": (["build", "x", "--embeddings", "photos"], "x: is an index already.*--overwrite"),
+    "an index is there": (
+        ["build", "x", "--embeddings", "photos"],
+        "x: is an index already.*--overwrite",
+    ),
     "more dimensions than there are": (
-        ["build", "y", "--embeddings", "photos", "--shortlist-dim", "25"], "--shortlist-dim 25: photos has 24"),
-    "negative dimensions": (["build", "y", "--embeddings", "photos", "--shortlist-dim", "-1"], "--shortlist-dim"),
+        ["build", "y", "--embeddings", "photos", "--shortlist-dim", "25"],
+        "--shortlist-dim 25: photos has 24",
+    ),
+    "negative dimensions": (
+        ["build", "y", "--embeddings", "photos", "--shortlist-dim", "-1"],
+        "--shortlist-dim",
+    ),
     "negative lists": (["build", "y", "--embeddings", "photos", "--lists", "-1"], "--lists"),
-    "a negative seed": (["build", "y", "--embeddings", "photos", "--lists", "3", "--seed", "-1"], "--seed"),
-    "a large seed": (["build", "y", "--embeddings", "photos", "--lists", "3", "--seed", "2147483648"], "--seed"),
+    "a negative seed": (
+        ["build", "y", "--embeddings", "photos", "--lists", "3", "--seed", "-1"],
+        "--seed",
+    ),
+    "a large seed": (
+        ["build", "y", "--embeddings", "photos", "--lists", "3", "--seed", "2147483648"],
+        "--seed",
+    ),
     "too many threads": (["info", "x", "--threads", "5000"], "--threads"),
     "negative threads": (["info", "x", "--threads", "-1"], "--threads"),
     "no embeddings": (["build", "y", "--embeddings", "nothing"], "nothing: no such folder"),
     "an empty folder": (["build", "y", "--embeddings", "empty"], "empty: holds no embeddings"),
-    "a folder of other things": (["build", "other", "--embeddings", "photos"], "other: has .*folder of its own"),
-    "a folder of other parts": (["build", "parts", "--embeddings", "photos"], "parts: has part-1.*folder of its own"),
+    "a folder of other things": (
+        ["build", "other", "--embeddings", "photos"],
+        "other: has .*folder of its own",
+    ),
+    "a folder of other parts": (
+        ["build", "parts", "--embeddings", "photos"],
+        "parts: has part-1.*folder of its own",
+    ),
     "a file": (["build", "file", "--embeddings", "photos"], "file: "),
-    "another model": (["add", "x", "--embeddings", "model"], "of another model .*cdcdcdcdcdcd.*abababababab"),
-    "another width": (["add", "x", "--embeddings", "width"], "x: has 24 dimensions, the embeddings 12"),
-    "other preparation": (["add", "x", "--embeddings", "prepared"], r"prepared otherwise \(size 32 there, 64 here"),
-    "names that are there": (["add", "x", "--embeddings", "photos"], "has 'a/0.jpg' already, and 59 more.*--replace"),
+    "another model": (
+        ["add", "x", "--embeddings", "model"],
+        "of another model .*cdcdcdcdcdcd.*abababababab",
+    ),
+    "another width": (
+        ["add", "x", "--embeddings", "width"],
+        "x: has 24 dimensions, the embeddings 12",
+    ),
+    "other preparation": (
+        ["add", "x", "--embeddings", "prepared"],
+        r"prepared otherwise \(size 32 there, 64 here",
+    ),
+    "names that are there": (
+        ["add", "x", "--embeddings", "photos"],
+        "has 'a/0.jpg' already, and 59 more.*--replace",
+    ),
     "names twice": (["add", "x", "--embeddings", "twice"], "'b.jpg' occurs twice"),
-    "names twice in the first": (["build", "x", "--overwrite", "--embeddings", "twice"], "'b.jpg' occurs twice"),
-    "embeddings that do not say enough": (["add", "x", "--embeddings", "silent"], "silent/meta.json.*'path'.*" + AGAIN),
-    "names that are not there": (["delete", "x", "a/1.jpg", "q", "r"], "no row 'q', nor 1 more .*; --missing-ok"),
+    "names twice in the first": (
+        ["build", "x", "--overwrite", "--embeddings", "twice"],
+        "'b.jpg' occurs twice",
+    ),
+    "embeddings that do not say enough": (
+        ["add", "x", "--embeddings", "silent"],
+        "silent/meta.json.*'path'.*" + AGAIN,
+    ),
+    "names that are not there": (
+        ["delete", "x", "a/1.jpg", "q", "r"],
+        "no row 'q', nor 1 more .*; --missing-ok",
+    ),
     "no names": (["delete", "x"], "give names"),
     "no names in a file": (["delete", "x", "--names-from", "empty.txt"], "give names"),
-    "a file of names that is none": (["delete", "x", "--names-from", "binary"], "binary: is not UTF-8"),
-    "no file of names": (["delete", "x", "--names-from", "nothing.txt"], "nothing.txt: No such file"),
+    "a file of names that is none": (
+        ["delete", "x", "--names-from", "binary"],
+        "binary: is not UTF-8",
+    ),
+    "no file of names": (
+        ["delete", "x", "--names-from", "nothing.txt"],
+        "nothing.txt: No such file",
+    ),
     "a folder as names": (["delete", "x", "--names-from", "empty"], "empty: Is a directory"),
     "delete from nothing": (["delete", "nothing", "a"], "nothing: no such index"),
     "delete from a folder": (["delete", "other", "a"], "other: is no index"),
@@ -145,9 +231,15 @@ MISTAKES = {
     "compact nothing": (["compact", "nothing"], "nothing: no such index"),
     "info of nothing": (["info", "nothing"], "nothing: no such index; `matryoshka index build`"),
     "info of a folder": (["info", "other"], "other: is no index"),
-    "info of a first build that was killed": (["info", "killed"], "killed: the index is not finished"),
-    "info of another format": (["info", "later"], "format 'matryoshka-index-9', not matryoshka-index-1"),
-}  # fmt: skip
+    "info of a first build that was killed": (
+        ["info", "killed"],
+        "killed: the index is not finished",
+    ),
+    "info of another format": (
+        ["info", "later"],
+        "format 'matryoshka-index-9', not matryoshka-index-1",
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +261,12 @@ def mistaken(tmp_path_factory):
     for folder in ("empty", "other", "parts/part-1", "killed/part-0123abcd", "later"):
         (root / folder).mkdir(parents=True)
     (root / "later" / "index.json").write_bytes(checked({"format": "matryoshka-index-9"}))
-    for file, content in (("file", b""), ("other/holiday.jpg", b"x"), ("binary", b"\xff\n"), ("empty.txt", b"\n\r\n")):
+    for file, content in (
+        ("file", b""),
+        ("other/holiday.jpg", b"x"),
+        ("binary", b"\xff\n"),
+        ("empty.txt", b"\n\r\n"),
+    ):
         (root / file).write_bytes(content)
     (root / "parts" / "part-1" / "dog.jpg").write_bytes(b"x")
     return root

@@ -1,4 +1,6 @@
-"""An index that follows a LanceDB table: what is in it, edits, filters, tables that are something else."""
+"""An index that follows a LanceDB table: what is in it, edits, filters, tables that are something
+else.
+"""
 
 import subprocess
 import sys
@@ -22,8 +24,15 @@ def batch(n, seed=0, prefix=""):
     rng = np.random.default_rng(seed)
     rows = rng.random((n, 24), dtype=np.float32)
     labels = np.arange(n) % 3
-    return Batch(rows, [f"{prefix}{i}.jpg" for i in range(n)], labels, MODEL, {"size": 32}, ["cat", "dog", "eel"],
-                 [{"path": "photos"}])  # fmt: skip
+    return Batch(
+        rows,
+        [f"{prefix}{i}.jpg" for i in range(n)],
+        labels,
+        MODEL,
+        {"size": 32},
+        ["cat", "dog", "eel"],
+        [{"path": "photos"}],
+    )
 
 
 def cosines(rows, query):
@@ -39,10 +48,16 @@ def test_the_index_follows_the_table(tmp_path):
     assert record.sync(folder) == Change(0, 0, 0)
     index = Index(folder)
     row = int(index.find(["17.jpg"])[0])
-    assert (index.name(row), index.class_name(row), index.origin(row)) == ("17.jpg", "eel", ({"path": "photos"}, 17))
+    assert (index.name(row), index.class_name(row), index.origin(row)) == (
+        "17.jpg",
+        "eel",
+        ({"path": "photos"}, 17),
+    )
     query = np.random.default_rng(9).random((1, 24), dtype=np.float32)
     best = np.argsort(-cosines(given.rows, query[0]))[:10]
-    assert [index.name(r) for r in index.search(query).ids[0].tolist()] == [f"{i}.jpg" for i in best]
+    assert [index.name(r) for r in index.search(query).ids[0].tolist()] == [
+        f"{i}.jpg" for i in best
+    ]
 
     record.table.delete("item < 100")
     record.table.update(where="item = 200", values={"vector": [1.0] * 24})
@@ -92,12 +107,20 @@ def test_tables_that_are_something_else(tmp_path):
     with pytest.raises(RetrievalError, match="no column 'source'"):
         Record(uri, "photos")
     other = batch(30)
-    other = Batch(other.rows, other.names, other.labels, {"weights_sha256": "cd" * 32, "file": "x"}, {"size": 32})
+    other = Batch(
+        other.rows,
+        other.names,
+        other.labels,
+        {"weights_sha256": "cd" * 32, "file": "x"},
+        {"size": 32},
+    )
     with pytest.raises(RetrievalError, match="another model"):
         Record.create(uri, "other", other).sync(tmp_path / "index")
     (tmp_path / "file").write_bytes(b"")
     for path in ("file", "file/deeper"):
-        with pytest.raises(RetrievalError, match=f"{path}: is a file, or in one; --lancedb takes a folder"):
+        with pytest.raises(
+            RetrievalError, match=f"{path}: is a file, or in one; --lancedb takes a folder"
+        ):
             Record.create(str(tmp_path / path), "photos", batch(30))
     with pytest.raises(RetrievalError, match="file: is a file"):
         Record(str(tmp_path / "file"), "photos")
@@ -112,14 +135,20 @@ def said(index):
 def test_edits_of_anything_reach_the_index(tmp_path):
     folder = tmp_path / "index"
     record = Record.create(str(tmp_path / "lance"), "photos", batch(300))
-    record.table.update(where="id = '2.jpg'", values={"class": None, "label": 1})  # not the second of the named classes
+    record.table.update(
+        where="id = '2.jpg'", values={"class": None, "label": 1}
+    )  # not the second of the named classes
     record.sync(folder)
     expected = said(Index(folder))
     assert expected["2.jpg"] == (None, {"path": "photos"}, 2)
     for where, values, of in (
         ("id = '3.jpg'", {"class": "dog"}, lambda row: ("dog", *row[1:])),
         ("id = '4.jpg'", {"class": "newt", "label": 9}, lambda row: ("newt", *row[1:])),
-        ("id = '5.jpg'", {"source": "elsewhere"}, lambda row: (row[0], {"path": "elsewhere"}, row[2])),
+        (
+            "id = '5.jpg'",
+            {"source": "elsewhere"},
+            lambda row: (row[0], {"path": "elsewhere"}, row[2]),
+        ),
         ("id = '6.jpg'", {"item": 4_000_000_000}, lambda row: (*row[:2], 4_000_000_000)),
         ("id = '7.jpg'", {"class": None}, lambda row: (None, *row[1:])),
         ("id = '8.jpg'", {"class": None, "label": -1}, lambda row: (None, *row[1:])),
@@ -133,7 +162,9 @@ def test_edits_of_anything_reach_the_index(tmp_path):
     record.table.update(where="id = '7.jpg'", values={"label": 0})  # all that is known of its class
     assert record.sync(folder) == Change(0, 1, 0)
     assert said(Index(folder)) == expected
-    record.table.update(where="id = '9.jpg'", values={"label": 2})  # its class has a name, which decides
+    record.table.update(
+        where="id = '9.jpg'", values={"label": 2}
+    )  # its class has a name, which decides
     assert record.sync(folder) == Change(0, 0, 0)
     with Writer(folder) as writer:
         assert said(writer.compact()) == expected
@@ -186,11 +217,25 @@ def test_the_index_of_before_is_closed_when_that_of_after_is_opened(tmp_path, mo
 
 
 def test_an_index_that_follows_names_the_data_of_one_that_was_built(tmp_path):
-    """Two data sets, classes in another order than the rows, labels without a name: as if built directly."""
+    """Two data sets, classes in another order than the rows, labels without a name: as if built
+    directly.
+    """
     one, n = batch(90), 90
-    data = [{"path": "photos", "fingerprint": "aa", "num_classes": 3}, {"path": "more", "fingerprint": "bb"}]
+    data = [
+        {"path": "photos", "fingerprint": "aa", "num_classes": 3},
+        {"path": "more", "fingerprint": "bb"},
+    ]
     origins = np.stack([np.arange(n) % 2, np.arange(n)[::-1]], 1).astype(np.uint32)
-    given = Batch(one.rows, one.names, (np.arange(n)[::-1] % 5) - 1, MODEL, {"size": 32}, one.classes, data, origins)
+    given = Batch(
+        one.rows,
+        one.names,
+        (np.arange(n)[::-1] % 5) - 1,
+        MODEL,
+        {"size": 32},
+        one.classes,
+        data,
+        origins,
+    )
     with Writer(tmp_path / "built") as writer:
         built = writer.build(given)
     record = Record.create(str(tmp_path / "lance"), "photos", given)
@@ -207,9 +252,11 @@ def test_an_index_that_follows_names_the_data_of_one_that_was_built(tmp_path):
 def test_a_new_table_is_made_without_a_warning(tmp_path):
     code = (
         "import sys\n"
-        f"sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1] / 'builders')!r}]\n"
+        f"sys.path[:0] = [{str(Path(__file__).parent)!r}, "
+        f"{str(Path(__file__).parents[1] / 'builders')!r}]\n"
         "from test_lance import Record, batch\n"
-        f"for overwrite in (False, True): Record.create({str(tmp_path / 'lance')!r}, 'photos', batch(9), overwrite)\n"
+        f"for overwrite in (False, True): Record.create({str(tmp_path / 'lance')!r}, 'photos', "
+        "batch(9), overwrite)\n"
         f"Record.create({str(tmp_path / 'lance')!r}, 'more', batch(9), True)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -28,7 +28,9 @@ def cosines(rows, query, dim):
         if not np.isfinite(a).all():
             out.append(-np.inf)
         else:
-            out.append(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) if a.any() and b.any() else 0.0)
+            out.append(
+                a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) if a.any() and b.any() else 0.0
+            )
     return np.array(out)
 
 
@@ -37,7 +39,9 @@ def staged(rows, query, setting, left_out=()):
     left = [i for i in range(len(rows)) if i not in left_out]
     for dim, keep in [(setting.dim, setting.k), *setting.stages]:
         scores = {i: cosines(rows[i : i + 1], query, dim)[0] for i in left}
-        left = sorted((i for i in left if scores[i] > -np.inf), key=lambda i: (-scores[i], i))[:keep]
+        left = sorted((i for i in left if scores[i] > -np.inf), key=lambda i: (-scores[i], i))[
+            :keep
+        ]
     return left
 
 
@@ -63,8 +67,16 @@ def staged(rows, query, setting, left_out=()):
         (lambda: Searcher(rows_of(5)[:0]), "database: is empty"),
         (lambda: Searcher(rows_of(5).astype(int)), "floating point"),
         (lambda: Searcher(rows_of(5)).prepare(Setting("scan", 65, 5)), "prefix of 65"),
-        (lambda: Searcher(rows_of(5)).prepare(Setting("exact", 8, 5, (Stage(65, 5),))), "prefix of 65"),
-        (lambda: Searcher(rows_of(5)).search(rows_of(1, 32), Setting("exact", 8, 5, (Stage(64, 5),))), "prefix of 64"),
+        (
+            lambda: Searcher(rows_of(5)).prepare(Setting("exact", 8, 5, (Stage(65, 5),))),
+            "prefix of 65",
+        ),
+        (
+            lambda: Searcher(rows_of(5)).search(
+                rows_of(1, 32), Setting("exact", 8, 5, (Stage(64, 5),))
+            ),
+            "prefix of 64",
+        ),
     ],
 )
 def test_mistakes_name_the_remedy(make, words):
@@ -103,17 +115,26 @@ def test_the_papers_funnels(dims, ks, database, expected):
 
 @pytest.mark.parametrize(
     ("dim", "last", "database", "expected"),
-    [(2048, 2048, ONE_K, 2624.24), (16, 2048, ONE_K, 20.91), (64, 2048, FOUR_K, 269.34), (2048, 2048, FOUR_K, 8606.11)],
+    [
+        (2048, 2048, ONE_K, 2624.24),
+        (16, 2048, ONE_K, 20.91),
+        (64, 2048, FOUR_K, 269.34),
+        (2048, 2048, FOUR_K, 8606.11),
+    ],
 )
 def test_the_papers_adaptive_retrieval(dim, last, database, expected):
-    assert Setting("exact", dim, 200, (Stage(last, 10),)).mflops(database) == pytest.approx(expected, abs=5e-3)
+    assert Setting("exact", dim, 200, (Stage(last, 10),)).mflops(database) == pytest.approx(
+        expected, abs=5e-3
+    )
     assert Setting("exact", dim, 200).mflops(database) == mflops(dim, database)
 
 
 @given(
-    st.integers(1, 500), st.lists(st.integers(1, 300), max_size=3), st.integers(1, 200),
+    st.integers(1, 500),
+    st.lists(st.integers(1, 300), max_size=3),
+    st.integers(1, 200),
     st.sampled_from(["scan", "ivf"]),
-)  # fmt: skip
+)
 def test_giving_another_number_of_neighbours(k, keeps, wanted, kind):
     setting = Setting(kind, 8, k, tuple(Stage(16 << i, keep) for i, keep in enumerate(keeps)), 7)
     given_ = setting.giving(wanted)
@@ -128,14 +149,17 @@ def test_giving_another_number_of_neighbours(k, keeps, wanted, kind):
 
 def test_settings_as_text():
     assert (
-        str(Setting("ivf", 64, 200, (Stage(256, 40), Stage(2048, 10)))) == "ivf 64 nprobe 32 k 200 -> 256 (40) -> 2048"
+        str(Setting("ivf", 64, 200, (Stage(256, 40), Stage(2048, 10))))
+        == "ivf 64 nprobe 32 k 200 -> 256 (40) -> 2048"
     )
     assert str(Setting("hnsw", 64, 200, effort=300)) == "hnsw 64 ef 300 k 200"
     assert str(Setting("scan", 8, 5, (Stage(16, 5),))) == "scan 8 k 5 -> 16"
 
 
 def test_the_default_setting_fits_any_width():
-    assert default_setting(2048, 64) == Setting("ivf", 64, 200, (Stage(HEAD, 40), Stage(2048, 10)), 32)
+    assert default_setting(2048, 64) == Setting(
+        "ivf", 64, 200, (Stage(HEAD, 40), Stage(2048, 10)), 32
+    )
     for columns, dim in ((64, 64), (64, 8), (HEAD, 64), (HEAD + 1, HEAD), (300, 300), (1, 1)):
         setting = default_setting(columns, dim)
         assert setting.stages[-1].dim == columns
@@ -156,7 +180,9 @@ def data():
     return rows
 
 
-ASKED = np.concatenate([rows_of(6, seed=1), np.zeros((1, 64), np.float32), np.full((1, 64), np.nan, np.float32)])
+ASKED = np.concatenate(
+    [rows_of(6, seed=1), np.zeros((1, 64), np.float32), np.full((1, 64), np.nan, np.float32)]
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -192,7 +218,9 @@ def test_a_shortlist_of_everything_is_the_exact_search(data, kind, dtype):
     assert searcher.nbytes > 0
 
 
-@pytest.mark.parametrize("stages", [(), (Stage(16, 20),), (Stage(16, 40), Stage(40, 15)), (Stage(4, 9),)])
+@pytest.mark.parametrize(
+    "stages", [(), (Stage(16, 20),), (Stage(16, 40), Stage(40, 15)), (Stage(4, 9),)]
+)
 def test_stages_after_an_exact_shortlist(data, stages):
     setting = Setting("exact", 8, 50, stages)
     searcher = Searcher(data[:, :40], num_threads=1)
@@ -202,7 +230,9 @@ def test_stages_after_an_exact_shortlist(data, stages):
         expected = staged(data[:, :40], ASKED[q], setting)
         assert len(set(hits.ids[q].tolist()) & set(expected)) >= len(expected) - 1  # float32
         dim = stages[-1].dim if stages else 8
-        np.testing.assert_allclose(hits.scores[q], cosines(data[expected], ASKED[q], dim), atol=2e-6)
+        np.testing.assert_allclose(
+            hits.scores[q], cosines(data[expected], ASKED[q], dim), atol=2e-6
+        )
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "hnsw"])
@@ -214,13 +244,19 @@ def test_every_index_finds_neighbours(kind):
     searcher.prepare(setting)
     made = dict(searcher.indexes)
     hits = searcher.search(asked, setting)
-    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(hits.ids.tolist(), truth.tolist(), strict=True)])
+    recall = np.mean(
+        [len(set(a) & set(b)) / 10 for a, b in zip(hits.ids.tolist(), truth.tolist(), strict=True)]
+    )
     assert recall > (0.75 if kind == "binary" else 0.95)
     assert searcher.indexes == made  # built once
     shortlist = searcher.shortlist(asked, setting)
     assert shortlist.ids.shape == (50, 200)
-    assert all(set(a) <= set(b) for a, b in zip(hits.ids.tolist(), shortlist.ids.tolist(), strict=True))
-    own = [cosines(rows[ids[:5]], query, 64) for ids, query in zip(shortlist.ids, asked, strict=True)]
+    assert all(
+        set(a) <= set(b) for a, b in zip(hits.ids.tolist(), shortlist.ids.tolist(), strict=True)
+    )
+    own = [
+        cosines(rows[ids[:5]], query, 64) for ids, query in zip(shortlist.ids, asked, strict=True)
+    ]
     atol = {"binary": 1.0, "scan": 0.02, "ivf": 0.02}.get(kind, 1e-5)
     np.testing.assert_allclose(shortlist.scores[:, :5], own, atol=atol)
 
@@ -266,12 +302,19 @@ def test_the_head_of_the_rows_changes_nothing():
 @given(st.integers(1, 40), st.integers(1, 60), st.sampled_from(KINDS[:3]), st.integers(0, 20))
 @settings(max_examples=30, deadline=None)
 def test_any_number_of_rows_and_neighbours(n, k, kind, seed):
-    rows, asked = np.random.default_rng(seed).standard_normal((n, 12)).astype(np.float32), rows_of(2, 12, seed)
-    hits = Searcher(rows, num_threads=1).search(asked, Setting(kind, 5, max(n, k), (Stage(12, k),), n))
+    rows, asked = (
+        np.random.default_rng(seed).standard_normal((n, 12)).astype(np.float32),
+        rows_of(2, 12, seed),
+    )
+    hits = Searcher(rows, num_threads=1).search(
+        asked, Setting(kind, 5, max(n, k), (Stage(12, k),), n)
+    )
     for q in range(2):
         expected = cosines(rows, asked[q], 12)
         assert (hits.ids[q] >= 0).sum() == min(n, k)
-        np.testing.assert_allclose(hits.scores[q, : min(n, k)], np.sort(expected)[::-1][:k], atol=3e-6)
+        np.testing.assert_allclose(
+            hits.scores[q, : min(n, k)], np.sort(expected)[::-1][:k], atol=3e-6
+        )
 
 
 def test_every_kind_is_known():

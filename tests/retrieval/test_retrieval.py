@@ -1,4 +1,6 @@
-"""Searches against loops over rows: native scans of every kernel, inverted file, re-ranking, exact search."""
+"""Searches against loops over rows: native scans of every kernel, inverted file, re-ranking, exact
+search.
+"""
 
 import numpy as np
 import pytest
@@ -31,8 +33,12 @@ def nested(n, dim, seed, classes=12):
 
 
 def best_of(scores, k):
-    """(ids [k] padded with -1, scores) of one query: highest first, equal ones by id; -inf is no hit."""
-    order = sorted((i for i in range(len(scores)) if scores[i] > -np.inf), key=lambda i: (-scores[i], i))[:k]
+    """(ids [k] padded with -1, scores) of one query: highest first, equal ones by id; -inf is no
+    hit.
+    """
+    order = sorted(
+        (i for i in range(len(scores)) if scores[i] > -np.inf), key=lambda i: (-scores[i], i)
+    )[:k]
     return order + [-1] * (k - len(order)), [scores[i] for i in order]
 
 
@@ -44,7 +50,9 @@ def cosine(row, query, d):
 
 
 def overlap(a, b):
-    return np.mean([len(set(x) & set(y) - {-1}) / len(y) for x, y in zip(a.tolist(), b.tolist(), strict=True)])
+    return np.mean(
+        [len(set(x) & set(y) - {-1}) / len(y) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+    )
 
 
 # ---------------------------------------------------------------- native scans
@@ -52,9 +60,19 @@ def overlap(a, b):
 
 @st.composite
 def scans(draw):
-    rows, chunks = draw(st.integers(0, 300)), draw(st.one_of(st.integers(1, 9), st.integers(15, 17)))
+    rows, chunks = (
+        draw(st.integers(0, 300)),
+        draw(st.one_of(st.integers(1, 9), st.integers(15, 17))),
+    )
     few = draw(st.sampled_from([2, 128]))  # few different codes: many equal scores
-    return rows, chunks, draw(st.integers(1, 40)), draw(st.integers(1, 12)), few, draw(st.integers(0, 99))
+    return (
+        rows,
+        chunks,
+        draw(st.integers(1, 40)),
+        draw(st.integers(1, 12)),
+        few,
+        draw(st.integers(0, 99)),
+    )
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -94,7 +112,10 @@ def test_bits_against_loops(kernels, case):
     _native.pack_bits(bits, packed)
     ids, scores = _native.search_bits(pool(2), packed, rows, asked, k, None, kernels)
     for q in range(queries):
-        expected = [-sum((int(a) ^ int(b)).bit_count() for a, b in zip(row, asked[q], strict=True)) for row in bits]
+        expected = [
+            -sum((int(a) ^ int(b)).bit_count() for a, b in zip(row, asked[q], strict=True))
+            for row in bits
+        ]
         best, values = best_of(expected, k)
         assert ids[q].tolist() == best
         assert scores[q, : len(values)].tolist() == values
@@ -107,7 +128,9 @@ def test_many_words_do_not_overflow(words):
     packed = np.zeros(128 * words, np.uint64)
     _native.pack_bits(bits, packed)
     for kernels in KERNELS:
-        _, scores = _native.search_bits(pool(1), packed, 70, ~np.zeros((1, words), np.uint64), 3, None, kernels)
+        _, scores = _native.search_bits(
+            pool(1), packed, 70, ~np.zeros((1, words), np.uint64), 3, None, kernels
+        )
         assert scores.tolist() == [[-64 * words] * 3]
 
 
@@ -145,17 +168,35 @@ def test_the_native_module_refuses_what_does_not_fit():
         lambda: _native.search_codes(pool(1), codes, 64, asked, 1, np.zeros(0, np.uint64)),
         lambda: _native.search_codes(pool(1), codes, 64, asked, 1, None, "mmx"),
         lambda: _native.pack(pool(1), np.zeros((65, 8), np.uint8), codes),
-        lambda: _native.search_bits(pool(1), np.zeros(64, np.uint64), 65, np.zeros((1, 1), np.uint64), 1),
+        lambda: _native.search_bits(
+            pool(1), np.zeros(64, np.uint64), 65, np.zeros((1, 1), np.uint64), 1
+        ),
         lambda: _native.search_lists(
-            pool(1), codes, np.array([64]), np.array([1], np.int32), np.zeros(64, np.uint32), 64, asked,
-            np.zeros((1, 1), np.int32), 1),
-    ):  # fmt: skip
+            pool(1),
+            codes,
+            np.array([64]),
+            np.array([1], np.int32),
+            np.zeros(64, np.uint32),
+            64,
+            asked,
+            np.zeros((1, 1), np.int32),
+            1,
+        ),
+    ):
         with pytest.raises(ValueError, match=r"\w"):
             call()
     with pytest.raises(IndexError):
         _native.search_lists(
-            pool(1), codes, np.array([0]), np.array([1], np.int32), np.zeros(64, np.uint32), 64, asked,
-            np.ones((1, 1), np.int32), 1)  # fmt: skip
+            pool(1),
+            codes,
+            np.array([0]),
+            np.array([1], np.int32),
+            np.zeros(64, np.uint32),
+            64,
+            asked,
+            np.ones((1, 1), np.int32),
+            1,
+        )
     table, query = np.zeros((3, 8), np.float32), np.zeros((1, 8), np.float32)
     with pytest.raises(IndexError):
         _native.rerank(pool(1), [(table, 0, 8, 1)], query, np.full((1, 1), 3))
@@ -165,9 +206,13 @@ def test_the_native_module_refuses_what_does_not_fit():
 
 
 @given(
-    rows=st.integers(1, 60), queries=st.integers(1, 5), k=st.integers(1, 70), dim=st.integers(1, 6),
-    at_once=st.integers(1, 61), seed=st.integers(0, 50),
-)  # fmt: skip
+    rows=st.integers(1, 60),
+    queries=st.integers(1, 5),
+    k=st.integers(1, 70),
+    dim=st.integers(1, 6),
+    at_once=st.integers(1, 61),
+    seed=st.integers(0, 50),
+)
 @settings(max_examples=80, deadline=None)
 def test_exact_search_against_loops(rows, queries, k, dim, at_once, seed):
     """Rows of few values: equal rows, zero rows, and NaN."""
@@ -182,7 +227,9 @@ def test_exact_search_against_loops(rows, queries, k, dim, at_once, seed):
         found = [i for i in hits.ids[q].tolist() if i >= 0]
         assert len(found) == min(k, sum(v > -np.inf for v in expected))
         np.testing.assert_allclose([expected[i] for i in found], best_of(expected, k)[1], atol=2e-5)
-        np.testing.assert_allclose(hits.scores[q, : len(found)], [expected[i] for i in found], atol=2e-5)
+        np.testing.assert_allclose(
+            hits.scores[q, : len(found)], [expected[i] for i in found], atol=2e-5
+        )
         assert hits.ids[q, len(found) :].tolist() == [-1] * (k - len(found))
         scores = hits.scores[q, : len(found)].tolist()
         assert list(zip(scores, found, strict=True)) == sorted(
@@ -202,7 +249,9 @@ def test_a_scan_finds_what_an_exact_prefix_finds(dim, dtype):
     hits, truth = PrefixScan.build(data, dim).search(asked, 50), exact_search(data, asked, dim, 50)
     assert overlap(hits.ids, truth.ids) > 0.9
     assert overlap(hits.ids, truth.ids[:, :10]) > 0.95
-    own = [[cosine(data[i], asked[q], dim) for i in row] for q, row in enumerate(hits.ids[:5].tolist())]
+    own = [
+        [cosine(data[i], asked[q], dim) for i in row] for q, row in enumerate(hits.ids[:5].tolist())
+    ]
     np.testing.assert_allclose(hits.scores[:5], own, atol=0.02)  # the estimate
     assert (np.diff(hits.scores, axis=1) <= 1e-6).all()
 
@@ -214,7 +263,9 @@ def test_binary_codes_find_neighbours():
     above = unit(data, 256) > np.median(unit(data, 256), axis=0)
     mine = unit(asked[:1], 256)[0] > np.median(unit(data, 256), axis=0)
     differ = (above != mine).sum(1)
-    np.testing.assert_allclose(hits.scores[0], 1 - 2 * np.sort(differ, kind="stable")[:200] / 256, atol=1e-6)
+    np.testing.assert_allclose(
+        hits.scores[0], 1 - 2 * np.sort(differ, kind="stable")[:200] / 256, atol=1e-6
+    )
 
 
 def test_an_inverted_file_of_all_lists_is_the_scan():
@@ -223,12 +274,14 @@ def test_an_inverted_file_of_all_lists_is_the_scan():
     whole, every = scan.search(asked, 40), file.search(asked, 40, nprobe=20)
     np.testing.assert_array_equal(whole.ids, every.ids)
     np.testing.assert_array_equal(whole.scores, every.scores)
-    assert sorted(np.concatenate([file.ids[s : s + n] for s, n in zip(file.starts, file.sizes, strict=True)])) == list(
-        range(3000)
-    )
+    assert sorted(
+        np.concatenate([file.ids[s : s + n] for s, n in zip(file.starts, file.sizes, strict=True)])
+    ) == list(range(3000))
     few = file.search(asked, 40, nprobe=2)
     lists = {
-        int(i): n for n, (s, m) in enumerate(zip(file.starts, file.sizes, strict=True)) for i in file.ids[s : s + m]
+        int(i): n
+        for n, (s, m) in enumerate(zip(file.starts, file.sizes, strict=True))
+        for i in file.ids[s : s + m]
     }
     assert all(len({lists[i] for i in row if i >= 0}) <= 2 for row in few.ids.tolist())
     assert overlap(few.ids, whole.ids[:, :10]) > 0.8
@@ -241,11 +294,14 @@ def test_rows_that_are_gone_bad_or_too_few(make):
     data[9, 3] = np.inf
     data[11] = 0
     build = {
-        "scan": lambda: PrefixScan.build(data, 64), "bits": lambda: BinaryScan.build(data, 64),
+        "scan": lambda: PrefixScan.build(data, 64),
+        "bits": lambda: BinaryScan.build(data, 64),
         "lists": lambda: InvertedFile.build(data, 64, lists=5),
-    }[make]  # fmt: skip
+    }[make]
     more = {"nprobe": 5} if make == "lists" else {}
-    asked = np.concatenate([data[:2], np.full((1, 64), np.nan, np.float32), np.zeros((1, 64), np.float32)])
+    asked = np.concatenate(
+        [data[:2], np.full((1, 64), np.nan, np.float32), np.zeros((1, 64), np.float32)]
+    )
     deleted = empty_bits(200)
     set_bits(deleted, np.array([0, 64, 199]))
     hits = build().search(asked, 300, deleted=deleted, **more)
@@ -263,7 +319,11 @@ def test_rows_that_are_gone_bad_or_too_few(make):
 
 def test_equal_rows_come_by_id():
     data = np.repeat(nested(3, 64, 4), 50, axis=0)
-    for index in (PrefixScan.build(data, 64), BinaryScan.build(data, 64), InvertedFile.build(data, 64, lists=3)):
+    for index in (
+        PrefixScan.build(data, 64),
+        BinaryScan.build(data, 64),
+        InvertedFile.build(data, 64, lists=3),
+    ):
         found = index.search(data[[120, 10]], 20).ids
         assert found[0].tolist() == list(range(100, 120))
         assert found[1].tolist() == list(range(20))
@@ -288,9 +348,13 @@ def test_stages_against_loops(kernels, dtype):
             left = [i for i in candidates[q].tolist() if i >= 0]
             for dim, keep in stages:
                 scores = {i: cosine(data[i], query, dim) for i in left}
-                left = sorted((i for i in left if scores[i] > -np.inf), key=lambda i: (-scores[i], i))[:keep]
+                left = sorted(
+                    (i for i in left if scores[i] > -np.inf), key=lambda i: (-scores[i], i)
+                )[:keep]
             assert hits.ids[q].tolist() == left + [-1] * (8 - len(left))
-            np.testing.assert_allclose(hits.scores[q, : len(left)], [scores[i] for i in left], atol=2e-6)
+            np.testing.assert_allclose(
+                hits.scores[q, : len(left)], [scores[i] for i in left], atol=2e-6
+            )
 
 
 def test_one_stage_over_every_row_is_the_exact_search():
@@ -307,9 +371,13 @@ def test_rows_of_a_memory_map_and_of_a_view(tmp_path):
     expected = rerank(data, asked, candidates, [Stage(32, 10)])
     wide = np.concatenate([data, data], 1)[:, :48]
     for rows in (stored, wide):
-        np.testing.assert_array_equal(rerank(rows, asked, candidates, [Stage(32, 10)]).ids, expected.ids)
-    np.testing.assert_array_equal(PrefixScan.build(stored, 16).search(asked, 9).ids,
-                                  PrefixScan.build(data, 16).search(asked, 9).ids)  # fmt: skip
+        np.testing.assert_array_equal(
+            rerank(rows, asked, candidates, [Stage(32, 10)]).ids, expected.ids
+        )
+    np.testing.assert_array_equal(
+        PrefixScan.build(stored, 16).search(asked, 9).ids,
+        PrefixScan.build(data, 16).search(asked, 9).ids,
+    )
 
 
 # ---------------------------------------------------------------- mistakes
@@ -330,12 +398,18 @@ def test_rows_of_a_memory_map_and_of_a_view(tmp_path):
         (lambda x: exact_search(x, x, 0, 1), "prefix of 0"),
         (lambda x: exact_search(x, x, 8, 0), "k = 0"),
         (lambda x: rerank(x, x, np.zeros((30, 1), int), []), "one or more"),
-        (lambda x: rerank(x, x, np.zeros((30, 1), int), [Stage(8, 3), Stage(8, 2)]), "longer than the one before"),
+        (
+            lambda x: rerank(x, x, np.zeros((30, 1), int), [Stage(8, 3), Stage(8, 2)]),
+            "longer than the one before",
+        ),
         (lambda x: rerank(x, x, np.zeros((30, 1), int), [Stage(8, 0)]), "keep"),
         (lambda x: rerank(x, x, np.zeros((30, 1), int), [Stage(65, 1)]), "prefix of 65"),
         (lambda x: rerank(x, x, np.zeros((29, 1), int), [Stage(8, 1)]), "one list for each"),
         (lambda x: rerank(x, x, np.full((30, 1), 30), [Stage(8, 1)]), "id 30 is no row"),
-        (lambda x: rerank(x.astype(np.float64), x, np.zeros((30, 1), int), [Stage(8, 1)]), "float16 and float32"),
+        (
+            lambda x: rerank(x.astype(np.float64), x, np.zeros((30, 1), int), [Stage(8, 1)]),
+            "float16 and float32",
+        ),
     ],
 )
 def test_mistakes_name_the_remedy(call, words):

@@ -1,4 +1,6 @@
-"""Metrics of retrieval against slow loops, scikit-learn, exact probabilities and the paper's recorded costs."""
+"""Metrics of retrieval against slow loops, scikit-learn, exact probabilities and the paper's
+recorded costs.
+"""
 
 import math
 from fractions import Fraction
@@ -19,7 +21,9 @@ same = pytest.approx
 
 @st.composite
 def searched(draw):
-    """(ids int64 [Q, k], labels int64 [N], query_labels int64 [Q]): ids distinct, -1 anywhere; classes -1 to 3."""
+    """(ids int64 [Q, k], labels int64 [N], query_labels int64 [Q]): ids distinct, -1 anywhere;
+    classes -1 to 3.
+    """
     q, n = draw(st.integers(0, 5)), draw(st.integers(0, 8))
     k = draw(st.integers(1, 10))
     rows = [draw(st.permutations([*range(n), *[-1] * k]))[:k] for _ in range(q)]
@@ -34,8 +38,9 @@ def two_lists(draw):
     q = draw(st.integers(0, 4))
     element = st.integers(-1, 6) | st.just(2**62)
     return tuple(
-        draw(hnp.arrays(np.int64, (q, draw(st.integers(low, 7))), elements=element)) for low in (0, 1)
-    )  # fmt: skip
+        draw(hnp.arrays(np.int64, (q, draw(st.integers(low, 7))), elements=element))
+        for low in (0, 1)
+    )
 
 
 def class_hits(ids, labels, query_labels):
@@ -83,7 +88,9 @@ def test_metrics_equal_loops(case, data):
     paper = metrics.mean_average_precision(hit, k)
     assert paper.value == average(summed_precision(row) / k for row in rows)
     assert paper[1:] == (len(rows), 0)
-    assert metrics.mean_average_precision(hit, k, relevant, normaliser="k") == same(paper, nan_ok=True)
+    assert metrics.mean_average_precision(hit, k, relevant, normaliser="k") == same(
+        paper, nan_ok=True
+    )
     usual = metrics.mean_average_precision(hit, k, relevant, normaliser="min")
     assert usual.value == average(summed_precision(row) / min(k, r) for row, r in pairs)
     assert usual[1:] == counted
@@ -125,7 +132,9 @@ def test_the_forms_of_map_by_hand():
     assert metrics.mean_average_precision(hit, 4).value == same((5 / 3 / 4 + 1 / 2 / 4) / 2)
     usual = metrics.mean_average_precision(hit, 4, np.array([2, 100]), normaliser="min")
     assert usual == (same((5 / 3 / 2 + 1 / 2 / 4) / 2), 2, 0)
-    assert metrics.mean_average_precision(hit, 4, np.array([2, 1]), normaliser="min").value == same(2 / 3)
+    assert metrics.mean_average_precision(hit, 4, np.array([2, 1]), normaliser="min").value == same(
+        2 / 3
+    )
     assert metrics.recall_at(hit, 2, np.array([2, 50])).value == same((1 / 2 + 1 / 50) / 2)
 
 
@@ -134,18 +143,42 @@ def test_the_forms_of_map_by_hand():
     [
         (lambda: metrics.hits(np.array([[3]]), np.arange(3), np.array([0])), "row 3 .* 3"),
         (lambda: metrics.hits(np.array([[0]]), np.arange(0), np.array([0])), "row 0 .* 0"),
-        (lambda: metrics.hits(np.array([[0]]), np.zeros(1, np.float16), np.array([0])), "^labels: float16"),
-        (lambda: metrics.hits(np.array([[0]]), np.arange(1), np.array([0.0])), "^query_labels: float64"),
+        (
+            lambda: metrics.hits(np.array([[0]]), np.zeros(1, np.float16), np.array([0])),
+            "^labels: float16",
+        ),
+        (
+            lambda: metrics.hits(np.array([[0]]), np.arange(1), np.array([0.0])),
+            "^query_labels: float64",
+        ),
         (lambda: metrics.hits(np.array([[0.0]]), np.arange(1), np.array([0])), "^ids: float64"),
         (lambda: metrics.hits(np.array([[0]]), np.arange(1), np.array([0, 0])), "1 queries.* 2"),
         (lambda: metrics.precision_at(np.ones((2, 3), bool), 0), "k = 0: needs 1 to 3"),
         (lambda: metrics.mean_average_precision(np.ones((2, 3), bool), 4), "k = 4: needs 1 to 3"),
-        (lambda: metrics.recall_at(np.ones((2, 3), bool), 3, np.array([3, 2])), "more hits than relevant"),
-        (lambda: metrics.recall_at(np.ones((2, 3), bool), 3, np.array([3])), "relevant of 1 queries"),
-        (lambda: metrics.mean_average_precision(np.ones((1, 3), bool), 3, np.array([2]), "min"), "more hits"),
-        (lambda: metrics.mean_average_precision(np.ones((1, 3), bool), 3, None, "min"), "needs `relevant`"),
-        (lambda: metrics.mean_average_precision(np.ones((1, 3), bool), 3, np.array([3]), "R"), "known: k, min"),
-        (lambda: metrics.recall_against_exact(np.ones((2, 3), int), np.ones((3, 3), int)), "2 queries, exact 3"),
+        (
+            lambda: metrics.recall_at(np.ones((2, 3), bool), 3, np.array([3, 2])),
+            "more hits than relevant",
+        ),
+        (
+            lambda: metrics.recall_at(np.ones((2, 3), bool), 3, np.array([3])),
+            "relevant of 1 queries",
+        ),
+        (
+            lambda: metrics.mean_average_precision(np.ones((1, 3), bool), 3, np.array([2]), "min"),
+            "more hits",
+        ),
+        (
+            lambda: metrics.mean_average_precision(np.ones((1, 3), bool), 3, None, "min"),
+            "needs `relevant`",
+        ),
+        (
+            lambda: metrics.mean_average_precision(np.ones((1, 3), bool), 3, np.array([3]), "R"),
+            "known: k, min",
+        ),
+        (
+            lambda: metrics.recall_against_exact(np.ones((2, 3), int), np.ones((3, 3), int)),
+            "2 queries, exact 3",
+        ),
         (lambda: metrics.mean_lower_bound(np.array([0.5, 1.01])), "0 to 1"),
         (lambda: metrics.mean_lower_bound(np.array([0.5, math.nan])), "0 to 1"),
         (lambda: metrics.mean_lower_bound(np.ones(3), confidence=1), "confidence 1 "),
@@ -168,7 +201,9 @@ def test_recall_against_exact_equals_sets(lists):
     assert recall.shape == (len(exact),)
     for a, b, value in zip(found.tolist(), exact.tolist(), recall.tolist(), strict=True):
         wanted = set(b) - {-1}
-        assert value == same(len(set(a) & wanted) / len(wanted) if wanted else math.nan, nan_ok=True)
+        assert value == same(
+            len(set(a) & wanted) / len(wanted) if wanted else math.nan, nan_ok=True
+        )
 
 
 @quick
@@ -187,10 +222,19 @@ def test_the_distribution_is_counted(number, share):
         assert summary.quantile(share) == next(
             c for c in range(11) if sum(x <= c for x in kept) >= share * len(kept) * (1 - 1e-9)
         )
-        assert 0 <= summary.interval[0] <= summary.lower <= summary.mean <= summary.interval[1] + 1e-12 <= 1 + 1e-12
+        assert (
+            0
+            <= summary.interval[0]
+            <= summary.lower
+            <= summary.mean
+            <= summary.interval[1] + 1e-12
+            <= 1 + 1e-12
+        )
     else:
         assert (summary.interval, summary.lower) == ((0, 1), 0)
-    expected = np.std([c / 10 for c in kept], ddof=1) / len(kept) ** 0.5 if len(kept) > 1 else math.nan
+    expected = (
+        np.std([c / 10 for c in kept], ddof=1) / len(kept) ** 0.5 if len(kept) > 1 else math.nan
+    )
     assert summary.standard_error == same(expected, nan_ok=True)
 
 
@@ -236,14 +280,18 @@ def test_the_bound_is_where_the_wealth_says(values, confidence, tried):
 @st.composite
 def distribution(draw):
     weights = draw(st.lists(st.integers(1, 50), min_size=2, max_size=3))
-    support = draw(st.lists(st.sampled_from([0, 0.1, 0.5, 0.9, 1]), unique=True, min_size=len(weights)))
+    support = draw(
+        st.lists(st.sampled_from([0, 0.1, 0.5, 0.9, 1]), unique=True, min_size=len(weights))
+    )
     return support[: len(weights)], [w / sum(weights) for w in weights]
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(distribution(), min_size=1, max_size=2), st.sampled_from([0.2, 0.5, 0.8]))
 def test_the_bound_holds_exactly(parts, confidence):
-    """All samples of 6 queries, 6 or 3 of each distribution, with their probabilities: too high a bound is rare."""
+    """All samples of 6 queries, 6 or 3 of each distribution, with their probabilities: too high a
+    bound is rare.
+    """
     each = [parts[i % len(parts)] for i in range(6)]
     mean = sum(sum(x * p for x, p in zip(*part, strict=True)) for part in each) / 6
     known, wrong = {}, 0.0
@@ -276,12 +324,16 @@ def test_the_bound_covers_where_the_normal_one_does_not():
 
 
 def test_the_bound_is_close_with_many_queries():
-    """Not just sound: within 3.5 standard errors at 10,000 queries, where the normal one takes 1.645."""
+    """Not just sound: within 3.5 standard errors at 10,000 queries, where the normal one takes
+    1.645.
+    """
     for seed in range(5):
         summary = metrics.summarise_recall(cliff(np.random.default_rng(seed), 10_000), 10)
         assert summary.mean - 3.5 * summary.standard_error < summary.lower < MEAN_CLIFF
     perfect = metrics.mean_lower_bound(np.ones(10_000))
-    assert 1 - 5 / 10_000 < perfect < 1 - 3 / 10_000  # no miss at all cannot show less than -ln(.05) / n
+    assert (
+        1 - 5 / 10_000 < perfect < 1 - 3 / 10_000
+    )  # no miss at all cannot show less than -ln(.05) / n
 
 
 def test_the_luckiest_of_many_settings_needs_bonferroni():
@@ -289,8 +341,12 @@ def test_the_luckiest_of_many_settings_needs_bonferroni():
     rng = np.random.default_rng(1)
     mean, tried, rounds = 0.9, 200, 40
     draws = rng.binomial(1, mean, (rounds, tried, 60)).astype(float)
-    best = draws[np.arange(rounds), draws.mean(2).argmax(1)]  # equal variance: the highest mean, the highest bound
-    chosen = [[metrics.summarise_recall(x, 10, 0.5, m).lower > mean for x in best] for m in (1, tried)]
+    best = draws[
+        np.arange(rounds), draws.mean(2).argmax(1)
+    ]  # equal variance: the highest mean, the highest bound
+    chosen = [
+        [metrics.summarise_recall(x, 10, 0.5, m).lower > mean for x in best] for m in (1, tried)
+    ]
     assert np.mean(chosen[0]) > 0.9
     assert np.mean(chosen[1]) <= 0.5
     x = cliff(rng, 2000)
@@ -305,7 +361,9 @@ def test_the_luckiest_of_many_settings_needs_bonferroni():
 def test_the_bound_does_not_depend_on_the_order():
     x = cliff(np.random.default_rng(2), 3000)
     assert metrics.mean_lower_bound(np.sort(x)) == metrics.mean_lower_bound(np.sort(x)[::-1])
-    assert metrics.mean_lower_bound(x.astype(np.float32)) == same(metrics.mean_lower_bound(x), abs=1e-6)
+    assert metrics.mean_lower_bound(x.astype(np.float32)) == same(
+        metrics.mean_lower_bound(x), abs=1e-6
+    )
 
 
 # ---------------------------------------------------------------- cost
@@ -314,7 +372,8 @@ IN_1K, IN_4K = 1_281_167, 4_202_000
 DIMS = [2**i for i in range(3, 12)]
 LONG, SHORT = (800, 400, 200, 50, 10), (200, 100, 50, 25, 10)  # of the funnels
 
-# Recorded beside the paper's plots: for each dim of the shortlist, re-ranking of 200 at that dim, twice that, ... 2048.
+# Recorded beside the paper's plots: for each dim of the shortlist, re-ranking of 200 at that dim,
+# twice that, ... 2048.
 ADAPTIVE_1K = {
     8: "10.25 10.25 10.26 10.26 10.27 10.30 10.35 10.45 10.66",
     16: "20.50 20.51 20.51 20.52 20.55 20.60 20.70 20.91",
@@ -339,19 +398,27 @@ ADAPTIVE_4K = {
 }
 
 
-@pytest.mark.parametrize(("size", "table"), [(IN_1K, ADAPTIVE_1K), (IN_4K, ADAPTIVE_4K)], ids=["1K", "4K"])
+@pytest.mark.parametrize(
+    ("size", "table"), [(IN_1K, ADAPTIVE_1K), (IN_4K, ADAPTIVE_4K)], ids=["1K", "4K"]
+)
 def test_the_papers_costs_of_adaptive_retrieval(size, table):
     for shortlist, line in table.items():
         recorded = [float(word) for word in line.split()]
         dims = [d for d in DIMS if d >= shortlist]
-        assert [metrics.mflops(shortlist, size, [(d, 200)]) for d in dims] == same(recorded, abs=0.00501, rel=0)
+        assert [metrics.mflops(shortlist, size, [(d, 200)]) for d in dims] == same(
+            recorded, abs=0.00501, rel=0
+        )
 
 
 def test_costs_are_exact():
     """Whole numbers of operations, recorded for an earlier run."""
     recorded = {
-        (8, 8): 10250936, (8, 2048): 10658936, (16, 2048): 20908272, (64, 128): 82020288, (2048, 2048): 2624239616
-    }  # fmt: skip
+        (8, 8): 10250936,
+        (8, 2048): 10658936,
+        (16, 2048): 20908272,
+        (64, 128): 82020288,
+        (2048, 2048): 2624239616,
+    }
     for (shortlist, rerank), operations in recorded.items():
         assert metrics.mflops(shortlist, IN_1K, [(rerank, 200)]) == operations / 1e6
 

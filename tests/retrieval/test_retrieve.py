@@ -1,4 +1,6 @@
-"""`matryoshka retrieve`: what it writes and says against loops over all rows; sweeps and their certificates."""
+"""`matryoshka retrieve`: what it writes and says against loops over all rows; sweeps and their
+certificates.
+"""
 
 import json
 
@@ -10,7 +12,14 @@ from matryoshka.inference import retrieve
 
 from matryoshka.retrieval import Setting, Stage
 from matryoshka.retrieval.store import Index
-from matryoshka.retrieval.sweep import Measured, certified, frontier, grid, queries_needed, summarise_recall
+from matryoshka.retrieval.sweep import (
+    Measured,
+    certified,
+    frontier,
+    grid,
+    queries_needed,
+    summarise_recall,
+)
 
 N, Q, D = 1500, 120, 96
 CLASSES = [f"class {i}" for i in range(13)]  # the last one is in no image
@@ -30,17 +39,30 @@ def data(tmp_path_factory):
 
 
 def run(folder, *options, output="out", database="db", queries="q"):
-    code = retrieve.main([f"--database={folder / database}", f"--queries={folder / queries}",
-                          f"--output={folder / output}", "--overwrite", *options])  # fmt: skip
+    code = retrieve.main(
+        [
+            f"--database={folder / database}",
+            f"--queries={folder / queries}",
+            f"--output={folder / output}",
+            "--overwrite",
+            *options,
+        ]
+    )
     assert code == 0
     place = folder / output
-    return (json.loads((place / "results.json").read_text()), np.load(place / "ids.npy"),
-            np.load(place / "distances.npy"))  # fmt: skip
+    return (
+        json.loads((place / "results.json").read_text()),
+        np.load(place / "ids.npy"),
+        np.load(place / "distances.npy"),
+    )
 
 
 def exact(rows, query, d, k):
     """ids and squared distances of the k nearest normalised prefixes."""
-    a, b = rows[:, :d] / np.linalg.norm(rows[:, :d], axis=1)[:, None], query[:d] / np.linalg.norm(query[:d])
+    a, b = (
+        rows[:, :d] / np.linalg.norm(rows[:, :d], axis=1)[:, None],
+        query[:d] / np.linalg.norm(query[:d]),
+    )
     distance = ((a - b) ** 2).sum(1)
     order = np.argsort(distance, kind="stable")[:k]
     return order, distance[order]
@@ -48,10 +70,14 @@ def exact(rows, query, d, k):
 
 def test_exact_search_and_all_of_its_numbers(data, capsys):
     folder, rows, labels, queries, asked = data
-    results, ids, distances = run(folder, "--index=exact", "--at=1,5,20", "--truth=50", "--batches=7")
+    results, ids, distances = run(
+        folder, "--index=exact", "--at=1,5,20", "--truth=50", "--batches=7"
+    )
     expected = [exact(rows, query, D, 20) for query in queries]
     assert (ids.dtype, ids.shape, distances.dtype) == (np.int64, (Q, 20), np.float32)
-    assert np.mean(ids != [e[0] for e in expected]) < 0.002  # float32: neighbours of nearly the same distance
+    assert (
+        np.mean(ids != [e[0] for e in expected]) < 0.002
+    )  # float32: neighbours of nearly the same distance
     np.testing.assert_allclose(distances, [e[1] for e in expected], atol=1e-5)
     scores = {k: [] for k in (1, 5, 20)}
     for found, label in zip(ids, asked, strict=True):
@@ -60,8 +86,14 @@ def test_exact_search_and_all_of_its_numbers(data, capsys):
         for k, all_of_k in scores.items():
             summed = sum(sum(right[: r + 1]) / (r + 1) for r in range(k) if right[r])
             hits = sum(right[:k])
-            all_of_k.append((summed / k, summed / min(k, relevant) if relevant else None, hits / k,
-                             hits / relevant if relevant else None))  # fmt: skip
+            all_of_k.append(
+                (
+                    summed / k,
+                    summed / min(k, relevant) if relevant else None,
+                    hits / k,
+                    hits / relevant if relevant else None,
+                )
+            )
     for k, all_of_k in scores.items():
         mean = [np.mean([s[j] for s in all_of_k if s[j] is not None]) for j in range(4)]
         shown = results["classes"]["at"][str(k)]
@@ -69,7 +101,11 @@ def test_exact_search_and_all_of_its_numbers(data, capsys):
         np.testing.assert_allclose(got, mean, rtol=1e-9)
     assert results["classes"]["top1"] == pytest.approx(np.mean([s[2] for s in scores[1]]))
     assert results["classes"]["excluded"] == 3
-    assert (results["exact"]["recall"], results["exact"]["perfect"], results["exact"]["queries"]) == (1, 1, 50)
+    assert (
+        results["exact"]["recall"],
+        results["exact"]["perfect"],
+        results["exact"]["queries"],
+    ) == (1, 1, 50)
     assert 0.5 < results["exact"]["lower"] < 1
     assert results["speed"]["batches"]["7"]["median"] > 0
     assert results["speed"]["latency_ms"]["p50"] <= results["speed"]["latency_ms"]["p99"]
@@ -102,17 +138,24 @@ def test_shortlists_of_everything_are_exact(data, options):
 
 def test_the_papers_funnel_ends_with_ten(data, capsys):
     folder, rows, _, queries, _ = data
-    results, ids, distances = run(folder, "--index=exact", "--funnel=8,16,32,64,96", "--funnel-k=200,100,50,10",
-                                  "--no-speed")  # fmt: skip
+    results, ids, distances = run(
+        folder, "--index=exact", "--funnel=8,16,32,64,96", "--funnel-k=200,100,50,10", "--no-speed"
+    )
     for query, found, near in zip(queries, ids, distances, strict=True):
         kept, _ = exact(rows, query, 8, 200)
         for d, keep in ((16, 100), (32, 50), (64, 10), (96, 10)):
             kept = kept[exact(rows[kept], query, d, keep)[0]]
         assert found.tolist() == kept.tolist()
         np.testing.assert_allclose(
-            near, exact(rows, query, D, N)[1][[list(exact(rows, query, D, N)[0]).index(i) for i in found]], atol=1e-5
+            near,
+            exact(rows, query, D, N)[1][
+                [list(exact(rows, query, D, N)[0]).index(i) for i in found]
+            ],
+            atol=1e-5,
         )
-    assert results["mflops"] == pytest.approx((8 * N + 16 * 200 + 32 * 100 + 64 * 50 + 96 * 10) / 1e6)
+    assert results["mflops"] == pytest.approx(
+        (8 * N + 16 * 200 + 32 * 100 + 64 * 50 + 96 * 10) / 1e6
+    )
     assert "--at 25,50,100 left out" in capsys.readouterr().out
 
 
@@ -121,13 +164,20 @@ def test_arrays_of_upstream_and_bare_ones(data, tmp_path, capsys):
     for name, x, y in (("train", rows, labels), ("val", queries, asked)):
         np.save(tmp_path / f"{name}-X.npy", x.astype(np.float32))
         np.save(tmp_path / f"{name}-y.npy", y.astype(np.float16)[:, None])
-    results, _, _ = run(tmp_path, "--no-speed", "--k=50", database="train-X.npy", queries="val-X.npy")
+    results, _, _ = run(
+        tmp_path, "--no-speed", "--k=50", database="train-X.npy", queries="val-X.npy"
+    )
     folder = data[0]
     same, _, _ = run(folder, "--no-speed", "--k=50")
     assert results["classes"] == same["classes"]
     np.save(tmp_path / "bare.npy", queries)
     results, ids, _ = run(
-        tmp_path, "--no-speed", "--rerank-dim=0", "--at=3", database="train-X.npy", queries="bare.npy"
+        tmp_path,
+        "--no-speed",
+        "--rerank-dim=0",
+        "--at=3",
+        database="train-X.npy",
+        queries="bare.npy",
     )
     assert "classes" not in results
     assert ids.shape == (Q, 3)
@@ -155,8 +205,17 @@ def test_a_sweep_certifies_what_holds_on_other_queries(data, tmp_path, capsys):
     folder, rows, _, _, _ = data
     many, labels = nested(1000, D, 5)
     write(tmp_path / "q", many[:700], labels[:700], classes=CLASSES)
-    code = retrieve.main([f"--database={folder / 'db'}", f"--queries={tmp_path / 'q'}", f"--output={tmp_path / 'out'}",
-                          "--sweep", "--index=scan,ivf", "--shortlist-dim=32", "--target-recall=0.95"])  # fmt: skip
+    code = retrieve.main(
+        [
+            f"--database={folder / 'db'}",
+            f"--queries={tmp_path / 'q'}",
+            f"--output={tmp_path / 'out'}",
+            "--sweep",
+            "--index=scan,ivf",
+            "--shortlist-dim=32",
+            "--target-recall=0.95",
+        ]
+    )
     assert code == 0
     said = capsys.readouterr().out
     swept = json.loads((tmp_path / "out/sweep.json").read_text())
@@ -172,18 +231,43 @@ def test_a_sweep_certifies_what_holds_on_other_queries(data, tmp_path, capsys):
     assert won["setting"] in [one["setting"] for one in swept["settings"] if one["lower"] >= 0.95]
     # the options select this setting, and its recall holds on queries that the sweep has not seen
     write(tmp_path / "fresh", many[700:], labels[700:], classes=CLASSES)
-    results = retrieve.main([f"--database={folder / 'db'}", f"--queries={tmp_path / 'fresh'}", "--at=10", "--no-speed",
-                             f"--output={tmp_path / 'again'}", *won["options"].split()])  # fmt: skip
+    results = retrieve.main(
+        [
+            f"--database={folder / 'db'}",
+            f"--queries={tmp_path / 'fresh'}",
+            "--at=10",
+            "--no-speed",
+            f"--output={tmp_path / 'again'}",
+            *won["options"].split(),
+        ]
+    )
     assert results == 0
     ids = np.load(tmp_path / "again/ids.npy")
     truth = [exact(rows, query.astype(np.float64), D, 10)[0] for query in many[700:]]
-    assert np.mean([len(set(a) & set(b.tolist())) / 10 for a, b in zip(ids.tolist(), truth, strict=True)]) >= 0.95
+    assert (
+        np.mean(
+            [len(set(a) & set(b.tolist())) / 10 for a, b in zip(ids.tolist(), truth, strict=True)]
+        )
+        >= 0.95
+    )
 
 
 def test_a_sweep_without_enough_queries_says_how_many(data, capsys):
     folder = data[0]
-    assert retrieve.main([f"--database={folder / 'db'}", f"--queries={folder / 'q'}", f"--output={folder / 'few'}",
-                          "--sweep", "--index=scan", "--shortlist-dim=64", "--overwrite"]) == 0  # fmt: skip
+    assert (
+        retrieve.main(
+            [
+                f"--database={folder / 'db'}",
+                f"--queries={folder / 'q'}",
+                f"--output={folder / 'few'}",
+                "--sweep",
+                "--index=scan",
+                "--shortlist-dim=64",
+                "--overwrite",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "no certificate" in said
     needed = int(said.split("needs ")[1].split()[0].replace(",", ""))
@@ -196,12 +280,20 @@ def test_a_sweep_without_enough_queries_says_how_many(data, capsys):
 
 def test_an_index_is_searched_and_takes_over_what_the_sweep_found(data, tmp_path, capsys):
     folder, _, _, queries, _ = data
-    assert index_program.main(["build", str(tmp_path / "index"), f"--embeddings={folder / 'db'}"]) == 0
-    args = [f"--database={tmp_path / 'index'}", f"--queries={folder / 'q'}", f"--output={tmp_path / 'out'}"]
+    assert (
+        index_program.main(["build", str(tmp_path / "index"), f"--embeddings={folder / 'db'}"]) == 0
+    )
+    args = [
+        f"--database={tmp_path / 'index'}",
+        f"--queries={folder / 'q'}",
+        f"--output={tmp_path / 'out'}",
+    ]
     assert retrieve.main([*args, "--no-speed"]) == 0
     indexed = json.loads((tmp_path / "out/results.json").read_text())
     plain, _, _ = run(folder, "--no-speed", "--index=scan", "--k=200")
-    assert indexed["classes"]["at"]["10"] == pytest.approx(plain["classes"]["at"]["10"], rel=0.02)  # float16 rows
+    assert indexed["classes"]["at"]["10"] == pytest.approx(
+        plain["classes"]["at"]["10"], rel=0.02
+    )  # float16 rows
     assert retrieve.main([*args, "--sweep", "--target-recall=0.8", "--choose"]) == 0
     chosen = Index(tmp_path / "index")
     swept = json.loads((tmp_path / "out/sweep.json").read_text())
@@ -217,7 +309,9 @@ def test_frontier_and_certificate_by_hand():
     def one(recall, rate, k):
         lost = round((1 - recall) * 2000)
         values = np.r_[np.ones(2000 - lost), np.zeros(lost)]
-        return Measured(Setting("scan", 16, k, (Stage(64, 10),)), summarise_recall(values, 1), (rate,), 1000)
+        return Measured(
+            Setting("scan", 16, k, (Stage(64, 10),)), summarise_recall(values, 1), (rate,), 1000
+        )
 
     a, b, c, d = one(0.9, 100, 20), one(0.95, 80, 30), one(0.94, 70, 40), one(1.0, 10, 50)
     assert frontier([c, d, a, b]) == [a, b, d]
@@ -277,8 +371,14 @@ def test_mistakes_are_one_line(data, capsys, options, words):
 
 def wrong(capsys, folder, words, *options, database="db", queries="q", output="never"):
     with pytest.raises(SystemExit) as stop:
-        retrieve.main([f"--database={folder / database}", f"--queries={folder / queries}",
-                       f"--output={folder / output}", *options])  # fmt: skip
+        retrieve.main(
+            [
+                f"--database={folder / database}",
+                f"--queries={folder / queries}",
+                f"--output={folder / output}",
+                *options,
+            ]
+        )
     said = capsys.readouterr().err
     assert (stop.value.code, said.count("\n")) == (2, 1), said
     assert words in said

@@ -33,8 +33,19 @@ def folders(**queries):
 
 
 def results(database, *options, queries="q", output="out"):
-    assert retrieve.main([f"--database={database}", f"--queries={queries}", f"--output={output}", "--overwrite",
-                          *FAST, *options]) == 0  # fmt: skip
+    assert (
+        retrieve.main(
+            [
+                f"--database={database}",
+                f"--queries={queries}",
+                f"--output={output}",
+                "--overwrite",
+                *FAST,
+                *options,
+            ]
+        )
+        == 0
+    )
     with open(f"{output}/results.json") as file:
         return json.load(file)
 
@@ -84,7 +95,9 @@ def test_an_index_is_measured_as_it_searches(capsys):
     found = results("x.index")
     assert found["setting"] == {"index": "scan", "dim": 8, "k": 30, "stages": [[16, 20], [32, 10]]}
     assert list(found["classes"]["at"]) == ["10"]
-    np.testing.assert_array_equal(np.load("out/ids.npy"), Index("x.index", 1).search(rows[400:], 10).ids)
+    np.testing.assert_array_equal(
+        np.load("out/ids.npy"), Index("x.index", 1).search(rows[400:], 10).ids
+    )
     longer = results("x.index", "--at=5,15")
     assert longer["setting"]["stages"][-1] == [32, 15]
     assert results("x.index", "--k=100")["setting"]["stages"] == [[32, 100]]
@@ -108,7 +121,9 @@ def test_deleted_rows_are_not_missed():
 def test_recall_is_of_queries_at_random():
     """Queries come in the order of their classes: the first ones would be of one class."""
     folders()
-    args = retrieve.parser().parse_args(["--database=db", "--queries=q", "--output=out", "--truth=40"])
+    args = retrieve.parser().parse_args(
+        ["--database=db", "--queries=q", "--output=out", "--truth=40"]
+    )
     database, queries = retrieve.open_pair(retrieve.open_table("db"), retrieve.open_table("q"))
     chosen = []
     for args.seed in (0, 1, 0):
@@ -125,10 +140,15 @@ def test_results_do_not_replace_embeddings_or_an_index(capsys):
     folders()
     os.makedirs("begun/.unfinished")
     capsys.readouterr()
-    for name, words in (("q", "holds embeddings (meta.json)"), ("x.index", "holds an index (index.json)"),
-                        ("begun", "holds embeddings (.unfinished)")):  # fmt: skip
+    for name, words in (
+        ("q", "holds embeddings (meta.json)"),
+        ("x.index", "holds an index (index.json)"),
+        ("begun", "holds embeddings (.unfinished)"),
+    ):
         before = sorted(os.listdir(name))
-        assert words in refused(capsys, "--database=db", "--queries=q", f"--output={name}", "--overwrite")
+        assert words in refused(
+            capsys, "--database=db", "--queries=q", f"--output={name}", "--overwrite"
+        )
         assert sorted(os.listdir(name)) == before
 
 
@@ -157,26 +177,45 @@ def test_arrays_in_any_order_of_memory_and_of_nothing_finite(capsys):
     for database, queries in (("c-X.npy", "bad-X.npy"), ("bad-X.npy", "c-X.npy")):
         for options in ([], ["--sweep", "--index=scan"]):
             with pytest.raises(SystemExit, match="2"):
-                retrieve.main([f"--database={database}", f"--queries={queries}", "--output=bad", "--truth=20",
-                               *(options or ["--no-speed"])])  # fmt: skip
+                retrieve.main(
+                    [
+                        f"--database={database}",
+                        f"--queries={queries}",
+                        "--output=bad",
+                        "--truth=20",
+                        *(options or ["--no-speed"]),
+                    ]
+                )
             assert "NaN or infinity in every row" in capsys.readouterr().err
 
 
 def test_a_certificate_belongs_to_the_rows_that_it_was_measured_on(capsys):
     rows, labels = folders()
-    sweep = ["--database=x.index", "--queries=q", "--output=sweep", "--overwrite", "--sweep", "--choose"]
+    sweep = [
+        "--database=x.index",
+        "--queries=q",
+        "--output=sweep",
+        "--overwrite",
+        "--sweep",
+        "--choose",
+    ]
     assert retrieve.main([*sweep, "--target-recall=0.5"]) == 0
     capsys.readouterr()
 
     def said():
         program.main(["info", "x.index"])
-        return next((line for line in capsys.readouterr().out.splitlines() if line.startswith("recall")), "")
+        return next(
+            (line for line in capsys.readouterr().out.splitlines() if line.startswith("recall")), ""
+        )
 
     assert "or more, with 95 % confidence (120 queries)" in said()
     chosen = Index("x.index", 1).setting
     write("more", rows[:5], labels[:5], classes=CLASSES)
-    changes = (["add", "x.index", "--embeddings", "more", "--prefix", "more/"], ["delete", "x.index", "00007.jpg"],
-               ["compact", "x.index"])  # fmt: skip
+    changes = (
+        ["add", "x.index", "--embeddings", "more", "--prefix", "more/"],
+        ["delete", "x.index", "00007.jpg"],
+        ["compact", "x.index"],
+    )
     for change in changes:
         assert program.main(change) == 0
         capsys.readouterr()

@@ -1,4 +1,6 @@
-"""Searches where it is tight: equal rows, lengths at the edges of float32, more neighbours than rows, hostile lists."""
+"""Searches where it is tight: equal rows, lengths at the edges of float32, more neighbours than
+rows, hostile lists.
+"""
 
 import numpy as np
 import pytest
@@ -67,7 +69,9 @@ def test_more_equal_rows_than_a_pass_hands_on(copies):
 # ---------------------------------------------------------------- lengths
 
 
-@pytest.mark.parametrize(("rows_by", "queries_by"), [(1e-23, 1), (1e19, 1), (1, 1e-23), (1, 1e19), (1e-38, 1e37)])
+@pytest.mark.parametrize(
+    ("rows_by", "queries_by"), [(1e-23, 1), (1e19, 1), (1, 1e-23), (1, 1e19), (1e-38, 1e37)]
+)
 def test_any_length_gives_the_same_order(rows_by, queries_by):
     data, asked = positive(300, 64, 5), positive(4, 64, 6)
     rows, queries = data * np.float32(rows_by), asked * np.float32(queries_by)
@@ -85,7 +89,9 @@ def test_any_length_gives_the_same_order(rows_by, queries_by):
 
 def test_lengths_of_one_table_may_differ():
     data = positive(200, 32, 7)
-    rows = data * (10.0 ** np.random.default_rng(8).integers(-30, 30, 200)[:, None]).astype(np.float32)
+    rows = data * (10.0 ** np.random.default_rng(8).integers(-30, 30, 200)[:, None]).astype(
+        np.float32
+    )
     candidates = np.arange(200)[None]
     for stages in ([Stage(32, 20)], [Stage(8, 100), Stage(32, 20)]):
         expected = rerank(data, data[:1], candidates, stages)
@@ -138,8 +144,17 @@ def listed(probes, starts=(0, 64), sizes=(60, 50), ids=None, k=50, num_ids=128):
     _native.pack(pool(1), codes, packed)
     asked = np.random.default_rng(14).integers(-127, 128, (len(probes), 8), dtype=np.int8)
     ids = np.arange(128, dtype=np.uint32) if ids is None else np.asarray(ids, np.uint32)
-    return _native.search_lists(pool(1), packed, np.array(starts), np.array(sizes, np.int32), ids, num_ids, asked,
-                                np.asarray(probes, np.int32), k)  # fmt: skip
+    return _native.search_lists(
+        pool(1),
+        packed,
+        np.array(starts),
+        np.array(sizes, np.int32),
+        ids,
+        num_ids,
+        asked,
+        np.asarray(probes, np.int32),
+        k,
+    )
 
 
 def test_a_list_that_is_named_again():
@@ -150,7 +165,12 @@ def test_a_list_that_is_named_again():
 
 
 def test_lists_outside_of_the_codes():
-    for starts, sizes in (((0, 2**63 - 64), (1, 2**31 - 1)), ((0, -64), (1, 1)), ((0, 64), (1, 65)), ((0, 63), (1, 1))):
+    for starts, sizes in (
+        ((0, 2**63 - 64), (1, 2**31 - 1)),
+        ((0, -64), (1, 1)),
+        ((0, 64), (1, 65)),
+        ((0, 63), (1, 1)),
+    ):
         with pytest.raises(ValueError, match="outside of the packed codes"):
             listed(np.zeros((1, 1)), starts, sizes)
     slots = np.arange(128)
@@ -163,7 +183,9 @@ def test_lists_outside_of_the_codes():
 
 
 def test_equal_scores_of_lists_and_of_stages_go_by_number():
-    """Few different codes, numbers scattered over the lists: what was found first is not what counts."""
+    """Few different codes, numbers scattered over the lists: what was found first is not what
+    counts.
+    """
     rng = np.random.default_rng(15)
     for seed in range(20):
         codes = np.random.default_rng(seed).integers(0, 2, (1920, 4), dtype=np.uint8)
@@ -173,7 +195,9 @@ def test_equal_scores_of_lists_and_of_stages_go_by_number():
         asked = rng.integers(-127, 128, (3, 4), dtype=np.int8)
         probes = np.tile(rng.permutation(30), (3, 1)).astype(np.int32)
         starts, sizes = np.arange(30) * 64, np.full(30, 64, np.int32)
-        ids, _ = _native.search_lists(pool(1), packed, starts, sizes, numbers, 1920, asked, probes, 70)
+        ids, _ = _native.search_lists(
+            pool(1), packed, starts, sizes, numbers, 1920, asked, probes, 70
+        )
         for q in range(3):
             score = codes.astype(int) @ asked[q].astype(int)
             assert ids[q].tolist() == numbers[np.lexsort((numbers, -score))[:70]].tolist()

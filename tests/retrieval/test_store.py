@@ -1,4 +1,6 @@
-"""The index on disk against a list of rows: what is built, added, replaced, deleted and compacted is what is found."""
+"""The index on disk against a list of rows: what is built, added, replaced, deleted and compacted
+is what is found.
+"""
 
 import os
 
@@ -41,7 +43,9 @@ def cosines(rows, query, dim=None):
 
 
 def check_hits(ids, scores, expected, stored):
-    """One query's hits: of the highest expected scores, the ids that have them, equal stored rows by number."""
+    """One query's hits: of the highest expected scores, the ids that have them, equal stored rows
+    by number.
+    """
     found = [i for i in ids.tolist() if i >= 0]
     assert len(set(found)) == len(found)
     assert ids[len(found) :].tolist() == [-1] * (len(ids) - len(found))
@@ -62,7 +66,21 @@ def check_hits(ids, scores, expected, stored):
 
 COLUMNS = 6
 NAMES = st.one_of(
-    st.sampled_from(["", "a", "b", "a/b.jpg", "new\nline", "\udc80.jpg", "\ud800", "é", "e\u0301", "x" * 300, "\0"]),
+    st.sampled_from(
+        [
+            "",
+            "a",
+            "b",
+            "a/b.jpg",
+            "new\nline",
+            "\udc80.jpg",
+            "\ud800",
+            "é",
+            "e\u0301",
+            "x" * 300,
+            "\0",
+        ]
+    ),
     st.text(st.characters(), max_size=3),
 )
 VALUES = st.one_of(
@@ -73,26 +91,39 @@ VALUES = st.one_of(
 
 @st.composite
 def additions(draw, most=40):
-    """(names, rows of small integers times a power of two, classes, labels): float16 holds their directions exactly."""
+    """(names, rows of small integers times a power of two, classes, labels): float16 holds their
+    directions exactly.
+    """
     names = draw(st.lists(NAMES, min_size=1, max_size=most, unique=True))
     rows = np.array([draw(VALUES) for _ in names], np.float32)
     scale = np.array([draw(st.integers(-140, 120)) for _ in names])
     rows = np.ldexp(rows, scale[:, None])
     for i in draw(st.lists(st.integers(0, len(names) - 1), max_size=2)):
-        rows[i, draw(st.integers(0, COLUMNS - 1))] = draw(st.sampled_from([np.nan, np.inf, -np.inf]))
+        rows[i, draw(st.integers(0, COLUMNS - 1))] = draw(
+            st.sampled_from([np.nan, np.inf, -np.inf])
+        )
     classes = draw(st.sampled_from([None, ["ant", "bee"], ["bee", "cat", "dog"]]))
-    return names, rows, classes, draw(st.lists(st.integers(-1, 3), min_size=len(names), max_size=len(names)))
+    return (
+        names,
+        rows,
+        classes,
+        draw(st.lists(st.integers(-1, 3), min_size=len(names), max_size=len(names))),
+    )
 
 
 class Changes(RuleBasedStateMachine):
-    """`rows`: (name, vector, class, origin, alive) of every row number, as the index is expected to be."""
+    """`rows`: (name, vector, class, origin, alive) of every row number, as the index is expected to
+    be.
+    """
 
     folder_maker = None
 
     @initialize(
-        given=additions(), dim=st.sampled_from([0, 3, 6]), lists=st.sampled_from([0, 0, 3]),
+        given=additions(),
+        dim=st.sampled_from([0, 3, 6]),
+        lists=st.sampled_from([0, 0, 3]),
         mapped=st.sampled_from([1, MAPPED]),
-    )  # fmt: skip
+    )
     def build(self, given, dim, lists, mapped):
         store_part.MAPPED = mapped  # all files, or none of so few rows
         self.folder = self.folder_maker.mktemp("index") / "deep" / "folder"
@@ -153,7 +184,9 @@ class Changes(RuleBasedStateMachine):
     @precondition(lambda self: self.alive())
     @rule()
     def compact(self):
-        if self.index.about["lists"] and not any(np.isfinite(row[1]).all() for row in self.rows if row[4]):
+        if self.index.about["lists"] and not any(
+            np.isfinite(row[1]).all() for row in self.rows if row[4]
+        ):
             return
         old = self.index
         self.changed(lambda writer: writer.compact())
@@ -172,7 +205,9 @@ class Changes(RuleBasedStateMachine):
         for index in (self.index, fresh):
             assert (len(index), index.total) == (len(alive), len(self.rows))
             assert index.find(names).tolist() == [alive.get(name, -1) for name in names]
-            assert index.is_deleted(np.arange(index.total)).tolist() == [not row[4] for row in self.rows]
+            assert index.is_deleted(np.arange(index.total)).tolist() == [
+                not row[4] for row in self.rows
+            ]
         for i, (name, row, label, origin, _) in enumerate(self.rows):
             assert (fresh.name(i), fresh.class_name(i), fresh.origin(i)) == (name, label, origin)
             same = cosines(fresh.vector(i)[None], row)[0]
@@ -195,11 +230,18 @@ class Changes(RuleBasedStateMachine):
         vectors = [index.vector(i) for i in range(index.total)]
         default = None if index.total <= index.setting.k else whole
         for setting, d in ((Setting("exact", dim, k), dim), (whole, COLUMNS), (default, COLUMNS)):
-            kept = [row[4] and i not in more and (only is None or i in only) for i, row in enumerate(self.rows)]
+            kept = [
+                row[4] and i not in more and (only is None or i in only)
+                for i, row in enumerate(self.rows)
+            ]
             expected = np.where(kept, cosines([row[1] for row in self.rows], query, d), -np.inf)
             before = asked.copy()
-            hits = index.search(asked, k, setting, bits, None if only is None else np.array(only, np.int64))
-            check_hits(hits.ids[0], hits.scores[0], expected.tolist(), [v[:d].tobytes() for v in vectors])
+            hits = index.search(
+                asked, k, setting, bits, None if only is None else np.array(only, np.int64)
+            )
+            check_hits(
+                hits.ids[0], hits.scores[0], expected.tolist(), [v[:d].tobytes() for v in vectors]
+            )
             assert (hits.ids[1] == -1).all()
             np.testing.assert_array_equal(asked, before)
 
@@ -208,7 +250,9 @@ def test_any_order_of_changes(tmp_path_factory):
     from hypothesis.stateful import run_state_machine_as_test
 
     machine = type("Machine", (Changes,), {"folder_maker": tmp_path_factory})
-    run_state_machine_as_test(machine, settings=settings(max_examples=20, stateful_step_count=12, deadline=None))
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=20, stateful_step_count=12, deadline=None)
+    )
 
 
 # ---------------------------------------------------------------- searches over parts
@@ -216,7 +260,9 @@ def test_any_order_of_changes(tmp_path_factory):
 
 @pytest.mark.parametrize("lists", [0, 5])
 def test_parts_of_any_size_are_one_index(tmp_path, lists):
-    """Parts of 130, 1, 64 and 77 rows, some deleted: against the same rows as one part, and against loops."""
+    """Parts of 130, 1, 64 and 77 rows, some deleted: against the same rows as one part, and against
+    loops.
+    """
     rows, asked = random_rows(272), random_rows(15, seed=1)
     gone = [0, 63, 64, 129, 130, 131, 195, 271]
     with Writer(tmp_path, 1) as writer:
@@ -233,7 +279,9 @@ def test_parts_of_any_size_are_one_index(tmp_path, lists):
                 expected = cosines(rows, query)
                 expected[gone] = -np.inf
                 if setting is not None:
-                    np.testing.assert_allclose(hits.scores[q], np.sort(expected)[::-1][:k], atol=1e-3)
+                    np.testing.assert_allclose(
+                        hits.scores[q], np.sort(expected)[::-1][:k], atol=1e-3
+                    )
                     best = [i for i in np.argsort(-expected)[:k].tolist() if expected[i] > -np.inf]
                     assert len(set(best) ^ set(hits.ids[q].tolist()) - {-1}) <= 2  # float16
     index.warm()
@@ -254,7 +302,9 @@ def test_few_lists_and_narrow_filters(tmp_path, monkeypatch):
     assert index.parts[0].about["lists"] == 50
     few = Setting("ivf", 24, 100, (Stage(24, 5),), 2)
     near = [int(np.argmax(cosines(rows, row))) for row in rows[:40]]
-    assert near == index.search(rows[:40], 1, few).ids[:, 0].tolist()  # a row is in its own centroid's list
+    assert (
+        near == index.search(rows[:40], 1, few).ids[:, 0].tolist()
+    )  # a row is in its own centroid's list
     asked, only = random_rows(20, seed=3), np.arange(0, 1500, 100)
     truth = [only[np.argsort(-cosines(rows[only], query))[:5]].tolist() for query in asked]
     full = index.search(asked, 5, few, only=only)  # up to FEW rows: compared in full
@@ -303,9 +353,14 @@ def test_mistakes_of_a_search(tmp_path):
 
 
 @given(
-    st.lists(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=4, max_size=4), min_size=1,
-             max_size=5),
-)  # fmt: skip
+    st.lists(
+        st.lists(
+            st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=4, max_size=4
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+)
 @settings(max_examples=150, deadline=None)
 def test_rows_are_stored_as_far_as_their_largest_number_allows(values):
     rows = np.array(values, np.float32)
@@ -324,7 +379,9 @@ def test_rows_are_stored_as_far_as_their_largest_number_allows(values):
 
 
 def test_rows_that_float16_cannot_hold(tmp_path):
-    rows = np.array([[1e38, 1e38], [1e-38, 3e-38], [1e-45, 0], [0, 0], [NAN, 1], [np.inf, 1]], np.float32)
+    rows = np.array(
+        [[1e38, 1e38], [1e-38, 3e-38], [1e-45, 0], [0, 0], [NAN, 1], [np.inf, 1]], np.float32
+    )
     index = built(tmp_path, rows)
     hits = index.search(np.array([[1, 1], [1, 3], [1, 0]], np.float32), 6)
     assert hits.ids[:, 0].tolist() == [0, 1, 2]

@@ -1,4 +1,6 @@
-"""Damaged files of an index: it is searched, or one line says which file is damaged; `verify` finds all of it."""
+"""Damaged files of an index: it is searched, or one line says which file is damaged; `verify` finds
+all of it.
+"""
 
 import itertools
 import json
@@ -16,7 +18,12 @@ from matryoshka.retrieval.store import Index
 from matryoshka.retrieval.store_part import BIG, checked
 from matryoshka.retrieval.store_writer import Writer
 
-SETTINGS = (None, Setting("scan", 10, 50, (Stage(24, 5),)), Setting("exact", 24, 5), Setting("ivf", 10, 5, (), 1))
+SETTINGS = (
+    None,
+    Setting("scan", 10, 50, (Stage(24, 5),)),
+    Setting("exact", 24, 5),
+    Setting("ivf", 10, 5, (), 1),
+)
 ASKED = random_rows(3, seed=1)
 
 
@@ -48,7 +55,11 @@ def use(index, settings=SETTINGS):
 
 
 def files_of(folder):
-    return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != "writer.lock")
+    return sorted(
+        str(f.relative_to(folder))
+        for f in folder.rglob("*")
+        if f.is_file() and f.name != "writer.lock"
+    )
 
 
 def is_small(file):
@@ -59,12 +70,17 @@ def check_error(error, folder, file):
     message = str(error)
     assert "\n" not in message
     assert str(folder) in message
-    named = {os.path.basename(name) for name in files_of(folder)} | {os.path.basename(file), os.path.basename(folder)}
+    named = {os.path.basename(name) for name in files_of(folder)} | {
+        os.path.basename(file),
+        os.path.basename(folder),
+    }
     assert any(name in message for name in named), message
 
 
 def check(folder, file, content):
-    """With `content` as `file` (None: removed), and back. True where opening or a search found it out."""
+    """With `content` as `file` (None: removed), and back. True where opening or a search found it
+    out.
+    """
     path, good = folder / file, (folder / file).read_bytes()
     try:
         if content is None:
@@ -81,7 +97,9 @@ def check(folder, file, content):
             found = True
         assert before is None or not is_small(file), f"{file}: opened"
         if before is not None:
-            with pytest.raises(RetrievalError, match=os.path.basename(file).replace(".", r"\.")) as caught:
+            with pytest.raises(
+                RetrievalError, match=os.path.basename(file).replace(".", r"\.")
+            ) as caught:
                 before.verify()
             check_error(caught.value, folder, file)
         return found
@@ -103,7 +121,14 @@ def test_every_file_damaged_anywhere(sound, monkeypatch, mapped, times):
                 continue
             check(sound, file, bytes(content))
             tried += 1
-        sizes = [None, b"", good[:-1], good[: rng.integers(len(good))], good + b"\0", good + b"\n" * 64]
+        sizes = [
+            None,
+            b"",
+            good[:-1],
+            good[: rng.integers(len(good))],
+            good + b"\0",
+            good + b"\n" * 64,
+        ]
         for content in sizes[: times + 1]:
             assert check(sound, file, content)  # a wrong size is always found
             tried += 1

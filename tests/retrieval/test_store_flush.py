@@ -1,4 +1,6 @@
-"""What reaches the disk before what: the files that a new index.json names are there for ever when it is."""
+"""What reaches the disk before what: the files that a new index.json names are there for ever when
+it is.
+"""
 
 import os
 from pathlib import Path
@@ -23,7 +25,9 @@ CHANGES = {
 
 
 class Call(NamedTuple):
-    """A flush of a file or folder, or a rename to it. content: of the file, or what is in the folder, by then."""
+    """A flush of a file or folder, or a rename to it. content: of the file, or what is in the
+    folder, by then.
+    """
 
     what: str
     path: Path
@@ -37,7 +41,9 @@ def calls(monkeypatch):
 
     def flushed(descriptor):
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        made.append(Call("flush", path, set(os.listdir(path)) if path.is_dir() else path.read_bytes()))
+        made.append(
+            Call("flush", path, set(os.listdir(path)) if path.is_dir() else path.read_bytes())
+        )
 
     def replaced(source, target):
         made.append(Call("rename", Path(target), Path(source).read_bytes()))
@@ -59,8 +65,9 @@ def test_files_are_on_the_disk_before_their_names(tmp_path, calls, what):
     calls.clear()
     with Writer(folder, 1) as writer:
         CHANGES[what](writer)
-    new = {f for f in folder.rglob("*") if f.is_file() and f not in before} - {folder / name for name in (
-        "index.json", "writer.lock")}  # fmt: skip
+    new = {f for f in folder.rglob("*") if f.is_file() and f not in before} - {
+        folder / name for name in ("index.json", "writer.lock")
+    }
     about = Index(folder).about
     parts = {folder / part for part in about["parts"]} & {f.parent for f in new}
     assert len(parts) == (what not in ("delete", "choose"))
@@ -68,8 +75,10 @@ def test_files_are_on_the_disk_before_their_names(tmp_path, calls, what):
     (rename,) = [i for i, call in enumerate(calls) if call.what == "rename"]
     assert calls[rename].path == folder / "index.json"
 
-    flushed = {path: [i for i, c in enumerate(calls) if c.path == path and c.what == "flush"] for path in (
-        *new, *parts, folder, folder.parent, folder / ".index.json.tmp")}  # fmt: skip
+    flushed = {
+        path: [i for i, c in enumerate(calls) if c.path == path and c.what == "flush"]
+        for path in (*new, *parts, folder, folder.parent, folder / ".index.json.tmp")
+    }
     for file in new:
         first, *more = flushed[file]
         assert not more
@@ -100,7 +109,9 @@ def test_after_the_rename_an_error_says_that_the_index_has_changed(tmp_path, mon
                 return Index(path)
 
             monkeypatch.setattr("matryoshka.retrieval.store_writer.Index", fails)
-            with pytest.raises(RetrievalError, match="the index has changed, but cannot be opened now: ") as caught:
+            with pytest.raises(
+                RetrievalError, match="the index has changed, but cannot be opened now: "
+            ) as caught:
                 writer.add(batch(random_rows(1), [f"new {number}"]))
             assert ("Too many open files" if error.args else "MemoryError") in str(caught.value)
             assert len(Index(tmp_path)) == number + 1

@@ -1,4 +1,6 @@
-"""Writers that are killed at every step, run out of disk, or are refused: the index is the old or the new one."""
+"""Writers that are killed at every step, run out of disk, or are refused: the index is the old or
+the new one.
+"""
 
 import io
 import json
@@ -25,7 +27,10 @@ CHOSEN = Setting("scan", 8, 7, (Stage(8, 3),))
 
 def named_rows(names):
     """float32 [n, 8]: every name has a row of its own."""
-    return np.array([np.random.default_rng(list(name.encode())).standard_normal(8) for name in names], np.float32)
+    return np.array(
+        [np.random.default_rng(list(name.encode())).standard_normal(8) for name in names],
+        np.float32,
+    )
 
 
 def named(names):
@@ -44,7 +49,9 @@ def change(writer, what):
     if what in ("first build", "build"):
         writer.build(named(["n0", "n1", "n2"]), overwrite=what == "build")
     elif what in ("add", "replace"):
-        writer.add(named(["c0", "c1"] if what == "add" else ["a5", "b1", "c0"]), replace=what == "replace")
+        writer.add(
+            named(["c0", "c1"] if what == "add" else ["a5", "b1", "c0"]), replace=what == "replace"
+        )
     elif what == "delete":
         writer.delete(["a7", "b0"])
     elif what == "compact":
@@ -66,9 +73,14 @@ def churn(folder, steps):
 
 
 def around_every_step(do):
-    """Calls do(number) before and after each opening, flush, rename, removal ... of a file or folder, and does not wait
-    for the disk. Returns what undoes it."""
-    count, inside, real = 0, False, {(os, name): getattr(os, name) for name in STEPS} | {(io, "open"): io.open}
+    """Calls do(number) before and after each opening, flush, rename, removal ... of a file or
+    folder, and does not wait for the disk. Returns what undoes it.
+    """
+    count, inside, real = (
+        0,
+        False,
+        {(os, name): getattr(os, name) for name in STEPS} | {(io, "open"): io.open},
+    )
 
     def stepped(name, function):
         def once():
@@ -96,7 +108,9 @@ def kill_at(step):
 
 
 def serve():
-    """Lines of JSON (folder, change, step) -> exit statuses of children that did it, and were killed at that step."""
+    """Lines of JSON (folder, change, step) -> exit statuses of children that did it, and were
+    killed at that step.
+    """
     for line in sys.stdin:
         folder, what, step = json.loads(line)
         child = os.fork()
@@ -120,7 +134,12 @@ def server():
     environment["PYTHONPATH"] = str(tests.with_name("builders"))
     command = [sys.executable, "-c", "import test_store_kill; test_store_kill.serve()"]
     with subprocess.Popen(
-        command, cwd=tests, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command,
+        cwd=tests,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -145,14 +164,22 @@ def content(folder):
     index.verify()
     rows = [row for row in range(index.total) if not index.is_deleted(np.array([row]))[0]]
     assert index.find([index.name(row) for row in rows]).tolist() == rows
-    said = {index.name(row): (index.vector(row).tobytes(), index.class_name(row), index.origin(row)) for row in rows}
+    said = {
+        index.name(row): (index.vector(row).tobytes(), index.class_name(row), index.origin(row))
+        for row in rows
+    }
     return said, index.total, index.setting, index.about["certificate"]
 
 
 def only_what_is_named(folder):
     index = Index(folder, 1)
     entry = index.about["deleted"]
-    expected = ["index.json", "writer.lock", *index.about["parts"], *([entry["file"]] if entry else [])]
+    expected = [
+        "index.json",
+        "writer.lock",
+        *index.about["parts"],
+        *([entry["file"]] if entry else []),
+    ]
     assert sorted(os.listdir(folder)) == sorted(expected)
     for part in index.about["parts"]:
         assert set(os.listdir(folder / part)) == {"part.json", *index.parts[0]._files}
@@ -173,7 +200,9 @@ def prepared(tmp_path, what):
 
 
 def survives(folder, what, old, new):
-    """What an index says whose writer was killed; the next writer works, and leaves nothing of the other."""
+    """What an index says whose writer was killed; the next writer works, and leaves nothing of the
+    other.
+    """
     if old is None and not (folder / "index.json").exists():
         begun = any(name.startswith("part-") for name in os.listdir(folder))
         with pytest.raises(RetrievalError, match="not finished" if begun else "is no index"):
@@ -194,12 +223,17 @@ def survives(folder, what, old, new):
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_stopped_at_every_step(tmp_path, what):
-    """The files as they are before each step of a change are those that a process killed there leaves."""
+    """The files as they are before each step of a change are those that a process killed there
+    leaves.
+    """
     base, old, new = prepared(tmp_path, what)
     folder, left, states = tmp_path / "index", [], {}
 
     def keep(step):
-        files = [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_ino) for f in sorted(folder.rglob("*"))]
+        files = [
+            (str(f.relative_to(folder)), f.stat().st_size, f.stat().st_ino)
+            for f in sorted(folder.rglob("*"))
+        ]
         if files and states.get("last") != files:
             states["last"] = files
             left.append(tmp_path / f"step {step}")
@@ -248,7 +282,9 @@ def test_readers_meanwhile(tmp_path, server):
     with ThreadPoolExecutor(1) as thread:
         finished = thread.submit(server, tmp_path, "churn", 30)
         while not finished.done() or not index.is_current():
-            if (len(seen) + stale) % 2 and not index.is_current():  # now and then an old one is searched
+            if (
+                len(seen) + stale
+            ) % 2 and not index.is_current():  # now and then an old one is searched
                 index = Index(tmp_path, 1)
             stale += not index.is_current()
             seen.add(json.dumps(index.about))
@@ -260,7 +296,11 @@ def test_readers_meanwhile(tmp_path, server):
             assert "a3" not in names
             assert index.find(names).tolist() == rows.tolist()
             vectors, own = np.array([index.vector(row) for row in rows.tolist()]), named_rows(names)
-            cosines = (vectors * own).sum(1) / np.linalg.norm(vectors, axis=1) / np.linalg.norm(own, axis=1)
+            cosines = (
+                (vectors * own).sum(1)
+                / np.linalg.norm(vectors, axis=1)
+                / np.linalg.norm(own, axis=1)
+            )
             assert cosines.min() > 0.9999
             np.testing.assert_allclose(cosines_of(own, asked), hits.scores, atol=1e-3)
     assert finished.result() == 0
@@ -280,7 +320,10 @@ def cosines_of(found, asked):
 
 def test_changes_that_are_refused_change_nothing(tmp_path):
     index = built(tmp_path, rows := random_rows(5))
-    before = {file: (tmp_path / file).read_bytes() for file in ("index.json",)}, sorted(os.listdir(tmp_path))
+    before = (
+        {file: (tmp_path / file).read_bytes() for file in ("index.json",)},
+        sorted(os.listdir(tmp_path)),
+    )
     good = batch(rows, list("vwxyz"))
     other = Batch(rows, good.names, good.labels, {"weights_sha256": "cd" * 32}, PREPARED)
     calls = (
@@ -291,8 +334,14 @@ def test_changes_that_are_refused_change_nothing(tmp_path):
         (lambda w: w.add(batch(rows, list("vvxyz"))), "'v' occurs twice"),
         (lambda w: w.add(batch(rows)), r"'photos/0' already, and 4 more"),
         (lambda w: w.add(other), "another model"),
-        (lambda w: w.add(batch(random_rows(5, 23), good.names)), "24 dimensions, the embeddings 23"),
-        (lambda w: w.add(Batch(rows, good.names, good.labels, MODEL, {"size": 64})), "prepared otherwise"),
+        (
+            lambda w: w.add(batch(random_rows(5, 23), good.names)),
+            "24 dimensions, the embeddings 23",
+        ),
+        (
+            lambda w: w.add(Batch(rows, good.names, good.labels, MODEL, {"size": 64})),
+            "prepared otherwise",
+        ),
         (lambda w: w.add(Batch(rows, list("xyz"), good.labels, MODEL, PREPARED)), "3 names"),
         (lambda w: w.add(Batch(rows, good.names, good.labels[:4], MODEL, PREPARED)), "labels"),
         (lambda w: w.add(batch(rows, good.names, origins=np.ones((5, 2), np.int64))), "origins"),
@@ -306,7 +355,10 @@ def test_changes_that_are_refused_change_nothing(tmp_path):
                 call(writer)
             assert "\n" not in str(caught.value)
     assert index.is_current()
-    assert before == ({"index.json": (tmp_path / "index.json").read_bytes()}, sorted(os.listdir(tmp_path)))
+    assert before == (
+        {"index.json": (tmp_path / "index.json").read_bytes()},
+        sorted(os.listdir(tmp_path)),
+    )
     with Writer(tmp_path, 1) as writer:
         writer.delete([index.name(i) for i in range(5)])
         with pytest.raises(RetrievalError, match="all rows are deleted"):
@@ -336,7 +388,10 @@ def test_folders_of_other_things_stay_as_they_are(tmp_path):
             Index(folder)
         assert [str(f.relative_to(folder)) for f in folder.rglob("*")] == [name, f"{name}/a.jpg"]
     (tmp_path / "file").write_bytes(b"")
-    for what in (lambda: Index(tmp_path / "file"), lambda: built(tmp_path / "file", random_rows(3))):
+    for what in (
+        lambda: Index(tmp_path / "file"),
+        lambda: built(tmp_path / "file", random_rows(3)),
+    ):
         with pytest.raises(RetrievalError, match="file"):
             what()
     index = tmp_path / "index"
@@ -385,7 +440,12 @@ def test_what_was_chosen_stays(tmp_path):
         writer.delete(["new"])
         index = writer.compact()
     certificate, still = index.certificate
-    assert (index.setting, certificate["text"], certificate["rows"], still) == (chosen, "0.99", 5, False)
+    assert (index.setting, certificate["text"], certificate["rows"], still) == (
+        chosen,
+        "0.99",
+        5,
+        False,
+    )
 
 
 def test_many_parts_do_not_run_out_of_open_files(tmp_path):

@@ -1,4 +1,6 @@
-"""What a writer refuses: settings that an index cannot search, a certificate of other rows, too many parts."""
+"""What a writer refuses: settings that an index cannot search, a certificate of other rows, too
+many parts.
+"""
 
 import os
 
@@ -36,7 +38,9 @@ def test_a_certificate_is_only_for_the_index_that_was_measured(tmp_path):
             assert writer.choose(CHOSEN, {"text": "0.99"}, measured).certificate[1]
             change(writer)
             before = state(tmp_path)
-            with pytest.raises(RetrievalError, match=r"has changed since it was measured; start the sweep again$"):
+            with pytest.raises(
+                RetrievalError, match=r"has changed since it was measured; start the sweep again$"
+            ):
                 writer.choose(CHOSEN, {"text": "0.99"}, measured)
             assert state(tmp_path) == before
             measured = writer.build(batch(random_rows(30)), dim=8, overwrite=True).about
@@ -75,7 +79,8 @@ def test_so_many_parts_and_no_more(tmp_path, monkeypatch):
             writer.add(batch(random_rows(1), [f"{i}"]))
         before = state(tmp_path)
         with pytest.raises(
-            RetrievalError, match=r"has 3 parts; `matryoshka index compact` makes one .*, then add again$"
+            RetrievalError,
+            match=r"has 3 parts; `matryoshka index compact` makes one .*, then add again$",
         ):
             writer.add(batch(random_rows(1), ["new"]))
         assert state(tmp_path) == before

@@ -1,4 +1,6 @@
-"""Options of `matryoshka retrieve`: what a certificate says selects its setting; what does not count is refused."""
+"""Options of `matryoshka retrieve`: what a certificate says selects its setting; what does not
+count is refused.
+"""
 
 import itertools
 import json
@@ -25,8 +27,14 @@ def folder(tmp_path_factory):
 
 
 def parsed(folder, *options):
-    args = retrieve.parser().parse_args([f"--database={folder / 'db'}", f"--queries={folder / 'q'}",
-                                         f"--output={folder / 'none'}", *options])  # fmt: skip
+    args = retrieve.parser().parse_args(
+        [
+            f"--database={folder / 'db'}",
+            f"--queries={folder / 'q'}",
+            f"--output={folder / 'none'}",
+            *options,
+        ]
+    )
     retrieve.check(args)
     return args
 
@@ -34,7 +42,9 @@ def parsed(folder, *options):
 def measured(setting, mean, rate, lower=None, queries=2000):
     lost = round((1 - mean) * queries)
     recall = summarise_recall(np.r_[np.ones(queries - lost), np.zeros(lost)], 1)
-    return Measured(setting, recall._replace(lower=recall.lower if lower is None else lower), (rate,), 1000)
+    return Measured(
+        setting, recall._replace(lower=recall.lower if lower is None else lower), (rate,), 1000
+    )
 
 
 def scan(k):
@@ -50,7 +60,10 @@ def test_the_options_of_every_setting_select_it(folder):
     settings = grid(["scan", "ivf", "binary", "hnsw"], D, N)
     assert {s.index for s in settings} == {"scan", "ivf", "binary", "hnsw"}
     assert {len(s.stages) for s in settings} == {1, 2}
-    for setting in [*settings, Setting("binary", 128, 400, (Stage(32, 120), Stage(64, 25), Stage(128, 10)))]:
+    for setting in [
+        *settings,
+        Setting("binary", 128, 400, (Stage(32, 120), Stage(64, 25), Stage(128, 10))),
+    ]:
         text = retrieve_sweep.options(setting, seed=3)
         selected = retrieve.wanted(parsed(folder, *text.split()), table)
         assert ("--seed 3" in text) == (setting.index == "ivf")
@@ -63,7 +76,9 @@ def test_the_options_of_every_setting_select_it(folder):
     searcher = Searcher(rows, num_threads=1)
     for setting in settings[:: len(settings) // 12]:
         if setting.index in ("scan", "binary"):
-            selected = retrieve.wanted(parsed(folder, *retrieve_sweep.options(setting).split()), table)
+            selected = retrieve.wanted(
+                parsed(folder, *retrieve_sweep.options(setting).split()), table
+            )
             ids = searcher.search(asked, selected).ids[:, :10]
             np.testing.assert_array_equal(ids, searcher.search(asked, setting).ids)
 
@@ -79,7 +94,9 @@ def test_no_setting_is_tried_twice_under_another_name():
 
 
 def test_speeds_that_decide_are_measured_in_turns(monkeypatch):
-    """The luckiest first measurements: those that fall back make room for others, which are measured, too."""
+    """The luckiest first measurements: those that fall back make room for others, which are
+    measured, too.
+    """
     names = [scan(k) for k in (20, 30, 40, 50, 60, 70)]
     truth = dict(zip(names, (100.0, 90.0, 80.0, 20.0, 10.0, 5.0), strict=True))
     lucky = dict(zip(names, (100.0, 500.0, 300.0, 200.0, 10.0, 9.0), strict=True))
@@ -109,7 +126,9 @@ def test_speeds_that_decide_are_measured_in_turns(monkeypatch):
 
 
 def test_a_certified_setting_off_the_frontier_is_shown():
-    """Another one is faster and finds more on average, but its queries differ more: its bound is lower."""
+    """Another one is faster and finds more on average, but its queries differ more: its bound is
+    lower.
+    """
     faster, sure = measured(scan(20), 0.996, 90, 0.98), measured(scan(30), 0.995, 80, 0.991)
     measurements = [faster, sure, measured(scan(40), 0.5, 100)]
     best, chosen = frontier(measurements), certified(measurements, 0.99)
@@ -139,8 +158,18 @@ def test_single_queries_that_take_seconds_are_fewer(monkeypatch, capsys):
 
 
 def run(folder, output, *options):
-    assert retrieve.main([f"--database={folder / 'db'}", f"--queries={folder / 'q'}", f"--output={output}",
-                          "--no-speed", *options]) == 0  # fmt: skip
+    assert (
+        retrieve.main(
+            [
+                f"--database={folder / 'db'}",
+                f"--queries={folder / 'q'}",
+                f"--output={output}",
+                "--no-speed",
+                *options,
+            ]
+        )
+        == 0
+    )
     return json.loads((output / "results.json").read_text()), np.load(output / "ids.npy")
 
 
@@ -150,9 +179,13 @@ def test_few_neighbours_lower_no_recall(folder, tmp_path):
     assert ids.shape == (60, 3)
     assert (results["exact"]["k"], len(results["exact"]["found"])) == (10, 11)
     assert results["exact"]["recall"] > 0.9
-    results, ids = run(folder, tmp_path / "5", "--funnel=32,128", "--funnel-k=5", "--index=exact", "--at=5")
+    results, ids = run(
+        folder, tmp_path / "5", "--funnel=32,128", "--funnel-k=5", "--index=exact", "--at=5"
+    )
     truth = exact_search(nested(N, D, 0)[0], nested(60, D, 1)[0], D, 5).ids
-    shared = np.mean([len(set(a) & set(b)) / 5 for a, b in zip(ids.tolist(), truth.tolist(), strict=True)])
+    shared = np.mean(
+        [len(set(a) & set(b)) / 5 for a, b in zip(ids.tolist(), truth.tolist(), strict=True)]
+    )
     assert (results["exact"]["k"], results["exact"]["recall"]) == (5, pytest.approx(shared))
     assert 0 < shared < 1
 
@@ -161,7 +194,9 @@ def test_more_than_the_database_has(folder, tmp_path, capsys):
     results, _ = run(folder, tmp_path / "k", "--k=99999", "--truth=0", "--at=10")
     assert results["setting"]["k"] == N
     assert results["mflops"] == pytest.approx((64 * N + D * N) / 1e6)
-    results, _ = run(folder, tmp_path / "f", "--funnel=8,16,128", "--funnel-k=5000,700", "--truth=0", "--at=10")
+    results, _ = run(
+        folder, tmp_path / "f", "--funnel=8,16,128", "--funnel-k=5000,700", "--truth=0", "--at=10"
+    )
     assert results["mflops"] == pytest.approx((8 * N + 16 * N + D * N) / 1e6)
     assert capsys.readouterr().out.count("no more than 600") == 2
 
@@ -191,11 +226,15 @@ def test_results_are_never_those_of_other_arrays(folder, tmp_path, monkeypatch):
         (["--output=file/below"], "--output file/below"),
     ],
 )
-def test_options_that_would_not_count_are_refused(folder, tmp_path, monkeypatch, capsys, options, words):
+def test_options_that_would_not_count_are_refused(
+    folder, tmp_path, monkeypatch, capsys, options, words
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(SystemExit) as stop:
-        retrieve.main([f"--database={folder / 'db'}", f"--queries={folder / 'q'}", "--output=new", *options])
+        retrieve.main(
+            [f"--database={folder / 'db'}", f"--queries={folder / 'q'}", "--output=new", *options]
+        )
     said = capsys.readouterr().err
     assert (stop.value.code, said.count("\n")) == (2, 1), said
     assert words in said
@@ -210,9 +249,23 @@ def test_bounds_hold_for_all_settings_together():
     found = np.where(rng.random((300, 10)) < 0.95, exact, 99 + exact)
     setting = Setting("scan", 8, 10)
     one, many = (
-        next(iter(measure(lambda q, _: found[: len(q)], [setting], np.zeros((300, 8), np.float32), exact, 300, tried)))
+        next(
+            iter(
+                measure(
+                    lambda q, _: found[: len(q)],
+                    [setting],
+                    np.zeros((300, 8), np.float32),
+                    exact,
+                    300,
+                    tried,
+                )
+            )
+        )
         for tried in (1, 50)
     )
     assert one.recall.mean == many.recall.mean
-    assert many.recall.lower == summarise_recall(recall_against_exact(found, exact), 10, bonferroni=50).lower
+    assert (
+        many.recall.lower
+        == summarise_recall(recall_against_exact(found, exact), 10, bonferroni=50).lower
+    )
     assert many.recall.lower < one.recall.lower - 1e-3

@@ -1,4 +1,6 @@
-"""The page to try an index: what it answers against brute force, what it does when the index changes, the program."""
+"""The page to try an index: what it answers against brute force, what it does when the index
+changes, the program.
+"""
 
 import io
 import shutil
@@ -57,7 +59,9 @@ def check_columns(answer, rows, query, without=()):
         assert hits.keys() == expected.keys()
         assert list(hits.values()) == sorted(hits.values(), reverse=True)
         np.testing.assert_allclose([hits[i] for i in expected], list(expected.values()), atol=1e-3)
-        assert [hit["row"] for hit in column["hits"] if hit["agrees"]] == [i for i in hits if i in full]
+        assert [hit["row"] for hit in column["hits"] if hit["agrees"]] == [
+            i for i in hits if i in full
+        ]
         assert (column["agree"], column["of"]) == (len(full & expected.keys()), 10)
 
 
@@ -71,9 +75,19 @@ def test_neighbours_of_a_row_at_every_prefix(made, client):
         check_columns(answer, rows, rows[row], without={row})  # it does not find itself
         assert answer["query"]["row"] == row
     about = client.get("/api/index").json()
-    assert (about["rows"], about["columns"], about["dims"], about["classes"]) == (ROWS, 512, DIMS, 3)
+    assert (about["rows"], about["columns"], about["dims"], about["classes"]) == (
+        ROWS,
+        512,
+        DIMS,
+        3,
+    )
     assert about["rerank"]["dims"] == DIMS
-    assert about["shortlist"] == {"dim": 8, "low": 10, "high": ROWS, "default": ROWS}  # of 200, there are no more
+    assert about["shortlist"] == {
+        "dim": 8,
+        "low": 10,
+        "high": ROWS,
+        "default": ROWS,
+    }  # of 200, there are no more
     assert client.get("/api/random").json()["row"] in range(ROWS)
 
 
@@ -100,7 +114,9 @@ def test_the_query_is_prepared_as_the_loader_does(folder):
     files = sorted((folder / "train").rglob("*.jpg"))
     assert len(files) == 20
     for file, expected in zip(files, batch.images.numpy(), strict=True):
-        assert np.array_equal(central_square(pictures.read_upload(file.read_bytes()), crop), expected)
+        assert np.array_equal(
+            central_square(pictures.read_upload(file.read_bytes()), crop), expected
+        )
 
 
 def test_upstreams_preprocessing_is_followed(made, photo):
@@ -111,7 +127,9 @@ def test_upstreams_preprocessing_is_followed(made, photo):
     with Writer(made / "upstream.index") as writer:
         index = writer.build(batch_of(made / "upstream"))
     encode = serve.encoder(loaded(made)[0], index.preprocessing)
-    np.testing.assert_allclose(encode(photo(300, 280)), np.asarray(open_embeddings(made / "upstream").X)[0], atol=1e-3)
+    np.testing.assert_allclose(
+        encode(photo(300, 280)), np.asarray(open_embeddings(made / "upstream").X)[0], atol=1e-3
+    )
 
 
 def test_the_fast_search_is_the_indexs_and_its_recall_is_counted(tmp_path):
@@ -122,7 +140,8 @@ def test_the_fast_search_is_the_indexs_and_its_recall_is_counted(tmp_path):
     names = [f"{i}" for i in range(3000)]
     model = {"weights_sha256": "ab", "file": "m", "dims": [4, 12, 20]}
     batches = [
-        Batch(rows[s], names[s], np.zeros(len(rows[s]), int), model, {}) for s in (slice(0, 2500), slice(2500, 3000))
+        Batch(rows[s], names[s], np.zeros(len(rows[s]), int), model, {})
+        for s in (slice(0, 2500), slice(2500, 3000))
     ]
     with Writer(tmp_path / "i", 1) as writer:
         writer.build(batches[0], dim=12, lists=50)
@@ -153,7 +172,9 @@ def test_the_fast_search_is_the_indexs_and_its_recall_is_counted(tmp_path):
     everything = comparison.Choice(10**9, 10**9, 10**9)
     assert found.clipped(everything) == comparison.Choice(2000, 50, 40)
     assert found.clipped(comparison.Choice(-5, -5, -5)) == comparison.Choice(10, 1, 12)
-    np.testing.assert_array_equal(found.adaptive(some[0], found.clipped(everything)).ids, found.exact(some[0])[-1].ids)
+    np.testing.assert_array_equal(
+        found.adaptive(some[0], found.clipped(everything)).ids, found.exact(some[0])[-1].ids
+    )
     live = [found.live_row(at) for at in range(len(index))]
     assert live == [i for i in range(3000) if i not in set(gone)]
 
@@ -164,10 +185,16 @@ def test_sliders_change_the_fast_search_alone(client):
     few = client.get("/api/adaptive", params=asked).json()["adaptive"]
     exact = {hit["row"] for hit in whole["columns"][-1]["hits"]}
     assert (few["shortlist"], few["rerank"], few["of"]) == (10, 8, 10)
-    assert few["agree"] == len(exact & {hit["row"] for hit in few["hits"]}) == 10 * few["recall"] < 10
-    best = client.get("/api/adaptive", params=asked | {"shortlist": 10**12, "rerank": 512}).json()["adaptive"]
+    assert (
+        few["agree"] == len(exact & {hit["row"] for hit in few["hits"]}) == 10 * few["recall"] < 10
+    )
+    best = client.get("/api/adaptive", params=asked | {"shortlist": 10**12, "rerank": 512}).json()[
+        "adaptive"
+    ]
     assert (best["shortlist"], best["recall"]) == (ROWS, 1.0)
-    assert [hit["row"] for hit in best["hits"]] == [hit["row"] for hit in whole["columns"][-1]["hits"]]
+    assert [hit["row"] for hit in best["hits"]] == [
+        hit["row"] for hit in whole["columns"][-1]["hits"]
+    ]
     assert min(best["ms"], best["exact_ms"], best["ratio"]) > 0
 
 
@@ -233,11 +260,17 @@ def test_what_is_said_of_recall_is_of_these_rows(made, changed):
 
     assert recall() == ""
     with Writer(changed) as writer:
-        writer.choose(Index(changed).setting, {"text": "0.91 or more, with 95 % confidence (200 queries)"})
+        writer.choose(
+            Index(changed).setting, {"text": "0.91 or more, with 95 % confidence (200 queries)"}
+        )
     assert recall() == "recall 0.91 or more, with 95 % confidence (200 queries)"
     with Writer(changed) as writer:
         writer.delete([open_embeddings(made / "embeddings").ids[0]])
-    assert recall() == "recall measured before the index changed: run `matryoshka retrieve --sweep --choose` again"
+    assert (
+        recall()
+        == "recall measured before the index changed: run `matryoshka retrieve --sweep --choose` "
+        "again"
+    )
 
 
 def test_queries_outlive_a_change(made, changed, photo):
@@ -274,14 +307,23 @@ def test_mistakes_are_one_line(made, tmp_path, capsys):
         busy = taken.getsockname()[1]
         for argv, words in (
             ([str(tmp_path)], [str(tmp_path), "index"]),
-            ([index, "--model=nothing.safetensors"], ["--model nothing.safetensors", "no such file"]),
-            ([index, f"--model={tmp_path / 'other.safetensors'}"], ["other.safetensors", "another model"]),
+            (
+                [index, "--model=nothing.safetensors"],
+                ["--model nothing.safetensors", "no such file"],
+            ),
+            (
+                [index, f"--model={tmp_path / 'other.safetensors'}"],
+                ["other.safetensors", "another model"],
+            ),
             ([index, f"--port={busy}"], [f"--port {busy}", "in use"]),
             ([index, "--port=70000"], ["--port 70000"]),
             ([index, "--host=no such host"], ["--host no such host"]),
             ([index, "--data=nothing"], ["--data nothing"]),
             ([index, f"--data={tmp_path}", "--data=nothing"], ["--data nothing", "no such file"]),
-            ([index, *2 * [f"--data={tmp_path}"]], ["--data", "1 data set;", f"give --data {made / 'photos'}, or"]),
+            (
+                [index, *2 * [f"--data={tmp_path}"]],
+                ["--data", "1 data set;", f"give --data {made / 'photos'}, or"],
+            ),
             ([index, "--max-upload-mb=0"], ["--max-upload-mb"]),
             ([index, "--threads=-1"], ["--threads"]),
         ):
@@ -310,8 +352,16 @@ def test_it_says_what_is_missing_and_who_can_see_it(made, tmp_path, capsys, monk
     for more, words, absent in (
         ([], [str(made / "photos"), "35 rows", "http://127.0.0.1:"], "note:"),
         ([f"--data={made / 'photos'}"], [str(made / "photos")], "note:"),
-        ([f"--data={tmp_path}"], ["the data set cannot be used", "names are shown", "--data"], "pictures from"),
-        (["--host=0.0.0.0"], ["--host 0.0.0.0", "everybody", "http://localhost:"], "cannot be used"),
+        (
+            [f"--data={tmp_path}"],
+            ["the data set cannot be used", "names are shown", "--data"],
+            "pictures from",
+        ),
+        (
+            ["--host=0.0.0.0"],
+            ["--host 0.0.0.0", "everybody", "http://localhost:"],
+            "cannot be used",
+        ),
     ):
         capsys.readouterr()
         assert serve.main([index, "--port=0", "--device=cpu", *more]) == 0  # Ctrl-C is a good end
@@ -346,9 +396,15 @@ def test_data_sets_of_several_parts_are_counted_once(made, changed, tmp_path, ca
         serve.announce(serve.parser().parse_args([str(changed)]), index, service, door)
     out = capsys.readouterr().out
     assert f"pictures from {made / 'photos'}\n" in out
-    assert f"1 of 2 data sets cannot be used, names are shown ({other}: the data set is not there any more)" in out
+    assert (
+        f"1 of 2 data sets cannot be used, names are shown ({other}: the data set is not there "
+        "any more)" in out
+    )
     line = refused([str(changed), f"--data={tmp_path / 'elsewhere'}"], capsys)
-    assert f"2 data sets; give --data {made / 'photos'} --data '{other}', in this order, or where they lie now" in line
+    assert (
+        f"2 data sets; give --data {made / 'photos'} --data '{other}', in this order, or where "
+        "they lie now" in line
+    )
     assert serve.moved(index, [str(made), str(tmp_path)]) == {
         str(made / "photos"): str(made),
         str(other): str(tmp_path),

@@ -1,4 +1,6 @@
-"""The page to try an index in a real browser: one page, loaded once, that tests use one after the other."""
+"""The page to try an index in a real browser: one page, loaded once, that tests use one after the
+other.
+"""
 
 import io
 import re
@@ -16,7 +18,9 @@ from matryoshka.retrieval.store_writer import Writer
 
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed (requirements-dev.txt)")
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 FULL = f'.column[data-dim="{DIMS[-1]}"]'
 
 
@@ -27,7 +31,9 @@ def made(tmp_path_factory, photo):
 
 @pytest.fixture(scope="module")
 def address(made, tmp_path_factory):
-    """Of a server of an index with lists, in a thread of this process; the index is `address.index`."""
+    """Of a server of an index with lists, in a thread of this process; the index is
+    `address.index`.
+    """
     folder = tmp_path_factory.mktemp("browser") / "photos.index"
     with Writer(folder) as writer:
         writer.build(batch_of(made / "embeddings"), dim=8, lists=5)
@@ -62,12 +68,16 @@ class Watched:
         return self.page.locator(selector).first.inner_text()
 
     def upload(self, name, content, kind="image/png"):
-        self.page.locator("#file").set_input_files({"name": name, "mimeType": kind, "buffer": content})
+        self.page.locator("#file").set_input_files(
+            {"name": name, "mimeType": kind, "buffer": content}
+        )
 
 
 @pytest.fixture(scope="module")
 def watched(address):
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (requirements-dev.txt)")
+    sync = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed (requirements-dev.txt)"
+    )
     if BROWSER is None:
         pytest.skip("no Chromium: sh system-deps.sh browser")
     with sync.sync_playwright() as tools:
@@ -95,7 +105,9 @@ def page(watched):
 
 @pytest.fixture
 def changing(page):
-    """changing(address, change): answers to it are what `change` makes of them, until the test ends."""
+    """changing(address, change): answers to it are what `change` makes of them, until the test
+    ends.
+    """
 
     def begin(address, change):
         def handle(route):
@@ -130,7 +142,9 @@ def test_it_starts_with_a_row_and_its_neighbours_at_every_prefix(watched, page):
     for column in page.locator(".column").all():
         agree = re.fullmatch(r"(\d+) of 10", column.locator(".share").inner_text())
         assert column.locator(".hit.agrees .tick").count() == int(agree[1])
-    widths = page.locator(".hit img, #picture").evaluate_all("images => images.map(i => i.naturalWidth)")
+    widths = page.locator(".hit img, #picture").evaluate_all(
+        "images => images.map(i => i.naturalWidth)"
+    )
     assert len(widths) == 1 + 10 * len(titles)
     assert min(widths) > 20
     assert page.locator("#note").is_hidden()
@@ -145,7 +159,9 @@ def test_an_image_that_is_chosen_is_searched(watched, page, made):
     first = page.locator(f"{FULL} .hit").first
     assert first.get_attribute("data-row") == "20"
     assert first.locator(".cosine").inner_text() == "1.000"
-    small = page.locator('.column[data-dim="8"] .hit').evaluate_all("hits => hits.map(h => h.dataset.row)")
+    small = page.locator('.column[data-dim="8"] .hit').evaluate_all(
+        "hits => hits.map(h => h.dataset.row)"
+    )
     assert small[0] == "20"
 
 
@@ -158,7 +174,11 @@ def test_sliders_change_recall_and_time_live_and_by_keyboard(watched, page, made
     assert before["setting"].startswith("ivf 8 nprobe 5 k 35")
     assert before["recall"] == "10 of 10"  # all lists, all rows
     asked = len(watched.asked)
-    for label, text in (("Shortlist", "10 rows"), ("Lists looked at", "1 lists"), ("Re-ranked by", "8 dims")):
+    for label, text in (
+        ("Shortlist", "10 rows"),
+        ("Lists looked at", "1 lists"),
+        ("Re-ranked by", "8 dims"),
+    ):
         slider = page.get_by_label(label)
         slider.focus()
         page.keyboard.press("Home")
@@ -181,7 +201,9 @@ def test_sliders_change_recall_and_time_live_and_by_keyboard(watched, page, made
 
 def test_a_neighbour_that_is_clicked_is_the_next_query_and_back_goes_back(watched, page, made):
     uploaded(watched, made, 0)
-    assert page.locator(f"{FULL} .hit").first.get_attribute("title") == f"{EVIL}\n{EVIL}/{EVIL}3.png"
+    assert (
+        page.locator(f"{FULL} .hit").first.get_attribute("title") == f"{EVIL}\n{EVIL}/{EVIL}3.png"
+    )
     assert page.locator(f"{FULL} .what").first.inner_text() == EVIL
     assert page.locator(f"{FULL} .name").first.inner_text() == f"{EVIL}3.png"  # without its folder
     hit = page.locator(f"{FULL} .hit").nth(4)
@@ -232,13 +254,20 @@ def test_light_dark_narrow(watched, page, made, tmp_path):
     page.evaluate("delete document.documentElement.dataset.theme")
     page.emulate_media(color_scheme="dark", reduced_motion="reduce")
     assert brightness("dark") < 128
-    assert page.locator("#columns").evaluate("node => getComputedStyle(node).transitionProperty") in ("none", "all")
-    assert page.locator("#columns").evaluate("node => getComputedStyle(node).transitionDuration") == "0s"
+    assert page.locator("#columns").evaluate(
+        "node => getComputedStyle(node).transitionProperty"
+    ) in ("none", "all")
+    assert (
+        page.locator("#columns").evaluate("node => getComputedStyle(node).transitionDuration")
+        == "0s"
+    )
     page.emulate_media(color_scheme="light", reduced_motion="no-preference")
     page.set_viewport_size({"width": 400, "height": 800})
     brightness("narrow")
     assert page.evaluate("document.documentElement.scrollWidth") == 400  # nothing sticks out
-    assert page.locator("#scroll").evaluate("node => node.scrollWidth > node.clientWidth")  # the columns scroll
+    assert page.locator("#scroll").evaluate(
+        "node => node.scrollWidth > node.clientWidth"
+    )  # the columns scroll
     page.set_viewport_size({"width": 1200, "height": 900})
 
 
@@ -263,7 +292,11 @@ def test_what_a_screen_shows_at_once(page, width, height):
         assert slider.is_visible()
         third = page.locator(".column").nth(2).bounding_box()
         assert third["x"] < width < third["x"] + third["width"]  # the next column is there, in part
-        places = ("0", ".after:not(.before)"), ("node.scrollWidth / 4", ".before.after"), ("9e9", ".before:not(.after)")
+        places = (
+            ("0", ".after:not(.before)"),
+            ("node.scrollWidth / 4", ".before.after"),
+            ("9e9", ".before:not(.after)"),
+        )
         for place, sides in places:
             page.locator("#scroll").evaluate(f"node => {{ node.scrollLeft = {place}; }}")
             page.locator(f"#scroll{sides}").wait_for()  # faded where there is more
@@ -307,7 +340,9 @@ def test_without_pictures_names_are_shown_and_keep_their_ends(watched, page, cha
     assert extension == 1  # ".jpeg" is on one line
 
 
-@pytest.mark.parametrize(("lists", "words"), [(0, "An index this small"), (5, "With these settings")])
+@pytest.mark.parametrize(
+    ("lists", "words"), [(0, "An index this small"), (5, "With these settings")]
+)
 def test_an_adaptive_search_that_is_slower_says_so(watched, page, changing, lists, words):
     changing("**/api/index", lambda content: content["nprobe"].update(high=lists))
     changing("**/api/neighbours?**", lambda content: content["adaptive"].update(ratio=0.6))
@@ -325,10 +360,15 @@ def test_an_adaptive_search_that_is_slower_says_so(watched, page, changing, list
 
 def test_the_headline_says_what_is_known_of_recall(watched, page, changing):
     changing(
-        "**/api/index", lambda content: content.update(certificate="recall measured before: run `this --now` again")
+        "**/api/index",
+        lambda content: content.update(
+            certificate="recall measured before: run `this --now` again"
+        ),
     )
     page.reload()
-    page.locator("#headline", has_text="resnet10 MRL; recall measured before: run this --now again").wait_for()
+    page.locator(
+        "#headline", has_text="resnet10 MRL; recall measured before: run this --now again"
+    ).wait_for()
     assert watched.text("#headline code") == "this --now"
 
 
@@ -355,7 +395,10 @@ def test_everything_has_a_name(page):
         (node) => !(node.labels?.length || node.textContent.trim() || node.ariaLabel)).map((node) => node.outerHTML)""")
     assert unnamed == []
     assert page.locator("img:not([alt])").count() == 0
-    assert page.get_by_role("region", name="Neighbours at each prefix").get_attribute("tabindex") == "0"
+    assert (
+        page.get_by_role("region", name="Neighbours at each prefix").get_attribute("tabindex")
+        == "0"
+    )
 
 
 def test_an_index_that_changes_is_followed(watched, page, made, address):

@@ -34,10 +34,14 @@ def png(width, height, body=b""):
     """A PNG file of one grey channel that says that it has these sides."""
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
 
 
 # ---------------------------------------------------------------- uploads
@@ -53,7 +57,13 @@ def test_uploads_that_are_no_pictures(made, client, photo, monkeypatch):
     def refused(data, status):
         return said(client.post("/api/query", content=data), status)
 
-    for data in (b"", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", tiff.getvalue(), whole[:30]):
+    for data in (
+        b"",
+        b"hello",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        tiff.getvalue(),
+        whole[:30],
+    ):
         assert "not a JPEG" in (text := refused(data, 415))
         assert "convert" in text
     assert "damaged" in refused(whole[: len(whole) // 2], 400)
@@ -80,7 +90,9 @@ def test_queries_are_forgotten_and_keys_cannot_be_guessed(made, photo, monkeypat
     few, _ = client_of(made)
     file = io.BytesIO()
     Image.fromarray(photo(40, 40)).save(file, "PNG")
-    first, second = (few.post("/api/query", content=file.getvalue()).json()["query"] for _ in range(2))
+    first, second = (
+        few.post("/api/query", content=file.getvalue()).json()["query"] for _ in range(2)
+    )
     assert few.get("/api/neighbours", params={"query": first}).status_code == 200  # used last
     third = few.post("/api/query", content=file.getvalue()).json()["query"]
     for key, status in ((first, 200), (third, 200), (second, 404), ("0", 404), ("", 404)):
@@ -120,10 +132,15 @@ def test_pictures_are_small_jpegs_of_the_rows_image(made, client):
     for row in (0, 3, 17, ROWS - 1):
         answer = client.get(f"/image/{row}", params={"size": 32})
         assert (answer.status_code, answer.headers["content-type"]) == (200, "image/jpeg")
-        with Image.open(io.BytesIO(answer.content)) as image, Image.open(made / "photos" / names[row]) as own:
+        with (
+            Image.open(io.BytesIO(answer.content)) as image,
+            Image.open(made / "photos" / names[row]) as own,
+        ):
             assert (image.format, max(image.size)) == ("JPEG", 32)
             assert image.size == tuple(round(side * 32 / max(own.size)) for side in own.size)
-            there = np.asarray(own.convert("RGB").resize(image.size, Image.Resampling.BOX)).astype(float)
+            there = np.asarray(own.convert("RGB").resize(image.size, Image.Resampling.BOX)).astype(
+                float
+            )
             assert np.abs(np.asarray(image) - there).mean() < 12
     version = client.get("/api/index").json()["version"]
     kept = client.get("/image/0", params={"version": version}).headers["cache-control"]
@@ -137,7 +154,18 @@ def test_rows_that_are_not_there_and_tricks_with_paths(client):
     for row in (ROWS, -1, 10**30):
         assert "row" in said(client.get(f"/image/{row}"), 404)
         assert "row" in said(client.get("/api/neighbours", params={"row": row}), 404)
-    tricks = ("../../etc/passwd", "/etc/passwd", "../0", "ant/0.png", "0.5", "", "0x1", "..\\0", "app.py", "../app.py")
+    tricks = (
+        "../../etc/passwd",
+        "/etc/passwd",
+        "../0",
+        "ant/0.png",
+        "0.5",
+        "",
+        "0x1",
+        "..\\0",
+        "app.py",
+        "../app.py",
+    )
     for path in tricks:
         for start in ("/image/", "/static/"):
             status, content = as_it_is(client.app, start + path)
@@ -161,9 +189,20 @@ def as_it_is(app, path, method="GET", hosts=("127.0.0.1",), receive=nothing_more
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
-             "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "client": ("127.0.0.1", 9),
-             "headers": [(b"host", host.encode()) for host in hosts], "server": ("127.0.0.1", 8000)}  # fmt: skip
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "client": ("127.0.0.1", 9),
+        "headers": [(b"host", host.encode()) for host in hosts],
+        "server": ("127.0.0.1", 8000),
+    }
     asyncio.run(asyncio.wait_for(app(scope, receive, send), 20))
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
 
@@ -175,7 +214,9 @@ def test_a_folder_that_changed_since_shows_nothing_of_its_neighbours(made, tmp_p
         return tmp_path / "p"
 
     def image(row):
-        return client_of(made, replaced={str(made / "photos"): str(tmp_path / "p")})[0].get(f"/image/{row}")
+        return client_of(made, replaced={str(made / "photos"): str(tmp_path / "p")})[0].get(
+            f"/image/{row}"
+        )
 
     outside = tmp_path / "secret.png"
     shutil.copy(made / "photos" / "ant" / "0.png", outside)
@@ -207,7 +248,10 @@ def test_a_folder_that_changed_since_shows_nothing_of_its_neighbours(made, tmp_p
 def test_files_that_go_while_they_are_shown(made, tmp_path):
     shutil.copytree(made / "photos", tmp_path / "p")
     shown, service = client_of(made, replaced={str(made / "photos"): str(tmp_path / "p")})
-    assert (shown.get("/image/0").status_code, service.places()) == (200, {str(tmp_path / "p"): None})
+    assert (shown.get("/image/0").status_code, service.places()) == (
+        200,
+        {str(tmp_path / "p"): None},
+    )
     shutil.rmtree(tmp_path / "p" / "ant")
     assert "read" in said(shown.get("/image/12"), 404)
 
@@ -218,7 +262,9 @@ def test_pictures_of_a_beton(made, tmp_path, photo, mode):
     for sub, seed in (("x", 0), ("y", 1)):
         (tmp_path / "a" / sub).mkdir()
         for i in range(3):
-            Image.fromarray(photo(50, 40, seed=10 * seed + i)).save(tmp_path / "a" / sub / f"{i}.png")
+            Image.fromarray(photo(50, 40, seed=10 * seed + i)).save(
+                tmp_path / "a" / sub / f"{i}.png"
+            )
     source = ImageFolder(tmp_path / "a")
     beton = tmp_path / "b.beton"
     write_beton(source, beton, write_mode=mode, max_resolution=64, names=mode == "raw")
@@ -256,8 +302,19 @@ def test_pictures_of_a_beton(made, tmp_path, photo, mode):
 def test_only_the_page_itself_may_ask(made, client):
     for host in ("localhost", "127.0.0.1", "[::1]", "LOCALHOST:8000", "[::1]:8000"):
         assert client.get("/api/index", headers={"Host": host}).status_code == 200
-    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "127.0.0.1@evil.example", "", "a b",
-                 "192.168.1.7", "localhost:8000:1", "[::2]", "[", "x" * 9000):  # fmt: skip
+    for host in (
+        "evil.example",
+        "evil.example:8000",
+        "127.0.0.1.evil.example",
+        "127.0.0.1@evil.example",
+        "",
+        "a b",
+        "192.168.1.7",
+        "localhost:8000:1",
+        "[::2]",
+        "[",
+        "x" * 9000,
+    ):
         assert "address" in said(client.get("/api/index", headers={"Host": host}), 403)
     for hosts, status in (
         (["127.0.0.1"], 200),
@@ -267,14 +324,31 @@ def test_only_the_page_itself_may_ask(made, client):
     ):
         assert as_it_is(client.app, "/api/index", hosts=hosts)[0] == status
     lan, _ = client_of(made, hosts=["Photos.example"], any_address=True)
-    for host, status in (("photos.example:80", 200), ("192.168.1.7:8000", 200), ("[fe80::1]", 200), ("evil", 403)):
+    for host, status in (
+        ("photos.example:80", 200),
+        ("192.168.1.7:8000", 200),
+        ("[fe80::1]", 200),
+        ("evil", 403),
+    ):
         assert lan.get("/", headers={"Host": host}).status_code == status
-    for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"},
-                    {"Origin": "http://127.0.0.1:9000"}, {"Sec-Fetch-Site": "same-site"}):  # fmt: skip
+    for headers in (
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Origin": "http://127.0.0.1:9000"},
+        {"Sec-Fetch-Site": "same-site"},
+    ):
         assert "site" in said(client.post("/api/query", content=b"x", headers=headers), 403)
         assert "site" in said(client.get("/image/0", headers=headers), 403)
-    assert client.get("/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200  # a link to the page
-    assert client.get("/image/0", headers={"Sec-Fetch-Site": "same-origin", "Origin": HOST}).status_code == 200
+    assert (
+        client.get("/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200
+    )  # a link to the page
+    assert (
+        client.get(
+            "/image/0", headers={"Sec-Fetch-Site": "same-origin", "Origin": HOST}
+        ).status_code
+        == 200
+    )
 
 
 def test_every_answer_has_the_headers(client):

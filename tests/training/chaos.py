@@ -1,11 +1,13 @@
-"""Kills training runs with SIGKILL, again and again, and compares what they end with to a run that was left alone.
+"""Kills training runs with SIGKILL, again and again, and compares what they end with to a run that
+was left alone.
 
     python tests/training/chaos.py --kills 200            # half of them with two processes
 
-Every run is started again until it is done, as torchrun does it; then weights, optimizer, RNG and progress of its last
-checkpoint must have the sha256 of the uninterrupted run, and its log the same lines. Where a process is killed: at any
-moment (a timer), inside a step, an all-reduce, an evaluation, or at a write, fsync, link or rename of a checkpoint.
-Children are forks of this process, which has imported everything: a restart takes a second instead of ten.
+Every run is started again until it is done, as torchrun does it; then weights, optimizer, RNG and
+progress of its last checkpoint must have the sha256 of the uninterrupted run, and its log the same
+lines. Where a process is killed: at any moment (a timer), inside a step, an all-reduce, an
+evaluation, or at a write, fsync, link or rename of a checkpoint. Children are forks of this
+process, which has imported everything: a restart takes a second instead of ten.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class Digits:
 
     def __init__(self, first: int, count: int) -> None:
         data = load_digits()
-        self.pixels = (data.images[first : first + count] * 15.9).astype("uint8").repeat(4, 1).repeat(4, 2)
+        self.pixels = (
+            (data.images[first : first + count] * 15.9).astype("uint8").repeat(4, 1).repeat(4, 2)
+        )
         self.labels, self.classes = data.target[first : first + count], [str(i) for i in range(10)]
 
     def __len__(self) -> int:
@@ -60,20 +64,35 @@ class Digits:
 
 def options(folder: Path, run_id: str) -> list[str]:
     return [
-        f"--data.train_dataset={folder / 'train.beton'}", f"--data.val_dataset={folder / 'val.beton'}",
-        f"--logging.folder={folder / 'runs'}", f"--logging.run_id={run_id}", "--model.arch=resnet10",
-        "--model.mrl=1", "--model.dims=8,64,512", f"--training.epochs={EPOCHS}", "--training.global_batch_size=16",
-        "--training.batch_size=16", "--resolution.min_res=32", "--resolution.max_res=32",
-        "--validation.resolution=32", "--validation.lr_tta=0", "--data.num_workers=1", "--training.ema=0.9",
-        "--training.checkpoint_every_steps=2", "--training.hang_timeout=120", "--data.mixup=0.2",
-    ]  # fmt: skip
+        f"--data.train_dataset={folder / 'train.beton'}",
+        f"--data.val_dataset={folder / 'val.beton'}",
+        f"--logging.folder={folder / 'runs'}",
+        f"--logging.run_id={run_id}",
+        "--model.arch=resnet10",
+        "--model.mrl=1",
+        "--model.dims=8,64,512",
+        f"--training.epochs={EPOCHS}",
+        "--training.global_batch_size=16",
+        "--training.batch_size=16",
+        "--resolution.min_res=32",
+        "--resolution.max_res=32",
+        "--validation.resolution=32",
+        "--validation.lr_tta=0",
+        "--data.num_workers=1",
+        "--training.ema=0.9",
+        "--training.checkpoint_every_steps=2",
+        "--training.hang_timeout=120",
+        "--data.mixup=0.2",
+    ]
 
 
 # ---------------------------------------------------------------- a process
 
 
 def killed_at(place: str, count: int, delay: float) -> None:
-    """Make this process end with SIGKILL at the `count`-th call at a place, or after `delay` seconds anywhere."""
+    """Make this process end with SIGKILL at the `count`-th call at a place, or after `delay`
+    seconds anywhere.
+    """
 
     def end() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -107,7 +126,11 @@ def killed_at(place: str, count: int, delay: float) -> None:
     if place == "step":
         wrap(Guard, "before_step")
     elif place == "all-reduce":
-        wrap(torch.distributed, "all_reduce", lambda reduce, tensor, *_: reduce(tensor, async_op=True))
+        wrap(
+            torch.distributed,
+            "all_reduce",
+            lambda reduce, tensor, *_: reduce(tensor, async_op=True),
+        )
     elif place == "evaluation":
         wrap(matryoshka.evaluation.metrics.PrefixAccuracy, "update")
     else:
@@ -115,7 +138,9 @@ def killed_at(place: str, count: int, delay: float) -> None:
         wrap(os, names[place], half_of_it if place == "write" else None)
 
 
-def child(argv: list[str], rank: int, ranks: int, port: int, attempt: int, out: Path, fate: tuple | None) -> None:
+def child(
+    argv: list[str], rank: int, ranks: int, port: int, attempt: int, out: Path, fate: tuple | None
+) -> None:
     """One process of a run; never returns."""
     code = 70
     try:
@@ -123,10 +148,15 @@ def child(argv: list[str], rank: int, ranks: int, port: int, attempt: int, out: 
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.environ |= {
-            "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "chaos",
+            "RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_RUN_ID": "chaos",
             "TORCHELASTIC_RESTART_COUNT": str(attempt),
-        }  # fmt: skip
+        }
         if fate is not None:
             killed_at(*fate)
         code = train_imagenet.main(argv)
@@ -144,7 +174,9 @@ def child(argv: list[str], rank: int, ranks: int, port: int, attempt: int, out: 
 # ---------------------------------------------------------------- a run
 
 
-def run(folder: Path, run_id: str, ranks: int, kills: int, rng: random.Random, seconds: float) -> tuple[Counter, float]:
+def run(
+    folder: Path, run_id: str, ranks: int, kills: int, rng: random.Random, seconds: float
+) -> tuple[Counter, float]:
     """One run, killed so often; (where it was killed, seconds of its last attempt)."""
     places: Counter[str] = Counter()
     argv, out, attempt = options(folder, run_id), folder / f"{run_id}.txt", 0
@@ -166,7 +198,9 @@ def run(folder: Path, run_id: str, ranks: int, kills: int, rng: random.Random, s
         codes = wait(children)
         attempt += 1
         if any(codes) and (fate is None or codes[victim] != -signal.SIGKILL):
-            raise SystemExit(f"{run_id}: ended with {codes}, nobody had killed it:\n{out.read_text()[-3000:]}")
+            raise SystemExit(
+                f"{run_id}: ended with {codes}, nobody had killed it:\n{out.read_text()[-3000:]}"
+            )
         if fate is not None and codes[victim] == -signal.SIGKILL:
             places[fate[0]] += 1
         if not any(codes):
@@ -194,12 +228,17 @@ def result(path: Path) -> tuple[str, list]:
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     lines = [json.loads(line) for line in (path / "log").read_text().splitlines()]
-    kept = [{k: v for k, v in line.items() if k.startswith(("top", "ema", "train_loss", "epoch"))} for line in lines]
+    kept = [
+        {k: v for k, v in line.items() if k.startswith(("top", "ema", "train_loss", "epoch"))}
+        for line in lines
+    ]
     return digest.hexdigest(), kept
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--kills", type=int, default=20)
     p.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     p.add_argument("--per-run", type=int, default=10, help="kills of one run")
@@ -207,14 +246,19 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     torch.set_num_threads(1)
     rng, total, wrong, start = random.Random(args.seed), Counter(), 0, time.perf_counter()
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as name:
+    with tempfile.TemporaryDirectory(
+        dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    ) as name:
         folder = Path(name)
         for split, source in (("train", Digits(0, TRAIN)), ("val", Digits(TRAIN, VAL))):
             write_beton(source, folder / f"{split}.beton", max_resolution=32, write_mode="raw")
         for ranks in args.ranks:
             _, seconds = run(folder, f"alone-{ranks}", ranks, 0, rng, 0)
             expected = result(folder / "runs" / f"alone-{ranks}")
-            print(f"{ranks} processes: {EPOCHS} epochs in {seconds:.1f} s, sha256 {expected[0][:16]}", flush=True)
+            print(
+                f"{ranks} processes: {EPOCHS} epochs in {seconds:.1f} s, sha256 {expected[0][:16]}",
+                flush=True,
+            )
             left, number = args.kills // len(args.ranks), 0
             while left > 0:
                 number += 1
@@ -224,10 +268,16 @@ def main(argv: list[str] | None = None) -> int:
                 found = result(folder / "runs" / run_id)
                 if found != expected:
                     wrong += 1
-                    print(f"{run_id}: WRONG after {dict(places)}: {found[0][:16]}, log {found[1]}", flush=True)
+                    print(
+                        f"{run_id}: WRONG after {dict(places)}: {found[0][:16]}, log {found[1]}",
+                        flush=True,
+                    )
                 shutil.rmtree(folder / "runs" / run_id)
     told = ", ".join(f"{n} {place}" for place, n in sorted(total.items()))
-    print(f"{sum(total.values())} kills ({told}) in {time.perf_counter() - start:.0f} s; runs that differ: {wrong}")
+    print(
+        f"{sum(total.values())} kills ({told}) in {time.perf_counter() - start:.0f} s; runs that "
+        f"differ: {wrong}"
+    )
     return int(wrong > 0)
 
 

@@ -19,7 +19,8 @@ from torchrun_starts import ROOT, torchrun
 from matryoshka import distributed
 from matryoshka.distributed import DistConfig, DistributedError
 
-# One step of the training loop's own function in float64, batch norm in eval mode, by forks of one process.
+# One step of the training loop's own function in float64, batch norm in eval mode, by forks of one
+# process.
 STEPS = """
 import functools, os, sys, traceback, torch
 from types import SimpleNamespace
@@ -106,16 +107,31 @@ def free_ports(count):
 
 @pytest.mark.parametrize(("batch", "micro", "worlds"), [(32, 64, (1, 2)), (33, 5, (1, 2, 3, 4, 7))])
 def test_processes_see_one_order_and_compute_one_gradient(tmp_path, digits, batch, micro, worlds):
-    """2, 3, 4 and 7 gloo processes against 1, same global batch, also where it does not divide, and cut into parts."""
+    """2, 3, 4 and 7 gloo processes against 1, same global batch, also where it does not divide, and
+    cut into parts.
+    """
     script = tmp_path / "steps.py"
     script.write_text(STEPS)
     ports = ",".join(map(str, free_ports(len(worlds))))
-    arguments = [digits["train"], digits["val"], tmp_path / "out", batch, micro, ",".join(map(str, worlds)), ports]
+    arguments = [
+        digits["train"],
+        digits["val"],
+        tmp_path / "out",
+        batch,
+        micro,
+        ",".join(map(str, worlds)),
+        ports,
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    results = {w: [torch.load(f"{tmp_path}/out.{w}.{r}", weights_only=False) for r in range(w)] for w in worlds}
+    results = {
+        w: [torch.load(f"{tmp_path}/out.{w}.{r}", weights_only=False) for r in range(w)]
+        for w in worlds
+    }
     alone = results[1][0]
     assert len(alone["order"]) == 400 // batch
     assert alone["gradient"].abs().max() > 1e-3
@@ -131,12 +147,19 @@ def test_processes_see_one_order_and_compute_one_gradient(tmp_path, digits, batc
 
 def train_options(digits, folder, run_id, *more):
     return [
-        f"--data.train_dataset={digits['train']}", f"--data.val_dataset={digits['val']}",
+        f"--data.train_dataset={digits['train']}",
+        f"--data.val_dataset={digits['val']}",
         f"--logging.folder={folder}",
-        f"--logging.run_id={run_id}", "--model.arch=resnet10", "--model.mrl=1", "--training.epochs=1",
-        "--resolution.min_res=32", "--resolution.max_res=32", "--validation.resolution=32",
-        "--data.num_workers=1", *more,
-    ]  # fmt: skip
+        f"--logging.run_id={run_id}",
+        "--model.arch=resnet10",
+        "--model.mrl=1",
+        "--training.epochs=1",
+        "--resolution.min_res=32",
+        "--resolution.max_res=32",
+        "--validation.resolution=32",
+        "--data.num_workers=1",
+        *more,
+    ]
 
 
 def children(pid):
@@ -145,41 +168,70 @@ def children(pid):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
 def test_three_ways_to_two_processes_end_with_the_same_weights(tmp_path, digits):
-    """torchrun; the program's own launch; two torchrun agents with a c10d rendezvous, as on two machines, of which one
-    loses its worker to SIGKILL and goes on."""
+    """torchrun; the program's own launch; two torchrun agents with a c10d rendezvous, as on two
+    machines, of which one loses its worker to SIGKILL and goes on.
+    """
     script = ROOT / "train" / "train_imagenet.py"
-    options = ["--training.batch_size=50", "--training.epochs=3", "--training.checkpoint_every_steps=1"]
+    options = [
+        "--training.batch_size=50",
+        "--training.epochs=3",
+        "--training.checkpoint_every_steps=1",
+    ]
     options += ["--training.device=cpu"]
     torchrun(2, script, *train_options(digits, tmp_path, "torchrun", *options))
 
     command = [sys.executable, script, *train_options(digits, tmp_path, "own", *options)]
     command += ["--training.distributed=1", "--dist.world_size=2"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 x cpu" in done.stdout
     results = tmp_path / "results.json"
     model = tmp_path / "own" / "model.safetensors"
-    pytorch_inference.main([f"--path={model}", f"--data-root={digits['val']}", "--tta", f"--output={results}"])
+    pytorch_inference.main(
+        [f"--path={model}", f"--data-root={digits['val']}", "--tta", f"--output={results}"]
+    )
     alone = json.loads(results.read_text())["prefixes"]  # one process, the saved weights
     for d, accuracy in alone.items():
-        assert log_of(tmp_path / "own")[-1][f"top_1_{d}"] == pytest.approx(accuracy["top1"] / 100, abs=1e-9), d
+        assert log_of(tmp_path / "own")[-1][f"top_1_{d}"] == pytest.approx(
+            accuracy["top1"] / 100, abs=1e-9
+        ), d
 
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
         "OMP_NUM_THREADS": "1"
     }
-    rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_ports(1)[0]}", "--rdzv-id=killed"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3"]
+    rendezvous = [
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{free_ports(1)[0]}",
+        "--rdzv-id=killed",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--max-restarts=3",
+    ]
     command += [*rendezvous, script, *train_options(digits, tmp_path, "killed", *options)]
     run, files = tmp_path / "killed", [open(tmp_path / f"agent{k}.txt", "w") for k in range(2)]  # noqa: SIM115
-    agents = [subprocess.Popen(command, cwd=ROOT, env=env, stdout=f, stderr=subprocess.STDOUT) for f in files]
+    agents = [
+        subprocess.Popen(command, cwd=ROOT, env=env, stdout=f, stderr=subprocess.STDOUT)
+        for f in files
+    ]
     try:
         deadline = time.monotonic() + 200
         while not list(run.glob("checkpoints/step_[3-9]*")):
             assert time.monotonic() < deadline
-            assert [agent.poll() for agent in agents] == [None, None], (tmp_path / "agent0.txt").read_text()[-3000:]
+            assert [agent.poll() for agent in agents] == [None, None], (
+                tmp_path / "agent0.txt"
+            ).read_text()[-3000:]
             time.sleep(0.05)
         os.kill(children(agents[1].pid)[-1], signal.SIGKILL)
-        assert [agent.wait(timeout=250) for agent in agents] == [0, 0], (tmp_path / "agent0.txt").read_text()[-3000:]
+        assert [agent.wait(timeout=250) for agent in agents] == [0, 0], (
+            tmp_path / "agent0.txt"
+        ).read_text()[-3000:]
     finally:
         for agent, file in zip(agents, files, strict=True):
             agent.kill()
@@ -189,26 +241,45 @@ def test_three_ways_to_two_processes_end_with_the_same_weights(tmp_path, digits)
 
     first = torch.load(tmp_path / "torchrun" / "final_weights.pt", weights_only=True)
     for name in ("own", "killed"):
-        losses = [[line["train_loss"] for line in log_of(tmp_path / run_id)] for run_id in ("torchrun", name)]
+        losses = [
+            [line["train_loss"] for line in log_of(tmp_path / run_id)]
+            for run_id in ("torchrun", name)
+        ]
         assert losses[0] == losses[1], name
         weights = torch.load(tmp_path / name / "final_weights.pt", weights_only=True)
-        assert all(torch.equal(a, b) for a, b in zip(first.values(), weights.values(), strict=True)), name
+        assert all(
+            torch.equal(a, b) for a, b in zip(first.values(), weights.values(), strict=True)
+        ), name
 
 
 def test_another_number_of_processes_goes_on_with_the_same_batches(tmp_path, digits, capsys):
-    """One process, then two of smaller batches: the global batch stays, the finished epoch is not trained again."""
-    options = ["--training.epochs=2", "--training.global_batch_size=100", "--training.batch_size=100"]
+    """One process, then two of smaller batches: the global batch stays, the finished epoch is not
+    trained again.
+    """
+    options = [
+        "--training.epochs=2",
+        "--training.global_batch_size=100",
+        "--training.batch_size=100",
+    ]
     train_imagenet.main([*train_options(digits, tmp_path, "run"), *options])
     alone, options = log_of(tmp_path / "run"), ["--training.epochs=2", "--training.batch_size=30"]
     resume = f"--training.resume={tmp_path / 'run' / 'checkpoints' / 'step_4.safetensors'}"
-    out = torchrun(2, ROOT / "train" / "train_imagenet.py", *train_options(digits, tmp_path, "run"), *options, resume)
+    out = torchrun(
+        2,
+        ROOT / "train" / "train_imagenet.py",
+        *train_options(digits, tmp_path, "run"),
+        *options,
+        resume,
+    )
     assert "2 x cpu" in out
     assert "2 epochs x 4 steps of 100 images" in out
     assert "go on    after step 4, epoch 1" in out
     together = log_of(tmp_path / "run")
     assert [line["epoch"] for line in together] == [0, 1]
     assert together[0]["train_loss"] == alone[0]["train_loss"]
-    assert together[1]["train_loss"] == pytest.approx(alone[1]["train_loss"], rel=0.2)  # batch norm sees parts
+    assert together[1]["train_loss"] == pytest.approx(
+        alone[1]["train_loss"], rel=0.2
+    )  # batch norm sees parts
 
 
 def log_of(run):
@@ -218,9 +289,16 @@ def log_of(run):
 def test_a_users_mistake_in_a_launched_run_is_one_line(tmp_path, digits):
     command = [sys.executable, ROOT / "train" / "train_imagenet.py"]
     command += train_options(
-        digits, tmp_path, "x", "--training.batch_size=300", "--training.distributed=1", "--dist.world_size=2"
+        digits,
+        tmp_path,
+        "x",
+        "--training.batch_size=300",
+        "--training.distributed=1",
+        "--dist.world_size=2",
     )
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
+    )
     assert done.returncode == 2
     assert done.stderr.count("error:") == 1
     assert "training.batch_size" in done.stderr

@@ -25,7 +25,9 @@ def board(path):
     """{tag: [(step, value)]} as TensorBoard itself reads them."""
     events = EventAccumulator(str(path / "tensorboard"))
     events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
 
 
 # ---------------------------------------------------------------- lines and TensorBoard
@@ -37,8 +39,10 @@ def test_tensorboard_reads_the_scalars(tmp_path):
     log.scalars({"loss": 1.25, "top_1/8": 75.0, "step/lr": 0.5}, 20)
     log.close()
     assert board(tmp_path / "run") == {
-        "loss": [(10, 2.5), (20, 1.25)], "top_1/8": [(10, 62.5), (20, 75.0)], "step/lr": [(20, 0.5)],
-    }  # fmt: skip
+        "loss": [(10, 2.5), (20, 1.25)],
+        "top_1/8": [(10, 62.5), (20, 75.0)],
+        "step/lr": [(20, 0.5)],
+    }
 
 
 def test_a_run_that_goes_on_drops_what_its_checkpoint_does_not_know(tmp_path):
@@ -55,7 +59,11 @@ def test_a_run_that_goes_on_drops_what_its_checkpoint_does_not_know(tmp_path):
     log.event({"epoch": 2, "train_loss": 0.5})
     log.scalars({"loss": 0.5}, 30)
     log.close()
-    assert [(line["epoch"], line["train_loss"]) for line in lines(path / "log")] == [(0, 3.0), (1, 2.0), (2, 0.5)]
+    assert [(line["epoch"], line["train_loss"]) for line in lines(path / "log")] == [
+        (0, 3.0),
+        (1, 2.0),
+        (2, 0.5),
+    ]
     assert [line["event"] for line in lines(path / "events.jsonl")] == ["skipped"]
     assert board(path)["loss"] == [(10, 3.0), (20, 2.0), (30, 0.5)]
 
@@ -64,7 +72,9 @@ def test_a_run_that_goes_on_drops_what_its_checkpoint_does_not_know(tmp_path):
 
 
 def records(path):
-    """The records of the offline run of Weights & Biases below a run folder, once its own process has written all."""
+    """The records of the offline run of Weights & Biases below a run folder, once its own process
+    has written all.
+    """
     (file,) = path.glob("wandb/offline-run-*/run-*.wandb")
     until = time.monotonic() + 30  # `finish` comes back a little earlier
     while True:
@@ -77,7 +87,8 @@ def records(path):
 def whole_records(file):
     """What is in a .wandb file so far.
 
-    Blocks of 32 KiB after a file header of 7 bytes; a piece of a record is [crc32, length: u16, kind: u8], data.
+    Blocks of 32 KiB after a file header of 7 bytes; a piece of a record is [crc32, length: u16,
+    kind: u8], data.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -99,7 +110,10 @@ def whole_records(file):
 
 
 def history(found):
-    rows = [{"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in r.history.item} for r in found]
+    rows = [
+        {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in r.history.item}
+        for r in found
+    ]
     return [{key: value for key, value in row.items() if key[0] != "_"} for row in rows if row]
 
 
@@ -126,7 +140,11 @@ def test_wandb_has_what_was_logged(tmp_path, offline):
         {"loss": 3.5, "step": 7},
     ]
     run = next(r.run for r in found if r.HasField("run"))
-    assert (run.project, run.display_name, run.run_id) == ("project", "my run", (path / "wandb_id").read_text().strip())
+    assert (run.project, run.display_name, run.run_id) == (
+        "project",
+        "my run",
+        (path / "wandb_id").read_text().strip(),
+    )
     assert run.run_id.startswith("my-run-")
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert (config["lr.lr"], config["model.dims"]) == (0.5, [8, 16])
@@ -138,7 +156,11 @@ def test_wandb_has_what_was_logged(tmp_path, offline):
 
 def test_wandb_goes_on_with_the_run_of_this_folder(tmp_path, offline):
     ids = []
-    for path, going_on in ((tmp_path / "run", None), (tmp_path / "run", (5, 1)), (tmp_path / "other" / "run", None)):
+    for path, going_on in (
+        (tmp_path / "run", None),
+        (tmp_path / "run", (5, 1)),
+        (tmp_path / "other" / "run", None),
+    ):
         RunLog(path, {}, "", going_on=going_on, wandb="project").close()
         ids.append(next(r.run.run_id for r in records(path) if r.HasField("run")))
         shutil.rmtree(path / "wandb")
@@ -171,7 +193,9 @@ def test_mistakes_with_wandb_are_one_line_and_leave_no_folder(tmp_path, offline,
         raise wandb.errors.UsageError("No API key configured. Use `wandb login`.\nmore")
 
     monkeypatch.setattr(wandb, "init", refuses)
-    with pytest.raises(WandbError, match=r"^logging\.wandb=p: No API key.*`wandb login`; .*WANDB_MODE=offline$"):
+    with pytest.raises(
+        WandbError, match=r"^logging\.wandb=p: No API key.*`wandb login`; .*WANDB_MODE=offline$"
+    ):
         RunLog(tmp_path / "run", {}, "", wandb="p")
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(WandbError, match=r"^logging\.wandb=p: .*`pip install wandb`$"):
@@ -181,12 +205,26 @@ def test_mistakes_with_wandb_are_one_line_and_leave_no_folder(tmp_path, offline,
 
 def test_a_session_hands_its_project_on(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(session, "RunLog", lambda *args: given.append(args) or SimpleNamespace(note=lambda _: None))
+    monkeypatch.setattr(
+        session, "RunLog", lambda *args: given.append(args) or SimpleNamespace(note=lambda _: None)
+    )
     state = SimpleNamespace(progress=Progress(), about={})
     world, start = World(torch.device("cpu")), session.Start(tmp_path)
     for more in ({}, {"wandb": "project"}):
         session.Session(
-            state, None, world, start, {}, "", keep_last=1, every_steps=0, every_minutes=0,
-            skip_limit=1, hang_timeout=0, say=print, global_batch=1, **more,
-        )  # fmt: skip
+            state,
+            None,
+            world,
+            start,
+            {},
+            "",
+            keep_last=1,
+            every_steps=0,
+            every_minutes=0,
+            skip_limit=1,
+            hang_timeout=0,
+            say=print,
+            global_batch=1,
+            **more,
+        )
     assert [args[-1] for args in given] == [None, "project"]

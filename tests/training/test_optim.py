@@ -33,11 +33,18 @@ CPU = torch.device("cpu")
 
 @settings(max_examples=200, deadline=None)
 @given(
-    kind=st.sampled_from(["step", "constant", "cosine"]), epochs=st.integers(1, 60), warmup=st.floats(0, 20),
-    length=st.integers(20, 40), ratio=st.floats(0, 1), place=st.floats(0, 1), peak=st.floats(0, 10),
-)  # fmt: skip
+    kind=st.sampled_from(["step", "constant", "cosine"]),
+    epochs=st.integers(1, 60),
+    warmup=st.floats(0, 20),
+    length=st.integers(20, 40),
+    ratio=st.floats(0, 1),
+    place=st.floats(0, 1),
+    peak=st.floats(0, 10),
+)
 def test_schedules_equal_the_formulas(kind, epochs, warmup, length, ratio, place, peak):
-    options = LrConfig(lr_schedule_type=kind, warmup_epochs=warmup, step_ratio=ratio, step_length=length)
+    options = LrConfig(
+        lr_schedule_type=kind, warmup_epochs=warmup, step_ratio=ratio, step_length=length
+    )
     end = warmup if warmup < epochs else (epochs - 1) // 2
     epoch = place * epochs
     if epoch < end:
@@ -45,12 +52,16 @@ def test_schedules_equal_the_formulas(kind, epochs, warmup, length, ratio, place
     elif kind == "cosine":
         expected = peak / 2 * (1 + math.cos(math.pi * (epoch - end) / (epochs - end)))
     else:
-        expected = peak * (ratio ** sum(epoch >= k for k in range(length, 100, length)) if kind == "step" else 1)
+        expected = peak * (
+            ratio ** sum(epoch >= k for k in range(length, 100, length)) if kind == "step" else 1
+        )
     assert lr_at(epoch, options, peak, epochs) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["step", "constant", "cosine"])
-@pytest.mark.parametrize(("warmup", "epochs"), [(5, 90), (0.5, 1), (2.25, 16), (30, 90), (7, 5), (3, 3), (1, 1)])
+@pytest.mark.parametrize(
+    ("warmup", "epochs"), [(5, 90), (0.5, 1), (2.25, 16), (30, 90), (7, 5), (3, 3), (1, 1)]
+)
 def test_the_warm_up_is_continuous_and_reaches_the_peak(kind, warmup, epochs):
     options = LrConfig(lr_schedule_type=kind, warmup_epochs=warmup)
     end = peak_epoch(options, epochs)
@@ -59,7 +70,9 @@ def test_the_warm_up_is_continuous_and_reaches_the_peak(kind, warmup, epochs):
         assert lr_at(end, options, 2.0, epochs) == 2.0
     ramp = [lr_at(end * k / 100, options, 2.0, epochs) for k in range(100)] if end else []
     assert all(0 < b - a < 0.021 for a, b in pairwise(ramp))
-    assert not end or (ramp[0] == pytest.approx(2e-4) and lr_at(end - 1e-9, options, 2.0, epochs) > 2 - 1e-6)
+    assert not end or (
+        ramp[0] == pytest.approx(2e-4) and lr_at(end - 1e-9, options, 2.0, epochs) > 2 - 1e-6
+    )
 
 
 def test_cosine_ends_at_zero_and_stays_there():
@@ -79,14 +92,23 @@ def test_cosine_ends_at_zero_and_stays_there():
         ({"warmup_epochs": -0.5, "lr_schedule_type": "step"}, ["lr.warmup_epochs=-0.5"]),
         ({"step_ratio": -0.1}, ["lr.step_ratio=-0.1"]),
         ({"step_length": 0}, ["lr.step_length=0"]),
-        ({"warmup_epochs": 5.0}, ["lr.warmup_epochs=5.0", "lr.lr_schedule_type=cyclic", "lr.lr_peak_epoch"]),
-        ({"warmup_epochs": 31.0, "lr_schedule_type": "step"}, ["lr.warmup_epochs=31.0", "lr.step_length=30"]),
+        (
+            {"warmup_epochs": 5.0},
+            ["lr.warmup_epochs=5.0", "lr.lr_schedule_type=cyclic", "lr.lr_peak_epoch"],
+        ),
+        (
+            {"warmup_epochs": 31.0, "lr_schedule_type": "step"},
+            ["lr.warmup_epochs=31.0", "lr.step_length=30"],
+        ),
     ],
 )
 def test_a_wrong_rate_is_named(wrong, words):
     with pytest.raises(ValueError, match=r"expected|give|fall") as caught:
         LrConfig(**wrong)
-    for reading in (str(caught.value), refusal([f"--lr.{name}={value}" for name, value in wrong.items()])):
+    for reading in (
+        str(caught.value),
+        refusal([f"--lr.{name}={value}" for name, value in wrong.items()]),
+    ):
         assert all(word in reading for word in words)
 
 
@@ -126,7 +148,9 @@ def small(dtype=torch.float64, seed=0):
 def gradients(model, step):
     rng = np.random.default_rng(step)
     for parameter in model.parameters():
-        parameter.grad = torch.empty_like(parameter).copy_(torch.from_numpy(rng.normal(size=parameter.shape)))
+        parameter.grad = torch.empty_like(parameter).copy_(
+            torch.from_numpy(rng.normal(size=parameter.shape))
+        )
 
 
 def run(model, optimizer, steps, lr=0.01):
@@ -157,7 +181,9 @@ def adamw(w, g, state, step, lr, decay, momentum, adapted):
 def lars(w, g, state, step, lr, decay, momentum, adapted):
     if adapted:
         w_norm, g_norm = math.sqrt((w**2).sum()), math.sqrt((g**2).sum())
-        ratio = 0.001 * w_norm / (g_norm + decay * w_norm) if w_norm else 1  # the bias of a norm layer begins at 0
+        ratio = (
+            0.001 * w_norm / (g_norm + decay * w_norm) if w_norm else 1
+        )  # the bias of a norm layer begins at 0
         g = ratio * (g + decay * w)
     state["m"] = g if step == 0 else momentum * state["m"] + g
     return w - lr * state["m"]
@@ -176,13 +202,22 @@ def expected(name, decay, norm_decay, momentum, steps=6, lr=0.01):
             adapted = own != 0 or not key.startswith("norm")
             state = states.setdefault(key, {})
             now[key] = ORACLES[name](
-                now[key], parameter.grad.numpy(), state, step, lr / (step + 1), own, momentum, adapted
+                now[key],
+                parameter.grad.numpy(),
+                state,
+                step,
+                lr / (step + 1),
+                own,
+                momentum,
+                adapted,
             )
     return now
 
 
 @pytest.mark.parametrize("name", ORACLES)
-@pytest.mark.parametrize(("decay", "norm_decay", "momentum"), [(0.1, 0, 0.9), (0, 0, 0), (0.02, 0.3, 0.5)])
+@pytest.mark.parametrize(
+    ("decay", "norm_decay", "momentum"), [(0.1, 0, 0.9), (0, 0, 0), (0.02, 0.3, 0.5)]
+)
 def test_updates_equal_the_formula(name, decay, norm_decay, momentum):
     model = small()
     optimizer = make_optimizer(name, parameter_groups(model, decay, norm_decay), 0.7, momentum, CPU)
@@ -201,7 +236,9 @@ def test_muon_steps_are_orthogonal_and_all_else_follows_adamw(decay):
     for key in ("conv.weight", "hidden.weight"):
         weight = values(model)[key]
         rows, columns = matrix = (weight.shape[0], weight[0].size)
-        step = ((1 - 0.02 * decay) * before[key] - weight).reshape(matrix) / (0.02 * 0.2 * max(rows, columns) ** 0.5)
+        step = ((1 - 0.02 * decay) * before[key] - weight).reshape(matrix) / (
+            0.02 * 0.2 * max(rows, columns) ** 0.5
+        )
         assert np.abs(np.linalg.svd(step, compute_uv=False) - 1).max() < 0.35, key
     run(model, optimizer, range(1, 6), lr=0.02)
     want = expected("adamw", decay, 0.25, 0.9, lr=0.02)
@@ -236,7 +273,9 @@ def test_muon_on_a_cpu_leaves_timm_as_it_was():
 def test_every_option_changes_the_result(name):
     def after(lr=0.01, decay=0.1, norm_decay=0.0, momentum=0.9):
         model = small()
-        optimizer = make_optimizer(name, parameter_groups(model, decay, norm_decay), 1.0, momentum, CPU)
+        optimizer = make_optimizer(
+            name, parameter_groups(model, decay, norm_decay), 1.0, momentum, CPU
+        )
         run(model, optimizer, range(3), lr)
         return values(model)
 
@@ -269,7 +308,9 @@ def test_groups_by_type_with_the_classifiers_last():
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_any_fused_step_may_be_skipped(name, monkeypatch):
     """As a GradScaler does on CUDA; torch has fused kernels for a CPU, too."""
-    monkeypatch.setattr(torch, "empty_like", lambda like, **how: torch.full_like(like, math.nan, **how))
+    monkeypatch.setattr(
+        torch, "empty_like", lambda like, **how: torch.full_like(like, math.nan, **how)
+    )
     models = [small(), small()]
     for model, skips in zip(models, (True, False), strict=True):
         optimizer = make_optimizer(name, parameter_groups(model, 0.1, 0.0), 0.1, 0.9, CPU)
@@ -300,8 +341,16 @@ def test_a_state_without_pickle_continues_the_run(name, momentum):
     model, optimizer = start(0)
     run(model, optimizer, range(3))
     weights, state = model.state_dict(), optimizer.state_dict()
-    tensors = {f"{k}.{key}": v for k, own in state["state"].items() for key, v in own.items() if torch.is_tensor(v)}
-    rest = {k: {key: v for key, v in own.items() if not torch.is_tensor(v)} for k, own in state["state"].items()}
+    tensors = {
+        f"{k}.{key}": v
+        for k, own in state["state"].items()
+        for key, v in own.items()
+        if torch.is_tensor(v)
+    }
+    rest = {
+        k: {key: v for key, v in own.items() if not torch.is_tensor(v)}
+        for k, own in state["state"].items()
+    }
     assert all(isinstance(v, int | float) for own in rest.values() for v in own.values())
     stored = save({key: value.contiguous() for key, value in tensors.items()})
     text = json.dumps({"rest": rest, "groups": state["param_groups"]})
@@ -313,12 +362,22 @@ def test_a_state_without_pickle_continues_the_run(name, momentum):
     for key, value in load(stored).items():
         k, what = key.split(".")
         restored[int(k)][what] = value
-    groups = [{**group, "fused": True} for group in read["groups"]] if name in ("sgd", "adamw") else read["groups"]
+    groups = (
+        [{**group, "fused": True} for group in read["groups"]]
+        if name in ("sgd", "adamw")
+        else read["groups"]
+    )
     resumed.load_state_dict({"state": restored, "param_groups": groups})
-    assert not any(group.get("fused") for group in resumed.param_groups)  # chosen by the device, not by the file
+    assert not any(
+        group.get("fused") for group in resumed.param_groups
+    )  # chosen by the device, not by the file
     for parameter, own in resumed.state.items():
         for value in own.values():
-            assert not torch.is_tensor(value) or value.ndim == 0 or value.stride() == parameter.stride()
+            assert (
+                not torch.is_tensor(value)
+                or value.ndim == 0
+                or value.stride() == parameter.stride()
+            )
 
     run(model, optimizer, range(3, 6))
     run(again, resumed, range(3, 6))
@@ -328,12 +387,17 @@ def test_a_state_without_pickle_continues_the_run(name, momentum):
 
 def test_mistakes_are_one_line(monkeypatch):
     groups = parameter_groups(small(), 0, 0)
-    for name, momentum, word in (("adam", 0.9, "training.optimizer"), ("adamw", 1.0, "training.momentum=1.0")):
+    for name, momentum, word in (
+        ("adam", 0.9, "training.optimizer"),
+        ("adamw", 1.0, "training.momentum=1.0"),
+    ):
         with pytest.raises(OptimError, match=word):
             make_optimizer(name, groups, 0.1, momentum, CPU)
     monkeypatch.setitem(sys.modules, "timm.optim", None)
     for name in ("lars", "muon"):
-        with pytest.raises(OptimError, match=rf"^training.optimizer={name} needs timm .*: pip install timm$") as caught:
+        with pytest.raises(
+            OptimError, match=rf"^training.optimizer={name} needs timm .*: pip install timm$"
+        ) as caught:
             make_optimizer(name, groups, 0.1, 0.9, CPU)
         assert caught.value.user_error
     for name in ("sgd", "adamw"):  # they do without

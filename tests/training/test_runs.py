@@ -59,13 +59,17 @@ def logs(write):
         {"top_1_8": 0.6, "top_1_16": 0.75},
         {"top_1_8": 0.7, "top_1_16": 0.75},
     ]
-    done = write("20200913-122640-resnet18-0000", DAY, mrl, epochs, ["skipped"] * 3 + ["rolled back"])
+    done = write(
+        "20200913-122640-resnet18-0000", DAY, mrl, epochs, ["skipped"] * 3 + ["rolled back"]
+    )
     (done / "model.safetensors").write_bytes(b"its header is damaged")
     write("asked", DAY + 86400, {"model.fixed_feature": 8}, [{"top_1": 0.9}, {}], ["stopped"])
     write("crashed", DAY + 2 * 86400, {"model.efficient": 1}, [{"top_1_8": 0.1, "top_1_16": 0.3}])
     write("new", DAY + 4 * 86400, mrl, [], written=0)
     interval = {"training.checkpoint_every_minutes": 30.0}
-    write("busy", DAY + 3 * 86400, mrl | interval, [{"top_1_8": 0.01, "top_1_16": 0.02}], written=1800)
+    write(
+        "busy", DAY + 3 * 86400, mrl | interval, [{"top_1_8": 0.01, "top_1_16": 0.02}], written=1800
+    )
     return done.parent
 
 
@@ -106,11 +110,22 @@ def test_json_says_the_same(logs, capsys):
     rows = [json.loads(line) for line in said.out.splitlines()]
     assert list_runs.table(rows) == TABLE.strip("\n")
     assert rows[-1] == {
-        "run": "20200913-122640-resnet18-0000", "path": str(logs / "20200913-122640-resnet18-0000"),
-        "arch": "resnet18", "head": "mrl", "dims": [8, 16], "epochs_done": 3, "epochs": 3, "state": "finished",
-        "best_epoch": 1, "top1": {"8": 60.0, "16": 75.0}, "images_per_s": 200.0, "data_wait": pytest.approx(0.2),
-        "skipped": 3, "rollbacks": 1, "started": "2020-09-13T12:26:40+00:00",
-    }  # fmt: skip
+        "run": "20200913-122640-resnet18-0000",
+        "path": str(logs / "20200913-122640-resnet18-0000"),
+        "arch": "resnet18",
+        "head": "mrl",
+        "dims": [8, 16],
+        "epochs_done": 3,
+        "epochs": 3,
+        "state": "finished",
+        "best_epoch": 1,
+        "top1": {"8": 60.0, "16": 75.0},
+        "images_per_s": 200.0,
+        "data_wait": pytest.approx(0.2),
+        "skipped": 3,
+        "rollbacks": 1,
+        "started": "2020-09-13T12:26:40+00:00",
+    }
     assert said.err == f"no runs: {logs / 'notes'} (no params.json)\n"
 
 
@@ -124,7 +139,12 @@ def test_a_run_that_is_killed_is_read(logs, capsys):
 
 
 def test_a_run_that_goes_on_is_running(logs, capsys):
-    run = RunLog(logs / "asked", json.loads((logs / "asked" / "params.json").read_text()), "", going_on=(5, 2))
+    run = RunLog(
+        logs / "asked",
+        json.loads((logs / "asked" / "params.json").read_text()),
+        "",
+        going_on=(5, 2),
+    )
     run.note({"event": "go on"})
     run.close()
     list_runs.main([str(logs / "asked"), "--json"])
@@ -147,13 +167,22 @@ def test_what_is_no_run_is_named_in_one_line(logs, capsys):
     (logs / "log").write_text("what somebody redirected")
     assert list_runs.main([str(logs)]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[2:]] == ["new", "busy", "asked", "20200913-122640-resnet18-0000"]
+    assert [line.split()[0] for line in lines[2:]] == [
+        "new",
+        "busy",
+        "asked",
+        "20200913-122640-resnet18-0000",
+    ]
     foreign = "params.json: not of a training, it has no model.arch"
-    assert last == "no runs: " + ", ".join([
-        f"{logs}/crashed (no params.json)", f"{logs}/new?line (no params.json)",
-        f"{logs}/damaged (params.json: damaged)",
-        f"{logs}/foreign ({foreign})", f"{logs}/list ({foreign})",
-    ])  # fmt: skip
+    assert last == "no runs: " + ", ".join(
+        [
+            f"{logs}/crashed (no params.json)",
+            f"{logs}/new?line (no params.json)",
+            f"{logs}/damaged (params.json: damaged)",
+            f"{logs}/foreign ({foreign})",
+            f"{logs}/list ({foreign})",
+        ]
+    )
     for i in range(20):
         (logs / f"empty{i}").mkdir()
     list_runs.main([str(logs)])
@@ -166,19 +195,31 @@ def test_several_folders_may_overlap(logs, tmp_path, capsys):
     list_runs.main([str(tmp_path / "other"), str(logs), str(logs / "new"), "--json", "--sort=name"])
     names = [json.loads(line)["run"] for line in capsys.readouterr().out.splitlines()]
     same = [str(tmp_path / "logs" / "busy"), str(tmp_path / "other" / "busy")]
-    assert names == [*same, "20200913-122640-resnet18-0000", "asked", "crashed", "deep/asked", "new"]
+    assert names == [
+        *same,
+        "20200913-122640-resnet18-0000",
+        "asked",
+        "crashed",
+        "deep/asked",
+        "new",
+    ]
 
 
 def test_a_table_has_120_columns_at_most(write, tmp_path, capsys):
     dims = {f"top_1_{d}": 1.0 for d in (8, 12, 1024, 2048)}
-    name, params = "20260101-120000-" + "x" * 100 + "-abcd", {"model.arch": "timm:" + "y" * 50, "model.mrl": 1}
+    name, params = (
+        "20260101-120000-" + "x" * 100 + "-abcd",
+        {"model.arch": "timm:" + "y" * 50, "model.mrl": 1},
+    )
     write(name, time.time(), params, [dims], ["skipped"] * 1000 + ["rolled back"])
     write("short", time.time(), {"training.epochs": None}, [])
     list_runs.main([str(tmp_path / "logs")])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 120
     assert lines[2 if "x" in lines[2] else 3].startswith("20260101-")
-    assert any("xx-abcd " in line and " timm" in line and " mrl 8,12..2048 " in line for line in lines)
+    assert any(
+        "xx-abcd " in line and " timm" in line and " mrl 8,12..2048 " in line for line in lines
+    )
     assert any(line.startswith("short ") and " 0/? " in line for line in lines)
     assert time.strftime(" %m-%d %H:") in lines[2]
 

@@ -27,12 +27,22 @@ CPU = World(torch.device("cpu"))
 
 def options(digits, folder, run_id, *more):
     return [
-        f"--data.train_dataset={digits['train']}", f"--data.val_dataset={digits['val']}",
-        f"--logging.folder={folder}", f"--logging.run_id={run_id}", "--model.arch=resnet10", "--model.mrl=1",
-        "--model.dims=8,64", "--training.epochs=2", "--training.batch_size=100", "--resolution.min_res=32",
-        "--resolution.max_res=32", "--validation.resolution=32", "--validation.lr_tta=0", "--data.num_workers=1",
+        f"--data.train_dataset={digits['train']}",
+        f"--data.val_dataset={digits['val']}",
+        f"--logging.folder={folder}",
+        f"--logging.run_id={run_id}",
+        "--model.arch=resnet10",
+        "--model.mrl=1",
+        "--model.dims=8,64",
+        "--training.epochs=2",
+        "--training.batch_size=100",
+        "--resolution.min_res=32",
+        "--resolution.max_res=32",
+        "--validation.resolution=32",
+        "--validation.lr_tta=0",
+        "--data.num_workers=1",
         *more,
-    ]  # fmt: skip
+    ]
 
 
 def events(run):
@@ -53,7 +63,10 @@ def alone(digits, tmp_path_factory):
 
 def test_a_training_checkpoint_is_a_model(alone):
     """The door to inference is open for a run that is not finished, too."""
-    model, final = load_model(alone / "checkpoints" / "last.safetensors"), load_model(alone / "model.safetensors")
+    model, final = (
+        load_model(alone / "checkpoints" / "last.safetensors"),
+        load_model(alone / "model.safetensors"),
+    )
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(model(x), final(x))
     assert (model.classes, model.preprocessing) == (final.classes, final.preprocessing)
@@ -62,8 +75,12 @@ def test_a_training_checkpoint_is_a_model(alone):
 # ---------------------------------------------------------------- stop and go on
 
 
-def test_signals_leave_a_checkpoint_and_the_run_goes_on(digits, tmp_path, alone, monkeypatch, capsys):
-    """SIGTERM inside an epoch, SIGUSR1 in an evaluation: status 75, then the same weights as if nothing had been."""
+def test_signals_leave_a_checkpoint_and_the_run_goes_on(
+    digits, tmp_path, alone, monkeypatch, capsys
+):
+    """SIGTERM inside an epoch, SIGUSR1 in an evaluation: status 75, then the same weights as if
+    nothing had been.
+    """
     original, steps = Guard.before_step, []
 
     def at_step(self):
@@ -92,7 +109,9 @@ def test_signals_leave_a_checkpoint_and_the_run_goes_on(digits, tmp_path, alone,
     run = tmp_path / "run"
     assert [e["event"] for e in events(run)] == ["start", "stopped", "go on", "stopped", "go on"]
     assert losses(run) == losses(alone)
-    ours, theirs = (snapshot.read(r / "checkpoints" / "last.safetensors").tensors for r in (run, alone))
+    ours, theirs = (
+        snapshot.read(r / "checkpoints" / "last.safetensors").tensors for r in (run, alone)
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert train_imagenet.main(again) == 0  # it is finished
     assert "this run is done" in capsys.readouterr().out
@@ -121,23 +140,37 @@ def test_what_resume_refuses(digits, tmp_path, alone, capsys):
 
 def test_auto_begins_where_there_is_nothing_yet(digits, tmp_path, alone):
     """No folder, an empty one, one that was killed before its first checkpoint."""
-    for name, files in (("none", None), ("empty", []), ("killed", ["params.json", "env.json", "log"])):
+    for name, files in (
+        ("none", None),
+        ("empty", []),
+        ("killed", ["params.json", "env.json", "log"]),
+    ):
         if files is not None:
             (tmp_path / name).mkdir()
         for file in files or []:
             (tmp_path / name / file).write_text('{"epoch": 7}\n')
         if name == "killed":  # whole runs take seconds: the others show only how they begin
-            assert train_imagenet.main(options(digits, tmp_path, name, "--training.resume=auto")) == 0
+            assert (
+                train_imagenet.main(options(digits, tmp_path, name, "--training.resume=auto")) == 0
+            )
             assert losses(tmp_path / name) == losses(alone)
         else:
             assert session.find_start(tmp_path, name, "auto", {}) == session.Start(tmp_path / name)
 
 
 def test_a_checkpoint_can_be_chosen(digits, tmp_path, alone, capsys):
-    """training.resume=<file>: later checkpoints and log lines give way; batch size and folder may change."""
+    """training.resume=<file>: later checkpoints and log lines give way; batch size and folder may
+    change.
+    """
     shutil.copytree(alone, tmp_path / "copy")
-    steps = sorted((tmp_path / "copy" / "checkpoints").glob("step_*"), key=lambda p: int(p.stem[5:]))
-    more = [f"--training.resume={steps[-2]}", "--training.batch_size=50", "--training.global_batch_size=100"]
+    steps = sorted(
+        (tmp_path / "copy" / "checkpoints").glob("step_*"), key=lambda p: int(p.stem[5:])
+    )
+    more = [
+        f"--training.resume={steps[-2]}",
+        "--training.batch_size=50",
+        "--training.global_batch_size=100",
+    ]
     assert train_imagenet.main(options(digits, tmp_path / "elsewhere", "other", *more)) == 0
     assert "go on    after step 4, epoch 1" in capsys.readouterr().out
     assert len(losses(tmp_path / "copy")) == 2
@@ -145,12 +178,20 @@ def test_a_checkpoint_can_be_chosen(digits, tmp_path, alone, capsys):
 
 
 def test_checkpoints_by_the_clock(digits, tmp_path):
-    """Every 6 ms, which every step takes longer than: one after each; without it those of start and epoch alone."""
+    """Every 6 ms, which every step takes longer than: one after each; without it those of start and
+    epoch alone.
+    """
     for minutes, steps in ((0.0001, [0, 1, 2, 3, 4]), (0, [0, 4])):
         run = tmp_path / f"every{minutes}"
-        more = [f"--training.checkpoint_every_minutes={minutes}", "--training.keep_last=9", "--training.epochs=1"]
+        more = [
+            f"--training.checkpoint_every_minutes={minutes}",
+            "--training.keep_last=9",
+            "--training.epochs=1",
+        ]
         assert train_imagenet.main(options(digits, tmp_path, run.name, *more)) == 0
-        found = sorted(int(path.stem.removeprefix("step_")) for path in run.glob("checkpoints/step_*"))
+        found = sorted(
+            int(path.stem.removeprefix("step_")) for path in run.glob("checkpoints/step_*")
+        )
         assert found == steps
 
 
@@ -159,7 +200,11 @@ def test_checkpoints_by_the_clock(digits, tmp_path):
 
 def poisoned(kind, monkeypatch, when):
     """Damage one step after another: the loss, a gradient, the input, running statistics."""
-    calls, cross_entropy, normalise = [0], train_imagenet.nested_cross_entropy, train_imagenet.normalise
+    calls, cross_entropy, normalise = (
+        [0],
+        train_imagenet.nested_cross_entropy,
+        train_imagenet.normalise,
+    )
     before_step = Guard.before_step
 
     def due():
@@ -188,7 +233,9 @@ def poisoned(kind, monkeypatch, when):
 
 @pytest.mark.parametrize("kind", ["loss", "gradient", "input", "statistics"])
 def test_steps_that_are_not_finite(digits, tmp_path, monkeypatch, kind):
-    """5 of 8 steps poisoned, of each of four kinds (20 in all): they are skipped and told; the run ends healthy."""
+    """5 of 8 steps poisoned, of each of four kinds (20 in all): they are skipped and told; the run
+    ends healthy.
+    """
     poisoned(kind, monkeypatch, lambda step: step in (0, 2, 3, 5, 6))
     assert train_imagenet.main(options(digits, tmp_path, "run", "--training.batch_size=100")) == 0
     run = tmp_path / "run"
@@ -201,16 +248,26 @@ def test_steps_that_are_not_finite(digits, tmp_path, monkeypatch, kind):
 
 def test_many_in_a_row_go_back_with_a_lower_rate(digits, tmp_path, monkeypatch, capsys):
     poisoned("loss", monkeypatch, lambda step: 4 <= step < 7)
-    more = ["--training.skip_limit=3", "--training.checkpoint_every_steps=3", "--logging.log_level=2"]
+    more = [
+        "--training.skip_limit=3",
+        "--training.checkpoint_every_steps=3",
+        "--logging.log_level=2",
+    ]
     assert train_imagenet.main(options(digits, tmp_path, "run", *more)) == 0
     out, run = capsys.readouterr().out, tmp_path / "run"
     back = next(e for e in events(run) if e["event"] == "rolled back")
     assert (back["step"], back["to"]) == (6, 4)
     assert "back to step 4, learning rate x 0.1" in out
-    rates = {int(line.split()[1]): float(line.split()[5]) for line in out.splitlines() if line.startswith("step ")}
+    rates = {
+        int(line.split()[1]): float(line.split()[5])
+        for line in out.splitlines()
+        if line.startswith("step ")
+    }
     assert rates[7] < 0.2 * rates[3]
     assert len(losses(run)) == 2
-    assert snapshot.read(run / "checkpoints" / "last.safetensors").about["progress"]["rollbacks"] == 1
+    assert (
+        snapshot.read(run / "checkpoints" / "last.safetensors").about["progress"]["rollbacks"] == 1
+    )
 
 
 def test_a_run_that_cannot_be_saved_says_so(digits, tmp_path, monkeypatch, capsys):
@@ -225,8 +282,12 @@ def test_a_run_that_cannot_be_saved_says_so(digits, tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_a_skipped_step_changes_nothing(name):
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
-    optimizer = make_optimizer(name, parameter_groups(model, 0.1, 0.0), 0.1, 0.9, torch.device("cpu"))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+    )
+    optimizer = make_optimizer(
+        name, parameter_groups(model, 0.1, 0.0), 0.1, 0.9, torch.device("cpu")
+    )
     guard, row = Guard(model, torch.device("cpu"), clip=0.5), []
     for bad in (False, True, True, False):
         before = {k: v.clone() for k, v in model.state_dict().items() if v.is_floating_point()}
@@ -280,10 +341,14 @@ print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 def test_a_hang_leaves_the_stacks_of_all_ranks_and_ends(tmp_path):
-    """Rank 1 hangs, rank 0 waits for it in an all-reduce: both end with status 1 and say where they were."""
+    """Rank 1 hangs, rank 0 waits for it in an all-reduce: both end with status 1 and say where they
+    were.
+    """
     start = time.monotonic()
     command = [sys.executable, "-c", HANG, str(tmp_path / "stacks")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
     assert done.stdout == "[1, 1]\n", done.stderr
     assert time.monotonic() - start < 58
     assert "waits_for_nothing" in (tmp_path / "stacks" / "rank_1.txt").read_text()
@@ -301,8 +366,16 @@ def test_votes_of_one_process_count_at_once():
 
 def test_runs_that_are_killed_end_like_one_that_is_not():
     """A short chaos.py; `make chaos KILLS=200` is the long one."""
-    command = [sys.executable, str(ROOT / "tests" / "training" / "chaos.py"), "--kills=6", "--per-run=3", "--seed=2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "training" / "chaos.py"),
+        "--kills=6",
+        "--per-run=3",
+        "--seed=2",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 kills (" in done.stdout
     assert "runs that differ: 0" in done.stdout
@@ -313,6 +386,8 @@ def test_a_checkpoint_of_another_shape_is_one_line(digits, tmp_path, alone, monk
     (tmp_path / "run" / "model.safetensors").unlink()  # as if it were not finished
     monkeypatch.setattr(session, "check_options", lambda *_: None)
     with pytest.raises(SystemExit) as stop:
-        train_imagenet.main(options(digits, tmp_path, "run", "--training.resume=auto", "--model.dims=8,32"))
+        train_imagenet.main(
+            options(digits, tmp_path, "run", "--training.resume=auto", "--model.dims=8,32")
+        )
     assert stop.value.code == 2
     assert "does not fit this run" in capsys.readouterr().err

@@ -16,10 +16,13 @@ from matryoshka.training.snapshot import Snapshots
 
 def tensors(scale=1.0):
     return {
-        "model.w": torch.arange(6, dtype=torch.float32).view(2, 3) * scale, "n": torch.tensor(5),
-        "half": torch.full((3,), scale, dtype=torch.bfloat16), "rng": torch.arange(7, dtype=torch.uint8),
-        "empty": torch.zeros(0, 4), "wide": torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last) * scale,
-    }  # fmt: skip
+        "model.w": torch.arange(6, dtype=torch.float32).view(2, 3) * scale,
+        "n": torch.tensor(5),
+        "half": torch.full((3,), scale, dtype=torch.bfloat16),
+        "rng": torch.arange(7, dtype=torch.uint8),
+        "empty": torch.zeros(0, 4),
+        "wide": torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last) * scale,
+    }
 
 
 def test_a_checkpoint_is_safetensors_and_comes_back(tmp_path):
@@ -32,10 +35,17 @@ def test_a_checkpoint_is_safetensors_and_comes_back(tmp_path):
     snapshots.wait()
     assert snapshots.problems() == []
     names = sorted(p.name for p in (tmp_path / "c").iterdir())
-    assert names == ["best.safetensors", "last.safetensors", "step_20.safetensors", "step_3.safetensors"]
+    assert names == [
+        "best.safetensors",
+        "last.safetensors",
+        "step_20.safetensors",
+        "step_3.safetensors",
+    ]
     saved, notes = snapshot.newest(tmp_path / "c")
     assert (notes, saved.about["progress"], saved.about["config"]) == ([], {"step": 20}, {"a": 1})
-    with safe_open(tmp_path / "c" / "last.safetensors", "pt") as file:  # the real library reads the same
+    with safe_open(
+        tmp_path / "c" / "last.safetensors", "pt"
+    ) as file:  # the real library reads the same
         assert set(file.keys()) == set(given)
         for name, tensor in tensors().items():
             expected = tensor.add(3)
@@ -83,7 +93,10 @@ def test_a_write_that_fails_leaves_the_last_good_one(tmp_path, monkeypatch, call
 
 
 def test_a_full_disk(tmp_path):
-    snapshots, limit = Snapshots(tmp_path, {}, keep_last=3), resource.getrlimit(resource.RLIMIT_FSIZE)
+    snapshots, limit = (
+        Snapshots(tmp_path, {}, keep_last=3),
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     snapshots.save(1, tensors(), {})
     snapshots.wait()
@@ -119,7 +132,9 @@ def test_damaged_checkpoints_are_passed_over_and_named(tmp_path):
     other.write_bytes(b"<html>not found</html>")
     saved, notes = snapshot.newest(tmp_path)
     assert saved.about["step"] == 1
-    assert [str(p) in note for p, note in zip((cut, flipped, other), notes, strict=True)] == [True] * 3
+    assert [str(p) in note for p, note in zip((cut, flipped, other), notes, strict=True)] == [
+        True
+    ] * 3
     for path in (other, tmp_path / "nowhere"):
         with pytest.raises(CheckpointError, match=path.name):
             snapshot.read(path)

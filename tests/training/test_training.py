@@ -12,11 +12,23 @@ from matryoshka.training.state import Ema
 
 def train(digits, folder, run_id, *more):
     argv = [
-        f"--data.train_dataset={digits['val']}", f"--data.val_dataset={digits['val']}", f"--logging.folder={folder}",
-        f"--logging.run_id={run_id}", "--model.arch=resnet10", "--model.mrl=1", "--model.dims=8,64",
-        "--training.epochs=1", "--training.batch_size=20", "--resolution.min_res=32", "--resolution.max_res=32",
-        "--validation.resolution=32", "--validation.lr_tta=0", "--data.num_workers=1", "--lr.lr=0.01", *more,
-    ]  # fmt: skip
+        f"--data.train_dataset={digits['val']}",
+        f"--data.val_dataset={digits['val']}",
+        f"--logging.folder={folder}",
+        f"--logging.run_id={run_id}",
+        "--model.arch=resnet10",
+        "--model.mrl=1",
+        "--model.dims=8,64",
+        "--training.epochs=1",
+        "--training.batch_size=20",
+        "--resolution.min_res=32",
+        "--resolution.max_res=32",
+        "--validation.resolution=32",
+        "--validation.lr_tta=0",
+        "--data.num_workers=1",
+        "--lr.lr=0.01",
+        *more,
+    ]
     assert train_imagenet.main(argv) == 0
     return load_model(folder / run_id / "model.safetensors").state_dict()
 
@@ -33,16 +45,30 @@ def differ(a, b):
 @pytest.mark.parametrize(
     "more",
     [
-        ["--data.mixup=0.5"], ["--data.cutmix=1"], ["--data.randaugment=9"], ["--data.flip=0"],
-        ["--training.optimizer=adamw"], ["--training.optimizer=lars"], ["--training.optimizer=muon"],
-        ["--training.momentum=0.5"], ["--training.clip=0.01"], ["--training.weight_decay=0.1"],
-        ["--training.bn_wd=0.1"], ["--training.label_smoothing=0"], ["--training.seed=1"],
-        ["--training.use_blurpool=1"], ["--training.accumulate=2"], ["--training.global_batch_size=30"],
-        ["--lr.lr_schedule_type=cosine"], ["--lr.lr_schedule_type=constant", "--lr.warmup_epochs=0.5"],
-        ["--model.relative_importance=1,3"], ["--model.efficient=1"], ["--model.freeze=stem"],
+        ["--data.mixup=0.5"],
+        ["--data.cutmix=1"],
+        ["--data.randaugment=9"],
+        ["--data.flip=0"],
+        ["--training.optimizer=adamw"],
+        ["--training.optimizer=lars"],
+        ["--training.optimizer=muon"],
+        ["--training.momentum=0.5"],
+        ["--training.clip=0.01"],
+        ["--training.weight_decay=0.1"],
+        ["--training.bn_wd=0.1"],
+        ["--training.label_smoothing=0"],
+        ["--training.seed=1"],
+        ["--training.use_blurpool=1"],
+        ["--training.accumulate=2"],
+        ["--training.global_batch_size=30"],
+        ["--lr.lr_schedule_type=cosine"],
+        ["--lr.lr_schedule_type=constant", "--lr.warmup_epochs=0.5"],
+        ["--model.relative_importance=1,3"],
+        ["--model.efficient=1"],
+        ["--model.freeze=stem"],
     ],
     ids=lambda more: more[-1].lstrip("-"),
-)  # fmt: skip
+)
 def test_every_option_changes_the_weights(digits, tmp_path, plain, more):
     state = train(digits, tmp_path, "run", *more)
     assert state.keys() != plain.keys() or differ(plain, state)
@@ -50,7 +76,9 @@ def test_every_option_changes_the_weights(digits, tmp_path, plain, more):
 
 
 def test_the_same_seed_gives_the_same_weights(digits, tmp_path, plain):
-    state = train(digits, tmp_path, "run", "--training.deterministic=1", "--training.checkpoint_every_steps=2")
+    state = train(
+        digits, tmp_path, "run", "--training.deterministic=1", "--training.checkpoint_every_steps=2"
+    )
     assert not differ(plain, state)
     assert torch.are_deterministic_algorithms_enabled()
     train(digits, tmp_path, "other")
@@ -60,9 +88,10 @@ def test_the_same_seed_gives_the_same_weights(digits, tmp_path, plain):
 def test_what_a_step_is_made_of(digits, tmp_path, capsys):
     """100 images: steps per epoch and images per step, as the options say."""
     for more, told in (
-        ([], "5 steps of 20 images"), (["--training.accumulate=2"], "2 steps of 40 images"),
+        ([], "5 steps of 20 images"),
+        (["--training.accumulate=2"], "2 steps of 40 images"),
         (["--training.global_batch_size=33"], "3 steps of 33 images"),
-    ):  # fmt: skip
+    ):
         train(digits, tmp_path, f"run{len(told)}{told[0]}", *more)
         assert told in capsys.readouterr().out
 
@@ -95,12 +124,16 @@ def test_weights_and_biases_hears_of_a_run(digits, tmp_path, monkeypatch):
 
 def test_compilation_is_tried_and_told(digits, tmp_path, capsys, monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__)
+    )
     monkeypatch.setattr(distributed, "why_not_compile", lambda device: None)
     train(digits, tmp_path, "yes", "--training.compile=1")
     assert "fp32, compiled" in capsys.readouterr().out
     assert compiled == ["NestedModel"]
-    monkeypatch.setattr(distributed, "why_not_compile", lambda device: "torch.compile fails: no compiler")
+    monkeypatch.setattr(
+        distributed, "why_not_compile", lambda device: "torch.compile fails: no compiler"
+    )
     train(digits, tmp_path, "no", "--training.compile=1")
     assert "not compiled (torch.compile fails: no compiler)" in capsys.readouterr().out
     train(digits, tmp_path, "unset")

@@ -1,6 +1,8 @@
-"""One HTML file that shows a model: `render(Evidence(...))`. No network, no other file; light, dark and on paper.
+"""One HTML file that shows a model: `render(Evidence(...))`. No network, no other file; light, dark
+and on paper.
 
-page.html is the frame, style.css and behaviour.js go into it; sections.py turns numbers into what it shows.
+page.html is the frame, style.css and behaviour.js go into it; sections.py turns numbers into what
+it shows.
 """
 
 from __future__ import annotations
@@ -14,7 +16,16 @@ from typing import Any, NamedTuple
 from matryoshka.report.page import sections
 from matryoshka.report.tables import Run
 
-__all__ = ["MAX_BYTES", "MAX_IMAGE_BYTES", "Answer", "Evidence", "PageError", "Picture", "Sample", "render"]
+__all__ = [
+    "MAX_BYTES",
+    "MAX_IMAGE_BYTES",
+    "Answer",
+    "Evidence",
+    "PageError",
+    "Picture",
+    "Sample",
+    "render",
+]
 
 MAX_BYTES = 5_000_000  # of a page: it should go by mail
 MAX_IMAGE_BYTES = 3_600_000  # of its pictures, in base64
@@ -57,8 +68,8 @@ class Sample:
 class Evidence:
     """All that a page may show; what is missing is left out.
 
-    results: results.json of evaluations, the first is the subject. analysis, baselines: analysis.json, baselines.json.
-    run: the subject's training. environment: env.json of that run.
+    results: results.json of evaluations, the first is the subject. analysis, baselines:
+    analysis.json, baselines.json. run: the subject's training. environment: env.json of that run.
     """
 
     title: str
@@ -73,26 +84,38 @@ class Evidence:
 
 
 def render(evidence: Evidence) -> bytes:
-    """The page, UTF-8. PageError when it would be larger than MAX_BYTES, or the evidence is not what it should be."""
+    """The page, UTF-8. PageError when it would be larger than MAX_BYTES, or the evidence is not
+    what it should be.
+    """
     from jinja2 import Environment, FileSystemLoader
 
     here = Path(__file__).parent
     # autoescape: names of classes and files come from users
-    page = Environment(loader=FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = Environment(
+        loader=FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     page.filters["json"] = _script_safe
     template = page.get_template("page.html")
-    files = {name: (here / name).read_text(encoding="utf-8") for name in ("style.css", "behaviour.js")}
+    files = {
+        name: (here / name).read_text(encoding="utf-8") for name in ("style.css", "behaviour.js")
+    }
     try:  # files that somebody edited miss anything, anywhere
         text = template.render(
-            evidence=evidence, style=files["style.css"], behaviour=files["behaviour.js"], **sections.build(evidence)
+            evidence=evidence,
+            style=files["style.css"],
+            behaviour=files["behaviour.js"],
+            **sections.build(evidence),
         )
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise PageError(
-            f"the JSON files do not hold what their programs write ({type(error).__name__}: {error}); make them again"
+            f"the JSON files do not hold what their programs write ({type(error).__name__}: "
+            f"{error}); make them again"
         ) from error
     content = text.encode("utf-8", "replace")  # names of files may be no text
     if len(content) > MAX_BYTES:
-        raise PageError(f"the page would have {len(content):,} bytes, more than {MAX_BYTES:,}; lower --samples")
+        raise PageError(
+            f"the page would have {len(content):,} bytes, more than {MAX_BYTES:,}; lower --samples"
+        )
     return content
 
 

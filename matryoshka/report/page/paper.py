@@ -1,6 +1,8 @@
-"""Numbers of the paper, to hold others against: ResNet-50, 40 epochs, ImageNet-1K (arXiv 2205.13147, tables 1 and 2).
+"""Numbers of the paper, to hold others against: ResNet-50, 40 epochs, ImageNet-1K (arXiv
+2205.13147, tables 1 and 2).
 
-As in the data of its plots (github.com/RAIVNLab/MRL, commit 9ab343f, Visualization/); a model each for FF.
+As in the data of its plots (github.com/RAIVNLab/MRL, commit 9ab343f, Visualization/); a model each
+for FF.
 """
 
 DIMS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from matryoshka.report.page import paper
-from matryoshka.report.page.charts import Series, bar_chart, heat_map, line_chart, number, reliability
+from matryoshka.report.page.charts import (
+    Series,
+    bar_chart,
+    heat_map,
+    line_chart,
+    number,
+    reliability,
+)
 from matryoshka.report.tables import short_dims, wilson_interval
 
 if TYPE_CHECKING:
@@ -17,7 +24,14 @@ if TYPE_CHECKING:
 
 NESTED = ("first", "fourth", "fifth", "sixth", "third")  # of style.css
 IMAGENET = 1000  # classes: only then the paper's curves belong into the same chart
-INKS = ("first", "second", "fourth", "fifth", "sixth", "third")  # of style.css, to tell many curves apart
+INKS = (
+    "first",
+    "second",
+    "fourth",
+    "fifth",
+    "sixth",
+    "third",
+)  # of style.css, to tell many curves apart
 SETS = ("V1", "V2", "A", "R", "Sketch", "O")
 
 
@@ -62,7 +76,9 @@ def headline(subject: Mapping[str, Any], analysis: Mapping[str, Any]) -> str:
 def facts(subject: Mapping[str, Any], analysis: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(number, what it is), the cards at the top."""
     values = top1(subject)
-    shown = [(f"{values[d]:.1f} %", f"top-1, {d} dimensions") for d in (min(values), max(values))][: len(values)]
+    shown = [(f"{values[d]:.1f} %", f"top-1, {d} dimensions") for d in (min(values), max(values))][
+        : len(values)
+    ]
     if caps := analysis.get("cascade", {}).get("caps"):
         full = caps[-1]
         shown.append(
@@ -74,7 +90,9 @@ def facts(subject: Mapping[str, Any], analysis: Mapping[str, Any]) -> list[tuple
     if oracle := analysis.get("oracle"):
         shown.append((f"{oracle['top1']:.1f} %", "right at some prefix (oracle)"))
     if calibration := analysis.get("calibration"):
-        shown.append((f"{list(calibration.values())[-1]['ece']:.1f}", "points of calibration error"))
+        shown.append(
+            (f"{list(calibration.values())[-1]['ece']:.1f}", "points of calibration error")
+        )
     shown.append((f"{subject['images']:,}", "images evaluated"))
     return shown
 
@@ -88,7 +106,11 @@ def _curve(label: str, values: Mapping[int, float], images: int, colour: str) ->
 def accuracy(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The subject, models of other kinds on the same images, and the paper's curves."""
     subject = results[0]
-    same = [r for r in results if all(r[key] == subject[key] for key in ("images", "dataset", "data", "classes"))]
+    same = [
+        r
+        for r in results
+        if all(r[key] == subject[key] for key in ("images", "dataset", "data", "classes"))
+    ]
     nested = [r for r in same if not r["head"].startswith("ff")]
     fixed = [(d, v) for r in same if r["head"].startswith("ff") for d, v in top1(r).items()]
     series, columns = [], []
@@ -100,34 +122,57 @@ def accuracy(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         sides = [wilson_interval(v, subject["images"]) for _, v in fixed]
         low, high = [a for a, _ in sides], [b for _, b in sides]
         label = "fixed features, a model each"
-        series.append(Series(label, [d for d, _ in fixed], [v for _, v in fixed], low, high, "second", "points"))
+        series.append(
+            Series(
+                label, [d for d, _ in fixed], [v for _, v in fixed], low, high, "second", "points"
+            )
+        )
         columns.append(("fixed features", dict(fixed)))
     own = subject["classes"] == IMAGENET and subject["dataset"] == "V1"
     reference = [
         Series(f"paper: {name}", paper.DIMS, values, colour=colour, style="dashed")
-        for (name, values), colour in zip(paper.LINEAR.items(), ("third", "fifth", "sixth"), strict=True)
+        for (name, values), colour in zip(
+            paper.LINEAR.items(), ("third", "fifth", "sixth"), strict=True
+        )
     ]
-    dims = sorted({d for _, values in columns for d in values} | (set(paper.DIMS) if own else set()))
+    dims = sorted(
+        {d for _, values in columns for d in values} | (set(paper.DIMS) if own else set())
+    )
     return {
         "chart": line_chart(
-            series + (reference if own else []), "top-1 accuracy by dimension", "dimensions used",
-            "top-1 accuracy (%)", dims,
+            series + (reference if own else []),
+            "top-1 accuracy by dimension",
+            "dimensions used",
+            "top-1 accuracy (%)",
+            dims,
         ),
         "legend": _legend(series + (reference if own else [])),
         "columns": [label for label, _ in columns],
-        "rows": [(d, [values.get(d) for _, values in columns]) for d in sorted({d for _, v in columns for d in v})],
+        "rows": [
+            (d, [values.get(d) for _, values in columns])
+            for d in sorted({d for _, v in columns for d in v})
+        ],
         "images": subject["images"],
-        "paper": None if own else {
+        "paper": None
+        if own
+        else {
             "chart": line_chart(
-                reference, "the paper's accuracy", "dimensions used", "top-1 accuracy (%)", paper.DIMS, height=260
+                reference,
+                "the paper's accuracy",
+                "dimensions used",
+                "top-1 accuracy (%)",
+                paper.DIMS,
+                height=260,
             ),
             "legend": _legend(reference),
         },
-    }  # fmt: skip
+    }
 
 
 def _labels(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Backbone and head; where that is not enough to tell them apart, mirrored images and the run, too."""
+    """Backbone and head; where that is not enough to tell them apart, mirrored images and the run,
+    too.
+    """
     labels = [f"{r['arch']}, {r['head'].upper()}" for r in results]
     if len(set(labels)) < len(labels):
         tta = [", mirrored images added" if r.get("tta") else "" for r in results]
@@ -151,12 +196,17 @@ def other_sets(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     dims = sorted({int(d) for r in own for d in r["prefixes"]})
     table = [(d, [r["prefixes"].get(str(d)) for r in own]) for d in dims]
     names = [r["dataset"] + (", mirrored" if r.get("tta") else "") for r in own]
-    names = [n if names.count(n) == 1 else f"{n}, {PurePath(r['data']).name}" for n, r in zip(names, own, strict=True)]
+    names = [
+        n if names.count(n) == 1 else f"{n}, {PurePath(r['data']).name}"
+        for n, r in zip(names, own, strict=True)
+    ]
     titles = [(name, r["images"]) for name, r in zip(names, own, strict=True)]
     return {"titles": titles, "rows": table, "unknown": unknown}
 
 
-def methods(baselines: Mapping[str, Any] | None, subject: Mapping[str, Any]) -> dict[str, Any] | None:
+def methods(
+    baselines: Mapping[str, Any] | None, subject: Mapping[str, Any]
+) -> dict[str, Any] | None:
     """Other uses of the embedding, and what else could have made it shorter."""
     if not baselines or not baselines.get("methods"):
         return None
@@ -172,10 +222,15 @@ def methods(baselines: Mapping[str, Any] | None, subject: Mapping[str, Any]) -> 
         ink, style = INKS[i % len(INKS)], ("line", "dashed")[i // len(INKS) % 2]
         series.append(Series(name, list(values), list(values.values()), low, high, ink, style))
     return {
-        "chart": line_chart(series, "accuracy of baselines", "dimensions used", "top-1 accuracy (%)", dims),
+        "chart": line_chart(
+            series, "accuracy of baselines", "dimensions used", "top-1 accuracy (%)", dims
+        ),
         "legend": _legend(series),
         "dims": dims,
-        "rows": [(n, m["metric"], [m["values"].get(str(d)) for d in dims]) for n, m in baselines["methods"].items()],
+        "rows": [
+            (n, m["metric"], [m["values"].get(str(d)) for d in dims])
+            for n, m in baselines["methods"].items()
+        ],
         "about": baselines,
     }
 
@@ -186,17 +241,24 @@ def training(evidence: Evidence) -> dict[str, Any] | None:
         return None
     curves = run.top1()
     spread = max(len(curves) - 1, 1)
-    series = [Series(name, list(v), list(v.values()), colour=i / spread) for i, (name, v) in enumerate(curves.items())]
+    series = [
+        Series(name, list(v), list(v.values()), colour=i / spread)
+        for i, (name, v) in enumerate(curves.items())
+    ]
     loss = run.column("train_loss")
     epochs = sorted(run.epochs)
     ticks = epochs if len(epochs) <= 12 else epochs[:: max(1, len(epochs) // 10)]
     chart = None
     if any(s.points() for s in series):
-        chart = line_chart(series, "top-1 accuracy by epoch", "epoch", "top-1 accuracy (%)", ticks, log2=False)
+        chart = line_chart(
+            series, "top-1 accuracy by epoch", "epoch", "top-1 accuracy (%)", ticks, log2=False
+        )
     lost = Series("training loss", list(loss), list(loss.values()))
     below = None
     if loss:
-        below = line_chart([lost], "training loss by epoch", "epoch", "training loss", ticks, False, False, 220)
+        below = line_chart(
+            [lost], "training loss by epoch", "epoch", "training loss", ticks, False, False, 220
+        )
     return {
         "chart": chart,
         "loss": below,
@@ -215,18 +277,33 @@ def cascade(analysis: Mapping[str, Any], subject: Mapping[str, Any]) -> dict[str
     single = {int(d): v for d, v in analysis["top1"].items()}
     certified = [c for c in found["certified"] if c["certified"]]
     series = [
-        Series("one prefix for all images", list(single), list(single.values()), colour="third", style="dashed"),
         Series(
-            "cascade, mean of the splits", [c["expected_dim"]["mean"] for c in caps], means,
+            "one prefix for all images",
+            list(single),
+            list(single.values()),
+            colour="third",
+            style="dashed",
+        ),
+        Series(
+            "cascade, mean of the splits",
+            [c["expected_dim"]["mean"] for c in caps],
+            means,
             [m - s for m, s in zip(means, deviations, strict=True)],
-            [m + s for m, s in zip(means, deviations, strict=True)], "first", "line",
+            [m + s for m, s in zip(means, deviations, strict=True)],
+            "first",
+            "line",
         ),
         Series(
-            f"certified ({100 * (1 - found['delta']):g} %)", [c["expected_dim"] for c in certified],
-            [c["top1"] for c in certified], colour="second", style="diamonds",
+            f"certified ({100 * (1 - found['delta']):g} %)",
+            [c["expected_dim"] for c in certified],
+            [c["top1"] for c in certified],
+            colour="second",
+            style="diamonds",
         ),
-    ]  # fmt: skip
-    chart = line_chart(series, "accuracy of cascades", "mean dimensions used", "top-1 accuracy (%)", list(single))
+    ]
+    chart = line_chart(
+        series, "accuracy of cascades", "mean dimensions used", "top-1 accuracy (%)", list(single)
+    )
     return {"chart": chart, "legend": _legend(series), "found": found, "last": max(single)}
 
 
@@ -235,7 +312,9 @@ def oracle(analysis: Mapping[str, Any]) -> dict[str, Any] | None:
     if not found:
         return None
     shares = found["first_right"]
-    chart = bar_chart(list(shares), list(shares.values()), "the first prefix that is right", "images (%)")
+    chart = bar_chart(
+        list(shares), list(shares.values()), "the first prefix that is right", "images (%)"
+    )
     return {"chart": chart, "found": found}
 
 
@@ -250,8 +329,13 @@ def superclasses(analysis: Mapping[str, Any]) -> dict[str, Any] | None:
             right = [100 * found["confusion"][d][k][k] / found["images"][k] for d in dims]
             within = [found["within"][d][k] if found["within"] else None for d in dims]
             rows.append((name, found["classes"][k], found["images"][k], right, within))
-    return {"dims": dims, "rows": rows, "found": found, "has_within": bool(found["within"]),
-            "data": {"names": found["names"], "confusion": found["confusion"]}}  # fmt: skip
+    return {
+        "dims": dims,
+        "rows": rows,
+        "found": found,
+        "has_within": bool(found["within"]),
+        "data": {"names": found["names"], "confusion": found["confusion"]},
+    }
 
 
 def calibration(analysis: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -261,14 +345,22 @@ def calibration(analysis: Mapping[str, Any]) -> dict[str, Any] | None:
     charts: list[tuple[str, Markup, dict]] = []
     for dim, row in found.items():
         bins = row["bins"]
-        charts.append((dim, reliability(f"{dim} dimensions", bins["confidence"], bins["top1"], bins["images"]), row))
+        charts.append(
+            (
+                dim,
+                reliability(f"{dim} dimensions", bins["confidence"], bins["top1"], bins["images"]),
+                row,
+            )
+        )
     return {"charts": charts}
 
 
 def agreement(analysis: Mapping[str, Any]) -> Markup | None:
     if not analysis.get("agreement") or len(analysis["dims"]) < 2:
         return None
-    return heat_map([str(d) for d in analysis["dims"]], analysis["agreement"], "agreement between prefixes")
+    return heat_map(
+        [str(d) for d in analysis["dims"]], analysis["agreement"], "agreement between prefixes"
+    )
 
 
 def classes(analysis: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -284,17 +376,34 @@ def provenance(evidence: Evidence) -> list[tuple[str, list[tuple[str, str]]]]:
     """(title, [(name, value)]): what produced the numbers."""
     subject = evidence.results[0]
     names = {
-        "checkpoint": "checkpoint", "arch": "backbone", "head": "head", "data": "images of", "dataset": "data set",
-        "classes": "classes", "preprocessing": "preprocessing", "resolution": "pixels", "tta": "mirrored images added",
-        "precision": "precision", "images_per_s": "images/s",
-    }  # fmt: skip
+        "checkpoint": "checkpoint",
+        "arch": "backbone",
+        "head": "head",
+        "data": "images of",
+        "dataset": "data set",
+        "classes": "classes",
+        "preprocessing": "preprocessing",
+        "resolution": "pixels",
+        "tta": "mirrored images added",
+        "precision": "precision",
+        "images_per_s": "images/s",
+    }
     groups = [
-        ("Evaluation", [(text, _said(subject[key])) for key, text in names.items() if subject.get(key) is not None])
+        (
+            "Evaluation",
+            [
+                (text, _said(subject[key]))
+                for key, text in names.items()
+                if subject.get(key) is not None
+            ],
+        )
     ]
     groups[0][1].extend(_machine(subject.get("environment")))
     if evidence.run is not None:
         groups.append(("Training machine", _machine(evidence.environment)))
-        groups.append(("Training options", [(k, _said(v)) for k, v in sorted(evidence.run.params.items())]))
+        groups.append(
+            ("Training options", [(k, _said(v)) for k, v in sorted(evidence.run.params.items())])
+        )
     return [(title, rows) for title, rows in groups if rows]
 
 
@@ -302,14 +411,23 @@ def _machine(environment: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     if not environment:
         return []
     hardware, git = environment.get("hardware") or {}, environment.get("git")
-    code = "not a checkout" if not git else git["commit"][:12] + (" with changes" if git["dirty"] else "")
+    code = (
+        "not a checkout"
+        if not git
+        else git["commit"][:12] + (" with changes" if git["dirty"] else "")
+    )
     gpus = hardware.get("gpus") or []
     rows = [("code", code), ("CPU", f"{hardware.get('cpu')}, {hardware.get('cores')} cores")]
     rows += [("GPU", f"{len(gpus)} x {gpus[0]}")] if gpus else []
     rows += [("processes", _said(environment.get("world_size")))]
     versions = {name: v for name, v in (environment.get("versions") or {}).items() if v}
     rows.append(
-        ("versions", ", ".join(f"{n} {v}" for n, v in {"python": environment.get("python"), **versions}.items()))
+        (
+            "versions",
+            ", ".join(
+                f"{n} {v}" for n, v in {"python": environment.get("python"), **versions}.items()
+            ),
+        )
     )
     return rows
 
