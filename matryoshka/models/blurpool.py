@@ -1,5 +1,5 @@
-"""Anti-aliased strided convolutions, as in the recipes of ffcv-imagenet and MRL (Zhang 2019, arXiv
-1904.11486).
+"""Anti-aliased strided convolutions, as in the recipes of ffcv-imagenet and MRL (Zhang 2019,
+arXiv 1904.11486).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class BlurPoolConv2d(nn.Module):
-    """A strided convolution behind a fixed depthwise 3x3 blur [1 2 1]x[1 2 1]/16 (stride 1, zero
+    """A strided convolution after a fixed depthwise 3x3 blur [1 2 1]x[1 2 1]/16 (stride 1, zero
     padding 1).
 
     The names `conv` and `blur_filter` [C_in, 1, 3, 3] are those of the published checkpoints.
@@ -32,8 +32,9 @@ class BlurPoolConv2d(nn.Module):
 
 
 def apply_blurpool(module: nn.Module) -> None:
-    """Wrap in place every Conv2d that strides and has at least 16 input channels (so never an RGB
-    stem).
+    """Wrap in place every strided Conv2d with at least 16 input channels.
+
+    The bound excludes the stem, whose input is RGB, as upstream does.
     """
     for name, child in module.named_children():
         if isinstance(child, nn.Conv2d) and max(child.stride) > 1 and child.in_channels >= 16:
@@ -45,19 +46,27 @@ def apply_blurpool(module: nn.Module) -> None:
 def with_or_without_blurpool(
     state: Mapping[str, Tensor], like: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """A state_dict under the names of `like`, of the same model, where only one of the two has
-    BlurPool.
+    """Rename the keys of `state` to those of `like`, where only one of the two has BlurPool.
 
-    The convolutions keep their weights; the filters, which are constants, are those of `like`.
+    Both are state_dicts of the same architecture. Convolutions keep their weights; the filters are
+    constants and come from `like`.
     """
-    blurred = [
-        key.removesuffix(".blur_filter") for key in (*state, *like) if key.endswith(".blur_filter")
-    ]
-    wrapped = {
-        f"{name}.conv.{leaf}": f"{name}.{leaf}" for name in blurred for leaf in ("weight", "bias")
-    }
-    filters = {key: value for key, value in like.items() if key.endswith(".blur_filter")}
-    names = {plain: inner for inner, plain in wrapped.items()} if filters else wrapped
-    return filters | {
-        names.get(k, k): value for k, value in state.items() if not k.endswith(".blur_filter")
-    }
+    suffix = ".blur_filter"
+    blurred = [key.removesuffix(suffix) for key in (*state, *like) if key.endswith(suffix)]
+    filters = {key: value for key, value in like.items() if key.endswith(suffix)}
+
+    # layer2.0.conv2.weight without BlurPool is layer2.0.conv2.conv.weight with it
+    new_names = {}
+    for name in blurred:
+        for leaf in ("weight", "bias"):
+            plain, wrapped = f"{name}.{leaf}", f"{name}.conv.{leaf}"
+            if filters:
+                new_names[plain] = wrapped
+            else:
+                new_names[wrapped] = plain
+
+    renamed = dict(filters)
+    for key, value in state.items():
+        if not key.endswith(suffix):
+            renamed[new_names.get(key, key)] = value
+    return renamed

@@ -1,0 +1,58 @@
+"""Backbones by name.
+
+To add one: write a function `(weights: str | None, **options) -> (trunk, width)` and enter it in
+BACKBONES. The trunk maps images [B, 3, H, W] to features [B, D].
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from matryoshka.models.options import ModelError
+from matryoshka.models.resnets import RESNETS, resnet10, torchvision_resnet
+from matryoshka.models.timm_models import TIMM, one_line, timm_model
+
+BACKBONES: dict[str, Callable[..., tuple[nn.Module, int]]] = {
+    "resnet10": resnet10,
+    **{name: partial(torchvision_resnet, name) for name in RESNETS},
+}
+
+
+def backbone(arch: str, weights: str | None = None, **options: Any) -> tuple[nn.Module, int]:
+    """(trunk, feature width) of the architecture `arch`: a key of BACKBONES, or timm:NAME.
+
+    `weights` names published weights for the trunk, which are downloaded; None initialises at
+    random. `options` go to the builder. ModelError for an unknown name, weights that cannot be
+    loaded, or an option that the builder does not accept.
+    """
+    build_trunk = _builder(arch)
+    try:
+        return build_trunk(weights, **options)
+    except ModelError:
+        raise
+    except Exception as error:
+        # An unknown option, missing weights, no network, a damaged file: each library raises its
+        # own exceptions. Without options and weights the error is ours and keeps its traceback.
+        if options and weights is None:
+            raise ModelError(f"model.arch_options {options}: {one_line(error)}") from error
+        if weights is None:
+            raise
+        raise ModelError(
+            f"model.init: cannot load the weights {weights} of {arch}: {one_line(error)}"
+        ) from error
+
+
+def _builder(arch: str) -> Callable[..., tuple[nn.Module, int]]:
+    if arch.startswith(TIMM):
+        return partial(timm_model, arch.removeprefix(TIMM))
+    if arch in BACKBONES:
+        return BACKBONES[arch]
+    near = difflib.get_close_matches(arch, BACKBONES, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    known = ", ".join(sorted(BACKBONES))
+    raise ModelError(f"model.arch={arch!r} is unknown{hint}; known: {known}, {TIMM}NAME")

@@ -1,0 +1,230 @@
+"""A backbone with a nested head: `build(ModelSpec)` -> NestedModel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from matryoshka.data import CenterCrop, read_images
+from matryoshka.data.augment import Preprocessing, normalise
+from matryoshka.models.backbones import backbone
+from matryoshka.models.blurpool import apply_blurpool
+from matryoshka.models.options import ModelConfig, ModelError, ModelSpec
+from matryoshka.nested import NestedLinear, check_dims, default_dims
+
+# ---------------------------------------------------------------- the model
+
+
+class NestedModel(nn.Module):
+    """A trunk and a nested head: images -> features [B, D] -> logits [G, B, C].
+
+    trunk: images [B, 3, H, W], normalised float -> features [B, D]
+    head: features [B, D] -> logits [G, B, C] of the G prefixes
+    """
+
+    def __init__(self, trunk: nn.Module, head: NestedLinear, width: int, spec: ModelSpec) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = head
+        self.width = width
+        self.spec = spec
+        self.preprocessing = Preprocessing()
+        self.classes: list[str] | None = None
+        # Assumptions made while reading a bare state_dict, for the user to check.
+        self.notes: list[str] = []
+        # Modules that stay in eval mode, see transfer.apply_freeze. Names, not modules: a deep copy
+        # or a conversion to SyncBatchNorm has modules of its own.
+        self.frozen: tuple[str, ...] = ()
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return self.head.dims
+
+    def check_classes(self, dataset) -> None:
+        """ModelError if the labels of `dataset` (path, classes, num_classes) are not this model's
+        outputs.
+        """
+        count = self.spec.num_classes
+        if dataset.num_classes > count or (dataset.classes and dataset.num_classes != count):
+            raise ModelError(
+                f"{dataset.path}: has {dataset.num_classes} classes, the model {count}; "
+                "evaluate the model on the classes that it was trained on"
+            )
+        if dataset.classes and self.classes and dataset.classes != self.classes:
+            raise ModelError(
+                f"{dataset.path}: its class names differ from those that the model was trained on"
+            )
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for name in self.frozen:
+            self.get_submodule(name).eval()
+        return self
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.trunk(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.trunk(images))
+
+    @torch.no_grad()
+    def encode(
+        self, images: Tensor, truncate_dim: int | None = None, normalize: bool = False
+    ) -> Tensor:
+        """Embeddings, float32 [B, d]: the first `truncate_dim` columns of the features (None: all).
+
+        images: uint8 [B, H, W, 3] as a Loader yields them, normalised here; or float [B, 3, H, W],
+        already normalised. Their size is that of `preprocessing`; any device. normalize: scale to
+        length 1 after truncation (a zero vector stays zero).
+
+        Runs in eval mode without gradients, then restores the mode of every module. ModelError for
+        a truncate_dim beyond the feature width and for images of another shape or type.
+        """
+        if truncate_dim is not None and not 1 <= truncate_dim <= self.width:
+            raise ModelError(
+                f"truncate_dim={truncate_dim}: expected 1 to {self.width}, the feature width"
+            )
+        self._check_images(images)
+        images = images.to(next(self.parameters()).device)
+        if images.dtype == torch.uint8:
+            images = normalise(images, self.preprocessing.mean, self.preprocessing.std)
+
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            features = self.features(images)[:, :truncate_dim].float()  # [B, d]
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        return nn.functional.normalize(features, dim=1) if normalize else features
+
+    @staticmethod
+    def _check_images(images: Tensor) -> None:
+        """ModelError unless `images` are uint8 [B, H, W, 3] or float [B, 3, H, W]."""
+        is_bytes = images.dtype == torch.uint8
+        channel_axis = 3 if is_bytes else 1
+        if (
+            images.ndim != 4
+            or images.shape[channel_axis] != 3
+            or not (is_bytes or images.is_floating_point())
+        ):
+            dtype = str(images.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"images are {dtype} {list(images.shape)}: expected uint8 [B, H, W, 3] or float "
+                "[B, 3, H, W]"
+            )
+
+    def encode_files(
+        self,
+        paths: Iterable[str | os.PathLike],
+        truncate_dim: int | None = None,
+        normalize: bool = False,
+    ) -> Tensor:
+        """`encode` of image files, cropped and resized by `preprocessing` as `matryoshka embed`
+        does.
+
+        Decodes all files at once: meant for a few queries; use a Loader for many. BetonError for a
+        file that is not an image.
+        """
+        images = read_images(paths, CenterCrop(self.preprocessing.size, self.preprocessing.ratio))
+        return self.encode(torch.from_numpy(images), truncate_dim, normalize)
+
+
+def build(spec: ModelSpec, weights: str | None = None) -> NestedModel:
+    """Build the model of `spec`.
+
+    `weights` names published weights for the trunk, which are downloaded; None initialises at
+    random. It is torchvision's name, such as IMAGENET1K_V2, or timm's name of the model, such as
+    resnet18.a1_in1k.
+    """
+    trunk, width = backbone(spec.arch, weights, **spec.arch_options)
+    head = NestedLinear(check_dims(spec.dims, width), spec.num_classes, spec.efficient)
+    if spec.blurpool:
+        apply_blurpool(trunk)
+    return NestedModel(trunk, head, width, spec)
+
+
+def with_prefixes(model: NestedModel, dims: Sequence[int]) -> NestedModel:
+    """Restrict `model` to the prefixes `dims`; change it in place and return it.
+
+    MRL: `dims` must be prefixes that have a classifier. MRL-E: any lengths up to the classifier's
+    width, because its columns are shared. ModelError lists the available prefixes.
+    """
+    head = model.head
+    try:
+        dims = check_dims(dims, head.dims[-1])
+    except ValueError as error:
+        raise ModelError(f"nesting list: {error}") from None
+    if not head.shared:
+        unknown = [d for d in dims if d not in head.dims]
+        if unknown:
+            raise ModelError(
+                f"nesting list: no classifier for {unknown[0]}, only for "
+                f"{', '.join(map(str, head.dims))}"
+            )
+        head.heads = nn.ModuleList(head.heads[head.dims.index(d)] for d in dims)
+    head.dims = dims
+    model.spec = replace(model.spec, dims=dims)
+    return model
+
+
+# ---------------------------------------------------------------- options -> spec
+
+
+def model_spec(config: ModelConfig, num_classes: int, blurpool: bool = False) -> ModelSpec:
+    """The ModelSpec of the options. ModelError names the option that is invalid."""
+    with torch.device("meta"):  # only the width is needed: no memory, no initialisation
+        _, width = backbone(config.arch)
+
+    nested = config.mrl or config.efficient
+    if nested and config.fixed_feature:
+        raise ModelError(
+            "model.fixed_feature is the width of the baseline: drop it with model.mrl or "
+            "model.efficient"
+        )
+    if config.dims is not None and not nested:
+        raise ModelError(
+            "model.dims needs model.mrl=1 or model.efficient=1 (for a single width use "
+            "model.fixed_feature)"
+        )
+    try:
+        if not nested:
+            dims = check_dims((config.fixed_feature or width,), width)
+        elif config.dims is not None:
+            dims = check_dims(config.dims, width)
+        else:
+            dims = default_dims(width, shortest_prefix(config.nesting_start, width))
+    except ModelError:
+        raise
+    except ValueError as error:
+        option = "dims" if config.dims is not None else "fixed_feature"
+        raise ModelError(f"model.{option}: {error} ({config.arch})") from None
+
+    weights = config.relative_importance
+    if weights is not None and len(weights) != len(dims):
+        raise ModelError(
+            f"model.relative_importance has {len(weights)} weights for the {len(dims)} prefixes "
+            f"{list(dims)}"
+        )
+    return ModelSpec(
+        arch=config.arch,
+        num_classes=num_classes,
+        dims=dims,
+        efficient=config.efficient,
+        blurpool=blurpool,
+    )
+
+
+def shortest_prefix(nesting_start: int, width: int) -> int:
+    """2^nesting_start. ModelError if that is not between 1 and the feature width."""
+    if nesting_start < 0 or 2**nesting_start > width:
+        raise ModelError(
+            f"model.nesting_start={nesting_start}: 2^{nesting_start} must be between 1 and the "
+            f"width {width}"
+        )
+    return 2**nesting_start

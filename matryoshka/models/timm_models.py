@@ -1,0 +1,69 @@
+"""Trunks of timm: `timm:NAME` is any of its models that returns one vector per image."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch import nn
+
+from matryoshka.models.options import ModelError
+
+TIMM = "timm:"  # prefix of a timm model's name in model.arch, model.init and --path
+
+
+def timm_model(name: str, weights: str | None = None, **options: Any) -> tuple[nn.Module, int]:
+    """(trunk, feature width) of a timm model without its classifier.
+
+    `weights` is the model's name with or without the tag of its published weights; None initialises
+    at random and downloads nothing. `options` are keyword arguments of timm.create_model.
+
+    A transformer with a fixed input size gets timm's resampling of position embeddings, where timm
+    supports it for that model: it then accepts other sizes and gives the same numbers at its native
+    size.
+    """
+    option = f"model.arch={TIMM}{name}" if weights is None else f"model.init={TIMM}{weights}"
+    timm = import_timm(option)
+    # is_model also refuses hf-hub:..., for which timm would download the architecture
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f" (did you mean {TIMM}{near[0]}?)" if near else ""
+        raise ModelError(f"{option} is unknown to timm {timm.__version__}{hint}")
+
+    def create(**extra: Any) -> Any:
+        return timm.create_model(
+            weights or name,
+            pretrained=weights is not None,
+            num_classes=0,  # no classifier
+            **extra,
+        )
+
+    try:
+        cfg = timm.models.get_pretrained_cfg(name)
+        if getattr(cfg, "fixed_input_size", False) and "dynamic_img_size" not in options:
+            try:
+                trunk = create(dynamic_img_size=True, **options)
+            except TypeError:  # this model does not have the option
+                trunk = create(**options)
+        else:
+            trunk = create(**options)
+    except (RuntimeError, AssertionError) as error:  # unknown tag, retired name, unfitting weights
+        raise ModelError(f"{option}: {one_line(error)}") from None
+    # A hidden layer before the classifier belongs to the trunk; then the two widths differ.
+    width: Any = getattr(trunk, "head_hidden_size", None) or trunk.num_features
+    return trunk, width
+
+
+def import_timm(option: str):
+    """Import timm. ModelError naming `option`, which needs it, if it is not installed."""
+    try:
+        import timm
+    except ImportError:
+        raise ModelError(f"{option} needs timm: pip install timm") from None
+    return timm
+
+
+def one_line(error: Exception) -> str:
+    """The message of another library's exception on one line of at most 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."
