@@ -1,4 +1,4 @@
-"""Model files: the only door between training and everything after it."""
+"""Model files: the only connection between training and everything after it."""
 
 from matryoshka.checkpoint.contents import FORMAT, TRAINING_FORMAT, CheckpointError, Contents
 from matryoshka.checkpoint.model_file import (

@@ -1,4 +1,4 @@
-"""What a model file says, whatever its format."""
+"""The contents of a model file, independent of its format."""
 
 from __future__ import annotations
 
@@ -9,27 +9,31 @@ from torch import Tensor
 from matryoshka.data.augment import Preprocessing
 from matryoshka.models import ModelSpec
 
-FORMAT, TRAINING_FORMAT = "matryoshka-model-1", "matryoshka-training-1"
+FORMAT = "matryoshka-model-1"
+TRAINING_FORMAT = "matryoshka-training-1"
 
 
 class CheckpointError(ValueError):
-    """A file that is not the checkpoint that was asked for; the message names the file and the
-    remedy.
-    """
+    """A file that is not the requested checkpoint; the message names the file and the remedy."""
 
     user_error = True
 
 
 class Contents(NamedTuple):
-    """What a model file says: all that rebuilds the model. state: weights under our names."""
+    """Everything that rebuilds a model."""
 
     spec: ModelSpec
     preprocessing: Preprocessing
     classes: list[str] | None
-    notes: list[str]
-    state: dict[str, Tensor]
+    notes: list[str]  # assumptions made while reading, for the user to check
+    state: dict[str, Tensor]  # weights under NestedModel's names
 
 
 def first_line(error: Exception) -> str:
+    """The informative line of an exception's message.
+
+    torch's load_state_dict starts with a line that only names the class; the second one has the
+    key.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[min(1, len(lines) - 1)] if lines else type(error).__name__

@@ -1,7 +1,7 @@
-"""Model files: the only door between training and everything after it.
+"""Save and load models.
 
-`model.safetensors` holds the weights and, in its metadata, what rebuilds the model alone.
-upstream.py reads and writes the plain state_dicts of other repositories.
+`model.safetensors` holds the weights and, in its metadata, everything else that rebuilds the model.
+Plain state_dicts of other repositories (`.pt`) are read and written by upstream.py.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -34,27 +35,31 @@ from matryoshka.models import ModelSpec, NestedModel, build
 
 
 def save_model(model: NestedModel, path: str | Path, config: Mapping | None = None) -> None:
-    """Write `model.safetensors`: weights + model spec, preprocessing, class names and (flat)
+    """Write `model.safetensors`: weights, model spec, preprocessing, class names and the (flat)
     training config.
     """
-    about = {"format": FORMAT, **describe(model), "config": dict(config or {})}
+    metadata = {"format": FORMAT, **describe(model), "config": dict(config or {})}
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    write_atomically(path, save(tensors, {"matryoshka": json.dumps(about)}))
+    write_atomically(path, save(tensors, {"matryoshka": json.dumps(metadata)}))
 
 
-def describe(model: NestedModel) -> dict:
-    """What rebuilds a model, beside its weights, as JSON holds it."""
+def describe(model: NestedModel) -> dict[str, Any]:
+    """What rebuilds a model, apart from its weights, as a JSON object."""
+    spec = asdict(model.spec)
+    # Only models with options have the key: files of all others keep their bytes.
+    if not spec["arch_options"]:
+        spec.pop("arch_options")
     return {
-        "model": asdict(model.spec),
+        "model": spec,
         "preprocessing": asdict(model.preprocessing),
         "classes": model.classes,
     }
 
 
-def preprocessing_of(about: Mapping) -> Preprocessing:
-    """What `describe` wrote."""
-    given = about["preprocessing"]
-    return Preprocessing(**{**given, "mean": tuple(given["mean"]), "std": tuple(given["std"])})
+def preprocessing_of(metadata: Mapping) -> Preprocessing:
+    """The Preprocessing in what `describe` returned. JSON turns its tuples into lists."""
+    stored = metadata["preprocessing"]
+    return Preprocessing(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
 
 
 # ---------------------------------------------------------------- reading
@@ -62,6 +67,7 @@ def preprocessing_of(about: Mapping) -> Preprocessing:
 
 def load_model(
     path: str | Path,
+    *,
     mrl: bool = False,
     efficient: bool = False,
     rep_size: int | None = None,
@@ -69,34 +75,41 @@ def load_model(
     arch: str | None = None,
     old_ckpt: bool = False,
 ) -> NestedModel:
-    """The model of a checkpoint, on the CPU, in eval mode. Input normalised float [B, 3, H, W],
-    logits [G, B, C].
+    """Load the model of a checkpoint, on the CPU, in eval mode.
 
-    `model.safetensors` needs no further argument. For a bare upstream `.pt`, a `params.json` beside
-    it gives arch, head and dims; without one they come from keys and shapes, and the flags decide
-    what those cannot tell: `efficient` for an old-style MRL-E file (same keys as a fixed feature),
-    `dims` for MRL-E prefixes other than the powers of two. `old_ckpt` insists on a file with the
-    old keys. `model.notes` lists what had to be assumed. CheckpointError names file and
-    disagreement.
+    Its input is normalised float [B, 3, H, W], its output logits [G, B, C].
+
+    `model.safetensors` needs no further argument. A bare upstream `.pt` gets its architecture, head
+    and dims from a `params.json` in the same folder, or, without one, from its keys and shapes. The
+    flags supply what keys and shapes do not determine: `efficient` for an old-style MRL-E file
+    (same keys as a fixed feature), `dims` for MRL-E prefixes other than the powers of two.
+    `old_ckpt` requires a file with the old keys. `model.notes` lists the assumptions that were
+    made. CheckpointError names the file and every contradiction with a flag.
     """
     path = Path(path)
-    asked = {"mrl": mrl, "efficient": efficient, "rep_size": rep_size, "dims": dims, "arch": arch}
-    spec, preprocessing, classes, notes, state = read(
-        path, efficient=efficient, dims=dims, arch=arch, old_ckpt=old_ckpt
-    )
-    _check_asked(path, spec, asked)
-    _check_head(path, spec, state)
+    requested = {
+        "mrl": mrl,
+        "efficient": efficient,
+        "rep_size": rep_size,
+        "dims": dims,
+        "arch": arch,
+    }
+    contents = read(path, efficient=efficient, dims=dims, arch=arch, old_ckpt=old_ckpt)
+    _check_requested(path, contents.spec, requested)
+    _check_head(path, contents.spec, contents.state)
     try:
-        model = build(spec)
+        model = build(contents.spec)
     except ValueError as error:
         raise CheckpointError(f"{path}: {first_line(error)}") from None
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(contents.state)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{path}: the weights do not fit {spec.arch}: {first_line(error)}"
+            f"{path}: the weights do not fit {contents.spec.arch}: {first_line(error)}"
         ) from None
-    model.preprocessing, model.classes, model.notes = preprocessing, classes, notes
+    model.preprocessing = contents.preprocessing
+    model.classes = contents.classes
+    model.notes = contents.notes
     return model.eval()
 
 
@@ -108,9 +121,7 @@ def read(
     arch: str | None = None,
     old_ckpt: bool = False,
 ) -> Contents:
-    """A model file without building its model. The flags decide what a bare `.pt` cannot tell, as
-    in load_model.
-    """
+    """Read a model file without building its model. The flags are those of load_model."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(
@@ -119,61 +130,101 @@ def read(
     if path.suffix == ".safetensors":
         if old_ckpt:
             raise CheckpointError(
-                f"{path}: not a checkpoint of upstream's old style, but one of ours; drop old_ckpt"
+                f"{path}: a Matryoshka checkpoint, not one of upstream's old style; drop old_ckpt"
             )
         contents = _read_safetensors(path)
     else:
-        contents = upstream.read(
-            path, {"efficient": efficient, "dims": dims, "arch": arch, "old_ckpt": old_ckpt}
-        )
-    if problem := _problem(contents):
+        contents = upstream.read(path, efficient=efficient, dims=dims, arch=arch, old_ckpt=old_ckpt)
+    problem = _problem(contents)
+    if problem:
         raise CheckpointError(
             f"{path}: {problem}; write the checkpoint again, or get another copy of it"
         )
     return contents
 
 
-def _problem(contents: Contents) -> str | None:
-    """What no model can be built from."""
-    (arch, num_classes, dims, efficient, blurpool), shown = (
-        astuple(contents.spec),
-        contents.preprocessing,
-    )
-    if not (isinstance(arch, str) and isinstance(efficient, bool) and isinstance(blurpool, bool)):
-        return f"its arch, efficient and blurpool are {arch!r}, {efficient!r} and {blurpool!r}"
-    if type(num_classes) is not int or num_classes < 1:
-        return f"its number of classes is {num_classes!r}"
-    if (
-        not dims
-        or any(type(d) is not int for d in dims)
-        or any(a >= b for a, b in pairwise((0, *dims)))
-    ):
-        return f"its dims {list(dims)!r} are not positive and increasing"
+def _read_safetensors(path: Path) -> Contents:
     try:
-        CenterCrop(shown.size, shown.ratio)
-        sound = type(shown.size) is int and len(shown.mean) == len(shown.std) == 3
-        sound = sound and min(shown.std) > 0 and all(map(math.isfinite, (*shown.mean, *shown.std)))
-    except (TypeError, ValueError, OverflowError):
-        sound = False
-    if not sound:
-        return f"its {shown} makes no sense"
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("matryoshka", "null"))
+            known = (FORMAT, TRAINING_FORMAT)
+            if not isinstance(metadata, dict) or metadata.get("format") not in known:
+                raise CheckpointError(
+                    f"{path}: a safetensors file, but not a Matryoshka checkpoint "
+                    f"(no {FORMAT} metadata)"
+                )
+            # A training checkpoint has the optimizer's tensors beside the model's.
+            prefix = "" if metadata["format"] == FORMAT else "model."
+            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a dict)
+            state = {key[len(prefix) :]: file.get_tensor(key) for key in keys}
+        model = metadata["model"]
+        spec = ModelSpec(**{**model, "dims": tuple(model["dims"])})
+        preprocessing = preprocessing_of(metadata)
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError, TypeError, KeyError, RecursionError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: not a whole safetensors checkpoint ({first_line(error)})"
+        ) from None
+    return Contents(spec, preprocessing, metadata.get("classes"), [], state)
+
+
+# ---------------------------------------------------------------- checks of what a file claims
+
+
+def _problem(contents: Contents) -> str | None:
+    """Why no model can be built from the contents; None if one can."""
+    spec = contents.spec
+    # arch, efficient and blurpool may have any JSON type in a damaged or hostile file
+    flags_are_bool = isinstance(spec.efficient, bool) and isinstance(spec.blurpool, bool)
+    if not isinstance(spec.arch, str) or not flags_are_bool:
+        return (
+            f"its arch, efficient and blurpool are {spec.arch!r}, {spec.efficient!r} and "
+            f"{spec.blurpool!r}"
+        )
+    if not isinstance(spec.arch_options, dict):
+        return f"its arch_options are {spec.arch_options!r}, not names and values"
+    if type(spec.num_classes) is not int or spec.num_classes < 1:
+        return f"its number of classes is {spec.num_classes!r}"
+    dims_are_int = all(type(d) is int for d in spec.dims)
+    if not spec.dims or not dims_are_int or any(a >= b for a, b in pairwise((0, *spec.dims))):
+        return f"its dims {list(spec.dims)!r} are not positive and increasing"
+    if not _is_valid_preprocessing(contents.preprocessing):
+        return f"its {contents.preprocessing} is not valid"
+
     names = contents.classes
-    if names is not None and not (
-        isinstance(names, list) and all(isinstance(name, str) for name in names)
-    ):
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return "its classes are not a list of names"
-    return (
-        f"it has {len(names)} names for {num_classes} classes"
-        if names and len(names) != num_classes
-        else None
-    )
+    if names and len(names) != spec.num_classes:
+        return f"it has {len(names)} names for {spec.num_classes} classes"
+    return None
+
+
+def _is_valid_preprocessing(preprocessing: Preprocessing) -> bool:
+    size, mean, std = preprocessing.size, preprocessing.mean, preprocessing.std
+    try:
+        CenterCrop(size, preprocessing.ratio)  # ValueError outside of its ranges
+        return (
+            type(size) is int
+            and len(mean) == len(std) == 3
+            and min(std) > 0
+            and all(math.isfinite(value) for value in (*mean, *std))
+        )
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _check_head(path: Path, spec: ModelSpec, state: Mapping[str, Tensor]) -> None:
-    """Before a classifier of the sizes that a file claims is allocated."""
-    for i, d in enumerate(spec.dims[-1:] if spec.efficient else spec.dims):
+    """Compare the classifiers' shapes with the spec, before memory of the claimed size is
+    allocated.
+    """
+    widths = spec.dims[-1:] if spec.efficient else spec.dims
+    for i, d in enumerate(widths):
         weight = state.get(f"head.heads.{i}.weight")
-        shape, expected = "missing" if weight is None else list(weight.shape), [spec.num_classes, d]
+        shape = "missing" if weight is None else list(weight.shape)
+        expected = [spec.num_classes, d]
         if shape != expected:
             raise CheckpointError(
                 f"{path}: classifier {i} is {shape}, by its dims and classes it should be "
@@ -181,56 +232,31 @@ def _check_head(path: Path, spec: ModelSpec, state: Mapping[str, Tensor]) -> Non
             )
 
 
-def _check_asked(path: Path, spec: ModelSpec, asked: dict) -> None:
-    """Flags that contradict the file are an error: nobody should read numbers of another model than
-    asked for.
+def _check_requested(path: Path, spec: ModelSpec, requested: Mapping[str, Any]) -> None:
+    """CheckpointError for flags that contradict the file.
+
+    Otherwise a user would take the numbers of one model for those of another.
     """
     head = spec.head_name
-    if asked["efficient"] and head != "mrl-e":
+    if requested["efficient"] and head != "mrl-e":
         raise CheckpointError(
-            f"{path}: efficient was asked for, but the checkpoint's head is {head}; drop the flag"
+            f"{path}: efficient was requested, but the checkpoint's head is {head}; drop the flag"
         )
-    if asked["mrl"] and not asked["efficient"] and head != "mrl":
+    if requested["mrl"] and not requested["efficient"] and head != "mrl":
         hint = "add the efficient flag" if head == "mrl-e" else "drop the flag"
         raise CheckpointError(
-            f"{path}: mrl was asked for, but the checkpoint's head is {head}; {hint}"
+            f"{path}: mrl was requested, but the checkpoint's head is {head}; {hint}"
         )
-    if asked["rep_size"] is not None and asked["rep_size"] != spec.dims[-1]:
+    rep_size, dims, arch = requested["rep_size"], requested["dims"], requested["arch"]
+    if rep_size is not None and rep_size != spec.dims[-1]:
         raise CheckpointError(
-            f"{path}: rep_size {asked['rep_size']} was asked for, but the checkpoint's is "
-            f"{spec.dims[-1]}"
+            f"{path}: rep_size {rep_size} was requested, but the checkpoint's is {spec.dims[-1]}"
         )
-    if asked["dims"] is not None and tuple(asked["dims"]) != spec.dims:
+    if dims is not None and tuple(dims) != spec.dims:
         raise CheckpointError(
-            f"{path}: dims {list(asked['dims'])} were asked for, the checkpoint has "
-            f"{list(spec.dims)}"
+            f"{path}: dims {list(dims)} were requested, but the checkpoint has {list(spec.dims)}"
         )
-    if asked["arch"] is not None and asked["arch"] != spec.arch:
+    if arch is not None and arch != spec.arch:
         raise CheckpointError(
-            f"{path}: arch {asked['arch']} was asked for, but the checkpoint is a {spec.arch}"
+            f"{path}: arch {arch} was requested, but the checkpoint's is {spec.arch}"
         )
-
-
-def _read_safetensors(path: Path) -> Contents:
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("matryoshka", "null"))
-            if not isinstance(about, dict) or about.get("format") not in (FORMAT, TRAINING_FORMAT):
-                raise CheckpointError(
-                    f"{path}: a safetensors file, but not one of ours (no {FORMAT} metadata)"
-                )
-            prefix = (
-                "" if about["format"] == FORMAT else "model."
-            )  # beside the optimizer's state and more
-            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a dict)
-            state = {key[len(prefix) :]: file.get_tensor(key) for key in keys}
-        model = about["model"]
-        spec = ModelSpec(**{**model, "dims": tuple(model["dims"])})
-        preprocessing = preprocessing_of(about)
-    except CheckpointError:
-        raise
-    except (SafetensorError, OSError, TypeError, KeyError, RecursionError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: not a whole safetensors checkpoint ({first_line(error)})"
-        ) from None
-    return Contents(spec, preprocessing, about.get("classes"), [], state)

@@ -1,5 +1,5 @@
-"""Published baselines, one prefix (the whole width) each: `torchvision:NAME[.WEIGHTS]` and
-`timm:NAME`.
+"""Published baselines: `torchvision:NAME[.WEIGHTS]` and `timm:NAME`, with one prefix, the whole
+feature.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ PREFIXES = (TORCHVISION, TIMM)
 
 
 def load_any(name: str, option: str = "--path", **flags: Any) -> NestedModel:
-    """The model of a checkpoint file or of a published baseline, on the CPU, in eval mode.
+    """Load a checkpoint file or a published baseline, on the CPU, in eval mode.
 
-    option: what the user calls the name. flags: those of checkpoint.load_model; a published model
-    takes none of them.
+    option: the name of the option that holds `name`, for error messages. flags: those of
+    checkpoint.load_model; a published baseline accepts none of them.
     """
     if not name.startswith(PREFIXES):
         return checkpoint.load_model(name, **flags)
-    if given := [flag for flag, value in flags.items() if value not in (None, False)]:
+    given = [flag for flag, value in flags.items() if value not in (None, False)]
+    if given:
         raise ModelError(
             f"{option} {name}: a published baseline takes no {', '.join(given)}; leave it out"
         )
@@ -42,11 +43,11 @@ def load_any(name: str, option: str = "--path", **flags: Any) -> NestedModel:
 
 
 def load_published(name: str, option: str = "--path") -> NestedModel:
-    """The model with its own classifier and preprocessing, on the CPU, in eval mode.
+    """Load a published model with its own classifier and preprocessing, on the CPU, in eval mode.
 
     Weights come from the caches of torch and Hugging Face, which download what they lack.
-    ModelError, one line, for unknown names and weights that cannot be had; option: what the user
-    calls the name.
+    ModelError, one line, for an unknown name and for weights that cannot be loaded; option: as in
+    load_any.
     """
     load = _timm if name.startswith(TIMM) else _torchvision
     try:
@@ -54,9 +55,7 @@ def load_published(name: str, option: str = "--path") -> NestedModel:
     except ModelError as error:
         raise ModelError(f"{option} {name}: {error}") from None
     except Exception as error:  # no network, a damaged file: each library has its own exceptions
-        raise ModelError(
-            f"{option} {name}: the weights cannot be had: {one_line(error)}"
-        ) from error
+        raise ModelError(f"{option} {name}: cannot load the weights: {one_line(error)}") from error
     model.notes = ["a published baseline: one prefix, the whole feature"]
     return model.eval()
 
@@ -71,44 +70,50 @@ def _torchvision(name: str) -> NestedModel:
     if (weights or FIRST_WEIGHTS) not in known:
         raise ModelError(f"no such weights are published; known: {', '.join(sorted(known))}")
     published: Any = known[weights or FIRST_WEIGHTS]
+
     _, width = backbone(arch)
     model = build(ModelSpec(arch, len(published.meta["categories"]), (width,)))
     state = published.get_state_dict(check_hash=True, weights_only=True)
     model.load_state_dict(checkpoint.from_upstream(state))
-    shown = published.transforms()
-    side = shown.crop_size[0]
+
+    transform = published.transforms()
+    size = transform.crop_size[0]
     model.preprocessing = Preprocessing(
-        side, side / shown.resize_size[0], tuple(shown.mean), tuple(shown.std)
+        size=size,
+        ratio=size / transform.resize_size[0],
+        mean=tuple(transform.mean),
+        std=tuple(transform.std),
     )
     return model
 
 
 def _timm(name: str) -> NestedModel:
     arch = name.partition(".")[0]
-    timm = import_timm(name)
     weights = name.removeprefix(TIMM)
-    if not timm.models.is_model_pretrained(
-        weights
-    ):  # nor is hf-hub:..., which would run somebody's architecture
-        known = [
-            n for n in timm.list_pretrained() if n.partition(".")[0] == weights.partition(".")[0]
-        ]
+    timm = import_timm(name)
+    # is_model_pretrained also refuses hf-hub:..., which would run code of that repository
+    if not timm.models.is_model_pretrained(weights):
+        family = weights.partition(".")[0]
+        known = [other for other in timm.list_pretrained() if other.partition(".")[0] == family]
         raise ModelError(f"no such weights are published; known: {', '.join(known) or 'none'}")
     whole: Any = timm.create_model(weights, pretrained=True)
     classifier = whole.get_classifier()
     if not isinstance(classifier, nn.Linear):
         raise ModelError("its classifier is not one linear layer; choose another model")
+
+    # The same weights as trunk and head: move the classifier's from its place in timm's model.
     model = build(ModelSpec(arch, classifier.out_features, (classifier.in_features,)))
     state = {f"trunk.{key}": value for key, value in whole.state_dict().items()}
     place = next(key for key, module in whole.named_modules() if module is classifier)
     for leaf in dict(classifier.named_parameters()):
         state[f"head.heads.0.{leaf}"] = state.pop(f"trunk.{place}.{leaf}")
     model.load_state_dict(state)
-    given = whole.pretrained_cfg
+
+    cfg = whole.pretrained_cfg
     model.preprocessing = Preprocessing(
-        given["input_size"][-1],
-        given.get("crop_pct") or 1.0,
-        tuple(given["mean"]),
-        tuple(given["std"]),
+        size=cfg["input_size"][-1],
+        ratio=cfg.get("crop_pct") or 1.0,
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
     )
     return model

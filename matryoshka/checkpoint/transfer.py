@@ -1,15 +1,13 @@
-"""Where a run starts: weights to begin with (`model.init`) and stages that keep them
-(`model.freeze`).
+"""Transfer learning: initial weights (`model.init`) and frozen stages (`model.freeze`).
 
-The study behind it: a nested head on a trunk that was trained without one reaches 5 % top-1 at d =
-8 with the trunk frozen and 60 % as more stages train with it (Kusupati et al., arXiv 2205.13147,
-table 26).
+A nested head on a trunk that was trained without one reaches 5 % top-1 at d = 8 with the trunk
+frozen, and 60 % as more stages train with it (Kusupati et al., arXiv 2205.13147, table 26).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -33,43 +31,44 @@ from matryoshka.models.blurpool import with_or_without_blurpool
 __all__ = ["apply_freeze", "check_start", "start_model"]
 
 TORCHVISION = "torchvision:"
-FIRST_WEIGHTS = (
-    "IMAGENET1K_V1"  # what upstream's pretrained=1 loads; every ResNet of torchvision has them
-)
+FIRST_WEIGHTS = "IMAGENET1K_V1"  # upstream's pretrained=1; every ResNet of torchvision has them
 
 
 def start_model(
     config: ModelConfig, spec: ModelSpec, classes: list[str] | None = None
 ) -> tuple[NestedModel, list[str]]:
-    """(a new model with the start weights and the frozen stages of the options, one line for each
-    thing done).
+    """Build a model with the initial weights and frozen stages of the options.
 
-    Published weights are downloaded into the caches of torch and Hugging Face. A checkpoint gives
-    the trunk, and the head where kind, prefixes, classes and (`classes`) their names agree.
-    `model.preprocessing` has the mean and std that the start weights were trained with: training
-    has to normalise with them. ModelError, one line.
+    Returns the model and notes for the user, one line per action. Published weights are downloaded
+    into the caches of torch and Hugging Face. A checkpoint provides the trunk, and also the head if
+    its kind, prefixes and class names (`classes`) agree.
+
+    `model.preprocessing` gets the mean and std of the initial weights: training must normalise with
+    them. ModelError, one line, if the weights do not fit.
     """
     init = start_weights(config)
-    weights = init and _published(init, spec.arch)
+    weights = _published(init, spec.arch) if init else None
     model = build(spec, weights)
     notes = []
     if weights:
-        cfg = getattr(
-            model.trunk, "pretrained_cfg", None
-        )  # timm's; torchvision's are trained with the defaults
+        # timm's models know their mean and std; torchvision's are trained with the defaults
+        cfg = getattr(model.trunk, "pretrained_cfg", None)
         if cfg:
             model.preprocessing = Preprocessing(mean=tuple(cfg["mean"]), std=tuple(cfg["std"]))
-        notes.append(f"trunk from {init}; the head starts fresh")
+        notes.append(f"trunk from {init}; the head is initialised at random")
     elif init:
         state, model.preprocessing, note = _from_file(init, model, classes)
-        model.load_state_dict(state, strict=False)  # it was compared: only a fresh head is missing
+        # not strict: _from_file has compared all keys, and only a new head may be missing
+        model.load_state_dict(state, strict=False)
         notes.append(note)
+
     if model.preprocessing != Preprocessing():
         notes.append(
-            f"images are normalised as there: mean {model.preprocessing.mean}, std "
+            f"images are normalised as for these weights: mean {model.preprocessing.mean}, std "
             f"{model.preprocessing.std}"
         )
-    if frozen := apply_freeze(model, config.freeze):
+    frozen = apply_freeze(model, config.freeze)
+    if frozen:
         total = sum(p.numel() for p in model.parameters())
         random = "" if init else ", at random weights (no model.init)"
         notes.append(f"{frozen:,} of {total:,} parameters are frozen ({config.freeze}){random}")
@@ -82,12 +81,11 @@ def check_start(
     classes: list[str] | None = None,
     sizes: Iterable[int] = (),
 ) -> None:
-    """ModelError for what start_model would refuse, without a download and without memory for the
-    weights.
+    """ModelError for what start_model would refuse, without downloads or memory for weights.
 
-    sizes: pixels of the square images that the model will get; not every model of timm takes every
-    size, or gives features [B, D] at all. Unchecked remain the network and the content of published
-    weights.
+    sizes: side lengths in pixels of the training images; some timm models accept only some sizes,
+    or do not return features [B, D]. The network and the content of published weights remain
+    unchecked.
     """
     init = start_weights(config)
     with torch.device("meta"):
@@ -95,42 +93,47 @@ def check_start(
     if init and not _published(init, spec.arch):
         _from_file(init, model, classes)
     apply_freeze(model, config.freeze)
-    for size in sorted(set(sizes)) if spec.arch.startswith(TIMM) else ():  # a ResNet takes any
-        try:
-            shape = tuple(model.features(torch.empty(2, 3, size, size, device="meta")).shape)
-        except Exception as error:  # whatever that model says to a size that it cannot take
-            native = "x".join(
-                str(n) for n in getattr(model.trunk, "pretrained_cfg", {}).get("input_size", ())[1:]
-            )
-            raise ModelError(
-                f"model.arch={spec.arch} does not take images of {size} pixels, it was made for "
-                f"{native}: "
-                f"{one_line(error)}"
-            ) from None
-        if shape != (2, model.width):
-            raise ModelError(
-                f"model.arch={spec.arch} gives features of shape {list(shape)} for 2 images, not "
-                "one vector each; "
-                "choose another model"
-            )
+    if spec.arch.startswith(TIMM):  # a ResNet accepts every size
+        for size in sorted(set(sizes)):
+            _check_size(model, size)
 
 
-# ---------------------------------------------------------------- start weights
+def _check_size(model: NestedModel, size: int) -> None:
+    """ModelError unless the trunk, on the meta device, maps images of `size` pixels to [B, D]."""
+    arch = model.spec.arch
+    try:
+        shape = tuple(model.features(torch.empty(2, 3, size, size, device="meta")).shape)
+    except Exception as error:  # each timm model raises its own type for an unsupported size
+        native_size = getattr(model.trunk, "pretrained_cfg", {}).get("input_size", ())[1:]
+        native = "x".join(str(n) for n in native_size)
+        raise ModelError(
+            f"model.arch={arch} does not accept images of {size} pixels, its size is {native}: "
+            f"{one_line(error)}"
+        ) from None
+    if shape != (2, model.width):
+        raise ModelError(
+            f"model.arch={arch} returns features of shape {list(shape)} for 2 images, not one "
+            "vector each; choose another model"
+        )
+
+
+# ---------------------------------------------------------------- initial weights
 
 
 def start_weights(config: ModelConfig) -> str | None:
-    """`model.init`, or what its alias `model.pretrained` stands for. ModelError where both are
-    given and differ.
+    """`model.init`, or the value that its alias `model.pretrained` stands for.
+
+    ModelError if both are given and differ.
     """
     if not config.pretrained:
         return config.init or None
-    meant = config.arch if config.arch.startswith(TIMM) else f"{TORCHVISION}{config.arch}"
-    if config.init and _untagged(config.init) != _untagged(meant):
+    alias = config.arch if config.arch.startswith(TIMM) else f"{TORCHVISION}{config.arch}"
+    if config.init and _untagged(config.init) != _untagged(alias):
         raise ModelError(
-            f"model.pretrained=1 means model.init={meant}, but model.init={config.init}; leave "
+            f"model.pretrained=1 means model.init={alias}, but model.init={config.init}; leave "
             "one out"
         )
-    return config.init or meant
+    return config.init or alias
 
 
 def _untagged(name: str) -> str:
@@ -141,13 +144,13 @@ def _untagged(name: str) -> str:
 
 
 def _published(init: str, arch: str) -> str | None:
-    """Which weights `build` has to ask for; None where `init` is a file."""
+    """The name of published weights for `build`; None if `init` is a file."""
     if not init.startswith((TORCHVISION, TIMM)):
         return None
-    theirs = _untagged(init).removeprefix(TORCHVISION)  # as model.arch would say it
-    if theirs != _untagged(arch):
+    init_arch = _untagged(init).removeprefix(TORCHVISION)  # in the notation of model.arch
+    if init_arch != _untagged(arch):
         raise ModelError(
-            f"model.init={init} does not fit model.arch={arch}; add --model.arch={theirs}"
+            f"model.init={init} does not fit model.arch={arch}; add --model.arch={init_arch}"
         )
     if init.startswith(TIMM):
         weights = init.removeprefix(TIMM)
@@ -159,7 +162,7 @@ def _published(init: str, arch: str) -> str | None:
         weights = init.removeprefix(TORCHVISION).partition(".")[2] or FIRST_WEIGHTS
         from torchvision.models import get_model_weights
 
-        known = sorted(get_model_weights(theirs).__members__) if theirs in RESNETS else []
+        known = sorted(get_model_weights(init_arch).__members__) if init_arch in RESNETS else []
         if weights in known:
             return weights
     raise ModelError(
@@ -170,117 +173,134 @@ def _published(init: str, arch: str) -> str | None:
 def _from_file(
     path: str, model: NestedModel, classes: list[str] | None
 ) -> tuple[dict[str, Tensor], Preprocessing, str]:
-    """(what `model` takes from a checkpoint, its mean and std, a line about it). `model` may be on
-    the meta device.
+    """(weights for `model`, mean and std, a note) of a checkpoint.
+
+    All keys and shapes are compared here. `model` may be on the meta device.
     """
     spec = model.spec
+    found = _read_init(path, spec.arch)
+    note = f"trunk from {path}"
+    state, expected = found.state, model.state_dict()
+    if found.spec.blurpool != spec.blurpool:
+        state = with_or_without_blurpool(state, expected)
+        note += f", BlurPool {'added' if spec.blurpool else 'left out'}"
+
+    reason = _head_difference(found, spec, classes)
+    if reason:
+        state, expected = _without_head(state), _without_head(expected)
+        note += f"; the head is initialised at random: {reason}"
+    else:
+        note += " with its head"
+
+    for key in sorted(expected.keys() | state.keys()):
+        ours = list(expected[key].shape) if key in expected else "missing"
+        theirs = list(state[key].shape) if key in state else "missing"
+        if ours != theirs:
+            raise ModelError(
+                f"model.init={path} does not fit {spec.arch}: {key} is {theirs} in the file, "
+                f"{ours} in the model"
+            )
+    preprocessing = Preprocessing(mean=found.preprocessing.mean, std=found.preprocessing.std)
+    return state, preprocessing, note
+
+
+def _read_init(path: str, arch: str) -> checkpoint.Contents:
+    """Read the checkpoint of `model.init`. ModelError unless it is one of an `arch`."""
     if not Path(path).is_file():
         raise ModelError(
             f"model.init={path}: no such file; give a checkpoint, {TORCHVISION}NAME or {TIMM}NAME"
         )
     try:
-        # the file says what it is, but a bare .pt can be compared with only one of timm's models
-        found = checkpoint.read(path, arch=spec.arch if spec.arch.startswith(TIMM) else None)
+        # A bare .pt is recognised among our backbones, but timm has too many models to try.
+        found = checkpoint.read(path, arch=arch if arch.startswith(TIMM) else None)
     except checkpoint.CheckpointError as error:
         raise ModelError(f"model.init: {error}") from None
-    if _untagged(found.spec.arch) != _untagged(spec.arch):
+    if _untagged(found.spec.arch) != _untagged(arch):
         raise ModelError(
-            f"model.init={path} is a {found.spec.arch}, model.arch={spec.arch}; add "
+            f"model.init={path} is a {found.spec.arch}, but model.arch={arch}; add "
             f"--model.arch={found.spec.arch}"
         )
-    note, state, like = f"trunk from {path}", found.state, model.state_dict()
-    if found.spec.blurpool != spec.blurpool:
-        state = with_or_without_blurpool(state, like)
-        note += f", BlurPool {'added' if spec.blurpool else 'left out'}"
-    if reason := _other_head(found, spec, classes):
-        state = {key: value for key, value in state.items() if not key.startswith("head.")}
-        like = {key: value for key, value in like.items() if not key.startswith("head.")}
-    expected, given = (
-        {key: tuple(v.shape) for key, v in weights.items()} for weights in (like, state)
-    )
-    for key in sorted(expected | given):
-        if expected.get(key) != given.get(key):
-            there, here = (
-                list(shapes[key]) if key in shapes else "missing" for shapes in (given, expected)
-            )
-            raise ModelError(
-                f"model.init={path} does not fit {spec.arch}: {key} is {there} there, {here} here"
-            )
-    note += f"; the head starts fresh: {reason}" if reason else " with its head"
-    return state, Preprocessing(mean=found.preprocessing.mean, std=found.preprocessing.std), note
+    return found
 
 
-def _other_head(found: checkpoint.Contents, spec: ModelSpec, classes: list[str] | None) -> str:
-    """Why the head of a checkpoint is not that of `spec`; empty where it is.
+def _without_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if not key.startswith("head.")}
 
-    An MRL-E head fits other prefixes of the same length: its columns are the same.
+
+def _head_difference(found: checkpoint.Contents, spec: ModelSpec, classes: list[str] | None) -> str:
+    """Why the head of a checkpoint does not fit `spec`; empty if it fits.
+
+    An MRL-E head fits all prefixes of the same longest width, because they share its columns.
     """
     theirs = found.spec
     if theirs.head_name != spec.head_name:
-        return f"{theirs.head_name} there, {spec.head_name} here"
-    there, here = (s.dims[-1:] if s.efficient else s.dims for s in (theirs, spec))
-    if there != here:
-        return f"dims {list(theirs.dims)} there, {list(spec.dims)} here"
+        return f"{theirs.head_name} in the file, {spec.head_name} in the model"
+    their_widths = theirs.dims[-1:] if theirs.efficient else theirs.dims
+    our_widths = spec.dims[-1:] if spec.efficient else spec.dims
+    if their_widths != our_widths:
+        return f"dims {list(theirs.dims)} in the file, {list(spec.dims)} in the model"
     if theirs.num_classes != spec.num_classes:
-        return f"{theirs.num_classes} classes there, {spec.num_classes} here"
-    return (
-        "the class names differ" if found.classes and classes and found.classes != classes else ""
-    )
+        return f"{theirs.num_classes} classes in the file, {spec.num_classes} in the model"
+    if found.classes and classes and found.classes != classes:
+        return "the class names differ"
+    return ""
 
 
 # ---------------------------------------------------------------- frozen stages
 
 
 def apply_freeze(model: NestedModel, freeze: str) -> int:
-    """Keep stages of the trunk as they are: no gradients, and eval mode whatever `model.train()` is
-    called with.
+    """Freeze stages of the trunk: no gradients, and eval mode even after `model.train()`.
 
-    freeze: "" none, "trunk" all of it, or names separated by commas: modules or parameters of the
-    trunk (`layer1`, `blocks.0`, `cls_token`), and `stem` for a ResNet's conv1 and bn1. Replaces
-    what was frozen before. Returns the number of frozen parameters (scalars). ModelError lists the
+    freeze: "" for none, "trunk" for all, or a comma-separated list of modules or parameters of the
+    trunk (`layer1`, `blocks.0`, `cls_token`); `stem` means a ResNet's conv1 and bn1. Replaces the
+    previous selection. Returns the number of frozen parameters (scalars). ModelError lists the
     known stages.
     """
-    parameters = dict(model.trunk.named_parameters())
-    inside = [
-        prefix
-        for part in freeze.split(",")
-        if part.strip()
-        for prefix in _prefixes(part.strip(), model.trunk)
-    ]
-    frozen = {name for name in parameters if any(_is_inside(name, prefix) for prefix in inside)}
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name not in frozen)
+    stages = [stage.strip() for stage in freeze.split(",") if stage.strip()]
+    prefixes = []
+    for stage in stages:
+        prefixes += _stage_prefixes(stage, model.trunk)
+
+    frozen = 0
+    for name, parameter in model.trunk.named_parameters():
+        is_frozen = any(_is_inside(name, prefix) for prefix in prefixes)
+        parameter.requires_grad_(not is_frozen)
+        if is_frozen:
+            frozen += parameter.numel()
+
+    # Eval mode is a property of modules: a frozen parameter such as cls_token has none.
     modules = {name for name, _ in model.trunk.named_modules()}
-    model.frozen = tuple(f"trunk.{prefix}".rstrip(".") for prefix in inside if prefix in modules)
+    model.frozen = tuple(f"trunk.{prefix}".rstrip(".") for prefix in prefixes if prefix in modules)
     model.train(model.training)
-    return sum(parameters[name].numel() for name in frozen)
+    return frozen
 
 
 def _is_inside(name: str, prefix: str) -> bool:
     return not prefix or name == prefix or name.startswith(f"{prefix}.")
 
 
-def _prefixes(stage: str, trunk: nn.Module) -> list[str]:
-    """The names in the trunk that a stage stands for. ModelError where it has no parameters."""
+def _stage_prefixes(stage: str, trunk: nn.Module) -> list[str]:
+    """Name prefixes of the parameters of a stage. ModelError if it has none."""
     names = [name for name, _ in trunk.named_parameters()]
     aliases = {"trunk": [""]}
-    tops = list(dict.fromkeys(name.partition(".")[0] for name in names))
-    if {"conv1", "bn1"} <= set(tops) and "stem" not in tops:
+    top_level = list(dict.fromkeys(name.partition(".")[0] for name in names))
+    if {"conv1", "bn1"} <= set(top_level) and "stem" not in top_level:
         aliases["stem"] = ["conv1", "bn1"]
-        tops = [name for name in tops if name not in ("conv1", "bn1")]
+        top_level = [name for name in top_level if name not in ("conv1", "bn1")]
     if stage in aliases:
         return aliases[stage]
     if any(_is_inside(name, stage) for name in names):
         return [stage]
-    known = [*aliases, *tops]
-    every = {
-        ".".join(parts[: i + 1])
-        for parts in (name.split(".") for name in names)
-        for i in range(len(parts))
-    }
-    near = difflib.get_close_matches(stage, [*known, *sorted(every)], n=1)
+
+    known = [*aliases, *top_level]
+    paths = set()  # layer1, layer1.0, layer1.0.conv1, ...
+    for name in names:
+        parts = name.split(".")
+        paths |= {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
+    near = difflib.get_close_matches(stage, [*known, *sorted(paths)], n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise ModelError(
-        f"model.freeze: {stage!r} is no stage of this trunk{hint}; known: {', '.join(known)}, "
+        f"model.freeze: {stage!r} is not a stage of this trunk{hint}; known: {', '.join(known)}, "
         "and parts of them"
     )

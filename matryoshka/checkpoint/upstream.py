@@ -1,5 +1,5 @@
-"""The plain state_dicts of MRL's and ffcv-imagenet's repositories, whose key names are known here
-and only here.
+"""Plain state_dicts of the MRL and ffcv-imagenet repositories; the only file that knows their key
+names.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ import io
 import json
 import warnings
 from collections.abc import Mapping
-from itertools import count, takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +21,11 @@ from matryoshka.models import BACKBONES, TIMM, ModelSpec, NestedModel, backbone
 from matryoshka.models.blurpool import apply_blurpool
 from matryoshka.nested import check_dims, default_dims
 
+# ---------------------------------------------------------------- names of weights
+
 
 def save_upstream(model: NestedModel, path: str | Path) -> None:
-    """Write `final_weights.pt`: a plain state_dict with upstream's keys, always behind its
-    `module.` prefix.
-    """
+    """Write `final_weights.pt`: a plain state_dict with upstream's keys and `module.` prefix."""
     buffer = io.BytesIO()
     torch.save({f"module.{key}": value for key, value in to_upstream(model).items()}, buffer)
     write_atomically(path, buffer.getvalue())
@@ -37,16 +37,17 @@ def to_upstream(model: NestedModel) -> dict[str, Tensor]:
     """
     state = {}
     for key, value in model.state_dict().items():
-        room, rest = key.split(".", 1)
-        if room == "head":
-            i, leaf = rest.removeprefix("heads.").split(".")
-            rest = f"fc.nesting_classifier_{i}.{leaf}" if len(model.dims) > 1 else f"fc.{leaf}"
-        state[rest] = value.detach().cpu().contiguous()
+        part, name = key.split(".", 1)  # trunk or head
+        if part == "head":
+            i, leaf = name.removeprefix("heads.").split(".")
+            nested = len(model.dims) > 1
+            name = f"fc.nesting_classifier_{i}.{leaf}" if nested else f"fc.{leaf}"
+        state[name] = value.detach().cpu().contiguous()
     return state
 
 
 def from_upstream(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names for upstream's (without prefix), in its new and its old style."""
+    """Weights under NestedModel's names, from upstream's new or old keys without prefix."""
     ours = {}
     for key, value in state.items():
         if key.startswith("fc.nesting_classifier_"):
@@ -58,9 +59,72 @@ def from_upstream(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
+# ---------------------------------------------------------------- reading
+
+
+def read(
+    path: Path,
+    *,
+    efficient: bool = False,
+    dims: tuple[int, ...] | None = None,
+    arch: str | None = None,
+    old_ckpt: bool = False,
+) -> Contents:
+    """Read an upstream `.pt`. The arguments are those of load_model."""
+    state = _read_state_dict(path)
+    params = _read_params(path)
+    notes: list[str] = []
+    names = _classifier_names(path, state)
+    widths = tuple(state[name].shape[1] for name in names)
+    widest = widths[-1]
+    trunk = {key: tuple(value.shape) for key, value in state.items() if not key.startswith("fc.")}
+    arch, trunk_width, blurpool = _recognise(path, trunk, arch or params.get("model.arch"))
+
+    # The keys below `fc.` of each kind of head, and where its dims come from:
+    #   MRL                nesting_classifier_0, _1, ...  the widths of the classifiers
+    #   MRL-E              nesting_classifier_0           not in the file
+    #   MRL-E, old style   weight                         not in the file
+    #   fixed feature      weight                         the width of the classifier
+    nested_keys = "fc.weight" not in state
+    # Only MRL-E changed its keys between the two styles.
+    if old_ckpt and nested_keys and len(widths) == 1:
+        raise CheckpointError(
+            f"{path}: not of upstream's old style: its MRL-E classifier is nesting_classifier_0; "
+            "drop old_ckpt"
+        )
+    if len(widths) > 1:
+        spec_dims, shared = widths, False
+    elif nested_keys or efficient or params.get("model.efficient"):
+        spec_dims, shared = _shared_dims(path, dims, params, widest, notes), True
+    else:
+        spec_dims, shared = widths, False
+        if params.get("model.mrl"):
+            raise CheckpointError(
+                f"{path}: its params.json has model.mrl=1, but the file has one classifier, "
+                "fc.weight"
+            )
+        if widest == trunk_width and not params:
+            notes.append(
+                f"read as a fixed feature of width {widest}; an old-style MRL-E file has the same "
+                "keys: if it is one, use the efficient flag"
+            )
+
+    size = params.get("validation.resolution")
+    spec = ModelSpec(
+        arch=arch,
+        num_classes=len(state[names[0]]),
+        dims=spec_dims,
+        efficient=shared,
+        blurpool=blurpool,
+    )
+    preprocessing = Preprocessing(size=int(size)) if size else Preprocessing()
+    return Contents(spec, preprocessing, None, notes, from_upstream(state))
+
+
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    """An upstream state_dict without its `module.` prefix. weights_only: a pickle that wants more
-    is refused.
+    """Read an upstream state_dict and remove its `module.` prefix.
+
+    weights_only: a pickle that needs more than tensors is refused, because it could run code.
     """
     try:
         with warnings.catch_warnings():  # torch warns of plain pickles before it refuses them
@@ -68,16 +132,15 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (
-        Exception
-    ):  # whatever an unpickler stumbles over; torch's own message advises to run the file's code
+    except Exception:
+        # Damaged files make the unpickler raise nearly any type. torch's own message is dropped:
+        # it advises to run the file's code.
         raise CheckpointError(
-            f"{path}: not a checkpoint of plain tensors (an HTML page? a pickle that wants to "
-            "run code? cut off?); "
-            "give a state_dict that torch.save wrote, or a model.safetensors"
+            f"{path}: not a checkpoint of plain tensors (an HTML page? a pickle that would run "
+            "code? truncated?); give a state_dict that torch.save wrote, or a model.safetensors"
         ) from None
     plain = isinstance(state, Mapping) and all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     )
     if not plain or not state:
         raise CheckpointError(
@@ -88,127 +151,100 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def read(path: Path, asked: dict) -> Contents:
-    state = _read_state_dict(path)
-    params = _params_beside(path)
-    notes: list[str] = []
-    widths = _head_widths(path, state)
-    widest = widths[-1]
-    trunk = {key: tuple(value.shape) for key, value in state.items() if not key.startswith("fc.")}
-    arch, trunk_width, blurpool = _recognise(path, trunk, asked["arch"] or params.get("model.arch"))
-
-    nested_keys = "fc.weight" not in state
-    if (
-        asked["old_ckpt"] and nested_keys and len(widths) == 1
-    ):  # MRL and fixed features kept their keys
-        raise CheckpointError(
-            f"{path}: not of upstream's old style: its MRL-E classifier is nesting_classifier_0; "
-            "drop old_ckpt"
-        )
-    said_efficient = asked["efficient"] or bool(params.get("model.efficient"))
-    if len(widths) > 1:  # one classifier per prefix: MRL, its dims are in the shapes
-        dims, efficient = widths, False
-    elif nested_keys or said_efficient:  # MRL-E: the dims are in no shape
-        dims, efficient = _shared_dims(path, asked, params, widest, notes), True
-    else:
-        dims, efficient = widths, False
-        if params.get("model.mrl"):
-            raise CheckpointError(
-                f"{path}: params.json beside it says model.mrl=1, but it has one classifier, "
-                "fc.weight"
-            )
-        if widest == trunk_width and not params:
-            notes.append(
-                f"read as a fixed feature of width {widest}; an old-style MRL-E file looks the "
-                "same: "
-                "if it is one, ask for efficient"
-            )
-    num_classes = len(state["fc.nesting_classifier_0.weight" if nested_keys else "fc.weight"])
-    size = params.get("validation.resolution")
-    preprocessing = Preprocessing(size=int(size)) if size else Preprocessing()
-    spec = ModelSpec(arch, num_classes, dims, efficient, blurpool)
-    return Contents(spec, preprocessing, None, notes, from_upstream(state))
-
-
-def _params_beside(path: Path) -> dict:
+def _read_params(path: Path) -> dict[str, Any]:
+    """params.json in the checkpoint's folder, where upstream's trainer writes its options; {} if
+    the file does not exist.
+    """
     file = path.with_name("params.json")
     if not file.is_file():
         return {}
     try:
         params = json.loads(file.read_text())
     except ValueError as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}); mend or remove it") from None
-    params = params if isinstance(params, dict) else {}
-    for key, expected in {
-        "model.arch": str,
-        "model.nesting_start": int,
-        "validation.resolution": int,
-    }.items():
-        if not isinstance(params.get(key), expected | None) or (
-            expected is int and (params.get(key) or 0) < 0
-        ):
-            raise CheckpointError(f"{file}: {key} is {params[key]!r}; mend or remove it")
+        raise CheckpointError(f"{file}: not valid JSON ({error}); fix or remove it") from None
+    if not isinstance(params, dict):
+        return {}
+    expected = {"model.arch": str, "model.nesting_start": int, "validation.resolution": int}
+    for key, kind in expected.items():
+        value = params.get(key)
+        negative = kind is int and isinstance(value, int) and value < 0
+        if not isinstance(value, kind | None) or negative:
+            raise CheckpointError(f"{file}: {key} is {value!r}; fix or remove it")
     return params
 
 
-def _head_widths(path: Path, state: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Input widths of the classifiers, in order."""
-    names = ["fc.weight"] if "fc.weight" in state else []
-    names = names or list(
-        takewhile(state.__contains__, map("fc.nesting_classifier_{}.weight".format, count()))
-    )
+def _classifier_names(path: Path, state: Mapping[str, Tensor]) -> list[str]:
+    """Keys of the classifiers' weights, shortest prefix first; each is a matrix [C, d]."""
+    names = []
+    if "fc.weight" in state:
+        names.append("fc.weight")
+    else:
+        while f"fc.nesting_classifier_{len(names)}.weight" in state:
+            names.append(f"fc.nesting_classifier_{len(names)}.weight")
     if not names:
         raise CheckpointError(
             f"{path}: no classifier (fc.weight or fc.nesting_classifier_0.weight) among its keys"
         )
     for name in names:
         weight = state[name]
-        plain = weight.layout == torch.strided and weight.device.type == "cpu" and weight.ndim == 2
-        if (
-            not plain or weight.untyped_storage().nbytes() < weight.nbytes
-        ):  # a small file can claim any shape
+        is_matrix = (
+            weight.layout == torch.strided and weight.device.type == "cpu" and weight.ndim == 2
+        )
+        # A small file can claim any shape: compare it with the bytes that are there.
+        if not is_matrix or weight.untyped_storage().nbytes() < weight.nbytes:
             raise CheckpointError(
-                f"{path}: {name}, {list(weight.shape)}, is no whole matrix; get another copy of it"
+                f"{path}: {name}, {list(weight.shape)}, is not a whole matrix; get another copy "
+                "of the file"
             )
-    return tuple(state[name].shape[1] for name in names)
+    return names
 
 
 def _shared_dims(
-    path: Path, asked: dict, params: dict, width: int, notes: list[str]
+    path: Path,
+    dims: tuple[int, ...] | None,
+    params: Mapping[str, Any],
+    width: int,
+    notes: list[str],
 ) -> tuple[int, ...]:
-    """The prefixes of an MRL-E classifier of that width."""
-    given = params.get("model.dims") or None if asked["dims"] is None else asked["dims"]
+    """The prefixes of an MRL-E classifier of `width` columns: from the argument, else params.json,
+    else assumed.
+    """
+    given = (params.get("model.dims") or None) if dims is None else dims
     try:
         if given is not None:
-            dims = check_dims(given, width)
-            if dims[-1] == width:
-                return dims
-            raise ValueError(f"dims {list(dims)} end before the width {width}")
+            checked = check_dims(given, width)
+            if checked[-1] != width:
+                raise ValueError(f"dims {list(checked)} end before the width {width}")
+            return checked
         if params.get("model.nesting_start") is not None:
+            # 31: 2**(a huge number in params.json) must not exhaust memory
             return default_dims(width, 2 ** min(params["model.nesting_start"], 31))
     except (TypeError, ValueError, OverflowError) as error:
-        place = "asked for" if asked["dims"] is not None else "in params.json beside it"
-        raise CheckpointError(f"{path}: {error} of its classifier ({place})") from None
-    dims = default_dims(width)
+        source = "its params.json" if dims is None else "the dims argument"
+        raise CheckpointError(f"{path}: {error} of its classifier ({source})") from None
+    assumed = default_dims(width)
     notes.append(
-        f"MRL-E weights do not tell their prefixes: {list(dims)} assumed; if it was trained with "
-        "others, give dims"
+        f"MRL-E weights do not determine their prefixes, assumed {list(assumed)}; if it was "
+        "trained with others, give dims"
     )
-    return dims
+    return assumed
 
 
 def _recognise(
     path: Path, trunk: dict[str, tuple[int, ...]], arch: str | None
 ) -> tuple[str, int, bool]:
-    """(arch, feature width, blurpool) whose trunk has exactly these keys and shapes."""
+    """(arch, feature width, blurpool) of the backbone with exactly these keys and shapes."""
     blurpool = any(key.endswith(".blur_filter") for key in trunk)
-    named = [arch] if arch and (arch in BACKBONES or arch.startswith(TIMM)) else []
-    for name in named or BACKBONES:  # timm's are too many to try
+    known = arch is not None and (arch in BACKBONES or arch.startswith(TIMM))
+    # Without a name all of BACKBONES are tried, but not timm's models, which are too many.
+    candidates = [arch] if arch is not None and known else list(BACKBONES)
+    for name in candidates:
         with torch.device("meta"):
             candidate, width = backbone(name)
             if blurpool:
                 apply_blurpool(candidate)
-        if {key: tuple(value.shape) for key, value in candidate.state_dict().items()} == trunk:
+        shapes = {key: tuple(value.shape) for key, value in candidate.state_dict().items()}
+        if shapes == trunk:
             return name, width, blurpool
     if arch:
         raise CheckpointError(f"{path}: its weights are not those of a {arch}")

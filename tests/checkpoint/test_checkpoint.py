@@ -73,7 +73,7 @@ def test_our_file_rebuilds_the_model_alone(tmp_path, dims, efficient):
         ((16,), False, {"rep_size": 16}),
     ],
 )
-def test_upstream_files_give_identical_logits(tmp_path, prefix, style, dims, efficient, flags):
+def test_upstream_files_give_identical_logits(tmp_path, *, prefix, style, dims, efficient, flags):
     model = model_of(dims, efficient, blurpool=style == "new")
     state = to_upstream(model) if style == "new" else old_style(model)
     torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "w.pt")
@@ -144,16 +144,16 @@ def test_an_old_mrl_e_file_is_never_guessed(tmp_path):
 @pytest.mark.parametrize(
     ("dims", "efficient", "flags", "words"),
     [
-        ((512,), False, {"mrl": True}, ["mrl was asked", "ff512"]),
-        ((8, 512), False, {"efficient": True}, ["efficient was asked", "mrl"]),
-        ((8, 512), True, {"mrl": True}, ["mrl was asked", "mrl-e"]),
+        ((512,), False, {"mrl": True}, ["mrl was requested", "ff512"]),
+        ((8, 512), False, {"efficient": True}, ["efficient was requested", "mrl"]),
+        ((8, 512), True, {"mrl": True}, ["mrl was requested", "mrl-e"]),
         ((16,), False, {"rep_size": 32}, ["32", "16"]),
         ((8, 512), False, {"dims": (8, 16)}, ["[8, 16]", "[8, 512]"]),
         ((8, 512), False, {"arch": "resnet50"}, ["resnet50"]),
     ],
 )
 @pytest.mark.parametrize("kind", ["ours", "upstream"])
-def test_disagreements_name_both(tmp_path, kind, dims, efficient, flags, words):
+def test_disagreements_name_both(tmp_path, *, kind, dims, efficient, flags, words):
     model = model_of(dims, efficient)
     path = tmp_path / ("model.safetensors" if kind == "ours" else "w.pt")
     save_model(model, path) if kind == "ours" else save_upstream(model, path)
@@ -222,7 +222,7 @@ def test_files_that_are_not_checkpoints(tmp_path):
             load_model(tmp_path / name)  # without torch's two lines of a warning
         assert name in str(error.value)
         assert "\n" not in str(error.value)
-        assert ("an HTML page? a pickle that wants to run code? cut off?" in str(error.value)) == (
+        assert ("an HTML page? a pickle that would run code? truncated?" in str(error.value)) == (
             ".pt" in name
         )
         assert "issue" not in str(error.value)
@@ -345,7 +345,7 @@ def test_state_dicts_that_make_no_sense(tmp_path, key, value):
         ({"model.nesting_start": "three"}, "params.json: model.nesting_start is 'three'"),
         ({"model.nesting_start": -1}, "params.json: model.nesting_start is -1"),
         ({"validation.resolution": "big"}, "params.json: validation.resolution is 'big'"),
-        ({"model.dims": "abc"}, "params.json beside it"),
+        ({"model.dims": "abc"}, "its params.json"),
         ({"model.dims": [8, 1024]}, "beyond the feature width 512"),
         ({"model.dims": [8, 64]}, "end before the width 512"),
         ({"validation.resolution": 10**6}, "size=1000000"),

@@ -118,10 +118,13 @@ def test_a_checkpoint_gives_trunk_and_head(tmp_path, kind, blurpool):
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        (ModelSpec("resnet10", 7, (8, 512)), "10 classes there, 7 here"),
-        (ModelSpec("resnet10", 10, (8, 16)), "dims [8, 512] there, [8, 16] here"),
-        (ModelSpec("resnet10", 10, (8, 512), efficient=True), "mrl there, mrl-e here"),
-        (ModelSpec("resnet10", 10, (64,)), "mrl there, ff64 here"),
+        (ModelSpec("resnet10", 7, (8, 512)), "10 classes in the file, 7 in the model"),
+        (ModelSpec("resnet10", 10, (8, 16)), "dims [8, 512] in the file, [8, 16] in the model"),
+        (
+            ModelSpec("resnet10", 10, (8, 512), efficient=True),
+            "mrl in the file, mrl-e in the model",
+        ),
+        (ModelSpec("resnet10", 10, (64,)), "mrl in the file, ff64 in the model"),
         (MRL, "the class names differ"),
     ],
 )
@@ -132,7 +135,7 @@ def test_another_head_starts_fresh(tmp_path, spec, reason):
     model, notes = start(
         tmp_path / "m.safetensors", spec, classes=[f"other {i}" for i in range(spec.num_classes)]
     )
-    assert notes[0].endswith(f"; the head starts fresh: {reason}")
+    assert notes[0].endswith(f"; the head is initialised at random: {reason}")
     assert same(model.trunk.state_dict(), source.trunk.state_dict())
     assert same(model.head.state_dict(), fresh_head(spec))  # that of a run without model.init
 
@@ -152,7 +155,7 @@ def test_heads_of_upstream(tmp_path):
     }
     torch.save(old, tmp_path / "old.pt")
     model, notes = start(tmp_path / "old.pt", spec)
-    assert notes[0].endswith("ff512 there, mrl-e here")
+    assert notes[0].endswith("ff512 in the file, mrl-e in the model")
     assert same(model.trunk.state_dict(), source.trunk.state_dict())
     model, _ = start(tmp_path / "old.pt", ModelSpec("resnet10", 10, (512,)))
     assert same(model.head.state_dict(), source.head.state_dict())
@@ -190,7 +193,7 @@ def test_published_weights_of_torchvision(monkeypatch, tmp_path, init, weights):
     arch = init.removeprefix("torchvision:").partition(".")[0]
     theirs = cached_torchvision(monkeypatch, tmp_path, arch, weights)
     model, notes = start(init, ModelSpec(arch, 10, (8, 512)))
-    assert notes == [f"trunk from {init}; the head starts fresh"]
+    assert notes == [f"trunk from {init}; the head is initialised at random"]
     assert torch.equal(model.features(IMAGES), theirs(IMAGES))
     assert same(model.head.state_dict(), fresh_head(ModelSpec(arch, 10, (8, 512))))
 
@@ -214,7 +217,7 @@ def test_published_weights_of_timm(monkeypatch, tmp_path, name):
         model, notes = start(None if pretrained else f"timm:{name}", spec, pretrained=pretrained)
         assert torch.equal(model.features(images), theirs(images))
         assert model.preprocessing.mean == theirs.pretrained_cfg["mean"] != Preprocessing().mean
-        assert "normalised as there: mean (0.5, 0.5, 0.5)" in notes[1]
+        assert "normalised as for these weights: mean (0.5, 0.5, 0.5)" in notes[1]
 
 
 class Attack:
@@ -235,7 +238,7 @@ def test_weights_that_cannot_be_had(monkeypatch, tmp_path):
     for content in (b"", b"<html>404</html>", attack, pickle.dumps({"a": 1}, 2)):
         cached_torchvision(monkeypatch, tmp_path, "resnet18", "IMAGENET1K_V1", content)
         with pytest.raises(
-            ModelError, match=r"^model.init: the weights IMAGENET1K_V1 of resnet18 cannot be had.*$"
+            ModelError, match=r"^model.init: cannot load the weights IMAGENET1K_V1 of resnet18.*$"
         ):
             start_model(config, spec)
     assert not (tmp_path / "executed").exists()
@@ -247,7 +250,7 @@ def test_weights_that_cannot_be_had(monkeypatch, tmp_path):
     )
     check_start(config, spec)
     with pytest.raises(
-        ModelError, match=r"^model.init: the weights test_vit of timm:test_vit cannot be had.*$"
+        ModelError, match=r"^model.init: cannot load the weights test_vit of timm:test_vit.*$"
     ):
         start_model(config, spec)
 
@@ -385,14 +388,22 @@ def files(tmp_path_factory):
         ("timm:test_resnet", "{}/m.safetensors", ["is a resnet10"]),
         ("timm:test_resnet", "{}/w.pt", ["w.pt", "not those of a timm:test_resnet"]),
         ("resnet10", "{}/broken.pt", ["not a checkpoint of plain tensors"]),
-        ("resnet10", "{}/plain.safetensors", ["not one of ours"]),
+        ("resnet10", "{}/plain.safetensors", ["not a Matryoshka checkpoint"]),
         (
             "resnet10",
             "{}/trun.safetensors",
-            ["trunk.layer1.0.conv1.weight is [3] there, [64, 64, 3, 3] here"],
+            ["trunk.layer1.0.conv1.weight is [3] in the file, [64, 64, 3, 3] in the model"],
         ),
-        ("resnet10", "{}/head.safetensors", ["head.heads.0.weight is [10, 9] there, [10, 8] here"]),
-        ("resnet10", "{}/missing.safetensors", ["trunk.bn1.weight is missing there, [64] here"]),
+        (
+            "resnet10",
+            "{}/head.safetensors",
+            ["head.heads.0.weight is [10, 9] in the file, [10, 8] in the model"],
+        ),
+        (
+            "resnet10",
+            "{}/missing.safetensors",
+            ["trunk.bn1.weight is missing in the file, [64] in the model"],
+        ),
         ("resnet10", "torchvision:resnet10", ["no such weights", "none"]),
         ("resnet18", "torchvision:resnet50", ["torchvision:resnet50", "--model.arch=resnet50"]),
         ("resnet50", "torchvision:resnet50.V3", ["V3", "IMAGENET1K_V1", "IMAGENET1K_V2"]),
