@@ -1,4 +1,4 @@
-"""A data set's embeddings on disk: a folder of memory-mapped arrays."""
+"""The embeddings of a data set on disk: a folder of memory-mapped arrays."""
 
 from matryoshka.embeddings.reading import (
     EmbeddingError,

@@ -1,12 +1,12 @@
-"""Embeddings of a data set as a folder of arrays that are memory-mapped, never unpickled.
+"""Read a folder of embeddings: memory-mapped arrays, never unpickled.
 
     X.npy         float32 or float16 [N, D]: row i is image i of the data set
-    y.npy         int64 [N]: labels, numbers of the data set's classes
-    ids.npy       uint8 [bytes]: the names of the images in UTF-8, one after the other
-    ids_ends.npy  int64 [N]: where in ids.npy each name ends
-    meta.json     what the embeddings are of, and what made them; written last, a folder without it is none
+    y.npy         int64 [N]: labels, indices of the data set's classes
+    ids.npy       uint8 [bytes]: the names of the images in UTF-8, concatenated
+    ids_ends.npy  int64 [N]: the end of each name in ids.npy
+    meta.json     the data, the model and the code; written last, only finished folders have it
 
-Until all rows are there, everything is in the hidden folder `.unfinished`: see writing.py.
+Unfinished embeddings are in the hidden folder `.unfinished`: see writing.py.
 """
 
 from __future__ import annotations
@@ -30,20 +30,18 @@ AGAIN = "embed again, with --overwrite"
 
 
 class EmbeddingError(ValueError):
-    """A folder of embeddings that cannot be read or written; the message names the file and the
-    remedy.
-    """
+    """Embeddings that cannot be read or written; the message names the file and the remedy."""
 
     user_error = True
 
 
 def trunk_sha256(model) -> str:
-    """Hex digest of what decides a NestedModel's features: names, shapes, types and bytes of the
+    """Hex digest of what determines a NestedModel's features: names, shapes, types and bytes of the
     trunk's weights.
 
-    The same for every file format and for every head on the same trunk.
+    Independent of the file format and of the head.
     """
-    import torch  # readers of arrays can do without
+    import torch  # here, because readers of arrays need no torch
 
     digest = hashlib.sha256()
     for name, value in sorted(model.trunk.state_dict().items()):
@@ -53,12 +51,12 @@ def trunk_sha256(model) -> str:
 
 
 class Ids(Sequence[str]):
-    """The names of the images, decoded when they are asked for. text: uint8 [bytes]; ends: int64
-    [N].
-    """
+    """The names of the images, decoded on access. text: uint8 [bytes]; ends: int64 [N]."""
 
     def __init__(self, path: Path, text: np.ndarray, ends: np.ndarray) -> None:
-        self._path, self._text, self._ends = path, text, ends
+        self._path = path
+        self._text = text
+        self._ends = ends
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -68,14 +66,15 @@ class Ids(Sequence[str]):
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
-        """IndexError for a number outside, EmbeddingError for a damaged file."""
+        """IndexError for an index out of range, EmbeddingError for a damaged file."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
-        start, end = int(self._ends[index - 1]) if index else 0, int(self._ends[index])
+        index = range(len(self))[index]  # resolves negative indices
+        start = int(self._ends[index - 1]) if index else 0
+        end = int(self._ends[index])
         if not 0 <= start <= end <= len(self._text):
             raise EmbeddingError(
-                f"{self._path}: the name of row {index} is outside of the file; {AGAIN}"
+                f"{self._path}: the name of row {index} is beyond the end of the file; {AGAIN}"
             )
         try:
             return self._text[start:end].tobytes().decode("utf-8", "surrogatepass")
@@ -87,104 +86,96 @@ class Ids(Sequence[str]):
 
 @dataclass(frozen=True)
 class Embeddings:
-    """X: float32 or float16 [N, D]; y: int64 [N]; both memory maps that cannot be written to. ids:
-    N names.
-
-    meta: what meta.json says, see docs/retrieval.md.
-    """
+    """An open folder of embeddings; the arrays are read-only memory maps."""
 
     path: Path
-    X: np.ndarray
-    y: np.ndarray
-    ids: Ids
-    meta: dict[str, Any]
+    X: np.ndarray  # float32 or float16 [N, D]
+    y: np.ndarray  # int64 [N]
+    ids: Ids  # N names
+    meta: dict[str, Any]  # meta.json, see docs/retrieval.md
 
     def __len__(self) -> int:
         return len(self.X)
 
     @property
     def classes(self) -> list[str] | None:
-        """Names by label, where the data set has them."""
+        """Class names by label; None if the data set has none."""
         return self.meta["data"]["classes"]
 
 
 def open_embeddings(folder: str | os.PathLike) -> Embeddings:
-    """Opens in milliseconds whatever the size: types, shapes and file sizes are checked, numbers
-    are not read.
+    """Open a folder of embeddings in milliseconds, independent of its size.
 
-    EmbeddingError, one line, for a folder that is not there, not finished or not whole.
+    Checks types, shapes and file sizes but reads no rows. EmbeddingError, one line, if the folder
+    does not exist, is not finished or is damaged.
     """
     path = Path(folder)
     meta = read_meta(path)
     rows, columns = meta["rows"], meta["columns"]
-    ends = _mapped(path / "ids_ends.npy", "int64", (rows,))
-    text = _mapped(path / "ids.npy", "uint8", (max(0, int(ends[-1])),))
-    X = _mapped(path / "X.npy", meta["dtype"], (rows, columns))
-    return Embeddings(
-        path, X, _mapped(path / "y.npy", "int64", (rows,)), Ids(path / "ids.npy", text, ends), meta
-    )
+    ends = _memory_map(path / "ids_ends.npy", "int64", (rows,))
+    text = _memory_map(path / "ids.npy", "uint8", (max(0, int(ends[-1])),))
+    X = _memory_map(path / "X.npy", meta["dtype"], (rows, columns))
+    y = _memory_map(path / "y.npy", "int64", (rows,))
+    return Embeddings(path, X, y, Ids(path / "ids.npy", text, ends), meta)
 
 
 def labels_like(queries: Embeddings, database: Embeddings) -> np.ndarray:
-    """int64 [N]: the labels of `queries` as numbers of the database's classes; -1 for classes that
-    it lacks.
+    """The labels of `queries` as class indices of `database`, int64 [N]; -1 for classes that it
+    lacks.
 
-    Classes are matched by name, ImageNet V2's folders (0 to 999) with WordNet ids. Where one side
-    has no names, labels are taken as they are, if there are as many classes. EmbeddingError where
-    no class is common to both.
+    Classes are matched by name, ImageNet V2's folders (0 to 999) with WordNet ids. If one side has
+    no names, labels are returned unchanged, provided that the numbers of classes are equal.
+    EmbeddingError if the two have no class in common.
     """
-    return matched_labels(
-        np.asarray(queries.y),
-        *(
-            Classes(one.path, one.classes, one.meta["data"]["num_classes"])
-            for one in (queries, database)
-        ),
-    )
+    return matched_labels(np.asarray(queries.y), classes_of(queries), classes_of(database))
 
 
 class Classes(NamedTuple):
-    """What labels mean. path: of the data, for messages; names: by label, where there are names;
-    count: of classes.
-    """
+    """The classes that labels refer to."""
 
-    path: Path
-    names: list[str] | None
+    path: Path  # of the data, for messages
+    names: list[str] | None  # by label, if they are known
     count: int
 
 
+def classes_of(embeddings: Embeddings) -> Classes:
+    return Classes(embeddings.path, embeddings.classes, embeddings.meta["data"]["num_classes"])
+
+
 def matched_labels(labels: np.ndarray, queries: Classes, database: Classes) -> np.ndarray:
-    """As `labels_like`, of any data: labels int64 [N] of the queries."""
-    ours, theirs = queries.names, database.names
-    if ours is None or theirs is None:
+    """`labels_like` for any data: labels int64 [N] of the queries."""
+    query_names, database_names = queries.names, database.names
+    if query_names is None or database_names is None:
         if queries.count != database.count:
             raise EmbeddingError(
                 f"{queries.path}: has {queries.count} classes, {database.path} {database.count}, "
-                "and one of them no "
-                "names for them; embed data sets with class names"
+                "and one of them has no names for them; embed data sets with class names"
             )
         return labels
-    if not 0 <= labels.min() <= labels.max() < len(ours):
+    if not 0 <= labels.min() <= labels.max() < len(query_names):
         raise EmbeddingError(
-            f"{queries.path / 'y.npy'}: has labels outside of its {len(ours)} classes; {AGAIN}"
+            f"{queries.path / 'y.npy'}: has labels outside of its {len(query_names)} classes; "
+            f"{AGAIN}"
         )
-    if ours == theirs:
+    if query_names == database_names:
         return labels
-    number = {name: label for label, name in enumerate(theirs)}
-    if sorted(ours) == sorted(map(str, range(1000))):
+
+    if sorted(query_names) == sorted(map(str, range(1000))):  # V2's folders
         from matryoshka.data.imagenet import wnids  # imports torch
 
-        ours = [wnids()[int(name)] for name in ours]
-    matched = np.array([number.get(name, -1) for name in ours], np.int64)
+        query_names = [wnids()[int(name)] for name in query_names]
+    label_of_name = {name: label for label, name in enumerate(database_names)}
+    matched = np.array([label_of_name.get(name, -1) for name in query_names], np.int64)
     if (matched < 0).all():
         raise EmbeddingError(
-            f"{queries.path}: none of its classes ({ours[0]!r}, ...) is one of {database.path} "
-            f"({theirs[0]!r}, ...)"
+            f"{queries.path}: none of its classes ({query_names[0]!r}, ...) is one of "
+            f"{database.path} ({database_names[0]!r}, ...)"
         )
     return matched[labels]
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json, checked. EmbeddingError, one line."""
+    """Read and validate meta.json. EmbeddingError, one line."""
     file = folder / META
     if folder.is_file():
         raise EmbeddingError(
@@ -203,51 +194,59 @@ def read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads(file.read_bytes())
         if meta["format"] != FORMAT:
-            raise EmbeddingError(
-                f"{file}: is of the format {str(meta['format'])[:40]!r}, not {FORMAT}"
-            )
-        classes = meta["data"]["classes"]
-        sound = (
-            all(type(meta[key]) is int and 1 <= meta[key] < 1 << 48 for key in ("rows", "columns"))
-            and meta["dtype"] in DTYPES
-            and type(meta["normalised"]) is bool
-            and isinstance(meta["model"]["weights_sha256"], str)
-            and (
-                classes is None
-                or (isinstance(classes, list) and all(isinstance(c, str) for c in classes))
-            )
-        )
+            raise EmbeddingError(f"{file}: format {str(meta['format'])[:40]!r}, expected {FORMAT}")
+        is_valid = _is_valid_meta(meta)
     except EmbeddingError:
         raise
     except (ValueError, RecursionError, KeyError, TypeError):
-        sound = False
-    if not sound:
+        is_valid = False
+    if not is_valid:
         raise EmbeddingError(f"{file}: is damaged, or not the {META} of embeddings; {AGAIN}")
     return meta
 
 
-def _mapped(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A .npy file of exactly this type, shape and size as a memory map."""
+def _is_valid_meta(meta: dict[str, Any]) -> bool:
+    """Whether the fields that readers use are valid. KeyError or TypeError if one is missing."""
+    for key in ("rows", "columns"):
+        # the bound keeps sizes computed from them within 64 bits
+        if type(meta[key]) is not int or not 1 <= meta[key] < 1 << 48:
+            return False
+    classes = meta["data"]["classes"]
+    names_are_valid = classes is None or (
+        isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    )
+    return (
+        names_are_valid
+        and meta["dtype"] in DTYPES
+        and type(meta["normalised"]) is bool
+        and isinstance(meta["model"]["weights_sha256"], str)
+    )
+
+
+def _memory_map(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A .npy file of exactly this type, shape and size as a read-only memory map."""
     expected = f"{dtype} [{', '.join(map(str, shape))}]"
     try:
         with path.open("rb") as file:
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError
             stored_shape, fortran, stored = np.lib.format.read_array_header_1_0(file)
-            start, size = file.tell(), os.fstat(file.fileno()).st_size
+            start = file.tell()
+            size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise EmbeddingError(f"{path}: {error.strerror}; it belongs to {META}, {AGAIN}") from None
-    except Exception:  # of a damaged header numpy's parser raises many types
+    except Exception:  # numpy's parser raises many types for a damaged header
         raise EmbeddingError(f"{path}: is not a whole .npy file; {AGAIN}") from None
     if stored != np.dtype(dtype) or stored_shape != shape or (fortran and len(shape) > 1):
-        what = f"{stored} [{', '.join(map(str, stored_shape))}]"
+        found = f"{stored} [{', '.join(map(str, stored_shape))}]"
         raise EmbeddingError(
-            f"{path}: is {what[:80]}, not {expected} as the other files say; {AGAIN}"
+            f"{path}: is {found[:80]}, expected {expected} by the other files; {AGAIN}"
         )
+    # dtype=object: Python integers, which do not overflow
     if size != start + int(np.prod(shape, dtype=object)) * stored.itemsize:
         raise EmbeddingError(
             f"{path}: has {size} bytes, too few or too many for {expected}; {AGAIN}"
         )
     if 0 in shape:
-        return np.empty(shape, stored)
+        return np.empty(shape, stored)  # an empty file cannot be mapped
     return np.memmap(path, stored, "r", start, shape)

@@ -1,16 +1,16 @@
-"""Writing a folder of embeddings: any number of processes, stopped at any moment, the same files in
-the end.
+"""Write a folder of embeddings with any number of processes.
 
-    with Unfinished(folder) as unfinished:              # one process
-        plan = unfinished.begin(meta, labels, name)     # None: finished already
-        rows = RowWriter(folder, plan)                  # every process, for its part of plan.todo
+    with EmbeddingWriter(folder) as writer:       # one process
+        plan = writer.begin(meta, labels, name)   # None: already finished
+        rows = RowWriter(folder, plan)            # every process, for its part of missing_rows
         rows.write(np.array([0, 1]), features); rows.flush(); rows.close()
-        unfinished.finish()
+        writer.finish()
 
-Everything is in the hidden folder `.unfinished` until `finish` moves it:
+A killed run resumes from the rows that it has flushed; the files are the same as those of a run
+without interruption. Until `finish` moves them, all files are in the hidden folder `.unfinished`:
 
-    plan.json         the coming meta.json, and a token; written when the files below are there
-    progress*.json    rows that are on the disk: one file of each process, and one of all processes before
+    plan.json         the future meta.json and a token; written when the arrays below exist
+    progress*.json    rows on disk: one file of each process, and one of all processes before a kill
     X.npy, y.npy, ids.npy, ids_ends.npy    in their final sizes
 """
 
@@ -39,26 +39,29 @@ from matryoshka.embeddings.reading import (
 from matryoshka.files import write_atomically
 
 PLAN = "plan.json"
-# Where things lie and which version of the code ran may differ between a start and the next.
-_FREE = ("model.file", "data.path", "code")
-_NAMES_AT_ONCE = 1 << 16
+# Keys of meta.json that do not change the numbers: a resumed run may differ in them.
+_IGNORED_KEYS = ("model.file", "data.path", "code")
+_NAMES_PER_WRITE = 1 << 16  # bounds the memory for names
 
 
 class Plan(NamedTuple):
-    """What every process has to know about a folder that is being written. todo: missing rows, as
-    [from, to).
-    """
+    """What every process must know about a folder that is being written."""
 
-    token: str
+    token: str  # identifies this attempt; progress files with another token are ignored
     rows: int
     columns: int
     dtype: str
-    todo: list[tuple[int, int]]
+    missing_rows: list[tuple[int, int]]  # ranges [from, to)
 
 
-class Unfinished:
-    """A folder while it is written. For one process, which calls `begin`, then, when all rows are
-    there, `finish`.
+# ---------------------------------------------------------------- the folder
+
+
+class EmbeddingWriter:
+    """Creates and publishes a folder of embeddings.
+
+    Used by one process, which calls `begin`, and `finish` when all rows are on disk. The rows
+    themselves are written by RowWriter in every process.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
@@ -73,13 +76,13 @@ class Unfinished:
         name: Callable[[int], str],
         overwrite: bool = False,
     ) -> Plan | None:
-        """Start, or go on where a process with the same `meta` was killed; None when all is
-        finished already.
+        """Start, or resume a killed run with the same `meta`; None if the folder is already
+        finished.
 
-        meta: see open_embeddings; labels: int64 [N]; name: index -> the image's name. overwrite:
-        embeddings that are there are replaced, once the new ones are whole; an unfinished folder of
-        another `meta` is begun anew. EmbeddingError naming the first difference without it, and
-        where another process writes into the folder.
+        meta: see docs/retrieval.md; labels: int64 [N]; name: index -> the image's name. overwrite:
+        replace existing embeddings once the new ones are complete, and discard an unfinished run
+        with another `meta`. Without it, EmbeddingError names the first difference. EmbeddingError
+        also while another process writes into the folder.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -88,45 +91,45 @@ class Unfinished:
                 f"{self.folder}: {error.strerror}; choose another --output"
             ) from None
         self._take_lock()
-        if (self.folder / META).exists() and not (self.work / "X.npy").exists():
-            shutil.rmtree(
-                self.work, ignore_errors=True
-            )  # killed while it swept, or before there was anything
-        if not overwrite and (self.folder / META).exists():
+        is_finished = (self.folder / META).exists()
+        if is_finished and not (self.work / "X.npy").exists():
+            # Left by a kill inside `finish`, or before a new X.npy existed: nothing to resume.
+            shutil.rmtree(self.work, ignore_errors=True)
+        if is_finished and not overwrite:
             self._must_match(read_meta(self.folder), meta, "holds embeddings")
             open_embeddings(self.folder)
             return None
+
         stored = self._read_plan()
         if stored:
             if not overwrite:
-                self._must_match(stored["meta"], meta, "was begun")
+                self._must_match(stored["meta"], meta, "is an unfinished run")
             if not differences(stored["meta"], meta):
-                todo = self._collect(stored["token"], meta["rows"])
-                if not todo or (self.work / "X.npy").exists():
-                    return Plan(stored["token"], *_size(meta), todo)
-        elif not overwrite and not (self.folder / META).exists():
+                missing_rows = self._collect_progress(stored["token"], meta["rows"])
+                # X.npy is gone if `finish` was killed after moving it; then no row is missing.
+                if not missing_rows or (self.work / "X.npy").exists():
+                    return Plan(stored["token"], *_size(meta), missing_rows)
+        elif not overwrite and not is_finished:
             foreign = [file for file in ARRAYS if (self.folder / file).exists()]
             if foreign:
                 raise EmbeddingError(
                     f"{self.folder}: has {foreign[0]}, but no {META}: choose another --output, "
                     "or add --overwrite"
                 )
-        return self._start(meta, labels, name)
+        return self._create(meta, labels, name)
 
-    def _start(
+    def _create(
         self, meta: Mapping[str, Any], labels: np.ndarray, name: Callable[[int], str]
     ) -> Plan:
+        """Create the arrays in their final sizes; plan.json comes last and makes them valid."""
         rows, columns, dtype = _size(meta)
-        with _reported(self.work):
+        with _name_file_in_errors(self.work):
             shutil.rmtree(self.work, ignore_errors=True)
-            needed, free = (
-                rows * columns * np.dtype(dtype).itemsize,
-                shutil.disk_usage(self.folder).free,
-            )
+            needed = rows * columns * np.dtype(dtype).itemsize
+            free = shutil.disk_usage(self.folder).free
             if needed > free:
                 raise EmbeddingError(
-                    f"{self.folder}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free "
-                    "there"
+                    f"{self.folder}: needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free"
                 )
             self.work.mkdir()
             labels = np.ascontiguousarray(labels, np.int64)
@@ -139,57 +142,58 @@ class Unfinished:
                 os.fsync(out.fileno())
             token = secrets.token_hex(8)
             write_atomically(self.work / PLAN, json.dumps({"token": token, "meta": meta}).encode())
-        return Plan(token, rows, columns, dtype, [(0, rows)])
+        return Plan(token, rows, columns, dtype, missing_rows=[(0, rows)])
 
     def _write_names(self, rows: int, name: Callable[[int], str]) -> None:
         def encoded(i: int) -> bytes:
+            # surrogatepass: a file name that is not valid UTF-8 keeps its bytes
             return name(i).encode("utf-8", "surrogatepass")
 
         ends = np.fromiter((len(encoded(i)) for i in range(rows)), np.int64, rows).cumsum()
         write_atomically(self.work / "ids_ends.npy", _header("int64", (rows,)), ends.data.cast("B"))
         with open(self.work / "ids.npy", "wb") as out:
             out.write(_header("uint8", (int(ends[-1]),)))
-            for start in range(0, rows, _NAMES_AT_ONCE):  # never all of them at once
-                out.write(
-                    b"".join(encoded(i) for i in range(start, min(rows, start + _NAMES_AT_ONCE)))
-                )
+            for start in range(0, rows, _NAMES_PER_WRITE):
+                stop = min(rows, start + _NAMES_PER_WRITE)
+                out.write(b"".join(encoded(i) for i in range(start, stop)))
             out.flush()
             os.fsync(out.fileno())
 
     def finish(self) -> None:
-        """Give the files their names, meta.json last. All rows have to be there and on the disk."""
+        """Move the files to their final names, meta.json last. All rows must be on disk."""
         stored = self._read_plan()
         if stored is None:
-            raise EmbeddingError(f"{self.work}: {PLAN} is gone; start again")
+            raise EmbeddingError(f"{self.work}: {PLAN} is missing; start again")
         (self.folder / META).unlink(missing_ok=True)  # a reader must never see old and new together
         for file in ARRAYS:
-            if (self.work / file).exists():  # else it was moved before a kill
+            if (self.work / file).exists():  # otherwise moved before a kill
                 os.replace(self.work / file, self.folder / file)
-        # made in there too: what a kill leaves behind is in one place
+        # written in the hidden folder first: a kill must not leave a temporary file in `folder`
         write_atomically(self.work / META, (json.dumps(stored["meta"], indent=1) + "\n").encode())
         os.replace(self.work / META, self.folder / META)
         folder = os.open(self.folder, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the names, too, must survive a power cut
+            os.fsync(folder)  # the names, too, must survive a power failure
         finally:
             os.close(folder)
         shutil.rmtree(self.work, ignore_errors=True)
 
     def close(self) -> None:
-        """Let other processes write into the folder."""
+        """Release the lock that keeps other processes from writing into the folder."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
-    def __enter__(self) -> Unfinished:
+    def __enter__(self) -> EmbeddingWriter:
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
 
     def _take_lock(self) -> None:
-        """Held by an open file: it ends with the process. Some network file systems have no locks;
-        then without.
+        """Lock the folder; the system releases the lock when the process ends.
+
+        Some network file systems, and Windows, have no such locks: then continue without.
         """
         try:
             import fcntl
@@ -202,13 +206,17 @@ class Unfinished:
         except BlockingIOError:
             self.close()
             raise EmbeddingError(
-                f"{self.folder}: another process is writing into it; wait for its end"
+                f"{self.folder}: another process is writing into it; wait until it ends"
             ) from None
         except OSError:
             pass
 
-    def _must_match(self, stored: Mapping[str, Any], wanted: Mapping[str, Any], state: str) -> None:
-        if different := differences(stored, wanted):
+    def _must_match(
+        self, stored: Mapping[str, Any], requested: Mapping[str, Any], state: str
+    ) -> None:
+        """EmbeddingError naming the first difference between two meta.json."""
+        different = differences(stored, requested)
+        if different:
             key, old, new = different[0]
             more = f" (and {len(different) - 1} more differences)" if len(different) > 1 else ""
             raise EmbeddingError(
@@ -217,103 +225,114 @@ class Unfinished:
             )
 
     def _read_plan(self) -> dict | None:
-        with contextlib.suppress(OSError, ValueError):
+        """plan.json; None if it is missing or damaged."""
+        try:
             stored = json.loads((self.work / PLAN).read_bytes())
-            if (
-                isinstance(stored, dict)
-                and isinstance(stored.get("meta"), dict)
-                and "token" in stored
-            ):
-                return stored
-        return None
+        except (OSError, ValueError):
+            return None
+        if not isinstance(stored, dict) or "token" not in stored:
+            return None
+        return stored if isinstance(stored.get("meta"), dict) else None
 
-    def _collect(self, token: str, rows: int) -> list[tuple[int, int]]:
-        """The rows that are missing; the progress of all processes becomes one file."""
+    def _collect_progress(self, token: str, rows: int) -> list[tuple[int, int]]:
+        """Merge the progress files of all processes into one; return the missing rows."""
         ranges: list[tuple[int, int]] = []
         files = list(self.work.glob("progress*.json"))
         for file in files:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 stored = json.loads(file.read_bytes())
-                if (
-                    stored["token"] == token
-                ):  # not of a process that works on for a folder that was begun anew
-                    ranges += [(int(a), int(b)) for a, b in stored["rows"]]
+                # Another token: a process of an earlier attempt that still runs.
+                if stored["token"] == token:
+                    ranges += [(int(start), int(stop)) for start, stop in stored["rows"]]
         done = merged(ranges)
-        whole = self.work / "progress.json"
-        write_atomically(whole, json.dumps({"token": token, "rows": done}).encode())
+        combined = self.work / "progress.json"
+        write_atomically(combined, json.dumps({"token": token, "rows": done}).encode())
         for file in files:
-            if file != whole:
+            if file != combined:
                 file.unlink(missing_ok=True)
         return missing(done, rows)
 
 
-class RowWriter:
-    """One process's rows. They are written where they belong, not through a map: a full disk is an
-    error, no signal.
+# ---------------------------------------------------------------- rows
 
-    What `flush` has put on the disk is not done again after a kill. EmbeddingError when the disk is
-    full.
+
+class RowWriter:
+    """Writes the rows of one process into X.npy.
+
+    Uses pwrite, not a memory map: there a full disk kills the process with a signal, here it is an
+    EmbeddingError. Rows are safe from a kill once `flush` has returned.
     """
 
     def __init__(self, folder: str | os.PathLike, plan: Plan, rank: int = 0) -> None:
         work = Path(folder) / WORK
-        self._path, self._progress = work / "X.npy", work / f"progress-{rank}.json"
-        self._token, self._dtype = plan.token, np.dtype(plan.dtype)
+        self._path = work / "X.npy"
+        self._progress = work / f"progress-{rank}.json"
+        self._token = plan.token
+        self._dtype = np.dtype(plan.dtype)
         self._start = len(_header(plan.dtype, (plan.rows, plan.columns)))
         self._row_bytes = plan.columns * self._dtype.itemsize
         self._written: list[tuple[int, int]] = []
-        with _reported(self._path):
+        with _name_file_in_errors(self._path):
             self._file = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
 
     def write(self, rows: np.ndarray, values: np.ndarray) -> None:
-        """rows: int64 [B], increasing; values: [B, D] of the plan's type."""
+        """Write values [B, D], of the plan's type, as the rows int64 [B], which increase."""
+        # Split where row numbers are not consecutive: one write for each run of rows.
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-        for which, part in zip(np.split(rows, breaks), np.split(values, breaks), strict=True):
+        for run, part in zip(np.split(rows, breaks), np.split(values, breaks), strict=True):
+            first, last = int(run[0]), int(run[-1])
             rest = np.ascontiguousarray(part, self._dtype).data.cast("B")
-            offset = self._start + int(which[0]) * self._row_bytes
-            with _reported(self._path):
-                while rest:
-                    n = os.pwrite(self._file, rest, offset)
-                    rest, offset = rest[n:], offset + n
-            self._written = merged([*self._written, (int(which[0]), int(which[-1]) + 1)])
+            offset = self._start + first * self._row_bytes
+            with _name_file_in_errors(self._path):
+                while rest:  # pwrite may write less than it is given
+                    count = os.pwrite(self._file, rest, offset)
+                    rest = rest[count:]
+                    offset += count
+            self._written = merged([*self._written, (first, last + 1)])
 
     def flush(self) -> None:
-        """The rows written so far onto the disk, then the note that they are there. `write` may go
-        on meanwhile.
+        """Sync the rows written so far to disk, then record them as done.
+
+        May run in another thread than `write`, at the same time.
         """
-        there = self._written  # replaced, never changed, by `write`
-        with _reported(self._path):
+        done = self._written  # `write` replaces this list and never changes it
+        with _name_file_in_errors(self._path):
             os.fsync(self._file)
-            write_atomically(
-                self._progress, json.dumps({"token": self._token, "rows": there}).encode()
-            )
+            content = json.dumps({"token": self._token, "rows": done})
+            write_atomically(self._progress, content.encode())
 
     def close(self) -> None:
         os.close(self._file)
 
 
+# ---------------------------------------------------------------- ranges, meta
+
+
 def merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same rows as few, sorted and separate ranges [from, to)."""
-    whole: list[tuple[int, int]] = []
+    """The same rows as sorted, disjoint ranges [from, to), as few as possible."""
+    result: list[tuple[int, int]] = []
     for start, end in sorted(ranges):
-        if whole and start <= whole[-1][1]:
-            whole[-1] = whole[-1][0], max(end, whole[-1][1])
+        if result and start <= result[-1][1]:
+            previous_start, previous_end = result[-1]
+            result[-1] = (previous_start, max(end, previous_end))
         elif start < end:
-            whole.append((start, end))
-    return whole
+            result.append((start, end))
+    return result
 
 
 def missing(done: Sequence[tuple[int, int]], rows: int) -> list[tuple[int, int]]:
-    """The rows of 0 to `rows` that are in none of the ranges of `merged`."""
+    """Ranges of the rows below `rows` that are not in `done`, a result of `merged`."""
     edges = [0, *(edge for pair in done for edge in pair), rows]
     return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
 
 
 def _size(meta: Mapping[str, Any]) -> tuple[int, int, str]:
+    """(rows, columns, dtype)."""
     return meta["rows"], meta["columns"], meta["dtype"]
 
 
 def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """Header of a .npy file, version 1.0."""
     buffer = io.BytesIO()
     fields = {
         "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
@@ -325,17 +344,18 @@ def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 @contextlib.contextmanager
-def _reported(path: Path) -> Iterator[Path]:
-    """What the system refuses, as an error that names the file."""
+def _name_file_in_errors(path: Path) -> Iterator[Path]:
+    """Turn an OSError into an EmbeddingError that names the file."""
     try:
         yield path
     except OSError as error:
         raise EmbeddingError(
-            f"{path}: {error.strerror}; start the same command again when that is mended"
+            f"{path}: {error.strerror}; start the same command again when that is fixed"
         ) from error
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """("model.arch", value), ... of nested mappings; tuples become lists, as in JSON."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}" if name else str(key))
@@ -343,16 +363,18 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, list(value) if isinstance(value, tuple) else value
 
 
-def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, stored, wanted) of what decides the numbers and differs between two meta.json."""
-    old, new = dict(_flat(stored)), dict(_flat(wanted))
+def differences(
+    stored: Mapping[str, Any], requested: Mapping[str, Any]
+) -> list[tuple[str, str, str]]:
+    """(key, stored, requested) of the differences between two meta.json that change the numbers."""
+    old, new = dict(_flat(stored)), dict(_flat(requested))
 
     def short(value: Any) -> str:
         text = str(value)
         return text if len(text) <= 24 else f"{text[:21]}..."
 
-    return [
-        (key, short(old.get(key)), short(new.get(key)))
-        for key in dict.fromkeys([*new, *old])
-        if not key.startswith(_FREE) and old.get(key) != new.get(key)
-    ]
+    found = []
+    for key in dict.fromkeys([*new, *old]):
+        if not key.startswith(_IGNORED_KEYS) and old.get(key) != new.get(key):
+            found.append((key, short(old.get(key)), short(new.get(key))))
+    return found

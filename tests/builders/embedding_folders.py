@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from matryoshka.embeddings.writing import RowWriter, Unfinished
+from matryoshka.embeddings.writing import EmbeddingWriter, RowWriter
 
 META = {
     "format": "matryoshka-embeddings-1",
@@ -52,7 +52,7 @@ def write(folder, rows, labels, names=None, weights=None, classes=None, **meta):
     }
     if weights:
         about["model"] = META["model"] | {"weights_sha256": weights}
-    with Unfinished(folder) as unfinished:
+    with EmbeddingWriter(folder) as unfinished:
         writer = RowWriter(folder, unfinished.begin(about, labels, names.__getitem__))
         writer.write(np.arange(len(rows)), rows)
         writer.close()

@@ -19,7 +19,7 @@ from matryoshka.embeddings.reading import (
     open_embeddings,
     trunk_sha256,
 )
-from matryoshka.embeddings.writing import RowWriter, Unfinished
+from matryoshka.embeddings.writing import EmbeddingWriter, RowWriter
 from matryoshka.models import ModelSpec, build
 
 META = {
@@ -47,7 +47,7 @@ def test_what_is_written_in_any_order_is_read(tmp_path_factory, names, columns, 
     values = np.random.default_rng(n).normal(size=(n, columns)).astype(dtype)
     meta = META | {"rows": n, "columns": columns, "dtype": dtype}
     order = random.sample(range(n), n)
-    with Unfinished(folder) as unfinished:
+    with EmbeddingWriter(folder) as unfinished:
         plan = unfinished.begin(meta, np.arange(n), names.__getitem__)
         with pytest.raises(EmbeddingError, match="not finished"):
             open_embeddings(folder)
@@ -58,7 +58,7 @@ def test_what_is_written_in_any_order_is_read(tmp_path_factory, names, columns, 
                 writer.write(some, values[some])
                 writer.flush()
             writer.close()
-        assert unfinished.begin(meta, np.arange(n), names.__getitem__).todo == []
+        assert unfinished.begin(meta, np.arange(n), names.__getitem__).missing_rows == []
         unfinished.finish()
     found = open_embeddings(folder)
     assert np.array_equal(found.X, values)
@@ -67,7 +67,7 @@ def test_what_is_written_in_any_order_is_read(tmp_path_factory, names, columns, 
 
 
 def test_ranks_that_were_killed_leave_what_they_flushed(tmp_path):
-    with Unfinished(tmp_path) as unfinished:
+    with EmbeddingWriter(tmp_path) as unfinished:
         plan = unfinished.begin(META, np.zeros(5), str)
         for rank, rows in ((0, [0]), (1, [3, 4])):
             writer = RowWriter(tmp_path, plan, rank)
@@ -79,9 +79,9 @@ def test_ranks_that_were_killed_leave_what_they_flushed(tmp_path):
             '{"token": "of another start", "rows": [[0, 5]]}'
         )
         (tmp_path / ".unfinished" / "progress-8.json").write_text("half a fi")
-    with Unfinished(tmp_path) as again, Unfinished(tmp_path) as third:
+    with EmbeddingWriter(tmp_path) as again, EmbeddingWriter(tmp_path) as third:
         assert again.begin(META, np.zeros(5), str)._replace(token=plan.token) == plan._replace(
-            todo=[(1, 3)]
+            missing_rows=[(1, 3)]
         )
         with pytest.raises(EmbeddingError, match="another process"):
             third.begin(META, np.zeros(5), str)
@@ -92,7 +92,7 @@ def test_labels_of_one_set_as_those_of_another(tmp_path):
         meta = META | {
             "data": META["data"] | {"classes": classes, "num_classes": len(classes or range(3))}
         }
-        with Unfinished(tmp_path / name) as unfinished:
+        with EmbeddingWriter(tmp_path / name) as unfinished:
             plan = unfinished.begin(meta | {"rows": len(labels)}, np.array(labels), str)
             writer = RowWriter(tmp_path / name, plan)
             writer.write(np.arange(len(labels)), np.zeros((len(labels), 3)))
@@ -121,7 +121,7 @@ def test_labels_of_one_set_as_those_of_another(tmp_path):
 def sound(tmp_path_factory):
     """Files of small embeddings: {name: bytes}."""
     folder = tmp_path_factory.mktemp("sound") / "e"
-    with Unfinished(folder) as unfinished:
+    with EmbeddingWriter(folder) as unfinished:
         writer = RowWriter(folder, unfinished.begin(META, np.zeros(5), str))
         writer.write(np.arange(5), np.arange(15).reshape(5, 3))
         writer.close()
@@ -168,7 +168,7 @@ def test_old_embeddings_stay_until_the_new_are_whole(tmp_path, sound):
     for name, good in sound.items():
         (tmp_path / name).write_bytes(good)
     new = META | {"columns": 2}
-    with Unfinished(tmp_path) as unfinished:
+    with EmbeddingWriter(tmp_path) as unfinished:
         plan = unfinished.begin(new, np.ones(5), str, overwrite=True)
         assert open_embeddings(tmp_path).X.shape == (5, 3)
         writer = RowWriter(tmp_path, plan)
@@ -178,9 +178,9 @@ def test_old_embeddings_stay_until_the_new_are_whole(tmp_path, sound):
         assert open_embeddings(tmp_path).X[4, 2] == 14
         unfinished.finish()
     assert (open_embeddings(tmp_path).X == 7).all()
-    with Unfinished(tmp_path) as unfinished:
+    with EmbeddingWriter(tmp_path) as unfinished:
         unfinished.begin(META, np.ones(5), str, overwrite=True)  # and is killed
-    with Unfinished(tmp_path) as unfinished:
+    with EmbeddingWriter(tmp_path) as unfinished:
         assert unfinished.begin(new, np.ones(5), str) is None  # what is there is what was asked for
 
 
@@ -205,14 +205,14 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    with Unfinished(tmp_path) as unfinished:
+    with EmbeddingWriter(tmp_path) as unfinished:
         writer = RowWriter(tmp_path, unfinished.begin(META, np.zeros(5), str))
         monkeypatch.setattr(embedding_writer.os, "pwrite", full)
         with pytest.raises(EmbeddingError, match=r"X\.npy: No space left"):
             writer.write(np.arange(5), np.zeros((5, 3)))
         writer.close()
     with (
-        Unfinished(tmp_path / "large") as unfinished,
+        EmbeddingWriter(tmp_path / "large") as unfinished,
         pytest.raises(EmbeddingError, match="GB are free"),
     ):
         unfinished.begin(META | {"rows": 1 << 44}, np.zeros(5), str)

@@ -11,7 +11,7 @@ from matryoshka.inference.index import main
 
 from matryoshka import cli
 from matryoshka.embeddings.reading import AGAIN
-from matryoshka.embeddings.writing import RowWriter, Unfinished
+from matryoshka.embeddings.writing import EmbeddingWriter, RowWriter
 from matryoshka.retrieval.store import Index
 from matryoshka.retrieval.store_writer import Writer
 
@@ -47,7 +47,7 @@ def embed(folder, names, columns=24, seed=0, weights="ab" * 32, size=32, **more)
             "classes": CLASSES,
         },
     } | more
-    with Unfinished(folder) as unfinished:
+    with EmbeddingWriter(folder) as unfinished:
         plan = unfinished.begin(meta, np.arange(len(names)) % 3, names.__getitem__)
         writer = RowWriter(folder, plan)
         writer.write(np.arange(len(names)), rows)
