@@ -1,13 +1,16 @@
-"""Evaluation: all prefixes beside one, the loop beside the loader alone, and the analysis of
-ImageNet's size.
+"""Cost of evaluation: all prefixes against one, the loop against the loader alone, and an analysis
+of ImageNet's size.
 
     python bench/evaluation.py [--photos FOLDER] [--arch rn18 rn50] [--res 64]
 
-prefixes   predict + accuracy of nine prefixes (MRL) over those of the whole feature (FF), with the same trunk
-loop       evaluation of a .beton with a trunk that costs nothing, over the loader that feeds it: what Python takes
-analysis   `matryoshka analyze --only cascade` of logits [9, 50000, 1000], 30 splits: seconds and peak memory
+prefixes   time of predict + accuracy of nine prefixes (MRL) over that of the whole feature (FF),
+           with the same trunk
+loop       rate of evaluating a .beton with a trunk that costs nothing, over the rate of its loader:
+           the overhead of Python
+analysis   `matryoshka analyze --only cascade` of logits [9, 50000, 1000], 30 splits: seconds and
+           peak memory
 
-Competitors take turns, block by block; the clock is the CPU time of all threads, on a GPU wall
+Competitors take turns, block by block. The clock is the CPU time of all threads; on a GPU, wall
 time.
 """
 
@@ -43,7 +46,7 @@ from matryoshka.nested import NestedLinear, default_dims
 
 ARCHS = {"rn18": "resnet18", "rn50": "resnet50"}
 CASES = ("prefixes", "loop", "analysis")
-GOAL = 1.02  # nine prefixes at most so many times as long as one
+GOAL = 1.02  # nine prefixes take at most this many times the time of one
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,8 +85,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prefixes(arch: str, args: argparse.Namespace, here: Machine) -> dict:
-    """The ratio of times, MRL over FF: forward, softmax-free accuracy of every prefix, one batch
-    again and again.
+    """Ratio of times, MRL over FF: forward pass and accuracy of every prefix, for one repeated
+    batch.
     """
     torch.manual_seed(0)
     shared = build(ModelSpec(ARCHS.get(arch, arch), args.classes, (8,)))
@@ -108,9 +111,8 @@ def prefixes(arch: str, args: argparse.Namespace, here: Machine) -> dict:
     dims = default_dims(shared.width)
     made = {"MRL": lambda: kind(dims), "FF": lambda: kind(dims[-1:])}
     blocks = take_turns(made, args.blocks).blocks
-    times = ratios(
-        blocks["FF"], blocks["MRL"], here.clock
-    )  # FF's rate over MRL's: MRL's time over FF's
+    # FF's rate over MRL's is MRL's time over FF's
+    times = ratios(blocks["FF"], blocks["MRL"], here.clock)
     row = {
         "case": "prefixes",
         "arch": arch,
@@ -140,8 +142,8 @@ class _Free(nn.Module):
 
 
 def loop(args: argparse.Namespace, here: Machine) -> dict:
-    """The rate of evaluation with a free trunk over the loader's own: the rest is what the loop
-    costs.
+    """Rate of evaluation with a free trunk over that of the loader alone; the rest is the loop's
+    cost.
     """
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(args.photos) if args.photos else None
@@ -197,9 +199,7 @@ def loop(args: argparse.Namespace, here: Machine) -> dict:
 
 
 def analysis(args: argparse.Namespace) -> dict:
-    """One process from the files to analysis.json. Its memory includes the pages of the file that
-    it maps.
-    """
+    """One process from the files to analysis.json. Its memory includes pages of the mapped file."""
     dims = default_dims(2048)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,27 +1,29 @@
-"""A data set through a model: embeddings as memory-mapped arrays, labels, names and what made them,
-in one folder.
+"""Embed a data set: a folder of memory-mapped arrays with labels, names and a description.
 
-    matryoshka embed --path runs/demo/mrl/model.safetensors --data train.beton --output
-    embeddings/train matryoshka embed --path torchvision:resnet50 --data photos --output
-    embeddings/photos --dtype float16 torchrun --standalone --nproc-per-node=8 inference/embed.py
-    --path final_weights.pt --mrl --data ... --output ...
+    matryoshka embed --path model.safetensors --data train.beton --output embeddings/train
+    matryoshka embed --path torchvision:resnet50 --data photos --output e --dtype float16
+    torchrun --standalone --nproc-per-node=8 inference/embed.py --path ... --data ... --output ...
 
-Killed at any moment and started again with the same options, it goes on where it was; the files are
-the same in the end, also for another number of processes. Nothing of the data set's size is held in
-memory but its list of images. Several processes need one file system. docs/retrieval.md describes
-the files; `matryoshka.embeddings.open_embeddings` reads them.
+A killed run resumes when it is started again with the same options; the files are the same as
+without interruption, for any number of processes. Several processes need one file system. Memory
+use is independent of the data set's size, except for the list of file names. docs/retrieval.md
+describes the files; `matryoshka.embeddings.open_embeddings` reads them.
 """
 
 from __future__ import annotations
 
 import argparse
+from argparse import Namespace
 from collections.abc import Sequence
 
 from matryoshka import config, distributed
+from matryoshka.checkpoint.published import load_any
 from matryoshka.data import open_dataset
 from matryoshka.data.resized_images import CROP, RESIZE
 from matryoshka.embeddings.reading import DTYPES
-from matryoshka.evaluation.embedding import PREPROCESSING, Job, check, embed, load
+from matryoshka.evaluation.embedding import EmbeddingJob, EmbeddingOptions, embed
+from matryoshka.evaluation.preprocessing import PREPROCESSING, set_preprocessing
+from matryoshka.models import NestedModel
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,12 +98,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     check(args)
     dataset = open_dataset(args.data)
     model = load(args)
+    options = EmbeddingOptions(
+        checkpoint=args.path,
+        preprocessing=args.preprocessing,
+        truncate_dim=args.truncate_dim,
+        normalize=args.normalize,
+        dtype=args.dtype,
+        precision=args.precision,
+        batch_size=args.batch_size,
+        workers=args.workers,
+    )
     with distributed.joined(args.device) as world:
-        job = Job(model, dataset, dataset.labels, args, world, print)
-        job.announce()
-        if embed(job, args.output, args.overwrite) and world.is_main:
+        job = EmbeddingJob(model, dataset, options, world=world)
+        if world.is_main:
+            print("\n".join(job.summary()))
+        written = embed(job, args.output, report=print, overwrite=args.overwrite)
+        if written and world.is_main:
             print(f"written  {args.output}")
     return 0
+
+
+def check(args: Namespace) -> None:
+    """ConfigError for option values that are out of range."""
+    if args.batch_size < 1 or not 0 <= args.workers <= 1024:
+        raise config.ConfigError("--batch-size must be 1 or more, --workers 0 to 1024")
+    if args.resolution is not None and not 1 <= args.resolution <= 8192:
+        raise config.ConfigError(f"--resolution {args.resolution}: expected 1 to 8192")
+
+
+def load(args: Namespace) -> NestedModel:
+    """The model of --path with the preprocessing of the options."""
+    model = load_any(
+        args.path,
+        mrl=args.mrl and not args.efficient,  # upstream's MRL-E is --mrl --efficient
+        efficient=args.efficient,
+        rep_size=args.rep_size,
+        old_ckpt=args.old_ckpt,
+    )
+    set_preprocessing(model, args.preprocessing, args.resolution)
+    return model
 
 
 if __name__ == "__main__":

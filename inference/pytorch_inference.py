@@ -1,16 +1,15 @@
-"""Accuracy of every prefix of a checkpoint, all from one forward pass per image.
+"""Accuracy of every prefix of a checkpoint, from one forward pass per image.
 
-    python pytorch_inference.py --path runs/demo/mrl/model.safetensors --data-root
-    runs/demo/val.beton python pytorch_inference.py --path final_weights.pt --mrl --dataset V1
-    --data-root /data/imagenet python pytorch_inference.py --path torchvision:resnet50 --dataset R
-    --save_predictions --save_gt
+    python pytorch_inference.py --path model.safetensors --data-root val.beton
+    python pytorch_inference.py --path final_weights.pt --mrl --dataset V1 --data-root imagenet
+    python pytorch_inference.py --path torchvision:resnet50 --dataset R --save_predictions --save_gt
 
 model.safetensors needs no further flag. Upstream's .pt files take upstream's flags: --mrl,
---efficient, --rep_size. Starts under torchrun too: every image is counted once.
+--efficient, --rep_size. Under torchrun every image is evaluated exactly once.
 
 --save_* write logits and softmax, float32 [prefixes, images, classes], predictions, int64
-[prefixes, images], and labels (gt), int64 [images], in the data set's order; for ImageNet-A, -R and
--O over their 200 classes.
+[prefixes, images], and labels (gt), int64 [images], in data set order; for ImageNet-A, -R and -O
+over their 200 classes. --retrieval writes features of queries and database instead.
 """
 
 from __future__ import annotations
@@ -23,8 +22,9 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,21 +33,39 @@ from tqdm import tqdm
 from matryoshka import config, distributed
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader, open_dataset
-from matryoshka.data.augment import Preprocessing
-from matryoshka.data.imagenet import FOLDERS, OUTSIDE, ImageNetError, canonical, find, find_outside
+from matryoshka.data.imagenet import (
+    FOLDERS,
+    OOD_FOLDER,
+    ImageNetError,
+    canonical_name,
+    find_dataset,
+    find_imagenet_o,
+)
 from matryoshka.data.resized_images import CROP, RESIZE, ResizedImages
 from matryoshka.data.subset import Subset
 from matryoshka.environment import environment
 from matryoshka.evaluation import analysis
-from matryoshka.evaluation.imagenet_sets import Labelling, match
+from matryoshka.evaluation.embedding import EmbeddingJob, EmbeddingOptions
+from matryoshka.evaluation.imagenet_sets import LabelMapping, match
 from matryoshka.evaluation.predict import predict
-from matryoshka.evaluation.retrieval_arrays import retrieval
-from matryoshka.evaluation.saved_arrays import KINDS, Collected, file_names, write_array
+from matryoshka.evaluation.preprocessing import PREPROCESSING, set_preprocessing
+from matryoshka.evaluation.retrieval_arrays import array_path, open_splits, sample, write_arrays
+from matryoshka.evaluation.saved_arrays import KINDS, ArrayCollector, file_names, write_array
 from matryoshka.files import write_atomically
 from matryoshka.models import NestedModel, with_prefixes
 from matryoshka.report.tables import accuracy_table
 
-PREPROCESSING = ("checkpoint", "upstream", "ffcv")
+Data = BetonFile | ImageFolder | Subset
+
+# Options that have no meaning with --retrieval.
+NOT_FOR_RETRIEVAL = (
+    "tta",
+    "ood",
+    "nesting_list",
+    "output",
+    "upstream_names",
+    *(f"save_{kind}" for kind in KINDS),
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -149,158 +167,142 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-class Outcome(NamedTuple):
-    """Of one data set. accuracy: {prefix: {top1, top5}}. confidence: float32 [G, N], or [G, 0]
-    where it was not wanted. not_finite: images with NaN or infinity among their logits. seconds: of
-    all; of them `wait` waiting for data.
-    """
-
-    accuracy: dict[int, dict[str, float]]
-    confidence: np.ndarray
-    not_finite: int
-    seconds: float
-    wait: float
-
-
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.retrieval:
-        return retrieval(args, print)
-    if args.retrieval_array_path or args.random_sample_dim != parser().get_default(
-        "random_sample_dim"
-    ):
-        raise config.ConfigError(
-            "--retrieval_array_path and --random_sample_dim are for --retrieval; add it"
-        )
     check(args)
-    name = canonical(args.dataset)
-    if name == "O" and args.ood:
-        raise config.ConfigError(
-            f"--ood {args.ood}: --dataset O brings its own, {OUTSIDE}/; drop one of the two"
-        )
-    outside = find_outside(args.data_root) if name == "O" else args.ood
-    dataset = open_dataset(find(name, args.data_root))
-    strange = open_dataset(outside) if outside else None
-    # the flags of upstream say --mrl --efficient for MRL-E; the checkpoint's own words are mrl and
-    # efficient
-    flags = {
-        "mrl": args.mrl and not args.efficient,
-        "efficient": args.efficient,
-        "rep_size": args.rep_size,
-    }
-    model = load_any(args.path, **flags, old_ckpt=args.old_ckpt)
-    head = model.spec.head_name
-    if args.nesting_list is not None:
-        with_prefixes(model, prefix_lengths(args.nesting_list))
-    labelling = match(name, dataset, model)
-    data = selected(dataset, labelling)
-    kinds = [kind for kind in KINDS if getattr(args, f"save_{kind}")]
-    if args.upstream_names and not kinds:
-        raise config.ConfigError(
-            "--upstream_names: nothing to name; add --save_logits or another --save_*"
-        )
-    place = Path(args.output).parent if args.output else Path()
-    set_preprocessing(model, args.preprocessing, args.resolution)
+    if args.retrieval:
+        return write_retrieval_arrays(args)
 
+    request = resolve(args)
     with distributed.joined(args.device) as world:
-        precision = distributed.pick_precision(args.precision, world.device)
-        model = model.to(world.device).to(memory_format=torch.channels_last)
-        labelling = labelling.to(world.device)
-        collected = Collected(kinds)
-        outcome = evaluate(
-            model, data, labelling, args, world, precision, collected, strange is not None
-        )
-        accuracy, confidence = outcome.accuracy, outcome.confidence
-        if strange is not None:
-            nowhere = torch.zeros(strange.num_classes, dtype=torch.int64, device=world.device)
-            labels = labelling._replace(labels=nowhere)
-            unknown = evaluate(
-                model, strange, labels, args, world, precision, Collected([]), True
-            ).confidence
-            for g, d in enumerate(model.dims if world.is_main else ()):
-                accuracy[d] |= analysis.out_of_distribution(confidence[g], unknown[g])._asdict()
-        variant = "" if dataset.path.name in FOLDERS[name] else dataset.path.name
-        settings = [f"{args.preprocessing}{model.preprocessing.size}", precision]
-        names = file_names(
-            kinds,
-            head,
-            model.dims,
-            args.path,
-            name,
-            variant,
-            settings,
-            args.tta,
-            args.upstream_names,
-        )
-        results = {
-            "prefixes": {str(d): values for d, values in accuracy.items()},
-            "checkpoint": str(args.path),
-            "arch": model.spec.arch,
-            "head": head,
-            "dims": list(model.dims),
-            "dataset": name,
-            "data": str(dataset.path),
-            "classes": model.spec.num_classes
-            if labelling.columns is None
-            else len(labelling.columns),
-            "class_names": labelling.names or model.classes,
-            "images": len(data),
-            **(
-                {"ood": str(strange.path), "ood_images": len(strange)}
-                if strange is not None
-                else {}
-            ),
-            "not_finite": outcome.not_finite,
-            "preprocessing": args.preprocessing,
-            "resolution": model.preprocessing.size,
-            "crop_ratio": model.preprocessing.ratio,
-            "tta": args.tta,
-            "precision": precision,
-            "images_per_s": len(data) / outcome.seconds,
-            "data_wait": outcome.wait / outcome.seconds,
-            "arrays": names,
-            "environment": environment(),
-        }
+        outcome = evaluate(request, world)
+        results = results_json(request, outcome)
         if world.is_main:
-            show(args, results, model, labelling)
-        for kind, array in collected.arrays(len(data), world):
-            write_array(place / names[kind], array)
+            print("\n".join(summary(request, results)))
+            print(accuracy_table(outcome.accuracy))
+            print(speed(results))
+        for kind, array in outcome.collector.arrays(len(request.data), world):
+            write_array(request.folder / results["arrays"][kind], array)
 
     if world.is_main:
         if args.output:
             write_atomically(args.output, (json.dumps(results, indent=1) + "\n").encode())
             print(f"results  {args.output}")
-        for kind, file in names.items():
-            print(f"{kind:11}  {place / file}")
+        for kind, file in results["arrays"].items():
+            print(f"{kind:11}  {request.folder / file}")
     return 0
 
 
+# ---------------------------------------------------------------- options
+
+
 def check(args: Namespace) -> None:
+    """ConfigError for option values that are out of range or contradict each other."""
     if args.batch_size < 1 or args.workers < 0:
         raise config.ConfigError("--batch-size must be 1 or more, --workers 0 or more")
     if not 0 <= args.workers <= 1024 or (
         args.resolution is not None and not 1 <= args.resolution <= 8192
     ):
         raise config.ConfigError("--workers must be at most 1024, --resolution 1 to 8192")
-    if args.resolution is not None and args.preprocessing == "upstream":
+    if args.random_sample_dim < 1:
         raise config.ConfigError(
-            f"--resolution {args.resolution}: --preprocessing upstream is of {CROP} pixels"
+            f"--random_sample_dim {args.random_sample_dim}: expected 1 or more"
         )
-    place = Path(args.output or "results.json").resolve().parent
-    if not place.is_dir():
+    default = parser().get_default("random_sample_dim")
+    if not args.retrieval and (args.retrieval_array_path or args.random_sample_dim != default):
+        raise config.ConfigError(
+            "--retrieval_array_path and --random_sample_dim are for --retrieval; add it"
+        )
+    check_output(args)
+
+
+def check_output(args: Namespace) -> None:
+    """ConfigError if the results cannot be written: before hours of work, not after."""
+    folder = Path(args.output or "results.json").resolve().parent
+    if not folder.is_dir():
         raise config.ConfigError(
             f"--output {args.output}: its folder does not exist; make it first"
         )
     if args.output and Path(args.output).is_dir():
         raise config.ConfigError(f"--output {args.output}: is a folder; name a file in it")
     if args.output or any(getattr(args, f"save_{kind}") for kind in KINDS):
-        try:  # now, not after hours
-            tempfile.TemporaryFile(dir=place).close()
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise config.ConfigError(
-                f"--output: cannot write to {place}: {error.strerror}"
+                f"--output: cannot write to {folder}: {error.strerror}"
             ) from None
+
+
+# ---------------------------------------------------------------- what is evaluated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Everything that the options name, opened and checked."""
+
+    args: Namespace
+    model: NestedModel
+    head: str  # of the checkpoint; --nesting-list may leave one prefix of an MRL model
+    name: str  # of the data set, a key of FOLDERS
+    dataset: BetonFile | ImageFolder
+    data: Data  # the images of `dataset` that have a label
+    mapping: LabelMapping
+    ood_dataset: BetonFile | ImageFolder | None  # images of none of the model's classes
+    kinds: list[str]  # arrays to save
+    folder: Path  # of these arrays
+
+
+def resolve(args: Namespace) -> Request:
+    """Open the data sets and the model. Errors for contradictory options, before any forward
+    pass.
+    """
+    name = canonical_name(args.dataset)
+    if name == "O" and args.ood:
+        raise config.ConfigError(
+            f"--ood {args.ood}: --dataset O has its own images, {OOD_FOLDER}/; drop one of the two"
+        )
+    ood_path = find_imagenet_o(args.data_root) if name == "O" else args.ood
+    dataset = open_dataset(find_dataset(name, args.data_root))
+    ood_dataset = open_dataset(ood_path) if ood_path else None
+
+    model = load(args)
+    head = model.spec.head_name
+    if args.nesting_list is not None:
+        with_prefixes(model, prefix_lengths(args.nesting_list))
+    mapping = match(name, dataset, model)
+
+    kinds = [kind for kind in KINDS if getattr(args, f"save_{kind}")]
+    if args.upstream_names and not kinds:
+        raise config.ConfigError(
+            "--upstream_names: no array to name; add --save_logits or another --save_*"
+        )
+    return Request(
+        args=args,
+        model=model,
+        head=head,
+        name=name,
+        dataset=dataset,
+        data=labelled_images(dataset, mapping),
+        mapping=mapping,
+        ood_dataset=ood_dataset,
+        kinds=kinds,
+        folder=Path(args.output).parent if args.output else Path(),
+    )
+
+
+def load(args: Namespace) -> NestedModel:
+    """The model of --path with the preprocessing of the options."""
+    model = load_any(
+        args.path,
+        mrl=args.mrl and not args.efficient,  # upstream's MRL-E is --mrl --efficient
+        efficient=args.efficient,
+        rep_size=args.rep_size,
+        old_ckpt=args.old_ckpt,
+    )
+    set_preprocessing(model, args.preprocessing, args.resolution)
+    return model
 
 
 def prefix_lengths(text: str) -> list[int]:
@@ -308,49 +310,122 @@ def prefix_lengths(text: str) -> list[int]:
         return [int(d) for d in text.split(",")]
     except ValueError:
         raise config.ConfigError(
-            f"--nesting-list {text}: expected lengths with commas, such as 8,64,512"
+            f"--nesting-list {text}: expected comma-separated lengths such as 8,64,512"
         ) from None
 
 
-def selected(
-    dataset: BetonFile | ImageFolder, labelling: Labelling
-) -> BetonFile | ImageFolder | Subset:
-    """The images that have a label."""
-    counted = labelling.labels.numpy()[dataset.labels] >= 0
-    if not counted.any():
+def labelled_images(dataset: BetonFile | ImageFolder, mapping: LabelMapping) -> Data:
+    """The images whose label is one of the evaluated classes."""
+    is_labelled = mapping.labels.numpy()[dataset.labels] >= 0
+    if not is_labelled.any():
         raise ImageNetError(
             f"{dataset.path}: has no images of these classes; give the whole validation set"
         )
-    return dataset if counted.all() else Subset(dataset, np.flatnonzero(counted))
+    return dataset if is_labelled.all() else Subset(dataset, np.flatnonzero(is_labelled))
 
 
-def set_preprocessing(model: NestedModel, name: str, resolution: int | None) -> None:
-    given = model.preprocessing
-    if resolution is not None:
-        given = Preprocessing(resolution, given.ratio, given.mean, given.std)
-        model.preprocessing = given
-    if name == "upstream":
-        model.preprocessing = Preprocessing(CROP, CROP / RESIZE, given.mean, given.std)
-    elif name == "ffcv":
-        model.preprocessing = Preprocessing(given.size, 224 / 256, given.mean, given.std)
+# ---------------------------------------------------------------- evaluation
 
 
-def evaluate(
-    model: NestedModel,
-    data: BetonFile | ImageFolder | Subset,
-    labelling: Labelling,
-    args: Namespace,
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Results of one data set, equal on every rank except for `accuracy`'s OOD columns."""
+
+    accuracy: dict[int, dict[str, float]]  # {prefix: {"top1": percent, "top5": percent, ...}}
+    confidence: np.ndarray  # float32 [G, N], or [G, 0] if it was not requested
+    collector: ArrayCollector  # this rank's part of the arrays to save
+    not_finite: int  # images with NaN or infinity among their logits
+    precision: str
+    seconds: float
+    wait: float  # of these seconds, spent waiting for data
+
+
+def evaluate(request: Request, world: distributed.World) -> Outcome:
+    """Evaluate the data set, and with it the detection of out-of-distribution images."""
+    request.model.to(world.device).to(memory_format=torch.channels_last)
+    mapping = request.mapping.to(world.device)
+    ood_dataset = request.ood_dataset
+    outcome = evaluate_images(
+        request,
+        request.data,
+        mapping,
+        world=world,
+        kinds=request.kinds,
+        with_confidence=ood_dataset is not None,
+    )
+    if ood_dataset is None:
+        return outcome
+
+    # Only the confidence of these images counts; their labels have no meaning.
+    labels = torch.zeros(ood_dataset.num_classes, dtype=torch.int64, device=world.device)
+    ood = evaluate_images(
+        request,
+        ood_dataset,
+        mapping._replace(labels=labels),
+        world=world,
+        kinds=[],
+        with_confidence=True,
+    )
+    if world.is_main:
+        for g, d in enumerate(request.model.dims):
+            scores = analysis.out_of_distribution(outcome.confidence[g], ood.confidence[g])
+            outcome.accuracy[d].update(scores._asdict())
+    return outcome
+
+
+def evaluate_images(
+    request: Request,
+    data: Data,
+    mapping: LabelMapping,
+    *,
     world: distributed.World,
-    precision: str,
-    collected: Collected,
-    confidences: bool,
+    kinds: Sequence[str],
+    with_confidence: bool,
 ) -> Outcome:
-    """One pass over the data, every image once on one of the ranks."""
-    from matryoshka.evaluation.metrics import (
-        PrefixAccuracy,  # torchmetrics takes seconds to import: not before it is needed
+    """One pass over the data; every image is evaluated on exactly one rank."""
+    # torchmetrics takes seconds to import: option errors must not wait for it
+    from matryoshka.evaluation.metrics import PrefixAccuracy
+
+    args, model = request.args, request.model
+    precision = distributed.pick_precision(args.precision, world.device)
+    loader = make_loader(request, data, world)
+    started = time.perf_counter()
+    metric = PrefixAccuracy(model.dims).to(world.device)
+    collector = ArrayCollector(kinds)
+    not_finite = torch.zeros((), dtype=torch.int64, device=world.device)
+    confidence = [np.empty((len(model.dims), 0), np.float32)]
+    bar = tqdm(
+        loader, leave=False, unit="batch", disable=not (world.is_main and sys.stderr.isatty())
+    )
+    for raw in predict(model, bar, precision, args.tta):
+        prediction = raw._replace(
+            logits=mapping.select(raw.logits),  # [G, B, C]
+            labels=mapping.labels[raw.labels],  # [B]
+        )
+        metric.update(prediction.logits, prediction.labels)
+        collector.add(prediction)
+        not_finite += (~prediction.logits.isfinite()).any(2).any(0).sum()
+        if with_confidence:
+            confidence.append(prediction.logits.softmax(2).amax(2).cpu().numpy())  # [G, B]
+
+    accuracy = metric.compute()
+    seconds = time.perf_counter() - started
+    return Outcome(
+        accuracy=accuracy,
+        confidence=np.concatenate(distributed.gather(confidence, world), 1),
+        collector=collector,
+        not_finite=int(distributed.sum_over_ranks(not_finite, world)),
+        precision=precision,
+        seconds=seconds,
+        wait=loader.wait,
     )
 
-    options = {
+
+def make_loader(request: Request, data: Data, world: distributed.World) -> Loader:
+    """Batches of --batch-size images per process, in order, prepared by --preprocessing."""
+    args, preprocessing = request.args, request.model.preprocessing
+    global_batch = args.batch_size * world.size
+    options: dict[str, Any] = {
         "order": "sequential",
         "num_workers": args.workers,
         "device": world.device,
@@ -358,63 +433,142 @@ def evaluate(
         "world": world.size,
     }
     if args.preprocessing == "upstream":
-        loader = ResizedImages(data, args.batch_size * world.size, **options)
-    else:
-        crop = CenterCrop(model.preprocessing.size, model.preprocessing.ratio)
-        loader = Loader(data, args.batch_size * world.size, image=crop, **options)
-    started = time.perf_counter()
-    metric = PrefixAccuracy(model.dims).to(world.device)
-    bad = torch.zeros((), dtype=torch.int64, device=world.device)
-    highest = [np.empty((len(model.dims), 0), np.float32)]
-    bar = tqdm(
-        loader, leave=False, unit="batch", disable=not (world.is_main and sys.stderr.isatty())
+        return ResizedImages(data, global_batch, **options)
+    crop = CenterCrop(preprocessing.size, preprocessing.ratio)
+    return Loader(data, global_batch, image=crop, **options)
+
+
+# ---------------------------------------------------------------- results
+
+
+def results_json(request: Request, outcome: Outcome) -> dict[str, Any]:
+    """The content of --output."""
+    args, model, mapping = request.args, request.model, request.mapping
+    dataset, images = request.dataset, len(request.data)
+    preprocessing = model.preprocessing
+    usual_folder = dataset.path.name in FOLDERS[request.name]
+    arrays = file_names(
+        request.kinds,
+        head=request.head,
+        dims=model.dims,
+        checkpoint=args.path,
+        dataset=request.name,
+        variant="" if usual_folder else dataset.path.name,
+        settings=[f"{args.preprocessing}{preprocessing.size}", outcome.precision],
+        tta=args.tta,
+        upstream=args.upstream_names,
     )
-    for raw in predict(model, bar, precision, args.tta):
-        prediction = raw._replace(
-            logits=labelling.select(raw.logits), labels=labelling.labels[raw.labels]
-        )
-        metric.update(prediction.logits, prediction.labels)
-        bad += (~prediction.logits.isfinite()).any(2).any(0).sum()
-        collected.add(prediction)
-        if confidences:
-            highest.append(prediction.logits.softmax(2).amax(2).cpu().numpy())
-    accuracy = metric.compute()
-    seconds = time.perf_counter() - started
-    confidence = np.concatenate(distributed.gather(highest, world), 1)
-    not_finite = int(distributed.sum_over_ranks(bad, world))
-    return Outcome(accuracy, confidence, not_finite, seconds, loader.wait)
+    ood = {}
+    if request.ood_dataset is not None:
+        ood = {"ood": str(request.ood_dataset.path), "ood_images": len(request.ood_dataset)}
+    classes = model.spec.num_classes if mapping.columns is None else len(mapping.columns)
+    return {
+        "prefixes": {str(d): values for d, values in outcome.accuracy.items()},
+        "checkpoint": str(args.path),
+        "arch": model.spec.arch,
+        "head": request.head,
+        "dims": list(model.dims),
+        "dataset": request.name,
+        "data": str(dataset.path),
+        "classes": classes,
+        "class_names": mapping.names or model.classes,
+        "images": images,
+        **ood,
+        "not_finite": outcome.not_finite,
+        "preprocessing": args.preprocessing,
+        "resolution": preprocessing.size,
+        "crop_ratio": preprocessing.ratio,
+        "tta": args.tta,
+        "precision": outcome.precision,
+        "images_per_s": images / outcome.seconds,
+        "data_wait": outcome.wait / outcome.seconds,
+        "arrays": arrays,
+        "environment": environment(),
+    }
 
 
-def show(args: Namespace, results: dict, model: NestedModel, labelling: Labelling) -> None:
-    for note in [] if args.nesting_list and model.head.shared else model.notes:
-        print(f"note: {note}")
-    print(f"{args.path}: {results['arch']}, {results['head']}, {model.spec.num_classes} classes")
+def summary(request: Request, results: dict[str, Any]) -> list[str]:
+    """Lines above the table: the model, the data, and notes on both."""
+    args, model, mapping = request.args, request.model, request.mapping
+    lines = []
+    # Notes on a shared head are about its assumed prefixes, which --nesting-list replaces.
+    if not (args.nesting_list and model.head.shared):
+        lines += [f"note: {note}" for note in model.notes]
+    lines.append(
+        f"{args.path}: {results['arch']}, {results['head']}, {model.spec.num_classes} classes"
+    )
     tta = ", tta" if args.tta else ""
-    print(
+    lines.append(
         f"{results['data']}: {results['dataset']}, {results['images']:,} images at "
         f"{results['resolution']} px{tta}"
     )
-    present = set(labelling.labels[labelling.labels >= 0].tolist())
-    if labelling.names and len(present) < len(labelling.names):
-        print(
-            f"note: {len(present)} of the {len(labelling.names)} classes of {results['dataset']} "
-            "are there"
+    present = set(mapping.labels[mapping.labels >= 0].tolist())
+    if mapping.names and len(present) < len(mapping.names):
+        lines.append(
+            f"note: only {len(present)} of the {len(mapping.names)} classes of "
+            f"{results['dataset']} are present"
         )
     if results["not_finite"]:
-        print(
+        lines.append(
             f"note: {results['not_finite']:,} images have logits that are not finite; the model "
             "diverged"
         )
     if "ood" in results:
-        print(
-            f"{results['ood']}: {results['ood_images']:,} images of other classes, to be told by "
+        lines.append(
+            f"{results['ood']}: {results['ood_images']:,} images of other classes, detected by "
             "low confidence"
         )
-    print(accuracy_table({int(d): values for d, values in results["prefixes"].items()}))
-    print(
+    return lines
+
+
+def speed(results: dict[str, Any]) -> str:
+    return (
         f"{results['images_per_s']:.0f} images/s, {100 * results['data_wait']:.0f} % of the time "
         "waiting for data"
     )
+
+
+# ---------------------------------------------------------------- --retrieval
+
+
+def write_retrieval_arrays(args: Namespace) -> int:
+    """Upstream's --retrieval: features of the queries, then of the database, as arrays.
+
+    A data set with more than --random_sample_dim images is sampled, in every run alike. Resumes
+    after a kill, as `matryoshka embed` does.
+    """
+    unsuitable = [option for option in NOT_FOR_RETRIEVAL if getattr(args, option)]
+    if unsuitable:
+        option = unsuitable[0].replace("nesting_list", "nesting-list")
+        raise config.ConfigError(f"--{option} is not for --retrieval")
+    prefix = args.retrieval_array_path
+    folder = Path(f"{prefix}X").parent
+    if not folder.is_dir():
+        raise config.ConfigError(
+            f"--retrieval_array_path {prefix}: the folder {folder} does not exist; make it first"
+        )
+    name = args.dataset.upper()
+    datasets = open_splits(name, args.data_root)
+    model = load(args)
+    options = EmbeddingOptions(
+        checkpoint=args.path,
+        preprocessing=args.preprocessing,
+        truncate_dim=model.dims[-1],
+        precision=args.precision,
+        batch_size=args.batch_size,
+        workers=args.workers,
+    )
+    with distributed.joined(args.device) as world:
+        for split, dataset in datasets.items():
+            data, labels = sample(name, dataset, args.random_sample_dim)
+            job = EmbeddingJob(model, data, options, world=world, labels=labels)
+            target = array_path(prefix, name, split, model)
+            if world.is_main:
+                print("\n".join(job.summary()))
+            write_arrays(job, target, report=print)
+            if world.is_main:
+                print(f"written  {target}-X.npy {target}-y.npy")
+    return 0
 
 
 if __name__ == "__main__":

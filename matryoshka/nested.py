@@ -51,10 +51,11 @@ def nested_logits(
     """Logits of every prefix: `features[:, :d] @ W[:, :d].T + b` for each d -> [G, B, C].
 
     features [B, D]; heads: one per prefix (MRL), or a single one that all prefixes share by slicing
-    its columns (MRL-E; the whole bias is added to each prefix). fused: True computes all prefixes
-    in one product with zeros where a prefix has no columns, few launches and up to G times the
-    arithmetic; False the exact arithmetic prefix by prefix; None: True on a GPU, where launches
-    cost more than arithmetic (bench/step.py), else False.
+    its columns (MRL-E; the whole bias is added to each prefix).
+
+    fused: True computes all prefixes in one product, with zeros where a prefix has no columns: few
+    launches, up to G times the arithmetic. False computes prefix by prefix, without extra
+    arithmetic. None: True on a GPU, where launches cost more than arithmetic (bench/step.py).
     """
     if len(heads) not in (1, len(dims)):
         raise ValueError(
@@ -67,15 +68,18 @@ def nested_logits(
     if len(dims) == 1:
         return F.linear(features[:, : dims[0]], heads[0][0][:, : dims[0]], heads[0][1])[None]
     fused = features.is_cuda if fused is None else fused
-    compute = (
-        _in_one_product if fused else _prefix_by_prefix if len(heads) > 1 else _segment_by_segment
-    )
+    if fused:
+        compute = _in_one_product
+    elif len(heads) > 1:
+        compute = _prefix_by_prefix
+    else:
+        compute = _segment_by_segment
     return compute(features[:, : dims[-1]], heads, dims)
 
 
 def _in_one_product(features: Tensor, heads: Sequence[Head], dims: Sequence[int]) -> Tensor:
     width = dims[-1]
-    if len(heads) == 1:  # the features of each prefix, with zeros behind it
+    if len(heads) == 1:  # the features of each prefix, followed by zeros
         weight, bias = heads[0]
         prefixes = features * _inside(tuple(dims), features.device)[:, None].to(features.dtype)
         return F.linear(prefixes, weight[:, :width], bias)
@@ -91,7 +95,7 @@ def _in_one_product(features: Tensor, heads: Sequence[Head], dims: Sequence[int]
 
 @cache
 def _inside(dims: tuple[int, ...], device: torch.device) -> Tensor:
-    """[G, D]: whether a prefix has a column. Kept: to make it would copy from the host in every
+    """[G, D]: whether a prefix has a column. Cached: making it would copy from the host in every
     step.
     """
     return (torch.arange(dims[-1]) < torch.tensor(dims)[:, None]).to(device)
@@ -107,8 +111,8 @@ def _prefix_by_prefix(features: Tensor, heads: Sequence[Head], dims: Sequence[in
 
 
 def _segment_by_segment(features: Tensor, heads: Sequence[Head], dims: Sequence[int]) -> Tensor:
-    """A shared classifier: each prefix adds the columns that are new to the logits of the one
-    before.
+    """A shared classifier: each prefix adds its new columns' product to the logits of the previous
+    one.
     """
     weight, bias = heads[0]
     sizes = [end - begin for begin, end in itertools.pairwise((0, *dims))]

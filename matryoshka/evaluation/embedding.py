@@ -1,4 +1,10 @@
-"""A data set through a model: the work of `matryoshka embed`."""
+"""Embed a data set with a model: the work of `matryoshka embed`.
+
+job = EmbeddingJob(model, data, EmbeddingOptions(checkpoint="model.safetensors"), world=world)
+for line in job.summary():
+    print(line)
+embed(job, "embeddings/train", report=print)
+"""
 
 from __future__ import annotations
 
@@ -9,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,107 +23,101 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from matryoshka import __version__, config, distributed
-from matryoshka.checkpoint.published import load_any
+from matryoshka import __version__, distributed
 from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader
 from matryoshka.data.order import share
 from matryoshka.data.reader import printable
-from matryoshka.data.resized_images import CROP, RESIZE, ResizedImages
+from matryoshka.data.resized_images import ResizedImages
 from matryoshka.data.subset import Subset
 from matryoshka.embeddings.reading import FORMAT, EmbeddingError, trunk_sha256
-from matryoshka.embeddings.writing import Plan, RowWriter, Unfinished
+from matryoshka.embeddings.writing import EmbeddingWriter, Plan, RowWriter
 from matryoshka.environment import git_state
 from matryoshka.models import ModelError, NestedModel
 
-PREPROCESSING = ("checkpoint", "upstream", "ffcv")
-FLUSH_SECONDS = (
-    20.0  # at most so much work, and the batches being written, is done again after a kill
-)
-SHOWN = 5  # names of classes
-LOOKED_AT = 64  # images whose bytes are part of a data set's fingerprint
-
-
-def check(args: Any) -> None:
-    if args.batch_size < 1 or not 0 <= args.workers <= 1024:
-        raise config.ConfigError("--batch-size must be 1 or more, --workers 0 to 1024")
-    if args.resolution is not None and not 1 <= args.resolution <= 8192:
-        raise config.ConfigError(f"--resolution {args.resolution}: expected 1 to 8192")
-    if args.resolution is not None and args.preprocessing == "upstream":
-        raise config.ConfigError(
-            f"--resolution {args.resolution}: --preprocessing upstream is of {CROP} pixels"
-        )
-
-
-def load(args: Any) -> NestedModel:
-    """The model with the preprocessing that was asked for."""
-    # the flags of upstream say --mrl --efficient for MRL-E; the checkpoint's own words are mrl and
-    # efficient
-    flags = {
-        "mrl": args.mrl and not args.efficient,
-        "efficient": args.efficient,
-        "rep_size": args.rep_size,
-    }
-    model = load_any(args.path, **flags, old_ckpt=args.old_ckpt)
-    given = model.preprocessing = replace(
-        model.preprocessing, size=args.resolution or model.preprocessing.size
-    )
-    if args.preprocessing == "upstream":
-        model.preprocessing = replace(given, size=CROP, ratio=CROP / RESIZE)
-    elif args.preprocessing == "ffcv":
-        model.preprocessing = replace(given, ratio=224 / 256)
-    columns = args.truncate_dim
-    if columns is not None and not 1 <= columns <= model.width:
-        raise ModelError(
-            f"--truncate-dim {columns}: expected 1 to {model.width}, the width of this model's "
-            "features"
-        )
-    return model
-
+FLUSH_SECONDS = 20.0  # a kill loses the work of at most this time and the batches being written
+SHOWN_CLASSES = 5  # in the summary
+SAMPLED_IMAGES = 64  # images whose bytes are part of a data set's fingerprint
 
 Data = BetonFile | ImageFolder | Subset
+Report = Callable[[str], None]
 
 
-class Job:
-    """What is embedded, with which numbers: labels int64 [N], args as `parser` reads them."""
+# ---------------------------------------------------------------- what is embedded
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingOptions:
+    """How a data set is embedded. meta.json records all but batch_size and workers."""
+
+    checkpoint: str  # as the user named it
+    preprocessing: str = "checkpoint"  # its name; the model has the values
+    truncate_dim: int | None = None  # keep the first columns only; None: all
+    normalize: bool = False  # to length 1, after truncation
+    dtype: str = "float32"  # on disk: float32 or float16
+    precision: str = "fp32"  # of the forward pass
+    batch_size: int = 256  # images per process
+    workers: int = 0  # decoding threads per process, 0: all cores
+
+
+class EmbeddingJob:
+    """A model, a data set and the options that together determine every number on disk."""
 
     def __init__(
         self,
         model: NestedModel,
         data: Data,
-        labels: np.ndarray,
-        args: Any,
+        options: EmbeddingOptions,
+        *,
         world: distributed.World,
-        tell: Callable[[str], None],
+        labels: np.ndarray | None = None,
     ) -> None:
-        self.precision = distributed.pick_precision(args.precision, world.device)
+        """Move the model to the device. labels: int64 [N], default: the data set's own.
+
+        ModelError for a truncate_dim that the model does not have.
+        """
+        columns = options.truncate_dim
+        if columns is not None and not 1 <= columns <= model.width:
+            raise ModelError(
+                f"--truncate-dim {columns}: expected 1 to {model.width}, the feature width of this "
+                "model"
+            )
         self.model = model.to(world.device).to(memory_format=torch.channels_last)
-        self.data, self.labels, self.args, self.world = data, labels, args, world
-        self.tell = tell if world.is_main else lambda _: None
-        self.columns: int = args.truncate_dim or model.width
+        self.data = data
+        self.options = options
+        self.world = world
+        self.labels = data.labels if labels is None else labels
+        self.columns: int = columns or model.width
+        self.precision = distributed.pick_precision(options.precision, world.device)
 
     @property
     def source(self) -> BetonFile | ImageFolder:
+        """The data set behind a Subset."""
         return self.data.dataset if isinstance(self.data, Subset) else self.data
 
+    def source_indices(self, rows: np.ndarray) -> np.ndarray:
+        """Positions in `source` of the rows of `data`."""
+        return self.data.indices[rows] if isinstance(self.data, Subset) else rows
+
     def meta(self) -> dict[str, Any]:
-        """What goes to meta.json."""
-        model, data, code = self.model, self.data, git_state() or {}
-        shown = {"name": self.args.preprocessing, **asdict(model.preprocessing)}
+        """The content of meta.json."""
+        model, data, options = self.model, self.data, self.options
+        preprocessing = {"name": options.preprocessing, **asdict(model.preprocessing)}
         return {
             "format": FORMAT,
             "rows": len(data),
             "columns": self.columns,
-            "dtype": self.args.dtype,
-            "normalised": bool(self.args.normalize),
+            "dtype": options.dtype,
+            "normalised": bool(options.normalize),
             "model": {
-                "file": self.args.path,
+                "file": options.checkpoint,
                 "weights_sha256": trunk_sha256(model),
                 "arch": model.spec.arch,
                 "head": model.spec.head_name,
                 "dims": list(model.dims),
                 "width": model.width,
             },
-            "preprocessing": json.loads(json.dumps(shown)),
+            # tuples become lists, as they are when meta.json is read and compared
+            "preprocessing": json.loads(json.dumps(preprocessing)),
             "precision": self.precision,
             "data": {
                 "path": str(data.path),
@@ -125,166 +125,198 @@ class Job:
                 "num_classes": data.num_classes,
                 "classes": data.classes,
             },
-            "code": {"version": __version__, **code},
+            "code": {"version": __version__, **(git_state() or {})},
         }
 
-    def name(self, index: int) -> str:
-        """The image's file, relative to the data set; its number where a .beton does not know it."""
-        i = int(self.data.indices[index]) if isinstance(self.data, Subset) else index
-        if isinstance(self.source, ImageFolder):
-            return self.source.name(i)
-        names = (self.source.manifest or {}).get("names")
-        return names[i] if names else str(i)
+    def name(self, row: int) -> str:
+        """The image's file relative to the data set; its number in a .beton file without names."""
+        index = int(self.data.indices[row]) if isinstance(self.data, Subset) else row
+        source = self.source
+        if isinstance(source, ImageFolder):
+            return source.name(index)
+        names = (source.manifest or {}).get("names")
+        return names[index] if names else str(index)
 
-    def announce(self) -> None:
-        model, last = self.model, self.model.dims[-1]
-        for note in model.notes:
-            self.tell(f"note: {note}")
-        if last < self.columns:
-            self.tell(
-                f"note: no classifier of this model has seen columns {last} to {self.columns - 1}; "
-                f"--truncate-dim {last} leaves them out"
+    def summary(self) -> list[str]:
+        """Lines for the user: notes, the model, the data."""
+        model, data, options = self.model, self.data, self.options
+        lines = [f"note: {note}" for note in model.notes]
+        longest = model.dims[-1]
+        if longest < self.columns:
+            lines.append(
+                f"note: no classifier of this model was trained on columns {longest} to "
+                f"{self.columns - 1}; --truncate-dim {longest} leaves them out"
             )
-        self.tell(
-            f"{self.args.path}: {model.spec.arch}, {model.spec.head_name}, {self.columns} of "
+        lines.append(
+            f"{options.checkpoint}: {model.spec.arch}, {model.spec.head_name}, {self.columns} of "
             f"{model.width} columns"
         )
-        classes = f"{self.data.num_classes:,} classes"
-        if names := self.data.classes:  # images that lie where nobody meant them show here
-            classes += f" ({', '.join(map(printable, names[:SHOWN]))}{', ...' if len(names) > SHOWN else ''})"
-        self.tell(
-            f"{self.data.path}: {len(self.data):,} images of {classes} at "
-            f"{model.preprocessing.size} px"
+        classes = f"{data.num_classes:,} classes"
+        if data.classes:  # the names reveal a folder given at the wrong level
+            shown = ", ".join(map(printable, data.classes[:SHOWN_CLASSES]))
+            more = ", ..." if len(data.classes) > SHOWN_CLASSES else ""
+            classes += f" ({shown}{more})"
+        lines.append(
+            f"{data.path}: {len(data):,} images of {classes} at {model.preprocessing.size} px"
         )
+        return lines
 
 
 def fingerprint(data: Data, labels: np.ndarray) -> str:
-    """16 hex digits that change with the images or their labels: lengths or names of all, the bytes
-    of a few.
+    """16 hex digits that change with the images or their labels.
+
+    Hash of the lengths or names of all images, their labels, and the bytes of a few images.
     """
     digest = hashlib.sha256(f"{data.fingerprint():08x}".encode())
     digest.update(np.ascontiguousarray(labels, np.int64).data)
-    few = np.unique(np.linspace(0, len(data) - 1, LOOKED_AT).astype(np.int64))
-    where = data.indices[few] if isinstance(data, Subset) else few
-    source = data.dataset if isinstance(data, Subset) else data
+    sampled = np.unique(np.linspace(0, len(data) - 1, SAMPLED_IMAGES).astype(np.int64))
+    if isinstance(data, Subset):
+        source, sampled = data.dataset, data.indices[sampled]
+    else:
+        source = data
     if isinstance(source, ImageFolder):
-        for i in where.tolist():
+        for i in sampled.tolist():
             digest.update(source.read(i))
     else:
-        samples = source.fetch(where)
+        samples = source.fetch(sampled)
         for offset, size in zip(samples.offset.tolist(), samples.size.tolist(), strict=True):
             digest.update(np.ascontiguousarray(samples.data[offset : offset + size]).data)
     return digest.hexdigest()[:16]
 
 
-class Done(NamedTuple):
-    """One process's part of one start. seconds: of all; of them `wait` waiting for data."""
+# ---------------------------------------------------------------- the run
+
+
+class RankResult(NamedTuple):
+    """One process's part of a run."""
 
     rows: int
     seconds: float
-    wait: float
+    wait: float  # of these seconds, spent waiting for data
 
 
-def embed(job: Job, output: str | Path, overwrite: bool) -> bool:
-    """Fill the folder `output`; False where it is full already. For every process; prints on the
-    main one.
+def embed(
+    job: EmbeddingJob, output: str | Path, *, report: Report, overwrite: bool = False
+) -> bool:
+    """Fill the folder `output`; return False if it was already finished.
+
+    Called by every process. Resumes a killed run. `report` receives lines on the main process.
     """
     world = job.world
     meta = job.meta()
-    with Unfinished(output) as unfinished:
+    with EmbeddingWriter(output) as writer:
         plan = distributed.on_main(
-            lambda: unfinished.begin(meta, job.labels, job.name, overwrite), world
+            lambda: writer.begin(meta, job.labels, job.name, overwrite), world
         )
         if plan is None:
             if world.is_main:
-                job.tell(
-                    f"{output}: finished already, {len(job.data):,} x {job.columns} "
-                    f"{job.args.dtype}"
+                report(
+                    f"{output}: already finished, {len(job.data):,} x {job.columns} "
+                    f"{job.options.dtype}"
                 )
             return False
-        left = sum(end - start for start, end in plan.todo)
-        if world.is_main and left < plan.rows:
-            job.tell(f"{output}: goes on, {plan.rows - left:,} of {plan.rows:,} rows are there")
-        parts: list[Done] = distributed.gather([write_rows(job, output, plan)], world)
-        distributed.on_main(unfinished.finish, world)
+        missing = sum(end - start for start, end in plan.missing_rows)
+        if world.is_main and missing < plan.rows:
+            report(f"{output}: resumes, {plan.rows - missing:,} of {plan.rows:,} rows are written")
+        parts: list[RankResult] = distributed.gather([write_rows(job, output, plan)], world)
+        distributed.on_main(writer.finish, world)
     if world.is_main:
         seconds = max(part.seconds for part in parts)
         wait = max(part.wait / part.seconds for part in parts)
         speed = sum(part.rows for part in parts) / seconds
-        job.tell(f"{speed:.0f} images/s, {100 * wait:.0f} % of the time waiting for data")
+        report(f"{speed:.0f} images/s, {100 * wait:.0f} % of the time waiting for data")
     return True
 
 
-def rows_of(todo: Sequence[tuple[int, int]], batch: int, rank: int, world: int) -> np.ndarray:
-    """This rank's rows, int64, one after the other, in whole batches: those that one process would
-    make.
+def rows_of_rank(
+    missing_rows: Sequence[tuple[int, int]], batch: int, rank: int, world: int
+) -> np.ndarray:
+    """The rows of one rank, int64, increasing.
+
+    Ranks share whole batches, so that the batches are those of a single process.
     """
-    rows = np.concatenate([np.arange(0), *(np.arange(start, end) for start, end in todo)])
-    part = share(-(-len(rows) // batch), rank, world)
-    return rows[part.start * batch : part.stop * batch]
+    ranges = [np.arange(start, end) for start, end in missing_rows]
+    rows = np.concatenate([np.arange(0), *ranges])
+    batches = share(-(-len(rows) // batch), rank, world)
+    return rows[batches.start * batch : batches.stop * batch]
 
 
-def write_rows(job: Job, output: str | Path, plan: Plan) -> Done:
-    """This process's part of the missing rows, until they are on the disk."""
-    args, model, world = job.args, job.model, job.world
+def write_rows(job: EmbeddingJob, output: str | Path, plan: Plan) -> RankResult:
+    """Compute and write this process's share of the missing rows; return when they are on disk."""
+    options, world = job.options, job.world
     started = time.perf_counter()
-    rows = rows_of(plan.todo, args.batch_size, world.rank, world.size)
+    rows = rows_of_rank(plan.missing_rows, options.batch_size, world.rank, world.size)
     if not len(rows):
-        return Done(0, max(time.perf_counter() - started, 1e-9), 0.0)
-    options = {"order": "sequential", "num_workers": args.workers, "device": world.device}
-    indices = job.data.indices[rows] if isinstance(job.data, Subset) else rows
-    subset = Subset(job.source, indices)
-    if args.preprocessing == "upstream":
-        loader = ResizedImages(subset, args.batch_size, **options)
-    else:
-        crop = CenterCrop(model.preprocessing.size, model.preprocessing.ratio)
-        loader = Loader(subset, args.batch_size, image=crop, **options)
+        return RankResult(
+            0, max(time.perf_counter() - started, 1e-9), 0.0
+        )  # embed divides by seconds
+
+    loader = _loader(job, rows)
     dtype = torch.float16 if plan.dtype == "float16" else torch.float32
     bar = tqdm(
         loader, leave=False, unit="batch", disable=not (world.is_main and sys.stderr.isatty())
     )
-    with writing(RowWriter(output, plan, world.rank)) as write, torch.inference_mode():
+    with flushing(RowWriter(output, plan, world.rank)) as write, torch.inference_mode():
         for batch in bar:
             with distributed.autocast(world.device, job.precision):
-                features = model.encode(batch.images, args.truncate_dim, args.normalize)
-            values = features.to(dtype).cpu().numpy()
-            where = rows[batch.index.cpu().numpy()]
+                features = job.model.encode(batch.images, options.truncate_dim, options.normalize)
+            values = features.to(dtype).cpu().numpy()  # [B, D]
+            batch_rows = rows[batch.index.cpu().numpy()]
             finite = np.isfinite(values).all(1)
             if not finite.all():
-                first = job.name(int(where[finite.argmin()]))
-                remedy = (
-                    " in float16; use --dtype float32"
-                    if dtype is torch.float16
-                    else "; the checkpoint is broken"
-                )
-                raise EmbeddingError(
-                    f"{job.data.path}: {first}: its embedding has no finite numbers{remedy}"
-                )
-            write(where, values)
-    return Done(len(rows), time.perf_counter() - started, loader.wait)
+                raise _not_finite(job, int(batch_rows[finite.argmin()]), dtype)
+            write(batch_rows, values)
+    return RankResult(len(rows), time.perf_counter() - started, loader.wait)
+
+
+def _loader(job: EmbeddingJob, rows: np.ndarray) -> Loader:
+    """Batches of these rows in order; `index` of a batch is the position in `rows`."""
+    options, preprocessing = job.options, job.model.preprocessing
+    subset = Subset(job.source, job.source_indices(rows))
+    settings: dict[str, Any] = {
+        "order": "sequential",
+        "num_workers": options.workers,
+        "device": job.world.device,
+    }
+    if options.preprocessing == "upstream":
+        return ResizedImages(subset, options.batch_size, **settings)
+    crop = CenterCrop(preprocessing.size, preprocessing.ratio)
+    return Loader(subset, options.batch_size, image=crop, **settings)
+
+
+def _not_finite(job: EmbeddingJob, row: int, dtype: torch.dtype) -> EmbeddingError:
+    file = f"{job.data.path}: {job.name(row)}"
+    if dtype is torch.float16:
+        return EmbeddingError(
+            f"{file}: its embedding is not finite in float16; use --dtype float32"
+        )
+    return EmbeddingError(f"{file}: its embedding is not finite; the checkpoint is broken")
 
 
 @contextmanager
-def writing(writer: RowWriter) -> Iterator[Callable[[np.ndarray, np.ndarray], None]]:
-    """RowWriter.write, with a flush in the background every FLUSH_SECONDS and one at the end."""
+def flushing(writer: RowWriter) -> Iterator[Callable[[np.ndarray, np.ndarray], None]]:
+    """RowWriter.write with a flush in the background every FLUSH_SECONDS and one at the end.
+
+    A flush waits for the disk; the GPU must not wait with it.
+    """
     with ThreadPoolExecutor(1, "matryoshka-flush") as background:
-        flushing: Future[None] | None = None
+        flush: Future[None] | None = None
         last = time.perf_counter()
 
         def write(rows: np.ndarray, values: np.ndarray) -> None:
-            nonlocal flushing, last
+            nonlocal flush, last
             writer.write(rows, values)
-            if time.perf_counter() - last >= FLUSH_SECONDS and (
-                flushing is None or flushing.done()
-            ):
-                if flushing is not None:
-                    flushing.result()  # its error, if it had one
-                flushing, last = background.submit(writer.flush), time.perf_counter()
+            is_due = time.perf_counter() - last >= FLUSH_SECONDS
+            if is_due and (flush is None or flush.done()):
+                if flush is not None:
+                    flush.result()  # raises the flush's error
+                flush = background.submit(writer.flush)
+                last = time.perf_counter()
 
         try:
             yield write
-            if flushing is not None:
-                flushing.result()
+            if flush is not None:
+                flush.result()
             writer.flush()
         finally:
             background.shutdown(wait=True)

@@ -1,8 +1,8 @@
-"""ImageNet's test sets: which outputs of a model their class folders mean.
+"""Map the class folders of ImageNet's test sets to a model's outputs.
 
-dataset = open_dataset(find("R", "/data/imagenet"))
-labelling = match("R", dataset, model)
-labelling.labels[batch.labels], labelling.select(logits)        # int64 [B] in 0..199, [G, B, 200]
+dataset = open_dataset(find_dataset("R", "/data/imagenet"))
+mapping = match("R", dataset, model)
+mapping.labels[batch.labels], mapping.select(logits)            # int64 [B] in 0..199, [G, B, 200]
 """
 
 from __future__ import annotations
@@ -18,86 +18,102 @@ from matryoshka.data.imagenet import CLASSES, FOLDERS, SUBSETS, ImageNetError, w
 from matryoshka.models import NestedModel
 
 
-class Labelling(NamedTuple):
-    """labels: int64 [K], the label that each label of the data set stands for, -1 for none.
-    columns: int64 [C], the outputs that those labels count, None for all. names: [C] names of the
-    labels, where they are known.
-    """
+class LabelMapping(NamedTuple):
+    """Maps the K labels of a data set to C evaluated classes, and these to outputs of a model."""
 
-    labels: Tensor
-    columns: Tensor | None = None
-    names: list[str] | None = None
+    labels: Tensor  # int64 [K]: the class of each label of the data set, -1 to leave it out
+    columns: Tensor | None = None  # int64 [C]: the outputs of the classes, None for all outputs
+    names: list[str] | None = None  # [C]: names of the classes, if they are known
 
-    def to(self, device: torch.device) -> Labelling:
-        return self._replace(
-            labels=self.labels.to(device),
-            columns=None if self.columns is None else self.columns.to(device),
-        )
+    def to(self, device: torch.device) -> LabelMapping:
+        columns = None if self.columns is None else self.columns.to(device)
+        return self._replace(labels=self.labels.to(device), columns=columns)
 
     def select(self, logits: Tensor) -> Tensor:
-        """[G, B, outputs] -> [G, B, C]."""
+        """Logits of the evaluated classes: [G, B, outputs] -> [G, B, C]."""
         return logits if self.columns is None else logits.index_select(2, self.columns)
 
 
-def match(name: str, dataset: BetonFile | ImageFolder, model: NestedModel) -> Labelling:
-    """What the labels of `dataset`, opened as data set `name`, mean for `model`.
+def match(name: str, dataset: BetonFile | ImageFolder, model: NestedModel) -> LabelMapping:
+    """The LabelMapping of `dataset`, opened as data set `name`, for `model`.
 
-    A class folder counts by its name, a WordNet id or (V2) a number, never by its rank among the
-    folders that are there; a .beton without names has the set's own labels. As V1, any data set
-    with the model's classes will do. As O, classes that are not among its 200 get the label -1.
-    ImageNetError, or the model's own, names what disagrees.
+    A class folder is matched by its name, a WordNet id or (V2) a class number, never by its rank
+    among the folders present. A .beton file without class names has the set's own labels. V1
+    accepts any data set with the model's classes. For O, images of V1 outside of its 200 classes
+    get the label -1. ImageNetError or ModelError names the disagreement.
     """
-    names, count = dataset.classes, model.spec.num_classes
     if len(dataset) and not 0 <= dataset.labels.min() <= dataset.labels.max() < dataset.num_classes:
         raise ImageNetError(
             f"{dataset.path}: has labels outside of its {dataset.num_classes} classes; write it "
-            "again with sound labels"
+            "again with valid labels"
         )
-    same = Labelling(torch.arange(dataset.num_classes), None, names)
-    if name == "V1" and names and names == model.classes:
-        return same
-    known = _class_indices(name, names or [])
-    if name == "V1" and (count != CLASSES or not known or model.classes not in (None, wnids())):
-        model.check_classes(dataset)
-        return same
-    if count != CLASSES:
-        raise ImageNetError(
-            f"--dataset {name}: needs a model of {CLASSES} classes, this one has {count}"
-        )
-    if model.classes not in (None, wnids()):
-        raise ImageNetError(
-            f"--dataset {name}: the model's classes are not ImageNet-1K's, in the order of their "
-            "WordNet ids "
-            f"(its first is {model.classes[0] if model.classes else '?'!r}, not {wnids()[0]!r})"
-        )
-    kept = wnids(name)
-    columns = torch.tensor([wnids().index(wnid) for wnid in kept]) if name in SUBSETS else None
-    position = {wnids().index(wnid): label for label, wnid in enumerate(kept)}
-    if name == "O":  # its own images have other classes: these are those of V1
-        whole = match("V1", dataset, model)
-        of_class = [known.get(folder, -1) for folder in names] if names else whole.labels.tolist()
-        return Labelling(torch.tensor([position.get(i, -1) for i in of_class]), columns, kept)
+    names = dataset.classes
+    identity = LabelMapping(torch.arange(dataset.num_classes), None, names)
+    if name == "V1":
+        if names and names == model.classes:
+            return identity
+        is_imagenet_model = model.spec.num_classes == CLASSES and model.classes in (None, wnids())
+        if not is_imagenet_model or not _class_indices(name, names or []):
+            model.check_classes(dataset)
+            return identity
+    _check_imagenet_model(name, model)
+
+    # Label of each of the 1000 classes in this set: 0 to 999, or 0 to 199 for a subset.
+    set_wnids = wnids(name)
+    indices = [wnids().index(wnid) for wnid in set_wnids]
+    label_of_class = {index: label for label, index in enumerate(indices)}
+    columns = torch.tensor(indices) if name in SUBSETS else None
+    class_of_folder = _class_indices(name, names or [])
+
+    if name == "O":
+        # `dataset` is V1 here: ImageNet-O's own images have none of the 1000 classes.
+        if names:
+            classes = [class_of_folder.get(folder, -1) for folder in names]
+        else:
+            classes = match("V1", dataset, model).labels.tolist()
+        labels = torch.tensor([label_of_class.get(index, -1) for index in classes])
+        return LabelMapping(labels, columns, set_wnids)
     if not names:
-        if dataset.num_classes > len(kept):
+        if dataset.num_classes > len(set_wnids):
             raise ImageNetError(
                 f"{dataset.path}: has labels up to {dataset.num_classes - 1}, but {name} has "
-                f"{len(kept)} classes; "
-                "write it with its class names"
+                f"{len(set_wnids)} classes; write it with its class names"
             )
-        return Labelling(same.labels, columns, kept)
-    strangers = [folder for folder in names if known.get(folder) not in position]
-    if strangers:
+        return LabelMapping(identity.labels, columns, set_wnids)
+
+    unknown = [folder for folder in names if class_of_folder.get(folder) not in label_of_class]
+    if unknown:
         raise ImageNetError(
-            f"{dataset.path}: {strangers[0]!r} is no class of {name} ({len(strangers)} of "
-            f"{len(names)} folders are "
-            f"not); give the folder that holds {name}'s class folders, or {FOLDERS[name][0]}/"
+            f"{dataset.path}: {unknown[0]!r} is not a class of {name} ({len(unknown)} of "
+            f"{len(names)} folders are not); give the folder that contains {name}'s class folders, "
+            f"or {FOLDERS[name][0]}/"
         )
-    return Labelling(torch.tensor([position[known[folder]] for folder in names]), columns, kept)
+    labels = torch.tensor([label_of_class[class_of_folder[folder]] for folder in names])
+    return LabelMapping(labels, columns, set_wnids)
+
+
+def _check_imagenet_model(name: str, model: NestedModel) -> None:
+    """ImageNetError unless the model's outputs are the classes of ImageNet-1K in their order."""
+    if model.spec.num_classes != CLASSES:
+        raise ImageNetError(
+            f"--dataset {name}: needs a model of {CLASSES} classes, this one has "
+            f"{model.spec.num_classes}"
+        )
+    if model.classes not in (None, wnids()):
+        first = model.classes[0] if model.classes else "?"
+        raise ImageNetError(
+            f"--dataset {name}: the model's classes are not ImageNet-1K's in the order of their "
+            f"WordNet ids (its first is {first!r}, not {wnids()[0]!r})"
+        )
 
 
 def _class_indices(name: str, folders: Sequence[str]) -> dict[str, int]:
-    """{folder: class index among the 1000}, of the folders whose name tells it."""
+    """{folder: class index among the 1000} of the folders whose name is a WordNet id or a number.
+
+    Numbers count only for V2 and for exactly 1000 folders: a few folders with numbers may be the
+    classes of any data set.
+    """
     index = {wnid: i for i, wnid in enumerate(wnids())}
-    if name == "V2" or len(folders) == CLASSES:  # a few numbers may be any data set's classes
+    if name == "V2" or len(folders) == CLASSES:
         index |= {str(i): i for i in range(CLASSES)}
     return {folder: index[folder] for folder in folders if folder in index}

@@ -1,6 +1,4 @@
-"""Batches -> logits of every prefix, all from one forward pass; or the features that they are made
-of.
-"""
+"""Logits of every prefix from one forward pass per batch, and features of whole data sets."""
 
 from __future__ import annotations
 
@@ -19,16 +17,17 @@ from matryoshka.models import NestedModel
 class Prediction(NamedTuple):
     logits: Tensor  # float32 [G, B, C]
     labels: Tensor  # int64 [B]
-    index: Tensor  # int64 [B]
+    index: Tensor  # int64 [B]: positions in the data set
 
 
 @torch.inference_mode()
 def predict(
     model: NestedModel, batches: Iterable[Batch], precision: str = "fp32", tta: bool = False
 ) -> Iterator[Prediction]:
-    """Logits of every batch. Puts the model into eval mode (and leaves it there).
+    """Yield the logits of every batch. Leaves the model in eval mode.
 
-    tta: the sum of the logits of the image and its mirror image, as upstream.
+    tta: test-time augmentation, the sum of the logits of the image and its mirror image (as
+    upstream).
     """
     model.eval()
     mean, std = model.preprocessing.mean, model.preprocessing.std
@@ -45,27 +44,26 @@ def predict(
 def extract_features(
     model: NestedModel, batches: Iterable[Batch], count: int, precision: str = "fp32"
 ) -> tuple[Tensor, Tensor]:
-    """(features float32 [N, D], labels int64 [N]) of the trunk, on the CPU, in the data set's
-    order. For one process.
+    """(features float32 [N, D], labels int64 [N]) of the trunk, on the CPU, in data set order.
 
-    count: N, the images of the data set; every one has to come once, else ValueError. Puts the
-    model into eval mode (and leaves it there). The features are written where they stay: memory is
-    N x D numbers and a batch.
+    For a single process. count: N, the size of the data set; ValueError if an image is missing.
+    Leaves the model in eval mode. Memory: the N x D features and one batch.
     """
     model.eval()
     mean, std = model.preprocessing.mean, model.preprocessing.std
-    features, labels = torch.empty(count, model.width), torch.empty(count, dtype=torch.int64)
+    features = torch.empty(count, model.width)  # [N, D]
+    labels = torch.empty(count, dtype=torch.int64)
     missing = torch.ones(count, dtype=torch.bool)
     for batch in batches:
         with autocast(batch.images.device, precision):
-            got = model.features(normalise(batch.images, mean, std))
+            output = model.features(normalise(batch.images, mean, std))  # [B, D]
         index = batch.index.cpu()
-        features[index] = got.float().cpu()
+        features[index] = output.float().cpu()
         labels[index] = batch.labels.cpu()
         missing[index] = False
     if missing.any():
         raise ValueError(
-            f"{int(missing.sum())} of {count} images did not come, the first is "
+            f"{int(missing.sum())} of {count} images are missing, the first is "
             f"{int(missing.int().argmax())}"
         )
     return features, labels

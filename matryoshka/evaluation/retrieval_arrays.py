@@ -1,12 +1,12 @@
-"""Upstream's `pytorch_inference.py --retrieval`: features of database and queries as two arrays
-each.
+"""Upstream's `pytorch_inference.py --retrieval`: features of the database and the queries as two
+arrays each.
 
-    <--retrieval_array_path><data set>_<val|train>_mrl<0|1>_e<0|1>_ff<D>-X.npy    float32 [N, D], not normalised
-    <...>-y.npy       int64 [N, 1]; upstream's float16 holds no label above 2048
-    <...>-meta.json   what they are of, as `matryoshka embed` writes it
+    <prefix><data set>_<val|train>_mrl<0|1>_e<0|1>_ff<D>-X.npy    float32 [N, D], not normalised
+    <...>-y.npy       int64 [N, 1]; upstream's float16 cannot represent labels above 2048
+    <...>-meta.json   the data and the model, as `matryoshka embed` writes it
 
-val are the queries, train the database. The path is put before the names as it is, as upstream
-does.
+val are the queries, train the database. <prefix> is --retrieval_array_path, prepended unchanged, as
+upstream does.
 """
 
 from __future__ import annotations
@@ -14,28 +14,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 
-from matryoshka import config, distributed
+from matryoshka import distributed
 from matryoshka.data import BetonFile, ImageFolder, open_dataset
 from matryoshka.data.imagenet import FOLDERS, ImageNetError, wnids
 from matryoshka.data.subset import Subset
 from matryoshka.embeddings.reading import META, EmbeddingError, open_embeddings
 from matryoshka.embeddings.writing import differences
-from matryoshka.evaluation.embedding import (
-    Job,
-    check,
-    embed,
-    load,
-)
+from matryoshka.evaluation.embedding import EmbeddingJob, Report, embed
 from matryoshka.evaluation.saved_arrays import write_array
+from matryoshka.models import NestedModel
 
-# --dataset of --retrieval: split, and where it lies below --data-root, the first that is there
+# Data set -> split -> possible files or folders below --data-root; the first that exists is used.
+# V2 has no database of its own: its queries are searched in 1K's.
 SPLITS = {
     "1K": {"val": ("val", "val.beton"), "train": ("train", "train.beton")},
     "V2": {"val": FOLDERS["V2"]},
@@ -44,72 +39,28 @@ SPLITS = {
         "train": ("imagenet4k_database.beton", "imagenet4k_train"),
     },
 }
-NOT_FOR_RETRIEVAL = (
-    "tta",
-    "ood",
-    "nesting_list",
-    "output",
-    "upstream_names",
-    *(f"save_{kind}" for kind in ("logits", "softmax", "predictions", "gt")),
-)
+
+# ---------------------------------------------------------------- data
 
 
-def retrieval(args: Any, tell: Callable[[str], None]) -> int:
-    """Write the arrays of one --dataset, queries first. V2 has no database but 1K's.
+def open_splits(name: str, root: str | Path) -> dict[str, BetonFile | ImageFolder]:
+    """{split: data set} of a data set of SPLITS, queries first.
 
-    args: those of pytorch_inference.py. --random_sample_dim: so many images at random, the same in
-    every run, of whatever has more. Goes on after a kill, as `matryoshka embed` does.
+    ImageNetError for a missing split and for splits with different classes.
     """
-    check(args)
-    name = args.dataset.upper()
     if name not in SPLITS:
-        raise ImageNetError(f"--dataset {args.dataset}: --retrieval knows {', '.join(SPLITS)}")
-    if given := [flag for flag in NOT_FOR_RETRIEVAL if getattr(args, flag)]:
-        raise config.ConfigError(
-            f"--{given[0].replace('nesting_list', 'nesting-list')} is not for --retrieval"
-        )
-    if args.random_sample_dim < 1:
-        raise config.ConfigError(
-            f"--random_sample_dim {args.random_sample_dim}: expected 1 or more"
-        )
-    stem = args.retrieval_array_path
-    folder = Path(f"{stem}X").parent
-    if not folder.is_dir():
-        raise config.ConfigError(
-            f"--retrieval_array_path {stem}: the folder {folder} does not exist; make it first"
-        )
-    found = {
-        split: open_dataset(find(name, args.data_root, where))
-        for split, where in SPLITS[name].items()
-    }
+        raise ImageNetError(f"--dataset {name}: --retrieval supports {', '.join(SPLITS)}")
+    found = {}
+    for split, places in SPLITS[name].items():
+        found[split] = open_dataset(_find_split(name, root, places))
     if "train" in found and found["train"].classes != found["val"].classes:
         raise ImageNetError(
-            f"{found['train'].path}: its classes are not those of {found['val'].path}"
+            f"{found['train'].path}: its classes differ from those of {found['val'].path}"
         )
-    model = load(SimpleNamespace(**{**vars(args), "truncate_dim": None}))
-    columns, head = model.dims[-1], model.spec.head_name
-    own = SimpleNamespace(
-        **{**vars(args), "truncate_dim": columns, "normalize": False, "dtype": "float32"}
-    )
-    with distributed.joined(args.device) as world:
-        for split, dataset in found.items():
-            data, labels = dataset, class_numbers(name, dataset)
-            sample = random_rows(len(dataset), args.random_sample_dim)
-            if sample is not None:
-                data, labels = Subset(dataset, sample), labels[sample]
-            job = Job(model, data, labels, own, world, tell)
-            flags = f"mrl{int(head.startswith('mrl'))}_e{int(head == 'mrl-e')}_ff{columns}"
-            target = f"{stem}{name}_{split}_{flags}"
-            job.announce()
-            if not there_already(target, job):
-                folder = f"{target}-embeddings"
-                embed(job, folder, not finished(folder, job))
-                distributed.on_main(lambda target=target: publish(target), world)
-            job.tell(f"written  {target}-X.npy {target}-y.npy")
-    return 0
+    return found
 
 
-def find(name: str, root: str | Path, places: Sequence[str]) -> Path:
+def _find_split(name: str, root: str | Path, places: Sequence[str]) -> Path:
     for place in places:
         if (Path(root) / place).exists():
             return Path(root) / place
@@ -118,43 +69,80 @@ def find(name: str, root: str | Path, places: Sequence[str]) -> Path:
     )
 
 
-def random_rows(count: int, wanted: int) -> np.ndarray | None:
-    """`wanted` of 0 to count - 1 at random, int64, increasing; None for all of them."""
-    if wanted >= count:
-        return None
-    stream = np.random.Philox(key=0).random_raw(count)  # NumPy promises it for ever
-    return np.sort(np.argsort(stream, kind="stable")[:wanted])
+def sample(
+    name: str, dataset: BetonFile | ImageFolder, max_images: int
+) -> tuple[BetonFile | ImageFolder | Subset, np.ndarray]:
+    """(data, labels int64 [N]): at most `max_images` images, with the labels of class_indices."""
+    labels = class_indices(name, dataset)
+    rows = random_rows(len(dataset), max_images)
+    if rows is None:
+        return dataset, labels
+    return Subset(dataset, rows), labels[rows]
 
 
-def class_numbers(name: str, dataset: BetonFile | ImageFolder) -> np.ndarray:
-    """Labels int64 [N]; of ImageNet-1K and V2 the class numbers 0 to 999, whatever the rank of a
-    folder's name.
+def random_rows(count: int, size: int) -> np.ndarray | None:
+    """A random sample of `size` of 0 to count - 1, int64, increasing; None for all of them.
+
+    The same in every run.
     """
-    number = {wnid: label for label, wnid in enumerate(wnids())} if name != "4K" else {}
+    if size >= count:
+        return None
+    stream = np.random.Philox(key=0).random_raw(count)  # NumPy guarantees this stream for ever
+    return np.sort(np.argsort(stream, kind="stable")[:size])
+
+
+def class_indices(name: str, dataset: BetonFile | ImageFolder) -> np.ndarray:
+    """Labels int64 [N]; for ImageNet-1K and V2 class indices 0 to 999, independent of which folders
+    are present.
+    """
+    index = {} if name == "4K" else {wnid: label for label, wnid in enumerate(wnids())}
     if name == "V2":
-        number |= {str(label): label for label in range(len(number))}
+        index |= {str(label): label for label in range(len(index))}
     names = dataset.classes or []
-    strangers = [folder for folder in names if folder not in number]
-    if name == "V2" and strangers:
+    unknown = [folder for folder in names if folder not in index]
+    if name == "V2" and unknown:
         raise ImageNetError(
-            f"{dataset.path}: {strangers[0]!r} is no class of V2, whose folders are 0 to 999"
+            f"{dataset.path}: {unknown[0]!r} is not a class of V2, whose folders are 0 to 999"
         )
-    if not names or strangers:
+    if not names or unknown:
         return dataset.labels
-    return np.array([number[folder] for folder in names], np.int64)[dataset.labels]
+    return np.array([index[folder] for folder in names], np.int64)[dataset.labels]
 
 
-def there_already(target: str, job: Job) -> bool:
+# ---------------------------------------------------------------- arrays
+
+
+def array_path(prefix: str, name: str, split: str, model: NestedModel) -> str:
+    """Common beginning of the file names of one split."""
+    head = model.spec.head_name
+    mrl, efficient = int(head.startswith("mrl")), int(head == "mrl-e")
+    return f"{prefix}{name}_{split}_mrl{mrl}_e{efficient}_ff{model.dims[-1]}"
+
+
+def write_arrays(job: EmbeddingJob, target: str, *, report: Report) -> None:
+    """Write <target>-X.npy, -y.npy and -meta.json unless they are complete.
+
+    Called by every process. Resumes a killed run: the rows are first embedded into the folder
+    <target>-embeddings.
+    """
+    if not is_published(target, job):
+        folder = f"{target}-embeddings"
+        embed(job, folder, report=report, overwrite=not is_embedded(folder, job))
+        distributed.on_main(lambda: publish(target), job.world)
+
+
+def is_published(target: str, job: EmbeddingJob) -> bool:
+    """Whether all files of `target` exist and are of this job."""
     try:
         stored = json.loads(Path(f"{target}-{META}").read_bytes())
     except (OSError, ValueError):
         return False
-    arrays = all(Path(f"{target}-{kind}.npy").exists() for kind in "Xy")
-    return arrays and isinstance(stored, dict) and not differences(stored, job.meta())
+    exist = all(Path(f"{target}-{kind}.npy").exists() for kind in "Xy")
+    return exist and isinstance(stored, dict) and not differences(stored, job.meta())
 
 
-def finished(folder: str, job: Job) -> bool:
-    """Whether these are the embeddings: of a process that was killed before it published them."""
+def is_embedded(folder: str, job: EmbeddingJob) -> bool:
+    """Whether `folder` has this job's embeddings, of a process that was killed before `publish`."""
     try:
         return not differences(open_embeddings(folder).meta, job.meta())
     except EmbeddingError:
@@ -162,7 +150,7 @@ def finished(folder: str, job: Job) -> bool:
 
 
 def publish(target: str) -> None:
-    """The arrays of the folder <target>-embeddings under upstream's names."""
+    """Move the arrays of the folder <target>-embeddings to upstream's names."""
     folder, meta = Path(f"{target}-embeddings"), Path(f"{target}-{META}")
     meta.unlink(missing_ok=True)  # it must never describe other arrays
     write_array(Path(f"{target}-y.npy"), np.asarray(open_embeddings(folder).y)[:, None])

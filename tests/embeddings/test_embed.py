@@ -76,7 +76,7 @@ def refused(argv, capsys, main=embed.main):
     [(None, False, "float32"), (64, True, "float32"), (7, True, "float16")],
 )
 def test_embeddings_are_those_of_single_images(
-    imagenet_root, imagenet_checkpoint, tmp_path, columns, normalise, dtype
+    imagenet_root, imagenet_checkpoint, tmp_path, *, columns, normalise, dtype
 ):
     model = load_model(imagenet_checkpoint)
     folder = imagenet_root / "val"
@@ -242,7 +242,7 @@ def test_every_missing_row_is_in_one_batch_of_one_process(rows, batch, world, th
     assert all(b < c for (_, b), (c, _) in itertools.pairwise(done))
     wanted = [i for i in range(rows) if i not in there]
     assert [i for a, b in todo for i in range(a, b)] == wanted
-    shares = [embedding.rows_of(todo, batch, rank, world).tolist() for rank in range(world)]
+    shares = [embedding.rows_of_rank(todo, batch, rank, world).tolist() for rank in range(world)]
     cut = [part[i : i + batch] for part in shares for i in range(0, len(part), batch)]
     assert cut == [
         wanted[i : i + batch] for i in range(0, len(wanted), batch)
@@ -261,7 +261,8 @@ from matryoshka.evaluation import embedding
 from matryoshka.inference import embed
 
 model, data, out = sys.argv[1:4]
-argv = [f"--path={model}", f"--data={data}", "--batch-size=2", "--workers=1", "--device=cpu", "--overwrite"]
+argv = [f"--path={model}", f"--data={data}", "--batch-size=2", "--workers=1", "--device=cpu"]
+argv.append("--overwrite")
 embedding.FLUSH_SECONDS = 0.0
 loaded = embed.load(embed.parser().parse_args([*argv, "--output=x"]))
 embed.load, embedding.git_state = lambda args: loaded, dict  # faster
@@ -277,7 +278,7 @@ def counted(function, last):
     return call
 
 def start(folder, last, world=1):
-    '''One start in children of its own, killed before their event number `last`; the first's exit status.'''
+    '''Start in child processes, killed before their event number `last`; the first's status.'''
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     children = []
@@ -303,10 +304,11 @@ total = int(Path(out, "events").read_text())
 kills = 0
 for point in sorted({1, total, *range(2, total, max(1, total // 7))}):
     folder = Path(out, f"once-{point}")
-    kills += start(folder, point) == signal.SIGKILL  # a flush less, and the last points are not reached
+    # a run with a flush less does not reach the last points
+    kills += start(folder, point) == signal.SIGKILL
     assert start(folder, 0) == 0, point
 folder, starts = Path(out, "often"), 0
-while start(folder, 24) == signal.SIGKILL:  # goes on: every start gets a little further
+while start(folder, 24) == signal.SIGKILL:  # resumes: every start gets a little further
     starts += 1
     assert starts < 40
 assert start(Path(out, "two"), 0, world=2) == 0
@@ -352,7 +354,7 @@ def test_finished_is_said_and_other_options_are_refused(
     run(imagenet_checkpoint, data, output)
     before = {p: p.stat().st_mtime_ns for p in output.iterdir()}
     run(imagenet_checkpoint, data, output, "--batch-size=2", "--workers=2")
-    assert "finished already" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     other = load_model(imagenet_checkpoint)
     with torch.no_grad():
         next(other.trunk.parameters()).mul_(1.01)
@@ -385,16 +387,16 @@ def test_finished_is_said_and_other_options_are_refused(
         (["--truncate-dim=0"], ["--truncate-dim 0"]),
         (["--batch-size=0"], ["--batch-size"]),
         (["--resolution=64", "--preprocessing=upstream"], ["--resolution 64", "upstream"]),
-        (["--mrl", "--efficient"], ["efficient was asked for", "head is mrl"]),
+        (["--mrl", "--efficient"], ["efficient was requested", "head is mrl"]),
         (["--output=file"], ["file", "--output"]),
         (["--output=foreign"], ["X.npy", "meta.json", "--overwrite"]),
-        (["--path=nan.safetensors"], ["0.png", "no finite", "broken"]),
+        (["--path=nan.safetensors"], ["0.png", "not finite", "broken"]),
         (["--path=big.safetensors", "--dtype=float16"], ["float16", "--dtype float32"]),
         (["--device=cpu", "--precision=fp16"], ["fp16"]),
     ],
 )
 def test_mistakes_are_one_line(
-    imagenet_root, imagenet_checkpoint, tmp_path, monkeypatch, capsys, more, words
+    imagenet_root, imagenet_checkpoint, tmp_path, *, monkeypatch, capsys, more, words
 ):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")

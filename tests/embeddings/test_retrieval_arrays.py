@@ -2,51 +2,42 @@
 single images.
 """
 
-from argparse import Namespace
-
 import numpy as np
 import pytest
-from imagenet_small import FOLDERS, WNIDS
+from imagenet_small import FOLDERS, WNIDS, refused
+from matryoshka.inference import pytorch_inference
 from oracles import one_by_one
 from PIL import Image
 
 from matryoshka.checkpoint.model_file import load_model, save_model
-from matryoshka.config import ConfigError
 from matryoshka.data import ImageFolder, write_beton
 from matryoshka.data.augment import Preprocessing
-from matryoshka.data.imagenet import ImageNetError
 from matryoshka.evaluation import retrieval_arrays
 from matryoshka.evaluation.saved_arrays import write_array
 from matryoshka.models import ModelSpec, build
 
 
-def arguments(path, root, prefix, **more):
-    """What pytorch_inference.py reads, with its defaults."""
-    given = {
-        "path": str(path),
-        "data_root": str(root),
-        "retrieval_array_path": str(prefix),
-        "dataset": "1K",
-        "random_sample_dim": 4_202_000,
-        "mrl": False,
-        "efficient": False,
-        "rep_size": None,
-        "old_ckpt": False,
-        "preprocessing": "checkpoint",
-        "resolution": None,
-        "workers": 1,
-        "batch_size": 4,
-        "device": "cpu",
-        "precision": "fp32",
-        "retrieval": True,
-        "tta": False,
-        "ood": None,
-        "nesting_list": None,
-        "output": None,
-        "upstream_names": False,
-    }
-    kinds = dict.fromkeys(("save_logits", "save_softmax", "save_gt", "save_predictions"), False)
-    return Namespace(**given | kinds | more)
+class Killed(Exception):
+    """Ends a run as a kill does: no handler of the program catches it."""
+
+
+def arguments(path, root, prefix, *more):
+    """Options of pytorch_inference.py; later ones win."""
+    return [
+        "--retrieval",
+        f"--path={path}",
+        f"--data-root={root}",
+        f"--retrieval_array_path={prefix}",
+        "--dataset=1K",
+        "--workers=1",
+        "--batch-size=4",
+        "--device=cpu",
+        *more,
+    ]
+
+
+def retrieval(argv):
+    assert pytorch_inference.main(argv) == 0
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +65,8 @@ def arrays(prefix):
 def test_queries_and_database_of_1k_are_those_of_single_images(
     root, imagenet_checkpoint, tmp_path, capsys
 ):
-    args = arguments(imagenet_checkpoint, root, f"{tmp_path}/run1_", mrl=True)
-    assert retrieval_arrays.retrieval(args, print) == 0
+    args = arguments(imagenet_checkpoint, root, f"{tmp_path}/run1_", "--mrl")
+    retrieval(args)
     model = load_model(imagenet_checkpoint)
     for split, labels in (
         ("val", [0] * 3 + [7] * 2 + [999] * 4),
@@ -89,11 +80,11 @@ def test_queries_and_database_of_1k_are_those_of_single_images(
     assert sorted(files) == sorted(
         f"run1_1K_{s}_mrl1_e0_ff512-{kind}" for s in ("val", "train") for kind in kinds
     )
-    assert retrieval_arrays.retrieval(args, print) == 0  # again: nothing is computed again
+    retrieval(args)  # again: nothing is computed again
     assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == files
     (tmp_path / "run1_1K_val_mrl1_e0_ff512-y.npy").unlink()
     capsys.readouterr()
-    assert retrieval_arrays.retrieval(args, print) == 0  # what is missing is
+    retrieval(args)  # what is missing is
     assert capsys.readouterr().out.count("images/s") == 1
     assert (
         arrays(f"{tmp_path}/run1_1K_val_mrl1_e0_ff512")[1].tolist() == [0] * 3 + [7] * 2 + [999] * 4
@@ -101,12 +92,7 @@ def test_queries_and_database_of_1k_are_those_of_single_images(
 
 
 def test_v2s_labels_are_the_numbers_of_its_folders(root, imagenet_checkpoint, tmp_path):
-    assert (
-        retrieval_arrays.retrieval(
-            arguments(imagenet_checkpoint, root, f"{tmp_path}/", dataset="V2"), print
-        )
-        == 0
-    )
+    retrieval(arguments(imagenet_checkpoint, root, f"{tmp_path}/", "--dataset=V2"))
     assert (
         arrays(f"{tmp_path}/V2_val_mrl1_e0_ff512")[1].tolist() == [10] * 2 + [100] * 4 + [2] * 3
     )  # "10" sorts first
@@ -127,11 +113,11 @@ def test_4k_a_fixed_feature_and_a_random_sample(root, tmp_path):
         tmp_path / "ff.safetensors",
         place,
         f"{tmp_path}/",
-        dataset="4K",
-        rep_size=16,
-        random_sample_dim=10,
+        "--dataset=4K",
+        "--rep_size=16",
+        "--random_sample_dim=10",
     )
-    assert retrieval_arrays.retrieval(args, print) == 0
+    retrieval(args)
     features, labels, _ = one_by_one(model.eval(), root / "train")
     X, y = arrays(f"{tmp_path}/4K_train_mrl0_e0_ff16")
     assert X.shape == (10, 16)
@@ -153,23 +139,24 @@ def test_a_kill_between_the_files_leaves_no_old_description(
     """
     stem = f"{tmp_path}/1K_val_mrl1_e0_ff512"
     three, five = (
-        arguments(imagenet_checkpoint, root, f"{tmp_path}/", random_sample_dim=n) for n in (3, 5)
+        arguments(imagenet_checkpoint, root, f"{tmp_path}/", f"--random_sample_dim={n}")
+        for n in (3, 5)
     )
-    assert retrieval_arrays.retrieval(three, print) == 0
+    retrieval(three)
     before = arrays(stem)
 
     def killed(*array):
         write_array(*array)
-        raise KeyboardInterrupt
+        raise Killed
 
     monkeypatch.setattr(retrieval_arrays, "write_array", killed)
-    with pytest.raises(KeyboardInterrupt):
-        retrieval_arrays.retrieval(five, print)
+    with pytest.raises(Killed):
+        retrieval(five)
     monkeypatch.undo()
     assert len(np.load(f"{stem}-y.npy")) == 5
-    assert retrieval_arrays.retrieval(three, print) == 0
+    retrieval(three)
     assert all(np.array_equal(new, old) for new, old in zip(arrays(stem), before, strict=True))
-    assert retrieval_arrays.retrieval(five, print) == 0
+    retrieval(five)
     assert len(arrays(stem)[0]) == 5
     assert not list(tmp_path.glob("*-embeddings"))
 
@@ -177,40 +164,41 @@ def test_a_kill_between_the_files_leaves_no_old_description(
 def test_a_kill_before_the_arrays_are_published_computes_nothing_again(
     root, imagenet_checkpoint, tmp_path, monkeypatch, capsys
 ):
-    args = arguments(imagenet_checkpoint, root, f"{tmp_path}/", dataset="V2")
+    args = arguments(imagenet_checkpoint, root, f"{tmp_path}/", "--dataset=V2")
     folder = tmp_path / "V2_val_mrl1_e0_ff512-embeddings"
 
     def killed(_):
-        raise KeyboardInterrupt
+        raise Killed
 
     monkeypatch.setattr(retrieval_arrays, "publish", killed)
-    with pytest.raises(KeyboardInterrupt):
-        retrieval_arrays.retrieval(args, print)
+    with pytest.raises(Killed):
+        retrieval(args)
     monkeypatch.undo()
     made = np.load(folder / "X.npy")
     capsys.readouterr()
-    assert retrieval_arrays.retrieval(args, print) == 0
+    retrieval(args)
     assert "images/s" not in capsys.readouterr().out
     assert np.array_equal(arrays(f"{tmp_path}/V2_val_mrl1_e0_ff512")[0], made)
     assert not folder.exists()
 
 
 @pytest.mark.parametrize(
-    ("more", "error", "words"),
+    ("more", "words"),
     [
-        ({"dataset": "V1"}, ImageNetError, "--dataset V1.*1K, V2, 4K"),
-        ({"dataset": "4K"}, ImageNetError, "imagenet4k_queries.beton"),
-        ({"tta": True}, ConfigError, "--tta"),
-        ({"nesting_list": "8"}, ConfigError, "--nesting-list"),
-        ({"random_sample_dim": 0}, ConfigError, "--random_sample_dim 0"),
-        ({"prefix": "/nowhere/at/all/"}, ConfigError, "/nowhere/at/all does not exist"),
-        ({"batch_size": 0}, ConfigError, "--batch-size"),
-        ({"resolution": 64, "preprocessing": "upstream"}, ConfigError, "--resolution 64"),
+        (["--dataset=V1"], ["--dataset V1", "1K, V2, 4K"]),
+        (["--dataset=4K"], ["imagenet4k_queries.beton"]),
+        (["--tta"], ["--tta"]),
+        (["--nesting-list=8"], ["--nesting-list"]),
+        (["--random_sample_dim=0"], ["--random_sample_dim", "0"]),
+        (
+            ["--retrieval_array_path=/nowhere/at/all/"],
+            ["--retrieval_array_path", "/nowhere/at/all does not exist"],
+        ),
+        (["--batch-size=0"], ["--batch-size"]),
+        (["--resolution=64", "--preprocessing=upstream"], ["--resolution 64"]),
     ],
 )
-def test_mistakes_name_the_option(root, imagenet_checkpoint, tmp_path, more, error, words):
-    with pytest.raises(error, match=words):
-        retrieval_arrays.retrieval(
-            arguments(imagenet_checkpoint, root, **{"prefix": f"{tmp_path}/", **more}), print
-        )
+def test_mistakes_name_the_option(root, imagenet_checkpoint, tmp_path, capsys, *, more, words):
+    line = refused(arguments(imagenet_checkpoint, root, f"{tmp_path}/", *more), capsys)
+    assert all(word in line for word in words), line
     assert not list(tmp_path.iterdir())

@@ -434,7 +434,7 @@ def test_no_figure_is_said(checkpoints, digits, tmp_path, capsys):
         (["--train-data={tmp}/none"], ["none", "no such file"]),
         (["--path={tmp}/none.pt"], ["none.pt", "no such checkpoint"]),
         (["--path=torchvision:resnet50", "--mrl"], ["torchvision:resnet50", "mrl"]),
-        (["--mrl"], ["mrl was asked for", "ff512"]),
+        (["--mrl"], ["mrl was requested", "ff512"]),
         (["--draws=0"], ["--draws 0"]),
         (["--seed=-1"], ["--seed -1"]),
         ([f"--seed={2**63}"], [f"--seed {2**63}: expected 0 to {2**63 - 1}"]),

@@ -481,7 +481,7 @@ def test_the_target_decides_what_is_explained(checkpoint, raw, tmp_path, monkeyp
         (["--target=ant"], ["--target ant", "predicted, label"]),
         (["--target=label", "--data={tmp}/bad"], ["--target label", "0.png", "--target predicted"]),
         (["--layer=layer9"], ["layer9", "layer4"]),
-        (["--efficient"], ["efficient was asked for"]),
+        (["--efficient"], ["efficient was requested"]),
         (["--output={raw}/ant/0.png"], ["0.png"]),
     ],
 )

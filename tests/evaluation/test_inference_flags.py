@@ -210,11 +210,11 @@ def test_every_format_of_upstream_has_the_same_logits(imagenet_root, tmp_path, c
                 "--nesting-list=8,512",
                 *flags,
             )
-            assert "note" not in capsys.readouterr().out.replace("note: 3 of the 1000", "")
+            assert "note" not in capsys.readouterr().out.replace("note: only 3 of the 1000", "")
         if spec.dims == (512,):  # as an old MRL-E file would look
             evaluate(tmp_path / "final_weights.pt", imagenet_root, tmp_path / "pt")
             assert "old-style MRL-E file looks the same" in capsys.readouterr().out
     line = refused(
         [f"--path={tmp_path / 'final_weights.pt'}", f"--data-root={imagenet_root}", "--mrl"], capsys
     )
-    assert "mrl was asked for" in line
+    assert "mrl was requested" in line

@@ -314,8 +314,11 @@ def test_the_lists_are_timms():
         (["--nesting-list=few"], ["--nesting-list few", "8,64,512"]),
         (["--old_ckpt"], ["old style", "drop old_ckpt"]),
         (["--path=torchvision:resnet50", "--old_ckpt"], ["takes no old_ckpt", "baseline"]),
-        (["--dataset=A", "--data-root={root}/sketch"], ["sketch", "no class of A", "imagenet-a"]),
-        (["--dataset=Sketch", "--data-root={root}/" + FOLDERS["V2"]], ["no class of Sketch"]),
+        (
+            ["--dataset=A", "--data-root={root}/sketch"],
+            ["sketch", "not a class of A", "imagenet-a"],
+        ),
+        (["--dataset=Sketch", "--data-root={root}/" + FOLDERS["V2"]], ["not a class of Sketch"]),
         (
             ["--dataset=V2", "--data-root={other}"],
             ["imagenetv2-threshold0.7-format-val", "imagenetv2-top-images"],
@@ -327,11 +330,11 @@ def test_the_lists_are_timms():
         (["--path=torchvision:resnet50.V9"], ["no such weights", "IMAGENET1K_V2"]),
         (["--path=torchvision:resnet50", "--mrl"], ["takes no mrl", "baseline"]),
         (["--path=timm:resnet5000"], ["timm:resnet5000", "no such weights"]),
-        (["--path=timm:test_vit"], ["timm:test_vit", "cannot be had"]),
+        (["--path=timm:test_vit"], ["timm:test_vit", "cannot load"]),
     ],
 )
 def test_mistakes_are_one_line(
-    imagenet_root, imagenet_checkpoint, tmp_path, monkeypatch, capsys, argv, words
+    imagenet_root, imagenet_checkpoint, tmp_path, *, monkeypatch, capsys, argv, words
 ):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -363,4 +366,4 @@ def test_weights_that_cannot_be_had_are_one_line(imagenet_root, tmp_path, monkey
         lambda *a, **k: (_ for _ in ()).throw(OSError("no network")),
     )
     line = refused(["--path=torchvision:resnet18", f"--data-root={imagenet_root}"], capsys)
-    assert "torchvision:resnet18: the weights cannot be had: no network" in line
+    assert "torchvision:resnet18: cannot load the weights: no network" in line

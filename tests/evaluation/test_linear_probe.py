@@ -42,7 +42,7 @@ def test_features_come_in_the_data_sets_order(frozen, digits):
             expected = model.features(normalise(batch.images))[0]
         torch.testing.assert_close(features[batch.index[0]], expected, atol=1e-4, rtol=1e-4)
         assert labels[batch.index[0]] == batch.labels[0]
-    with pytest.raises(ValueError, match="1 of 101 images did not come, the first is 100"):
+    with pytest.raises(ValueError, match="1 of 101 images are missing, the first is 100"):
         extract_features(model, shuffled, 101)
 
 

@@ -60,7 +60,7 @@ def oracle_loss(logits, labels, weights, smoothing):
     seed=st.integers(0, 2**31),
 )
 def test_logits_and_gradients_equal_the_formula(
-    dims, classes, batch, extra, shared, bias, fused, seed
+    *, dims, classes, batch, extra, shared, bias, fused, seed
 ):
     torch.manual_seed(seed)
     head = NestedLinear(dims, classes, shared, bias).double()
@@ -100,7 +100,7 @@ def test_logits_and_gradients_equal_the_formula(
     weighted=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_loss_equals_the_formula(g, n, c, smoothing, weighted, seed):
+def test_loss_equals_the_formula(*, g, n, c, smoothing, weighted, seed):
     rng = np.random.default_rng(seed)
     logits, labels = rng.normal(size=(g, n, c)) * 4, rng.integers(0, c, n)
     weights = rng.uniform(0.1, 2, g) if weighted else np.ones(g)
