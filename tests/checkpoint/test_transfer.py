@@ -112,7 +112,7 @@ def test_a_checkpoint_gives_trunk_and_head(tmp_path, kind, blurpool):
     assert notes[0] == f"trunk from {path} with its head"
     assert model.preprocessing == (source.preprocessing if kind == "ours" else Preprocessing())
     assert [note for note in notes if "normalised" in note] == notes[1:]
-    assert len(notes) == (2 if kind == "ours" else 1)
+    assert len(notes) == (2 if kind == "ours" else 1), f"{notes}"
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,9 @@ def test_frozen_stages_stay_and_the_rest_moves(tmp_path, arch, freeze, prefixes)
     after = model.state_dict()
     constant = {key for key in after if key.endswith(".blur_filter")}
     still = {key for key in after if torch.equal(before[key], after[key])}
-    assert still - constant == frozen - constant
+    assert still - constant == frozen - constant, (
+        "parameters that did not move are not the frozen ones"
+    )
     assert all(
         not module.training for name, module in model.named_modules() if name in model.frozen
     )

@@ -187,7 +187,7 @@ def test_upstreams_and_published_checkpoints(imagenet_root, tmp_path, monkeypatc
     assert (
         "--truncate-dim 16" in capsys.readouterr().out
     )  # the rest of the trunk's columns was never trained
-    assert found.X.shape == (9, 512)
+    assert found.X.shape == (9, 512), "9 images of 512 columns"
     assert found.meta["model"]["weights_sha256"] == trunk_sha256(model)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     published = torchvision.models.resnet18()
@@ -195,7 +195,7 @@ def test_upstreams_and_published_checkpoints(imagenet_root, tmp_path, monkeypatc
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     torch.save(published.state_dict(), tmp_path / "hub" / "checkpoints" / url.rsplit("/", 1)[1])
     found = run("torchvision:resnet18", imagenet_root / "val", tmp_path / "rn18")
-    assert (found.X.shape, found.meta["preprocessing"]["size"]) == ((9, 512), 224)
+    assert (found.X.shape, found.meta["preprocessing"]["size"]) == ((9, 512), 224), "shape, pixels"
 
 
 def test_encode_takes_both_kinds_of_images_and_leaves_the_model_as_it_was():
@@ -237,17 +237,19 @@ def test_encode_takes_both_kinds_of_images_and_leaves_the_model_as_it_was():
 def test_every_missing_row_is_in_one_batch_of_one_process(rows, batch, world, there):
     done = merged([(i, i + 1) for i in there if i < rows])
     todo = missing(done, rows)
-    assert {i for a, b in done for i in range(a, b)} == {i for i in there if i < rows}
-    assert all(a < b for a, b in done)
-    assert all(b < c for (_, b), (c, _) in itertools.pairwise(done))
+    assert {i for a, b in done for i in range(a, b)} == {i for i in there if i < rows}, (
+        f"merged ranges {done}"
+    )
+    assert all(a < b for a, b in done), f"an empty range in {done}"
+    assert all(b < c for (_, b), (c, _) in itertools.pairwise(done)), f"ranges touch: {done}"
     wanted = [i for i in range(rows) if i not in there]
-    assert [i for a, b in todo for i in range(a, b)] == wanted
+    assert [i for a, b in todo for i in range(a, b)] == wanted, f"missing ranges {todo}"
     shares = [embedding.rows_of_rank(todo, batch, rank, world).tolist() for rank in range(world)]
     cut = [part[i : i + batch] for part in shares for i in range(0, len(part), batch)]
     assert cut == [
         wanted[i : i + batch] for i in range(0, len(wanted), batch)
     ]  # the batches of one process
-    assert max(map(len, shares)) - min(map(len, shares)) < 2 * batch
+    assert max(map(len, shares)) - min(map(len, shares)) < 2 * batch, "unequal shares of ranks"
 
 
 # ---------------------------------------------------------------- starts and stops
@@ -334,9 +336,9 @@ def test_killed_at_any_moment_and_in_two_processes_it_ends_with_the_same_files(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     events, kills, starts = json.loads(done.stdout.splitlines()[-1])
-    assert events > 24  # not vacuous: the last folder needed several starts
-    assert kills > 5
-    assert starts >= 1
+    assert events > 24, "vacuous: the last folder needs several starts"
+    assert kills > 5, "too few kills to prove anything"
+    assert starts >= 1, "no run was killed twice"
     whole = hashes(out / "whole")
     assert sorted(whole) == sorted([*ARRAYS, "meta.json"])
     for folder in [p for p in out.iterdir() if p.is_dir()]:

@@ -148,8 +148,10 @@ def test_damaged_files_are_one_line(tmp_path_factory, sound, file, data):
             (found.meta["rows"], found.meta["columns"]),
             (found.meta["rows"],),
         )
-        assert len(found.X.tobytes()) == found.X.size * found.X.itemsize  # every byte can be read
-        assert len(list(found.ids)) == len(found)
+        assert len(found.X.tobytes()) == found.X.size * found.X.itemsize, (
+            "not every byte can be read"
+        )
+        assert len(list(found.ids)) == len(found), "not every name can be read"
     except EmbeddingError as error:
         message = str(error)
     assert message.startswith(str(folder))
@@ -170,14 +172,16 @@ def test_old_embeddings_stay_until_the_new_are_whole(tmp_path, sound):
     new = META | {"columns": 2}
     with EmbeddingWriter(tmp_path) as unfinished:
         plan = unfinished.begin(new, np.ones(5), str, overwrite=True)
-        assert open_embeddings(tmp_path).X.shape == (5, 3)
+        assert open_embeddings(tmp_path).X.shape == (5, 3), "the old rows"
         writer = RowWriter(tmp_path, plan)
         writer.write(np.arange(5), np.full((5, 2), 7))
         writer.flush()
         writer.close()
-        assert open_embeddings(tmp_path).X[4, 2] == 14
+        assert open_embeddings(tmp_path).X[4, 2] == 14, (
+            "the old rows must stay until the new ones are whole"
+        )
         unfinished.finish()
-    assert (open_embeddings(tmp_path).X == 7).all()
+    assert (open_embeddings(tmp_path).X == 7).all(), "the new rows"
     with EmbeddingWriter(tmp_path) as unfinished:
         unfinished.begin(META, np.ones(5), str, overwrite=True)  # and is killed
     with EmbeddingWriter(tmp_path) as unfinished:

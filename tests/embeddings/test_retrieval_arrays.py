@@ -58,7 +58,7 @@ def root(tmp_path_factory, imagenet_root, photo):
 def arrays(prefix):
     found = [np.load(f"{prefix}-{kind}.npy", allow_pickle=False) for kind in "Xy"]
     assert [a.dtype for a in found] == [np.float32, np.int64]
-    assert found[1].shape == (len(found[0]), 1)
+    assert found[1].shape == (len(found[0]), 1), "labels are not [N, 1]"
     return found[0], found[1][:, 0]
 
 
@@ -74,7 +74,7 @@ def test_queries_and_database_of_1k_are_those_of_single_images(
     ):
         X, y = arrays(f"{tmp_path}/run1_1K_{split}_mrl1_e0_ff512")
         np.testing.assert_allclose(X, one_by_one(model, root / split)[0], atol=1e-4)
-        assert y.tolist() == labels
+        assert y.tolist() == labels, f"labels of {split}"
     files = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     kinds = ("X.npy", "y.npy", "meta.json")
     assert sorted(files) == sorted(
@@ -85,7 +85,7 @@ def test_queries_and_database_of_1k_are_those_of_single_images(
     (tmp_path / "run1_1K_val_mrl1_e0_ff512-y.npy").unlink()
     capsys.readouterr()
     retrieval(args)  # what is missing is
-    assert capsys.readouterr().out.count("images/s") == 1
+    assert capsys.readouterr().out.count("images/s") == 1, "only the incomplete split is computed"
     assert (
         arrays(f"{tmp_path}/run1_1K_val_mrl1_e0_ff512")[1].tolist() == [0] * 3 + [7] * 2 + [999] * 4
     )
@@ -96,7 +96,7 @@ def test_v2s_labels_are_the_numbers_of_its_folders(root, imagenet_checkpoint, tm
     assert (
         arrays(f"{tmp_path}/V2_val_mrl1_e0_ff512")[1].tolist() == [10] * 2 + [100] * 4 + [2] * 3
     )  # "10" sorts first
-    assert len(list(tmp_path.iterdir())) == 3  # no database
+    assert len(list(tmp_path.iterdir())) == 3, "V2 has no database"
 
 
 def test_4k_a_fixed_feature_and_a_random_sample(root, tmp_path):
@@ -120,11 +120,11 @@ def test_4k_a_fixed_feature_and_a_random_sample(root, tmp_path):
     retrieval(args)
     features, labels, _ = one_by_one(model.eval(), root / "train")
     X, y = arrays(f"{tmp_path}/4K_train_mrl0_e0_ff16")
-    assert X.shape == (10, 16)
+    assert X.shape == (10, 16), "10 sampled images of 16 columns"
     picked = [int(np.abs(features[:, :16] - row).sum(1).argmin()) for row in X]
-    assert picked == sorted(set(picked))  # ten different images
+    assert picked == sorted(set(picked)), "the sample repeats an image"
     np.testing.assert_allclose(X, features[picked, :16], atol=1e-4)
-    assert y.tolist() == labels[picked].tolist()
+    assert y.tolist() == labels[picked].tolist(), "labels of the sample"
     assert arrays(f"{tmp_path}/4K_val_mrl0_e0_ff16")[0].shape == (
         9,
         16,
@@ -153,11 +153,11 @@ def test_a_kill_between_the_files_leaves_no_old_description(
     with pytest.raises(Killed):
         retrieval(five)
     monkeypatch.undo()
-    assert len(np.load(f"{stem}-y.npy")) == 5
+    assert len(np.load(f"{stem}-y.npy")) == 5, "the labels of the killed run"
     retrieval(three)
     assert all(np.array_equal(new, old) for new, old in zip(arrays(stem), before, strict=True))
     retrieval(five)
-    assert len(arrays(stem)[0]) == 5
+    assert len(arrays(stem)[0]) == 5, "rows of the last run"
     assert not list(tmp_path.glob("*-embeddings"))
 
 

@@ -54,7 +54,9 @@ def test_unknown_classes_are_told_by_confidence(
     assert 7 not in columns
     assert 999 not in columns
     results, arrays = evaluate(imagenet_checkpoint, tmp_path, tmp_path / "o", "--dataset=o")
-    assert (results["images"], results["ood_images"], results["classes"]) == (9, 6, 200)
+    assert (results["images"], results["ood_images"], results["classes"]) == (9, 6, 200), (
+        "images, OOD images, classes"
+    )
     assert sorted(set(arrays["gt"].tolist())) == sorted(
         columns.index(c) for c in inside if c in columns
     )
@@ -74,7 +76,9 @@ def test_unknown_classes_are_told_by_confidence(
         confidence[folder] = torch.stack(rows, 1).numpy()
     for g, row in enumerate(results["prefixes"].values()):
         expected = by_pairs(confidence["val"][g], confidence["imagenet-o"][g])
-        assert (row["auroc"], row["aupr"], row["fpr95"]) == pytest.approx(expected)
+        assert (row["auroc"], row["aupr"], row["fpr95"]) == pytest.approx(expected), (
+            "AUROC, AUPR, FPR95"
+        )
     assert "AUROC" in capsys.readouterr().out
     beside, _ = evaluate(
         imagenet_checkpoint, imagenet_root, tmp_path / "ood", f"--ood={tmp_path / 'imagenet-o'}"
@@ -105,7 +109,7 @@ def diverged(tmp_path):
 
 def test_a_model_that_diverged_is_noticed(imagenet_root, diverged, tmp_path, capsys):
     results, _ = evaluate(diverged, imagenet_root, tmp_path / "nan")
-    assert results["not_finite"] == 9
+    assert results["not_finite"] == 9, "every image has NaN logits"
     assert "note: 9 images have logits that are not finite" in capsys.readouterr().out
     line = refused(
         [f"--path={diverged}", f"--data-root={imagenet_root}", f"--ood={imagenet_root / 'sketch'}"],
@@ -128,10 +132,12 @@ def test_a_subset_is_cut_out_also_where_class_names_are_equal(imagenet_root, tmp
 
 def test_another_resolution(imagenet_root, imagenet_checkpoint, tmp_path, capsys):
     results, arrays = evaluate(imagenet_checkpoint, imagenet_root, tmp_path, "--resolution=64")
-    assert results["resolution"] == 64
+    assert results["resolution"] == 64, "--resolution"
     assert "checkpoint64" in results["arrays"]["logits"]
     _, own = evaluate(imagenet_checkpoint, imagenet_root, tmp_path / "own")
-    assert not np.allclose(arrays["logits"], own["logits"], atol=1e-3)
+    assert not np.allclose(arrays["logits"], own["logits"], atol=1e-3), (
+        "the resolution has no effect"
+    )
     both = ["--resolution=64", "--preprocessing=upstream"]
     line = refused([f"--path={imagenet_checkpoint}", f"--data-root={imagenet_root}", *both], capsys)
     assert "--resolution 64" in line

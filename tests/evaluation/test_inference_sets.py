@@ -72,15 +72,19 @@ def test_a_set_equals_loops_over_single_images(
     logits, labels = one_by_one(load_model(imagenet_checkpoint), name, imagenet_root)
     assert (arrays["logits"].dtype, arrays["softmax"].dtype) == (np.float32, np.float32)
     assert (arrays["predictions"].dtype, arrays["gt"].dtype) == (np.int64, np.int64)
-    assert arrays["logits"].shape == (3, 9, 200 if name in SUBSET else 1000)
+    assert arrays["logits"].shape == (3, 9, 200 if name in SUBSET else 1000), (
+        "logits are not [G, N, C]"
+    )
     np.testing.assert_allclose(arrays["logits"], logits, atol=1e-4)
     np.testing.assert_array_equal(arrays["gt"], labels)
     np.testing.assert_array_equal(arrays["predictions"], logits.argmax(2))
     powers = np.exp(logits - logits.max(2, keepdims=True))
     np.testing.assert_allclose(arrays["softmax"], powers / powers.sum(2, keepdims=True), atol=1e-5)
-    assert shown(results) == accuracy(logits, labels) == accuracy(arrays["logits"], arrays["gt"])
-    assert max(shown(results).values()) > 0  # the classes that are there are likely: not vacuous
-    assert (results["dataset"], results["images"]) == (name, 9)
+    assert shown(results) == accuracy(logits, labels) == accuracy(arrays["logits"], arrays["gt"]), (
+        "accuracies of the table, the loops and the arrays"
+    )
+    assert max(shown(results).values()) > 0, "vacuous: no image is classified correctly"
+    assert (results["dataset"], results["images"]) == (name, 9), "data set, images"
     table = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
     assert [(int(d), float(a)) for d, a, _ in table] == [
         (d, pytest.approx(100 * (row == labels).mean(), abs=0.01))
@@ -110,7 +114,7 @@ def test_numbered_folders_keep_their_numbers_in_a_beton(
     _, there = evaluate(imagenet_checkpoint, imagenet_root, tmp_path / "folder", "--dataset=v2")
     _, here = evaluate(imagenet_checkpoint, beton, tmp_path / "beton", "--dataset=v2")
     assert all(np.array_equal(there[kind], here[kind]) for kind in there)
-    assert sorted(set(here["gt"].tolist())) == [2, 10, 100]
+    assert sorted(set(here["gt"].tolist())) == [2, 10, 100], "labels are the numbers of the folders"
 
 
 def test_variants_of_v2_do_not_share_a_file(imagenet_root, imagenet_checkpoint, tmp_path):
@@ -133,9 +137,9 @@ def test_a_beton_without_names_has_the_sets_own_labels(
     Path(f"{beton}.json").unlink()
     _, arrays = evaluate(imagenet_checkpoint, beton, tmp_path, "--dataset=A")
     np.testing.assert_array_equal(arrays["gt"], source.labels)
-    assert arrays["logits"].shape == (3, 9, 200)
+    assert arrays["logits"].shape == (3, 9, 200), "logits are not [G, N, C]"
     v1, arrays = evaluate(imagenet_checkpoint, beton, tmp_path)
-    assert v1["classes"] == arrays["logits"].shape[2] == 1000
+    assert v1["classes"] == arrays["logits"].shape[2] == 1000, "classes of V1"
 
 
 def test_upstreams_names_and_shapes(imagenet_root, imagenet_checkpoint, tmp_path):
@@ -148,7 +152,7 @@ def test_upstreams_names_and_shapes(imagenet_root, imagenet_checkpoint, tmp_path
     assert results["arrays"] == {k: f"{stem}_{k}.pth" for k in kinds} | {
         "gt": "gt_dataset=sketch.pth"
     }
-    assert arrays["predictions"].shape == (3, 9)
+    assert arrays["predictions"].shape == (3, 9), "predictions are not [G, N]"
     baseline = build(ModelSpec("resnet10", 1000, (64,)))
     save_model(baseline, tmp_path / "ff.safetensors")
     results, arrays = evaluate(
@@ -198,7 +202,9 @@ def test_ranks_save_what_one_process_saves(imagenet_root, imagenet_checkpoint, t
     together = json.loads((tmp_path / "two.json").read_text())
     for kind, array in alone.items():
         np.testing.assert_allclose(np.load(tmp_path / together["arrays"][kind]), array, atol=1e-5)
-    assert together["prefixes"] == {d: pytest.approx(row) for d, row in results["prefixes"].items()}
+    assert together["prefixes"] == {
+        d: pytest.approx(row) for d, row in results["prefixes"].items()
+    }, "accuracies of two ranks and of one"
     assert "auroc" in together["prefixes"]["8"]
 
 
@@ -235,8 +241,10 @@ def test_preprocessing_is_what_was_asked_for(folder, tmp_path):
     np.testing.assert_allclose(upstream["logits"], expected, atol=1e-4)
     _, own = evaluate(tmp_path / "m.safetensors", folder, tmp_path)
     results, ffcv = evaluate(tmp_path / "m.safetensors", folder, tmp_path, "--preprocessing=ffcv")
-    assert results["resolution"] == 48
-    assert not np.allclose(own["logits"], ffcv["logits"], atol=1e-3)
+    assert results["resolution"] == 48, "the checkpoint's size"
+    assert not np.allclose(own["logits"], ffcv["logits"], atol=1e-3), (
+        "--preprocessing has no effect"
+    )
     model.preprocessing = Preprocessing(size=48)  # the ratio 224/256
     save_model(model, tmp_path / "m.safetensors")
     assert np.array_equal(
@@ -280,7 +288,7 @@ def test_timms_model_is_a_baseline(imagenet_root, tmp_path, monkeypatch):
     (place / "refs" / "main").write_text("0" * 40)
     save_file(model.state_dict(), place / "snapshots" / ("0" * 40) / "model.safetensors")
     results, arrays = evaluate("timm:test_resnet", imagenet_root, tmp_path, "--dataset=A")
-    assert results["resolution"] == cfg["input_size"][-1]
+    assert results["resolution"] == cfg["input_size"][-1], "timm's size"
     own = evaluate("timm:test_resnet", imagenet_root, tmp_path, "--preprocessing=upstream")[1]
     picture = resize_and_crop(
         Image.open(next(p for p in sorted((imagenet_root / "val").rglob("*.png"))))
@@ -289,7 +297,7 @@ def test_timms_model_is_a_baseline(imagenet_root, tmp_path, monkeypatch):
     with torch.inference_mode():
         logits = model(torch.tensor(image.transpose(2, 0, 1)[None], dtype=torch.float32))[0]
     np.testing.assert_allclose(own["logits"][0, 0], logits, atol=1e-4)
-    assert arrays["logits"].shape == (1, 9, 200)
+    assert arrays["logits"].shape == (1, 9, 200), "logits are not [G, N, C]"
 
 
 # ---------------------------------------------------------------- the lists, the mistakes

@@ -20,8 +20,18 @@ from matryoshka.checkpoint.model_file import load_model, save_model
 from matryoshka.checkpoint.transfer import check_start, start_model
 from matryoshka.checkpoint.upstream import save_upstream
 from matryoshka.evaluation.metrics import PrefixAccuracy
-from matryoshka.models import BACKBONES, ModelConfig, ModelError, ModelSpec, build, model_spec
+from matryoshka.models import (
+    BACKBONES,
+    ModelConfig,
+    ModelError,
+    ModelSpec,
+    NestedModel,
+    backbone,
+    build,
+    model_spec,
+)
 from matryoshka.models.blurpool import BlurPoolConv2d
+from matryoshka.nested import NestedLinear
 from matryoshka.training.optim import LrConfig, lr_at, parameter_groups, peak_epoch, peak_lr
 
 SMALL = ["resnet10", "resnet18", "resnet50"]
@@ -32,19 +42,102 @@ SMALL = ["resnet10", "resnet18", "resnet50"]
 def test_forward_backward_every_parameter_gets_a_gradient(arch, efficient):
     model = build(ModelSpec(arch, 7, (8, 16, 512), efficient, blurpool=True))
     logits = model(images := torch.randn(2, 3, 40, 33))
-    assert logits.shape == (3, 2, 7)
-    assert model.features(images).shape == (2, model.width)
+    assert logits.shape == (3, 2, 7), "logits are not [G, B, C]"
+    assert model.features(images).shape == (2, model.width), "features are not [B, D]"
     logits.square().sum().backward()
     # features beyond the longest prefix are not classified: only there may a gradient be zero,
     # nowhere missing
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
+HEADS = {  # the dims and `efficient` of every kind of head
+    "mrl": ((8, 16, 32), False),
+    "mrl-e": ((8, 16, 32), True),
+    "ff16": ((16,), False),
+}
+LARGE = {
+    "resnet152",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+}
+TRAINED = [
+    *(pytest.param(a, marks=pytest.mark.slow if a in LARGE else ()) for a in BACKBONES),
+    "timm:test_resnet",
+    "timm:vit_tiny_patch16_224",
+]
+
+
+@pytest.mark.parametrize("arch", TRAINED)
+def test_every_backbone_trains_with_every_head(arch):
+    """A frozen or forgotten parameter, or a NaN, would otherwise only show as a lower accuracy."""
+    torch.manual_seed(0)
+    trunk = build(ModelSpec(arch, 3, (8,))).trunk
+    width = backbone_width(arch)
+    size = 160 if arch == "timm:test_resnet" else 32
+    images = torch.randn(2, 3, size, size)
+    for name, (dims, efficient) in HEADS.items():
+        spec = ModelSpec(arch, 3, dims, efficient)
+        model = NestedModel(trunk, NestedLinear(dims, 3, efficient), width, spec).train()
+        model.zero_grad()
+        logits = model(images)
+        assert spec.head_name == name
+        assert logits.shape == (len(dims), 2, 3), f"{name}: logits are not [G, B, C]"
+        logits.square().sum().backward()
+        trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        assert len(trained) == len(list(model.parameters())), f"{name}: a parameter is frozen"
+        missing = [n for n, grad in trained.items() if grad is None]
+        assert not missing, f"{name}: no gradient for {missing}"
+        bad = [n for n, grad in trained.items() if grad is not None and not grad.isfinite().all()]
+        assert not bad, f"{name}: gradients of {bad} are not finite"
+
+
+def backbone_width(arch):
+    with torch.device("meta"):
+        return backbone(arch)[1]
+
+
 @pytest.mark.parametrize("arch", sorted(set(BACKBONES) - set(SMALL)))
 def test_every_backbone_builds(arch):
     with torch.device("meta"):
         model = build(ModelSpec(arch, 5, (8,), blurpool=True))
-        assert model(torch.empty(2, 3, 32, 32)).shape == (1, 2, 5)
+        assert model(torch.empty(2, 3, 32, 32)).shape == (1, 2, 5), "logits are not [G, B, C]"
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "path", "attribute"),
+    [
+        ("resnet10", {"zero_init_residual": True}, "layer1.0.bn2", "weight"),
+        ("resnet18", {"zero_init_residual": True}, "layer1.0.bn2", "weight"),
+        ("timm:test_resnet", {"drop_path_rate": 0.5}, "layer4.0.drop_path", "drop_prob"),
+    ],
+)
+def test_options_of_a_backbone_reach_its_builder(tmp_path, arch, options, path, attribute):
+    def value(model):
+        found = getattr(model.trunk.get_submodule(path), attribute)
+        return float(found if isinstance(found, float) else found.detach().abs().max())
+
+    model = build(ModelSpec(arch, 3, (8, 16), arch_options=options))
+    expected = 0.5 if attribute == "drop_prob" else 0.0
+    assert value(model) == expected, f"{path}.{attribute} with {options}"
+    save_model(model, tmp_path / "model.safetensors")
+    loaded = load_model(tmp_path / "model.safetensors")
+    assert loaded.spec == model.spec
+    assert value(loaded) == expected, f"{path}.{attribute} of the loaded model"
+
+
+def test_unknown_options_of_a_backbone(tmp_path):
+    for arch in ("resnet10", "resnet18", "timm:test_resnet"):
+        with pytest.raises(ModelError, match=r"model.arch_options.*no_such_option") as error:
+            build(ModelSpec(arch, 3, (8,), arch_options={"no_such_option": 1}))
+        assert "\n" not in str(error.value)
+
+
+def test_a_file_without_options_has_no_key_for_them(tmp_path):
+    """Files of models without options keep the bytes that they had before there were any."""
+    save_model(build(ModelSpec("resnet10", 3, (8,))), tmp_path / "model.safetensors")
+    assert b"arch_options" not in (tmp_path / "model.safetensors").read_bytes()
 
 
 def test_every_torchvision_resnet_is_there():
@@ -125,7 +218,7 @@ def test_a_timm_checkpoint_rebuilds_its_model_alone(monkeypatch, tmp_path, arch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     images = torch.randn(2, 3, 160, 160)
     expected = source(images)
-    assert expected.shape == (len(spec.dims), 2, 10)
+    assert expected.shape == (len(spec.dims), 2, 10), "logits are not [G, B, C]"
     assert torch.equal(load_model(tmp_path / "model.safetensors")(images), expected)
     assert torch.equal(load_model(tmp_path / "final_weights.pt", arch=arch)(images), expected)
     with pytest.raises(CheckpointError, match="fit no known backbone"):
@@ -142,7 +235,7 @@ def test_a_transformer_takes_other_sizes():
     plain.load_state_dict(model.trunk.state_dict())
     images = torch.randn(1, 3, 224, 224)
     assert torch.equal(model.eval().features(images), plain.eval()(images))
-    assert model.features(images[..., :160, :160]).shape == (1, 192)
+    assert model.features(images[..., :160, :160]).shape == (1, 192), "features of 160 px"
     check_start(config, spec, sizes=(128, 160, 224))
 
 
@@ -194,29 +287,35 @@ def test_cyclic_schedule():
     config = LrConfig(lr_peak_epoch=2)
     for epoch in np.linspace(0, 16, 33):
         expected = np.interp(epoch, [0, 2, 16], [1e-4 * 1.7, 1.7, 0])
-        assert lr_at(float(epoch), config, 1.7, 16) == pytest.approx(expected, abs=1e-12)
+        assert lr_at(float(epoch), config, 1.7, 16) == pytest.approx(expected, abs=1e-12), (
+            f"lr at epoch {epoch}"
+        )
 
 
 def test_peak_beyond_the_run_moves_into_it():
     config = LrConfig(lr_peak_epoch=2)
-    assert [peak_epoch(config, e) for e in (1, 2, 3, 16)] == [0, 0, 2, 2]
+    assert [peak_epoch(config, e) for e in (1, 2, 3, 16)] == [0, 0, 2, 2], (
+        "peak of runs of 1, 2, 3, 16 epochs"
+    )
     for epochs in (1, 2):
         rates = [lr_at(e / 10, config, 1.0, epochs) for e in range(10 * epochs)]
-        assert max(rates) == 1.0
-        assert all(0 < r <= 1 for r in rates)
+        assert max(rates) == 1.0, f"the peak is not reached in {epochs} epochs"
+        assert all(0 < r <= 1 for r in rates), f"a rate outside of (0, peak]: {rates}"
 
 
 def test_step_and_constant_schedules():
     step = LrConfig(lr_schedule_type="step", step_ratio=0.1, step_length=30)
-    assert [lr_at(e, step, 2.0, 90) for e in (0, 29.99, 30, 60)] == pytest.approx([2, 2, 0.2, 0.02])
-    assert lr_at(55.5, LrConfig(lr_schedule_type="constant"), 0.3, 90) == 0.3
+    assert [lr_at(e, step, 2.0, 90) for e in (0, 29.99, 30, 60)] == pytest.approx(
+        [2, 2, 0.2, 0.02]
+    ), "step schedule"
+    assert lr_at(55.5, LrConfig(lr_schedule_type="constant"), 0.3, 90) == 0.3, "constant schedule"
 
 
 def test_rate_is_linear_in_the_global_batch():
     recipe = LrConfig(lr_per_256=0.10625)
-    assert peak_lr(recipe, 1024) == pytest.approx(0.425)
-    assert peak_lr(recipe, 4096) == pytest.approx(1.7)
-    assert peak_lr(LrConfig(lr=0.5, lr_per_256=9), 4096) == 0.5
+    assert peak_lr(recipe, 1024) == pytest.approx(0.425), "lr_per_256 x 4"
+    assert peak_lr(recipe, 4096) == pytest.approx(1.7), "lr_per_256 x 16"
+    assert peak_lr(LrConfig(lr=0.5, lr_per_256=9), 4096) == 0.5, "lr overrides lr_per_256"
 
 
 def test_weight_decay_groups_by_type():
@@ -225,9 +324,15 @@ def test_weight_decay_groups_by_type():
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(p)] for p in norms["params"]}
     assert "trunk.layer2.0.downsample.1.weight" in found  # the one that a name test misses
-    assert len(found) == 2 * sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    assert len(norms["params"]) + len(others["params"]) == len(names)
-    assert (norms["weight_decay"], others["weight_decay"]) == (0.0, 1e-4)
+    assert len(found) == 2 * sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()), (
+        "one weight and one bias per norm"
+    )
+    assert len(norms["params"]) + len(others["params"]) == len(names), (
+        "a parameter is in no group, or in two"
+    )
+    assert (norms["weight_decay"], others["weight_decay"]) == (0.0, 1e-4), (
+        "weight decay of norms, others"
+    )
 
 
 # ---------------------------------------------------------------- accuracy
@@ -251,16 +356,16 @@ def test_accuracy_equals_scikit_learn(n, c, g, cut, seed):
     for i, dim in enumerate(range(8, 8 + g)):
         for key, k in (("top1", 1), ("top5", 5)):
             expected = 100 * top_k_accuracy_score(labels, logits[i], k=k, labels=range(c))
-            assert result[dim][key] == pytest.approx(expected, abs=1e-9)
+            assert result[dim][key] == pytest.approx(expected, abs=1e-9), f"{key} of prefix {dim}"
 
 
 def test_accuracy_of_ties_and_nan():
     metric = PrefixAccuracy((8,))
     metric.update(torch.zeros(1, 10, 10), torch.arange(10))  # all equal: argmax says class 0
-    assert metric.compute()[8] == {"top1": 10.0, "top5": 50.0}
+    assert metric.compute()[8] == {"top1": 10.0, "top5": 50.0}, "ties"
     metric.reset()
     metric.update(torch.full((1, 10, 10), torch.nan), torch.arange(10))
-    assert metric.compute()[8] == {"top1": 0.0, "top5": 0.0}
+    assert metric.compute()[8] == {"top1": 0.0, "top5": 0.0}, "NaN counts as wrong"
 
 
 def test_encode_files_are_prepared_as_a_loader_prepares_them(tmp_path):
@@ -286,7 +391,7 @@ def test_encode_files_are_prepared_as_a_loader_prepares_them(tmp_path):
     )
     short = model.encode_files(map(str, paths[:2]), truncate_dim=16, normalize=True)
     torch.testing.assert_close(short, model.encode(batch.images[:2], 16, True))
-    assert model.encode_files([]).shape == (0, model.width)
+    assert model.encode_files([]).shape == (0, model.width), "no files: no rows"
     (tmp_path / "no.jpg").write_bytes(b"no picture")
     for path, words in (
         (tmp_path / "no.jpg", "no.jpg: "),

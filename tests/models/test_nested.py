@@ -68,7 +68,7 @@ def test_logits_and_gradients_equal_the_formula(
     weights = [h.weight.detach().numpy() for h in head.heads]
     biases = [h.bias.detach().numpy() if bias else np.zeros(classes) for h in head.heads]
     logits = nested_logits(x, [(h.weight, h.bias) for h in head.heads], dims, fused)
-    assert logits.shape == (len(dims), batch, classes)
+    assert logits.shape == (len(dims), batch, classes), "logits are not [G, B, C]"
     features = x.detach().numpy()
     np.testing.assert_allclose(
         logits.detach(), oracle_logits(features, weights, biases, dims), rtol=0, atol=1e-12
@@ -111,7 +111,9 @@ def test_loss_equals_the_formula(*, g, n, c, smoothing, weighted, seed):
         torch.tensor(weights) if weighted else None,
         smoothing,
     )
-    assert ours.item() == pytest.approx(total, rel=1e-12, abs=1e-12)
+    assert ours.item() == pytest.approx(total, rel=1e-12, abs=1e-12), (
+        "loss differs from the formula"
+    )
     np.testing.assert_allclose(ours_each, per_prefix, rtol=1e-12, atol=1e-12)
 
 
@@ -134,7 +136,7 @@ def test_gradients_equal_finite_differences():
 
 def test_dims():
     assert default_dims(2048) == (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-    assert default_dims(2048, 16)[0] == 16
+    assert default_dims(2048, 16)[0] == 16, "start is not the first prefix"
     assert default_dims(384) == (8, 16, 32, 64, 128, 256, 384)
     assert default_dims(8) == (8,)
     for bad in ((), (0, 8), (8, 8), (16, 8), (8, 4096)):
@@ -158,7 +160,7 @@ def test_public_layer(efficient, bias):
     assert (layer.nesting_list, layer.num_classes, layer.efficient) == (dims, 4, efficient)
     out = layer(x := torch.randn(5, 7, dtype=torch.float64))
     assert isinstance(out, tuple)
-    assert [tuple(o.shape) for o in out] == [(5, 4)] * 3
+    assert [tuple(o.shape) for o in out] == [(5, 4)] * 3, "shapes of the three outputs"
     heads = (
         [layer.nesting_classifier_0]
         if efficient
@@ -179,8 +181,12 @@ def test_public_loss(importance):
     total, _ = oracle_loss(logits, labels, importance or [1, 1, 1], 0.1)
     loss = MRL.Matryoshka_CE_Loss(relative_importance=importance, label_smoothing=0.1)
     output = torch.tensor(logits)
-    assert loss(output, torch.tensor(labels)).item() == pytest.approx(total, abs=1e-12)
-    assert loss(tuple(output), torch.tensor(labels)).item() == pytest.approx(total, abs=1e-12)
+    assert loss(output, torch.tensor(labels)).item() == pytest.approx(total, abs=1e-12), (
+        "loss of a tensor"
+    )
+    assert loss(tuple(output), torch.tensor(labels)).item() == pytest.approx(total, abs=1e-12), (
+        "loss of a tuple"
+    )
     with pytest.raises(ValueError, match="relative_importance"):
         MRL.Matryoshka_CE_Loss(relative_importance=[1.0])(output, torch.tensor(labels))
 
