@@ -66,7 +66,7 @@ def photos(tmp_path, monkeypatch):
 
 def nearest(folder, rows):
     index = Index(folder)
-    return [index.name(row) for row in index.search(rows, 1).ids[:, 0].tolist()]
+    return [index.name(row) for row in index.search(rows, k=1).ids[:, 0].tolist()]
 
 
 def test_a_life_of_an_index(tmp_path, photos, capsys):
@@ -196,7 +196,7 @@ MISTAKES = {
     ),
     "names that are there": (
         ["add", "x", "--embeddings", "photos"],
-        "has 'a/0.jpg' already, and 59 more.*--replace",
+        "already has 'a/0.jpg', and 59 more.*--replace",
     ),
     "names twice": (["add", "x", "--embeddings", "twice"], "'b.jpg' occurs twice"),
     "names twice in the first": (
@@ -223,14 +223,14 @@ MISTAKES = {
     ),
     "a folder as names": (["delete", "x", "--names-from", "empty"], "empty: Is a directory"),
     "delete from nothing": (["delete", "nothing", "a"], "nothing: no such index"),
-    "delete from a folder": (["delete", "other", "a"], "other: is no index"),
-    "delete from embeddings": (["delete", "photos", "a"], "photos: is no index"),
+    "delete from a folder": (["delete", "other", "a"], "other: is not an index"),
+    "delete from embeddings": (["delete", "photos", "a"], "photos: is not an index"),
     "delete from a file": (["delete", "file", "a"], "file"),
     "add to nothing": (["add", "nothing", "--embeddings", "photos"], "nothing: no such index"),
-    "add to a folder": (["add", "empty", "--embeddings", "photos"], "empty: is no index"),
+    "add to a folder": (["add", "empty", "--embeddings", "photos"], "empty: is not an index"),
     "compact nothing": (["compact", "nothing"], "nothing: no such index"),
     "info of nothing": (["info", "nothing"], "nothing: no such index; `matryoshka index build`"),
-    "info of a folder": (["info", "other"], "other: is no index"),
+    "info of a folder": (["info", "other"], "other: is not an index"),
     "info of a first build that was killed": (
         ["info", "killed"],
         "killed: the index is not finished",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.metrics import average_precision_score
 
-from matryoshka.retrieval import metrics
+from matryoshka.retrieval import ranking_metrics as metrics
 
 quick = settings(max_examples=80, deadline=None)
 same = pytest.approx
@@ -67,7 +67,7 @@ def summed_precision(row):
 def test_metrics_equal_loops(case, data):
     ids, labels, own = case
     before = [array.copy() for array in case]
-    hit = metrics.hits(ids, labels, own)
+    hit = metrics.class_hits(ids, labels, own)
     expected = class_hits(*case)
     assert hit.dtype == bool
     assert hit.shape == ids.shape
@@ -104,7 +104,7 @@ def test_more_queries_than_one_part():
     ids = np.argsort(rng.random((q, n)), 1)[:, :k]
     ids[rng.random(ids.shape) < 0.1] = -1
     labels, own = rng.integers(0, 5, n), rng.integers(0, 6, q)
-    hit = metrics.hits(ids, labels, own)
+    hit = metrics.class_hits(ids, labels, own)
     assert hit.tolist() == class_hits(ids, labels, own)
     relevant = metrics.relevant_rows(labels, own)
     rows = [(row, r) for row, r in zip(hit.tolist(), relevant.tolist(), strict=True) if r]
@@ -141,18 +141,24 @@ def test_the_forms_of_map_by_hand():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: metrics.hits(np.array([[3]]), np.arange(3), np.array([0])), "row 3 .* 3"),
-        (lambda: metrics.hits(np.array([[0]]), np.arange(0), np.array([0])), "row 0 .* 0"),
+        (lambda: metrics.class_hits(np.array([[3]]), np.arange(3), np.array([0])), "row 3 .* 3"),
+        (lambda: metrics.class_hits(np.array([[0]]), np.arange(0), np.array([0])), "row 0 .* 0"),
         (
-            lambda: metrics.hits(np.array([[0]]), np.zeros(1, np.float16), np.array([0])),
+            lambda: metrics.class_hits(np.array([[0]]), np.zeros(1, np.float16), np.array([0])),
             "^labels: float16",
         ),
         (
-            lambda: metrics.hits(np.array([[0]]), np.arange(1), np.array([0.0])),
+            lambda: metrics.class_hits(np.array([[0]]), np.arange(1), np.array([0.0])),
             "^query_labels: float64",
         ),
-        (lambda: metrics.hits(np.array([[0.0]]), np.arange(1), np.array([0])), "^ids: float64"),
-        (lambda: metrics.hits(np.array([[0]]), np.arange(1), np.array([0, 0])), "1 queries.* 2"),
+        (
+            lambda: metrics.class_hits(np.array([[0.0]]), np.arange(1), np.array([0])),
+            "^ids: float64",
+        ),
+        (
+            lambda: metrics.class_hits(np.array([[0]]), np.arange(1), np.array([0, 0])),
+            "1 queries.* 2",
+        ),
         (lambda: metrics.precision_at(np.ones((2, 3), bool), 0), "k = 0: needs 1 to 3"),
         (lambda: metrics.mean_average_precision(np.ones((2, 3), bool), 4), "k = 4: needs 1 to 3"),
         (
