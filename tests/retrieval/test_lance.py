@@ -170,7 +170,7 @@ def test_edits_of_anything_reach_the_index(tmp_path):
         assert said(writer.compact()) == expected
     assert record.sync(folder) == Change(0, 0, 0)
     record.table.update(where="id = '10.jpg'", values={"item": -1})
-    with pytest.raises(RetrievalError, match="'photos' has items that are no numbers of 32 bits"):
+    with pytest.raises(RetrievalError, match="'photos' has items outside 0 to 2\\^32"):
         record.sync(folder)
 
 
@@ -197,12 +197,12 @@ def test_labels_without_classes_and_rows_that_say_nothing(tmp_path):
 
 def test_the_index_of_before_is_closed_when_that_of_after_is_opened(tmp_path, monkeypatch):
     """As in test_store_limits.py."""
-    monkeypatch.setattr(store_part, "MAPPED", 1)
+    monkeypatch.setattr(store_part, "MMAP_MIN_BYTES", 1)
     most, opened = 0, store_part.Part.__init__
 
-    def counted(part, *args):
+    def counted(part, *args, **options):
         nonlocal most
-        opened(part, *args)
+        opened(part, *args, **options)
         with open("/proc/self/maps") as maps:
             most = max(most, sum(f"{tmp_path}/index/part-" in line for line in maps))
 

@@ -301,7 +301,7 @@ def test_a_graph_has_zero_vectors_and_too_few_rows():
         Searcher(rows).prepare(SearchParams("hnsw", 64, 5))
 
 
-def test_the_head_of_the_rows_changes_nothing():
+def test_the_prefix_cache_changes_nothing():
     rows, asked = (
         rows_of(300, PREFIX_CACHE_DIMS + 40, 6).astype(np.float16),
         rows_of(9, PREFIX_CACHE_DIMS + 40, 7),
@@ -309,12 +309,12 @@ def test_the_head_of_the_rows_changes_nothing():
     staged_ = SearchParams(
         "scan", 64, 300, (Stage(PREFIX_CACHE_DIMS, 50), Stage(PREFIX_CACHE_DIMS + 40, 5))
     )
-    with_head, without = Searcher(rows, 1), Searcher(rows, 1)
+    with_cache, without = Searcher(rows, 1), Searcher(rows, 1)
     without.prepare(SearchParams("scan", 64, 300))
-    assert without.head is None
-    hits = with_head.search(asked, staged_)
-    assert with_head.head is not None
-    assert with_head.head.shape == (300, PREFIX_CACHE_DIMS)
+    assert without.prefix_cache is None
+    hits = with_cache.search(asked, staged_)
+    assert with_cache.prefix_cache is not None
+    assert with_cache.prefix_cache.shape == (300, PREFIX_CACHE_DIMS)
     whole = without.search(
         asked, SearchParams("scan", 64, 300, (Stage(PREFIX_CACHE_DIMS + 40, 5),))
     )
@@ -330,7 +330,7 @@ def test_any_number_of_rows_and_neighbours(n, k, kind, seed):
         rows_of(2, 12, seed),
     )
     hits = Searcher(rows, num_threads=1).search(
-        asked, SearchParams(kind, 5, max(n, k), (Stage(12, k),), n)
+        asked, SearchParams(kind, 5, max(n, k), (Stage(12, k),), nprobe=n)
     )
     for q in range(2):
         expected = cosines(rows, asked[q], 12)

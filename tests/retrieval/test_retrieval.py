@@ -386,7 +386,7 @@ def test_rows_of_a_memory_map_and_of_a_view(tmp_path):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda x: PrefixScan.build(x, 65), "64 dimensions, a prefix of 65"),
+        (lambda x: PrefixScan.build(x, 65), "64 dimensions, the search needs a prefix of 65"),
         (lambda x: PrefixScan.build(x.astype(int), 8), "floating point"),
         (lambda x: PrefixScan.build(x[0], 8), "expected floating point"),
         (lambda x: PrefixScan.build(x, 8).search(x[:, :4], 1), "queries: has 4 dimensions"),
@@ -408,7 +408,7 @@ def test_rows_of_a_memory_map_and_of_a_view(tmp_path):
         (lambda x: rerank(x, x, np.full((30, 1), 30), [Stage(8, 1)]), "row id 30 out of range"),
         (
             lambda x: rerank(x.astype(np.float64), x, np.zeros((30, 1), int), [Stage(8, 1)]),
-            "float16 and float32",
+            "expected float16 or float32",
         ),
     ],
 )

@@ -100,7 +100,7 @@ def test_metrics_equal_loops(case, data):
 
 def test_more_queries_than_one_part():
     rng = np.random.default_rng(0)
-    q, n, k = 2 * metrics.ROWS + 3, 40, 12
+    q, n, k = 2 * metrics.BLOCK + 3, 40, 12
     ids = np.argsort(rng.random((q, n)), 1)[:, :k]
     ids[rng.random(ids.shape) < 0.1] = -1
     labels, own = rng.integers(0, 5, n), rng.integers(0, 6, q)
@@ -159,8 +159,8 @@ def test_the_forms_of_map_by_hand():
             lambda: metrics.class_hits(np.array([[0]]), np.arange(1), np.array([0, 0])),
             "1 queries.* 2",
         ),
-        (lambda: metrics.precision_at(np.ones((2, 3), bool), 0), "k = 0: needs 1 to 3"),
-        (lambda: metrics.mean_average_precision(np.ones((2, 3), bool), 4), "k = 4: needs 1 to 3"),
+        (lambda: metrics.precision_at(np.ones((2, 3), bool), 0), "k=0: expected 1 to 3"),
+        (lambda: metrics.mean_average_precision(np.ones((2, 3), bool), 4), "k=4: expected 1 to 3"),
         (
             lambda: metrics.recall_at(np.ones((2, 3), bool), 3, np.array([3, 2])),
             "more hits than relevant",
@@ -179,7 +179,7 @@ def test_the_forms_of_map_by_hand():
         ),
         (
             lambda: metrics.mean_average_precision(np.ones((1, 3), bool), 3, np.array([3]), "R"),
-            "known: k, min",
+            "expected k or min",
         ),
         (
             lambda: metrics.recall_against_exact(np.ones((2, 3), int), np.ones((3, 3), int)),
@@ -187,8 +187,8 @@ def test_the_forms_of_map_by_hand():
         ),
         (lambda: metrics.mean_lower_bound(np.array([0.5, 1.01])), "0 to 1"),
         (lambda: metrics.mean_lower_bound(np.array([0.5, math.nan])), "0 to 1"),
-        (lambda: metrics.mean_lower_bound(np.ones(3), confidence=1), "confidence 1 "),
-        (lambda: metrics.mean_lower_bound(np.ones(3), bonferroni=0), "bonferroni 0"),
+        (lambda: metrics.mean_lower_bound(np.ones(3), confidence=1), "confidence=1,"),
+        (lambda: metrics.mean_lower_bound(np.ones(3), bonferroni=0), "bonferroni=0"),
     ],
 )
 def test_arrays_that_do_not_belong_together_are_refused(call, words):

@@ -411,7 +411,7 @@ def test_tables_that_do_not_go_together(data, tmp_path, capsys):
         ("empty.npy", "has no rows"),
         ("flat.npy", "expected floating point [rows, dimensions]"),
         ("half-X.npy", "cannot tell classes above 2048 apart"),
-        ("torn.npy", "not a whole .npy"),
+        ("torn.npy", "not a complete .npy"),
     ):
         wrong(capsys, tmp_path, words, queries=queries)
     wrong(capsys, tmp_path, "has no rows", database="empty.npy", queries="db")

@@ -353,12 +353,12 @@ def test_mistakes_of_a_search(tmp_path):
         ({"queries": asked[:, :23]}, "23 dimensions"),
         ({"queries": np.ones((1, 25), np.float32)}, "25 dimensions"),
         ({"queries": asked[0]}, "expected floating point"),
-        ({"k": 0}, "k = 0"),
-        ({"setting": SearchParams("binary", 8, 5)}, "codes of 8 dimensions"),
-        ({"setting": SearchParams("scan", 16, 5)}, "codes of 8 dimensions"),
-        ({"setting": SearchParams("exact", 25, 5)}, "prefix of 25"),
-        ({"setting": SearchParams("scan", 8, 5, (Stage(25, 5),))}, "prefix of 25"),
-        ({"only": np.array([3, 10])}, "row 10 of 10"),
+        ({"k": 0}, "k=0"),
+        ({"params": SearchParams("binary", 8, 5)}, "codes of 8 dimensions"),
+        ({"params": SearchParams("scan", 16, 5)}, "codes of 8 dimensions"),
+        ({"params": SearchParams("exact", 25, 5)}, "prefix of 25"),
+        ({"params": SearchParams("scan", 8, 5, (Stage(25, 5),))}, "prefix of 25"),
+        ({"only": np.array([3, 10])}, "row 10 out of range, .* has 10 rows"),
         ({"deleted": empty_bits(100)}, "bits for 128 rows"),
     ):
         with pytest.raises(RetrievalError, match=words):

@@ -109,7 +109,7 @@ def check(folder, file, content):
 
 @pytest.mark.parametrize(("mapped", "times"), [(1, 1), (1 << 20, 3)])
 def test_every_file_damaged_anywhere(sound, monkeypatch, mapped, times):
-    monkeypatch.setattr(store_part, "MAPPED", mapped)
+    monkeypatch.setattr(store_part, "MMAP_MIN_BYTES", mapped)
     rng, tried = np.random.default_rng(mapped), 0
     for file in files_of(sound):
         good = (sound / file).read_bytes()

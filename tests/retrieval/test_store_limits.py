@@ -74,8 +74,8 @@ def test_a_setting_that_the_index_cannot_search_is_no_default(tmp_path):
 
 
 def test_so_many_parts_and_no_more(tmp_path, monkeypatch):
-    assert store_writer.MOST_PARTS == 128
-    monkeypatch.setattr(store_writer, "MOST_PARTS", 3)
+    assert store_writer.MAX_PARTS == 128
+    monkeypatch.setattr(store_writer, "MAX_PARTS", 3)
     built(tmp_path, random_rows(5))
     with Writer(tmp_path, 1) as writer:
         for i in range(2):
@@ -83,7 +83,7 @@ def test_so_many_parts_and_no_more(tmp_path, monkeypatch):
         before = state(tmp_path)
         with pytest.raises(
             RetrievalError,
-            match=r"has 3 parts; `matryoshka index compact` makes one .*, then add again$",
+            match=r"has 3 parts, the maximum; run `matryoshka index compact`, then add again$",
         ):
             writer.add(batch(random_rows(1), ["new"]))
         assert state(tmp_path) == before
@@ -93,12 +93,12 @@ def test_so_many_parts_and_no_more(tmp_path, monkeypatch):
 
 def test_the_index_of_before_is_closed_when_that_of_after_is_opened(tmp_path, monkeypatch):
     """Every file mapped: a writer never has the maps of two indexes."""
-    monkeypatch.setattr(store_part, "MAPPED", 1)
+    monkeypatch.setattr(store_part, "MMAP_MIN_BYTES", 1)
     most, opened = 0, store_part.Part.__init__
 
-    def counted(part, *args):
+    def counted(part, *args, **options):
         nonlocal most
-        opened(part, *args)
+        opened(part, *args, **options)
         with open("/proc/self/maps") as maps:
             most = max(most, sum(str(tmp_path) in line for line in maps))
 

@@ -368,7 +368,7 @@ def test_every_answer_has_the_headers(client):
 
 def test_faults_of_our_own_say_nothing(made, monkeypatch, caplog):
     broken, service = client_of(made)
-    monkeypatch.setattr(service, "about", lambda: 1 / 0)
+    monkeypatch.setattr(service, "index_info", lambda: 1 / 0)
     answer = broken.get("/api/index")
     assert "output" in said(answer, 500)
     assert "default-src" in answer.headers["content-security-policy"]
