@@ -25,9 +25,9 @@ from nested_rows import add_options, prepared
 from record import append
 from retrieval import status
 
-from matryoshka.retrieval.metrics import recall_against_exact, summarise_recall
+from matryoshka.retrieval.ranking_metrics import recall_against_exact, summarise_recall
 from matryoshka.retrieval.store import Index
-from matryoshka.retrieval.store_writer import Batch, Writer
+from matryoshka.retrieval.store_writer import IndexRows, Writer
 
 CHANGED = 1000  # rows that are added and deleted
 K = 10
@@ -100,9 +100,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def batch(rows: np.ndarray, names) -> Batch:
+def batch(rows: np.ndarray, names) -> IndexRows:
     model = {"weights_sha256": "synthetic", "file": "none"}
-    return Batch(rows, names, np.arange(len(rows)) // 1300, model, {})
+    return IndexRows(rows, names, np.arange(len(rows)) // 1300, model, {})
 
 
 def searched(folder: Path, args: argparse.Namespace) -> dict:
@@ -121,21 +121,21 @@ def searched(folder: Path, args: argparse.Namespace) -> dict:
     rates, found = [], []
     for turn in range(4):
         started = time.perf_counter()
-        ids = [index.search(queries[i : i + size], K).ids for i in range(0, len(queries), size)]
+        ids = [index.search(queries[i : i + size], k=K).ids for i in range(0, len(queries), size)]
         if turn:
             rates.append(len(queries) / (time.perf_counter() - started))
         found = ids
     single = []
     for i in range(min(2000, len(queries))):
         started = time.perf_counter()
-        index.search(queries[i : i + 1], K)
+        index.search(queries[i : i + 1], k=K)
         single.append(1000 * (time.perf_counter() - started))
     recall = summarise_recall(recall_against_exact(np.concatenate(found), truth), K)
     p50, p99 = np.percentile(single, [50, 99])
     return {
         "open ms": median(opening),
         "open ms, first": opening[0],
-        "setting": str(index.setting),
+        "setting": str(index.params),
         "recall@10": recall.mean,
         "lower": recall.lower,
         "q/s, batch 1000": median(rates),

@@ -34,10 +34,10 @@ from nested_rows import Data, K, add_options, prepared
 from record import append, spread
 
 from matryoshka.retrieval import BinaryScan, InvertedFile, PrefixScan, Stage, _native, rerank
-from matryoshka.retrieval.hits import memory, unit
-from matryoshka.retrieval.metrics import recall_against_exact, summarise_recall
-from matryoshka.retrieval.pipeline import HEAD
-from matryoshka.retrieval.rerank import head_of
+from matryoshka.retrieval.hits import huge_page_zeros, unit
+from matryoshka.retrieval.params import PREFIX_CACHE_DIMS
+from matryoshka.retrieval.ranking_metrics import recall_against_exact, summarise_recall
+from matryoshka.retrieval.rerank import build_prefix_cache
 
 BATCHES = (1, 32, 1000)
 ALL = ("scans", "rerank", "pipelines", "graphs")
@@ -133,7 +133,7 @@ def scans(data: Data, args: argparse.Namespace) -> list[dict]:
     rows, columns = data.rows, data.rows.shape[1]
     out, k = [], min(200, len(rows))
     for dim in (16, 32, 64):
-        prefixes = memory((len(rows), dim), np.float32)
+        prefixes = huge_page_zeros((len(rows), dim), np.float32)
         for first in range(0, len(rows), 65_536):
             prefixes[first : first + 65_536] = unit(rows[first : first + 65_536], dim)
         ours, flat = PrefixScan.build(rows, dim, args.threads), faiss.IndexFlatIP(dim)
@@ -202,18 +202,20 @@ def reranking(data: Data, args: argparse.Namespace) -> list[dict]:
     rows, columns = data.rows, data.rows.shape[1]
     queries = np.ascontiguousarray(data.queries[:1000])
     candidates = PrefixScan.build(rows, 64, args.threads).search(queries, min(200, len(rows))).ids
-    middle = min(HEAD, columns // 2)
-    head = head_of(rows, middle)
+    middle = min(PREFIX_CACHE_DIMS, columns // 2)
+    cache = build_prefix_cache(rows, middle)
     ways = {
         "one step": ([Stage(columns, K)], None),
-        f"{middle} (40), then all": ([Stage(middle, 40), Stage(columns, K)], head),
+        f"{middle} (40), then all": ([Stage(middle, 40), Stage(columns, K)], cache),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     found = {}
     for turn in range(args.turns + 1):
         for name, (stages, copy) in ways.items():
             started = time.perf_counter()
-            found[name] = rerank(rows, queries, candidates, stages, copy, 1).ids
+            found[name] = rerank(
+                rows, queries, candidates, stages, prefix_cache=copy, num_threads=1
+            ).ids
             if turn:
                 seconds[name].append(1e6 * (time.perf_counter() - started) / len(queries))
     truth, out = data.truth[: len(queries)], []
@@ -233,11 +235,11 @@ def reranking(data: Data, args: argparse.Namespace) -> list[dict]:
 def pipelines(data: Data, args: argparse.Namespace) -> list[dict]:
     """Shortlists and re-ranking to the whole width; exact search for scale."""
     rows, queries, columns, t = data.rows, data.queries, data.rows.shape[1], args.threads
-    middle = min(HEAD, columns // 2)
-    head = head_of(rows, middle)
+    middle = min(PREFIX_CACHE_DIMS, columns // 2)
+    cache = build_prefix_cache(rows, middle)
     started = time.perf_counter()
     scan, bits = PrefixScan.build(rows, 64, t), BinaryScan.build(rows, 256, t)
-    file = InvertedFile.build(rows, 64, args.lists, num_threads=t)
+    file = InvertedFile.build(rows, 64, lists=args.lists, num_threads=t)
     print(
         f"built in {time.perf_counter() - started:.0f} s: int8-64, 256 bits, {len(file.starts)} "
         "lists of int8-64"
@@ -246,7 +248,7 @@ def pipelines(data: Data, args: argparse.Namespace) -> list[dict]:
     sq8 = faiss_file(points, len(file.starts))
 
     def then(search: Search, *stages: Stage) -> Search:
-        return lambda q: rerank(rows, q, search(q), stages, head, t).ids
+        return lambda q: rerank(rows, q, search(q), stages, prefix_cache=cache, num_threads=t).ids
 
     full, few, many = Stage(columns, K), Stage(middle, 25), Stage(middle, 40)
     scanned, counted = f"int8-64 k200 -> {columns}", f"bits-256 k800 -> {columns}"

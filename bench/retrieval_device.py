@@ -19,18 +19,18 @@ import numpy as np
 import torch
 from record import append, spread
 
-from matryoshka.retrieval import Setting, Stage
+from matryoshka.retrieval import SearchParams, Stage
 from matryoshka.retrieval.device import DeviceSearcher
-from matryoshka.retrieval.metrics import recall_against_exact, summarise_recall
+from matryoshka.retrieval.ranking_metrics import recall_against_exact, summarise_recall
 
 WIDTH, K = 2048, 10
 SETTINGS = (
-    Setting("exact", WIDTH, 40, (Stage(WIDTH, K),)),
-    Setting("exact", 64, 200, (Stage(WIDTH, K),)),
-    Setting("exact", 64, 200, (Stage(256, 40), Stage(WIDTH, K))),
-    Setting("exact", 32, 400, (Stage(256, 40), Stage(WIDTH, K))),
-    Setting("exact", 16, 200, (Stage(WIDTH, K),)),
-    Setting.funnel("exact", [16, 32, 64, 128, 256, 2048], [200, 100, 50, 25, 10]),
+    SearchParams("exact", WIDTH, 40, (Stage(WIDTH, K),)),
+    SearchParams("exact", 64, 200, (Stage(WIDTH, K),)),
+    SearchParams("exact", 64, 200, (Stage(256, 40), Stage(WIDTH, K))),
+    SearchParams("exact", 32, 400, (Stage(256, 40), Stage(WIDTH, K))),
+    SearchParams("exact", 16, 200, (Stage(WIDTH, K),)),
+    SearchParams.funnel("exact", [16, 32, 64, 128, 256, 2048], [200, 100, 50, 25, 10]),
 )
 
 
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     asked = queries[:2000]
     truth = (
         DeviceSearcher(rows.astype(np.float32), args.device)
-        .search(asked, Setting("exact", WIDTH, K))
+        .search(asked, SearchParams("exact", WIDTH, K))
         .ids
     )
     searcher, out = DeviceSearcher(rows, args.device), []

@@ -1,5 +1,4 @@
-"""An index of embeddings as a folder that is searched from a memory map: build it, add to it,
-delete from it.
+"""Build and change an index of embeddings: a folder that is searched from a memory map.
 
     matryoshka index build photos.index --embeddings embeddings/photos
     matryoshka index add photos.index --embeddings embeddings/new --prefix new/
@@ -9,11 +8,11 @@ delete from it.
     matryoshka index record --lancedb photos.lance --embeddings embeddings/photos
     matryoshka index sync photos.index --lancedb photos.lance
 
-A change is all there or not at all, also when it is killed; one process changes an index while any
-number search it. Deleted rows are passed over and added ones scanned; compact makes one part of
-them. `matryoshka retrieve serve` shows an index in a browser. With LanceDB (the extra [lancedb]) a
-table keeps the embeddings, and whatever else is known of the images; sync makes the index follow
-it. docs/retrieval.md has the rest.
+A change is atomic, even if the process is killed. One process changes an index while any number of
+others search it. Searches skip deleted rows and scan added ones; compact merges all of them into
+one part. `matryoshka retrieve serve` shows an index in a browser. With LanceDB (the extra
+[lancedb]) a table holds the embeddings and further columns; sync makes the index equal to it. See
+docs/retrieval.md.
 """
 
 from __future__ import annotations
@@ -31,11 +30,10 @@ import numpy as np
 from matryoshka import config
 from matryoshka.embeddings.reading import AGAIN, META, EmbeddingError, open_embeddings
 from matryoshka.retrieval.store import MANIFEST, Index
-from matryoshka.retrieval.store_writer import Batch, Writer
+from matryoshka.retrieval.store_writer import IndexRows, Writer
 
-CROWDED = (
-    0.2  # share of rows deleted, or outside of the first part, from which on compacting is advised
-)
+# `info` advises compacting when this share of the rows is deleted, or outside of the first part.
+COMPACT_SHARE = 0.2
 
 
 def parser() -> argparse.ArgumentParser:
@@ -121,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build(args: Namespace) -> int:
     if not 0 <= args.seed < 1 << 31:
         raise config.ConfigError("--seed: expected 0 to 2147483647")
-    batch, started = read(args), time.perf_counter()
+    batch = read_embeddings(args)
+    started = time.perf_counter()
     if (args.shortlist_dim or 0) > batch.rows.shape[1]:
         raise config.ConfigError(
             f"--shortlist-dim {args.shortlist_dim}: {args.embeddings} has {batch.rows.shape[1]} "
@@ -129,22 +128,25 @@ def build(args: Namespace) -> int:
         )
     with Writer(args.index, args.threads) as writer:
         index = writer.build(
-            batch, args.shortlist_dim or 0, args.lists or 0, args.seed, args.overwrite
+            batch,
+            args.shortlist_dim or 0,
+            lists=args.lists or 0,
+            seed=args.seed,
+            overwrite=args.overwrite,
         )
-    print(
-        f"{describe(index)}\nnames    {batch.names[0]} and so on\nbuilt in "
-        f"{time.perf_counter() - started:.1f} s"
-    )
+    print(describe(index))
+    print(f"names    {batch.names[0]} and so on")
+    print(f"built in {time.perf_counter() - started:.1f} s")
     return 0
 
 
 def add(args: Namespace) -> int:
-    batch = read(args)
+    batch = read_embeddings(args)
     with existing(args) as writer:
         before = len(Index(args.index))
         index = writer.add(batch, args.replace)
     replaced = before + len(batch.rows) - len(index)
-    in_place = f", {replaced:,} of them in place of others" if replaced else ""
+    in_place = f", {replaced:,} of them replace others" if replaced else ""
     print(f"{len(batch.rows):,} rows added ({batch.names[0]} and so on){in_place}")
     print(describe(index))
     return 0
@@ -154,10 +156,9 @@ def delete(args: Namespace) -> int:
     names = list(args.names)
     if args.names_from:
         try:
-            lines = (
-                args.names_from.read_bytes().decode().split("\n")
-            )  # splitlines would split some names
-            names += [name for line in lines if (name := line.removesuffix("\r"))]
+            # Not splitlines, which splits at characters that names may contain.
+            lines = args.names_from.read_bytes().decode().split("\n")
+            names += [line.removesuffix("\r") for line in lines if line not in ("", "\r")]
         except UnicodeDecodeError:
             raise config.ConfigError(f"--names-from {args.names_from}: is not UTF-8 text") from None
     if not names:
@@ -184,14 +185,14 @@ def info(args: Namespace) -> int:
     print(f"{describe(index)}\nopened   in {opened:.1f} ms")
     if args.verify:
         index.verify()
-        print("verified every byte is as it was written")
+        print("verified all checksums match")
     return 0
 
 
 def record(args: Namespace) -> int:
     from matryoshka.retrieval.lance import Record
 
-    made = Record.create(args.lancedb, args.table, read(args), args.overwrite)
+    made = Record.create(args.lancedb, args.table, read_embeddings(args), args.overwrite)
     print(f"{args.lancedb}: table {args.table!r} of {made.table.count_rows():,} rows")
     return 0
 
@@ -208,33 +209,37 @@ def sync(args: Namespace) -> int:
 
 
 def existing(args: Namespace) -> Writer:
-    """A writer of an index that is there: a folder is made by build alone."""
+    """A writer for an index that exists; only `build` creates a folder."""
     if not (Path(args.index) / MANIFEST).exists():
-        Index(args.index)  # raises: nothing is made there, not even a lock
+        Index(args.index)  # raises before Writer creates the folder and a lock
     return Writer(args.index, args.threads)
 
 
-def read(args: Namespace) -> Batch:
-    """Embeddings as rows to add; files named relative to here are named absolutely, for who opens
-    the index elsewhere.
+def read_embeddings(args: Namespace) -> IndexRows:
+    """Embeddings as rows to add.
+
+    Relative paths of model and data set become absolute, because the index may be opened from
+    another folder.
     """
     found = open_embeddings(args.embeddings)
     model, data = dict(found.meta["model"]), dict(found.meta["data"])
-    missing = [
-        key
-        for key, about in (("file", model), ("path", data), ("preprocessing", found.meta))
-        if key not in about
-    ]
-    if missing:
-        raise EmbeddingError(f"{found.path / META}: does not say {missing[0]!r}; {AGAIN}")
-    for about, key in ((model, "file"), (data, "path")):
-        if os.path.exists(about[key]):
-            about[key] = os.path.abspath(about[key])
+    for key, section in (("file", model), ("path", data), ("preprocessing", found.meta)):
+        if key not in section:
+            raise EmbeddingError(f"{found.path / META}: has no {key!r}; {AGAIN}")
+    for section, key in ((model, "file"), (data, "path")):
+        if os.path.exists(section[key]):
+            section[key] = os.path.abspath(section[key])
     model["normalised"] = found.meta["normalised"]
     classes = data.pop("classes")
     names: Any = Prefixed(found.ids, args.prefix) if args.prefix else found.ids
-    return Batch(
-        found.X, names, np.asarray(found.y), model, found.meta["preprocessing"], classes, [data]
+    return IndexRows(
+        found.X,
+        names,
+        np.asarray(found.y),
+        model,
+        found.meta["preprocessing"],
+        classes=classes,
+        data=[data],
     )
 
 
@@ -252,36 +257,39 @@ class Prefixed(Sequence[str]):
 
 
 def describe(index: Index) -> str:
+    """What an index holds, one line per subject."""
     model = index.model
-    lists = [part.about["lists"] for part in index.parts]
     gone = index.total - len(index)
+    parts = []
+    for part in index.parts:
+        lists = part.metadata["lists"]
+        parts.append(
+            f"{part.count:,} rows " + (f"in {lists:,} lists" if lists else "without lists")
+        )
+    deleted = f", {gone:,} deleted" if gone else ""
     lines = [
         ("index", str(index.path)),
-        (
-            "rows",
-            f"{len(index):,} x {index.columns} float16" + (f", {gone:,} deleted" if gone else ""),
-        ),
-        (
-            "parts",
-            "; ".join(
-                f"{part.count:,} rows " + (f"in {n:,} lists" if n else "without lists")
-                for part, n in zip(index.parts, lists, strict=True)
-            ),
-        ),
-        ("search", f"{index.setting}"),
+        ("rows", f"{len(index):,} x {index.columns} float16{deleted}"),
+        ("parts", "; ".join(parts)),
+        ("search", f"{index.params}"),
+    ]
+    if index.certificate is not None:
+        certificate, is_current = index.certificate
+        stale = (
+            "was measured before the index changed: "
+            f"matryoshka retrieve --database {index.path} --sweep --choose"
+        )
+        lines.append(("recall", certificate["text"] if is_current else stale))
+    lines.append(
         (
             "model",
             f"{model.get('arch')}, {model.get('head')}, {model.get('file')} "
             f"({model['weights_sha256'][:12]})",
-        ),
-        ("size", f"{index.nbytes / 1e6:,.1f} MB"),
-    ]
-    if found := index.certificate:
-        about, current = found
-        stale = f"was measured before the index changed: matryoshka retrieve --database {index.path} --sweep --choose"
-        lines.insert(4, ("recall", about["text"] if current else stale))
+        )
+    )
+    lines.append(("size", f"{index.nbytes / 1e6:,.1f} MB"))
     outside = index.total - (index.parts[0].count if index.parts else 0)
-    if gone + outside > CROWDED * index.total:
+    if gone + outside > COMPACT_SHARE * index.total:
         lines.append(("advice", f"matryoshka index compact {index.path}"))
     return "\n".join(f"{key:8} {text}" for key, text in lines)
 

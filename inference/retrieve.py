@@ -1,4 +1,4 @@
-"""Nearest neighbours of every query: how good, how fast, and how much of exact search they keep.
+"""Find the nearest neighbours of every query; measure their quality, recall and speed.
 
     matryoshka retrieve --database embeddings/train --queries embeddings/val --output neighbours
     matryoshka retrieve ... --index ivf --nprobe 32 --shortlist-dim 64 --k 200 --rerank-dim 2048
@@ -6,48 +6,64 @@
     matryoshka retrieve ... --sweep --target-recall 0.99
     matryoshka retrieve serve photos.index
 
-A shortlist of --k rows by the first --shortlist-dim numbers is put in order by the first
---rerank-dim. --funnel is the paper's notation: 200 rows by 16 numbers, of them the 100 best by 32,
-and so on. Written are ids.npy (int64), distances.npy (squared, of normalised prefixes: 2 - 2
-cosine) and results.json. --sweep tries many settings and prints the fastest whose recall of the
-exact neighbours is certain. --database may be an index of `matryoshka index`, too: then the sweep
-can become its default, with --choose. docs/retrieval.md has the rest.
+A search takes a shortlist of --k rows by the first --shortlist-dim dimensions and orders it by the
+first --rerank-dim. --funnel is the paper's notation: 200 rows by 16 dimensions, of these the 100
+best by 32, and so on. The program writes ids.npy (int64), distances.npy (squared distances of
+normalised prefixes, 2 - 2 cosine) and results.json. --sweep tries many settings and prints the
+fastest one that meets a bound on recall with confidence. --database may be an index of `matryoshka
+index`; --choose then makes the result of the sweep its default. See docs/retrieval.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import resource
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # two thread pools that spin fight: a third of the speed
+# Two thread pools that spin compete for the cores, which costs a third of the speed; read at import.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from matryoshka import config
 from matryoshka.embeddings.reading import META, WORK
 from matryoshka.files import write_atomically
-from matryoshka.retrieval import RetrievalError, Searcher, Setting, Stage
-from matryoshka.retrieval import metrics as m
-from matryoshka.retrieval.pipeline import INDEXES
+from matryoshka.retrieval import Engine, SearchParams, sweep_report
+from matryoshka.retrieval import ranking_metrics as metrics
+from matryoshka.retrieval.params import INDEXES, SearchOptions
 from matryoshka.retrieval.store import MANIFEST
-from matryoshka.retrieval.tables import Table, notes, open_pair, open_table
+from matryoshka.retrieval.store_writer import Writer
+from matryoshka.retrieval.sweep import (
+    Measured,
+    certified,
+    frontier,
+    grid,
+    measure,
+    remeasure_frontier,
+)
+from matryoshka.retrieval.sweep_report import finite
+from matryoshka.retrieval.tables import Table, exact_neighbours, notes, open_pair, open_table
 
-BATCH = 1000  # queries that are searched together
-TOGETHER = 4000  # exactly: each pass converts all rows; 260 MB of scores
-ANYWAY = 10  # neighbours whose recall of the exact ones is measured
-SINGLE, FEWEST = 1000, 200  # queries, one by one, for the latency; where they take more than 10 s
+BATCH = 1000  # queries per search
+RECALL_K = 10  # neighbours of the recall against exact search
+DEFAULT_AT = (10, 25, 50, 100)  # k of the metrics, as in the paper
+SWEPT_INDEXES = ("scan", "ivf", "binary")
+
+# Speed measurements.
 TURNS = 5
+SINGLE_QUERIES = 1000  # for the latency
+MIN_SINGLE_QUERIES = 200  # if they take more than 10 s
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,11 +123,6 @@ def parser() -> argparse.ArgumentParser:
 
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["serve"]:
-        from matryoshka.inference import serve  # pyright: ignore[reportMissingImports]
-
-        return serve.main(argv[1:])
     args = parser().parse_args(argv)
     check(args)
     if args.threads:
@@ -124,23 +135,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for text in notes(database, queries):
         print(f"note: {text}")
     if args.sweep:
-        from matryoshka.inference import retrieve_sweep  # pyright: ignore[reportMissingImports]
+        return run_sweep(args, database, queries)
+    return run_single(args, database, queries)
 
-        return retrieve_sweep.sweep(args, database, queries)
-    return one(args, database, queries)
+
+# ---------------------------------------------------------------- options
 
 
 def check(args: Namespace) -> None:
-    """ConfigError for options that do not go together; turns lists of numbers into such."""
-    for name in ("at", "batches", "funnel", "funnel_k"):
-        if getattr(args, name) is not None:
-            setattr(args, name, numbers(f"--{name.replace('_', '-')}", getattr(args, name)))
-    if (args.funnel is None) != (args.funnel_k is None):
-        raise config.ConfigError("--funnel and --funnel-k: give both, one k less than prefixes")
-    if args.funnel and not (args.k is args.shortlist_dim is args.rerank_dim is None):
-        raise config.ConfigError(
-            "--funnel says all prefixes and k: leave out --k, --shortlist-dim and --rerank-dim"
-        )
+    """ConfigError for options that are out of range, or exclude each other."""
+    for name in ("at", "batches"):
+        int_list(f"--{name}", getattr(args, name))
     for name, least in (
         ("k", 1),
         ("shortlist_dim", 1),
@@ -158,24 +163,27 @@ def check(args: Namespace) -> None:
         raise config.ConfigError("--threads: expected 0 to 1024")
     if not 0 <= args.seed < 1 << 31:
         raise config.ConfigError(f"--seed {args.seed}: expected 0 to {(1 << 31) - 1}")
-    for name in (args.index or "").split(",") if args.index else []:
+    for name in args.index.split(",") if args.index else []:
         if name not in INDEXES:
             raise config.ConfigError(f"--index {name}: unknown; known: {', '.join(INDEXES)}")
-    if args.funnel:
-        try:
-            Setting.funnel(args.index or "scan", args.funnel, args.funnel_k)
-        except RetrievalError as error:
-            raise config.ConfigError(f"--funnel, --funnel-k: {error}") from None
-    first = args.funnel[0] if args.funnel else args.shortlist_dim
-    if args.index == "binary" and first and first % 64:
-        option = "--funnel" if args.funnel else "--shortlist-dim"
-        raise config.ConfigError(f"{option} {first}: binary takes multiples of 64")
-    if args.rerank_dim and args.index != "binary" and args.rerank_dim < (args.shortlist_dim or 1):
+
+    search_options(args).check()
+    if args.sweep:
+        check_sweep(args)
+    elif args.index and "," in args.index:
+        raise config.ConfigError(f"--index {args.index}: expected one; --sweep takes several")
+    if args.target_recall is not None and not 0 < args.target_recall <= 1:
         raise config.ConfigError(
-            f"--rerank-dim {args.rerank_dim}: is below --shortlist-dim {args.shortlist_dim}"
+            f"--target-recall {args.target_recall}: expected more than 0, at most 1"
         )
-    if args.index and "," in args.index and not args.sweep:
-        raise config.ConfigError(f"--index {args.index}: one, or several with --sweep")
+    if (args.choose or args.target_recall is not None) and not args.sweep:
+        option = "--choose" if args.choose else "--target-recall"
+        raise config.ConfigError(f"{option}: works with --sweep only")
+    check_output(Path(args.output), args.sweep, args.overwrite)
+
+
+def check_sweep(args: Namespace) -> None:
+    """ConfigError for options that a sweep chooses or measures by itself."""
     single = {
         "--k": args.k,
         "--rerank-dim": args.rerank_dim,
@@ -186,277 +194,236 @@ def check(args: Namespace) -> None:
         "--no-speed": args.no_speed or None,
     }
     given = [option for option, value in single.items() if value is not None]
-    if args.sweep and given:
+    if given:
         raise config.ConfigError(
-            f"{', '.join(given)}: --sweep decides and measures by itself; leave it out"
+            f"{', '.join(given)}: --sweep chooses and measures by itself; leave this out"
         )
-    if args.sweep and not args.truth:
+    if not args.truth:
         raise config.ConfigError("--sweep measures recall: --truth must be 1 or more")
-    if args.target_recall is not None and not 0 < args.target_recall <= 1:
-        raise config.ConfigError(
-            f"--target-recall {args.target_recall}: expected a number above 0, up to 1"
-        )
-    if (args.choose or args.target_recall is not None) and not args.sweep:
-        raise config.ConfigError(
-            f"--{'choose' if args.choose else 'target-recall'}: goes with --sweep"
-        )
-    args.target_recall = args.target_recall or 0.99
-    output = Path(args.output)
-    if not next(place for place in (output, *output.absolute().parents) if place.exists()).is_dir():
-        raise config.ConfigError(
-            f"--output {output}: is in the way or below a file; choose another folder"
-        )
-    for name in (META, WORK, MANIFEST):  # ids.npy is a name of both
+
+
+def check_output(output: Path, sweep: bool, overwrite: bool) -> None:
+    """ConfigError for an --output that cannot be created, or holds other files of these names."""
+    existing = next(place for place in (output, *output.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise config.ConfigError(f"--output {output}: {existing} is a file, not a folder")
+    for name in (META, WORK, MANIFEST):  # embeddings have an ids.npy, too
         if (output / name).exists():
             what = "an index" if name == MANIFEST else "embeddings"
             raise config.ConfigError(
-                f"--output {output}: holds {what} ({name}); choose another folder"
+                f"--output {output}: contains {what} ({name}); choose another folder"
             )
-    done = output / ("sweep.json" if args.sweep else "results.json")
-    if done.exists() and not args.overwrite:
+    done = output / ("sweep.json" if sweep else "results.json")
+    if done.exists() and not overwrite:
         raise config.ConfigError(f"{done}: exists; choose another --output, or add --overwrite")
 
 
-def numbers(option: str, text: str) -> list[int]:
+def int_list(option: str, text: str | None) -> list[int] | None:
+    """Numbers from 1, separated by commas; None for None. ConfigError."""
+    if text is None:
+        return None
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
         found = []
     if not found or min(found) < 1:
-        raise config.ConfigError(
-            f"{option} {text}: expected numbers from 1, with commas between them"
-        )
+        raise config.ConfigError(f"{option} {text}: expected numbers from 1, separated by commas")
     return found
 
 
-def wanted(args: Namespace, database: Table) -> Setting:
-    """The one setting that the options say."""
+def search_options(args: Namespace) -> SearchOptions:
+    """The options that select a search."""
+    return SearchOptions(
+        index=args.index,
+        shortlist_dim=args.shortlist_dim,
+        k=args.k,
+        rerank_dim=args.rerank_dim,
+        nprobe=args.nprobe,
+        ef=args.ef,
+        funnel=int_list("--funnel", args.funnel),
+        funnel_k=int_list("--funnel-k", args.funnel_k),
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """A single search. at: the k of its metrics. longest: rows of the shortlist that was asked for,
+    0 if the options leave it open.
+    """
+
+    params: SearchParams
+    at: list[int]
+    longest: int = 0
+
+
+def resolve_params(args: Namespace, database: Table) -> Request:
+    """The search that the options select, clipped to the database's rows and columns."""
+    options = search_options(args)
+    at = int_list("--at", args.at)
     own = database.index
-    chosen = (
-        args.index,
-        args.k,
-        args.shortlist_dim,
-        args.rerank_dim,
-        args.nprobe,
-        args.ef,
-        args.funnel,
+    if own is not None and not options.given:
+        at = at or [RECALL_K]
+        return Request(own.params.with_k(min(max(at), len(database))), at)
+
+    at = at or list(DEFAULT_AT)
+    params = SearchParams.from_options(
+        options,
+        columns=database.columns,
+        results=max(*at, RECALL_K),
+        name=str(database.path),
+        index=own.params.index if own else "scan",
+        code_dim=own.dim if own else None,
     )
-    if own and all(value is None for value in chosen):
-        args.at = args.at or [ANYWAY]
-        return own.setting.giving(min(max(args.at), len(database)))
-    args.at = args.at or [10, 25, 50, 100]
-    for option, dims in (
-        ("--shortlist-dim", [args.shortlist_dim]),
-        ("--rerank-dim", [args.rerank_dim]),
-        ("--funnel", args.funnel or []),
-    ):
-        if (most := max((d or 0 for d in dims), default=0)) > database.columns:
-            raise config.ConfigError(
-                f"{option} {most}: {database.path} has {database.columns} dimensions"
-            )
-    index = args.index or (own.setting.index if own else "scan")
-    for option, value, needs in (("--nprobe", args.nprobe, "ivf"), ("--ef", args.ef, "hnsw")):
-        if value is not None and index != needs:
-            raise config.ConfigError(f"{option} {value}: goes with --index {needs}, not {index}")
-    effort = (args.ef or 200) if index == "hnsw" else (args.nprobe or 32)
-    longest = max(args.funnel_k or [args.k or 0])
-    if longest > len(database):
-        print(f"note: a shortlist of {longest:,}: the database has no more than {len(database):,}")
-    if args.funnel:
-        return Setting.funnel(
-            index, args.funnel, [min(k, len(database)) for k in args.funnel_k], effort
+    longest = max(options.funnel_k or [options.k or 0])
+    return Request(params.clipped(rows=len(database)), at, longest)
+
+
+# ---------------------------------------------------------------- a single search
+
+
+def run_single(args: Namespace, database: Table, queries: Table) -> int:
+    """Search with one set of parameters, measure it, write the results."""
+    request = resolve_params(args, database)
+    params = request.params
+    if request.longest > len(database):
+        print(
+            f"note: a shortlist of {request.longest:,}: the database has no more than "
+            f"{len(database):,}"
         )
-    rerank_dim = database.columns if args.rerank_dim is None else args.rerank_dim
-    k = min(args.k or 200, len(database))
-    dim = args.shortlist_dim or (own.dim if own and index != "exact" else min(64, database.columns))
-    if index == "exact" and args.shortlist_dim is None:
-        dim, rerank_dim = (
-            database.columns if args.rerank_dim is None else args.rerank_dim or database.columns,
-            0,
-        )
-    return Setting(
-        index,
-        dim,
-        k,
-        (Stage(rerank_dim, min(k, max(*args.at, ANYWAY))),) if rerank_dim else (),
-        effort,
-    )
-
-
-Search = Callable[[np.ndarray, Setting], Any]
-
-
-def searcher(args: Namespace, database: Table) -> tuple[Search, Callable[[], int]]:
-    """(queries, setting) -> Hits; and what the indexes take, bytes."""
-    index = database.index
-    if index is None:
-        made = Searcher(database.rows, args.threads, args.seed)
-        return made.search, lambda: made.nbytes
-    index.warm()
-    heads = sum(part.head.nbytes for part in index.parts if part.head is not None)
-    codes = sum(part.shortlist.nbytes for part in index.parts)
-    return lambda q, setting: index.search(q, setting.results, setting), lambda: heads + codes
-
-
-def truth(args: Namespace, database: Table, queries: Table) -> tuple[np.ndarray, np.ndarray]:
-    """(float32 [T, D], int64 [T, 10]): some queries, and the exact neighbours of their whole width."""
-    count = min(args.truth, len(queries))
-    rows = np.sort(np.random.default_rng(args.seed).permutation(len(queries))[:count])
-    asked = np.asarray(queries.rows[rows], np.float32)
-    k = min(ANYWAY, len(database))
-    ids = [
-        database.exact(asked[first : first + TOGETHER], k) for first in range(0, count, TOGETHER)
-    ]
-    exact = np.concatenate(ids) if ids else np.empty((0, k), np.int64)
-    if count and (exact < 0).all():
-        raise RetrievalError(
-            f"{database.path}, {queries.path}: one of them has NaN or infinity in every row"
-        )
-    return asked, exact
-
-
-def one(args: Namespace, database: Table, queries: Table) -> int:
-    """A single setting, written and measured."""
-    setting = wanted(args, database)
-    if min(args.at) > setting.results:
+    if min(request.at) > params.results:
         raise config.ConfigError(
-            f"--at {min(args.at)}: {setting} returns {setting.results}; give a longer --k"
+            f"--at {min(request.at)}: {params} returns {params.results}; give a longer --k"
         )
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)  # an error of it shall not come after an hour
-    search, nbytes = searcher(args, database)
+    output.mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour of search
+
+    # ---- search ----
+    engine = database.engine(args.threads, args.seed)
     started = time.perf_counter()
-    search(np.asarray(queries.rows[:1], np.float32), setting)
-    built = time.perf_counter() - started
-    found = [
-        search(np.asarray(queries.rows[i : i + BATCH], np.float32), setting)
-        for i in range(0, len(queries), BATCH)
-    ]
-    keep = min(max(args.at), found[0].ids.shape[1])
-    ids = np.concatenate([hits.ids[:, :keep] for hits in found])
-    cosines = np.concatenate([hits.scores[:, :keep] for hits in found])
-    at = [k for k in args.at if k <= keep]
-    if len(at) < len(args.at):
-        print(
-            f"note: {setting} returns {keep}: --at "
-            f"{','.join(str(k) for k in args.at if k > keep)} left out"
-        )
+    engine.search(np.asarray(queries.rows[:1], np.float32), params)
+    build_seconds = time.perf_counter() - started
+    ids, cosines = search_batches(engine, params, queries.rows)
+    keep = min(max(request.at), ids.shape[1])
+    ids, cosines = ids[:, :keep], cosines[:, :keep]
+    if left_out := [k for k in request.at if k > keep]:
+        print(f"note: {params} returns {keep}: --at {','.join(map(str, left_out))} left out")
+
+    # ---- measurements ----
     results: dict[str, Any] = {
-        "setting": describe(setting),
+        "setting": params.as_dict(),
         "database": str(args.database),
         "queries": str(args.queries),
         "rows": len(database),
         "columns": database.columns,
         "count": len(queries),
         "neighbours": keep,
-        "mflops": setting.mflops(len(database)),
-        "build_seconds": round(built, 3),
+        "mflops": params.mflops(len(database)),
+        "build_seconds": round(build_seconds, 3),
     }
-    print(f"setting  {setting}")
-    print(f"MFLOPs   {results['mflops']:,.2f} a query, by the paper's formula")
+    print(f"setting  {params}")
+    print(f"MFLOPs   {results['mflops']:,.2f} per query, by the paper's formula")
     if database.labels is not None and queries.labels is not None:
-        results["classes"] = against_classes(ids, database.labels, queries.labels, at)
+        hits = metrics.class_hits(ids, database.labels, queries.labels)
+        relevant = metrics.relevant_rows(database.labels, queries.labels)
+        at = [k for k in request.at if k <= keep]
+        results["classes"] = report_classes(hits, relevant, at)
     else:
         print("note: no labels on both sides: no mAP, precision and recall")
-    asked, exact = truth(args, database, queries)
+    asked, exact = exact_neighbours(database, queries, count=args.truth, k=RECALL_K, seed=args.seed)
     if len(exact):
-        shown = np.concatenate(
-            [search(asked[i : i + BATCH], setting).ids for i in range(0, len(asked), BATCH)]
-        )
-        k = min(
-            exact.shape[1], shown.shape[1]
-        )  # fewer are not to be found by a funnel that ends with 5
-        recall = m.recall_against_exact(shown[:, :k], exact[:, :k])
-        results["exact"] = against_exact(m.summarise_recall(recall, k), k)
+        found, _ = search_batches(engine, params, asked)
+        k = min(exact.shape[1], found.shape[1])  # a funnel may end with fewer than RECALL_K
+        recall = metrics.recall_against_exact(found[:, :k], exact[:, :k])
+        results["exact"] = report_recall(metrics.summarise_recall(recall, k), k)
     if not args.no_speed:
-        results["speed"] = speed(search, setting, queries, args.batches)
-    results["memory"] = memory(nbytes())
-    (output / "results.json").unlink(missing_ok=True)  # those of other arrays
+        batches = int_list("--batches", args.batches) or []
+        results["speed"] = report_speed(engine, params, queries, batches)
+    results["memory"] = report_memory(engine.memory_bytes)
+
+    # ---- files; results.json comes last, and never describes other arrays ----
+    (output / "results.json").unlink(missing_ok=True)
     with np.errstate(invalid="ignore"):
         distances = np.where(ids < 0, np.inf, np.maximum(2 - 2 * cosines, 0)).astype(np.float32)
     write_npy(output / "ids.npy", ids)
     write_npy(output / "distances.npy", distances)
-    write_atomically(
-        output / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode()
-    )
+    write_json(output / "results.json", results)
     print(f"written  {output}: ids.npy, distances.npy [{len(ids)}, {keep}], results.json")
     return 0
 
 
-def describe(setting: Setting) -> dict[str, Any]:
-    about = {
-        "index": setting.index,
-        "dim": setting.dim,
-        "k": setting.k,
-        "stages": [list(s) for s in setting.stages],
-    }
-    return about | ({"effort": setting.effort} if setting.index in ("ivf", "hnsw") else {})
-
-
-def against_classes(
-    ids: np.ndarray, labels: np.ndarray, query_labels: np.ndarray, at: Sequence[int]
-) -> dict[str, Any]:
-    """Top-1 and, for each k, both forms of mAP, P and recall; prints them as a table."""
-    right, relevant = m.hits(ids, labels, query_labels), m.relevant_rows(labels, query_labels)
-    excluded = int((relevant == 0).sum())
-    print(
-        f"\ntop-1 {100 * m.top1(right):.2f} %"
-        + (f"   ({excluded:,} queries without a row of their class)" if excluded else "")
+def search_batches(
+    engine: Engine, params: SearchParams, queries: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and cosines of all queries, BATCH at a time."""
+    found = []
+    for first in range(0, len(queries), BATCH):
+        asked = np.asarray(queries[first : first + BATCH], np.float32)
+        found.append(engine.search(asked, params))
+    return np.concatenate([hits.ids for hits in found]), np.concatenate(
+        [hits.scores for hits in found]
     )
+
+
+def report_classes(hits: np.ndarray, relevant: np.ndarray, at: Sequence[int]) -> dict[str, Any]:
+    """Top-1 and, for each k, both forms of mAP, precision and recall; prints a table."""
+    top1 = metrics.top1(hits)
+    excluded = int((relevant == 0).sum())
+    without = f"   ({excluded:,} queries without a row of their class)" if excluded else ""
+    print(f"\ntop-1 {100 * top1:.2f} %{without}")
     print(
         f"{'k':>5} {'mAP@k, / k (paper)':>19} {'mAP@k, / min(k, R)':>19} {'P@k':>7} {'recall@k':>9}"
     )
     rows = {}
     for k in at:
-        paper, usual = (
-            m.mean_average_precision(right, k),
-            m.mean_average_precision(right, k, relevant, "min"),
-        )
-        recall = m.recall_at(right, k, relevant)
+        paper = metrics.mean_average_precision(hits, k).value
+        usual = metrics.mean_average_precision(hits, k, relevant, "min").value
+        precision = metrics.precision_at(hits, k)
+        recall = metrics.recall_at(hits, k, relevant).value
         rows[str(k)] = {
-            "map_over_k": number(paper.value),
-            "map_over_min": number(usual.value),
-            "precision": number(m.precision_at(right, k)),
-            "recall": number(recall.value),
+            "map_over_k": finite(paper),
+            "map_over_min": finite(usual),
+            "precision": finite(precision),
+            "recall": finite(recall),
         }
         print(
-            f"{k:5} {100 * paper.value:19.2f} {100 * usual.value:19.2f} "
-            f"{100 * m.precision_at(right, k):7.2f} "
-            f"{100 * recall.value:9.2f}"
+            f"{k:5} {100 * paper:19.2f} {100 * usual:19.2f} {100 * precision:7.2f} "
+            f"{100 * recall:9.2f}"
         )
     print()
-    return {"top1": number(m.top1(right)), "excluded": excluded, "at": rows}
+    return {"top1": finite(top1), "excluded": excluded, "at": rows}
 
 
-def against_exact(summary: m.RecallSummary, k: int) -> dict[str, Any]:
-    lost = summary.at_most(k // 2)
+def report_recall(summary: metrics.RecallSummary, k: int) -> dict[str, Any]:
+    """Recall of the exact neighbours for results.json; prints it."""
+    half_lost = summary.at_most(k // 2)
     print(
         f"recall   of the exact {k}: {summary.mean:.4f}, with 95 % confidence "
         f"{summary.lower:.4f} or more"
     )
-    shares = f"{100 * summary.perfect:.1f} % found all, {100 * lost:.1f} % half or less"
+    shares = f"{100 * summary.perfect:.1f} % found all, {100 * half_lost:.1f} % half or less"
     bad = f" ({summary.excluded:,} more have NaN or infinity)" if summary.excluded else ""
     print(f"         {summary.queries:,} queries: {shares}{bad}")
     return {
         "k": k,
         "queries": summary.queries,
-        "recall": number(summary.mean),
-        "lower": number(summary.lower),
-        "standard_error": number(summary.standard_error),
-        "interval": [number(x) for x in summary.interval],
-        "perfect": number(summary.perfect),
-        "half_lost": number(lost),
+        "recall": finite(summary.mean),
+        "lower": finite(summary.lower),
+        "standard_error": finite(summary.standard_error),
+        "interval": [finite(x) for x in summary.interval],
+        "perfect": finite(summary.perfect),
+        "half_lost": finite(half_lost),
         "found": summary.found.tolist(),
     }
 
 
-def speed(
-    search: Search, setting: Setting, queries: Table, batches: Sequence[int]
+def report_speed(
+    engine: Engine, params: SearchParams, queries: Table, batches: Sequence[int]
 ) -> dict[str, Any]:
-    """Queries per second of wall time by batch, median of TURNS; latency of single ones."""
-    pool = np.asarray(
-        queries.rows[: max(10 * max(batches), SINGLE)], np.float32
-    )  # the same rows would be in the cache
+    """Queries per second by batch size, median of TURNS, and the latency of single queries.
+
+    Wall time. Batches move through the queries, because repeated ones would be in the cache.
+    """
+    pool = np.asarray(queries.rows[: max(10 * max(batches), SINGLE_QUERIES)], np.float32)
     rates = {}
     for batch in sorted({min(b, len(pool)) for b in batches}):
         turns = []
@@ -464,69 +431,192 @@ def speed(
             done, started = 0, time.perf_counter()
             while done == 0 or time.perf_counter() - started < 0.2:
                 first = done * 7 % (len(pool) - batch + 1)
-                search(pool[first : first + batch], setting)
+                engine.search(pool[first : first + batch], params)
                 done += batch
-            if turn:
+            if turn:  # the first one warms up
                 turns.append(done / (time.perf_counter() - started))
         rates[str(batch)] = {
             "median": float(np.median(turns)),
             "min": min(turns),
             "max": max(turns),
         }
-    single = []
+
+    milliseconds = []
     begun = time.perf_counter()
-    for i in range(min(SINGLE, len(pool))):
+    for i in range(min(SINGLE_QUERIES, len(pool))):
         started = time.perf_counter()
-        if i >= FEWEST and started - begun > 10:
+        if i >= MIN_SINGLE_QUERIES and started - begun > 10:
             break
-        search(pool[i : i + 1], setting)
-        single.append(1000 * (time.perf_counter() - started))
-    p50, p99 = np.percentile(single, [50, 99])
-    print(
-        "speed    "
-        + ", ".join(
-            f"batch {b}: {r['median']:,.0f} queries/s ({r['min']:,.0f} to {r['max']:,.0f})"
-            for b, r in rates.items()
-        )
-    )
-    print(f"latency  p50 {p50:.2f} ms, p99 {p99:.2f} ms of {len(single):,} single queries")
+        engine.search(pool[i : i + 1], params)
+        milliseconds.append(1000 * (time.perf_counter() - started))
+    p50, p99 = np.percentile(milliseconds, [50, 99])
+
+    shown = [
+        f"batch {batch}: {rate['median']:,.0f} queries/s ({rate['min']:,.0f} to {rate['max']:,.0f})"
+        for batch, rate in rates.items()
+    ]
+    print(f"speed    {', '.join(shown)}")
+    print(f"latency  p50 {p50:.2f} ms, p99 {p99:.2f} ms of {len(milliseconds):,} single queries")
     return {
         "batches": rates,
-        "latency_ms": {"p50": float(p50), "p99": float(p99), "queries": len(single)},
+        "latency_ms": {"p50": float(p50), "p99": float(p99), "queries": len(milliseconds)},
     }
 
 
-def memory(index_bytes: int) -> dict[str, Any]:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+def report_memory(index_bytes: int) -> dict[str, Any]:
+    """Memory of the index and of this process; prints it."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     anonymous = None
     status = Path("/proc/self/status")
     if status.exists():
+        # Better than getrusage, which counts the parent process before exec as well.
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
         found = {
             key: int(lines[key].split()[0]) * 1024 for key in ("RssAnon", "VmHWM") if key in lines
         }
-        anonymous, peak = (
-            found.get("RssAnon"),
-            found.get("VmHWM", peak),
-        )  # getrusage counts the parent before exec, too
-    text = "" if anonymous is None else f", {anonymous / 1e9:.2f} GB that is no file's now"
+        anonymous = found.get("RssAnon")
+        peak = found.get("VmHWM", peak)
+    text = "" if anonymous is None else f", {anonymous / 1e9:.2f} GB now not backed by a file"
     print(
-        f"memory   index {index_bytes / 1e6:,.1f} MB; this process at most {peak / 1e9:.2f} "
-        f"GB{text}"
+        f"memory   index {index_bytes / 1e6:,.1f} MB; this process {peak / 1e9:.2f} GB at its "
+        f"peak{text}"
     )
     return {"index_bytes": index_bytes, "peak_bytes": peak, "anonymous_bytes": anonymous}
 
 
-def number(value: float) -> float | None:
-    """For JSON, which has no NaN."""
-    return float(value) if np.isfinite(value) else None
+# ---------------------------------------------------------------- a sweep
+
+
+def run_sweep(args: Namespace, database: Table, queries: Table) -> int:
+    """Measure many searches; write the frontier and the certificate."""
+    target = args.target_recall or 0.99
+    candidates = sweep_candidates(args, database)
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+
+    # ---- ground truth ----
+    started = time.perf_counter()
+    asked, exact = exact_neighbours(database, queries, count=args.truth, k=RECALL_K, seed=args.seed)
+    exact_rate = len(asked) / (time.perf_counter() - started)
+    print(
+        f"exact    {len(asked):,} queries, {exact_rate:,.0f} queries/s; then {len(candidates)} "
+        "settings"
+    )
+
+    # ---- measurements ----
+    engine = database.engine(args.threads, args.seed)
+    batch = min(max(int_list("--batches", args.batches) or [1]), len(asked))
+
+    def search(part: np.ndarray, params: SearchParams) -> np.ndarray:
+        return engine.search(part, params).ids[:, : exact.shape[1]]
+
+    bar = tqdm(candidates, leave=False, unit="setting", disable=not sys.stderr.isatty())
+    measured = list(measure(search, bar, asked, exact, batch=batch, tried=len(candidates)))
+    measured = remeasure_frontier(search, measured, asked, batch=batch, target=target)
+    best = frontier(measured)
+    chosen = certified(measured, target)
+
+    # ---- results ----
+    print(sweep_report.frontier_table(best, chosen, exact_rate=exact_rate, rows=len(database)))
+    text = sweep_report.certificate_text(
+        measured,
+        chosen,
+        target=target,
+        k=exact.shape[1],
+        queries=len(asked),
+        available=len(queries),
+        seed=args.seed,
+    )
+    print(text)
+    title = f"{len(database):,} x {database.columns}: {len(measured)} settings"
+    image = sweep_report.frontier_plot(measured, best, chosen, target=target, title=title)
+    write_atomically(output / "frontier.png", image)
+    certificate = None
+    if chosen is not None:
+        certificate = sweep_report.certificate(
+            chosen, target=target, queries=len(asked), tried=len(candidates), seed=args.seed
+        )
+    content = {
+        "database": str(args.database),
+        "queries": str(args.queries),
+        "rows": len(database),
+        "truth": len(asked),
+        "neighbours": exact.shape[1],
+        "batch": batch,
+        "exact_rate": exact_rate,
+        "target_recall": target,
+        "settings": [sweep_report.measurement(m, len(database)) for m in measured],
+        "frontier": [sweep_report.measurement(m, len(database)) for m in best],
+        "certificate": certificate,
+    }
+    write_json(output / "sweep.json", content)
+    if args.choose and chosen is not None and certificate is not None:
+        choose(args, database, chosen, certificate)
+    print(f"written  {output}: frontier.png, sweep.json")
+    if args.choose and chosen is None:
+        print(f"--choose: the default of {args.database} is unchanged", file=sys.stderr)
+        return 1
+    return 0
+
+
+def sweep_candidates(args: Namespace, database: Table) -> list[SearchParams]:
+    """The parameters to try; an index on disk has codes of one kind and length only."""
+    names = tuple(args.index.split(",")) if args.index else SWEPT_INDEXES
+    dims = (args.shortlist_dim,) if args.shortlist_dim else ()
+    own = database.index
+    if own is not None:
+        if args.index and set(names) - {"scan", "ivf"}:
+            raise config.ConfigError(
+                f"--index {args.index}: {args.database} has scan or ivf; leave it out"
+            )
+        if args.shortlist_dim not in (None, own.dim):
+            raise config.ConfigError(
+                f"--shortlist-dim {args.shortlist_dim}: {args.database} has {own.dim}; leave it out"
+            )
+        has_lists = any(part.metadata["lists"] for part in own.parts)
+        names = ("ivf",) if has_lists and "ivf" in names else ("scan",)
+        dims = (own.dim,)
+    elif args.choose:
+        raise config.ConfigError(
+            f"--choose: {args.database} is not an index; `matryoshka index build` makes one"
+        )
+    if args.shortlist_dim and args.shortlist_dim > database.columns:
+        raise config.ConfigError(
+            f"--shortlist-dim {args.shortlist_dim}: {args.database} has {database.columns}"
+        )
+    found = grid(
+        names,
+        columns=database.columns,
+        rows=len(database),
+        neighbours=min(RECALL_K, len(database)),
+        dims=dims,
+    )
+    if not found:
+        raise config.ConfigError(
+            f"--index {','.join(names)}: nothing to try in {database.columns} dimensions"
+        )
+    return found
+
+
+def choose(args: Namespace, database: Table, chosen: Measured, certificate: dict[str, Any]) -> None:
+    """Make the certified search the default of the index."""
+    assert database.index is not None  # sweep_candidates checks it
+    summary = sweep_report.certificate_summary(chosen, certificate["queries"])
+    with Writer(args.database, args.threads) as writer:
+        writer.choose(chosen.params, certificate | {"text": summary}, database.index.manifest)
+    print(f"chosen   {chosen.params} is now the default of {args.database}")
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=1, allow_nan=False)
+    write_atomically(path, f"{text}\n".encode())
 
 
 def write_npy(path: Path, array: np.ndarray) -> None:
-    import io
-
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     write_atomically(path, header.getvalue(), np.ascontiguousarray(array).data.cast("B"))

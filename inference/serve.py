@@ -1,12 +1,11 @@
-"""A page to try an index: drop an image, see its neighbours at every prefix, and what the fast
-search keeps of them.
+"""Serve a page that searches an index: drop an image and compare exact and fast neighbours.
 
-    matryoshka retrieve serve photos.index matryoshka retrieve serve photos.index --model
-    runs/demo/mrl/model.safetensors --data photos --port 8080
+    matryoshka retrieve serve photos.index
+    matryoshka retrieve serve photos.index --model runs/demo/mrl/model.safetensors --data photos
 
-For this computer alone, unless --host says otherwise; there are no passwords. Pictures are those of
-the data set that was embedded, made smaller; where it is not there any more, the page shows names.
-The index may be changed meanwhile.
+The server listens on this computer only, unless --host is given; it has no passwords. The page
+shows small pictures from the embedded data set, or names if the data set is gone. The index may
+change while the server runs.
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # two thread pools that spin fight: a third of the speed
+# Two thread pools that spin compete for the cores, which costs a third of the speed; read at import.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
@@ -39,7 +37,7 @@ from matryoshka.evaluation.embedding import fingerprint
 from matryoshka.models import NestedModel
 from matryoshka.retrieval.store import Index
 
-ANY = ("0.0.0.0", "::", "")
+ANY_ADDRESS = ("0.0.0.0", "::", "")  # --host values that listen on all interfaces
 
 
 def parser() -> argparse.ArgumentParser:
@@ -80,18 +78,22 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     check(args)
-    search_page, uvicorn = required()
+    search_page, uvicorn = import_server()
     index = Index(args.index, args.threads)
-    replaced = moved(index, args.data)
-    with listening(args.host, args.port) as door:
+    replaced = moved_data_sets(index, args.data)
+    # The port is taken before the model is loaded, so that a port in use is reported at once.
+    with open_socket(args.host, args.port) as server_socket:
         model = load(args, index)
         pictures = search_page.Pictures(replaced, lambda data: fingerprint(data, data.labels))
         service = search_page.Service(
             index, encoder(model, index.preprocessing), trunk_sha256(model), pictures
         )
-        announce(args, index, service, door)
+        announce(args, index, service, server_socket)
         app = search_page.make_app(
-            service, hosts(args.host), args.host in ANY, int(args.max_upload_mb * (1 << 20))
+            service,
+            hosts(args.host),
+            any_address=args.host in ANY_ADDRESS,
+            max_upload=int(args.max_upload_mb * (1 << 20)),
         )
         server = uvicorn.Server(
             uvicorn.Config(
@@ -103,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         )
         try:
-            server.run(sockets=[door])
-        except KeyboardInterrupt:  # raised once more when everything is closed
+            server.run(sockets=[server_socket])
+        except KeyboardInterrupt:  # uvicorn raises it again after its shutdown
             print()
     return 0
 
@@ -120,8 +122,8 @@ def check(args: Namespace) -> None:
         raise config.ConfigError("--threads: expected 0 to 1024")
 
 
-def required() -> tuple[Any, Any]:
-    """(matryoshka.search_page, uvicorn)"""
+def import_server() -> tuple[Any, Any]:
+    """matryoshka.search_page and uvicorn. ConfigError without the extra [serve]."""
     try:
         import uvicorn
 
@@ -135,12 +137,12 @@ def required() -> tuple[Any, Any]:
     return search_page, uvicorn
 
 
-def moved(index: Index, given: Sequence[str] | None) -> dict[str, str]:
-    """Where the index's data sets lie, by where it says that they do."""
+def moved_data_sets(index: Index, given: Sequence[str] | None) -> dict[str, str]:
+    """--data as a map: the path that the index has -> where the data set is now."""
     if not given:
         return {}
     if missing := [path for path in given if not os.path.exists(path)]:
-        raise config.ConfigError(f"--data {missing[0]}: there is no such file or folder")
+        raise config.ConfigError(f"--data {missing[0]}: no such file or folder")
     known = list(
         dict.fromkeys(str(source.get("path") or "") for part in index.parts for source in part.data)
     )
@@ -149,20 +151,22 @@ def moved(index: Index, given: Sequence[str] | None) -> dict[str, str]:
         options = " ".join(f"--data {shlex.quote(path) if path else 'PATH'}" for path in known)
         order = ", in this order" if len(known) > 1 else ""
         raise config.ConfigError(
-            f"--data: {index.path} has {number}; give {options}{order}, or where they lie now"
+            f"--data: {index.path} has {number}; give {options}{order}, or their present paths"
         )
     return dict(zip(known, given, strict=True))
 
 
-def listening(host: str, port: int) -> socket.socket:
-    """The open door: before the model is loaded, that a port in use is said at once."""
+def open_socket(host: str, port: int) -> socket.socket:
+    """A listening socket. ConfigError for an address or port that cannot be used."""
     try:
         found = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         family, _, _, _, address = found[0]
     except (OSError, UnicodeError):
-        raise config.ConfigError(f"--host {host}: is no address or name of this computer") from None
+        raise config.ConfigError(
+            f"--host {host}: is not an address or name of this computer"
+        ) from None
     try:
         return socket.create_server(address[:2], family=family)
     except OSError as error:
@@ -172,15 +176,18 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def load(args: Namespace, index: Index) -> NestedModel:
-    """The index's model, on its device. ConfigError, RetrievalError, CheckpointError."""
+    """The index's model, on its device.
+
+    ConfigError, RetrievalError or CheckpointError if it is missing, another model, or damaged.
+    """
     name = args.model or str(index.model.get("file") or "")
     if not name.startswith(PREFIXES) and not os.path.isfile(name):
-        whose = "" if args.model else f", of which {args.index} was made"
+        source = "" if args.model else f", which made {args.index}"
         raise config.ConfigError(
-            f"--model {name}: there is no such file{whose}; give the model's file by --model"
+            f"--model {name}: no such file{source}; give the model's file with --model"
         )
     head, flags = str(index.model.get("head")), {}
-    if name.endswith(".pt"):  # upstream's files do not all say what they are
+    if name.endswith(".pt"):  # weights alone do not always identify the head
         flags = {"mrl": head == "mrl", "efficient": head == "mrl-e"}
     model = load_any(name, "--model", **flags)
     index.check_model(trunk_sha256(model), f"--model {name}")
@@ -192,15 +199,14 @@ def load(args: Namespace, index: Index) -> NestedModel:
 def encoder(
     model: NestedModel, preprocessing: Mapping[str, Any]
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """uint8 [H, W, 3] -> float32 [D], prepared as the index's images were: see embed.py."""
+    """A function uint8 [H, W, 3] -> float32 [D], with the preprocessing of the index's images."""
     try:
         size, ratio, mean, std = (preprocessing[key] for key in ("size", "ratio", "mean", "std"))
         model.preprocessing = Preprocessing(size, ratio, tuple(mean), tuple(std))
         crop = CenterCrop(size, ratio)
     except (KeyError, TypeError, ValueError):
         raise config.ConfigError(
-            f"the index does not say how its images were prepared ({dict(preprocessing)}); embed "
-            "them again"
+            f"the index has no usable preprocessing ({dict(preprocessing)}); embed its images again"
         ) from None
 
     def encode(pixels: np.ndarray) -> np.ndarray:
@@ -214,13 +220,14 @@ def encoder(
 
 
 def hosts(host: str) -> list[str]:
-    """Names under which a browser may ask for the page, besides loopback's."""
-    if host in ANY:
+    """Host names of the page, besides those of loopback."""
+    if host in ANY_ADDRESS:
         return [socket.gethostname(), socket.getfqdn()]
     return [f"[{host}]" if ":" in host else host]
 
 
-def announce(args: Namespace, index: Index, service: Any, door: socket.socket) -> None:
+def announce(args: Namespace, index: Index, service: Any, server_socket: socket.socket) -> None:
+    """Print the index, notes about missing pictures and open access, and the address."""
     places = service.places()
     usable = [place for place, reason in places.items() if reason is None]
     pictures = f", pictures from {', '.join(usable)}" if usable else ""
@@ -230,16 +237,16 @@ def announce(args: Namespace, index: Index, service: Any, door: socket.socket) -
     ]:
         which = "the data set" if len(places) == 1 else f"{len(lacking)} of {len(places)} data sets"
         print(
-            f"note: {which} cannot be used, names are shown ({'; '.join(lacking)}); --data says "
-            "where pictures are"
+            f"note: {which} cannot be used, the page shows names ({'; '.join(lacking)}); --data "
+            "gives another place"
         )
-    if not _is_loopback(door.getsockname()[0]):
+    if not _is_loopback(server_socket.getsockname()[0]):
         print(
-            f"note: with --host {args.host} everybody who reaches this computer sees the data set"
+            f"note: with --host {args.host} everyone who can reach this computer sees the data set"
         )
-    shown = args.host if args.host not in ANY else "localhost"
+    shown = args.host if args.host not in ANY_ADDRESS else "localhost"
     shown = f"[{shown}]" if ":" in shown else shown
-    print(f"http://{shown}:{door.getsockname()[1]}   (Ctrl-C ends)", flush=True)
+    print(f"http://{shown}:{server_socket.getsockname()[1]}   (Ctrl-C ends)", flush=True)
 
 
 def _is_loopback(address: str) -> bool:

@@ -40,9 +40,9 @@ from safetensors.torch import load_file
 from matryoshka import data
 from matryoshka.data import CenterCrop, Loader, PadCrop, RandomResizedCrop, ResidentLoader
 from matryoshka.data.order import ORDERS, epoch_order
-from matryoshka.retrieval import Searcher, Setting, Stage
+from matryoshka.retrieval import Searcher, SearchParams, Stage
 from matryoshka.retrieval.hits import empty_bits, set_bits
-from matryoshka.retrieval.store_writer import Batch, Writer
+from matryoshka.retrieval.store_writer import IndexRows, Writer
 
 COMMITTED = Path(__file__).with_name("golden.json")
 SECTIONS, KEPT = ("portable", "machine", "floats"), ("portable", "floats")  # by --committed
@@ -233,12 +233,12 @@ def training(folder: Path) -> Values:
 
 K, DIM, LISTS = 10, 32, 24
 SETTINGS = {
-    "exact": Setting("exact", 64, K),
-    "exact-stages": Setting("exact", 16, 100, (Stage(64, K),)),
-    "scan": Setting("scan", 16, 100, (Stage(32, 40), Stage(64, K))),
-    "ivf": Setting("ivf", 32, 100, (Stage(64, K),), 96),
-    "binary": Setting("binary", 64, 200, (Stage(64, K),)),
-    "funnel": Setting.funnel("scan", [8, 16, 64], [200, K]),
+    "exact": SearchParams("exact", 64, K),
+    "exact-stages": SearchParams("exact", 16, 100, (Stage(64, K),)),
+    "scan": SearchParams("scan", 16, 100, (Stage(32, 40), Stage(64, K))),
+    "ivf": SearchParams("ivf", 32, 100, (Stage(64, K),), nprobe=96),
+    "binary": SearchParams("binary", 64, 200, (Stage(64, K),)),
+    "funnel": SearchParams.funnel("scan", [8, 16, 64], [200, K]),
 }
 
 
@@ -266,9 +266,9 @@ def searches() -> Values:
     found, gone = Values(), empty_bits(len(rows))
     set_bits(gone, np.arange(0, len(rows), 3))
     for what, deleted in (("all", None), ("some", gone)):
-        truth = searcher.search(queries, SETTINGS["exact"], deleted).ids
+        truth = searcher.search(queries, SETTINGS["exact"], deleted=deleted).ids
         for name, setting in SETTINGS.items():
-            hits = searcher.search(queries, setting, deleted)
+            hits = searcher.search(queries, setting, deleted=deleted)
             found |= named(f"search/{what}/{name}", hits_values(hits, truth))
     return found
 
@@ -289,11 +289,25 @@ def index_changes(folder: Path, lists: int) -> Iterator[tuple[str, Any]]:
     """(step, the index after it)."""
     rows, _ = clustered_rows()
     names, labels = [f"image {i}" for i in range(3000)], np.arange(3000) % 5 - 1
-    about = {"weights_sha256": "ab" * 32, "file": "model.safetensors"}, {"size": 32}, ["ant", "bee"]
-    first = Batch(rows[:2500], names[:2500], labels[:2500], *about, [{"set": 1}])
-    second = Batch(rows[2400:], names[2400:], labels[2400:], *about, [{"set": 2}])
+    made_by = {"weights_sha256": "ab" * 32, "file": "model.safetensors"}, {"size": 32}
+    first = IndexRows(
+        rows[:2500],
+        names[:2500],
+        labels[:2500],
+        *made_by,
+        classes=["ant", "bee"],
+        data=[{"set": 1}],
+    )
+    second = IndexRows(
+        rows[2400:],
+        names[2400:],
+        labels[2400:],
+        *made_by,
+        classes=["ant", "bee"],
+        data=[{"set": 2}],
+    )
     with Writer(folder, 2) as writer:
-        yield "built", writer.build(first, DIM, lists, seed=3)
+        yield "built", writer.build(first, DIM, lists=lists, seed=3)
         yield "added", writer.add(second, replace=True)
         yield "deleted", writer.delete(names[::7])
         yield "compact", writer.compact()
@@ -313,9 +327,9 @@ def indexes(folder: Path) -> Values:
     found: Values = {}
     for lists in (0, LISTS):
         for step, index in index_changes(folder / f"index{lists}", lists):
-            exact = index.search(queries, K, Setting("exact", 64, K)).ids
-            some = index.search(queries, K, only=np.arange(0, index.total, 2))
-            values = named("default", hits_values(index.search(queries, K), exact))
+            exact = index.search(queries, SearchParams("exact", 64, K)).ids
+            some = index.search(queries, k=K, only=np.arange(0, index.total, 2))
+            values = named("default", hits_values(index.search(queries, k=K), exact))
             values |= named("filter", hits_values(some, exact)) | index_files(index.path)
             found |= named(f"index/lists{lists}/{step}", values)
     (part,) = (folder / f"index{LISTS}").glob("part-*")

@@ -32,8 +32,6 @@ ORDER = [
     "environment",
     "files",
 ]
-# Parts of programs that have not moved to the library yet.
-SHARED = {"retrieve.py", "retrieve_sweep.py"}
 ABOVE = ("cli", "fitting")  # the command: the only files that name programs
 
 
@@ -84,8 +82,6 @@ def test_the_library_does_not_know_the_programs(path):
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_program_imports_no_program(path):
-    if path.name in SHARED:
-        return
     assert not wings(path) & {"train", "inference"}, f"{path} imports a program"
 
 
@@ -93,7 +89,6 @@ def test_no_import_of_ours_is_hidden_from_the_type_checker():
     hidden = [
         f"{path.relative_to(ROOT)}:{number}"
         for path in [*LIBRARY, *PROGRAMS]
-        if path.name not in SHARED
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if "matryoshka" in line and "pyright: ignore" in line
     ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.nested import check_dims
-from matryoshka.retrieval.exact import first_of_equals
+from matryoshka.retrieval.exact import stable_top_k
 
 _TILE = 1 << 24  # numbers in the largest intermediate
 
@@ -61,8 +61,8 @@ def nearest(
                 # of |q - x|^2 = |q|^2 + |x|^2 - 2 q.x what differs between the entries
                 # two more keeps it away from zero, where float32 would tell rounding errors apart
                 near = torch.addmm(2 - x.square().sum(1) / 2, q, x.T).float()
-                near, place = first_of_equals(near, k)
-                score, best = first_of_equals(torch.cat([score, near], 1), k)
+                near, place = stable_top_k(near, k)
+                score, best = stable_top_k(torch.cat([score, near], 1), k)
                 index = torch.cat([index, begin + place], 1).gather(1, best)
             found[g, first : first + width] = index.cpu()
     return found

@@ -1,37 +1,42 @@
-"""Nested retrieval: short prefixes find candidates, longer ones put them in order.
+"""Nested retrieval: short prefixes find candidates, longer prefixes order them.
 
-scan.py       every row: int8 or binary codes of a prefix              <- shortlists
-ivf.py        the same codes in an inverted file
-rerank.py     the shortlist by cosine of longer prefixes, in stages
-exact.py      every row in full: the truth
-graph.py      faiss' HNSW, for comparison
-pipeline.py   all of these by one description
-sweep.py      the fastest of many whose recall is certain
-device.py     exhaustive and funnel search on a GPU
-store.py      an index as a folder; store_writer.py changes it, lance.py lets it follow a table
-metrics.py    ids -> numbers
+params.py           what a search does: index, shortlist, stages
+pipeline.py         a whole search in arrays; the interface of all engines
+scan.py             shortlists: int8 or binary codes of a prefix, every row
+ivf.py              shortlists: the same codes in an inverted file
+graph.py            shortlists: faiss' HNSW, for comparison
+rerank.py           candidates in the order of longer prefixes, in stages
+exact.py            exact search of every row: the ground truth
+device.py           exhaustive and funnel search on a GPU
+store.py            an index as a folder: store_part.py reads its parts, store_writer.py changes it,
+                    lance.py makes it follow a LanceDB table
+tables.py           opens what `matryoshka retrieve` searches
+sweep.py            the fastest parameters that meet a recall bound; sweep_report.py prints them
+ranking_metrics.py  mAP@k, recall and its bounds, MFLOPs
 
-Rows are embeddings, float32 or float16 [N, D], any array or memory map, never changed. Similarity
-is the cosine of prefixes: normalised after they were cut off. A zero vector has cosine 0; rows with
-NaN or infinity are never found; equal scores go by rising id; where fewer than k are found, ids are
--1. Source: Kusupati et al., arXiv 2205.13147, section 4.3.1 and appendix E.
+Rows are embeddings, float32 or float16 [N, D], any array or memory map; a search never changes
+them. Similarity is the cosine of prefixes, which are normalised after truncation. A zero vector has
+cosine 0. Rows with NaN or infinity are never found. Rows of equal score are ordered by id. Missing
+results have id -1. Source: Kusupati et al., arXiv 2205.13147, section 4.3.1 and appendix E.
 """
 
 from matryoshka.retrieval.exact import exact_search
 from matryoshka.retrieval.hits import Hits, RetrievalError
 from matryoshka.retrieval.ivf import InvertedFile
-from matryoshka.retrieval.pipeline import Searcher, Setting
+from matryoshka.retrieval.params import SearchParams
+from matryoshka.retrieval.pipeline import Engine, Searcher
 from matryoshka.retrieval.rerank import Stage, rerank
 from matryoshka.retrieval.scan import BinaryScan, PrefixScan
 
 __all__ = [
     "BinaryScan",
+    "Engine",
     "Hits",
     "InvertedFile",
     "PrefixScan",
     "RetrievalError",
+    "SearchParams",
     "Searcher",
-    "Setting",
     "Stage",
     "exact_search",
     "rerank",

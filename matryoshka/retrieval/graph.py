@@ -1,4 +1,4 @@
-"""faiss' HNSW graph over a prefix: the index that the paper searches with, for comparison."""
+"""HNSW graph of faiss over a prefix, the index of the paper, for comparison."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ LINKS = 32  # M of the paper's HNSW32
 
 
 class Graph:
-    """Graph.build(rows, 64).search(queries, k=200, ef=200). Approximate; of equal scores any may
-    come first.
+    """Graph.build(rows, 64).search(queries, k=200, ef_search=200).
+
+    Approximate; the order of equal scores is not defined.
     """
 
     def __init__(self, graph: Any, dim: int, count: int, num_threads: int = 0) -> None:
-        self._graph, self.dim, self.count, self.num_threads = graph, dim, count, num_threads
+        self._graph = graph
+        self.dim = dim
+        self.count = count
+        self.num_threads = num_threads
 
     @classmethod
-    def build(cls, rows: np.ndarray, dim: int, links: int = LINKS, num_threads: int = 0) -> Self:
-        """On L2-normalised prefixes, where the inner product orders as the paper's Euclidean
-        distance does; of a zero vector only the former is its cosine. RetrievalError without faiss,
-        and for rows with NaN or infinity, which a graph cannot leave out.
+    def build(cls, rows: np.ndarray, dim: int, *, links: int = LINKS, num_threads: int = 0) -> Self:
+        """Insert the L2-normalised prefixes of `rows`, float [N, D].
+
+        The inner product orders them as the paper's Euclidean distance does, and is the cosine of
+        zero vectors, too. RetrievalError without faiss, and for rows with NaN or infinity, which a
+        graph cannot leave out.
         """
         check_rows(rows, dim, "database")
         try:
@@ -36,32 +42,35 @@ class Graph:
             if not np.isfinite(prefixes).all():
                 row = first + int(np.flatnonzero(~np.isfinite(prefixes).all(1))[0])
                 raise RetrievalError(
-                    f"database: row {row} has NaN or infinity; the index hnsw cannot leave rows out"
+                    f"database: row {row} has NaN or infinity; index hnsw cannot leave rows out"
                 )
             graph.add(prefixes)
         return cls(graph, dim, len(rows), num_threads)
 
     @property
     def nbytes(self) -> int:
-        """Vectors and links of the lowest layer, nearly all of it."""
+        """Vectors and links of the lowest layer, nearly all of the memory."""
         return self.count * (4 * self.dim + 4 * 2 * LINKS)
 
     def search(
-        self, queries: np.ndarray, k: int, ef: int = 200, deleted: np.ndarray | None = None
+        self,
+        queries: np.ndarray,
+        k: int,
+        ef_search: int = 200,
+        *,
+        deleted: np.ndarray | None = None,
     ) -> Hits:
-        """As PrefixScan.search. ef: candidates that are kept on the way, at least k."""
+        """As PrefixScan.search. ef_search: size of the candidate queue, raised to k."""
         import faiss
 
         check_rows(queries, self.dim, "queries")
         check_k(k)
         if deleted is not None and deleted.any():
-            raise RetrievalError(
-                "the index hnsw cannot leave rows out; use scan, ivf, binary or exact"
-            )
+            raise RetrievalError("index hnsw cannot leave rows out; use scan, ivf, binary or exact")
         faiss.omp_set_num_threads(pool(self.num_threads).num_threads)
         asked = unit(queries, self.dim)
-        sound = np.isfinite(asked).all(1)
-        parameters = faiss.SearchParametersHNSW(efSearch=max(ef, k))  # pyright: ignore[reportAttributeAccessIssue]
+        valid = np.isfinite(asked).all(1)
+        parameters = faiss.SearchParametersHNSW(efSearch=max(ef_search, k))  # pyright: ignore[reportAttributeAccessIssue]
         cosines, ids = self._graph.search(np.nan_to_num(asked), k, params=parameters)
-        ids[~sound] = -1
+        ids[~valid] = -1
         return Hits(ids, np.where(ids < 0, -np.inf, cosines).astype(np.float32))

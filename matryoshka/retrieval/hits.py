@@ -1,4 +1,4 @@
-"""What a search takes and gives, and the memory of its codes."""
+"""Search inputs and results, row bitmaps, and memory for codes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from numpy.typing import NDArray
 
 from matryoshka.retrieval import _native
 
-CHUNK = 65_536  # rows that are converted together
+CHUNK = 65_536  # rows per conversion: 67 MB of float32 at 256 dimensions
 
 
 class RetrievalError(ValueError):
-    """Arrays or numbers that do not make a search; the message says which and the remedy."""
+    """Invalid input of a search or an index; the message names the value and the remedy."""
 
     user_error = True
 
 
 class Hits(NamedTuple):
-    """ids: int64 [Q, k], best first, -1 where there is none. scores: float32 [Q, k], cosines or
-    estimates of them.
+    """Results of a search, best first.
+
+    ids: int64 [Q, k], row ids, -1 where results are missing. scores: float32 [Q, k], cosines or
+    estimates of them, -inf where results are missing.
     """
 
     ids: np.ndarray
@@ -34,45 +36,42 @@ class Hits(NamedTuple):
 
 @cache
 def pool(num_threads: int) -> Any:
-    """Threads, shared by all that ask for as many; 0: one for each core."""
+    """The shared thread pool of this size; 0: one thread per core."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     return _native.Pool(num_threads) if num_threads else pool(cores)
 
 
-def memory(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Zeros on pages of their own, huge ones where the system has them: random rows are 1.3 times
-    as fast there.
-    """
+def huge_page_zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeros on huge pages where the system has them: random row access is 1.3 times as fast."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if hasattr(
-        mmap, "MAP_ANONYMOUS"
-    ):  # private: shared memory, Python's default, gets no huge pages
+    if hasattr(mmap, "MAP_ANONYMOUS"):
+        # Private, because shared memory, Python's default, does not get huge pages.
         area = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     else:
         area = mmap.mmap(-1, max(size, 1))
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # the system was built without them
+        with contextlib.suppress(OSError):  # a kernel without huge pages
             area.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(area, dtype, int(np.prod(shape))).reshape(shape)
 
 
 def check_rows(rows: np.ndarray, dim: int, what: str) -> None:
-    """RetrievalError unless `rows` is a table of at least `dim` numbers a row."""
+    """RetrievalError unless `rows` is floating point [N, D] with D >= dim."""
     if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.floating):
         raise RetrievalError(
-            f"{what}: is {rows.dtype} {list(rows.shape)}, expected floating point [rows, "
-            "dimensions]"
+            f"{what}: is {rows.dtype} {list(rows.shape)}, "
+            "expected floating point [rows, dimensions]"
         )
     if not 1 <= dim <= rows.shape[1]:
         raise RetrievalError(
-            f"{what}: has {rows.shape[1]} dimensions, a prefix of {dim} was asked for"
+            f"{what}: has {rows.shape[1]} dimensions, the search needs a prefix of {dim}"
         )
 
 
 def as_rows(queries: Any, what: str = "queries") -> np.ndarray:
-    """What NumPy can read as a table: arrays, lists, tensors on the CPU. RetrievalError for others."""
+    """Convert arrays, lists and CPU tensors; RetrievalError for what NumPy cannot read."""
     try:
         return np.asarray(queries)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -83,15 +82,16 @@ def as_rows(queries: Any, what: str = "queries") -> np.ndarray:
 
 
 def check_k(k: int) -> None:
+    """RetrievalError unless the native code can count to k."""
     if not 1 <= k < 1 << 31:
-        raise RetrievalError(
-            f"k = {k}: ask for 1 or more neighbours" + (", below 2^31" if k > 1 else "")
-        )
+        raise RetrievalError(f"k={k}: expected 1 to {(1 << 31) - 1} neighbours")
 
 
 def unit(rows: np.ndarray, dim: int) -> np.ndarray:
-    """float32 [n, dim]: the prefixes, L2-normalised; zeros stay zeros, and rows with NaN or
-    infinity are all NaN.
+    """L2-normalised prefixes, float32 [n, dim].
+
+    Zero vectors stay zero. Rows with NaN or infinity become NaN in all dimensions, so that one
+    column tells whether a row is valid.
     """
     cut = np.asarray(rows[:, :dim], np.float32)
     with np.errstate(all="ignore"):
@@ -102,34 +102,34 @@ def unit(rows: np.ndarray, dim: int) -> np.ndarray:
 
 
 def chunks(rows: np.ndarray, dim: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, unit prefixes) of CHUNK rows at a time."""
+    """Yield (first row, unit prefixes) for CHUNK rows at a time."""
     for first in range(0, len(rows), CHUNK):
         yield first, unit(rows[first : first + CHUNK], dim)
 
 
 def sample(rows: np.ndarray, most: int) -> np.ndarray:
-    """At most so many rows, evenly over all of them."""
+    """Up to `most` rows, evenly spaced over all of them."""
     return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(np.int64)]
 
 
 def empty_bits(count: int) -> np.ndarray:
-    """uint64: a bit for each row, all clear."""
+    """A bitmap of `count` rows, uint64, all bits clear."""
     return np.zeros(-(-count // 64), np.uint64)
 
 
 def set_bits(bits: np.ndarray, rows: np.ndarray) -> None:
-    """Set the bits of some rows, in place."""
+    """Set the bits of `rows` in place."""
     rows = np.asarray(rows, np.uint64)
     np.bitwise_or.at(bits, rows // 64, np.uint64(1) << (rows % 64))
 
 
 def get_bits(bits: np.ndarray, first: int, count: int) -> np.ndarray:
-    """bool [count]: the bits of rows first, first + 1, ..."""
+    """The bits of rows first .. first + count, bool [count]."""
     rows = np.arange(first, first + count, dtype=np.uint64)
     return (bits[rows // 64] >> (rows % 64) & np.uint64(1)).astype(bool)
 
 
-def left_out(bad: np.ndarray, deleted: np.ndarray | None) -> NDArray[np.uint64] | None:
-    """The bits of both; None where there are none, which spares a search the look."""
+def excluded_bits(bad: np.ndarray, deleted: np.ndarray | None) -> NDArray[np.uint64] | None:
+    """Bits of rows that a search skips; None without any, which spares it the test per row."""
     both = bad if deleted is None else np.bitwise_or(bad, deleted)
     return both if both.any() else None

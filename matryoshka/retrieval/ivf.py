@@ -1,6 +1,4 @@
-"""An inverted file over the 7-bit codes of a prefix: only the lists of the nearest centroids are
-looked at.
-"""
+"""Inverted file over the 7-bit codes of a prefix: visits the lists of the nearest centroids."""
 
 from __future__ import annotations
 
@@ -16,28 +14,29 @@ from matryoshka.retrieval.hits import (
     check_rows,
     chunks,
     empty_bits,
-    left_out,
-    memory,
+    excluded_bits,
+    huge_page_zeros,
     pool,
     sample,
     set_bits,
     unit,
 )
-from matryoshka.retrieval.scan import Codec, PrefixScan, finished
+from matryoshka.retrieval.scan import Codec, PrefixScan, mask_missing
 
-PER_LIST = 64  # rows for each centroid that k-means sees
+SAMPLES_PER_CENTROID = 64  # training rows of k-means; faiss warns below 39 and stops at 256
 
 
 class InvertedFile:
     """InvertedFile.build(rows, 64).search(queries, k=200, nprobe=32).
 
-    centres: float32 [lists, d]. starts int64, sizes int32: of each list in `packed`, in rows; ids
-    uint32: the row of each slot, rising inside of a list.
+    centres: float32 [lists, d]. starts (int64), sizes (int32): position and length of each list in
+    `packed`, in slots. ids: uint32, the row of each slot, rising within a list.
     """
 
     def __init__(
         self,
         codec: Codec,
+        *,
         centres: np.ndarray,
         packed: np.ndarray,
         starts: np.ndarray,
@@ -47,10 +46,16 @@ class InvertedFile:
         bad: np.ndarray,
         num_threads: int = 0,
     ) -> None:
-        self.codec, self.centres, self.packed = codec, centres, packed
+        self.codec = codec
+        self.centres = centres
         self.centroids = PrefixScan.build(centres, codec.dim, num_threads)
-        self.starts, self.sizes, self.ids = starts, sizes, ids
-        self.count, self.bad, self.num_threads = count, bad, num_threads
+        self.packed = packed
+        self.starts = starts
+        self.sizes = sizes
+        self.ids = ids
+        self.count = count
+        self.bad = bad
+        self.num_threads = num_threads
 
     @property
     def dim(self) -> int:
@@ -62,21 +67,27 @@ class InvertedFile:
 
     @classmethod
     def build(
-        cls, rows: np.ndarray, dim: int, lists: int = 0, seed: int = 0, num_threads: int = 0
+        cls, rows: np.ndarray, dim: int, *, lists: int = 0, seed: int = 0, num_threads: int = 0
     ) -> Self:
-        """lists: 0 for about 4 x sqrt(N), a power of two. Centroids by faiss' spherical k-means."""
+        """Encode `rows`, float [N, D], in lists around centroids of faiss' spherical k-means.
+
+        lists: 0 for about 4 * sqrt(N), a power of two.
+        """
         check_rows(rows, dim, "database")
         if not len(rows):
             raise RetrievalError("database: is empty; an inverted file needs rows")
         lists = min(lists or 2 ** round(np.log2(4 * np.sqrt(len(rows)))), len(rows))
         centres = _k_means(rows, dim, lists, seed, num_threads)
-        codec, threads, block = Codec.learn(rows, dim), pool(num_threads), _native.BLOCK
+        codec = Codec.learn(rows, dim)
 
         nearest = np.empty(len(rows), np.int32)
         bad = empty_bits(len(rows))
         for first, prefixes in chunks(rows, dim):
             nearest[first : first + len(prefixes)] = _nearest(prefixes, centres)
             set_bits(bad, first + np.flatnonzero(~np.isfinite(prefixes[:, 0])))
+
+        # Every list starts at a multiple of the kernels' block; `slots` are the places of the rows.
+        block = _native.BLOCK
         order = np.argsort(nearest, kind="stable")
         sizes = np.bincount(nearest, minlength=len(centres)).astype(np.int32)
         room = -(-sizes.astype(np.int64) // block) * block
@@ -84,21 +95,32 @@ class InvertedFile:
         ids = np.zeros(int(room.sum()), np.uint32)
         slots = np.repeat(starts - (sizes.cumsum() - sizes), sizes) + np.arange(len(rows))
         ids[slots] = order
-        packed = memory((len(ids) * codec.width,), np.uint8)
+        packed = huge_page_zeros((len(ids) * codec.width,), np.uint8)
         step = 1024 * block
-        for first in range(0, len(ids), step):  # padding repeats row 0: no search comes to it
+        for first in range(0, len(ids), step):  # padding repeats row 0, beyond the lists' sizes
             _native.pack(
-                threads,
+                pool(num_threads),
                 codec.encode(unit(rows[ids[first : first + step]], dim)),
                 packed[first * codec.width :],
             )
-        return cls(codec, centres, packed, starts, sizes, ids, len(rows), bad, num_threads)
+        return cls(
+            codec,
+            centres=centres,
+            packed=packed,
+            starts=starts,
+            sizes=sizes,
+            ids=ids,
+            count=len(rows),
+            bad=bad,
+            num_threads=num_threads,
+        )
 
     def search(
         self,
         queries: np.ndarray,
         k: int,
         nprobe: int = 32,
+        *,
         deleted: np.ndarray | None = None,
         kernels: str = "",
     ) -> Hits:
@@ -106,7 +128,7 @@ class InvertedFile:
         check_rows(queries, self.dim, "queries")
         check_k(k)
         if nprobe < 1:
-            raise RetrievalError(f"nprobe = {nprobe}: ask for 1 or more lists")
+            raise RetrievalError(f"nprobe={nprobe}: expected 1 or more lists")
         prefixes = unit(queries, self.dim)
         nearest = self.centroids.search_unit(
             prefixes, min(nprobe, len(self.starts)), kernels=kernels
@@ -123,25 +145,25 @@ class InvertedFile:
             signed,
             probes,
             k,
-            left_out(self.bad, deleted),
+            excluded_bits(self.bad, deleted),
             kernels,
         )
-        return finished(ids, scores * scale[:, None] + offset[:, None], prefixes)
+        return mask_missing(ids, scores * scale[:, None] + offset[:, None], prefixes)
 
 
 def _k_means(rows: np.ndarray, dim: int, lists: int, seed: int, num_threads: int) -> np.ndarray:
-    """float32 [lists, dim], unit vectors."""
+    """Centroids, unit vectors, float32 [lists, dim]."""
     try:
         import faiss
     except ImportError:
         raise RetrievalError(
-            "an inverted file needs faiss' k-means: pip install faiss-cpu"
+            "an inverted file needs faiss for k-means: pip install faiss-cpu"
         ) from None
-    points = unit(sample(rows, PER_LIST * lists), dim)
+    points = unit(sample(rows, SAMPLES_PER_CENTROID * lists), dim)
     points = np.ascontiguousarray(points[np.isfinite(points[:, 0])])
     lists = min(lists, len(points))
     if not lists:
-        raise RetrievalError("database: has no row without NaN or infinity")
+        raise RetrievalError("database: every row has NaN or infinity")
     faiss.omp_set_num_threads(pool(num_threads).num_threads)
     found = faiss.Kmeans(
         dim,
@@ -150,14 +172,14 @@ def _k_means(rows: np.ndarray, dim: int, lists: int, seed: int, num_threads: int
         spherical=True,
         seed=seed,
         min_points_per_centroid=1,
-        max_points_per_centroid=PER_LIST,
+        max_points_per_centroid=SAMPLES_PER_CENTROID,
     )
     found.train(points)
     return np.nan_to_num(np.asarray(found.centroids))
 
 
 def _nearest(prefixes: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """int32 [n]: the centroid of highest cosine; NaN belongs to any."""
+    """The centroid of highest cosine, int32 [n]; rows with NaN go to any."""
     best = np.empty(len(prefixes), np.int32)
     for first in range(0, len(prefixes), 4096):
         part = slice(first, first + 4096)

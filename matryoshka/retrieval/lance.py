@@ -1,13 +1,12 @@
-"""A LanceDB table as the system of record of an index: metadata, filters and edits there, searches
-here.
+"""A LanceDB table as the system of record of an index: edit and filter there, search here.
 
-    record = Record.create("photos.lance", "photos", batch)      # columns id, label, class, source, item, vector
-    record.table.add_columns({"licence": "'CC0'"})               # any edit that LanceDB knows
-    record.sync("photos.index")                                  # the index follows: rows added, changed, deleted
-    index.search(queries, 10, only=index.find(record.names("licence = 'CC0'")))
+    record = Record.create("photos.lance", "photos", batch)      # columns: see COLUMNS
+    record.table.add_columns({"licence": "'CC0'"})               # any edit of LanceDB
+    record.sync("photos.index")                                  # the index follows
+    index.search(queries, k=10, only=index.find(record.names("licence = 'CC0'")))
 
-Needs the extra [lancedb]. LanceDB's own search of 1.28 million rows does 0.1 to 0.3 thousand
-queries/s on two cores, the index thousands: docs/retrieval.md.
+Needs the extra [lancedb]. LanceDB searches 1.28 million rows at 100 to 300 queries/s on two cores,
+the index at thousands: docs/retrieval.md.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ import numpy as np
 
 from matryoshka.retrieval.hits import RetrievalError
 from matryoshka.retrieval.store import MANIFEST, Index
-from matryoshka.retrieval.store_writer import Batch, Writer, half
+from matryoshka.retrieval.store_writer import IndexRows, Writer, to_float16
 
-ROWS = 4096  # of a batch: 16 MB of 2048 float16
-KEY = b"matryoshka"  # of the schema's metadata: model, preprocessing and data sets
+BATCH_ROWS = 4096  # 16 MB of 2048 float16
+METADATA_KEY = b"matryoshka"  # in the table's schema: model, preprocessing and data sets
 COLUMNS = ["id", "label", "class", "source", "item", "vector"]
 
 
@@ -37,8 +36,8 @@ class Change(NamedTuple):
     deleted: int
 
 
-class _Found(NamedTuple):
-    """Rows of the table. classes, sources: int64, numbers of `_Numbers`, -1 for none."""
+class _Block(NamedTuple):
+    """Rows of the table. classes, sources: int64, numbers of `_Numbers`, -1 where absent."""
 
     names: list[str]
     labels: np.ndarray
@@ -49,46 +48,48 @@ class _Found(NamedTuple):
 
 
 class Record:
-    """A table that `create` made. `table`: LanceDB's own object; model, preprocessing, data: as
-    embed wrote them.
+    """A table that `create` made.
+
+    table: LanceDB's own object. model, preprocessing, data: as embed wrote them.
     """
 
     def __init__(self, uri: str, name: str) -> None:
-        """RetrievalError for a table that is not there, or that `create` did not make."""
-        self.uri, self.name = uri, name
+        """RetrievalError for a table that does not exist, or that `create` did not make."""
+        self.uri = uri
+        self.name = name
         self.table: Any = None if _is_absent(uri) else _opened(_connect(uri), name)
         if self.table is None:
             raise RetrievalError(
                 f"{uri}: has no table {name!r}; `matryoshka index record` makes one"
             )
-        about = json.loads((self.table.schema.metadata or {}).get(KEY, b"{}"))
+        metadata = json.loads((self.table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
         missing = [column for column in COLUMNS if column not in self.table.schema.names]
-        if "model" not in about or missing:
-            lacks = (
-                f"has no column {missing[0]!r}"
-                if missing
-                else "does not say which model made its vectors"
-            )
+        if "model" not in metadata or missing:
+            lacks = "does not name the model of its vectors"
+            if missing:
+                lacks = f"has no column {missing[0]!r}"
             raise RetrievalError(
                 f"{uri}: table {name!r} {lacks}; make it with `matryoshka index record`"
             )
-        self.model: dict[str, Any] = about["model"]
-        self.preprocessing: dict[str, Any] = about["preprocessing"]
-        self.data: list[dict[str, Any]] = about.get("data", [])  # older tables have none
+        self.model: dict[str, Any] = metadata["model"]
+        self.preprocessing: dict[str, Any] = metadata["preprocessing"]
+        self.data: list[dict[str, Any]] = metadata.get("data", [])  # absent in older tables
 
     @classmethod
-    def create(cls, uri: str, name: str, batch: Batch, overwrite: bool = False) -> Record:
-        """Vectors are float16, as the index has them. RetrievalError for a table that is there,
-        without `overwrite`.
+    def create(cls, uri: str, name: str, batch: IndexRows, overwrite: bool = False) -> Record:
+        """Write rows as a table, vectors as float16, as in the index.
+
+        RetrievalError if the table exists and `overwrite` is false.
         """
         import pyarrow as pa
 
-        database, columns = _connect(uri), batch.rows.shape[1]
+        database = _connect(uri)
+        columns = batch.rows.shape[1]
         present = _opened(database, name) is not None
         if present and not overwrite:
-            raise RetrievalError(f"{uri}: has a table {name!r} already; --overwrite replaces it")
+            raise RetrievalError(f"{uri}: already has a table {name!r}; --overwrite replaces it")
         data = [dict(source) for source in batch.data]
-        about = {
+        metadata = {
             "model": dict(batch.model),
             "preprocessing": dict(batch.preprocessing),
             "data": data,
@@ -102,18 +103,21 @@ class Record:
             pa.list_(pa.float16(), columns),
         ]
         schema = pa.schema(
-            list(zip(COLUMNS, types, strict=True)), metadata={KEY: json.dumps(about).encode()}
+            list(zip(COLUMNS, types, strict=True)),
+            metadata={METADATA_KEY: json.dumps(metadata).encode()},
         )
         sources = [_path(source) for source in data] or [""]
 
         def blocks() -> Iterator[Any]:
-            for first in range(0, len(batch.rows), ROWS):
-                last = min(first + ROWS, len(batch.rows))
+            for first in range(0, len(batch.rows), BATCH_ROWS):
+                last = min(first + BATCH_ROWS, len(batch.rows))
                 labels = np.asarray(batch.labels[first:last])
-                origins = np.stack([np.zeros(last - first, np.int64), np.arange(first, last)], 1)
-                if batch.origins is not None:
+                if batch.origins is None:
+                    numbers = np.arange(first, last)
+                    origins = np.stack([np.zeros_like(numbers), numbers], 1)
+                else:
                     origins = batch.origins[first:last].astype(np.int64)
-                flat = pa.array(half(batch.rows[first:last]).reshape(-1))
+                flat = pa.array(to_float16(batch.rows[first:last]).reshape(-1))
                 yield pa.record_batch(
                     [
                         pa.array([batch.names[i] for i in range(first, last)]),
@@ -128,16 +132,13 @@ class Record:
                     schema=schema,
                 )
 
-        mode = (
-            "overwrite" if present else "create"
-        )  # LanceDB warns of an overwrite where there is nothing
+        # LanceDB warns about an overwrite of a table that does not exist.
+        mode = "overwrite" if present else "create"
         database.create_table(name, pa.RecordBatchReader.from_batches(schema, blocks()), mode=mode)
         return cls(uri, name)
 
     def names(self, where: str) -> list[str]:
-        """Names of the rows that a filter in SQL selects. RetrievalError for one that LanceDB does
-        not understand.
-        """
+        """Names of the rows that an SQL filter selects. RetrievalError for an invalid filter."""
         try:
             found = self.table.search().where(where).select(["id"]).to_batches()
             return [name for block in found for name in block["id"].to_pylist()]
@@ -148,9 +149,10 @@ class Record:
             ) from None
 
     def sync(self, folder: str | Path, num_threads: int = 0, dim: int = 0) -> Change:
-        """Makes the index have the table's rows; a folder without one becomes one. A row is
-        replaced where its vector has other bits, or its class (of rows without one: its label),
-        source or item differs. Killed in between, the next call does the rest.
+        """Make the index equal to the table; builds it if the folder has none.
+
+        A row is replaced if a bit of its vector, its class (without one: its label), its source or
+        its item differs. After a kill, the next call completes the work.
         """
         with Writer(folder, num_threads) as writer:
             index = Index(folder, num_threads) if (Path(folder) / MANIFEST).exists() else None
@@ -160,83 +162,92 @@ class Record:
             seen = np.zeros(0 if index is None else index.total, bool)
             replaced = 0
             with tempfile.TemporaryFile(dir=folder) as file:
-                kept: list[_Found] = []
+                kept: list[_Block] = []
                 for block in self._blocks(numbers):
-                    wanted = np.ones(len(block.names), bool)
+                    changed = np.ones(len(block.names), bool)
                     if index is not None:
                         there = index.find(block.names)
                         seen[there[there >= 0]] = True
-                        wanted = ~_same(index, numbers, there, block)
-                        replaced += int((wanted & (there >= 0)).sum())
-                    rows = np.flatnonzero(wanted)
+                        changed = ~_same(index, numbers, there, block)
+                        replaced += int((changed & (there >= 0)).sum())
+                    rows = np.flatnonzero(changed)
                     file.write(block.rows[rows].tobytes())
-                    kept.append(_some(block, rows))
+                    kept.append(_select(block, rows))
                 file.flush()
                 count = sum(len(block.names) for block in kept)
                 if count:
                     rows = np.memmap(file, np.float16, "r", shape=(count, kept[0].rows.shape[1]))
                     batch = self._batch(kept, rows.view(np.ndarray), numbers)
-                    is_new, index = index is None, None  # closed before the writer opens it
+                    is_new = index is None
+                    index = None  # closes its files before the writer opens the next index
                     index = writer.build(batch, dim) if is_new else writer.add(batch, replace=True)
             if index is None:
                 raise RetrievalError(
-                    f"{self.uri}: table {self.name!r} is empty; nothing can be found in it"
+                    f"{self.uri}: table {self.name!r} is empty; an index needs rows"
                 )
             gone = np.flatnonzero(~seen)
             gone = gone[~index.is_deleted(gone)]
-            names, index = [index.name(int(row)) for row in gone], None
+            names = [index.name(int(row)) for row in gone]
+            index = None
             if names:
                 writer.delete(names)
             return Change(count - replaced, replaced, len(names))
 
-    def _blocks(self, numbers: _Numbers) -> Iterator[_Found]:
-        for block in self.table.search().select(COLUMNS).to_batches(batch_size=ROWS):
-            vectors, items = block["vector"], np.asarray(block["item"].fill_null(0), np.int64)
+    def _blocks(self, numbers: _Numbers) -> Iterator[_Block]:
+        """The table's rows, BATCH_ROWS at a time. RetrievalError for items beyond 32 bits."""
+        for block in self.table.search().select(COLUMNS).to_batches(batch_size=BATCH_ROWS):
+            vectors = block["vector"]
+            items = np.asarray(block["item"].fill_null(0), np.int64)
             rows = np.asarray(vectors.flatten(), np.float16).reshape(
                 len(block), vectors.type.list_size
             )
             if len(items) and not 0 <= items.min() <= items.max() < 1 << 32:
                 raise RetrievalError(
-                    f"{self.uri}: table {self.name!r} has items that are no numbers of 32 bits; "
-                    "give each row's place in its source, or 0"
+                    f"{self.uri}: table {self.name!r} has items outside 0 to 2^32 - 1; give the "
+                    "number of each image in its source, or 0"
                 )
-            yield _Found(
+            yield _Block(
                 block["id"].to_pylist(),
                 np.asarray(block["label"].fill_null(-1), np.int64),
                 _numbered(numbers.classes, block["class"]),
                 _numbered(numbers.sources, block["source"].fill_null("")),
                 items,
-                half(rows),
+                to_float16(rows),
             )
 
-    def _batch(self, kept: Sequence[_Found], rows: np.ndarray, numbers: _Numbers) -> Batch:
-        labels, classes, sources, items = map(np.concatenate, list(zip(*kept, strict=True))[1:5])
-        named, used = np.unique(classes[classes >= 0]), np.unique(sources)
-        # numbers of this part's classes; those without a name follow, as joined_classes has it
+    def _batch(self, kept: Sequence[_Block], rows: np.ndarray, numbers: _Numbers) -> IndexRows:
+        """Changed rows as a new part of the index."""
+        labels = np.concatenate([block.labels for block in kept])
+        classes = np.concatenate([block.classes for block in kept])
+        sources = np.concatenate([block.sources for block in kept])
+        items = np.concatenate([block.items for block in kept])
+        named = np.unique(classes[classes >= 0])
+        used = np.unique(sources)
+        # Labels of this part: its named classes, then labels without a name, as in merge_classes.
         unnamed = np.where(labels < 0, labels, labels + len(named))
         labels = np.where(classes >= 0, np.searchsorted(named, classes), unnamed)
         texts, paths = list(numbers.classes), list(numbers.sources)
         known = {_path(source): source for source in self.data}
-        return Batch(
+        data = []
+        for path in (paths[i] for i in used):
+            data.append(known.get(path, {"path": path} if path else {}))
+        return IndexRows(
             rows,
             [name for block in kept for name in block.names],
             labels,
             self.model,
             self.preprocessing,
-            [texts[i] for i in named] or None,
-            [
-                known.get(path, {"path": path} if path else {})
-                for path in map(paths.__getitem__, used)
-            ],
-            np.stack([np.searchsorted(used, sources), items], 1).astype(np.uint32),
+            classes=[texts[i] for i in named] or None,
+            data=data,
+            origins=np.stack([np.searchsorted(used, sources), items], 1).astype(np.uint32),
         )
 
 
 class _Numbers:
-    """Numbers of class names and sources, of the index and then of the table: what is compared row
-    by row.
+    """Numbers class names and sources of index and table alike, so that rows compare as integers.
 
-    parts: of each part of the index, the numbers of its classes and sources, -1 after them.
+    parts: for each part of the index, the numbers of its classes and of its sources, each followed
+    by -1, the number of unknown ones.
     """
 
     def __init__(self, index: Index | None) -> None:
@@ -249,12 +260,12 @@ class _Numbers:
 
 
 def _known(numbers: dict[str, int], texts: Iterable[str]) -> np.ndarray:
-    """int64: the number of each, of new ones the next; -1 after them."""
+    """The number of each text, int64, followed by -1; new texts get the next numbers."""
     return np.array([*(numbers.setdefault(text, len(numbers)) for text in texts), -1], np.int64)
 
 
 def _numbered(numbers: dict[str, int], column: Any) -> np.ndarray:
-    """The same for a column of a table, -1 where it has none."""
+    """The number of each text of a column, int64; -1 where it is null."""
     encoded = column.dictionary_encode()
     return _known(numbers, encoded.dictionary.to_pylist())[
         np.asarray(encoded.indices.fill_null(-1), np.int64)
@@ -262,7 +273,7 @@ def _numbered(numbers: dict[str, int], column: Any) -> np.ndarray:
 
 
 def _is_absent(uri: str) -> bool:
-    """Whether `_connect` would make an empty folder."""
+    """Whether `_connect` would create an empty folder."""
     return "://" not in uri and not Path(uri).expanduser().exists()
 
 
@@ -278,7 +289,7 @@ def _connect(uri: str) -> Any:
 
 
 def _opened(database: Any, name: str) -> Any:
-    """None where there is no such table."""
+    """The table; None if it does not exist."""
     try:
         return database.open_table(name)
     except ValueError:
@@ -293,13 +304,15 @@ def _path(source: Mapping[str, Any]) -> str:
     return str(source.get("path", ""))
 
 
-def _same(index: Index, numbers: _Numbers, rows: np.ndarray, found: _Found) -> np.ndarray:
-    """bool [n]: whether a row (-1: none) of the index is what was found, its vector bit by bit."""
+def _same(index: Index, numbers: _Numbers, rows: np.ndarray, found: _Block) -> np.ndarray:
+    """Whether rows of the index (-1: unknown) equal the block's, bool [n]; vectors bit by bit."""
     same = np.zeros(len(rows), bool)
     for part, (classes, sources) in zip(index.parts, numbers.parts, strict=True):
         mine = np.flatnonzero((rows >= part.first) & (rows < part.first + part.count))
-        at, last = rows[mine] - part.first, len(classes) - 1
-        label, origin = part.labels[at], part.origins[at]
+        at = rows[mine] - part.first
+        last = len(classes) - 1
+        label = part.labels[at]
+        origin = part.origins[at]
         named = (label >= 0) & (label < last)
         unnamed = np.where(label < 0, label, label - last)  # see Record._batch
         same[mine] = (
@@ -312,8 +325,9 @@ def _same(index: Index, numbers: _Numbers, rows: np.ndarray, found: _Found) -> n
     return same
 
 
-def _some(block: _Found, rows: np.ndarray) -> _Found:
-    return _Found(
+def _select(block: _Block, rows: np.ndarray) -> _Block:
+    """Some rows of a block, without their vectors."""
+    return _Block(
         [block.names[i] for i in rows.tolist()],
         block.labels[rows],
         block.classes[rows],

@@ -1,8 +1,8 @@
-"""Every row of a database by a code of its prefix: shortlists without a graph or a tree.
+"""Exhaustive shortlists from compact codes of a prefix.
 
-PrefixScan keeps 7 bits for each dimension, BinaryScan one: above the database's median or not (all
-features behind a ReLU are positive, their signs say nothing). Both pass over the codes with the
-native kernels, which keep only what is above the k-th best so far.
+PrefixScan keeps 7 bits per dimension, BinaryScan one: above the database's median or not (features
+behind a ReLU are all positive, so their signs carry no information). Both scan the codes with the
+native kernels, which keep only rows above the k-th best score so far.
 """
 
 from __future__ import annotations
@@ -20,22 +20,25 @@ from matryoshka.retrieval.hits import (
     check_rows,
     chunks,
     empty_bits,
-    left_out,
-    memory,
+    excluded_bits,
+    huge_page_zeros,
     pool,
     sample,
     set_bits,
     unit,
 )
 
-LEVELS = 127  # of a code: 0 to 127
-CLIPPED = 0.0005  # share of the values at either end that lie outside of the codes' range
-SAMPLE = 100_000  # rows that ranges and medians are taken from
+LEVELS = 127  # largest code: 7 bits, the range of the VNNI kernels' uint8 x int8 products
+CLIP_QUANTILE = 0.0005  # share of the values at either end that saturate
+SAMPLE_ROWS = 100_000  # rows from which ranges and medians are estimated
 
 
 @dataclass(frozen=True)
 class Codec:
-    """low, step: float32 [d]; code c of dimension j stands for low[j] + c x step[j]."""
+    """Scalar quantisation: code c of dimension j stands for low[j] + c * step[j].
+
+    low, step: float32 [d].
+    """
 
     low: np.ndarray
     step: np.ndarray
@@ -46,20 +49,23 @@ class Codec:
 
     @property
     def width(self) -> int:
-        """Bytes of a code: dimensions, up to a multiple of 4."""
+        """Bytes per code: the dimensions, rounded up to the kernels' multiple of 4."""
         return -(-self.dim // _native.CHUNK) * _native.CHUNK
 
     @classmethod
     def learn(cls, rows: np.ndarray, dim: int) -> Self:
-        values = unit(sample(rows, SAMPLE), dim)
+        """Ranges of the dimensions, from a sample of the rows."""
+        values = unit(sample(rows, SAMPLE_ROWS), dim)
         values = values[np.isfinite(values[:, 0])]
         if not len(values):
             return cls(np.zeros(dim, np.float32), np.ones(dim, np.float32))
-        low, high = np.quantile(values, [CLIPPED, 1 - CLIPPED], axis=0).astype(np.float32)
+        low, high = np.quantile(values, [CLIP_QUANTILE, 1 - CLIP_QUANTILE], axis=0).astype(
+            np.float32
+        )
         return cls(low, np.maximum(high - low, 1e-12) / LEVELS)
 
     def encode(self, prefixes: np.ndarray) -> np.ndarray:
-        """uint8 [n, width] of unit prefixes [n, d] (NaN: 0)."""
+        """Codes of unit prefixes [n, d], uint8 [n, width]; NaN becomes 0."""
         codes = np.zeros((len(prefixes), self.width), np.uint8)
         with np.errstate(invalid="ignore"):
             levels = np.nan_to_num(np.rint((prefixes - self.low) / self.step))
@@ -67,8 +73,9 @@ class Codec:
         return codes
 
     def queries(self, prefixes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(int8 [n, width], scale float32 [n], offset float32 [n]): score x scale + offset
-        estimates the cosine.
+        """Quantised queries: int8 [n, width], scale float32 [n], offset float32 [n].
+
+        score * scale + offset estimates the cosine.
         """
         if not np.isfinite(prefixes).all():
             prefixes = np.nan_to_num(prefixes)
@@ -80,12 +87,15 @@ class Codec:
 
 
 class PrefixScan:
-    """7-bit codes of the first `dim` dimensions: PrefixScan.build(rows, 64).search(queries, k=200)."""
+    """Scan of 7-bit codes: PrefixScan.build(rows, 64).search(queries, k=200)."""
 
     def __init__(
         self, codec: Codec, packed: np.ndarray, count: int, bad: np.ndarray, num_threads: int = 0
     ) -> None:
-        self.codec, self.packed, self.count, self.bad = codec, packed, count, bad
+        self.codec = codec
+        self.packed = packed
+        self.count = count
+        self.bad = bad
         self.num_threads = num_threads
 
     @property
@@ -98,11 +108,11 @@ class PrefixScan:
 
     @classmethod
     def build(cls, rows: np.ndarray, dim: int, num_threads: int = 0) -> Self:
-        """rows: float [N, D]. RetrievalError for a prefix that they do not have."""
+        """Encode `rows`, float [N, D]. RetrievalError if D < dim."""
         check_rows(rows, dim, "database")
         codec = Codec.learn(rows, dim)
         block = _native.BLOCK
-        packed = memory((-(-len(rows) // block) * block * codec.width,), np.uint8)
+        packed = huge_page_zeros((-(-len(rows) // block) * block * codec.width,), np.uint8)
         bad = empty_bits(len(rows))
         for first, prefixes in chunks(rows, dim):
             _native.pack(pool(num_threads), codec.encode(prefixes), packed[first * codec.width :])
@@ -110,19 +120,21 @@ class PrefixScan:
         return cls(codec, packed, len(rows), bad, num_threads)
 
     def search(
-        self, queries: np.ndarray, k: int, deleted: np.ndarray | None = None, kernels: str = ""
+        self, queries: np.ndarray, k: int, *, deleted: np.ndarray | None = None, kernels: str = ""
     ) -> Hits:
-        """The k rows of highest estimated cosine. deleted: bits of rows to leave out, see
-        hits.set_bits.
+        """The k rows of highest estimated cosine.
+
+        deleted: bits of rows to leave out, see hits.set_bits. kernels: a name of
+        _native.kernels(); default: the fastest that the CPU has.
         """
         check_rows(queries, self.dim, "queries")
         check_k(k)
-        return self.search_unit(unit(queries, self.dim), k, deleted, kernels)
+        return self.search_unit(unit(queries, self.dim), k, deleted=deleted, kernels=kernels)
 
     def search_unit(
-        self, prefixes: np.ndarray, k: int, deleted: np.ndarray | None = None, kernels: str = ""
+        self, prefixes: np.ndarray, k: int, *, deleted: np.ndarray | None = None, kernels: str = ""
     ) -> Hits:
-        """The same for prefixes that have length 1 already."""
+        """As `search`, for prefixes of length 1."""
         signed, scale, offset = self.codec.queries(prefixes)
         ids, scores = _native.search_codes(
             pool(self.num_threads),
@@ -130,16 +142,14 @@ class PrefixScan:
             self.count,
             signed,
             k,
-            left_out(self.bad, deleted),
+            excluded_bits(self.bad, deleted),
             kernels,
         )
-        return finished(ids, scores * scale[:, None] + offset[:, None], prefixes)
+        return mask_missing(ids, scores * scale[:, None] + offset[:, None], prefixes)
 
 
 class BinaryScan:
-    """One bit for each of the first `dim` dimensions; the score is 1 - 2 x the share of bits that
-    differ.
-    """
+    """Scan of one bit per dimension; the score is 1 - 2 * (share of bits that differ)."""
 
     def __init__(
         self,
@@ -149,7 +159,10 @@ class BinaryScan:
         bad: np.ndarray,
         num_threads: int = 0,
     ) -> None:
-        self.medians, self.packed, self.count, self.bad = medians, packed, count, bad
+        self.medians = medians
+        self.packed = packed
+        self.count = count
+        self.bad = bad
         self.num_threads = num_threads
 
     @property
@@ -162,13 +175,14 @@ class BinaryScan:
 
     @classmethod
     def build(cls, rows: np.ndarray, dim: int, num_threads: int = 0) -> Self:
-        """dim: a multiple of 64. RetrievalError for another one, or a prefix that the rows do not
-        have.
+        """Encode `rows`, float [N, D]; dim is a multiple of 64.
+
+        RetrievalError for any other dim, and for D < dim.
         """
         check_rows(rows, dim, "database")
         if dim % 64:
-            raise RetrievalError(f"{dim} bits: give a multiple of 64")
-        values = unit(sample(rows, SAMPLE), dim)
+            raise RetrievalError(f"dim={dim}: binary codes need a multiple of 64")
+        values = unit(sample(rows, SAMPLE_ROWS), dim)
         values = values[np.isfinite(values[:, 0])]
         medians = (
             np.median(values, axis=0).astype(np.float32)
@@ -176,7 +190,7 @@ class BinaryScan:
             else np.zeros(dim, np.float32)
         )
         block, words = _native.BLOCK, dim // 64
-        packed = memory((-(-len(rows) // block) * block * words,), np.uint64)
+        packed = huge_page_zeros((-(-len(rows) // block) * block * words,), np.uint64)
         bad = empty_bits(len(rows))
         for first, prefixes in chunks(rows, dim):
             _native.pack_bits(_above(prefixes, medians), packed[first * words :])
@@ -184,7 +198,7 @@ class BinaryScan:
         return cls(medians, packed, len(rows), bad, num_threads)
 
     def search(
-        self, queries: np.ndarray, k: int, deleted: np.ndarray | None = None, kernels: str = ""
+        self, queries: np.ndarray, k: int, *, deleted: np.ndarray | None = None, kernels: str = ""
     ) -> Hits:
         """As PrefixScan.search."""
         check_rows(queries, self.dim, "queries")
@@ -196,20 +210,20 @@ class BinaryScan:
             self.count,
             _above(prefixes, self.medians),
             k,
-            left_out(self.bad, deleted),
+            excluded_bits(self.bad, deleted),
             kernels,
         )
-        return finished(ids, 1 + scores * np.float32(2 / self.dim), prefixes)
+        return mask_missing(ids, 1 + scores * np.float32(2 / self.dim), prefixes)
 
 
 def _above(prefixes: np.ndarray, medians: np.ndarray) -> np.ndarray:
-    """uint64 [n, d / 64]: which dimensions are above their median."""
+    """One bit per dimension, above its median or not: uint64 [n, d / 64]."""
     with np.errstate(invalid="ignore"):
         return np.packbits(prefixes > medians, axis=1, bitorder="little").view(np.uint64)
 
 
-def finished(ids: np.ndarray, scores: np.ndarray, prefixes: np.ndarray) -> Hits:
-    """No hit has the score -inf; a query with NaN or infinity has none."""
+def mask_missing(ids: np.ndarray, scores: np.ndarray, prefixes: np.ndarray) -> Hits:
+    """Set id -1 for queries with NaN or infinity, and score -inf where results are missing."""
     ids[~np.isfinite(prefixes[:, 0])] = -1
     scores = np.asarray(scores, np.float32)
     scores[ids < 0] = -np.inf

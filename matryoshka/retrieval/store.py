@@ -1,15 +1,16 @@
-"""An index on disk: a folder of immutable parts and one small file that says which of them count.
+"""An index on disk: a folder of immutable parts and a manifest that names the current ones.
 
-    index.json          parts, deleted rows, model, default setting; replaced in one step: the index changes with it
-    deleted-*.bits      uint64: a bit for each row of all parts, in their order; new with every deletion
+    index.json          parts, deleted rows, model, default search; replaced atomically
+    deleted-*.bits      uint64: one bit per row of all parts, in their order; new for every deletion
     part-*/part.json    sizes and checksums of the part's files, its classes and data sets
-    part-*/rows.f16     float16 [n, D]: each row times a power of two, which no cosine of a prefix notices
-    part-*/...          7-bit codes of the first `dim` dimensions, in lists where there are many; names, labels
+    part-*/rows.f16     float16 [n, D]: each row times a power of two, which cancels in a cosine
+    part-*/...          7-bit codes of the first `dim` dimensions, in lists if there are many rows;
+                        names, labels
 
-Files are little-endian, raw, memory-mapped. Opening reads the small ones and checks the sizes of
-all. Readers need no lock: files never change, and those of an index that was replaced stay readable
-for who has them open. Writing is store_writer.py's. Source of the design: 5 GB of rows cannot be
-rewritten for one image that is added or deleted.
+Files are little-endian, raw and memory-mapped. Opening reads the small files and checks the sizes
+of all. Readers need no lock: files never change, and a process that has an older index open keeps
+its files. store_writer.py writes. The parts exist because 5 GB of rows cannot be rewritten for one
+image that is added or deleted.
 """
 
 from __future__ import annotations
@@ -36,38 +37,40 @@ from matryoshka.retrieval.hits import (
     set_bits,
 )
 from matryoshka.retrieval.ivf import InvertedFile
-from matryoshka.retrieval.pipeline import HEAD, Setting
-from matryoshka.retrieval.rerank import Stage, head_of, rerank
+from matryoshka.retrieval.params import PREFIX_CACHE_DIMS, SearchParams
+from matryoshka.retrieval.rerank import Stage, build_prefix_cache, rerank
 from matryoshka.retrieval.store_part import REBUILD, Part, name_hash, read_checked
 
 FORMAT = "matryoshka-index-1"
 MANIFEST = "index.json"
-FEW = 4096  # rows that are compared in full without a shortlist: 2 ms for 2048 dimensions
-OURS = re.compile(
-    r"part-[0-9a-f]{8}|deleted-[0-9a-f]{8}\.bits|\.index\.json\.tmp"
-)  # besides index.json
+DEFAULT_K = 10  # results of `Index.search`
+MAX_EXACT_FILTER_ROWS = 4096  # filters that need no shortlist: 2 ms for 2048 dimensions
+# Names that a writer gives to files, besides index.json.
+OWN_FILES = re.compile(r"part-[0-9a-f]{8}|deleted-[0-9a-f]{8}\.bits|\.index\.json\.tmp")
 
 
-def rows_of(about: Mapping[str, Any]) -> list[Any]:
-    """What tells one set of rows from another: parts never change, and deleted rows have a
-    checksum.
-    """
-    return [about["parts"], (about["deleted"] or {}).get("crc32")]
+def rows_key(manifest: Mapping[str, Any]) -> list[Any]:
+    """Identifies a set of rows: parts never change, and the bits of deleted rows have a checksum."""
+    return [manifest["parts"], (manifest["deleted"] or {}).get("crc32")]
 
 
 class Index:
-    """An index as it was when it was opened; `is_current` tells whether it still is.
+    """An index as of the moment of opening; `is_current` compares it with the disk.
 
-    columns: D; dim: of the shortlist; model, preprocessing: what embed wrote about them; setting:
-    the default of `search`. Rows are numbered through all parts; the numbers stay until the index
-    is compacted.
+        Index("photos.index").search(model.encode_files(["cat.jpg"]), k=10)
+
+    columns: D. dim: dimensions of the codes. model, preprocessing: as `matryoshka embed` wrote
+    them. params: the default of `search`. Row numbers run through all parts; compacting changes
+    them.
     """
 
     def __init__(self, path: str | os.PathLike, num_threads: int = 0) -> None:
-        """RetrievalError, one line, for a folder that is no index, not whole, or damaged where
-        opening looks.
+        """RetrievalError, one line, if the folder is not an index, or an incomplete or damaged one.
+
+        Opening checks small files only; `verify` reads everything.
         """
-        self.path, self.num_threads = Path(path), num_threads
+        self.path = Path(path)
+        self.num_threads = num_threads
         for attempt in range(5):
             try:
                 self._open()
@@ -75,56 +78,60 @@ class Index:
             except FileNotFoundError as error:
                 if not (self.path / MANIFEST).is_file():
                     raise RetrievalError(f"{self.path}: {_absent(self.path)}") from None
-                if (
-                    attempt == 4
-                ):  # before: compacted between reading the manifest and opening its files
+                # A writer may compact between the reading of the manifest and the opening of its
+                # files, which are gone then; the next attempt reads the new manifest.
+                if attempt == 4:
                     raise RetrievalError(f"{error.filename}: is missing; {REBUILD}") from None
             except OSError as error:
                 raise RetrievalError(f"{error.filename or self.path}: {error.strerror}") from None
 
     def _open(self) -> None:
         file = self.path / MANIFEST
-        about = self.about = read_checked(file)
-        if about.get("format") != FORMAT:
+        manifest = self.manifest = read_checked(file)
+        if manifest.get("format") != FORMAT:
             raise RetrievalError(
-                f"{file}: is of the format {str(about.get('format'))[:40]!r}, not {FORMAT}"
+                f"{file}: has format {str(manifest.get('format'))[:40]!r}, expected {FORMAT}"
             )
         try:
-            self._use(about)
+            self._use(manifest)
         except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
-            if str(self.path) in str(error):  # of a part
+            if str(self.path) in str(error):  # a RetrievalError of a part, which names its file
                 raise
-            raise RetrievalError(
-                f"{file}: does not say all that an index needs; {REBUILD}"
-            ) from None
+            raise RetrievalError(f"{file}: lacks entries that an index needs; {REBUILD}") from None
 
-    def _use(self, about: Mapping[str, Any]) -> None:
-        self.columns, self.dim = int(about["columns"]), int(about["dim"])
-        self.model, self.preprocessing = about["model"], about["preprocessing"]
-        if not (
-            0 < self.dim <= self.columns
-            and isinstance(self.model["weights_sha256"], str)
-            and about["parts"]
-        ):
+    def _use(self, manifest: Mapping[str, Any]) -> None:
+        """Open the parts that the manifest names."""
+        self.columns = int(manifest["columns"])
+        self.dim = int(manifest["dim"])
+        self.model = manifest["model"]
+        self.preprocessing = manifest["preprocessing"]
+        if not 0 < self.dim <= self.columns or not manifest["parts"]:
             raise ValueError
-        self.parts, self.total = list[Part](), 0
-        for name in about["parts"]:
-            self.parts.append(
-                Part(self.path / name, self.total, self.columns, self.dim, self.num_threads)
+        if not isinstance(self.model["weights_sha256"], str):
+            raise ValueError
+
+        self.parts: list[Part] = []
+        self.total = 0
+        for name in manifest["parts"]:
+            part = Part(
+                self.path / name,
+                first=self.total,
+                columns=self.columns,
+                dim=self.dim,
+                num_threads=self.num_threads,
             )
-            self.total += self.parts[-1].count
+            self.parts.append(part)
+            self.total += part.count
         self.deleted = self._stored_bits()
         self._live = self.total - int(np.bitwise_count(self.deleted).sum())
         self._firsts = [part.first for part in self.parts]
-        chosen = about["setting"]
-        self.setting = Setting(
-            chosen["index"], chosen["dim"], chosen["k"], tuple(chosen["stages"]), chosen["effort"]
-        )
-        if self.setting.index == "ivf" and not any(part.about["lists"] for part in self.parts):
-            self.setting = replace(self.setting, index="scan")  # until there are lists
+        self.params = SearchParams.from_stored(manifest["setting"])
+        if self.params.index == "ivf" and not any(part.metadata["lists"] for part in self.parts):
+            self.params = replace(self.params, index="scan")  # until a part has lists
 
     def _stored_bits(self) -> np.ndarray:
-        bits, entry = empty_bits(self.total), self.about["deleted"]
+        """The bitmap of deleted rows, from its file."""
+        bits, entry = empty_bits(self.total), self.manifest["deleted"]
         if not entry:
             return bits
         stored = (self.path / entry["file"]).read_bytes()
@@ -141,176 +148,212 @@ class Index:
 
     @property
     def certificate(self) -> tuple[dict[str, Any], bool] | None:
-        """What is known of the default search's recall, None where it was not measured; and whether
-        these are still the rows that it was measured on.
+        """The measured recall of the default search, and whether its rows are still the same.
+
+        None if it was never measured.
         """
-        found = self.about["certificate"]
-        return (found, found.get("rows_of") == rows_of(self.about)) if found else None
+        found = self.manifest["certificate"]
+        if not found:
+            return None
+        return found, found.get("rows_of") == rows_key(self.manifest)
 
     def is_current(self) -> bool:
-        """Whether nobody has changed the index since; opening again takes milliseconds."""
+        """Whether the index on disk is still the same; opening it again takes milliseconds."""
         try:
-            return read_checked(self.path / MANIFEST) == self.about
+            return read_checked(self.path / MANIFEST) == self.manifest
         except (OSError, RetrievalError):
             return False
 
     def check_model(self, weights_sha256: str, what: str) -> None:
-        """RetrievalError unless `what` comes from the model of this index
-        (embeddings.trunk_sha256).
-        """
+        """RetrievalError unless `what` comes from the index's model (embeddings.trunk_sha256)."""
         own = self.model["weights_sha256"]
         if weights_sha256 != own:
             raise RetrievalError(
                 f"{what}: is of another model (weights {weights_sha256[:12]}) than {self.path} "
-                f"({own[:12]}, "
-                f"{self.model.get('file')}); embed with that model, or build another index"
+                f"({own[:12]}, {self.model.get('file')}); embed with that model, or build another "
+                "index"
             )
 
-    def check_setting(self, setting: Setting) -> None:
-        """RetrievalError for one that needs codes or dimensions that the index does not have."""
-        if not isinstance(setting, Setting):
+    def check_params(self, params: SearchParams) -> None:
+        """RetrievalError for params that need codes or dimensions that the index does not have."""
+        if not isinstance(params, SearchParams):
             raise RetrievalError(
-                f"setting: is a {type(setting).__name__}, expected a matryoshka.retrieval.Setting"
+                f"params: is a {type(params).__name__}, expected "
+                "matryoshka.retrieval.SearchParams (the number of results is k=)"
             )
-        if setting.index != "exact" and (
-            setting.index not in ("ivf", "scan") or setting.dim != self.dim
+        if params.index != "exact" and (
+            params.index not in ("ivf", "scan") or params.dim != self.dim
         ):
             raise RetrievalError(
-                f"{self.path}: has 7-bit codes of {self.dim} dimensions; {setting} needs others: "
-                "give index ivf, scan "
-                f"or exact, and shortlist dimension {self.dim}"
+                f"{self.path}: has 7-bit codes of {self.dim} dimensions; {params} needs others: "
+                f"use index ivf, scan or exact, and shortlist dimension {self.dim}"
             )
-        widest = max([setting.dim, *(stage.dim for stage in setting.stages)])
-        if widest > self.columns:
+        if params.widest > self.columns:
             raise RetrievalError(
-                f"{self.path}: has {self.columns} dimensions, {setting} asks for a prefix of "
-                f"{widest}"
+                f"{self.path}: has {self.columns} dimensions, {params} needs a prefix of "
+                f"{params.widest}"
             )
 
     def warm(self) -> None:
-        """Copies the rows' first dimensions to memory where random ones are fast: 0.3 s and 0.66 GB
-        for 1.28 M.
-        """
+        """Build the prefix caches, which speed up re-ranking: 0.3 s and 0.66 GB for 1.28 M rows."""
         for part in self.parts:
-            if part.head is None and part.count:
-                part.head = head_of(part.rows, min(HEAD, self.columns))
+            if part.prefix_cache is None and part.count:
+                part.prefix_cache = build_prefix_cache(
+                    part.rows, min(PREFIX_CACHE_DIMS, self.columns)
+                )
 
     def search(
         self,
-        queries: np.ndarray,
-        k: int = 10,
-        setting: Setting | None = None,
+        queries: Any,
+        params: SearchParams | None = None,
+        *,
+        k: int | None = None,
         deleted: np.ndarray | None = None,
         only: np.ndarray | None = None,
     ) -> Hits:
-        """queries: float [Q, D], anything that NumPy reads -> the k nearest rows, by number.
-        setting: index "ivf" or "scan" of the index's own `dim`, or "exact"; default: the index's,
-        see Setting.giving. deleted: bits of more rows to leave out.
+        """The k nearest rows of each query, by row number.
 
-        only: a filter, the rows that may be found (-1, which `find` gives for none, is passed
-        over). Up to FEW of them are all compared in full; with more, so many more lists are looked
-        at as the filter is narrow. Parts without lists are scanned. RetrievalError for another
-        setting, other widths, or rows that the index does not have.
+        queries: float [Q, D], anything that NumPy reads.
+        params: index "ivf" or "scan" of the index's own `dim`, or "exact"; default: the index's.
+        k: number of results, see SearchParams.with_k; default: what `params` give, else DEFAULT_K.
+        deleted: bits of further rows to leave out.
+        only: a filter, int64: the rows that may be found; -1, which `find` gives for unknown names,
+            is ignored. Up to MAX_EXACT_FILTER_ROWS rows are compared in full. For longer filters
+            nprobe grows as the filter narrows. Parts without lists are scanned.
+
+        RetrievalError for other params, other widths, and rows that the index does not have.
         """
-        setting = self.setting if setting is None else setting
-        self.check_setting(setting)
-        setting, queries = setting.giving(k), as_rows(queries)
+        if k is None:
+            k = DEFAULT_K if params is None else params.results
+        params = self.params if params is None else params
+        self.check_params(params)
+        params = params.with_k(k)
+        queries = self._check_queries(queries)
+        excluded, allowed = self._mask(deleted, only)
+        compare_all = False
+        if allowed is not None:
+            compare_all = allowed <= MAX_EXACT_FILTER_ROWS and params.index != "exact"
+            params = self._params_for_filter(params, allowed)
+
+        found = []
+        for part in self.parts:
+            bits = slice_bits(excluded, part.first, part.count)
+            if compare_all:
+                hits = self._compare_all(part, queries, k, bits)
+            else:
+                hits = self._search_part(part, queries, params, bits)
+            found.append(Hits(np.where(hits.ids < 0, -1, hits.ids + part.first), hits.scores))
+        return merge_top_k(found, k, len(queries), self.total)
+
+    def _check_queries(self, queries: Any) -> np.ndarray:
+        """Queries as an array [Q, columns]. RetrievalError."""
+        queries = as_rows(queries)
         check_rows(queries, 1, "queries")
         if queries.shape[1] != self.columns:
             raise RetrievalError(
                 f"queries: have {queries.shape[1]} dimensions, {self.path} has {self.columns}"
             )
+        return queries
+
+    def _mask(
+        self, deleted: np.ndarray | None, only: np.ndarray | None
+    ) -> tuple[np.ndarray, int | None]:
+        """Bits of all rows that a search leaves out; the length of the filter, None without one."""
         if deleted is not None and deleted.shape != self.deleted.shape:
             raise RetrievalError(
                 f"deleted: has bits for {64 * deleted.size} rows, {self.path} has {self.total}"
             )
-        out = self.deleted if deleted is None else self.deleted | deleted
-        few = False
-        if only is not None:
-            only = np.asarray(only, np.int64)
-            only = only[only >= 0]
-            if len(only) and only.max() >= self.total:
-                raise RetrievalError(
-                    f"only: row {only.max()} of {self.total}; {self.path} does not have it"
-                )
-            allowed = empty_bits(self.total)
-            set_bits(allowed, only)
-            out = out | ~allowed
-            few = len(only) <= FEW and setting.index != "exact"
-            share = max(len(only), 1) / max(self.total, 1)
-            setting = replace(setting, effort=min(1 << 30, math.ceil(setting.effort / share)))
-        ids = np.full((len(queries), k * max(1, len(self.parts))), -1, np.int64)
-        scores = np.full(ids.shape, -np.inf, np.float32)
-        for i, part in enumerate(self.parts):
-            left_out = _slice(out, part.first, part.count)
-            if few:
-                some = np.flatnonzero(~get_bits(left_out, 0, part.count))
-                all_of_them = np.broadcast_to(some, (len(queries), len(some)))
-                found = rerank(
-                    part.rows,
-                    queries,
-                    all_of_them,
-                    [Stage(self.columns, k)],
-                    None,
-                    self.num_threads,
-                )
-            else:
-                found = self._search_part(part, queries, setting, left_out)
-            ids[:, i * k : (i + 1) * k] = np.where(found.ids < 0, -1, found.ids + part.first)
-            scores[:, i * k : (i + 1) * k] = found.scores
-        if len(self.parts) > 1:
-            order = np.lexsort((np.where(ids < 0, self.total, ids), -scores))[:, :k]
-            ids, scores = np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
-        return Hits(ids, scores)
+        excluded = self.deleted if deleted is None else self.deleted | deleted
+        if only is None:
+            return excluded, None
+
+        only = np.asarray(only, np.int64)
+        only = only[only >= 0]
+        if len(only) and only.max() >= self.total:
+            raise RetrievalError(
+                f"only: row {only.max()} out of range, {self.path} has {self.total} rows"
+            )
+        allowed = empty_bits(self.total)
+        set_bits(allowed, only)
+        return excluded | ~allowed, len(only)
+
+    def _params_for_filter(self, params: SearchParams, allowed: int) -> SearchParams:
+        """With a filter of 1 row in 10, visit 10 times the lists: as many rows are then scored."""
+        share = max(allowed, 1) / max(self.total, 1)
+        return replace(params, nprobe=min(1 << 30, math.ceil(params.nprobe / share)))
+
+    def _compare_all(self, part: Part, queries: np.ndarray, k: int, excluded: np.ndarray) -> Hits:
+        """Exact cosines of all rows of a part that are not excluded."""
+        rows = np.flatnonzero(~get_bits(excluded, 0, part.count))
+        candidates = np.broadcast_to(rows, (len(queries), len(rows)))
+        stages = [Stage(self.columns, k)]
+        return rerank(part.rows, queries, candidates, stages, num_threads=self.num_threads)
 
     def _search_part(
-        self, part: Part, queries: np.ndarray, setting: Setting, deleted: np.ndarray
+        self, part: Part, queries: np.ndarray, params: SearchParams, excluded: np.ndarray
     ) -> Hits:
-        left_out, shortlist = deleted if deleted.any() else None, part.shortlist
-        if setting.index == "exact":
-            found = exact_search(part.rows, queries, setting.dim, setting.k, deleted=left_out)
+        """Shortlist and re-ranking in one part; ids count from the part's first row."""
+        deleted = excluded if excluded.any() else None
+        shortlist = part.shortlist
+        if params.index == "exact":
+            found = exact_search(part.rows, queries, params.dim, params.k, deleted=deleted)
         elif isinstance(shortlist, InvertedFile):
-            effort = setting.effort if setting.index == "ivf" else len(shortlist.starts)
-            found = shortlist.search(queries, setting.k, effort, left_out)
+            # A scan of a part with lists visits all of them.
+            nprobe = params.nprobe if params.index == "ivf" else len(shortlist.starts)
+            found = shortlist.search(queries, params.k, nprobe, deleted=deleted)
         else:
-            found = shortlist.search(queries, setting.k, left_out)
-        if not setting.stages:
+            found = shortlist.search(queries, params.k, deleted=deleted)
+        if not params.stages:
             return found
-        return rerank(part.rows, queries, found.ids, setting.stages, part.head, self.num_threads)
+        return rerank(
+            part.rows,
+            queries,
+            found.ids,
+            params.stages,
+            prefix_cache=part.prefix_cache,
+            num_threads=self.num_threads,
+        )
 
-    def _place(self, row: int) -> tuple[Part, int]:
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of the codes and the prefix caches, without the rows."""
+        caches = [part.prefix_cache for part in self.parts if part.prefix_cache is not None]
+        return sum(part.shortlist.nbytes for part in self.parts) + sum(c.nbytes for c in caches)
+
+    def _locate(self, row: int) -> tuple[Part, int]:
+        """The part of a row, and its number there. IndexError."""
         if not 0 <= row < self.total:
             raise IndexError(f"row {row} of {self.total}")
         part = self.parts[int(np.searchsorted(self._firsts, row, side="right")) - 1]
         return part, row - part.first
 
     def name(self, row: int) -> str:
-        part, local = self._place(row)
+        part, local = self._locate(row)
         return part.name(local)
 
     def class_name(self, row: int) -> str | None:
-        """The class of a row where its data set has names for them."""
-        part, local = self._place(row)
+        """The class of a row, None if its data set does not name the classes."""
+        part, local = self._locate(row)
         label = int(part.labels[local])
-        return part.classes[label] if part.classes and 0 <= label < len(part.classes) else None
+        if part.classes and 0 <= label < len(part.classes):
+            return part.classes[label]
+        return None
 
     def origin(self, row: int) -> tuple[dict[str, Any], int]:
-        """What embed wrote about the data set that a row comes from, and the number of its image
-        there.
-        """
-        part, local = self._place(row)
+        """The data set of a row, as embed described it, and the number of its image there."""
+        part, local = self._locate(row)
         source, item = part.origins[local].tolist()
         if source >= len(part.data):
             raise part.damaged("origins.u32")
         return part.data[source], item
 
     def vector(self, row: int) -> np.ndarray:
-        """float32 [D]: the embedding times some power of two."""
-        part, local = self._place(row)
+        """The embedding times a power of two, float32 [D]."""
+        part, local = self._locate(row)
         return part.rows[local].astype(np.float32)
 
     def find(self, names: Sequence[str]) -> np.ndarray:
-        """int64: the row of each name, -1 for those that the index does not have, or no more."""
+        """The row of each name, int64; -1 for unknown and deleted ones."""
         if isinstance(names, str):
             raise TypeError(f"find takes several names: find([{names!r}])")
         hashes = np.array([name_hash(name) for name in names], np.uint64)
@@ -323,14 +366,13 @@ class Index:
         return found
 
     def is_deleted(self, rows: np.ndarray) -> np.ndarray:
-        """bool, for each row number."""
+        """Whether each row is deleted, bool; row -1 counts as row 0."""
         at = np.maximum(rows, 0).astype(np.uint64)
-        return (self.deleted[at // np.uint64(64)] >> (at % np.uint64(64)) & np.uint64(1)).astype(
-            bool
-        )
+        word = self.deleted[at // np.uint64(64)]
+        return (word >> (at % np.uint64(64)) & np.uint64(1)).astype(bool)
 
     def verify(self) -> None:
-        """Reads every byte. RetrievalError naming the first file that is damaged, or gone since."""
+        """Read every byte. RetrievalError names the first file that is damaged or missing."""
         try:
             read_checked(self.path / MANIFEST)
             for part in self.parts:
@@ -341,34 +383,39 @@ class Index:
 
     @property
     def nbytes(self) -> int:
-        """Of all files."""
-        return sum(size for part in self.parts for size, _ in part._files.values())
+        """Size of all parts on disk."""
+        return sum(part.nbytes for part in self.parts)
 
 
-class SomeRows:
-    """Some rows of an index, as an array is asked for them."""
+class RowSubset:
+    """Some rows of an index behind an array's interface, for arrays larger than memory."""
+
+    ndim = 2
+    dtype = np.dtype(np.float16)
 
     def __init__(self, index: Index, rows: np.ndarray) -> None:
-        self._index, self._rows = index, rows
-        self.shape, self.dtype, self.ndim = (len(rows), index.columns), np.dtype(np.float16), 2
+        self._index = index
+        self._rows = rows
+        self.shape = (len(rows), index.columns)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        wanted = self._rows[part]
-        out = np.empty((len(wanted), self.shape[1]), np.float16)
-        for one in self._index.parts:
-            mine = (wanted >= one.first) & (wanted < one.first + one.count)
-            out[mine] = one.rows[wanted[mine] - one.first]
+        numbers = self._rows[part]
+        out = np.empty((len(numbers), self.shape[1]), np.float16)
+        for stored in self._index.parts:
+            mine = (numbers >= stored.first) & (numbers < stored.first + stored.count)
+            out[mine] = stored.rows[numbers[mine] - stored.first]
         return out
 
 
-class SomeNames(Sequence[str]):
-    """Their names."""
+class NameSubset(Sequence[str]):
+    """The names of some rows of an index."""
 
     def __init__(self, index: Index, rows: np.ndarray) -> None:
-        self._index, self._rows = index, rows
+        self._index = index
+        self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -377,9 +424,10 @@ class SomeNames(Sequence[str]):
         return self._index.name(int(self._rows[at]))
 
 
-def joined_classes(index: Index, live: np.ndarray) -> tuple[list[str] | None, np.ndarray]:
-    """Classes of all parts by name, and the labels of the rows as numbers of these; those without a
-    name follow.
+def merge_classes(index: Index, live: np.ndarray) -> tuple[list[str] | None, np.ndarray]:
+    """Class names of all parts, and the labels of rows `live` as their numbers, int64.
+
+    Labels without a name follow the named ones.
     """
     number: dict[str, int] = {}
     for part in index.parts:
@@ -395,9 +443,30 @@ def joined_classes(index: Index, live: np.ndarray) -> tuple[list[str] | None, np
     return list(number) or None, np.concatenate(labels)[live]
 
 
-def _slice(bits: np.ndarray, first: int, count: int) -> np.ndarray:
-    """The bits of rows first .. first + count as an array of their own."""
-    word, shift, words = first // 64, first % 64, -(-count // 64)
+def merge_top_k(found: Sequence[Hits], k: int, queries: int, total: int) -> Hits:
+    """The k best of several parts' hits, [queries, k]; ties by rising id.
+
+    total: larger than any id.
+    """
+    ids = np.full((queries, k * max(1, len(found))), -1, np.int64)
+    scores = np.full(ids.shape, -np.inf, np.float32)
+    for i, hits in enumerate(found):
+        columns = slice(i * k, (i + 1) * k)
+        ids[:, columns] = hits.ids
+        scores[:, columns] = hits.scores
+    if len(found) > 1:
+        missing_last = np.where(ids < 0, total, ids)
+        order = np.lexsort((missing_last, -scores))[:, :k]
+        ids = np.take_along_axis(ids, order, 1)
+        scores = np.take_along_axis(scores, order, 1)
+    return Hits(ids, scores)
+
+
+def slice_bits(bits: np.ndarray, first: int, count: int) -> np.ndarray:
+    """The bits of rows first .. first + count as a bitmap of their own."""
+    word = first // 64
+    shift = first % 64
+    words = -(-count // 64)
     out = bits[word : word + words] >> np.uint64(shift)
     if shift:
         above = bits[word + 1 : word + 1 + words] << np.uint64(64 - shift)
@@ -408,8 +477,9 @@ def _slice(bits: np.ndarray, first: int, count: int) -> np.ndarray:
 
 
 def _absent(path: Path) -> str:
+    """Why a path is not an index, with the remedy."""
     if not path.is_dir():
         return "no such index; `matryoshka index build` makes one"
-    if any(map(OURS.fullmatch, os.listdir(path))):
-        return "the index is not finished: start `matryoshka index build` again"
-    return f"is no index (no {MANIFEST}); `matryoshka index build` makes one"
+    if any(map(OWN_FILES.fullmatch, os.listdir(path))):
+        return "the index is incomplete: start `matryoshka index build` again"
+    return f"is not an index (no {MANIFEST}); `matryoshka index build` makes one"

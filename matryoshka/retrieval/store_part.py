@@ -1,4 +1,4 @@
-"""Rows that were added to an index together, as files of a folder that never change."""
+"""A part of an index: rows that were added together, as immutable files of a folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from matryoshka.retrieval.ivf import InvertedFile
 from matryoshka.retrieval.scan import Codec, PrefixScan
 
 PART = "part.json"
-BIG = frozenset(
+# Files that may be large: beyond MMAP_MIN_BYTES, only `verify` compares their checksums.
+MAYBE_LARGE = frozenset(
     (
         "rows.f16",
         "codes.u8",
@@ -33,62 +34,67 @@ BIG = frozenset(
         "slots.u32",
     )
 )
-MAPPED = (
-    1 << 20
-)  # bytes from which on a file is mapped: a map takes one of the 1024 open files that systems allow
-UNTRACKED: dict[str, bool] = (
-    {"trackfd": False} if sys.version_info >= (3, 13) else {}
-)  # there it takes none
+# Smaller files are read: before Python 3.13 a map holds one of the 1024 open files of a process.
+MMAP_MIN_BYTES = 1 << 20
+MMAP_OPTIONS: dict[str, bool] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 REBUILD = "build the index again: matryoshka index build --overwrite"
 
 
-def checked(about: Mapping[str, Any]) -> bytes:
-    """JSON whose first line has the checksum of the others, for `read_checked`."""
-    rest = json.dumps(about, sort_keys=True, indent=1).removeprefix("{\n").encode() + b"\n"
+def with_checksum(metadata: Mapping[str, Any]) -> bytes:
+    """JSON whose first line has the checksum of the rest, for `read_checked`."""
+    rest = json.dumps(metadata, sort_keys=True, indent=1).removeprefix("{\n").encode() + b"\n"
     return b'{"crc32": %d,\n' % zlib.crc32(rest) + rest
 
 
 def read_checked(path: Path) -> dict[str, Any]:
-    """RetrievalError for a file that is not, byte by byte, what `checked` wrote; OSError where it
-    cannot be read.
-    """
+    """Read a file of `with_checksum`. RetrievalError if a byte differs, OSError if unreadable."""
     content = path.read_bytes()
     first, _, rest = content.partition(b"\n")
     try:
         if first == b'{"crc32": %d,' % zlib.crc32(rest):
-            about = json.loads(content)
-            del about["crc32"]
-            return about
+            metadata = json.loads(content)
+            del metadata["crc32"]
+            return metadata
     except (ValueError, RecursionError):
         pass
     raise RetrievalError(f"{path}: is damaged; {REBUILD}")
 
 
 def name_hash(name: str) -> int:
-    return int.from_bytes(
-        blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
-    )
+    """64 bits of a name, by which rows are found; equal hashes are told apart by the names."""
+    encoded = name.encode("utf-8", "surrogatepass")
+    return int.from_bytes(blake2b(encoded, digest_size=8).digest(), "little")
 
 
 class Part:
-    """Rows that were added together. `first`: the number of its first row in the index."""
+    """The files of one part.
 
-    def __init__(self, folder: Path, first: int, columns: int, dim: int, num_threads: int) -> None:
-        self.folder, self.first, self.columns = folder, first, columns
-        self.about = read_checked(folder / PART)
+    first: number of the part's first row in the index. metadata: the content of part.json.
+    """
+
+    def __init__(
+        self, folder: Path, *, first: int, columns: int, dim: int, num_threads: int
+    ) -> None:
+        self.folder = folder
+        self.first = first
+        self.columns = columns
+        self.metadata = read_checked(folder / PART)
         try:
-            n, lists = int(self.about["rows"]), int(self.about["lists"])
+            n = int(self.metadata["rows"])
+            lists = int(self.metadata["lists"])
             self._files = {
                 str(name): (int(f["bytes"]), int(f["crc32"]))
-                for name, f in self.about["files"].items()
+                for name, f in self.metadata["files"].items()
             }
-            self.classes: list[str] | None = self.about["classes"]
-            self.data: list[dict[str, Any]] = self.about["data"]
+            self.classes: list[str] | None = self.metadata["classes"]
+            self.data: list[dict[str, Any]] = self.metadata["data"]
             if n < 1 or lists < 0:
                 raise ValueError
         except (LookupError, TypeError, AttributeError, ValueError, OverflowError):
             raise self.damaged(PART) from None
-        self.count, width = n, -(-dim // _native.CHUNK) * _native.CHUNK
+        self.count = n
+        self.prefix_cache: np.ndarray | None = None
+
         self.rows = self._map("rows.f16", np.float16, (n, columns))
         self.labels = self._map("labels.i64", np.int64, (n,))
         self.origins = self._map("origins.u32", np.uint32, (n, 2))
@@ -98,39 +104,49 @@ class Part:
         self._hashed = self._map("name_rows.u32", np.uint32, (n,))
         codec = Codec(*self._map("codec.f32", np.float32, (2, dim)))
         bad = self._map("bad.u64", np.uint64, (len(empty_bits(n)),))
+
         self.shortlist: PrefixScan | InvertedFile
         if not lists:
             padded = -(-n // _native.BLOCK) * _native.BLOCK
-            self.shortlist = PrefixScan(
-                codec, self._map("codes.u8", np.uint8, (padded * width,)), n, bad, num_threads
-            )
+            codes = self._map("codes.u8", np.uint8, (padded * codec.width,))
+            self.shortlist = PrefixScan(codec, codes, n, bad, num_threads)
         else:
-            starts, sizes = (
-                self._map("starts.i64", np.int64, (lists,)),
-                self._map("sizes.i32", np.int32, (lists,)),
-            )
             slots = self._map("slots.u32", np.uint32, (-1,))
-            codes = self._map("codes.u8", np.uint8, (len(slots) * width,))
-            if len(slots) and int(slots.max()) >= n:  # the native search trusts it
+            if len(slots) and int(slots.max()) >= n:  # the native search does not check them
                 raise self.damaged("slots.u32")
-            centres = self._map("centroids.f32", np.float32, (lists, dim))
             self.shortlist = InvertedFile(
-                codec, centres, codes, starts, sizes, slots, n, bad, num_threads
+                codec,
+                centres=self._map("centroids.f32", np.float32, (lists, dim)),
+                packed=self._map("codes.u8", np.uint8, (len(slots) * codec.width,)),
+                starts=self._map("starts.i64", np.int64, (lists,)),
+                sizes=self._map("sizes.i32", np.int32, (lists,)),
+                ids=slots,
+                count=n,
+                bad=bad,
+                num_threads=num_threads,
             )
-        self.head: np.ndarray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files, from part.json."""
+        return sum(size for size, _ in self._files.values())
 
     def damaged(self, name: str) -> RetrievalError:
+        """The error for a file whose content cannot be right."""
         return RetrievalError(
             f"{self.folder / name}: is damaged or does not belong to {PART}; {REBUILD}"
         )
 
     def _map(self, name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-        """A file of exactly this size (-1: as part.json says) as an array; small ones are
-        checksummed.
+        """A file as an array of this shape, (-1,): as long as part.json says.
+
+        Checks the size, and the checksum of files that are small or cannot be checked by their use.
         """
-        path, item = self.folder / name, np.dtype(dtype).itemsize
+        path = self.folder / name
+        item = np.dtype(dtype).itemsize
         size, crc = self._files.get(name, (-1, 0))
-        shape = (size // item,) if shape == (-1,) else shape
+        if shape == (-1,):
+            shape = (size // item,)
         if size != int(np.prod(shape, dtype=object)) * item:
             raise self.damaged(name)
         if os.stat(path).st_size != size:
@@ -139,21 +155,20 @@ class Part:
             )
         if not size:
             return np.zeros(shape, dtype)
-        if size >= MAPPED:
+        if size >= MMAP_MIN_BYTES:
             with path.open("rb") as file:
-                area = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, **UNTRACKED)
+                area = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, **MMAP_OPTIONS)
             array = np.frombuffer(area, dtype).reshape(shape)
         else:
             array = np.frombuffer(path.read_bytes(), dtype).reshape(shape)
-        if (name not in BIG or size < MAPPED) and zlib.crc32(
-            array.reshape(-1).view(np.uint8).data
-        ) != crc:
+        is_checked = name not in MAYBE_LARGE or size < MMAP_MIN_BYTES
+        if is_checked and zlib.crc32(array.reshape(-1).view(np.uint8).data) != crc:
             raise self.damaged(name)
         return array
 
     def verify(self) -> None:
-        """Reads everything. RetrievalError naming the first file whose checksum is another."""
-        if read_checked(self.folder / PART) != self.about:
+        """Read every byte. RetrievalError names the first file whose checksum differs."""
+        if read_checked(self.folder / PART) != self.metadata:
             raise self.damaged(PART)
         for name, (_, crc) in self._files.items():
             found = 0
@@ -164,7 +179,9 @@ class Part:
                 raise self.damaged(name)
 
     def name(self, row: int) -> str:
-        start, end = int(self._ends[row - 1]) if row else 0, int(self._ends[row])
+        """The name of a row of this part."""
+        start = int(self._ends[row - 1]) if row else 0
+        end = int(self._ends[row])
         if not 0 <= start <= end <= len(self._names):
             raise self.damaged("name_ends.i64")
         try:
@@ -173,12 +190,14 @@ class Part:
             raise self.damaged("names.utf8") from None
 
     def rows_named(self, names: Sequence[str], hashes: np.ndarray) -> np.ndarray:
-        """int64: the row of each name, -1 where there is none; of several the last. hashes:
-        name_hash of each.
+        """The row of each name, int64; -1 where it is unknown, the last of several.
+
+        hashes: name_hash of each name.
         """
         found = np.full(len(names), -1, np.int64)
         place = np.searchsorted(self._hashes, hashes)
-        for i in np.flatnonzero(self._hashes[np.minimum(place, self.count - 1)] == hashes).tolist():
+        candidates = self._hashes[np.minimum(place, self.count - 1)] == hashes
+        for i in np.flatnonzero(candidates).tolist():
             for at in range(int(place[i]), self.count):
                 if self._hashes[at] != hashes[i]:
                     break

@@ -1,11 +1,13 @@
-"""Writing an index: one writer at a time, killed at any moment, and readers see the old index or
-the new one.
+"""Transactional writer of an index: whenever it is killed, readers see the old or the new index.
 
     with Writer(folder) as writer:
-        writer.build(Batch(rows, names, ...), dim=64)       # or .add(batch), .delete(names), .compact()
+        writer.build(IndexRows(rows, names, ...), dim=64)
+        writer.add(more)
+        writer.delete(names)
+        writer.compact()
 
-A change writes new files under names that nobody knows, brings them to the disk, and then replaces
-index.json. Files that it does not name are swept by the next writer.
+A change writes new files under random names, syncs them to disk, and then replaces index.json. The
+next writer removes files that index.json does not name. One writer at a time has the lock.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +28,36 @@ import numpy as np
 
 from matryoshka.retrieval.hits import CHUNK, RetrievalError, check_rows, empty_bits, set_bits
 from matryoshka.retrieval.ivf import InvertedFile
-from matryoshka.retrieval.pipeline import Setting, default_setting
+from matryoshka.retrieval.params import SearchParams, default_params
 from matryoshka.retrieval.scan import PrefixScan
 from matryoshka.retrieval.store import (
     FORMAT,
     MANIFEST,
-    OURS,
+    OWN_FILES,
     Index,
-    SomeNames,
-    SomeRows,
-    joined_classes,
-    rows_of,
+    NameSubset,
+    RowSubset,
+    merge_classes,
+    rows_key,
 )
-from matryoshka.retrieval.store_part import PART, checked, name_hash, read_checked
+from matryoshka.retrieval.store_part import PART, name_hash, read_checked, with_checksum
 
-MOST_PARTS = 128  # a search goes through all of them, and a large one keeps ten files open
-# rows of a part from which on it has an inverted file: of 50,000 x 512 real ones a scan finds 0.996
-# of the exact ten at 20,000 queries/s, 32 lists 0.957 at 37,000
-LISTED = 200_000
+MAX_PARTS = 128  # a search visits all parts, and a large part keeps ten files open
+# Smaller parts are scanned: among 50,000 x 512 real rows a scan has recall@10 0.996 at 20,000
+# queries/s, 32 lists have 0.957 at 37,000.
+MIN_ROWS_FOR_IVF = 200_000
 LOCK = "writer.lock"
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Rows to add. rows: float [n, D], any array or memory map; names: n different ones; labels:
-    int64 [n].
+class IndexRows:
+    """Rows to add to an index.
 
-    model, preprocessing: what embed wrote; model["weights_sha256"] must be the index's. classes:
-    names by label. data: about the data sets, as it is to be stored; origins: uint32 [n, 2], which
-    of them a row comes from and the number of its image there, default: the first, in its order.
+    rows: float [n, D], any array or memory map. names: n distinct ones. labels: int64 [n].
+    model, preprocessing: as embed wrote them; model["weights_sha256"] must be the index's.
+    classes: names by label. data: descriptions of the data sets, stored as they are.
+    origins: uint32 [n, 2], each row's data set and the number of its image there; default: all
+        rows are from the first data set, in its order.
     """
 
     rows: np.ndarray
@@ -62,29 +65,27 @@ class Batch:
     labels: np.ndarray
     model: Mapping[str, Any]
     preprocessing: Mapping[str, Any]
+    _: KW_ONLY
     classes: list[str] | None = None
     data: Sequence[Mapping[str, Any]] = ()
     origins: np.ndarray | None = None
 
 
 class Writer:
-    """The one that may change an index. RetrievalError where another one does."""
+    """Exclusive writer of an index. RetrievalError while another process has the lock."""
 
     def __init__(self, path: str | os.PathLike, num_threads: int = 0) -> None:
-        self.path, self.num_threads = Path(path), num_threads
+        self.path = Path(path)
+        self.num_threads = num_threads
 
     def __enter__(self) -> Writer:
         try:
             if self.path.is_dir() and not (self.path / MANIFEST).exists():
-                foreign = [
-                    name
-                    for name in os.listdir(self.path)
-                    if name != LOCK and not OURS.fullmatch(name)
-                ]
-                if foreign:
-                    raise RetrievalError(
-                        f"{self.path}: has {foreign[0]}; an index needs a folder of its own"
-                    )
+                for name in os.listdir(self.path):
+                    if name != LOCK and not OWN_FILES.fullmatch(name):
+                        raise RetrievalError(
+                            f"{self.path}: contains {name}; an index needs a folder of its own"
+                        )
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
@@ -94,21 +95,29 @@ class Writer:
         except OSError:
             os.close(self._lock)
             raise RetrievalError(
-                f"{self.path}: another process is changing it; wait for it"
+                f"{self.path}: another process is changing it; wait until it ends"
             ) from None
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._lock)  # the lock goes with it
+        os.close(self._lock)  # this releases the lock
 
     # ---------------------------------------------------------------- changes
 
     def build(
-        self, batch: Batch, dim: int = 0, lists: int = 0, seed: int = 0, overwrite: bool = False
+        self,
+        batch: IndexRows,
+        dim: int = 0,
+        *,
+        lists: int = 0,
+        seed: int = 0,
+        overwrite: bool = False,
     ) -> Index:
-        """A new index. dim: of the shortlist's codes, 0 for 64 or all; lists: of the inverted file,
-        0 for about 4 x sqrt(n) where there are LISTED rows or more. RetrievalError for an index,
-        damaged or not, without `overwrite`.
+        """Build a new index.
+
+        dim: dimensions of the codes, 0: 64, or all if there are fewer. lists: of the inverted
+        file, 0: about 4 * sqrt(n) from MIN_ROWS_FOR_IVF rows on, else none. seed: of k-means.
+        RetrievalError if there is an index, damaged or not, and `overwrite` is false.
         """
         self._check(batch)
         present = (self.path / MANIFEST).exists()
@@ -119,14 +128,12 @@ class Writer:
         columns = batch.rows.shape[1]
         dim = dim or min(64, columns)
         check_rows(batch.rows, dim, "embeddings")
-        self._unique(batch.names)
-        with contextlib.suppress(
-            RetrievalError
-        ):  # of a damaged index nothing is swept before there is another
+        self._check_unique(batch.names)
+        # Files of a damaged index stay until the new one is complete.
+        with contextlib.suppress(RetrievalError):
             self._sweep(read_checked(self.path / MANIFEST) if present else {})
         part = self._write_part(batch, dim, lists, seed)
-        setting = default_setting(columns, dim)
-        about = {
+        manifest = {
             "format": FORMAT,
             "columns": columns,
             "dim": dim,
@@ -134,61 +141,63 @@ class Writer:
             "seed": seed,
             "model": dict(batch.model),
             "preprocessing": dict(batch.preprocessing),
-            "setting": asdict(setting),
+            "setting": default_params(columns, dim).stored(),
             "certificate": None,
         }
-        return self._publish(about, [part], None)
+        return self._publish(manifest, [part], None)
 
-    def add(self, batch: Batch, replace: bool = False) -> Index:
-        """replace: rows that have a name already are deleted in the same step. RetrievalError for
-        such a name without it, for another model, another width, and beyond MOST_PARTS; nothing is
-        changed then.
+    def add(self, batch: IndexRows, replace: bool = False) -> Index:
+        """Add rows as a new part.
+
+        replace: delete rows of the same names in the same step. RetrievalError, before anything
+        changes, for a name that exists without `replace`, for another model or width, and beyond
+        MAX_PARTS.
         """
         index = self._opened()
-        if len(index.parts) >= MOST_PARTS:
-            many = f"has {len(index.parts)} parts"
+        if len(index.parts) >= MAX_PARTS:
             raise RetrievalError(
-                f"{self.path}: {many}; `matryoshka index compact` makes one of them, then add again"
+                f"{self.path}: has {len(index.parts)} parts, the maximum; run `matryoshka index "
+                "compact`, then add again"
             )
         self._check(batch)
         index.check_model(batch.model["weights_sha256"], "the embeddings")
         prepared = json.loads(json.dumps(batch.preprocessing))
         if prepared != index.preprocessing:
-            keys = [
-                k
-                for k in {**index.preprocessing, **prepared}
-                if index.preprocessing.get(k) != prepared.get(k)
-            ]
-            what = ", ".join(
-                f"{k} {index.preprocessing.get(k)} there, {prepared.get(k)} here" for k in keys
-            )
+            differences = []
+            for key in {**index.preprocessing, **prepared}:
+                there, here = index.preprocessing.get(key), prepared.get(key)
+                if there != here:
+                    differences.append(f"{key} {there} there, {here} here")
             raise RetrievalError(
-                f"{self.path}: its images were prepared otherwise ({what}); embed these in the "
-                "same way"
+                f"{self.path}: its images have another preprocessing ({', '.join(differences)}); "
+                "embed these in the same way"
             )
         if batch.rows.shape[1] != index.columns:
             raise RetrievalError(
                 f"{self.path}: has {index.columns} dimensions, the embeddings {batch.rows.shape[1]}"
             )
-        self._unique(batch.names)
+        self._check_unique(batch.names)
         there = index.find(batch.names)
         if (there >= 0).any() and not replace:
             first = batch.names[int((there >= 0).argmax())]
             more = (there >= 0).sum() - 1
             others = f", and {more} more of these names" if more else ""
             raise RetrievalError(
-                f"{self.path}: has {first!r} already{others}; --replace replaces them, --prefix "
-                "gives others"
+                f"{self.path}: already has {first!r}{others}; --replace replaces them, --prefix "
+                "renames them"
             )
-        about, bits = index.about, _longer(index.deleted, index.total + len(batch.rows))
-        del index  # its files are closed before those of the next one are opened
-        part = self._write_part(batch, about["dim"], 0, about["seed"])
+        manifest = index.manifest
+        bits = _extended(index.deleted, index.total + len(batch.rows))
+        del index  # closes its files before those of the next one are opened
+        part = self._write_part(batch, manifest["dim"], 0, manifest["seed"])
         set_bits(bits, there[there >= 0])
-        return self._publish(about, [*about["parts"], part], bits)
+        return self._publish(manifest, [*manifest["parts"], part], bits)
 
     def delete(self, names: Sequence[str], missing_ok: bool = False) -> Index:
-        """RetrievalError for a name that the index does not have, without `missing_ok`; nothing is
-        changed then.
+        """Delete rows by name; their numbers are not reused.
+
+        RetrievalError, before anything changes, for a name that the index does not have, unless
+        `missing_ok`.
         """
         index = self._opened()
         rows = index.find(names)
@@ -197,116 +206,120 @@ class Writer:
             more = (rows < 0).sum() - 1
             others = f", nor {more} more of these names" if more else ""
             raise RetrievalError(
-                f"{self.path}: has no row {first!r}{others}; --missing-ok passes over them"
+                f"{self.path}: has no row {first!r}{others}; --missing-ok ignores them"
             )
-        about, bits = index.about, index.deleted.copy()
+        manifest = index.manifest
+        bits = index.deleted.copy()
         del index
         set_bits(bits, rows[rows >= 0])
-        return self._publish(about, about["parts"], bits)
+        return self._publish(manifest, manifest["parts"], bits)
 
     def compact(self) -> Index:
-        """One part of all rows that are not deleted. Row numbers change; room for a second copy is
-        needed. RetrievalError for damage, which a new part would hide.
+        """Write all rows that are not deleted into one part.
+
+        Row numbers change, and the disk must have room for a second copy. RetrievalError for
+        damage, which a new part would hide.
         """
         index = self._opened()
         if not len(index):
             raise RetrievalError(
-                f"{self.path}: all rows are deleted; add some, or remove the folder"
+                f"{self.path}: all rows are deleted; add rows, or remove the folder"
             )
         index.verify()
         live = np.flatnonzero(~index.is_deleted(np.arange(index.total)))
-        classes, labels = joined_classes(index, live)
-        rows: Any = SomeRows(index, live)
-        sources = [source for part in index.parts for source in part.data]
-        before = np.cumsum([0, *(len(part.data) for part in index.parts)])
-        origins = [
-            part.origins + np.array([n, 0], np.uint32)
-            for part, n in zip(index.parts, before, strict=False)
-        ]
-        batch = Batch(
+        classes, labels = merge_classes(index, live)
+        rows: Any = RowSubset(index, live)
+
+        # The data sets of all parts follow each other; origins count through them.
+        sources: list[Mapping[str, Any]] = []
+        origins = []
+        for part in index.parts:
+            origins.append(part.origins + np.array([len(sources), 0], np.uint32))
+            sources += part.data
+        batch = IndexRows(
             rows,
-            SomeNames(index, live),
+            NameSubset(index, live),
             labels,
             index.model,
             index.preprocessing,
-            classes,
-            sources,
-            np.concatenate(origins)[live],
+            classes=classes,
+            data=sources,
+            origins=np.concatenate(origins)[live],
         )
-        about = index.about
-        part = self._write_part(batch, about["dim"], about["lists"], about["seed"])
-        del index, batch, rows
-        return self._publish(about, [part], None)
+        manifest = index.manifest
+        name = self._write_part(batch, manifest["dim"], manifest["lists"], manifest["seed"])
+        del index, part, batch, rows
+        return self._publish(manifest, [name], None)
 
     def choose(
         self,
-        setting: Setting,
+        params: SearchParams,
         certificate: Mapping[str, Any] | None,
         measured: Mapping[str, Any] | None = None,
     ) -> Index:
-        """Makes `setting` the default of searches, with what is known of its recall. measured:
-        `Index.about` of the index that this was measured on. RetrievalError where that had other
-        rows or codes, and for a setting that the index cannot search.
+        """Make `params` the default of searches and store the certificate of their recall.
+
+        measured: `Index.manifest` of the index that the certificate is of. RetrievalError if that
+        had other rows or codes, and for params that the index cannot search with.
         """
         index = self._opened()
-        about, bits = index.about, index.deleted
-        if measured is not None and _searched(measured) != _searched(about):
+        manifest, bits = index.manifest, index.deleted
+        if measured is not None and _search_key(measured) != _search_key(manifest):
             raise RetrievalError(
                 f"{self.path}: has changed since it was measured; start the sweep again"
             )
-        index.check_setting(setting)
+        index.check_params(params)
         if certificate is not None:
-            certificate = {**certificate, "rows": len(index), "rows_of": rows_of(about)}
+            certificate = {**certificate, "rows": len(index), "rows_of": rows_key(manifest)}
         del index
-        return self._publish(
-            about | {"setting": asdict(setting), "certificate": certificate}, about["parts"], bits
-        )
+        chosen = {"setting": params.stored(), "certificate": certificate}
+        return self._publish(manifest | chosen, manifest["parts"], bits)
 
     # ---------------------------------------------------------------- files
 
     def _opened(self) -> Index:
-        """The index, without what it does not name: of writers that were killed, or from before a
-        change.
-        """
+        """The index; removes files of killed writers and of the state before a change."""
         index = Index(self.path, self.num_threads)
-        self._sweep(index.about)
+        self._sweep(index.manifest)
         return index
 
-    def _check(self, batch: Batch) -> None:
+    def _check(self, batch: IndexRows) -> None:
+        """RetrievalError for rows, names, labels or origins that do not fit together."""
         check_rows(batch.rows, 1, "embeddings")
         n = len(batch.rows)
         if not n:
-            raise RetrievalError("embeddings: have no rows; nothing can be found among them")
+            raise RetrievalError("embeddings: have no rows; an index needs some")
         labels = batch.labels
         if len(batch.names) != n or labels.shape != (n,) or labels.dtype.kind not in "iu":
             what = f"{len(batch.names)} names, labels {labels.dtype} {list(labels.shape)}"
             raise RetrievalError(
-                f"embeddings: {n} rows, {what}; give each a name and a whole number"
+                f"embeddings: {n} rows, {what}; expected one name and one integer label per row"
             )
-        where = batch.origins
-        if where is not None and (
-            where.shape != (n, 2)
-            or not 0 <= where[:, 0].min() <= where[:, 0].max() < len(batch.data)
-        ):
+        origins = batch.origins
+        if origins is None:
+            return
+        is_pair = origins.shape == (n, 2)
+        if not is_pair or not 0 <= origins[:, 0].min() <= origins[:, 0].max() < len(batch.data):
             raise RetrievalError(
-                f"embeddings: origins {list(where.shape)} are not [{n}, 2] of {len(batch.data)} "
-                "data sets"
+                f"embeddings: origins {list(origins.shape)}, expected [{n}, 2] with numbers of "
+                f"{len(batch.data)} data sets"
             )
 
-    def _unique(self, names: Sequence[str]) -> None:
+    def _check_unique(self, names: Sequence[str]) -> None:
+        """RetrievalError for a name that occurs twice."""
         seen: set[str] = set()
         for name in names:
             if name in seen:
                 raise RetrievalError(
-                    f"embeddings: the name {name!r} occurs twice; rows are told apart by their "
-                    "names"
+                    f"embeddings: the name {name!r} occurs twice; names identify rows"
                 )
             seen.add(name)
 
-    def _write_part(self, batch: Batch, dim: int, lists: int, seed: int) -> str:
-        """All files of a part, on the disk; its name."""
+    def _write_part(self, batch: IndexRows, dim: int, lists: int, seed: int) -> str:
+        """Write all files of a part and sync them; returns its name."""
         n, columns = len(batch.rows), batch.rows.shape[1]
-        needed, free = n * (2 * columns + dim + 64), shutil.disk_usage(self.path).free
+        needed = n * (2 * columns + dim + 64)  # 64: an estimate for names, labels, hashes
+        free = shutil.disk_usage(self.path).free
         if needed > free:
             raise RetrievalError(
                 f"{self.path}: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there"
@@ -316,53 +329,58 @@ class Writer:
         try:
             folder.mkdir()
             files = _Files(folder)
-            files.write("rows.f16", (half(batch.rows[i : i + CHUNK]) for i in range(0, n, CHUNK)))
+            files.write(
+                "rows.f16", (to_float16(batch.rows[i : i + CHUNK]) for i in range(0, n, CHUNK))
+            )
             rows = np.memmap(folder / "rows.f16", np.float16, "r", shape=(n, columns)).view(
                 np.ndarray
             )
-            if n >= LISTED or lists:
-                made = InvertedFile.build(rows, dim, lists, seed, self.num_threads)
-                files.array("centroids.f32", made.centres.astype(np.float32))
-                for key, array in (
-                    ("starts.i64", made.starts),
-                    ("sizes.i32", made.sizes),
-                    ("slots.u32", made.ids),
-                ):
-                    files.array(key, array)
-                count = len(made.starts)
+            if n >= MIN_ROWS_FOR_IVF or lists:
+                shortlist = InvertedFile.build(
+                    rows, dim, lists=lists, seed=seed, num_threads=self.num_threads
+                )
+                files.array("centroids.f32", shortlist.centres.astype(np.float32))
+                files.array("starts.i64", shortlist.starts)
+                files.array("sizes.i32", shortlist.sizes)
+                files.array("slots.u32", shortlist.ids)
+                count = len(shortlist.starts)
             else:
-                made, count = PrefixScan.build(rows, dim, self.num_threads), 0
-            files.array("codes.u8", made.packed)
-            files.array("codec.f32", np.stack([made.codec.low, made.codec.step]).astype(np.float32))
-            files.array("bad.u64", made.bad)
+                shortlist = PrefixScan.build(rows, dim, self.num_threads)
+                count = 0
+            files.array("codes.u8", shortlist.packed)
+            codec = np.stack([shortlist.codec.low, shortlist.codec.step])
+            files.array("codec.f32", codec.astype(np.float32))
+            files.array("bad.u64", shortlist.bad)
             files.array("labels.i64", np.ascontiguousarray(batch.labels, np.int64))
             origins = batch.origins
             if origins is None:
                 origins = np.stack([np.zeros(n, np.uint32), np.arange(n, dtype=np.uint32)], 1)
             files.array("origins.u32", np.ascontiguousarray(origins, np.uint32))
             _write_names(files, batch.names)
-            about = {
+            metadata = {
                 "rows": n,
                 "lists": count,
                 "files": files.written,
                 "classes": batch.classes,
                 "data": [dict(source) for source in batch.data] or [{}],
             }
-            _durable(folder / PART, checked(about))
+            _durable(folder / PART, with_checksum(metadata))
             _sync_folder(folder)
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
                 raise RetrievalError(
-                    f"{folder}: {error.strerror}; the index is as it was"
+                    f"{folder}: {error.strerror}; the index is unchanged"
                 ) from None
             raise
         return name
 
     def _publish(
-        self, about: Mapping[str, Any], parts: Sequence[str], deleted: np.ndarray | None
+        self, manifest: Mapping[str, Any], parts: Sequence[str], deleted: np.ndarray | None
     ) -> Index:
-        entry, state = None, "the index is as it was"
+        """Replace index.json, which makes a change visible; returns the index opened anew."""
+        entry = None
+        state = "the index is unchanged"  # if the disk fails from here on
         try:
             if not (self.path / MANIFEST).exists():
                 _sync_parents(self.path)
@@ -370,10 +388,10 @@ class Writer:
                 file = f"deleted-{secrets.token_hex(4)}.bits"
                 _durable(self.path / file, deleted.tobytes())
                 entry = {"file": file, "crc32": zlib.crc32(deleted.tobytes())}
-            manifest = checked({**about, "parts": list(parts), "deleted": entry})
+            content = with_checksum({**manifest, "parts": list(parts), "deleted": entry})
             temporary = self.path / f".{MANIFEST}.tmp"
-            _durable(temporary, manifest)
-            _sync_folder(self.path)  # the new files' names before the one that names them
+            _durable(temporary, content)
+            _sync_folder(self.path)  # the new files' names, before the manifest refers to them
             os.replace(temporary, self.path / MANIFEST)
             state = "the index has changed, but a power cut may undo it"
             _sync_folder(self.path)
@@ -387,14 +405,13 @@ class Writer:
                 f"{self.path}: the index has changed, but cannot be opened now: {reason}"
             ) from None
 
-    def _sweep(self, about: Mapping[str, Any]) -> None:
-        """Removes what an index that says this does not name; nothing of other names than a writer
-        gives.
-        """
-        entry = about.get("deleted")
-        named = {*about.get("parts", ()), *([entry["file"]] if entry else [])}
+    def _sweep(self, manifest: Mapping[str, Any]) -> None:
+        """Remove files of a writer (OWN_FILES) that this manifest does not name."""
+        named = set(manifest.get("parts", ()))
+        if entry := manifest.get("deleted"):
+            named.add(entry["file"])
         for file in self.path.iterdir():
-            if OURS.fullmatch(file.name) and file.name not in named:
+            if OWN_FILES.fullmatch(file.name) and file.name not in named:
                 if file.is_dir():
                     shutil.rmtree(file, ignore_errors=True)
                 else:
@@ -402,7 +419,7 @@ class Writer:
 
 
 class _Files:
-    """Files of a part as they are written; `written`: size and checksum by name."""
+    """Writes the files of a part; `written`: size and checksum by name."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -424,14 +441,17 @@ class _Files:
 
 
 def _write_names(files: _Files, names: Sequence[str]) -> None:
-    lengths, hashes = np.zeros(len(names), np.int64), np.zeros(len(names), np.uint64)
+    """Names as one text, where each ends, and their hashes in order with the rows."""
+    lengths = np.zeros(len(names), np.int64)
+    hashes = np.zeros(len(names), np.uint64)
 
     def encoded() -> Iterator[np.ndarray]:
         text = bytearray()
         for i, name in enumerate(names):
-            one = name.encode("utf-8", "surrogatepass")
-            lengths[i], hashes[i] = len(one), name_hash(name)
-            text += one
+            name_bytes = name.encode("utf-8", "surrogatepass")
+            lengths[i] = len(name_bytes)
+            hashes[i] = name_hash(name)
+            text += name_bytes
             if len(text) > 1 << 20:
                 yield np.frombuffer(bytes(text), np.uint8)
                 text.clear()
@@ -444,10 +464,11 @@ def _write_names(files: _Files, names: Sequence[str]) -> None:
     files.array("name_rows.u32", order.astype(np.uint32))
 
 
-def half(rows: np.ndarray) -> np.ndarray:
-    """float16, each row times the power of two that brings its largest number to 256 .. 512:
-    nothing overflows, and what the row has is not rounded but to float16's 11 bits. Rows with NaN
-    or infinity become NaN.
+def to_float16(rows: np.ndarray) -> np.ndarray:
+    """Rows as float16, each times the power of two that brings its largest number to 256 .. 512.
+
+    Nothing overflows or becomes subnormal, so that the only rounding is that to float16's 11 bits;
+    cosines do not depend on the factor. Rows with NaN or infinity become NaN.
     """
     rows = np.asarray(rows, np.float32)
     with np.errstate(all="ignore"):
@@ -458,18 +479,20 @@ def half(rows: np.ndarray) -> np.ndarray:
         return scaled.astype(np.float16)
 
 
-def _searched(about: Mapping[str, Any]) -> list[Any]:
-    """What decides which neighbours a setting finds."""
-    return [*rows_of(about), about["dim"], about["columns"]]
+def _search_key(manifest: Mapping[str, Any]) -> list[Any]:
+    """Identifies everything that decides which neighbours a search finds."""
+    return [*rows_key(manifest), manifest["dim"], manifest["columns"]]
 
 
-def _longer(bits: np.ndarray, rows: int) -> np.ndarray:
+def _extended(bits: np.ndarray, rows: int) -> np.ndarray:
+    """The bitmap with clear bits for further rows."""
     out = empty_bits(rows)
     out[: len(bits)] = bits
     return out
 
 
 def _durable(path: Path, content: bytes) -> None:
+    """Write a file and sync it."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -477,6 +500,7 @@ def _durable(path: Path, content: bytes) -> None:
 
 
 def _sync_folder(path: Path) -> None:
+    """Sync a folder, which makes the names in it durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -485,14 +509,10 @@ def _sync_folder(path: Path) -> None:
 
 
 def _sync_parents(path: Path) -> None:
-    """The names of a folder and of those above: a writer may have made them, also one that was
-    killed since.
-    """
+    """Sync the parent folders: this writer, or a killed one, may have created any of them."""
     path = path.resolve()
     for folder in path.parents:
-        if os.stat(folder).st_dev != os.stat(path).st_dev:  # a mount: what is above was there
+        if os.stat(folder).st_dev != os.stat(path).st_dev:  # a mount point existed before
             break
-        with contextlib.suppress(
-            PermissionError
-        ):  # nobody makes folders in one that he may not read
+        with contextlib.suppress(PermissionError):  # then no writer created a folder in it
             _sync_folder(folder)

@@ -1,6 +1,4 @@
-"""What a search is made of: embeddings, an index, or bare arrays, with labels that mean the same on
-both sides.
-"""
+"""Search inputs on disk: embeddings, an index or bare arrays, with labels matched by class name."""
 
 from __future__ import annotations
 
@@ -12,16 +10,20 @@ import numpy as np
 from matryoshka.embeddings.reading import META, Classes, Embeddings, matched_labels, open_embeddings
 from matryoshka.retrieval.exact import exact_search
 from matryoshka.retrieval.hits import RetrievalError
-from matryoshka.retrieval.pipeline import Setting
-from matryoshka.retrieval.store import MANIFEST, Index, joined_classes
+from matryoshka.retrieval.params import SearchParams
+from matryoshka.retrieval.pipeline import Engine, Searcher
+from matryoshka.retrieval.store import MANIFEST, Index, merge_classes
 
-LAST_OF_HALF = 2048  # from which on float16 merges neighbouring integers: upstream's labels
+MAX_EXACT_FLOAT16 = 2048  # float16 merges larger neighbouring integers; upstream's labels
+TRUTH_BATCH = 4000  # queries of an exact search: each pass converts all rows; 260 MB of scores
 
 
 @dataclass(frozen=True)
 class Table:
-    """rows: float [N, D], empty of an index; labels: int64 [N] or None. weights: which model made
-    them, or None.
+    """One side of a search, database or queries.
+
+    rows: float [N, D], empty for an index. labels: int64 [N] or None. weights: hash of the model
+    that made the rows, None if unknown.
     """
 
     path: Path
@@ -41,22 +43,30 @@ class Table:
         return self.rows.shape[1] if self.index is None else self.index.columns
 
     def exact(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """int64 [Q, k]: the neighbours by all dimensions."""
+        """The nearest neighbours by all dimensions, int64 [Q, k]."""
         if self.index is not None:
-            return self.index.search(queries, k, Setting("exact", self.columns, k)).ids
+            return self.index.search(queries, SearchParams("exact", self.columns, k)).ids
         return exact_search(self.rows, queries, self.columns, k).ids
+
+    def engine(self, num_threads: int = 0, seed: int = 0) -> Engine:
+        """The search engine of this table; an index gets its prefix caches. seed: of k-means."""
+        if self.index is not None:
+            self.index.warm()
+            return self.index
+        return Searcher(self.rows, num_threads, seed)
 
 
 def open_table(path: str, num_threads: int = 0) -> Table:
-    """Embeddings, an index, or an array. RetrievalError or EmbeddingError, one line, for anything
-    else.
+    """Open embeddings, an index, or an array.
+
+    RetrievalError or EmbeddingError, one line, for anything else.
     """
     place = Path(path)
     if (place / MANIFEST).is_file():
         index = Index(place, num_threads)
-        everything = np.arange(index.total)
-        classes, labels = joined_classes(index, everything)
-        labels = np.where(index.is_deleted(everything), -1, labels)
+        every_row = np.arange(index.total)
+        classes, labels = merge_classes(index, every_row)
+        labels = np.where(index.is_deleted(every_row), -1, labels)
         known = [source.get("num_classes", 0) for part in index.parts for source in part.data]
         count = len(classes) if classes else max([*known, int(labels.max()) + 1])
         return Table(
@@ -71,30 +81,30 @@ def open_table(path: str, num_threads: int = 0) -> Table:
     if place.suffix == ".npy":
         return _arrays(place)
     if not place.is_dir() or not (place / META).is_file():
-        open_embeddings(place)  # says what is wrong
+        open_embeddings(place)  # raises an error that names the remedy
     found = open_embeddings(place)
-    about = found.meta
     return Table(
         place,
         found.X,
         np.asarray(found.y),
         found.classes,
-        about["model"]["weights_sha256"],
-        about["data"]["num_classes"],
+        found.meta["model"]["weights_sha256"],
+        found.meta["data"]["num_classes"],
         found,
     )
 
 
 def _arrays(path: Path) -> Table:
+    """An array of rows, with labels from NAME-y.npy beside NAME-X.npy."""
     rows = _read(path)
     if rows.ndim != 2 or rows.dtype.kind != "f":
         raise RetrievalError(
-            f"{path}: is {rows.dtype} {list(rows.shape)}, expected floating point [rows, "
-            "dimensions]"
+            f"{path}: is {rows.dtype} {list(rows.shape)}, "
+            "expected floating point [rows, dimensions]"
         )
-    if (
-        rows.dtype not in (np.float16, np.float32) or rows.strides[1] != rows.itemsize
-    ):  # or in Fortran's order
+    is_fortran_order = rows.strides[1] != rows.itemsize
+    if rows.dtype not in (np.float16, np.float32) or is_fortran_order:
+        # The native code reads consecutive float16 or float32.
         rows = np.ascontiguousarray(rows, np.float16 if rows.dtype == np.float16 else np.float32)
     labels = None
     beside = path.with_name(path.name.removesuffix("-X.npy") + "-y.npy")
@@ -103,29 +113,32 @@ def _arrays(path: Path) -> Table:
         labels = stored.astype(np.int64)
         if len(labels) != len(rows) or not np.array_equal(labels, stored):
             raise RetrievalError(
-                f"{beside}: {stored.dtype} {list(stored.shape)} are no labels of {len(rows)} rows"
+                f"{beside}: is {stored.dtype} {list(stored.shape)}, expected integer labels of "
+                f"{len(rows)} rows"
             )
-        if stored.dtype == np.float16 and len(labels) and labels.max() >= LAST_OF_HALF:
+        if stored.dtype == np.float16 and len(labels) and labels.max() >= MAX_EXACT_FLOAT16:
             raise RetrievalError(
-                f"{beside}: are float16 up to {labels.max()}, which cannot tell classes above "
-                f"{LAST_OF_HALF} apart; "
-                "make the arrays again with pytorch_inference.py --retrieval"
+                f"{beside}: float16 labels up to {labels.max()} cannot tell classes above "
+                f"{MAX_EXACT_FLOAT16} apart; make the arrays again with pytorch_inference.py "
+                "--retrieval"
             )
     return Table(path, rows, labels, None, None)
 
 
 def _read(path: Path) -> np.ndarray:
+    """Memory-map an .npy file, never a pickled one. RetrievalError."""
     try:
         return np.lib.format.open_memmap(path, "r")
     except OSError as error:
         raise RetrievalError(f"{path}: {error.strerror or error}") from None
-    except Exception:  # of a damaged header numpy's parser raises many types
-        raise RetrievalError(f"{path}: is not a whole .npy file") from None
+    except Exception:  # numpy's parser raises many types for damaged headers
+        raise RetrievalError(f"{path}: is not a complete .npy file") from None
 
 
 def open_pair(database: Table, queries: Table) -> tuple[Table, Table]:
-    """Both, with the queries' labels as the database's numbers. RetrievalError where they do not go
-    together.
+    """Both tables, with the queries' labels converted to the database's numbers.
+
+    RetrievalError if the tables do not fit together.
     """
     if queries.index is not None:
         raise RetrievalError(f"{queries.path}: is an index; --queries needs embeddings")
@@ -134,51 +147,69 @@ def open_pair(database: Table, queries: Table) -> tuple[Table, Table]:
             raise RetrievalError(f"{table.path}: has no rows")
     if database.columns != queries.columns:
         raise RetrievalError(
-            f"{queries.path}: has {queries.columns} dimensions, {database.path} "
-            f"{database.columns}; embed both alike"
+            f"{queries.path}: has {queries.columns} dimensions, {database.path} has "
+            f"{database.columns}; embed both in the same way"
         )
     if database.weights and queries.weights and database.weights != queries.weights:
         raise RetrievalError(
             f"{queries.path}: is of another model (weights {queries.weights[:12]}) than "
-            f"{database.path} "
-            f"({database.weights[:12]}); embed both with the same"
+            f"{database.path} ({database.weights[:12]}); embed both with the same model"
         )
-    if (
-        database.weights and queries.weights and queries.labels is not None
-    ):  # neither is a bare array
-        own, theirs = (
-            Classes(table.path, table.classes, table.num_classes) for table in (queries, database)
-        )
+    # Bare arrays have no class names; their labels are compared as they are.
+    if database.weights and queries.weights and queries.labels is not None:
+        own = Classes(queries.path, queries.classes, queries.num_classes)
+        theirs = Classes(database.path, database.classes, database.num_classes)
         queries = replace(queries, labels=matched_labels(queries.labels, own, theirs))
     return database, queries
 
 
 def notes(database: Table, queries: Table) -> list[str]:
-    """What may surprise in the numbers of a pair."""
+    """Warnings about a pair: another preprocessing, or queries that are in the database."""
+    if queries.embeddings is None:
+        return []
+    own = queries.embeddings.meta
+    if database.index is not None:
+        preprocessing = database.index.preprocessing
+        is_same = bool((database.index.find(queries.embeddings.ids[:50]) >= 0).any())
+    elif database.embeddings is not None:
+        theirs = database.embeddings.meta
+        preprocessing = theirs.get("preprocessing")
+        fingerprint = own["data"].get("fingerprint")
+        is_same = fingerprint is not None and fingerprint == theirs["data"].get("fingerprint")
+    else:
+        return []
+
     found = []
-    if queries.embeddings is not None:
-        about = queries.embeddings.meta
-        prepared, itself = about.get("preprocessing"), False
-        if database.index is not None:
-            other = database.index.preprocessing
-            itself = bool((database.index.find(queries.embeddings.ids[:50]) >= 0).any())
-        elif database.embeddings is not None:
-            other = database.embeddings.meta.get("preprocessing")
-            one, two = (
-                about["data"].get("fingerprint"),
-                database.embeddings.meta["data"].get("fingerprint"),
-            )
-            itself = one is not None and one == two
-        else:
-            other = prepared
-        if prepared != other:
-            found.append(
-                f"images of {queries.path} were prepared otherwise ({prepared}) than the "
-                f"database's ({other})"
-            )
-        if itself:
-            found.append(
-                "queries are rows of the database, too: each finds itself, accuracies are not of "
-                "new images"
-            )
+    if own.get("preprocessing") != preprocessing:
+        found.append(
+            f"the images of {queries.path} have another preprocessing "
+            f"({own.get('preprocessing')}) than the database's ({preprocessing})"
+        )
+    if is_same:
+        found.append(
+            "the database contains the queries: each finds itself, and accuracies are not those "
+            "of new images"
+        )
     return found
+
+
+def exact_neighbours(
+    database: Table, queries: Table, *, count: int, k: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """`count` random queries, float32 [T, D], and their exact neighbours, int64 [T, k].
+
+    RetrievalError if no query has a neighbour.
+    """
+    count = min(count, len(queries))
+    k = min(k, len(database))
+    rows = np.sort(np.random.default_rng(seed).permutation(len(queries))[:count])
+    asked = np.asarray(queries.rows[rows], np.float32)
+    exact = np.empty((count, k), np.int64)
+    for first in range(0, count, TRUTH_BATCH):
+        part = slice(first, first + TRUTH_BATCH)
+        exact[part] = database.exact(asked[part], k)
+    if count and (exact < 0).all():
+        raise RetrievalError(
+            f"{database.path}, {queries.path}: one of them has NaN or infinity in every row"
+        )
+    return asked, exact

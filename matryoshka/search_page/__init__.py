@@ -1,13 +1,12 @@
-"""A page on which an index is tried: neighbours of a picture at every prefix, side by side, beside
-the fast search.
+"""Web page that compares the exact neighbours of an image at every prefix with the fast search.
 
-comparison.py  one query: exact at each prefix, and the index's fast search
-pictures.py    uploads and pictures of data sets, decoded and checked
-service.py     answers: the index, the model, what was asked before
-app.py         the same over HTTP, and who may ask
-page.html, style.css, behaviour.js, icon.svg: what the browser gets; nothing comes from anywhere else
+comparison.py  one query: exact search at each prefix, and the index's fast search
+pictures.py    uploads and pictures of data sets, checked and decoded
+service.py     answers without HTTP: the index, the model, recent queries
+app.py         the HTTP interface and its access rules
+page.html, style.css, behaviour.js, icon.svg: all that the browser loads
 
-Needs fastapi (the extra [serve]). The program is inference/serve.py.
+Needs fastapi (the extra [serve]). inference/serve.py is the program.
 """
 
 from matryoshka.search_page.app import make_app

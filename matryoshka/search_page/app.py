@@ -1,15 +1,14 @@
-"""The service over HTTP. Made for loopback, where every page that a browser has open can send
-requests, too.
+"""HTTP interface of the search page, for loopback, where any open web page can send requests.
 
-    GET /  /static/NAME              the page, from this package alone
-    GET /api/index                   what there is
-    GET /api/random                  the number of a row
+    GET /  /static/NAME              the page, from files of this package
+    GET /api/index                   size, model and default search of the index
+    GET /api/random                  a random row number
     POST /api/query                  the bytes of an image -> {"query": key}
-    GET /api/neighbours ?row|query   exact at each prefix, and fast
-    GET /api/adaptive ?row|query &shortlist&nprobe&rerank    fast
+    GET /api/neighbours ?row|query   exact neighbours at each prefix, and the fast search's
+    GET /api/adaptive ?row|query &shortlist&nprobe&rerank    the fast search's only
     GET /image/ROW ?size&version     JPEG
 
-Errors are {"error": one line}, and name nothing of the machine.
+Errors are {"error": one line} and reveal no paths of this machine.
 """
 
 from __future__ import annotations
@@ -38,8 +37,9 @@ from matryoshka.search_page.pictures import SIZES, Refusal
 from matryoshka.search_page.service import Service
 
 MAX_UPLOAD = 16 << 20
-UPLOADS, WORKERS = 4, 4  # at once; of uploads more are turned away, of the rest more wait
-PATIENCE = 30.0  # seconds for an upload
+MAX_CONCURRENT_UPLOADS = 4  # more are refused, because each may hold MAX_UPLOAD bytes
+WORKERS = 4  # concurrent searches, and concurrent pictures; more requests wait
+UPLOAD_TIMEOUT = 30.0  # seconds
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "[::1]"))
 STATIC = {
     "page.html": "text/html",
@@ -48,16 +48,16 @@ STATIC = {
     "icon.svg": "image/svg+xml",
 }
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src "
-    "'self' blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]/@]+)(:\d{1,5})?")
-OWN_FAULT = "the server failed; its output says why"
+INTERNAL_ERROR = "the server failed; see its output"
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -65,22 +65,26 @@ log = logging.getLogger(__name__)
 def make_app(
     service: Service,
     hosts: Collection[str] = (),
+    *,
     any_address: bool = False,
     max_upload: int = MAX_UPLOAD,
-) -> Guard:
-    """An ASGI application. hosts: names, besides those of loopback, under which the page may be
-    asked for; any_address: also under every IP address, which unlike a name nobody can make point
-    here. max_upload: bytes.
+) -> SameOriginGuard:
+    """The ASGI application.
+
+    hosts: accepted Host names besides those of loopback. any_address: accept every IP address as
+    well; unlike a name, an address cannot be made to resolve to this machine. max_upload: bytes.
     """
-    app = FastAPI(
-        openapi_url=None, docs_url=None, redoc_url=None
-    )  # the documentation's pages would load from a CDN
+    # Without FastAPI's documentation pages, which load scripts from a CDN.
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     here = Path(__file__).parent
     files = {name: (here / name).read_bytes() for name in STATIC}
-    working, showing = CapacityLimiter(WORKERS), CapacityLimiter(WORKERS)
+    searches = CapacityLimiter(WORKERS)
+    pictures = CapacityLimiter(WORKERS)  # of their own: they must not wait for searches
     uploads = 0
 
-    async def work(function: Callable[..., T], *args: Any, limiter: CapacityLimiter = working) -> T:
+    async def work(
+        function: Callable[..., T], *args: Any, limiter: CapacityLimiter = searches
+    ) -> T:
         return await to_thread.run_sync(partial(function, *args), limiter=limiter)
 
     def static(name: str) -> Response:
@@ -93,26 +97,26 @@ def make_app(
         return static("page.html")
 
     @app.get("/static/{name}")
-    async def part_of_the_page(name: str) -> Response:
+    async def page_file(name: str) -> Response:
         return static(name)
 
     @app.get("/api/index")
     async def index() -> JSONResponse:
-        return JSONResponse(await work(service.about) | {"max_upload": max_upload})
+        return JSONResponse(await work(service.index_info) | {"max_upload": max_upload})
 
     @app.get("/api/random")
     async def random() -> JSONResponse:
-        return JSONResponse({"row": await work(service.any_row)})
+        return JSONResponse({"row": await work(service.random_row)})
 
     @app.post("/api/query")
     async def query(request: Request) -> JSONResponse:
         nonlocal uploads
-        if uploads >= UPLOADS:
+        if uploads >= MAX_CONCURRENT_UPLOADS:
             raise Refusal(503, "too many uploads at once; try again in a moment")
         uploads += 1
         try:
             data = await body(request, max_upload)
-            return JSONResponse({"query": await work(service.ask, data)})
+            return JSONResponse({"query": await work(service.add_query, data)})
         finally:
             uploads -= 1
 
@@ -144,8 +148,8 @@ def make_app(
     async def image(row: int, size: int = 160, version: str | None = None) -> Response:
         if not SIZES[0] <= size <= SIZES[1]:
             raise Refusal(400, f"size: expected {SIZES[0]} to {SIZES[1]}")
-        jpeg = await work(service.picture, row, size, version, limiter=showing)
-        # row numbers mean something else in another version of the index
+        jpeg = await work(service.picture, row, size, version, limiter=pictures)
+        # Another version of the index has other row numbers.
         keep = "no-store" if version is None else "private, max-age=86400, immutable"
         return Response(jpeg, media_type="image/jpeg", headers={"Cache-Control": keep})
 
@@ -157,29 +161,29 @@ def make_app(
             str(getattr(error, "detail", "")),
         ),
         RetrievalError: _damaged,
-        Exception: lambda _: (500, OWN_FAULT),  # goes to the log as well
+        Exception: lambda _: (500, INTERNAL_ERROR),  # uvicorn logs the traceback
     }
-    for kind, say in handlers.items():
-        app.add_exception_handler(kind, partial(_answer, say))
-    # around all of the application: its middleware would not see the answer to an error of our own
-    return Guard(app, frozenset(host.lower() for host in hosts) | LOOPBACK, any_address)
+    for kind, status_and_message in handlers.items():
+        app.add_exception_handler(kind, partial(_answer, status_and_message))
+    # A wrapper, because middleware does not see answers to unhandled errors.
+    return SameOriginGuard(app, frozenset(host.lower() for host in hosts) | LOOPBACK, any_address)
 
 
 def choice(shortlist: int | None, nprobe: int | None, rerank: int | None) -> Choice | None:
-    """None unless all are given."""
+    """The sliders' values; None unless all are given."""
     if shortlist is None or nprobe is None or rerank is None:
         return None
     return Choice(shortlist, nprobe, rerank)
 
 
 async def body(request: Request, most: int) -> bytes:
-    """All of it. Refusal, as soon as it is known to be too much."""
+    """The request's body. Refusal as soon as it exceeds `most` bytes."""
     too_large = Refusal(413, f"the picture has more than {most / (1 << 20):g} MB")
     try:
         if int(request.headers.get("content-length", 0)) > most:
             raise too_large
         data = bytearray()
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(UPLOAD_TIMEOUT):
             async for block in request.stream():
                 data += block
                 if len(data) > most:
@@ -187,38 +191,41 @@ async def body(request: Request, most: int) -> bytes:
     except TimeoutError:
         raise Refusal(408, "the upload took too long") from None
     except ClientDisconnect:
-        raise Refusal(400, "the upload was broken off") from None
+        raise Refusal(400, "the upload was interrupted") from None
     return bytes(data)
 
 
 def _first(error: Any) -> str:
-    """What is wrong with a request's parameters; never their values."""
-    what = error.errors()[0]
-    return f"{what['loc'][-1]}: {what['msg']}"
+    """The first invalid parameter of a request and the reason, without its value."""
+    first = error.errors()[0]
+    return f"{first['loc'][-1]}: {first['msg']}"
 
 
 def _damaged(error: Exception) -> tuple[int, str]:
     log.error("%s", error)
-    return 500, OWN_FAULT
+    return 500, INTERNAL_ERROR
 
 
 async def _answer(
-    say: Callable[[Exception], tuple[int, str]], _: Request, error: Exception
+    status_and_message: Callable[[Exception], tuple[int, str]], _: Request, error: Exception
 ) -> JSONResponse:
-    status, message = say(error)
+    status, message = status_and_message(error)
     return JSONResponse({"error": message}, status, {"Cache-Control": "no-store"})
 
 
-class Guard:
-    """Lets pass what a browser sends for this page alone: by its Host (a foreign name that was made
-    to point here would be another), and by where the request comes from. Puts HEADERS on every
-    answer.
+class SameOriginGuard:
+    """Accepts requests of this page only, and adds HEADERS to every answer.
+
+    It checks the Host, against DNS rebinding (a foreign name that resolves to this machine), and
+    Sec-Fetch-Site and Origin, against requests of other sites' pages.
     """
 
     def __init__(
         self, app: Callable[..., Awaitable[None]], hosts: frozenset[str], any_address: bool
     ) -> None:
-        self._app, self._hosts, self._any_address = app, hosts, any_address
+        self._app = app
+        self._hosts = hosts
+        self._any_address = any_address
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def guarded(message: Any) -> None:
@@ -237,20 +244,22 @@ class Guard:
             await answer(scope, receive, guarded)
 
     def _refused(self, scope: Any) -> str | None:
+        """Why a request is refused; None if it is not."""
         headers = Headers(scope=scope)
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._known(hosts[0].lower()):
-            return "this address is not one of the server's; open it by the one that it printed"
-        site = headers.get("sec-fetch-site", "none")
-        link = scope["method"] == "GET" and scope["path"] == "/"
+            return "the server does not have this address; open the one that it printed"
+        refusal = "pages of other sites may not send requests to this server"
+        is_link = scope["method"] == "GET" and scope["path"] == "/"
+        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not is_link:
+            return refusal
         origin = headers.get("origin")
-        if (site not in ("none", "same-origin") and not link) or (
-            origin is not None and urlsplit(origin).netloc.lower() != hosts[0].lower()
-        ):
-            return "another site's pages may not ask this server"
+        if origin is not None and urlsplit(origin).netloc.lower() != hosts[0].lower():
+            return refusal
         return None
 
     def _known(self, host: str) -> bool:
+        """Whether a Host header names this server; any port is accepted."""
         found = HOST.fullmatch(host)
         if found is None:
             return False

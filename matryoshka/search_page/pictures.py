@@ -1,8 +1,7 @@
-"""Pictures from outside: what a browser sends, and those of the data sets that an index was made
-of.
+"""Untrusted pictures: uploads of a browser, and images of an index's data sets.
 
-Both are decoded by the checked decoder, and only pixels go further. Of a data set only images that
-it has itself are read, by their number, and only if they still have the name that the index knows.
+The checked decoder decodes both, and only pixels leave this module. Images of a data set are read by
+their number, only if they still have the name that the index knows.
 """
 
 from __future__ import annotations
@@ -23,19 +22,17 @@ from matryoshka.data import BetonError, BetonFile, ImageFolder, _native, open_da
 from matryoshka.data.layout import RAW
 from matryoshka.data.sources import decode_image
 
-UPLOADS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what browsers can show
+UPLOAD_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # formats that browsers can show
 MAX_PIXELS = 50_000_000  # of an upload: 150 MB of RGB
 MAX_FILE = 256 << 20  # bytes of a data set's file
-SIZES = 16, 640  # pixels of the longer side of what is sent
+SIZES = 16, 640  # smallest and largest longer side of a picture, pixels
 QUALITY = 85
-# seconds until a data set that was refused is looked for again: it may have been mounted since
-RETRY = 5.0
+# A data set that was refused is tried again after this time; it may have been mounted since.
+RETRY_SECONDS = 5.0
 
 
 class Refusal(ValueError):
-    """What somebody asks for and does not get. status: of HTTP; the message names nothing of this
-    machine.
-    """
+    """A request that is refused. status: of HTTP; the message reveals no paths of this machine."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -43,17 +40,18 @@ class Refusal(ValueError):
 
 
 def read_upload(data: bytes) -> np.ndarray:
-    """uint8 [H, W, 3] of an image file, as it was stored: EXIF orientations are not applied, as
-    nowhere in the data path. Refusal.
+    """Decode an image file to uint8 [H, W, 3]. Refusal.
+
+    EXIF orientations are not applied, as in the rest of the data path.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=UPLOADS) as image:  # reads the header only
+        with Image.open(io.BytesIO(data), formats=UPLOAD_FORMATS) as image:  # reads the header only
             width, height = image.size
     except Image.DecompressionBombError:
         raise Refusal(
             400, f"the picture has more than {MAX_PIXELS // 10**6} million pixels"
         ) from None
-    except Exception:  # a hostile file makes Pillow raise nearly anything
+    except Exception:  # hostile files make Pillow raise many types
         raise Refusal(
             415, "this is not a JPEG, PNG, WebP, GIF or BMP picture; convert it to one of these"
         ) from None
@@ -69,11 +67,11 @@ def read_upload(data: bytes) -> np.ndarray:
 
 
 class Pictures:
-    """The data sets of an index, opened once each where they can be.
+    """The data sets of an index, each opened once.
 
-    replaced: where data sets lie now, by the path that the index has. fingerprint: of a data set,
-    as its embeddings' meta.json has it: an image of a .beton is known by its number, which tells
-    nothing of another file.
+    replaced: present paths of data sets, by the path that the index has. fingerprint: computes the
+    fingerprint in the embeddings' meta.json. A .beton needs it, because its images are known by
+    their numbers, which every other file has as well.
     """
 
     def __init__(
@@ -81,19 +79,23 @@ class Pictures:
         replaced: Mapping[str, str] | None = None,
         fingerprint: Callable[[BetonFile | ImageFolder], str] | None = None,
     ) -> None:
-        self._replaced, self._fingerprint = dict(replaced or {}), fingerprint
+        self._replaced = dict(replaced or {})
+        self._fingerprint = fingerprint
         self._opened: dict[tuple[str, str | None], BetonFile | ImageFolder] = {}
-        self._refused: dict[tuple[str, str | None], tuple[Refusal, float]] = {}  # until when
+        self._refused: dict[
+            tuple[str, str | None], tuple[Refusal, float]
+        ] = {}  # and the time of the next attempt
         self._lock = threading.Lock()
 
-    def place(self, about: Mapping[str, Any]) -> str:
-        """Where the data set is looked for; "" where the index does not say."""
-        path = str(about.get("path") or "")
+    def place(self, source: Mapping[str, Any]) -> str:
+        """The path of a data set; "" if the index has none."""
+        path = str(source.get("path") or "")
         return self._replaced.get(path, path)
 
-    def open(self, about: Mapping[str, Any]) -> BetonFile | ImageFolder:
-        """about: what the index has of a data set. Refusal where it is not there or not the same."""
-        key = place, fingerprint = self.place(about), about.get("fingerprint")
+    def open(self, source: Mapping[str, Any]) -> BetonFile | ImageFolder:
+        """A data set by its description in the index. Refusal if it is missing or another one."""
+        place, fingerprint = self.place(source), source.get("fingerprint")
+        key = place, fingerprint
         with self._lock:
             if key not in self._opened:
                 error, until = self._refused.get(key, (None, 0.0))
@@ -102,36 +104,37 @@ class Pictures:
                 try:
                     self._opened[key] = self._open(place, fingerprint)
                 except Refusal as error:
-                    self._refused[key] = error, time.monotonic() + RETRY
+                    self._refused[key] = error, time.monotonic() + RETRY_SECONDS
                     raise
             return self._opened[key]
 
     def _open(self, place: str, fingerprint: str | None) -> BetonFile | ImageFolder:
         if not place:
-            raise Refusal(404, "the index does not say where its pictures are")
+            raise Refusal(404, "the index has no path of its pictures")
         try:
             data = open_dataset(place)
-            same = True  # a folder's files are told by their names, one by one
+            same = True  # of a folder, `pixels` compares the name of each file
             if isinstance(data, BetonFile):
                 if fingerprint and self._fingerprint:
                     same = self._fingerprint(data) == fingerprint
-                elif not _names(data):  # any file has a number 7
+                elif not _names(data):  # every file has an image 7
                     raise Refusal(
                         404,
                         "the index cannot tell this data set from others: no fingerprint, no names",
                     )
         except (BetonError, OSError):
-            gone = "cannot be read" if os.path.exists(place) else "is not there any more"
+            gone = "cannot be read" if os.path.exists(place) else "does not exist any more"
             raise Refusal(404, f"the data set {gone}") from None
         if not same:
-            raise Refusal(404, "the data set is not the one that the index was made of")
+            raise Refusal(404, "the data set is not the one that the index was made from")
         return data
 
-    def pixels(self, about: Mapping[str, Any], number: int, name: str) -> np.ndarray:
-        """uint8 [H, W, 3] of an image by its number; name: what the index calls it, with or without
-        a text before. Refusal.
+    def pixels(self, source: Mapping[str, Any], number: int, name: str) -> np.ndarray:
+        """An image by its number, uint8 [H, W, 3]. Refusal.
+
+        name: the index's name of it, which may have a prefix.
         """
-        data = self.open(about)
+        data = self.open(source)
         if not 0 <= number < len(data) or not name.endswith(_name(data, number)):
             raise Refusal(404, "the data set has changed since the index was made")
         try:
@@ -146,13 +149,13 @@ class Pictures:
         except Refusal:
             raise
         except OSError:
-            raise Refusal(404, "the picture cannot be read any more") from None
-        except ValueError:  # also BetonError, of a file that was cut off
+            raise Refusal(404, "the picture cannot be read") from None
+        except ValueError:  # includes BetonError, for a truncated file
             raise Refusal(404, "the picture is damaged") from None
 
-    def jpeg(self, about: Mapping[str, Any], number: int, name: str, size: int) -> bytes:
-        """A picture as `pixels` gives it, its longer side at most `size`, as JPEG."""
-        pixels = self.pixels(about, number, name)
+    def jpeg(self, source: Mapping[str, Any], number: int, name: str, size: int) -> bytes:
+        """The image of `pixels` as JPEG, its longer side at most `size`."""
+        pixels = self.pixels(source, number, name)
         height, width = pixels.shape[:2]
         scale = min(1.0, size / max(height, width))
         shape = max(1, round(height * scale)), max(1, round(width * scale))
@@ -162,7 +165,7 @@ class Pictures:
 
 
 def _name(data: BetonFile | ImageFolder, number: int) -> str:
-    """As `matryoshka embed` names an image."""
+    """The name that `matryoshka embed` gives to an image."""
     if isinstance(data, ImageFolder):
         return data.name(number)
     names = _names(data)
@@ -170,21 +173,20 @@ def _name(data: BetonFile | ImageFolder, number: int) -> str:
 
 
 def _names(data: BetonFile) -> list[str] | None:
+    """Names of the images, if the file was written with them."""
     return (data.manifest or {}).get("names")
 
 
 def _read_inside(root: Path, name: str) -> bytes:
-    """A regular file that lies in `root`, wherever links may lead. Refusal for one outside,
-    OSError.
-    """
+    """Read a regular file inside `root`. Refusal for links that lead outside, OSError."""
     inside = root.resolve(strict=True)
     file = (root / name).resolve(strict=True)
     if not file.is_relative_to(inside):
-        raise Refusal(404, "the picture is a link to a file outside of the data set")
-    # neither a link that came meanwhile nor a pipe that would be waited for
+        raise Refusal(404, "the picture is a link to a file outside the data set")
+    # The flags refuse a link that replaced the file since, and do not wait for a pipe.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with open(os.open(file, flags), "rb") as opened:
         status = os.fstat(opened.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE:
-            raise Refusal(404, "the picture is no regular file, or too large")
+            raise Refusal(404, "the picture is not a regular file, or too large")
         return opened.read(MAX_FILE)

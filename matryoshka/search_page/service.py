@@ -1,6 +1,4 @@
-"""What the page asks for, without HTTP: an index that may change meanwhile, a model, and what was
-asked before.
-"""
+"""Answers of the search page, without HTTP: an index that may change, a model, recent queries."""
 
 from __future__ import annotations
 
@@ -23,26 +21,27 @@ from matryoshka.retrieval.store import Index
 from matryoshka.search_page.comparison import NEIGHBOURS, Choice, Column, Comparison, recall
 from matryoshka.search_page.pictures import Pictures, Refusal, read_upload
 
-QUERIES = 256  # uploads whose embeddings are kept: at most 8 kB each
-TRUTHS = 64  # queries whose exact neighbours are kept, for the sliders
+MAX_QUERIES = 256  # uploads whose embeddings are kept: at most 8 kB each
+MAX_TRUTHS = 64  # queries whose exact neighbours are kept, for the sliders
 WNID = re.compile(r"n\d{8}")
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
 class Opened(NamedTuple):
-    """An index as it was at one moment; version: a text that changes with it."""
+    """An index as of one moment; version: a hash of its manifest."""
 
     index: Index
     comparison: Comparison
     version: str
 
 
-class Recent(Generic[T]):
-    """The last `most` values that were put in or asked for, by key. For one thread at a time."""
+class RecentlyUsed(Generic[T]):
+    """LRU cache of `most` values. Not thread-safe."""
 
     def __init__(self, most: int) -> None:
-        self._most, self._kept = most, OrderedDict[Any, T]()
+        self._most = most
+        self._kept = OrderedDict[Any, T]()
 
     def get(self, key: Any) -> T | None:
         if key in self._kept:
@@ -57,9 +56,9 @@ class Recent(Generic[T]):
 
 
 class Service:
-    """Answers for any number of threads. Every method raises Refusal.
+    """Thread-safe answers; every method may raise Refusal.
 
-    encode: uint8 pixels [H, W, 3] of any size -> float [W], the embedding, by the model of these
+    encode: pixels, uint8 [H, W, 3] of any size -> embedding, float [D], by the model with these
     weights (embeddings.trunk_sha256). RetrievalError for an index of another model.
     """
 
@@ -70,37 +69,44 @@ class Service:
         weights_sha256: str,
         pictures: Pictures,
     ) -> None:
-        self._encode, self._weights, self._pictures = encode, weights_sha256, pictures
+        self._encode = encode
+        self._weights = weights_sha256
+        self._pictures = pictures
         self._opened = self._use(index)
-        self._queries, self._truths = Recent[np.ndarray](QUERIES), Recent[list[Column]](TRUTHS)
-        self._opening, self._keeping, self._searching, self._encoding = (
-            threading.Lock() for _ in range(4)
-        )
+        self._queries = RecentlyUsed[np.ndarray](MAX_QUERIES)
+        self._truths = RecentlyUsed[list[Column]](MAX_TRUTHS)
+        self._open_lock = threading.Lock()
+        self._query_lock = threading.Lock()
+        self._search_lock = threading.Lock()
+        self._encode_lock = threading.Lock()
 
     def _use(self, index: Index) -> Opened:
+        """Check and prepare an index for searches."""
         index.check_model(self._weights, "the model")
         index.warm()
-        version = hashlib.sha256(json.dumps(index.about, sort_keys=True).encode()).hexdigest()[:12]
+        version = hashlib.sha256(json.dumps(index.manifest, sort_keys=True).encode()).hexdigest()[
+            :12
+        ]
         return Opened(index, Comparison(index), version)
 
     def current(self) -> Opened:
-        """The index as it is on the disk now."""
+        """The current index; opens it again if it has changed on disk."""
         opened = self._opened
         if opened.index.is_current():
             return opened
-        with self._opening:
+        with self._open_lock:
             if self._opened is opened:
                 try:
                     self._opened = self._use(Index(opened.index.path, opened.index.num_threads))
                 except RetrievalError as error:
                     log.error("%s", error)
                     raise Refusal(
-                        503, "the index has changed and cannot be used; the server says why"
+                        503, "the index has changed and cannot be opened; see the server's output"
                     ) from None
             return self._opened
 
-    def about(self) -> dict[str, Any]:
-        """What the page needs to know before it asks for anything."""
+    def index_info(self) -> dict[str, Any]:
+        """Size, model, default search and sliders: the first request of the page."""
         index, comparison, version = self.current()
         own = comparison.default
         names = {name for part in index.parts for name in part.classes or ()}
@@ -113,7 +119,7 @@ class Service:
             "neighbours": NEIGHBOURS,
             "classes": len(names),
             "model": {key: printable(str(index.model.get(key) or "")) for key in ("arch", "head")},
-            "setting": str(comparison.setting(own)),
+            "setting": str(comparison.params(own)),
             "certificate": _recall(index),
             "shortlist": {
                 "dim": index.dim,
@@ -127,13 +133,13 @@ class Service:
         }
 
     def places(self, index: Index | None = None) -> dict[str, str | None]:
-        """Where each of the index's data sets is looked for, and why there are no pictures of it:
-        None where there are. Parts that were added or compacted may name the same one.
+        """The path of each data set of the index, and why it has no pictures; None if it has.
+
+        Several parts may name the same data set; it has pictures if one of them can be used.
         """
+        index = index or self._opened.index
         found = dict[str, str | None]()
-        for source in (
-            source for part in (index or self._opened.index).parts for source in part.data
-        ):
+        for source in [source for part in index.parts for source in part.data]:
             try:
                 self._pictures.open(source)
                 found[self._pictures.place(source)] = None
@@ -141,29 +147,31 @@ class Service:
                 found.setdefault(self._pictures.place(source), str(error))
         return found
 
-    def any_row(self) -> int:
+    def random_row(self) -> int:
+        """A random row that is not deleted."""
         index, comparison, _ = self.current()
         if not len(index):
             raise Refusal(404, "all rows of the index are deleted")
         return comparison.live_row(secrets.randbelow(len(index)))
 
-    def ask(self, data: bytes) -> str:
-        """The key of a query, by the bytes of an image file."""
+    def add_query(self, data: bytes) -> str:
+        """Embed an image file; returns the key of the query."""
         pixels = read_upload(data)
-        with self._encoding:
+        with self._encode_lock:
             vector = np.asarray(self._encode(pixels), np.float32)
         if not np.isfinite(vector).all():
-            raise Refusal(400, "the model has no finite numbers for this picture")
+            raise Refusal(400, "the model's embedding of this picture is not finite")
         key = secrets.token_urlsafe(12)
-        with self._keeping:
+        with self._query_lock:
             self._queries.put(key, vector)
         return key
 
     def neighbours(
         self, row: int | None, query: str | None, choice: Choice | None
     ) -> dict[str, Any]:
-        """Of a row, or of a query by its key: exact ones at each prefix, and those of the fast
-        search.
+        """Exact neighbours at each prefix, and those of the fast search.
+
+        Either `row`, or `query`, the key of an upload.
         """
         opened = self.current()
         vector, truth = self._truth(opened, row, query)
@@ -178,20 +186,20 @@ class Service:
                 }
                 for column in truth
             ],
-            **self._adaptive(opened, vector, truth, row, choice),
+            **self._adaptive(opened, vector, truth, row=row, choice=choice),
         }
 
     def adaptive(self, row: int | None, query: str | None, choice: Choice | None) -> dict[str, Any]:
-        """The second half of `neighbours`."""
+        """The fast search of `neighbours` alone."""
         opened = self.current()
         vector, truth = self._truth(opened, row, query)
-        return self._adaptive(opened, vector, truth, row, choice)
+        return self._adaptive(opened, vector, truth, row=row, choice=choice)
 
     def picture(self, row: int, size: int, version: str | None) -> bytes:
-        """JPEG of at most size x size. version: of the index whose row is meant."""
+        """JPEG of at most size x size. version: of the index that the row number is from."""
         index, _, now = self.current()
         if version is not None and version != now:
-            raise Refusal(404, "the index has changed, and with it the numbers of its rows")
+            raise Refusal(404, "the index has changed, and with it its row numbers")
         self._check_row(index, row)
         source, number = index.origin(row)
         return self._pictures.jpeg(source, number, index.name(row), size)
@@ -201,18 +209,20 @@ class Service:
         opened: Opened,
         vector: np.ndarray,
         truth: list[Column],
+        *,
         row: int | None,
         choice: Choice | None,
     ) -> dict[str, Any]:
+        """The fast search and its comparison with the exact one, as JSON."""
         index, comparison, version = opened
         choice = comparison.clipped(choice or comparison.default)
-        with self._searching:
+        with self._search_lock:
             found = comparison.adaptive(vector, choice, -1 if row is None else row)
         exact = truth[-1]
         return {
             "version": version,
             "adaptive": {
-                "setting": str(comparison.setting(choice)),
+                "setting": str(comparison.params(choice)),
                 **choice._asdict(),
                 "recall": recall(found, exact),
                 "ms": _ms(found.seconds),
@@ -225,23 +235,23 @@ class Service:
     def _truth(
         self, opened: Opened, row: int | None, query: str | None
     ) -> tuple[np.ndarray, list[Column]]:
-        """(float32 [D], exact columns): a row does not find itself."""
+        """The query, float32 [D], and its exact neighbours; a row does not find itself."""
         index, comparison, version = opened
         if (row is None) == (query is None):
-            raise Refusal(400, "give a row, or a query")
+            raise Refusal(400, "expected either row or query")
         if row is not None:
             self._check_row(index, row)
             vector = index.vector(row)
             if not np.isfinite(vector).all():
-                raise Refusal(404, f"row {row} has no finite numbers")
+                raise Refusal(404, f"the embedding of row {row} is not finite")
         else:
-            with self._keeping:
+            with self._query_lock:
                 found = self._queries.get(query)
             if found is None:
-                raise Refusal(404, "this query is not known any more; choose the picture again")
+                raise Refusal(404, "this query has expired; choose the picture again")
             vector = np.ascontiguousarray(found[: index.columns])
         key = version, row, query
-        with self._searching:  # one at a time, also for the sake of the times
+        with self._search_lock:  # one at a time, so that the times are comparable
             truth = self._truths.get(key)
             if truth is None:
                 truth = comparison.exact(vector, -1 if row is None else row)
@@ -250,9 +260,10 @@ class Service:
 
     def _check_row(self, index: Index, row: int) -> None:
         if not 0 <= row < index.total or index.is_deleted(np.array([row]))[0]:
-            raise Refusal(404, "the index has no such row, or no more")
+            raise Refusal(404, "the index does not have this row")
 
     def _hits(self, index: Index, column: Column, exact: Column) -> dict[str, Any]:
+        """A column as JSON; "agrees": whether exact search by all dimensions finds the row."""
         true = set(exact.ids.tolist())
         hits = [
             {**self._shown(index, row), "cosine": round(float(cosine), 4), "agrees": row in true}
@@ -261,25 +272,31 @@ class Service:
         return {"agree": sum(hit["agrees"] for hit in hits), "of": len(true), "hits": hits}
 
     def _shown(self, index: Index, row: int) -> dict[str, Any]:
-        name = index.class_name(row)
+        """Name and class of a row as JSON; names come from files and may hold anything."""
+        class_name = index.class_name(row)
+        if class_name is not None and WNID.fullmatch(class_name):
+            class_name = name_of(class_name)
         return {
             "row": row,
             "name": printable(index.name(row)),
-            "class": None
-            if name is None
-            else printable(name_of(name) if WNID.fullmatch(name) else name),
+            "class": None if class_name is None else printable(class_name),
         }
 
 
 def _recall(index: Index) -> str:
-    """What is known of the fast search's recall; "" where it was not measured."""
+    """The certified recall of the default search; "" if it was never measured."""
     if index.certificate is None:
         return ""
-    about, current = index.certificate
-    if not current:
-        return "recall measured before the index changed: run `matryoshka retrieve --sweep --choose` again"
-    return f"recall {printable(str(about['text']))}" if about.get("text") else ""
+    certificate, is_current = index.certificate
+    if not is_current:
+        return (
+            "recall measured before the index changed: run `matryoshka retrieve --sweep --choose` "
+            "again"
+        )
+    text = certificate.get("text")
+    return f"recall {printable(str(text))}" if text else ""
 
 
 def _ms(seconds: float) -> float:
+    """Milliseconds with three digits."""
     return float(f"{1000 * seconds:.3g}")

@@ -14,7 +14,7 @@ from matryoshka.embeddings.reading import open_embeddings, trunk_sha256
 from matryoshka.evaluation import embedding
 from matryoshka.models import ModelSpec, build
 from matryoshka.retrieval.store import Index
-from matryoshka.retrieval.store_writer import Batch, Writer
+from matryoshka.retrieval.store_writer import IndexRows, Writer
 
 pytest.importorskip("fastapi", reason="fastapi is not installed (requirements-dev.txt)")
 from fastapi.testclient import TestClient
@@ -71,8 +71,15 @@ def batch_of(path):
     found = open_embeddings(path)
     data = dict(found.meta["data"])
     classes = data.pop("classes")
-    about = found.meta["model"], found.meta["preprocessing"], classes, [data]
-    return Batch(np.asarray(found.X), found.ids, np.asarray(found.y), *about)
+    return IndexRows(
+        np.asarray(found.X),
+        found.ids,
+        np.asarray(found.y),
+        found.meta["model"],
+        found.meta["preprocessing"],
+        classes=classes,
+        data=[data],
+    )
 
 
 @cache

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from matryoshka.retrieval.store_writer import Batch, Writer
+from matryoshka.retrieval.store_writer import IndexRows, Writer
 
 MODEL = {"weights_sha256": "ab" * 32, "file": "model.safetensors"}
 PREPARED = {"size": 32, "mean": (0.5, 0.25)}
@@ -13,7 +13,8 @@ def batch(rows, names=None, classes=("ant", "bee"), labels=None, path="photos", 
     names = [f"{path}/{i}" for i in range(len(rows))] if names is None else names
     labels = np.arange(len(rows)) % 3 if labels is None else np.asarray(labels)
     classes = None if classes is None else list(classes)
-    return Batch(rows, names, labels, MODEL, PREPARED, classes, [{"path": path}], **more)
+    data = [{"path": path}]
+    return IndexRows(rows, names, labels, MODEL, PREPARED, classes=classes, data=data, **more)
 
 
 def built(folder, *args, threads=1, **options):

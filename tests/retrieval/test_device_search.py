@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matryoshka.retrieval import RetrievalError, Searcher, Setting, Stage, exact_search
+from matryoshka.retrieval import RetrievalError, Searcher, SearchParams, Stage, exact_search
 from matryoshka.retrieval import device as module
 from matryoshka.retrieval.device import DeviceSearcher
 from matryoshka.retrieval.hits import empty_bits, set_bits
@@ -36,15 +36,15 @@ def test_exhaustive_search_and_funnel_against_the_cpus(device, n, k, block, seed
         patch.setattr(module, "TILE", 4000)  # some queries at a time
         searcher = DeviceSearcher(rows, device)
         for deleted in (None, bits):
-            found = searcher.search(queries, Setting("exact", 8, k), deleted)
+            found = searcher.search(queries, SearchParams("exact", 8, k), deleted=deleted)
             expected = exact_search(rows, queries, 8, k, deleted=deleted)
             np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
             assert set(found.ids[found.ids >= 0].tolist()) <= set(range(n))
             # shortlists that hold everything: rounding in the first part decides nothing
-            setting = Setting("exact", 8, n, (Stage(16, n), Stage(32, k)))
+            setting = SearchParams("exact", 8, n, (Stage(16, n), Stage(32, k)))
             found, expected = (
-                searcher.search(queries, setting, deleted),
-                Searcher(rows).search(queries, setting, deleted),
+                searcher.search(queries, setting, deleted=deleted),
+                Searcher(rows).search(queries, setting, deleted=deleted),
             )
             np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
             for a, b, score in zip(found.ids, expected.ids, expected.scores, strict=True):
@@ -60,7 +60,9 @@ def test_half_rows_and_bad_numbers(device):
     rows = np.random.default_rng(0).random((200, 24)).astype(np.float16)
     rows[3], rows[4, 20], rows[5, 1] = 0, np.inf, np.nan
     queries = rows[[10, 3, 5]].astype(np.float32)
-    found = DeviceSearcher(rows, device).search(queries, Setting("exact", 8, 150, (Stage(24, 3),)))
+    found = DeviceSearcher(rows, device).search(
+        queries, SearchParams("exact", 8, 150, (Stage(24, 3),))
+    )
     assert found.ids[0, 0] == 10
     assert found.ids[1].tolist() == [0, 1, 2]  # zeros: all cosines 0
     assert found.ids[2].tolist() == [-1, -1, -1]
@@ -71,8 +73,8 @@ def test_half_rows_and_bad_numbers(device):
 def test_what_does_not_fit():
     rows = table(5, 8, 0)
     with pytest.raises(RetrievalError, match="prefix of 16"):
-        DeviceSearcher(rows, "cpu").search(rows, Setting("exact", 16, 1))
+        DeviceSearcher(rows, "cpu").search(rows, SearchParams("exact", 16, 1))
     with pytest.raises(RetrievalError, match="queries: has 4 dim"):
-        DeviceSearcher(rows, "cpu").search(rows[:, :4], Setting("exact", 8, 1))
+        DeviceSearcher(rows, "cpu").search(rows[:, :4], SearchParams("exact", 8, 1))
     with pytest.raises(RetrievalError, match="is empty"):
         DeviceSearcher(rows[:0], "cpu")

@@ -66,7 +66,7 @@ def photos(tmp_path, monkeypatch):
 
 def nearest(folder, rows):
     index = Index(folder)
-    return [index.name(row) for row in index.search(rows, 1).ids[:, 0].tolist()]
+    return [index.name(row) for row in index.search(rows, k=1).ids[:, 0].tolist()]
 
 
 def test_a_life_of_an_index(tmp_path, photos, capsys):
@@ -88,7 +88,7 @@ def test_a_life_of_an_index(tmp_path, photos, capsys):
     new = embed(tmp_path / "new", ["5.jpg", "6.jpg", "z.jpg"], seed=1)
     assert main(["add", "x.index", "--embeddings", "new", "--prefix", "a/", "--replace"]) == 0
     out = capsys.readouterr().out
-    assert "3 rows added (a/5.jpg and so on), 2 of them in place of others" in out
+    assert "3 rows added (a/5.jpg and so on), 2 of them replace others" in out
     assert "61 x 24 float16, 2 deleted" in out
     assert nearest("x.index", new) == ["a/5.jpg", "a/6.jpg", "a/z.jpg"]
 
@@ -175,11 +175,11 @@ MISTAKES = {
     "an empty folder": (["build", "y", "--embeddings", "empty"], "empty: holds no embeddings"),
     "a folder of other things": (
         ["build", "other", "--embeddings", "photos"],
-        "other: has .*folder of its own",
+        "other: contains .*folder of its own",
     ),
     "a folder of other parts": (
         ["build", "parts", "--embeddings", "photos"],
-        "parts: has part-1.*folder of its own",
+        "parts: contains part-1.*folder of its own",
     ),
     "a file": (["build", "file", "--embeddings", "photos"], "file: "),
     "another model": (
@@ -192,11 +192,11 @@ MISTAKES = {
     ),
     "other preparation": (
         ["add", "x", "--embeddings", "prepared"],
-        r"prepared otherwise \(size 32 there, 64 here",
+        r"another preprocessing \(size 32 there, 64 here",
     ),
     "names that are there": (
         ["add", "x", "--embeddings", "photos"],
-        "has 'a/0.jpg' already, and 59 more.*--replace",
+        "already has 'a/0.jpg', and 59 more.*--replace",
     ),
     "names twice": (["add", "x", "--embeddings", "twice"], "'b.jpg' occurs twice"),
     "names twice in the first": (
@@ -223,21 +223,21 @@ MISTAKES = {
     ),
     "a folder as names": (["delete", "x", "--names-from", "empty"], "empty: Is a directory"),
     "delete from nothing": (["delete", "nothing", "a"], "nothing: no such index"),
-    "delete from a folder": (["delete", "other", "a"], "other: is no index"),
-    "delete from embeddings": (["delete", "photos", "a"], "photos: is no index"),
+    "delete from a folder": (["delete", "other", "a"], "other: is not an index"),
+    "delete from embeddings": (["delete", "photos", "a"], "photos: is not an index"),
     "delete from a file": (["delete", "file", "a"], "file"),
     "add to nothing": (["add", "nothing", "--embeddings", "photos"], "nothing: no such index"),
-    "add to a folder": (["add", "empty", "--embeddings", "photos"], "empty: is no index"),
+    "add to a folder": (["add", "empty", "--embeddings", "photos"], "empty: is not an index"),
     "compact nothing": (["compact", "nothing"], "nothing: no such index"),
     "info of nothing": (["info", "nothing"], "nothing: no such index; `matryoshka index build`"),
-    "info of a folder": (["info", "other"], "other: is no index"),
+    "info of a folder": (["info", "other"], "other: is not an index"),
     "info of a first build that was killed": (
         ["info", "killed"],
-        "killed: the index is not finished",
+        "killed: the index is incomplete",
     ),
     "info of another format": (
         ["info", "later"],
-        "format 'matryoshka-index-9', not matryoshka-index-1",
+        "format 'matryoshka-index-9', expected matryoshka-index-1",
     ),
 }
 
@@ -245,7 +245,7 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def mistaken(tmp_path_factory):
     """A folder with everything that the mistakes need."""
-    from matryoshka.retrieval.store_part import checked
+    from matryoshka.retrieval.store_part import with_checksum
 
     root = tmp_path_factory.mktemp("mistakes")
     with pytest.MonkeyPatch.context() as patch:
@@ -260,7 +260,7 @@ def mistaken(tmp_path_factory):
         embed(root / "silent", ["s.jpg"], data={"num_classes": 3, "classes": CLASSES})
     for folder in ("empty", "other", "parts/part-1", "killed/part-0123abcd", "later"):
         (root / folder).mkdir(parents=True)
-    (root / "later" / "index.json").write_bytes(checked({"format": "matryoshka-index-9"}))
+    (root / "later" / "index.json").write_bytes(with_checksum({"format": "matryoshka-index-9"}))
     for file, content in (
         ("file", b""),
         ("other/holiday.jpg", b"x"),

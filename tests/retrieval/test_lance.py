@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from matryoshka.retrieval import RetrievalError, store_part
-from matryoshka.retrieval.store import FEW, Index
-from matryoshka.retrieval.store_writer import Batch, Writer
+from matryoshka.retrieval.store import MAX_EXACT_FILTER_ROWS, Index
+from matryoshka.retrieval.store_writer import IndexRows, Writer
 
 pytest.importorskip("lancedb")
 pytest.importorskip("pyarrow")
@@ -24,14 +24,14 @@ def batch(n, seed=0, prefix=""):
     rng = np.random.default_rng(seed)
     rows = rng.random((n, 24), dtype=np.float32)
     labels = np.arange(n) % 3
-    return Batch(
+    return IndexRows(
         rows,
         [f"{prefix}{i}.jpg" for i in range(n)],
         labels,
         MODEL,
         {"size": 32},
-        ["cat", "dog", "eel"],
-        [{"path": "photos"}],
+        classes=["cat", "dog", "eel"],
+        data=[{"path": "photos"}],
     )
 
 
@@ -69,8 +69,8 @@ def test_the_index_follows_the_table(tmp_path):
     index = Index(folder)
     assert len(index) == 450
     assert index.find(["99.jpg"]).tolist() == [-1]
-    assert index.name(int(index.search(np.ones((1, 24), np.float32), 1).ids[0, 0])) == "200.jpg"
-    hits = index.search(more.rows[7:8], 1)
+    assert index.name(int(index.search(np.ones((1, 24), np.float32), k=1).ids[0, 0])) == "200.jpg"
+    hits = index.search(more.rows[7:8], k=1)
     assert index.name(int(hits.ids[0, 0])) == "more/7.jpg"
 
 
@@ -81,12 +81,12 @@ def test_filters_are_lances_and_the_search_is_ours(tmp_path):
     index = Index(tmp_path / "index")
     names = record.names("class = 'dog' AND size >= 300")
     assert names == [f"{i}.jpg" for i in range(150, 300) if i % 3 == 1]
-    found = index.search(given.rows[:20], 5, only=index.find(names))
+    found = index.search(given.rows[:20], k=5, only=index.find(names))
     allowed = [int(name.removesuffix(".jpg")) for name in names]
     for query, ids in zip(given.rows[:20], found.ids, strict=True):
         best = sorted(allowed, key=lambda i: -cosines(given.rows, query)[i])[:5]
         assert [index.name(r) for r in ids.tolist()] == [f"{i}.jpg" for i in best]
-    assert len(names) <= FEW
+    assert len(names) <= MAX_EXACT_FILTER_ROWS
     with pytest.raises(RetrievalError, match="filter 'sizzle = 1'"):
         record.names("sizzle = 1")
 
@@ -107,7 +107,7 @@ def test_tables_that_are_something_else(tmp_path):
     with pytest.raises(RetrievalError, match="no column 'source'"):
         Record(uri, "photos")
     other = batch(30)
-    other = Batch(
+    other = IndexRows(
         other.rows,
         other.names,
         other.labels,
@@ -170,13 +170,13 @@ def test_edits_of_anything_reach_the_index(tmp_path):
         assert said(writer.compact()) == expected
     assert record.sync(folder) == Change(0, 0, 0)
     record.table.update(where="id = '10.jpg'", values={"item": -1})
-    with pytest.raises(RetrievalError, match="'photos' has items that are no numbers of 32 bits"):
+    with pytest.raises(RetrievalError, match="'photos' has items outside 0 to 2\\^32"):
         record.sync(folder)
 
 
 def test_labels_without_classes_and_rows_that_say_nothing(tmp_path):
     given = batch(60)
-    plain = Batch(given.rows, given.names, np.arange(60) - 1, MODEL, {"size": 32})
+    plain = IndexRows(given.rows, given.names, np.arange(60) - 1, MODEL, {"size": 32})
     with Writer(tmp_path / "built") as writer:
         built = writer.build(plain)
     record = Record.create(str(tmp_path / "lance"), "photos", plain)
@@ -197,12 +197,12 @@ def test_labels_without_classes_and_rows_that_say_nothing(tmp_path):
 
 def test_the_index_of_before_is_closed_when_that_of_after_is_opened(tmp_path, monkeypatch):
     """As in test_store_limits.py."""
-    monkeypatch.setattr(store_part, "MAPPED", 1)
+    monkeypatch.setattr(store_part, "MMAP_MIN_BYTES", 1)
     most, opened = 0, store_part.Part.__init__
 
-    def counted(part, *args):
+    def counted(part, *args, **options):
         nonlocal most
-        opened(part, *args)
+        opened(part, *args, **options)
         with open("/proc/self/maps") as maps:
             most = max(most, sum(f"{tmp_path}/index/part-" in line for line in maps))
 
@@ -226,15 +226,15 @@ def test_an_index_that_follows_names_the_data_of_one_that_was_built(tmp_path):
         {"path": "more", "fingerprint": "bb"},
     ]
     origins = np.stack([np.arange(n) % 2, np.arange(n)[::-1]], 1).astype(np.uint32)
-    given = Batch(
+    given = IndexRows(
         one.rows,
         one.names,
         (np.arange(n)[::-1] % 5) - 1,
         MODEL,
         {"size": 32},
-        one.classes,
-        data,
-        origins,
+        classes=one.classes,
+        data=data,
+        origins=origins,
     )
     with Writer(tmp_path / "built") as writer:
         built = writer.build(given)

@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matryoshka.retrieval import RetrievalError, Searcher, Setting, Stage, exact_search
+from matryoshka.retrieval import RetrievalError, Searcher, SearchParams, Stage, exact_search
 from matryoshka.retrieval.hits import empty_bits, set_bits
-from matryoshka.retrieval.metrics import mflops
-from matryoshka.retrieval.pipeline import HEAD, INDEXES, default_setting
+from matryoshka.retrieval.params import INDEXES, PREFIX_CACHE_DIMS, default_params
+from matryoshka.retrieval.pipeline import BUILDERS
+from matryoshka.retrieval.ranking_metrics import mflops
 
 ONE_K, FOUR_K = 1_281_167, 4_202_000
 KINDS = ("exact", "scan", "ivf", "binary")
@@ -51,29 +52,35 @@ def staged(rows, query, setting, left_out=()):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Setting("ivfpq", 8, 5), "unknown; known: exact, scan, ivf, binary, hnsw"),
-        (lambda: Setting("scan", 8, 0), "k = 0"),
-        (lambda: Setting("scan", 0, 5), r"dimensions \[0\]"),
-        (lambda: Setting("scan", 8, 5, (Stage(0, 3), Stage(8, 3))), r"dimensions \[8, 0, 8\]"),
-        (lambda: Setting("scan", 8, 5, (Stage(8, 3), Stage(8, 3))), "longer than the one before"),
-        (lambda: Setting("scan", 8, 5, (Stage(16, 3), Stage(8, 3))), "longer than the one before"),
-        (lambda: Setting("scan", 8, 5, (Stage(16, 0),)), r"stages keep \[0\]"),
-        (lambda: Setting("ivf", 8, 5, effort=0), "looks at 0 lists"),
-        (lambda: Setting.funnel("scan", [8, 16], [5, 3]), "2 dimensions needs 1 k, not 2"),
-        (lambda: Setting.funnel("scan", [8], []), "needs 1 k, not 0"),
-        (lambda: Setting.funnel("scan", [8, 16, 32], [5, 6]), "falling"),
-        (lambda: Setting.funnel("scan", [8, 16, 16], [5, 5]), "longer than the one before"),
-        (lambda: Setting("scan", 8, 5).giving(0), "k = 0"),
+        (lambda: SearchParams("ivfpq", 8, 5), "unknown; known: exact, scan, ivf, binary, hnsw"),
+        (lambda: SearchParams("scan", 8, 0), "k=0"),
+        (lambda: SearchParams("scan", 0, 5), r"dimensions \[0\]"),
+        (lambda: SearchParams("scan", 8, 5, (Stage(0, 3), Stage(8, 3))), r"dimensions \[8, 0, 8\]"),
+        (
+            lambda: SearchParams("scan", 8, 5, (Stage(8, 3), Stage(8, 3))),
+            "longer than the one before",
+        ),
+        (
+            lambda: SearchParams("scan", 8, 5, (Stage(16, 3), Stage(8, 3))),
+            "longer than the one before",
+        ),
+        (lambda: SearchParams("scan", 8, 5, (Stage(16, 0),)), r"stages keep \[0\]"),
+        (lambda: SearchParams("ivf", 8, 5, nprobe=0), "nprobe=0: expected 1 or more"),
+        (lambda: SearchParams.funnel("scan", [8, 16], [5, 3]), "2 dimensions needs 1 k, not 2"),
+        (lambda: SearchParams.funnel("scan", [8], []), "needs 1 k, not 0"),
+        (lambda: SearchParams.funnel("scan", [8, 16, 32], [5, 6]), "falling"),
+        (lambda: SearchParams.funnel("scan", [8, 16, 16], [5, 5]), "longer than the one before"),
+        (lambda: SearchParams("scan", 8, 5).with_k(0), "k=0"),
         (lambda: Searcher(rows_of(5)[:0]), "database: is empty"),
         (lambda: Searcher(rows_of(5).astype(int)), "floating point"),
-        (lambda: Searcher(rows_of(5)).prepare(Setting("scan", 65, 5)), "prefix of 65"),
+        (lambda: Searcher(rows_of(5)).prepare(SearchParams("scan", 65, 5)), "prefix of 65"),
         (
-            lambda: Searcher(rows_of(5)).prepare(Setting("exact", 8, 5, (Stage(65, 5),))),
+            lambda: Searcher(rows_of(5)).prepare(SearchParams("exact", 8, 5, (Stage(65, 5),))),
             "prefix of 65",
         ),
         (
             lambda: Searcher(rows_of(5)).search(
-                rows_of(1, 32), Setting("exact", 8, 5, (Stage(64, 5),))
+                rows_of(1, 32), SearchParams("exact", 8, 5, (Stage(64, 5),))
             ),
             "prefix of 64",
         ),
@@ -87,11 +94,11 @@ def test_mistakes_name_the_remedy(make, words):
 def test_settings_are_whole_numbers():
     for numbers in ((8.5, 5, 1), (8, 5.5, 1), (8, 5, 1.5), ("8", 5, 1)):
         with pytest.raises(TypeError):
-            Setting("ivf", numbers[0], numbers[1], (), numbers[2])
-    made = Setting("ivf", np.int64(8), np.int32(5), ((np.int64(16), 3),), np.int64(4))
-    assert made == Setting("ivf", 8, 5, (Stage(16, 3),), 4)
-    assert {type(n) for n in (made.dim, made.k, made.effort, *made.stages[0])} == {int}
-    assert len({made, Setting("ivf", 8, 5, (Stage(16, 3),), 4)}) == 1
+            SearchParams("ivf", numbers[0], numbers[1], (), nprobe=numbers[2])
+    made = SearchParams("ivf", np.int64(8), np.int32(5), ((np.int64(16), 3),), nprobe=np.int64(4))
+    assert made == SearchParams("ivf", 8, 5, (Stage(16, 3),), nprobe=4)
+    assert {type(n) for n in (made.dim, made.k, made.nprobe, *made.stages[0])} == {int}
+    assert len({made, SearchParams("ivf", 8, 5, (Stage(16, 3),), nprobe=4)}) == 1
 
 
 @pytest.mark.parametrize(
@@ -104,7 +111,7 @@ def test_settings_are_whole_numbers():
     ],
 )
 def test_the_papers_funnels(dims, ks, database, expected):
-    setting = Setting.funnel("exact", dims, ks)
+    setting = SearchParams.funnel("exact", dims, ks)
     by_hand = (dims[0] * database + sum(d * k for d, k in zip(dims[1:], ks, strict=True))) / 1e6
     assert setting.mflops(database) == pytest.approx(by_hand, abs=1e-12)
     assert by_hand == pytest.approx(expected, abs=6e-3)
@@ -123,10 +130,10 @@ def test_the_papers_funnels(dims, ks, database, expected):
     ],
 )
 def test_the_papers_adaptive_retrieval(dim, last, database, expected):
-    assert Setting("exact", dim, 200, (Stage(last, 10),)).mflops(database) == pytest.approx(
+    assert SearchParams("exact", dim, 200, (Stage(last, 10),)).mflops(database) == pytest.approx(
         expected, abs=5e-3
     )
-    assert Setting("exact", dim, 200).mflops(database) == mflops(dim, database)
+    assert SearchParams("exact", dim, 200).mflops(database) == mflops(dim, database)
 
 
 @given(
@@ -136,32 +143,41 @@ def test_the_papers_adaptive_retrieval(dim, last, database, expected):
     st.sampled_from(["scan", "ivf"]),
 )
 def test_giving_another_number_of_neighbours(k, keeps, wanted, kind):
-    setting = Setting(kind, 8, k, tuple(Stage(16 << i, keep) for i, keep in enumerate(keeps)), 7)
-    given_ = setting.giving(wanted)
-    assert (given_.index, given_.dim, given_.effort) == (kind, 8, 7)
-    assert [s.dim for s in given_.stages] == [s.dim for s in setting.stages]
-    before, after = [k, *keeps], [given_.k, *(s.keep for s in given_.stages)]
-    assert after[-1] == given_.results == wanted
+    setting = SearchParams(
+        kind, 8, k, tuple(Stage(16 << i, keep) for i, keep in enumerate(keeps)), nprobe=7
+    )
+    changed = setting.with_k(wanted)
+    assert (changed.index, changed.dim, changed.nprobe) == (kind, 8, 7)
+    assert [s.dim for s in changed.stages] == [s.dim for s in setting.stages]
+    before, after = [k, *keeps], [changed.k, *(s.keep for s in changed.stages)]
+    assert after[-1] == changed.results == wanted
     for old, new in zip(before[:-1], after[:-1], strict=True):
         assert new == (old if min(before) == wanted else max(old, 4 * wanted))
-    assert given_.giving(wanted) == given_
+    assert changed.with_k(wanted) == changed
 
 
 def test_settings_as_text():
     assert (
-        str(Setting("ivf", 64, 200, (Stage(256, 40), Stage(2048, 10))))
+        str(SearchParams("ivf", 64, 200, (Stage(256, 40), Stage(2048, 10))))
         == "ivf 64 nprobe 32 k 200 -> 256 (40) -> 2048"
     )
-    assert str(Setting("hnsw", 64, 200, effort=300)) == "hnsw 64 ef 300 k 200"
-    assert str(Setting("scan", 8, 5, (Stage(16, 5),))) == "scan 8 k 5 -> 16"
+    assert str(SearchParams("hnsw", 64, 200, ef_search=300)) == "hnsw 64 ef 300 k 200"
+    assert str(SearchParams("scan", 8, 5, (Stage(16, 5),))) == "scan 8 k 5 -> 16"
 
 
 def test_the_default_setting_fits_any_width():
-    assert default_setting(2048, 64) == Setting(
-        "ivf", 64, 200, (Stage(HEAD, 40), Stage(2048, 10)), 32
+    assert default_params(2048, 64) == SearchParams(
+        "ivf", 64, 200, (Stage(PREFIX_CACHE_DIMS, 40), Stage(2048, 10)), nprobe=32
     )
-    for columns, dim in ((64, 64), (64, 8), (HEAD, 64), (HEAD + 1, HEAD), (300, 300), (1, 1)):
-        setting = default_setting(columns, dim)
+    for columns, dim in (
+        (64, 64),
+        (64, 8),
+        (PREFIX_CACHE_DIMS, 64),
+        (PREFIX_CACHE_DIMS + 1, PREFIX_CACHE_DIMS),
+        (300, 300),
+        (1, 1),
+    ):
+        setting = default_params(columns, dim)
         assert setting.stages[-1].dim == columns
         assert setting.results == 10
 
@@ -195,9 +211,9 @@ def test_a_shortlist_of_everything_is_the_exact_search(data, kind, dtype):
     gone = [0, 63, 64, 149]
     set_bits(deleted, np.array(gone))
     for stages in ((Stage(64, 12),), (Stage(16, 150), Stage(64, 12)), (Stage(64, 400),)):
-        setting = Setting(kind, dim, 200, stages, effort=1000)
+        setting = SearchParams(kind, dim, 200, stages, nprobe=1000)
         for bits, out in ((None, ()), (deleted, gone)):
-            hits = searcher.search(asked, setting, bits)
+            hits = searcher.search(asked, setting, deleted=bits)
             for q in range(7):
                 expected = cosines(rows, asked[q], 64)
                 expected[list(out)] = -np.inf
@@ -215,14 +231,14 @@ def test_a_shortlist_of_everything_is_the_exact_search(data, kind, dtype):
     np.testing.assert_array_equal(before, rows)
     np.testing.assert_array_equal(asked, ASKED)
     assert set(searcher.indexes) == ({(kind, dim)} if kind != "exact" else set())
-    assert searcher.nbytes > 0
+    assert searcher.memory_bytes > 0
 
 
 @pytest.mark.parametrize(
     "stages", [(), (Stage(16, 20),), (Stage(16, 40), Stage(40, 15)), (Stage(4, 9),)]
 )
 def test_stages_after_an_exact_shortlist(data, stages):
-    setting = Setting("exact", 8, 50, stages)
+    setting = SearchParams("exact", 8, 50, stages)
     searcher = Searcher(data[:, :40], num_threads=1)
     hits = searcher.search(ASKED, setting)
     assert hits.ids.shape == (8, setting.results)
@@ -240,7 +256,7 @@ def test_every_index_finds_neighbours(kind):
     rows, asked = rows_of(2000, 128, 3), rows_of(50, 128, 4)
     searcher = Searcher(rows, num_threads=1)
     truth = exact_search(rows, asked, 128, 10).ids
-    setting = Setting(kind, 64, 200, (Stage(128, 10),), effort=200 if kind == "hnsw" else 16)
+    setting = SearchParams(kind, 64, 200, (Stage(128, 10),), nprobe=16, ef_search=200)
     searcher.prepare(setting)
     made = dict(searcher.indexes)
     hits = searcher.search(asked, setting)
@@ -265,7 +281,7 @@ def test_a_graph_has_zero_vectors_and_too_few_rows():
     rows = rows_of(30, seed=5) - 0.7  # some cosines are negative
     rows[3] = 0
     searcher = Searcher(rows, num_threads=1)
-    hits = searcher.search(ASKED, Setting("hnsw", 64, 40, effort=64))
+    hits = searcher.search(ASKED, SearchParams("hnsw", 64, 40, ef_search=64))
     for q in range(6):
         expected = cosines(rows, ASKED[q], 64)
         order = np.argsort(-expected, kind="stable")
@@ -276,25 +292,32 @@ def test_a_graph_has_zero_vectors_and_too_few_rows():
     assert (hits.scores[6, :30] == 0).all()  # no direction is nearer to a zero vector
     assert (hits.ids[7] == -1).all()
     bits = empty_bits(30)
-    searcher.search(ASKED, Setting("hnsw", 64, 5), bits)
+    searcher.search(ASKED, SearchParams("hnsw", 64, 5), deleted=bits)
     set_bits(bits, np.array([1]))
     with pytest.raises(RetrievalError, match="cannot leave rows out"):
-        searcher.search(ASKED, Setting("hnsw", 64, 5), bits)
+        searcher.search(ASKED, SearchParams("hnsw", 64, 5), deleted=bits)
     rows[7, 1] = np.nan
     with pytest.raises(RetrievalError, match="row 7 has NaN"):
-        Searcher(rows).prepare(Setting("hnsw", 64, 5))
+        Searcher(rows).prepare(SearchParams("hnsw", 64, 5))
 
 
-def test_the_head_of_the_rows_changes_nothing():
-    rows, asked = rows_of(300, HEAD + 40, 6).astype(np.float16), rows_of(9, HEAD + 40, 7)
-    staged_ = Setting("scan", 64, 300, (Stage(HEAD, 50), Stage(HEAD + 40, 5)))
-    with_head, without = Searcher(rows, 1), Searcher(rows, 1)
-    without.prepare(Setting("scan", 64, 300))
-    assert without.head is None
-    hits = with_head.search(asked, staged_)
-    assert with_head.head is not None
-    assert with_head.head.shape == (300, HEAD)
-    whole = without.search(asked, Setting("scan", 64, 300, (Stage(HEAD + 40, 5),)))
+def test_the_prefix_cache_changes_nothing():
+    rows, asked = (
+        rows_of(300, PREFIX_CACHE_DIMS + 40, 6).astype(np.float16),
+        rows_of(9, PREFIX_CACHE_DIMS + 40, 7),
+    )
+    staged_ = SearchParams(
+        "scan", 64, 300, (Stage(PREFIX_CACHE_DIMS, 50), Stage(PREFIX_CACHE_DIMS + 40, 5))
+    )
+    with_cache, without = Searcher(rows, 1), Searcher(rows, 1)
+    without.prepare(SearchParams("scan", 64, 300))
+    assert without.prefix_cache is None
+    hits = with_cache.search(asked, staged_)
+    assert with_cache.prefix_cache is not None
+    assert with_cache.prefix_cache.shape == (300, PREFIX_CACHE_DIMS)
+    whole = without.search(
+        asked, SearchParams("scan", 64, 300, (Stage(PREFIX_CACHE_DIMS + 40, 5),))
+    )
     np.testing.assert_array_equal(hits.ids, whole.ids)
     np.testing.assert_allclose(hits.scores, whole.scores, atol=1e-6)
 
@@ -307,7 +330,7 @@ def test_any_number_of_rows_and_neighbours(n, k, kind, seed):
         rows_of(2, 12, seed),
     )
     hits = Searcher(rows, num_threads=1).search(
-        asked, Setting(kind, 5, max(n, k), (Stage(12, k),), n)
+        asked, SearchParams(kind, 5, max(n, k), (Stage(12, k),), nprobe=n)
     )
     for q in range(2):
         expected = cosines(rows, asked[q], 12)
@@ -318,4 +341,4 @@ def test_any_number_of_rows_and_neighbours(n, k, kind, seed):
 
 
 def test_every_kind_is_known():
-    assert set(INDEXES) == {*KINDS, "hnsw"}
+    assert set(INDEXES) == {*KINDS, "hnsw"} == {"exact", *BUILDERS}

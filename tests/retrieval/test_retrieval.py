@@ -18,7 +18,7 @@ from matryoshka.retrieval import (
     rerank,
 )
 from matryoshka.retrieval.hits import empty_bits, pool, set_bits, unit
-from matryoshka.retrieval.rerank import head_of
+from matryoshka.retrieval.rerank import build_prefix_cache
 
 KERNELS = _native.kernels()
 
@@ -342,8 +342,8 @@ def test_stages_against_loops(kernels, dtype):
     candidates[0, :5], candidates[1, :] = -1, -1
     candidates[2, :2] = 5, 6
     stages = [Stage(7, 40), Stage(33, 12), Stage(70, 8)]
-    for head in (None, head_of(data, 33)):
-        hits = rerank(data, asked, candidates, stages, head, kernels=kernels)
+    for cache in (None, build_prefix_cache(data, 33)):
+        hits = rerank(data, asked, candidates, stages, prefix_cache=cache, kernels=kernels)
         for q, query in enumerate(asked):
             left = [i for i in candidates[q].tolist() if i >= 0]
             for dim, keep in stages:
@@ -386,17 +386,17 @@ def test_rows_of_a_memory_map_and_of_a_view(tmp_path):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda x: PrefixScan.build(x, 65), "64 dimensions, a prefix of 65"),
+        (lambda x: PrefixScan.build(x, 65), "64 dimensions, the search needs a prefix of 65"),
         (lambda x: PrefixScan.build(x.astype(int), 8), "floating point"),
         (lambda x: PrefixScan.build(x[0], 8), "expected floating point"),
         (lambda x: PrefixScan.build(x, 8).search(x[:, :4], 1), "queries: has 4 dimensions"),
-        (lambda x: PrefixScan.build(x, 8).search(x, 0), "k = 0"),
+        (lambda x: PrefixScan.build(x, 8).search(x, 0), "k=0"),
         (lambda x: BinaryScan.build(x, 8), "multiple of 64"),
         (lambda x: InvertedFile.build(x[:0], 8), "empty"),
-        (lambda x: InvertedFile.build(x * np.nan, 8), "no row without NaN"),
-        (lambda x: InvertedFile.build(x, 8).search(x, 1, nprobe=0), "nprobe = 0"),
+        (lambda x: InvertedFile.build(x * np.nan, 8), "every row has NaN"),
+        (lambda x: InvertedFile.build(x, 8).search(x, 1, nprobe=0), "nprobe=0"),
         (lambda x: exact_search(x, x, 0, 1), "prefix of 0"),
-        (lambda x: exact_search(x, x, 8, 0), "k = 0"),
+        (lambda x: exact_search(x, x, 8, 0), "k=0"),
         (lambda x: rerank(x, x, np.zeros((30, 1), int), []), "one or more"),
         (
             lambda x: rerank(x, x, np.zeros((30, 1), int), [Stage(8, 3), Stage(8, 2)]),
@@ -405,10 +405,10 @@ def test_rows_of_a_memory_map_and_of_a_view(tmp_path):
         (lambda x: rerank(x, x, np.zeros((30, 1), int), [Stage(8, 0)]), "keep"),
         (lambda x: rerank(x, x, np.zeros((30, 1), int), [Stage(65, 1)]), "prefix of 65"),
         (lambda x: rerank(x, x, np.zeros((29, 1), int), [Stage(8, 1)]), "one list for each"),
-        (lambda x: rerank(x, x, np.full((30, 1), 30), [Stage(8, 1)]), "id 30 is no row"),
+        (lambda x: rerank(x, x, np.full((30, 1), 30), [Stage(8, 1)]), "row id 30 out of range"),
         (
             lambda x: rerank(x.astype(np.float64), x, np.zeros((30, 1), int), [Stage(8, 1)]),
-            "float16 and float32",
+            "expected float16 or float32",
         ),
     ],
 )

@@ -10,7 +10,7 @@ from embedding_folders import nested, write
 from matryoshka.inference import index as index_program
 from matryoshka.inference import retrieve
 
-from matryoshka.retrieval import Setting, Stage
+from matryoshka.retrieval import SearchParams, Stage
 from matryoshka.retrieval.store import Index
 from matryoshka.retrieval.sweep import (
     Measured,
@@ -297,9 +297,9 @@ def test_an_index_is_searched_and_takes_over_what_the_sweep_found(data, tmp_path
     assert retrieve.main([*args, "--sweep", "--target-recall=0.8", "--choose"]) == 0
     chosen = Index(tmp_path / "index")
     swept = json.loads((tmp_path / "out/sweep.json").read_text())
-    assert chosen.about["certificate"]["lower"] == swept["certificate"]["lower"] >= 0.8
-    assert retrieve.describe(chosen.setting) == swept["certificate"]["setting"]
-    assert chosen.search(queries.astype(np.float32), 10).ids.shape == (Q, 10)
+    assert chosen.manifest["certificate"]["lower"] == swept["certificate"]["lower"] >= 0.8
+    assert chosen.params.as_dict() == swept["certificate"]["setting"]
+    assert chosen.search(queries.astype(np.float32), k=10).ids.shape == (Q, 10)
     capsys.readouterr()
     assert index_program.main(["info", str(tmp_path / "index")]) == 0
     assert "recall   0.8" in capsys.readouterr().out.replace("recall   0.9", "recall   0.8")
@@ -310,7 +310,10 @@ def test_frontier_and_certificate_by_hand():
         lost = round((1 - recall) * 2000)
         values = np.r_[np.ones(2000 - lost), np.zeros(lost)]
         return Measured(
-            Setting("scan", 16, k, (Stage(64, 10),)), summarise_recall(values, 1), (rate,), 1000
+            SearchParams("scan", 16, k, (Stage(64, 10),)),
+            summarise_recall(values, 1),
+            (rate,),
+            1000,
         )
 
     a, b, c, d = one(0.9, 100, 20), one(0.95, 80, 30), one(0.94, 70, 40), one(1.0, 10, 50)
@@ -323,7 +326,12 @@ def test_frontier_and_certificate_by_hand():
 
 def test_the_grid_fits_the_data():
     for columns, rows in ((2048, 1_280_000), (512, 5000), (96, 300), (5, 7)):
-        settings = grid(["scan", "ivf", "binary", "hnsw"], columns, rows, min(10, rows))
+        settings = grid(
+            ["scan", "ivf", "binary", "hnsw"],
+            columns=columns,
+            rows=rows,
+            neighbours=min(10, rows),
+        )
         assert len(settings) == len(set(settings)) > 0
         for setting in settings:
             assert setting.dim <= columns
@@ -340,7 +348,7 @@ MISTAKES = [
     (["--at=0"], "--at 0"),
     (["--at=1,x"], "--at 1,x"),
     (["--index=tree"], "--index tree: unknown"),
-    (["--index=scan,ivf"], "or several with --sweep"),
+    (["--index=scan,ivf"], "--sweep takes several"),
     (["--shortlist-dim=97"], "--shortlist-dim 97: "),
     (["--rerank-dim=97"], "db has 96 dimensions"),
     (["--index=binary", "--shortlist-dim=32"], "--shortlist-dim 32: binary takes multiples of 64"),
@@ -356,8 +364,8 @@ MISTAKES = [
     (["--nprobe=0"], "--nprobe 0"),
     (["--sweep", "--k=5"], "--k: --sweep"),
     (["--sweep", "--truth=0"], "--truth must be 1"),
-    (["--choose"], "goes with --sweep"),
-    (["--sweep", "--choose"], "is no index"),
+    (["--choose"], "works with --sweep"),
+    (["--sweep", "--choose"], "is not an index"),
     (["--target-recall=2"], "--target-recall 2.0"),
     (["--threads=-1"], "--threads"),
 ]
@@ -403,7 +411,7 @@ def test_tables_that_do_not_go_together(data, tmp_path, capsys):
         ("empty.npy", "has no rows"),
         ("flat.npy", "expected floating point [rows, dimensions]"),
         ("half-X.npy", "cannot tell classes above 2048 apart"),
-        ("torn.npy", "not a whole .npy"),
+        ("torn.npy", "not a complete .npy"),
     ):
         wrong(capsys, tmp_path, words, queries=queries)
     wrong(capsys, tmp_path, "has no rows", database="empty.npy", queries="db")

@@ -9,9 +9,10 @@ from embedding_folders import META, nested, write
 from matryoshka.inference import index as program  # pyright: ignore[reportMissingImports]
 from matryoshka.inference import retrieve  # pyright: ignore[reportMissingImports]
 
-from matryoshka.retrieval import Setting, Stage
+from matryoshka.retrieval import SearchParams, Stage
 from matryoshka.retrieval.store import Index
 from matryoshka.retrieval.store_writer import Writer
+from matryoshka.retrieval.tables import exact_neighbours, open_pair, open_table
 
 CLASSES = [f"class {i}" for i in range(12)]
 FAST = ["--no-speed", "--truth=50"]
@@ -89,14 +90,14 @@ def test_classes_that_do_not_fit_an_index_are_refused(capsys, queries, words):
 
 def test_an_index_is_measured_as_it_searches(capsys):
     rows, _ = folders()
-    own = Setting("scan", 8, 30, (Stage(16, 20), Stage(32, 10)))
+    own = SearchParams("scan", 8, 30, (Stage(16, 20), Stage(32, 10)))
     with Writer("x.index", 1) as writer:
         writer.choose(own, None)
     found = results("x.index")
     assert found["setting"] == {"index": "scan", "dim": 8, "k": 30, "stages": [[16, 20], [32, 10]]}
     assert list(found["classes"]["at"]) == ["10"]
     np.testing.assert_array_equal(
-        np.load("out/ids.npy"), Index("x.index", 1).search(rows[400:], 10).ids
+        np.load("out/ids.npy"), Index("x.index", 1).search(rows[400:], k=10).ids
     )
     longer = results("x.index", "--at=5,15")
     assert longer["setting"]["stages"][-1] == [32, 15]
@@ -124,10 +125,12 @@ def test_recall_is_of_queries_at_random():
     args = retrieve.parser().parse_args(
         ["--database=db", "--queries=q", "--output=out", "--truth=40"]
     )
-    database, queries = retrieve.open_pair(retrieve.open_table("db"), retrieve.open_table("q"))
+    database, queries = open_pair(open_table("db"), open_table("q"))
     chosen = []
     for args.seed in (0, 1, 0):
-        asked, exact = retrieve.truth(args, database, queries)
+        asked, exact = exact_neighbours(
+            database, queries, count=args.truth, k=retrieve.RECALL_K, seed=args.seed
+        )
         chosen.append([int(np.flatnonzero((queries.rows == query).all(1))[0]) for query in asked])
         assert len(set(chosen[-1])) == 40
         assert exact.shape == (40, 10)
@@ -141,9 +144,9 @@ def test_results_do_not_replace_embeddings_or_an_index(capsys):
     os.makedirs("begun/.unfinished")
     capsys.readouterr()
     for name, words in (
-        ("q", "holds embeddings (meta.json)"),
-        ("x.index", "holds an index (index.json)"),
-        ("begun", "holds embeddings (.unfinished)"),
+        ("q", "contains embeddings (meta.json)"),
+        ("x.index", "contains an index (index.json)"),
+        ("begun", "contains embeddings (.unfinished)"),
     ):
         before = sorted(os.listdir(name))
         assert words in refused(
@@ -158,7 +161,7 @@ def test_notes_of_other_preparation_and_of_queries_in_the_database(capsys):
     for database in ("db", "x.index"):
         results(database)
         said = capsys.readouterr().out
-        assert "prepared otherwise ({'name': 'checkpoint', 'size': 64" in said
+        assert "another preprocessing ({'name': 'checkpoint', 'size': 64" in said
         results(database, queries="twice")
         assert "each finds itself" in capsys.readouterr().out
 
@@ -209,7 +212,7 @@ def test_a_certificate_belongs_to_the_rows_that_it_was_measured_on(capsys):
         )
 
     assert "or more, with 95 % confidence (120 queries)" in said()
-    chosen = Index("x.index", 1).setting
+    chosen = Index("x.index", 1).params
     write("more", rows[:5], labels[:5], classes=CLASSES)
     changes = (
         ["add", "x.index", "--embeddings", "more", "--prefix", "more/"],
@@ -220,9 +223,9 @@ def test_a_certificate_belongs_to_the_rows_that_it_was_measured_on(capsys):
         assert program.main(change) == 0
         capsys.readouterr()
         assert "measured before the index changed" in said()
-        assert Index("x.index", 1).setting == chosen
+        assert Index("x.index", 1).params == chosen
     assert retrieve.main([*sweep, "--target-recall=0.999999"]) == 1
-    assert "is left as it was" in capsys.readouterr().err
+    assert "is unchanged" in capsys.readouterr().err
     assert retrieve.main([*sweep, "--target-recall=0.5"]) == 0
     capsys.readouterr()
     assert "or more" in said()

@@ -11,11 +11,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from stored_indexes import batch, built, random_rows
 
-from matryoshka.retrieval import RetrievalError, Setting, Stage, store, store_part, store_writer
+from matryoshka.retrieval import (
+    RetrievalError,
+    SearchParams,
+    Stage,
+    store,
+    store_part,
+    store_writer,
+)
 from matryoshka.retrieval.hits import empty_bits, get_bits, set_bits
-from matryoshka.retrieval.store import FEW, Index, _slice
-from matryoshka.retrieval.store_part import MAPPED
-from matryoshka.retrieval.store_writer import Writer, half
+from matryoshka.retrieval.store import MAX_EXACT_FILTER_ROWS, Index, slice_bits
+from matryoshka.retrieval.store_part import MMAP_MIN_BYTES
+from matryoshka.retrieval.store_writer import Writer, to_float16
 
 NAN = float("nan")
 
@@ -24,7 +31,7 @@ NAN = float("nan")
 def _without_waiting_for_the_disk():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
-        patch.setattr(store_part, "MAPPED", MAPPED)  # restored in the end
+        patch.setattr(store_part, "MMAP_MIN_BYTES", MMAP_MIN_BYTES)  # restored in the end
         yield
 
 
@@ -122,15 +129,15 @@ class Changes(RuleBasedStateMachine):
         given=additions(),
         dim=st.sampled_from([0, 3, 6]),
         lists=st.sampled_from([0, 0, 3]),
-        mapped=st.sampled_from([1, MAPPED]),
+        mapped=st.sampled_from([1, MMAP_MIN_BYTES]),
     )
     def build(self, given, dim, lists, mapped):
-        store_part.MAPPED = mapped  # all files, or none of so few rows
+        store_part.MMAP_MIN_BYTES = mapped  # all files, or none of so few rows
         self.folder = self.folder_maker.mktemp("index") / "deep" / "folder"
         self.count, self.rows = 0, []
         if lists and not np.isfinite(given[1]).all(1).any():
             lists = 0
-        made = self.changed(lambda writer: writer.build(self.next_batch(given), dim, lists))
+        made = self.changed(lambda writer: writer.build(self.next_batch(given), dim, lists=lists))
         assert made.dim == (dim or COLUMNS)
         self.remember(given)
 
@@ -184,7 +191,7 @@ class Changes(RuleBasedStateMachine):
     @precondition(lambda self: self.alive())
     @rule()
     def compact(self):
-        if self.index.about["lists"] and not any(
+        if self.index.manifest["lists"] and not any(
             np.isfinite(row[1]).all() for row in self.rows if row[4]
         ):
             return
@@ -192,7 +199,7 @@ class Changes(RuleBasedStateMachine):
         self.changed(lambda writer: writer.compact())
         for name, row in self.alive().items():  # the files are gone, not what is open
             assert old.name(row) == name
-        old.search(np.ones((1, COLUMNS), np.float32), 3)
+        old.search(np.ones((1, COLUMNS), np.float32), k=3)
         self.rows = [row for row in self.rows if row[4]]
         assert len(self.index.parts) == 1
         assert self.index.total == len(self.rows)
@@ -214,8 +221,8 @@ class Changes(RuleBasedStateMachine):
             expected = cosines(row[None], row)[0] if np.isfinite(row).all() else -np.inf
             assert same == pytest.approx(expected, abs=1e-9)
         on_disk = {f for f in os.listdir(self.folder) if f not in ("index.json", "writer.lock")}
-        entry = fresh.about["deleted"]
-        assert on_disk == {*fresh.about["parts"], *([entry["file"]] if entry else [])}
+        entry = fresh.manifest["deleted"]
+        assert on_disk == {*fresh.manifest["parts"], *([entry["file"]] if entry else [])}
 
     @rule(query=VALUES, k=st.integers(1, 50), data=st.data())
     def search(self, query, k, data):
@@ -226,10 +233,14 @@ class Changes(RuleBasedStateMachine):
         set_bits(bits, np.array(more, np.int64))
         dim = data.draw(st.sampled_from([index.dim, COLUMNS]))
         last = (Stage(COLUMNS, k),)
-        whole = Setting("ivf", index.dim, index.total, last, 1 << 20)
+        whole = SearchParams("ivf", index.dim, index.total, last, nprobe=1 << 20)
         vectors = [index.vector(i) for i in range(index.total)]
-        default = None if index.total <= index.setting.k else whole
-        for setting, d in ((Setting("exact", dim, k), dim), (whole, COLUMNS), (default, COLUMNS)):
+        default = None if index.total <= index.params.k else whole
+        for setting, d in (
+            (SearchParams("exact", dim, k), dim),
+            (whole, COLUMNS),
+            (default, COLUMNS),
+        ):
             kept = [
                 row[4] and i not in more and (only is None or i in only)
                 for i, row in enumerate(self.rows)
@@ -273,8 +284,12 @@ def test_parts_of_any_size_are_one_index(tmp_path, lists):
     assert [part.count for part in index.parts] == [130, 1, 64, 77]
     out = {}
     for k in (1, 10, 272):
-        for setting in (None, Setting("scan", 24, 272, (Stage(24, 300),)), Setting("exact", 24, k)):
-            hits = out[k, setting and setting.index] = index.search(asked, k, setting)
+        for setting in (
+            None,
+            SearchParams("scan", 24, 272, (Stage(24, 300),)),
+            SearchParams("exact", 24, k),
+        ):
+            hits = out[k, setting and setting.index] = index.search(asked, setting, k=k)
             for q, query in enumerate(asked):
                 expected = cosines(rows, query)
                 expected[gone] = -np.inf
@@ -285,34 +300,38 @@ def test_parts_of_any_size_are_one_index(tmp_path, lists):
                     best = [i for i in np.argsort(-expected)[:k].tolist() if expected[i] > -np.inf]
                     assert len(set(best) ^ set(hits.ids[q].tolist()) - {-1}) <= 2  # float16
     index.warm()
-    np.testing.assert_array_equal(index.search(asked, 10).ids, out[10, None].ids)
-    np.testing.assert_array_equal(Index(tmp_path, 2).search(asked, 10).scores, out[10, None].scores)
+    np.testing.assert_array_equal(index.search(asked, k=10).ids, out[10, None].ids)
+    np.testing.assert_array_equal(
+        Index(tmp_path, 2).search(asked, k=10).scores, out[10, None].scores
+    )
     names = [[index.name(i) for i in row] for row in out[10, "exact"].ids.tolist()]
     with Writer(tmp_path, 1) as writer:
         after = writer.compact()
-    found = after.search(asked, 10, Setting("exact", 24, 10))
+    found = after.search(asked, SearchParams("exact", 24, 10))
     assert [[after.name(i) for i in row] for row in found.ids.tolist()] == names
     np.testing.assert_allclose(found.scores, out[10, "exact"].scores, atol=1e-6)
-    assert bool(after.about["lists"]) == (after.parts[0].about["lists"] > 0) == bool(lists)
+    assert bool(after.manifest["lists"]) == (after.parts[0].metadata["lists"] > 0) == bool(lists)
 
 
 def test_few_lists_and_narrow_filters(tmp_path, monkeypatch):
     rows = random_rows(1500, seed=2)
     index = built(tmp_path, rows, lists=50)
-    assert index.parts[0].about["lists"] == 50
-    few = Setting("ivf", 24, 100, (Stage(24, 5),), 2)
+    assert index.parts[0].metadata["lists"] == 50
+    few = SearchParams("ivf", 24, 100, (Stage(24, 5),), nprobe=2)
     near = [int(np.argmax(cosines(rows, row))) for row in rows[:40]]
     assert (
-        near == index.search(rows[:40], 1, few).ids[:, 0].tolist()
+        near == index.search(rows[:40], few, k=1).ids[:, 0].tolist()
     )  # a row is in its own centroid's list
     asked, only = random_rows(20, seed=3), np.arange(0, 1500, 100)
     truth = [only[np.argsort(-cosines(rows[only], query))[:5]].tolist() for query in asked]
-    full = index.search(asked, 5, few, only=only)  # up to FEW rows: compared in full
-    assert len(only) <= FEW
+    full = index.search(
+        asked, few, k=5, only=only
+    )  # up to MAX_EXACT_FILTER_ROWS rows: compared in full
+    assert len(only) <= MAX_EXACT_FILTER_ROWS
     assert full.ids.tolist() == truth
-    monkeypatch.setattr(store, "FEW", 0)  # more: 2 lists of 50 become all of them
-    assert index.search(asked, 5, few, only=only).ids.tolist() == truth
-    assert (index.search(asked, 5, few, only=np.array([], np.int64)).ids == -1).all()
+    monkeypatch.setattr(store, "MAX_EXACT_FILTER_ROWS", 0)  # more: 2 lists of 50 become all of them
+    assert index.search(asked, few, k=5, only=only).ids.tolist() == truth
+    assert (index.search(asked, few, k=5, only=np.array([], np.int64)).ids == -1).all()
 
 
 @given(st.integers(0, 200), st.integers(1, 200), st.integers(0, 100), st.integers(0, 99))
@@ -321,7 +340,7 @@ def test_bits_of_a_part(first, count, after, seed):
     bits = (np.random.default_rng(seed).random(first + count + after) < 0.5).tolist()
     packed = empty_bits(len(bits))
     set_bits(packed, np.flatnonzero(bits))
-    cut = _slice(packed, first, count)
+    cut = slice_bits(packed, first, count)
     assert len(cut) == len(empty_bits(count))
     assert get_bits(cut, 0, count).tolist() == bits[first : first + count]
     assert sum(int(word).bit_count() for word in cut) == sum(bits[first : first + count])
@@ -334,12 +353,12 @@ def test_mistakes_of_a_search(tmp_path):
         ({"queries": asked[:, :23]}, "23 dimensions"),
         ({"queries": np.ones((1, 25), np.float32)}, "25 dimensions"),
         ({"queries": asked[0]}, "expected floating point"),
-        ({"k": 0}, "k = 0"),
-        ({"setting": Setting("binary", 8, 5)}, "codes of 8 dimensions"),
-        ({"setting": Setting("scan", 16, 5)}, "codes of 8 dimensions"),
-        ({"setting": Setting("exact", 25, 5)}, "prefix of 25"),
-        ({"setting": Setting("scan", 8, 5, (Stage(25, 5),))}, "prefix of 25"),
-        ({"only": np.array([3, 10])}, "row 10 of 10"),
+        ({"k": 0}, "k=0"),
+        ({"params": SearchParams("binary", 8, 5)}, "codes of 8 dimensions"),
+        ({"params": SearchParams("scan", 16, 5)}, "codes of 8 dimensions"),
+        ({"params": SearchParams("exact", 25, 5)}, "prefix of 25"),
+        ({"params": SearchParams("scan", 8, 5, (Stage(25, 5),))}, "prefix of 25"),
+        ({"only": np.array([3, 10])}, "row 10 out of range, .* has 10 rows"),
         ({"deleted": empty_bits(100)}, "bits for 128 rows"),
     ):
         with pytest.raises(RetrievalError, match=words):
@@ -365,7 +384,7 @@ def test_mistakes_of_a_search(tmp_path):
 def test_rows_are_stored_as_far_as_their_largest_number_allows(values):
     rows = np.array(values, np.float32)
     before = rows.copy()
-    stored = half(rows)
+    stored = to_float16(rows)
     np.testing.assert_array_equal(rows, before)
     assert stored.dtype == np.float16
     for row, out in zip(rows.astype(np.float64), stored.astype(np.float64), strict=True):
@@ -383,7 +402,7 @@ def test_rows_that_float16_cannot_hold(tmp_path):
         [[1e38, 1e38], [1e-38, 3e-38], [1e-45, 0], [0, 0], [NAN, 1], [np.inf, 1]], np.float32
     )
     index = built(tmp_path, rows)
-    hits = index.search(np.array([[1, 1], [1, 3], [1, 0]], np.float32), 6)
+    hits = index.search(np.array([[1, 1], [1, 3], [1, 0]], np.float32), k=6)
     assert hits.ids[:, 0].tolist() == [0, 1, 2]
     np.testing.assert_allclose(hits.scores[:, 0], 1, atol=1e-3)
     assert [sorted(ids) for ids in hits.ids.tolist()] == [[-1, -1, 0, 1, 2, 3]] * 3

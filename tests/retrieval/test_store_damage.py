@@ -13,16 +13,16 @@ import pytest
 from matryoshka.inference import index as program
 from stored_indexes import batch, built, random_rows
 
-from matryoshka.retrieval import RetrievalError, Setting, Stage, store_part
+from matryoshka.retrieval import RetrievalError, SearchParams, Stage, store_part
 from matryoshka.retrieval.store import Index
-from matryoshka.retrieval.store_part import BIG, checked
+from matryoshka.retrieval.store_part import MAYBE_LARGE, with_checksum
 from matryoshka.retrieval.store_writer import Writer
 
 SETTINGS = (
     None,
-    Setting("scan", 10, 50, (Stage(24, 5),)),
-    Setting("exact", 24, 5),
-    Setting("ivf", 10, 5, (), 1),
+    SearchParams("scan", 10, 50, (Stage(24, 5),)),
+    SearchParams("exact", 24, 5),
+    SearchParams("ivf", 10, 5, nprobe=1),
 )
 ASKED = random_rows(3, seed=1)
 
@@ -44,7 +44,7 @@ def sound(tmp_path_factory):
 def use(index, settings=SETTINGS):
     """Asks for all that an index says."""
     for setting in settings:
-        hits = index.search(ASKED, 5, setting)
+        hits = index.search(ASKED, setting, k=5)
         assert hits.ids.max() < index.total
     index.find(["photos/1", "more/70", "none"])
     for row in range(0, index.total, 5):
@@ -63,7 +63,7 @@ def files_of(folder):
 
 
 def is_small(file):
-    return os.path.basename(file) not in BIG
+    return os.path.basename(file) not in MAYBE_LARGE
 
 
 def check_error(error, folder, file):
@@ -109,7 +109,7 @@ def check(folder, file, content):
 
 @pytest.mark.parametrize(("mapped", "times"), [(1, 1), (1 << 20, 3)])
 def test_every_file_damaged_anywhere(sound, monkeypatch, mapped, times):
-    monkeypatch.setattr(store_part, "MAPPED", mapped)
+    monkeypatch.setattr(store_part, "MMAP_MIN_BYTES", mapped)
     rng, tried = np.random.default_rng(mapped), 0
     for file in files_of(sound):
         good = (sound / file).read_bytes()
@@ -139,13 +139,13 @@ def test_every_file_damaged_anywhere(sound, monkeypatch, mapped, times):
 def test_files_of_another_part(sound):
     """The second and the third part have files of the same sizes."""
     index = Index(sound)
-    _, second, third = index.about["parts"]
+    _, second, third = index.manifest["parts"]
     for file in sorted(os.listdir(sound / second)):
         other = (sound / third / file).read_bytes()
         if other != (sound / second / file).read_bytes():
             check(sound, f"{second}/{file}", other)
     assert check(sound, f"{second}/rows.f16", (sound / third / "rows.f16").read_bytes())
-    first = index.about["parts"][0]
+    first = index.manifest["parts"][0]
     for file in sorted(os.listdir(sound / second)):
         assert check(sound, f"{second}/{file}", (sound / first / file).read_bytes())
 
@@ -189,16 +189,16 @@ def changed(tree):
 def test_json_that_is_whole_but_wrong(sound):
     """Checksums fit: what somebody else wrote, or a later version."""
     index, refused = Index(sound), 0
-    for file in ("index.json", f"{index.about['parts'][0]}/part.json"):
+    for file in ("index.json", f"{index.manifest['parts'][0]}/part.json"):
         path, good = sound / file, (sound / file).read_bytes()
         about = json.loads(good)
         del about["crc32"]
         try:
             for wrong in itertools.islice(changed(about), 0, None, 7):
-                path.write_bytes(checked(wrong))
+                path.write_bytes(with_checksum(wrong))
                 try:
                     opened = Index(sound, 1)
-                    opened.search(ASKED, 5, SETTINGS[1])
+                    opened.search(ASKED, SETTINGS[1], k=5)
                     assert opened.name(opened.total - 1) == "lots/76"
                 except RetrievalError as error:
                     check_error(error, sound, file)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 from stored_indexes import batch, random_rows
 
-from matryoshka.retrieval import RetrievalError, Setting, Stage
+from matryoshka.retrieval import RetrievalError, SearchParams, Stage
 from matryoshka.retrieval.store import Index
 from matryoshka.retrieval.store_writer import Writer
 
@@ -20,7 +20,7 @@ CHANGES = {
     "replace": lambda w: w.add(batch(random_rows(3)), replace=True),
     "delete": lambda w: w.delete(["photos/7"]),
     "compact": lambda w: w.compact(),
-    "choose": lambda w: w.choose(Setting("scan", 24, 20, (Stage(24, 5),)), {"text": "chosen"}),
+    "choose": lambda w: w.choose(SearchParams("scan", 24, 20, (Stage(24, 5),)), {"text": "chosen"}),
 }
 
 
@@ -68,10 +68,10 @@ def test_files_are_on_the_disk_before_their_names(tmp_path, calls, what):
     new = {f for f in folder.rglob("*") if f.is_file() and f not in before} - {
         folder / name for name in ("index.json", "writer.lock")
     }
-    about = Index(folder).about
-    parts = {folder / part for part in about["parts"]} & {f.parent for f in new}
+    manifest = Index(folder).manifest
+    parts = {folder / part for part in manifest["parts"]} & {f.parent for f in new}
     assert len(parts) == (what not in ("delete", "choose"))
-    assert bool(about["deleted"]) == (what not in ("first build", "build", "compact"))
+    assert bool(manifest["deleted"]) == (what not in ("first build", "build", "compact"))
     (rename,) = [i for i, call in enumerate(calls) if call.what == "rename"]
     assert calls[rename].path == folder / "index.json"
 

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from stored_indexes import MODEL, PREPARED, batch, built, random_rows
 
-from matryoshka.retrieval import RetrievalError, Setting, Stage
+from matryoshka.retrieval import RetrievalError, SearchParams, Stage
 from matryoshka.retrieval.store import Index
-from matryoshka.retrieval.store_writer import Batch, Writer
+from matryoshka.retrieval.store_writer import IndexRows, Writer
 
 CHANGES = ("first build", "build", "add", "replace", "delete", "compact", "choose")
 STEPS = ("fsync", "replace", "mkdir", "unlink", "rmdir", "open")
-CHOSEN = Setting("scan", 8, 7, (Stage(8, 3),))
+CHOSEN = SearchParams("scan", 8, 7, (Stage(8, 3),))
 
 
 def named_rows(names):
@@ -168,20 +168,20 @@ def content(folder):
         index.name(row): (index.vector(row).tobytes(), index.class_name(row), index.origin(row))
         for row in rows
     }
-    return said, index.total, index.setting, index.about["certificate"]
+    return said, index.total, index.params, index.manifest["certificate"]
 
 
 def only_what_is_named(folder):
     index = Index(folder, 1)
-    entry = index.about["deleted"]
+    entry = index.manifest["deleted"]
     expected = [
         "index.json",
         "writer.lock",
-        *index.about["parts"],
+        *index.manifest["parts"],
         *([entry["file"]] if entry else []),
     ]
     assert sorted(os.listdir(folder)) == sorted(expected)
-    for part in index.about["parts"]:
+    for part in index.manifest["parts"]:
         assert set(os.listdir(folder / part)) == {"part.json", *index.parts[0]._files}
 
 
@@ -205,7 +205,7 @@ def survives(folder, what, old, new):
     """
     if old is None and not (folder / "index.json").exists():
         begun = any(name.startswith("part-") for name in os.listdir(folder))
-        with pytest.raises(RetrievalError, match="not finished" if begun else "is no index"):
+        with pytest.raises(RetrievalError, match="incomplete" if begun else "is not an index"):
             Index(folder)
         said = None
         with Writer(folder, 1) as writer:
@@ -287,8 +287,8 @@ def test_readers_meanwhile(tmp_path, server):
             ) % 2 and not index.is_current():  # now and then an old one is searched
                 index = Index(tmp_path, 1)
             stale += not index.is_current()
-            seen.add(json.dumps(index.about))
-            hits = index.search(asked, 2)
+            seen.add(json.dumps(index.manifest))
+            hits = index.search(asked, k=2)
             assert [index.name(row) for row in hits.ids[: len(always), 0].tolist()] == always
             rows = hits.ids.ravel()
             assert (rows >= 0).all()
@@ -325,25 +325,25 @@ def test_changes_that_are_refused_change_nothing(tmp_path):
         sorted(os.listdir(tmp_path)),
     )
     good = batch(rows, list("vwxyz"))
-    other = Batch(rows, good.names, good.labels, {"weights_sha256": "cd" * 32}, PREPARED)
+    other = IndexRows(rows, good.names, good.labels, {"weights_sha256": "cd" * 32}, PREPARED)
     calls = (
         (lambda w: w.build(good), "--overwrite"),
         (lambda w: w.build(good, dim=25, overwrite=True), "prefix of 25"),
         (lambda w: w.build(batch(rows[:0]), overwrite=True), "no rows"),
         (lambda w: w.build(batch(rows, list("aabcd")), overwrite=True), "'a' occurs twice"),
         (lambda w: w.add(batch(rows, list("vvxyz"))), "'v' occurs twice"),
-        (lambda w: w.add(batch(rows)), r"'photos/0' already, and 4 more"),
+        (lambda w: w.add(batch(rows)), r"already has 'photos/0', and 4 more"),
         (lambda w: w.add(other), "another model"),
         (
             lambda w: w.add(batch(random_rows(5, 23), good.names)),
             "24 dimensions, the embeddings 23",
         ),
         (
-            lambda w: w.add(Batch(rows, good.names, good.labels, MODEL, {"size": 64})),
-            "prepared otherwise",
+            lambda w: w.add(IndexRows(rows, good.names, good.labels, MODEL, {"size": 64})),
+            "another preprocessing",
         ),
-        (lambda w: w.add(Batch(rows, list("xyz"), good.labels, MODEL, PREPARED)), "3 names"),
-        (lambda w: w.add(Batch(rows, good.names, good.labels[:4], MODEL, PREPARED)), "labels"),
+        (lambda w: w.add(IndexRows(rows, list("xyz"), good.labels, MODEL, PREPARED)), "3 names"),
+        (lambda w: w.add(IndexRows(rows, good.names, good.labels[:4], MODEL, PREPARED)), "labels"),
         (lambda w: w.add(batch(rows, good.names, origins=np.ones((5, 2), np.int64))), "origins"),
         (lambda w: w.add(batch(rows, good.names, origins=np.zeros((4, 2), np.int64))), "origins"),
         (lambda w: w.add(batch(rows.astype(int).tolist(), good.names, labels=[0.5] * 5)), "labels"),
@@ -363,7 +363,7 @@ def test_changes_that_are_refused_change_nothing(tmp_path):
         writer.delete([index.name(i) for i in range(5)])
         with pytest.raises(RetrievalError, match="all rows are deleted"):
             writer.compact()
-        assert (Index(tmp_path).search(rows, 3).ids == -1).all()
+        assert (Index(tmp_path).search(rows, k=3).ids == -1).all()
         assert len(writer.add(batch(rows))) == 5
 
 
@@ -425,14 +425,14 @@ def test_a_disk_that_fills_leaves_the_index_as_it_was(tmp_path, monkeypatch):
                 break
         assert "No space left" in words
         assert len(Index(tmp_path)) == 5 + ("has changed" in words)
-        assert ("as it was" in words) != ("has changed" in words)
+        assert ("is unchanged" in words) != ("has changed" in words)
     assert step > 10
     assert len(Index(tmp_path)) == 6
     only_what_is_named(tmp_path)
 
 
 def test_what_was_chosen_stays(tmp_path):
-    chosen = Setting("scan", 24, 77, (Stage(24, 9),))
+    chosen = SearchParams("scan", 24, 77, (Stage(24, 9),))
     built(tmp_path, random_rows(5))
     with Writer(tmp_path, 1) as writer:
         writer.choose(chosen, {"text": "0.99"})
@@ -440,7 +440,7 @@ def test_what_was_chosen_stays(tmp_path):
         writer.delete(["new"])
         index = writer.compact()
     certificate, still = index.certificate
-    assert (index.setting, certificate["text"], certificate["rows"], still) == (
+    assert (index.params, certificate["text"], certificate["rows"], still) == (
         chosen,
         "0.99",
         5,

@@ -8,12 +8,23 @@ import json
 import numpy as np
 import pytest
 from embedding_folders import nested, write
-from matryoshka.inference import retrieve, retrieve_sweep
+from matryoshka.inference import retrieve
 
-from matryoshka.retrieval import Searcher, Setting, Stage, exact_search
-from matryoshka.retrieval.metrics import recall_against_exact, summarise_recall
-from matryoshka.retrieval.sweep import PROBES, Measured, certified, frontier, grid, measure
-from matryoshka.retrieval.tables import open_table
+from matryoshka.retrieval import Searcher, SearchParams, Stage, exact_search
+from matryoshka.retrieval import sweep as sweep_module
+from matryoshka.retrieval.ranking_metrics import recall_against_exact, summarise_recall
+from matryoshka.retrieval.sweep import (
+    NPROBES,
+    TURNS,
+    Measured,
+    certified,
+    frontier,
+    grid,
+    measure,
+    remeasure_frontier,
+)
+from matryoshka.retrieval.sweep_report import frontier_table
+from matryoshka.retrieval.tables import Table, open_table
 
 N, D = 600, 128
 
@@ -48,7 +59,7 @@ def measured(setting, mean, rate, lower=None, queries=2000):
 
 
 def scan(k):
-    return Setting("scan", 16, k, (Stage(D, 10),))
+    return SearchParams("scan", 16, k, (Stage(D, 10),))
 
 
 # ---------------------------------------------------------------- settings
@@ -57,28 +68,29 @@ def scan(k):
 def test_the_options_of_every_setting_select_it(folder):
     """The last stage may keep more than ten, which changes none of the first ten."""
     table = open_table(str(folder / "db"))
-    settings = grid(["scan", "ivf", "binary", "hnsw"], D, N)
+    settings = grid(["scan", "ivf", "binary", "hnsw"], columns=D, rows=N)
     assert {s.index for s in settings} == {"scan", "ivf", "binary", "hnsw"}
     assert {len(s.stages) for s in settings} == {1, 2}
     for setting in [
         *settings,
-        Setting("binary", 128, 400, (Stage(32, 120), Stage(64, 25), Stage(128, 10))),
+        SearchParams("binary", 128, 400, (Stage(32, 120), Stage(64, 25), Stage(128, 10))),
     ]:
-        text = retrieve_sweep.options(setting, seed=3)
-        selected = retrieve.wanted(parsed(folder, *text.split()), table)
+        text = setting.as_options(seed=3)
+        selected = retrieve.resolve_params(parsed(folder, *text.split()), table).params
         assert ("--seed 3" in text) == (setting.index == "ivf")
         assert selected.stages[-1].keep >= 10
         last = Stage(selected.stages[-1].dim, 10)
         again = (selected.index, selected.dim, selected.k, (*selected.stages[:-1], last))
         assert again == (setting.index, setting.dim, setting.k, setting.stages)
-        assert setting.index not in ("ivf", "hnsw") or selected.effort == setting.effort
+        assert setting.index != "ivf" or selected.nprobe == setting.nprobe
+        assert setting.index != "hnsw" or selected.ef_search == setting.ef_search
     rows, asked = nested(N, D, 0)[0], nested(60, D, 1)[0]
     searcher = Searcher(rows, num_threads=1)
     for setting in settings[:: len(settings) // 12]:
         if setting.index in ("scan", "binary"):
-            selected = retrieve.wanted(
-                parsed(folder, *retrieve_sweep.options(setting).split()), table
-            )
+            selected = retrieve.resolve_params(
+                parsed(folder, *setting.as_options().split()), table
+            ).params
             ids = searcher.search(asked, selected).ids[:, :10]
             np.testing.assert_array_equal(ids, searcher.search(asked, setting).ids)
 
@@ -86,8 +98,8 @@ def test_the_options_of_every_setting_select_it(folder):
 def test_no_setting_is_tried_twice_under_another_name():
     for rows in (20, 300, 5000, 300_000):
         lists = 2 ** round(np.log2(4 * np.sqrt(rows)))
-        efforts = {s.effort for s in grid(["ivf"], 256, rows)}
-        assert efforts == {p for p in PROBES if p <= lists}
+        nprobes = {s.nprobe for s in grid(["ivf"], columns=256, rows=rows)}
+        assert nprobes == {p for p in NPROBES if p <= lists}
 
 
 # ---------------------------------------------------------------- speeds that decide
@@ -107,21 +119,21 @@ def test_speeds_that_decide_are_measured_in_turns(monkeypatch):
         asked.append(setting)
         return truth[setting] * (1 + 0.01 * (len(asked) % 3))
 
-    monkeypatch.setattr(retrieve_sweep, "once", once)
+    monkeypatch.setattr(sweep_module, "queries_per_second", once)
     first = [measured(s, recalls[s], lucky[s], recalls[s]) for s in names]
-    after = retrieve_sweep.again(None, first, np.zeros((1, D)), np.zeros((1, 10)), 1000, 0.99)
-    assert [one.setting for one in after] == names
+    after = remeasure_frontier(lambda *_: None, first, np.zeros((1, D)), batch=1000, target=0.99)
+    assert [one.params for one in after] == names
     assert [one.recall for one in after] == [one.recall for one in first]
     won = certified(after, 0.99)
     assert won is not None
-    assert won.setting == scan(30)
-    decided = {one.setting for one in (*frontier(after), won)}
+    assert won.params == scan(30)
+    decided = {one.params for one in (*frontier(after), won)}
     assert scan(20) in decided  # the fastest, beaten by luck alone
     for one in after:
-        counted = asked.count(one.setting)
-        assert counted in (0, retrieve_sweep.AGAIN)
-        assert len(one.rate) == max(1, counted)
-        assert counted or one.setting not in decided
+        counted = asked.count(one.params)
+        assert counted in (0, TURNS)
+        assert len(one.rates) == max(1, counted)
+        assert counted or one.params not in decided
     assert asked.count(scan(70)) == 0  # decides nothing
 
 
@@ -134,7 +146,7 @@ def test_a_certified_setting_off_the_frontier_is_shown():
     best, chosen = frontier(measurements), certified(measurements, 0.99)
     assert chosen is sure
     assert chosen not in best
-    lines = retrieve_sweep.table(best, chosen, 10.0, N).splitlines()
+    lines = frontier_table(best, chosen, exact_rate=10.0, rows=N).splitlines()
     shown = [line for line in lines if line.startswith("scan")]
     assert [line.split()[3] for line in shown] == ["40", "20", "30"]
     assert [line.endswith("<- certified") for line in shown] == [False, False, True]
@@ -144,10 +156,15 @@ def test_a_certified_setting_off_the_frontier_is_shown():
 def test_single_queries_that_take_seconds_are_fewer(monkeypatch, capsys):
     clock = itertools.count()
     monkeypatch.setattr(retrieve.time, "perf_counter", lambda: float(next(clock)))
-    queries = retrieve.Table(None, np.zeros((5000, 4), np.float32), None, None, None)
+    queries = Table(None, np.zeros((5000, 4), np.float32), None, None, None)
     sizes = []
-    found = retrieve.speed(lambda q, _: sizes.append(len(q)), scan(20), queries, [1, 32])
-    assert found["latency_ms"] == {"p50": 1000, "p99": 1000, "queries": retrieve.FEWEST}
+
+    class Engine:
+        def search(self, asked, params):
+            sizes.append(len(asked))
+
+    found = retrieve.report_speed(Engine(), scan(20), queries, [1, 32])
+    assert found["latency_ms"] == {"p50": 1000, "p99": 1000, "queries": retrieve.MIN_SINGLE_QUERIES}
     assert set(sizes) == {1, 32}
     rates = {batch: rate["median"] for batch, rate in found["batches"].items()}
     assert rates["32"] == 32 * rates["1"]
@@ -215,9 +232,9 @@ def test_results_are_never_those_of_other_arrays(folder, tmp_path, monkeypatch):
     [
         (["--seed=-1"], "--seed -1"),
         (["--seed=2147483648", "--index=ivf"], "--seed 2147483648"),
-        (["--index=scan", "--nprobe=8"], "--nprobe 8: goes with --index ivf, not scan"),
-        (["--index=ivf", "--ef=100"], "--ef 100: goes with --index hnsw, not ivf"),
-        (["--target-recall=0.9"], "--target-recall: goes with --sweep"),
+        (["--index=scan", "--nprobe=8"], "--nprobe 8: works with --index ivf, not scan"),
+        (["--index=ivf", "--ef=100"], "--ef 100: works with --index hnsw, not ivf"),
+        (["--target-recall=0.9"], "--target-recall: works with --sweep"),
         (["--sweep", "--no-speed", "--at=5", "--nprobe=8"], "--nprobe, --at, --no-speed: --sweep"),
         (["--sweep", "--shortlist-dim=129"], "--shortlist-dim 129"),
         (["--sweep", "--index=exact"], "nothing to try"),
@@ -247,7 +264,7 @@ def test_bounds_hold_for_all_settings_together():
     rng = np.random.default_rng(0)
     exact = np.tile(np.arange(10), (300, 1))
     found = np.where(rng.random((300, 10)) < 0.95, exact, 99 + exact)
-    setting = Setting("scan", 8, 10)
+    setting = SearchParams("scan", 8, 10)
     one, many = (
         next(
             iter(
@@ -256,8 +273,8 @@ def test_bounds_hold_for_all_settings_together():
                     [setting],
                     np.zeros((300, 8), np.float32),
                     exact,
-                    300,
-                    tried,
+                    batch=300,
+                    tried=tried,
                 )
             )
         )

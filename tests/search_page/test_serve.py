@@ -20,7 +20,7 @@ from matryoshka.data.images import central_square
 from matryoshka.embeddings.reading import open_embeddings
 from matryoshka.models import ModelSpec, build
 from matryoshka.retrieval.store import Index
-from matryoshka.retrieval.store_writer import Batch, Writer
+from matryoshka.retrieval.store_writer import IndexRows, Writer
 from matryoshka.search_page import Pictures, Refusal, comparison, pictures
 
 
@@ -140,7 +140,7 @@ def test_the_fast_search_is_the_indexs_and_its_recall_is_counted(tmp_path):
     names = [f"{i}" for i in range(3000)]
     model = {"weights_sha256": "ab", "file": "m", "dims": [4, 12, 20]}
     batches = [
-        Batch(rows[s], names[s], np.zeros(len(rows[s]), int), model, {})
+        IndexRows(rows[s], names[s], np.zeros(len(rows[s]), int), model, {})
         for s in (slice(0, 2500), slice(2500, 3000))
     ]
     with Writer(tmp_path / "i", 1) as writer:
@@ -165,7 +165,7 @@ def test_the_fast_search_is_the_indexs_and_its_recall_is_counted(tmp_path):
             share = comparison.recall(fast, exact[-1])
             assert share == len(kept & set(fast.ids.tolist())) / 10
             assert not set(fast.ids.tolist()) & set(gone)
-            hits = index.search(query[None], 10, found.setting(choice))
+            hits = index.search(query[None], found.params(choice), k=10)
             assert fast.ids.tolist() == hits.ids[0].tolist()
             seen.add(share)
     assert len(seen) > 3  # not all the same
@@ -261,7 +261,7 @@ def test_what_is_said_of_recall_is_of_these_rows(made, changed):
     assert recall() == ""
     with Writer(changed) as writer:
         writer.choose(
-            Index(changed).setting, {"text": "0.91 or more, with 95 % confidence (200 queries)"}
+            Index(changed).params, {"text": "0.91 or more, with 95 % confidence (200 queries)"}
         )
     assert recall() == "recall 0.91 or more, with 95 % confidence (200 queries)"
     with Writer(changed) as writer:
@@ -354,12 +354,12 @@ def test_it_says_what_is_missing_and_who_can_see_it(made, tmp_path, capsys, monk
         ([f"--data={made / 'photos'}"], [str(made / "photos")], "note:"),
         (
             [f"--data={tmp_path}"],
-            ["the data set cannot be used", "names are shown", "--data"],
+            ["the data set cannot be used", "the page shows names", "--data"],
             "pictures from",
         ),
         (
             ["--host=0.0.0.0"],
-            ["--host 0.0.0.0", "everybody", "http://localhost:"],
+            ["--host 0.0.0.0", "everyone", "http://localhost:"],
             "cannot be used",
         ),
     ):
@@ -397,15 +397,15 @@ def test_data_sets_of_several_parts_are_counted_once(made, changed, tmp_path, ca
     out = capsys.readouterr().out
     assert f"pictures from {made / 'photos'}\n" in out
     assert (
-        f"1 of 2 data sets cannot be used, names are shown ({other}: the data set is not there "
-        "any more)" in out
+        f"1 of 2 data sets cannot be used, the page shows names ({other}: the data set does not "
+        "exist any more)" in out
     )
     line = refused([str(changed), f"--data={tmp_path / 'elsewhere'}"], capsys)
     assert (
-        f"2 data sets; give --data {made / 'photos'} --data '{other}', in this order, or where "
-        "they lie now" in line
+        f"2 data sets; give --data {made / 'photos'} --data '{other}', in this order, or their "
+        "present paths" in line
     )
-    assert serve.moved(index, [str(made), str(tmp_path)]) == {
+    assert serve.moved_data_sets(index, [str(made), str(tmp_path)]) == {
         str(made / "photos"): str(made),
         str(other): str(tmp_path),
     }
@@ -426,7 +426,7 @@ def test_refusals_are_kept_for_seconds(made, tmp_path, monkeypatch):
             shutil.copytree(made / "photos" / "cat", tmp_path / "later" / "cat")
         with pytest.raises(Refusal, match="not there"):
             shown.open(about)
-    clock[0] += pictures.RETRY
+    clock[0] += pictures.RETRY_SECONDS
     assert len(shown.open(about)) == 9
 
 

@@ -86,7 +86,7 @@ def test_uploads_that_are_no_pictures(made, client, photo, monkeypatch):
 
 
 def test_queries_are_forgotten_and_keys_cannot_be_guessed(made, photo, monkeypatch):
-    monkeypatch.setattr("matryoshka.search_page.service.QUERIES", 2)
+    monkeypatch.setattr("matryoshka.search_page.service.MAX_QUERIES", 2)
     few, _ = client_of(made)
     file = io.BytesIO()
     Image.fromarray(photo(40, 40)).save(file, "PNG")
@@ -103,7 +103,7 @@ def test_queries_are_forgotten_and_keys_cannot_be_guessed(made, photo, monkeypat
 
 
 def test_an_upload_that_does_not_arrive(client, monkeypatch):
-    monkeypatch.setattr("matryoshka.search_page.app.PATIENCE", 0.05)
+    monkeypatch.setattr("matryoshka.search_page.app.UPLOAD_TIMEOUT", 0.05)
     begun = []
 
     async def receive():
@@ -119,7 +119,7 @@ def test_an_upload_that_does_not_arrive(client, monkeypatch):
 
 
 def test_too_many_uploads_at_once(made, monkeypatch):
-    monkeypatch.setattr("matryoshka.search_page.app.UPLOADS", 0)
+    monkeypatch.setattr("matryoshka.search_page.app.MAX_CONCURRENT_UPLOADS", 0)
     none, _ = client_of(made)
     assert "uploads" in said(none.post("/api/query", content=b"x"), 503)
 
@@ -368,7 +368,7 @@ def test_every_answer_has_the_headers(client):
 
 def test_faults_of_our_own_say_nothing(made, monkeypatch, caplog):
     broken, service = client_of(made)
-    monkeypatch.setattr(service, "about", lambda: 1 / 0)
+    monkeypatch.setattr(service, "index_info", lambda: 1 / 0)
     answer = broken.get("/api/index")
     assert "output" in said(answer, 500)
     assert "default-src" in answer.headers["content-security-policy"]
