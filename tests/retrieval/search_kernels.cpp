@@ -7,7 +7,7 @@
 #include <set>
 #include <vector>
 
-#include "kernels.hpp"
+#include "scan_kernels.hpp"
 
 using namespace matryoshka::search;
 

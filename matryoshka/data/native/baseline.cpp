@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "kernels.hpp"
+#include "image_kernels.hpp"
 
 namespace matryoshka {
 

@@ -1,4 +1,4 @@
-// Huffman tables for entropy.inc: one look-up gives run, value and length of most coefficients.
+// Huffman tables for entropy-inl.hpp: one look-up gives run, value and length of most coefficients.
 #pragma once
 
 #include <cstddef>

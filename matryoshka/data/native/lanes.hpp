@@ -1,4 +1,4 @@
-// Sixteen 16-bit numbers as one value, for kernels.inc: two SSE2 registers, one AVX2 register, two NEON registers,
+// Sixteen 16-bit numbers as one value, for image_kernels-inl.hpp: two SSE2 registers, one AVX2 register, two NEON registers,
 // or an array. Included by files that are compiled for different CPUs: everything has internal linkage.
 #pragma once
 

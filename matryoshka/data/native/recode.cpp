@@ -6,7 +6,7 @@
 
 #include "entropy.hpp"
 #include "status.hpp"
-#include "kernels.hpp"
+#include "image_kernels.hpp"
 
 namespace matryoshka {
 namespace {

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "kernels.hpp"
+#include "image_kernels.hpp"
 
 namespace matryoshka {
 

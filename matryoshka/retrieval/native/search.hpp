@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "../../data/native/pool.hpp"
-#include "kernels.hpp"
+#include "scan_kernels.hpp"
 
 namespace matryoshka::search {
 

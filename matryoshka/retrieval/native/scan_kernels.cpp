@@ -1,5 +1,5 @@
 // Which kernels this CPU can run.
-#include "kernels.hpp"
+#include "scan_kernels.hpp"
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>

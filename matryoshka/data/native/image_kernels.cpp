@@ -1,5 +1,5 @@
 #define MATRYOSHKA_KERNELS kBaselineKernels
-#include "kernels.inc"
+#include "image_kernels-inl.hpp"
 
 namespace matryoshka {
 

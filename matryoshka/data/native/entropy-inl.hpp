@@ -1,4 +1,4 @@
-// Entropy decoding and inverse DCT of baseline blocks. Part of kernels.inc.
+// Entropy decoding and inverse DCT of baseline blocks. Part of image_kernels-inl.hpp.
 #include <cstring>
 
 #include "entropy.hpp"

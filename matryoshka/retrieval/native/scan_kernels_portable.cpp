@@ -1,5 +1,5 @@
 // For any CPU: plain loops, which the compiler vectorises as far as the CPU goes.
-#include "kernels.hpp"
+#include "scan_kernels.hpp"
 
 #include <cstring>
 

@@ -1,5 +1,5 @@
 // For x86-64 with AVX2, FMA, F16C and POPCNT.
-#include "kernels.hpp"
+#include "scan_kernels.hpp"
 
 #include <immintrin.h>
 

@@ -1,5 +1,5 @@
 // For x86-64 with AVX-512 F, BW, VL, VNNI and VPOPCNTDQ.
-#include "kernels.hpp"
+#include "scan_kernels.hpp"
 
 #include <immintrin.h>
 

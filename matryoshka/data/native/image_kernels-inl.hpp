@@ -1,9 +1,9 @@
-// The body of kernels.hpp's table: included by one file for each kind of CPU, with MATRYOSHKA_KERNELS as its name.
-#include "kernels.hpp"
+// The body of image_kernels.hpp's table: included by one file for each kind of CPU, with MATRYOSHKA_KERNELS as its name.
+#include "image_kernels.hpp"
 #include "lanes.hpp"
 
-#include "entropy.inc"
-#include "recode.inc"
+#include "entropy-inl.hpp"
+#include "recode-inl.hpp"
 
 namespace matryoshka {
 namespace {

@@ -1,4 +1,4 @@
-// Copying of entropy-coded blocks. Part of kernels.inc.
+// Copying of entropy-coded blocks. Part of image_kernels-inl.hpp.
 #include "recode.hpp"
 
 namespace matryoshka {
