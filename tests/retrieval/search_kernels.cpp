@@ -1,5 +1,6 @@
-// Every search kernel that this CPU has against plain loops, for CPUs that no Python runs on here: test_cross.py compiles
-// it for them and lets an emulator run it. Prints a line for each kernel; exit status 1 at the first difference.
+// Every search kernel that this CPU has against plain loops, for CPUs that no Python runs on here:
+// test_cross.py compiles it for them and lets an emulator run it. Prints a line for each kernel;
+// exit status 1 at the first difference.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -19,9 +20,11 @@ int draw(int low, int high) { return std::uniform_int_distribution<int>(low, hig
 
 using Keys = std::set<uint64_t>;
 
-// What a scan of the rows first .. end finds for each query above its threshold, in rounds of little room.
+// What a scan of the rows first .. end finds for each query above its threshold, in rounds of
+// little room.
 template <class Scan>
-std::vector<Keys> found_by(Scan scan, size_t first, size_t end, const std::vector<int32_t>& thresholds) {
+std::vector<Keys> found_by(Scan scan, size_t first, size_t end,
+                           const std::vector<int32_t>& thresholds) {
   const size_t count = thresholds.size();
   std::vector<Keys> all(count);
   std::vector<std::vector<uint64_t>> keys(count);
@@ -29,7 +32,8 @@ std::vector<Keys> found_by(Scan scan, size_t first, size_t end, const std::vecto
   while (first < end) {
     std::vector<Found> found;
     Found* pointers[kQueries];
-    for (size_t q = 0; q < count; ++q) found.push_back({thresholds[q], keys[q].data(), 0, keys[q].size()});
+    for (size_t q = 0; q < count; ++q)
+      found.push_back({thresholds[q], keys[q].data(), 0, keys[q].size()});
     for (size_t q = 0; q < count; ++q) pointers[q] = &found[q];
     const size_t stopped = scan(first, end, count, pointers);
     if (stopped <= first) return {};
@@ -44,13 +48,15 @@ std::vector<Keys> found_by(Scan scan, size_t first, size_t end, const std::vecto
 
 bool codes_agree(const Kernels& kernels) {
   const size_t chunks = static_cast<size_t>(draw(0, 3) ? draw(1, 40) : 1 << draw(1, 4));
-  const size_t width = 4 * chunks, rows = static_cast<size_t>(draw(1, 400)), count = static_cast<size_t>(draw(1, 4));
+  const size_t width = 4 * chunks, rows = static_cast<size_t>(draw(1, 400)),
+               count = static_cast<size_t>(draw(1, 4));
   const size_t room = (rows + kBlock - 1) / kBlock * kBlock;
   const int most = draw(0, 1) ? 127 : 1;
   std::vector<uint8_t> codes(room * width), packed(room * width);
   std::vector<int8_t> queries(count * width);
   for (auto& code : codes) code = static_cast<uint8_t>(draw(0, most));
-  for (auto& q : queries) q = static_cast<int8_t>(draw(0, 3) ? draw(-127, 127) : draw(0, 1) * 254 - 127);
+  for (auto& q : queries)
+    q = static_cast<int8_t>(draw(0, 3) ? draw(-127, 127) : draw(0, 1) * 254 - 127);
   for (size_t row = 0; row < room; ++row)
     for (size_t d = 0; d < width; ++d)
       packed[row / 16 * 16 * width + d / 4 * 64 + row % 16 * 4 + d % 4] = codes[row * width + d];
@@ -67,19 +73,26 @@ bool codes_agree(const Kernels& kernels) {
       if (score > thresholds[q]) expected[q].insert(make_key(score, static_cast<uint32_t>(row)));
     }
   }
-  return expected == found_by([&](size_t a, size_t b, size_t n, Found* const* found) {
-    return kernels.scan_codes(packed.data(), a, b, chunks, pointers, n, found); }, first, rows, thresholds);
+  return expected ==
+         found_by(
+             [&](size_t a, size_t b, size_t n, Found* const* found) {
+               return kernels.scan_codes(packed.data(), a, b, chunks, pointers, n, found);
+             },
+             first, rows, thresholds);
 }
 
 bool bits_agree(const Kernels& kernels) {
-  const size_t words = static_cast<size_t>(draw(1, draw(0, 4) ? 9 : 70)), rows = static_cast<size_t>(draw(1, 300));
-  const size_t room = (rows + kBlock - 1) / kBlock * kBlock, count = static_cast<size_t>(draw(1, 4));
+  const size_t words = static_cast<size_t>(draw(1, draw(0, 4) ? 9 : 70)),
+               rows = static_cast<size_t>(draw(1, 300));
+  const size_t room = (rows + kBlock - 1) / kBlock * kBlock,
+               count = static_cast<size_t>(draw(1, 4));
   std::vector<uint64_t> bits(room * words), packed(room * words), queries(count * words);
   const bool extreme = !draw(0, 3);  // all bits differ: the highest counts
   for (auto& word : bits) word = extreme ? ~0ull : static_cast<uint64_t>(rng()) << 32 | rng();
   for (auto& word : queries) word = extreme ? 0 : static_cast<uint64_t>(rng()) << 32 | rng();
   for (size_t row = 0; row < room; ++row)
-    for (size_t w = 0; w < words; ++w) packed[row / 8 * 8 * words + w * 8 + row % 8] = bits[row * words + w];
+    for (size_t w = 0; w < words; ++w)
+      packed[row / 8 * 8 * words + w * 8 + row % 8] = bits[row * words + w];
   const int middle = static_cast<int>(32 * words);
   std::vector<int32_t> thresholds;
   std::vector<Keys> expected(count);
@@ -90,20 +103,27 @@ bool bits_agree(const Kernels& kernels) {
     for (size_t row = 0; row < rows; ++row) {
       int32_t score = 0;
       for (size_t w = 0; w < words; ++w)
-        for (int bit = 0; bit < 64; ++bit) score -= (bits[row * words + w] ^ pointers[q][w]) >> bit & 1;
+        for (int bit = 0; bit < 64; ++bit)
+          score -= (bits[row * words + w] ^ pointers[q][w]) >> bit & 1;
       if (score > thresholds[q]) expected[q].insert(make_key(score, static_cast<uint32_t>(row)));
     }
   }
-  return expected == found_by([&](size_t a, size_t b, size_t n, Found* const* found) {
-    return kernels.scan_bits(packed.data(), a, b, words, pointers, n, found); }, 0, rows, thresholds);
+  return expected == found_by(
+                         [&](size_t a, size_t b, size_t n, Found* const* found) {
+                           return kernels.scan_bits(packed.data(), a, b, words, pointers, n, found);
+                         },
+                         0, rows, thresholds);
 }
 
 // A float as half precision and back, for values that half precision has.
-uint16_t as_half(int thousandths, float* value) {  // 0 or +-(1024 .. 2047) x 2^-14 .. 2^0, or a subnormal
+uint16_t as_half(int thousandths,
+                 float* value) {  // 0 or +-(1024 .. 2047) x 2^-14 .. 2^0, or a subnormal
   if (thousandths % 7 == 0) return *value = 0, 0;
   const bool subnormal = thousandths % 5 == 0;
-  const int exponent = subnormal ? 0 : 1 + std::abs(thousandths) % 15, mantissa = std::abs(thousandths) % 1024;
-  *value = std::ldexp(static_cast<float>(subnormal ? mantissa : 1024 + mantissa), (subnormal ? 1 : exponent) - 25);
+  const int exponent = subnormal ? 0 : 1 + std::abs(thousandths) % 15,
+            mantissa = std::abs(thousandths) % 1024;
+  *value = std::ldexp(static_cast<float>(subnormal ? mantissa : 1024 + mantissa),
+                      (subnormal ? 1 : exponent) - 25);
   if (thousandths < 0) *value = -*value;
   return static_cast<uint16_t>((thousandths < 0 ? 0x8000 : 0) | exponent << 10 | mantissa);
 }
@@ -124,8 +144,10 @@ bool dots_agree(const Kernels& kernels) {
   }
   for (const bool half : {true, false}) {
     float dots[kTogether] = {1, 2, 3, 4}, squares[kTogether] = {5, 6, 7, 8};
-    if (half) kernels.dot_half(half_rows, query.data(), n, dots, squares);
-    else kernels.dot_single(single_rows, query.data(), n, dots, squares);
+    if (half)
+      kernels.dot_half(half_rows, query.data(), n, dots, squares);
+    else
+      kernels.dot_single(single_rows, query.data(), n, dots, squares);
     for (size_t r = 0; r < kTogether; ++r) {
       double dot = 1 + static_cast<double>(r), square = 5 + static_cast<double>(r), size = 1;
       for (size_t i = 0; i < n; ++i) {
@@ -134,7 +156,8 @@ bool dots_agree(const Kernels& kernels) {
         square += x * x;
         size += std::fabs(x * query[i]) + x * x;
       }
-      if (!(std::fabs(dots[r] - dot) < 1e-5 * size && std::fabs(squares[r] - square) < 1e-5 * size)) return false;
+      if (!(std::fabs(dots[r] - dot) < 1e-5 * size && std::fabs(squares[r] - square) < 1e-5 * size))
+        return false;
     }
   }
   return true;
@@ -145,7 +168,10 @@ bool dots_agree(const Kernels& kernels) {
 int main() {
   for (const Kernels* const* one = available(); *one; ++one) {
     for (int i = 0; i < 400; ++i) {
-      const char* wrong = !codes_agree(**one) ? "codes" : !bits_agree(**one) ? "bits" : !dots_agree(**one) ? "products" : nullptr;
+      const char* wrong = !codes_agree(**one)  ? "codes"
+                          : !bits_agree(**one) ? "bits"
+                          : !dots_agree(**one) ? "products"
+                                               : nullptr;
       if (wrong) return std::printf("%s: %s differ in case %d\n", (*one)->name, wrong, i), 1;
     }
     std::printf("%s agrees\n", (*one)->name);

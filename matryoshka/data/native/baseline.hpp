@@ -1,5 +1,6 @@
-// Decodes the blocks of a baseline JPEG that a crop touches to planes: Y, Cb, Cr, each with its own resolution, the
-// same samples that libjpeg's accurate integer DCT makes. For training: no chroma upsampling, no RGB.
+// Decodes the blocks of a baseline JPEG that a crop touches to planes: Y, Cb, Cr, each with its own
+// resolution, the same samples that libjpeg's accurate integer DCT makes. For training: no chroma
+// upsampling, no RGB.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,5 @@
-// The Python module matryoshka.data._native: argument checks, memory, and the GIL. No image work happens here.
+// The Python module matryoshka.data._native: argument checks, memory, and the GIL. No image work
+// happens here.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
@@ -30,8 +31,8 @@ using Pixels = nb::ndarray<const uint8_t, nb::shape<-1, -1, 3>, nb::c_contig, nb
 using Batch = nb::ndarray<uint8_t, nb::shape<-1, -1, -1, 3>, nb::c_contig, nb::device::cpu>;
 using Interval = std::pair<double, double>;
 
-// Any contiguous object with a buffer: bytes, memoryview, mmap, NumPy array, read-only or not. Holding it keeps
-// the memory where it is, also while the GIL is released.
+// Any contiguous object with a buffer: bytes, memoryview, mmap, NumPy array, read-only or not.
+// Holding it keeps the memory where it is, also while the GIL is released.
 class Buffer {
  public:
   explicit Buffer(nb::handle object) {
@@ -41,7 +42,9 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 
-  Bytes bytes() const { return {static_cast<const uint8_t*>(view_.buf), static_cast<size_t>(view_.len)}; }
+  Bytes bytes() const {
+    return {static_cast<const uint8_t*>(view_.buf), static_cast<size_t>(view_.len)};
+  }
 
  private:
   Py_buffer view_;
@@ -92,16 +95,19 @@ nb::object crop_rows(Vector<int32_t> width, Vector<int32_t> height, Function cro
   return array;
 }
 
-nb::object random_crops(Vector<int32_t> width, Vector<int32_t> height, Vector<int64_t> index, uint64_t seed,
-                        uint64_t epoch, Interval scale, Interval ratio, double flip) {
-  const auto ordered = [](Interval i) { return 0 < i.first && i.first <= i.second && std::isfinite(i.second); };
+nb::object random_crops(Vector<int32_t> width, Vector<int32_t> height, Vector<int64_t> index,
+                        uint64_t seed, uint64_t epoch, Interval scale, Interval ratio,
+                        double flip) {
+  const auto ordered = [](Interval i) {
+    return 0 < i.first && i.first <= i.second && std::isfinite(i.second);
+  };
   require(index.shape(0) == width.shape(0), "width and index differ in length");
   require(ordered(scale), "scale must be two numbers with 0 < low <= high");
   require(ordered(ratio), "ratio must be two numbers with 0 < low <= high");
   require(0 <= flip && flip <= 1, "flip must be a probability");
   return crop_rows(width, height, [&](size_t i) {
-    return random_crop(width.data()[i], height.data()[i], static_cast<uint64_t>(index.data()[i]), seed, epoch,
-                       {scale.first, scale.second}, {ratio.first, ratio.second}, flip);
+    return random_crop(width.data()[i], height.data()[i], static_cast<uint64_t>(index.data()[i]),
+                       seed, epoch, {scale.first, scale.second}, {ratio.first, ratio.second}, flip);
   });
 }
 
@@ -112,8 +118,8 @@ nb::object center_crops(Vector<int32_t> width, Vector<int32_t> height, double ra
 }
 
 nb::object decode_batch(Pool& pool, nb::handle data, Vector<uint64_t> offset, Vector<uint64_t> size,
-                        Vector<uint8_t> mode, Vector<int32_t> width, Vector<int32_t> height, CropRows crops,
-                        Batch out, bool exact) {
+                        Vector<uint8_t> mode, Vector<int32_t> width, Vector<int32_t> height,
+                        CropRows crops, Batch out, bool exact) {
   const size_t count = offset.shape(0);
   require(size.shape(0) == count && mode.shape(0) == count && width.shape(0) == count &&
               height.shape(0) == count && crops.shape(0) == count && out.shape(0) == count,
@@ -155,7 +161,8 @@ std::tuple<int, int, int> jpeg_size(nb::handle data) {
 nb::object decode(nb::handle data) {
   const Buffer buffer(data);
   const JpegSize size = checked_size(buffer.bytes());
-  auto [pixels, array] = new_array<uint8_t>({static_cast<size_t>(size.height), static_cast<size_t>(size.width), 3});
+  auto [pixels, array] =
+      new_array<uint8_t>({static_cast<size_t>(size.height), static_cast<size_t>(size.width), 3});
   Status status;
   {
     nb::gil_scoped_release release;
@@ -181,7 +188,8 @@ nb::bytes encode(Pixels image, int quality, int tile) {
   const int height = as_side(image.shape(0)), width = as_side(image.shape(1));
   require(1 <= quality && quality <= 100, "quality must be between 1 and 100");
   require(tile >= 0, "tile must be at least 0");
-  return written([&](JpegWriter& w) { return w.encode(image.data(), width, height, quality, tile); });
+  return written(
+      [&](JpegWriter& w) { return w.encode(image.data(), width, height, quality, tile); });
 }
 
 nb::bytes transcode(nb::handle data, int tile) {
@@ -195,7 +203,8 @@ nb::object resize(Pixels image, int64_t height, int64_t width) {
   require(height >= 1 && width >= 1, "an image has at least one pixel");
   require(height <= kMaxPixels && width <= kMaxPixels && height * width <= kMaxPixels,
           message(Status::too_large));
-  auto [pixels, array] = new_array<uint8_t>({static_cast<size_t>(height), static_cast<size_t>(width), 3});
+  auto [pixels, array] =
+      new_array<uint8_t>({static_cast<size_t>(height), static_cast<size_t>(width), 3});
   {
     nb::gil_scoped_release release;
     const Image out{pixels, static_cast<int>(height), static_cast<int>(width)};
@@ -221,23 +230,29 @@ NB_MODULE(_native, m) {
       .def(nb::init<int>(), "num_threads"_a)
       .def_prop_ro("num_threads", &Pool::num_threads);
 
-  m.def("random_crops", &random_crops, "width"_a.noconvert(), "height"_a.noconvert(), "index"_a.noconvert(),
-        "seed"_a, "epoch"_a, "scale"_a, "ratio"_a, "flip"_a,
-        "RandomResizedCrop and flip of (seed, epoch, index) as int32 rows (x, y, width, height, flip).");
+  m.def("random_crops", &random_crops, "width"_a.noconvert(), "height"_a.noconvert(),
+        "index"_a.noconvert(), "seed"_a, "epoch"_a, "scale"_a, "ratio"_a, "flip"_a,
+        "RandomResizedCrop and flip of (seed, epoch, index) as int32 rows (x, y, width, height, "
+        "flip).");
   m.def("center_crops", &center_crops, "width"_a.noconvert(), "height"_a.noconvert(), "ratio"_a,
         "The central square of int(ratio * shorter side), as int32 rows (x, y, width, height, 0).");
-  m.def("decode_batch", &decode_batch, "pool"_a, "data"_a, "offset"_a.noconvert(), "size"_a.noconvert(),
-        "mode"_a.noconvert(), "width"_a.noconvert(), "height"_a.noconvert(), "crops"_a.noconvert(),
-        "out"_a.noconvert(), "exact"_a = true,
-        "Decode, crop and resize samples of a file image `data` into out [B, H, W, 3]; returns one status per\n"
-        "sample, 0 where it went well. A failed sample's slot is zero. Data outside of the crop may go unread.\n"
-        "exact: the pixels that resampling the whole decoded image gives; False: faster, for training.");
+  m.def("decode_batch", &decode_batch, "pool"_a, "data"_a, "offset"_a.noconvert(),
+        "size"_a.noconvert(), "mode"_a.noconvert(), "width"_a.noconvert(), "height"_a.noconvert(),
+        "crops"_a.noconvert(), "out"_a.noconvert(), "exact"_a = true,
+        "Decode, crop and resize samples of a file image `data` into out [B, H, W, 3]; returns one "
+        "status per\n"
+        "sample, 0 where it went well. A failed sample's slot is zero. Data outside of the crop "
+        "may go unread.\n"
+        "exact: the pixels that resampling the whole decoded image gives; False: faster, for "
+        "training.");
   m.def("decode", &decode, "data"_a, "A whole JPEG as uint8 [height, width, 3].");
   m.def("jpeg_size", &jpeg_size, "data"_a, "(width, height, components) from a JPEG's header.");
   m.def("encode", &encode, "image"_a.noconvert(), "quality"_a, "tile"_a = 64,
-        "uint8 [height, width, 3] as a 4:2:0 JPEG, with restart markers about every `tile` pixels; 0: without.");
+        "uint8 [height, width, 3] as a 4:2:0 JPEG, with restart markers about every `tile` pixels; "
+        "0: without.");
   m.def("transcode", &transcode, "data"_a, "tile"_a = 64,
-        "A baseline JPEG with restart markers about every `tile` pixels (0: without), the same in every pixel.\n"
+        "A baseline JPEG with restart markers about every `tile` pixels (0: without), the same in "
+        "every pixel.\n"
         "ValueError for damaged, progressive, arithmetic and CMYK files.");
   m.def("resize", &resize, "image"_a.noconvert(), "height"_a, "width"_a,
         "Area averaging where an axis shrinks, bilinear where it grows.");

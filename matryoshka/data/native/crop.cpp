@@ -20,7 +20,9 @@ Product multiply(uint64_t a, uint64_t b) {
 // [0, 1) with 53 random bits, as NumPy makes it.
 double uniform(uint64_t word) { return static_cast<double>(word >> 11) * 0x1p-53; }
 
-double within(Range range, uint64_t word) { return range.low + uniform(word) * (range.high - range.low); }
+double within(Range range, uint64_t word) {
+  return range.low + uniform(word) * (range.high - range.low);
+}
 
 // Ties go to even, like Python's round.
 double round_even(double value) { return std::nearbyint(value); }
@@ -38,10 +40,12 @@ std::array<uint64_t, 4> philox(std::array<uint64_t, 4> counter, std::array<uint6
   return counter;
 }
 
-Crop random_crop(int32_t width, int32_t height, uint64_t index, uint64_t seed, uint64_t epoch, Range scale,
-                 Range ratio, double flip) {
+Crop random_crop(int32_t width, int32_t height, uint64_t index, uint64_t seed, uint64_t epoch,
+                 Range scale, Range ratio, double flip) {
   if (width < 1 || height < 1) return {0, 0, 0, 0, 0};
-  const auto block = [&](uint64_t attempt) { return philox({index, attempt, 0, 0}, {seed, epoch}); };
+  const auto block = [&](uint64_t attempt) {
+    return philox({index, attempt, 0, 0}, {seed, epoch});
+  };
   const int32_t flipped = uniform(block(kAttempts)[0]) < flip;
   const double area = static_cast<double>(width) * height;
   const Range log_ratio{std::log(ratio.low), std::log(ratio.high)};
@@ -54,8 +58,8 @@ Crop random_crop(int32_t width, int32_t height, uint64_t index, uint64_t seed, u
     if (!(0 < w && w <= width && 0 < h && h <= height)) continue;
     const double x = std::floor(uniform(words[2]) * (width - w + 1));
     const double y = std::floor(uniform(words[3]) * (height - h + 1));
-    return {static_cast<int32_t>(x), static_cast<int32_t>(y), static_cast<int32_t>(w), static_cast<int32_t>(h),
-            flipped};
+    return {static_cast<int32_t>(x), static_cast<int32_t>(y), static_cast<int32_t>(w),
+            static_cast<int32_t>(h), flipped};
   }
   // No attempt fitted: the largest central crop whose aspect ratio is allowed.
   const double aspect = static_cast<double>(width) / height;

@@ -1,5 +1,5 @@
-// What the kernels decode: plain data, without any library's inline functions, since those would be compiled for
-// several CPUs.
+// What the kernels decode: plain data, without any library's inline functions, since those would be
+// compiled for several CPUs.
 #pragma once
 
 #include <cstddef>

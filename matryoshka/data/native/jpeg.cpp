@@ -22,7 +22,8 @@ namespace {
 constexpr int kMaxScans = 1000;  // a progressive file may come with any number of them
 
 void limit_scans(j_common_ptr info) {
-  if (reinterpret_cast<j_decompress_ptr>(info)->input_scan_number > kMaxScans) jpeg_fail(info, Status::corrupt);
+  if (reinterpret_cast<j_decompress_ptr>(info)->input_scan_number > kMaxScans)
+    jpeg_fail(info, Status::corrupt);
 }
 
 template <class State>
@@ -44,11 +45,13 @@ Status open_image(State* s, const uint8_t* data, size_t size) {
   return Status::ok;
 }
 
-// Fancy upsampling looks at the chroma sample on either side, 2 pixels away, and treats the image's first and
-// last column, and images of up to 2 chroma columns, in their own way: keep all of that outside of the crop.
+// Fancy upsampling looks at the chroma sample on either side, 2 pixels away, and treats the image's
+// first and last column, and images of up to 2 chroma columns, in their own way: keep all of that
+// outside of the crop.
 template <class State>
 void crop_columns(State* s, int x, int width) {
-  const int total = static_cast<int>(s->info.output_width), unit = s->block * s->info.max_h_samp_factor;
+  const int total = static_cast<int>(s->info.output_width),
+            unit = s->block * s->info.max_h_samp_factor;
   int left = std::max(0, x - 2) / unit * unit;
   const int right = std::min(total, (x + width + 2 + unit - 1) / unit * unit);
   if (right - left < 4 * s->info.max_h_samp_factor) left = std::max(0, left - unit);
@@ -65,10 +68,8 @@ Status start_image(State* s, int x, int width, bool halve) {
   switch (s->info.jpeg_color_space) {
     case JCS_GRAYSCALE:
     case JCS_YCbCr:
-    case JCS_RGB:
-      break;
-    default:
-      return Status::colour_space;
+    case JCS_RGB: break;
+    default: return Status::colour_space;
   }
   s->info.out_color_space = JCS_RGB;
   s->info.dct_method = JDCT_ISLOW;
@@ -123,7 +124,9 @@ int JpegDecoder::components() const { return state_->info.num_components; }
 int JpegDecoder::row_x() const { return state_->x; }
 int JpegDecoder::row_width() const { return static_cast<int>(state_->info.output_width); }
 
-Status JpegDecoder::start(int x, int width, bool halve) { return start_image(state_.get(), x, width, halve); }
+Status JpegDecoder::start(int x, int width, bool halve) {
+  return start_image(state_.get(), x, width, halve);
+}
 Status JpegDecoder::read_row(uint8_t* row) { return read_image_row(state_.get(), row); }
 
 Status JpegDecoder::skip_to(int y, uint8_t* scratch_row) {
@@ -131,7 +134,8 @@ Status JpegDecoder::skip_to(int y, uint8_t* scratch_row) {
   const int unit = state_->block * state_->info.max_v_samp_factor;
   const int skipped = std::max(0, y / unit - 1) * unit;
   if (skipped > 0)
-    if (const Status status = skip_image_rows(state_.get(), skipped); status != Status::ok) return status;
+    if (const Status status = skip_image_rows(state_.get(), skipped); status != Status::ok)
+      return status;
   for (int row = skipped; row < y; ++row)
     if (const Status status = read_row(scratch_row); status != Status::ok) return status;
   return Status::ok;

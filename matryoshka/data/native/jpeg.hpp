@@ -1,4 +1,5 @@
-// JPEG through libjpeg-turbo's libjpeg API. Nothing here throws for bad data: every problem is a Status.
+// JPEG through libjpeg-turbo's libjpeg API. Nothing here throws for bad data: every problem is a
+// Status.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +11,8 @@
 
 namespace matryoshka {
 
-// One decoder serves any number of images, one after the other, and holds no image memory between them.
+// One decoder serves any number of images, one after the other, and holds no image memory between
+// them.
 class JpegDecoder {
  public:
   JpegDecoder();
@@ -24,9 +26,9 @@ class JpegDecoder {
   int height() const;
   int components() const;
 
-  // After open: prepares RGB rows, refuses what cannot become RGB. With `halve` the image is made at half its
-  // size, rounded up. Rows hold at least the columns [x, x + width) of that image, with the pixels that a whole
-  // decode gives them; the first column is row_x().
+  // After open: prepares RGB rows, refuses what cannot become RGB. With `halve` the image is made
+  // at half its size, rounded up. Rows hold at least the columns [x, x + width) of that image, with
+  // the pixels that a whole decode gives them; the first column is row_x().
   Status start(int x, int width, bool halve = false);
   int row_x() const;
   int row_width() const;
@@ -34,7 +36,8 @@ class JpegDecoder {
   Status skip_to(int y, uint8_t* scratch_row);
   // The next row of 3 * row_width() bytes, at most as many as the image has.
   Status read_row(uint8_t* row);
-  // True if all blocks are decoded, and data before `end` was not needed for them: blocks were lost.
+  // True if all blocks are decoded, and data before `end` was not needed for them: blocks were
+  // lost.
   bool left_data_before(const uint8_t* end) const;
 
   // Ends the image, wherever it is. Data behind the last row read is never looked at.

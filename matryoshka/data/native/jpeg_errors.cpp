@@ -7,18 +7,14 @@ namespace {
 
 void error_exit(j_common_ptr info) {
   switch (info->err->msg_code) {
-    case JERR_NO_SOI:
-      jpeg_fail(info, Status::not_jpeg);
+    case JERR_NO_SOI: jpeg_fail(info, Status::not_jpeg);
     case JERR_BAD_J_COLORSPACE:
-    case JERR_CONVERSION_NOTIMPL:
-      jpeg_fail(info, Status::colour_space);
+    case JERR_CONVERSION_NOTIMPL: jpeg_fail(info, Status::colour_space);
     case JERR_IMAGE_TOO_BIG:
     case JERR_WIDTH_OVERFLOW:
     case JERR_OUT_OF_MEMORY:
-    case JERR_NO_BACKING_STORE:
-      jpeg_fail(info, Status::too_large);
-    default:
-      jpeg_fail(info, Status::corrupt);
+    case JERR_NO_BACKING_STORE: jpeg_fail(info, Status::too_large);
+    default: jpeg_fail(info, Status::corrupt);
   }
 }
 
@@ -28,10 +24,10 @@ void emit_message(j_common_ptr info, int level) {
   switch (info->err->msg_code) {
     case JWRN_ADOBE_XFORM:
     case JWRN_JFIF_MAJOR:
-    case JWRN_TOO_MUCH_DATA:
-      return;
+    case JWRN_TOO_MUCH_DATA: return;
     case JWRN_EXTRANEOUS_DATA: {
-      // Padding before a header marker is harmless; bytes left over before a restart marker are lost blocks.
+      // Padding before a header marker is harmless; bytes left over before a restart marker are
+      // lost blocks.
       const int marker = info->err->msg_parm.i[1];
       if (marker < JPEG_RST0 || marker > JPEG_RST0 + 7) return;
       break;
@@ -89,18 +85,21 @@ void refill(JpegSource* source, const unsigned char* data, size_t size) {
 
 void forget_tables(j_decompress_ptr info) {
   for (JQUANT_TBL* table : info->quant_tbl_ptrs)
-    if (table) std::fill_n(table->quantval, DCTSIZE2, UINT16(0));  // 0 is no legal value: see has_tables
+    if (table)
+      std::fill_n(table->quantval, DCTSIZE2, UINT16(0));  // 0 is no legal value: see has_tables
   for (JHUFF_TBL** tables : {info->dc_huff_tbl_ptrs, info->ac_huff_tbl_ptrs})
     for (int i = 0; i < NUM_HUFF_TBLS; ++i) {
       if (!tables[i]) tables[i] = jpeg_alloc_huff_table(reinterpret_cast<j_common_ptr>(info));
-      std::fill_n(tables[i]->bits, 17, UINT8(255));  // more codes than there can be: libjpeg refuses them
+      std::fill_n(tables[i]->bits, 17,
+                  UINT8(255));  // more codes than there can be: libjpeg refuses them
     }
 }
 
 bool has_tables(const jpeg_decompress_struct& info) {
-  return std::all_of(info.comp_info, info.comp_info + info.num_components, [](const jpeg_component_info& component) {
-    return component.quant_table && component.quant_table->quantval[0] != 0;
-  });
+  return std::all_of(info.comp_info, info.comp_info + info.num_components,
+                     [](const jpeg_component_info& component) {
+                       return component.quant_table && component.quant_table->quantval[0] != 0;
+                     });
 }
 
 }  // namespace matryoshka

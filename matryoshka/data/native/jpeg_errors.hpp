@@ -1,5 +1,6 @@
-// libjpeg reports errors by longjmp. Each function with a setjmp is therefore static, works on a plain struct,
-// and owns nothing that has a destructor; one call of libjpeg is never left through a C++ exception.
+// libjpeg reports errors by longjmp. Each function with a setjmp is therefore static, works on a
+// plain struct, and owns nothing that has a destructor; one call of libjpeg is never left through a
+// C++ exception.
 #pragma once
 
 #include <csetjmp>
@@ -28,8 +29,9 @@ struct JpegErrors {
 
 jpeg_error_mgr* install(JpegErrors* errors);
 
-// The source: a block of memory, and behind it end-of-image markers without end. A scan that lacks data then runs
-// into the marker and says so, while a file that lacks nothing but its end marker still decodes.
+// The source: a block of memory, and behind it end-of-image markers without end. A scan that lacks
+// data then runs into the marker and says so, while a file that lacks nothing but its end marker
+// still decodes.
 struct JpegSource {
   jpeg_source_mgr base;
   bool ran_dry;
@@ -38,9 +40,10 @@ struct JpegSource {
 void install(JpegSource* source, j_decompress_ptr info);
 void refill(JpegSource* source, const unsigned char* data, size_t size);
 
-// libjpeg keeps its tables from one image to the next, for streams that come without. Here every image stands alone:
-// one that lacks a table must not be decoded with whichever was there before. Before the header is read, and (for
-// quantisation; a missing Huffman table is an error of libjpeg's then) after the first scan has begun:
+// libjpeg keeps its tables from one image to the next, for streams that come without. Here every
+// image stands alone: one that lacks a table must not be decoded with whichever was there before.
+// Before the header is read, and (for quantisation; a missing Huffman table is an error of
+// libjpeg's then) after the first scan has begun:
 void forget_tables(j_decompress_ptr info);
 bool has_tables(const jpeg_decompress_struct& info);
 

@@ -99,8 +99,8 @@ Status encode_image(State* s, const uint8_t* rgb, int width, int height, int qua
   return Status::ok;
 }
 
-// Whether all coefficients have codes in the standard DC tables and in those AC tables that the source used: the
-// encoder does not look. Restarts change DC differences, nothing else.
+// Whether all coefficients have codes in the standard DC tables and in those AC tables that the
+// source used: the encoder does not look. Restarts change DC differences, nothing else.
 bool are_ordinary(jpeg_decompress_struct* from, jvirt_barray_ptr* coefficients) {
   if (jpeg_has_multiple_scans(from)) return false;  // tables may have changed on the way
   for (int i = 0; i < from->num_components; ++i) {
@@ -110,7 +110,8 @@ bool are_ordinary(jpeg_decompress_struct* from, jvirt_barray_ptr* coefficients) 
       const auto info = reinterpret_cast<j_common_ptr>(from);
       JBLOCKARRAY row = from->mem->access_virt_barray(info, coefficients[i], y, 1, FALSE);
       const JCOEF* values = row[0][0];
-      for (size_t k = 0; k < size_t{DCTSIZE2} * c.width_in_blocks; ++k) extreme |= values[k] ^ values[k] >> 15;
+      for (size_t k = 0; k < size_t{DCTSIZE2} * c.width_in_blocks; ++k)
+        extreme |= values[k] ^ values[k] >> 15;
     }
     if (extreme > 1023) return false;
   }
@@ -128,7 +129,8 @@ void keep_ac_tables(const jpeg_decompress_struct* from, jpeg_compress_struct* to
     std::copy_n(table->huffval, 256, slot->huffval);
     slot->sent_table = FALSE;
   }
-  for (int i = 0; i < to->num_components; ++i) to->comp_info[i].ac_tbl_no = from->comp_info[i].ac_tbl_no;
+  for (int i = 0; i < to->num_components; ++i)
+    to->comp_info[i].ac_tbl_no = from->comp_info[i].ac_tbl_no;
 }
 
 template <class State>
@@ -146,10 +148,8 @@ Status transcode_image(State* s, const uint8_t* data, size_t size, int tile) {
   switch (from.jpeg_color_space) {
     case JCS_GRAYSCALE:
     case JCS_YCbCr:
-    case JCS_RGB:
-      break;
-    default:
-      return Status::colour_space;
+    case JCS_RGB: break;
+    default: return Status::colour_space;
   }
   jvirt_barray_ptr* coefficients = jpeg_read_coefficients(&from);
   if (s->source.ran_dry && jpeg_has_multiple_scans(&from)) return Status::corrupt;
@@ -173,8 +173,11 @@ unsigned restart_interval(int image_width, int mcu_width, int tile) {
   int64_t best = row;
   for (int64_t n = 1; n < row; ++n) {  // a row has at most 8192 MCUs
     if (row % n != 0) continue;
-    // Nearest as a ratio. Tiles of less than half the wanted width are left out: every tile costs about 4 bytes.
-    const auto distance = [&](int64_t m) { return m > wanted ? double(m) / wanted : double(wanted) / m; };
+    // Nearest as a ratio. Tiles of less than half the wanted width are left out: every tile costs
+    // about 4 bytes.
+    const auto distance = [&](int64_t m) {
+      return m > wanted ? double(m) / wanted : double(wanted) / m;
+    };
     if (2 * n >= wanted && distance(n) <= distance(best)) best = n;
   }
   return static_cast<unsigned>(best);

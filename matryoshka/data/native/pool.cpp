@@ -79,7 +79,8 @@ Pool::Pool(int num_threads) {
   state_ = new State;
   try {
     state_->threads.reserve(num_threads - 1);
-    for (int i = 1; i < num_threads; ++i) state_->threads.emplace_back([s = state_, i] { s->work_loop(i); });
+    for (int i = 1; i < num_threads; ++i)
+      state_->threads.emplace_back([s = state_, i] { s->work_loop(i); });
   } catch (...) {  // the system refuses more threads
     state_->shut_down();
     delete state_;
@@ -88,7 +89,8 @@ Pool::Pool(int num_threads) {
 }
 
 Pool::~Pool() {
-  // In a forked child the threads do not exist: joining them would hang, destroying them would terminate.
+  // In a forked child the threads do not exist: joining them would hang, destroying them would
+  // terminate.
   if (state_->owner != getpid()) return;
   state_->shut_down();
   delete state_;
@@ -97,7 +99,8 @@ Pool::~Pool() {
 int Pool::num_threads() const { return static_cast<int>(state_->threads.size()) + 1; }
 
 void Pool::run(size_t count, const Task& task) {
-  if (state_->owner != getpid()) throw std::runtime_error("this Pool belongs to the parent process; make a new one");
+  if (state_->owner != getpid())
+    throw std::runtime_error("this Pool belongs to the parent process; make a new one");
   std::lock_guard<std::mutex> one_run(state_->one_run);
   std::unique_lock<std::mutex> lock(state_->mutex);
   state_->task = &task;

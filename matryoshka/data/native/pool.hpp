@@ -18,9 +18,9 @@ class Pool {
 
   int num_threads() const;
 
-  // Calls task(i, thread) for every i < count, each once, in no fixed order, and returns when all are done.
-  // Calls from several threads queue up. The first exception of a task is thrown again here; tasks that
-  // had not begun by then are left out.
+  // Calls task(i, thread) for every i < count, each once, in no fixed order, and returns when all
+  // are done. Calls from several threads queue up. The first exception of a task is thrown again
+  // here; tasks that had not begun by then are left out.
   void run(size_t count, const Task& task);
 
   static constexpr int kMaxThreads = 1024;

@@ -19,7 +19,8 @@ inline void put(BitWriter& w, uint32_t value, int n) {  // n <= 32
     }
     return;
   }
-  for (int shift = 24; shift >= 0; shift -= 8) *w.next++ = static_cast<uint8_t>(word >> shift);  // one store
+  for (int shift = 24; shift >= 0; shift -= 8)
+    *w.next++ = static_cast<uint8_t>(word >> shift);  // one store
 }
 
 inline void copy_bits(BitWriter& w, const uint8_t* data, int64_t from, int64_t to) {
@@ -50,7 +51,8 @@ inline bool put_dc(BitWriter& w, const DcCodes& codes, int32_t difference) {
   const uint32_t magnitude = static_cast<uint32_t>(difference < 0 ? -difference : difference);
   const int size = magnitude ? 32 - __builtin_clz(magnitude) : 0;
   if (size >= DcCodes::kSizes) return false;
-  const uint32_t value = static_cast<uint32_t>(difference < 0 ? difference - 1 : difference) & ((1u << size) - 1);
+  const uint32_t value =
+      static_cast<uint32_t>(difference < 0 ? difference - 1 : difference) & ((1u << size) - 1);
   put(w, static_cast<uint32_t>(codes.code[size]) << size | value, codes.length[size] + size);
   return true;
 }

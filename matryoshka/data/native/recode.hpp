@@ -1,5 +1,6 @@
-// Moves the restart markers of a baseline JPEG without decoding it: the bits of all blocks are copied, only the DC
-// difference of the first block behind a marker is coded anew. What the kernel works on, see entropy.hpp.
+// Moves the restart markers of a baseline JPEG without decoding it: the bits of all blocks are
+// copied, only the DC difference of the first block behind a marker is coded anew. What the kernel
+// works on, see entropy.hpp.
 #pragma once
 
 #include <cstddef>
@@ -46,8 +47,9 @@ struct RecodeScan {
 
 class Recoder {
  public:
-  // The same coefficients with restart markers every `interval` MCUs (0: none), where `tiles` has parsed a stream of
-  // the usual kind. False for others and for damage, which libjpeg may still make sense of.
+  // The same coefficients with restart markers every `interval` MCUs (0: none), where `tiles` has
+  // parsed a stream of the usual kind. False for others and for damage, which libjpeg may still
+  // make sense of.
   bool recode(Tiles& tiles, Bytes jpeg, unsigned interval);
   Bytes result() const { return {result_.data(), size_}; }
 

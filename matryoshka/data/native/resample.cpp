@@ -8,7 +8,8 @@ namespace {
 
 size_t whole_groups(size_t n) { return (n + 7) / 8 * 8; }
 
-void add_wide_row(uint32_t* __restrict sum, const uint8_t* __restrict row, size_t n, uint32_t weight) {
+void add_wide_row(uint32_t* __restrict sum, const uint8_t* __restrict row, size_t n,
+                  uint32_t weight) {
   for (size_t i = 0; i < n; ++i) sum[i] += row[i] * weight;
 }
 
@@ -23,7 +24,8 @@ void mix_wide(uint8_t* out, const uint16_t* sum, const Columns& columns, int wid
     const uint16_t* pixel = sum + 3 * static_cast<size_t>(columns.starts[x]);
     uint32_t total[3] = {1u << 23, 1u << 23, 1u << 23};
     for (int k = 0; k < columns.taps; ++k)
-      for (int c = 0; c < 3; ++c) total[c] += pixel[3 * static_cast<size_t>(k) + c] * (weights[k] & 0xFFFF);
+      for (int c = 0; c < 3; ++c)
+        total[c] += pixel[3 * static_cast<size_t>(k) + c] * (weights[k] & 0xFFFF);
     for (int c = 0; c < 3; ++c) *out++ = static_cast<uint8_t>(total[c] >> 24);
   }
 }
@@ -52,7 +54,8 @@ uint8_t* const* Batch::targets() {
   const size_t row = 3 * whole_groups(out_.width);
   if (stage_.size() < kBatch * row) stage_.resize(kBatch * row);
   const bool direct = out_.width % 8 == 0;
-  for (int i = 0; i < kBatch; ++i) targets_[i] = direct && i < rows_ ? image_row(i) : stage_.data() + i * row;
+  for (int i = 0; i < kBatch; ++i)
+    targets_[i] = direct && i < rows_ ? image_row(i) : stage_.data() + i * row;
   return targets_;
 }
 
@@ -81,7 +84,8 @@ void Resampler::begin(const Crop& crop, int sub, Image out) {
 void Resampler::add_wide(const uint8_t* row, int tap) {
   if (tap == 0) wide_sum_.assign(row_bytes_, 0);
   add_wide_row(wide_sum_.data(), row, row_bytes_, rows_.weights(next_out_)[tap]);
-  if (tap == rows_[next_out_].count - 1) narrow_row(batch_.sums(0, row_bytes_), wide_sum_.data(), row_bytes_);
+  if (tap == rows_[next_out_].count - 1)
+    narrow_row(batch_.sums(0, row_bytes_), wide_sum_.data(), row_bytes_);
 }
 
 void Resampler::emit() {
@@ -90,7 +94,8 @@ void Resampler::emit() {
   const Columns columns = columns_.columns();
   const int width = columns_.size();
   if (columns.taps > kMaxNarrowTaps) {
-    for (int i = 0; i < batch_.rows(); ++i) mix_wide(batch_.image_row(i), batch_.row(0, i), columns, width);
+    for (int i = 0; i < batch_.rows(); ++i)
+      mix_wide(batch_.image_row(i), batch_.row(0, i), columns, width);
     batch_.leave();
   } else {
     const uint16_t* lanes = batch_.turned(0, row_bytes_);
@@ -115,7 +120,8 @@ void Resampler::push(const uint8_t* row) {
       const Taps::Span& span = rows_[next_out_];
       if (span.start + span.count - 1 != next_row_) break;
       for (int k = 0; k < span.count; ++k) rows[k] = recent_[(span.start + k) % window_];
-      kernels().blend_rows(batch_.sums(0, row_bytes_), rows, rows_.weights(next_out_), span.count, row_bytes_);
+      kernels().blend_rows(batch_.sums(0, row_bytes_), rows, rows_.weights(next_out_), span.count,
+                           row_bytes_);
       emit();
     }
   }
@@ -135,7 +141,8 @@ bool PlaneResampler::resample(const PlaneView* planes, int count, const Crop& cr
       const Taps::Span& span = taps[y];
       const size_t n = columns_[p > 0].samples();
       const uint8_t* rows[kMaxNarrowTaps];
-      for (int k = 0; k < span.count; ++k) rows[k] = planes[p].pixels + planes[p].stride * (span.start + k);
+      for (int k = 0; k < span.count; ++k)
+        rows[k] = planes[p].pixels + planes[p].stride * (span.start + k);
       kernels().blend_rows(batch_.sums(p, n), rows, taps.weights(y), span.count, n);
     }
     if (!batch_.next() && y < out.height - 1) continue;

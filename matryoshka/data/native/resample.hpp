@@ -22,11 +22,14 @@ class Batch {
   int rows() const { return rows_; }
   const uint16_t* turned(int p, size_t n);
   const uint16_t* row(int p, int i) const { return sums_[p].data() + i * stride_[p]; }
-  // Where the kernels write 16 rows of whole groups of 8 pixels; finish() brings what belongs there into the image.
+  // Where the kernels write 16 rows of whole groups of 8 pixels; finish() brings what belongs there
+  // into the image.
   uint8_t* const* targets();
   void finish();
   void leave();  // instead: the caller has written image_row(0) to image_row(rows() - 1)
-  uint8_t* image_row(int i) const { return out_.pixels + static_cast<size_t>(done_ + i) * 3 * out_.width; }
+  uint8_t* image_row(int i) const {
+    return out_.pixels + static_cast<size_t>(done_ + i) * 3 * out_.width;
+  }
 
  private:
   std::vector<uint16_t> sums_[3], lanes_[3];
@@ -42,8 +45,9 @@ class Resampler {
   // The crop has at least one pixel; the rows have one for `sub` of its pixels, on either axis.
   void begin(const Crop& crop, int sub, Image out);
 
-  // Takes the next row that lies in the crop, if only in part, from the first pixel that does. It has to stay readable until `window()` more rows have
-  // been pushed. The last row completes the output.
+  // Takes the next row that lies in the crop, if only in part, from the first pixel that does. It
+  // has to stay readable until `window()` more rows have been pushed. The last row completes the
+  // output.
   void push(const uint8_t* row);
   int window() const { return window_; }
 
@@ -61,8 +65,8 @@ class Resampler {
 
 class PlaneResampler {
  public:
-  // Planes of YCbCr, the two of chroma alike, or one of grey. False, without a result, for a reduction so strong that
-  // it needs the other class.
+  // Planes of YCbCr, the two of chroma alike, or one of grey. False, without a result, for a
+  // reduction so strong that it needs the other class.
   bool resample(const PlaneView* planes, int count, const Crop& crop, Image out);
 
  private:

@@ -49,11 +49,13 @@ bool fits(const Crop& crop, int32_t width, int32_t height) {
 Status check(Bytes file, const Sample& sample) {
   const bool raw = sample.mode == static_cast<uint8_t>(Mode::raw);
   if (!raw && sample.mode != static_cast<uint8_t>(Mode::jpeg)) return Status::unknown_mode;
-  if (sample.offset > file.size || sample.size > file.size - sample.offset) return Status::outside_file;
+  if (sample.offset > file.size || sample.size > file.size - sample.offset)
+    return Status::outside_file;
   const int64_t pixels = int64_t{sample.width} * sample.height;
   const bool negative = sample.width < 0 || sample.height < 0;
   if (!negative && pixels > kMaxPixels) return Status::too_large;
-  if (raw && (negative || sample.size != 3 * static_cast<uint64_t>(pixels))) return Status::wrong_raw_size;
+  if (raw && (negative || sample.size != 3 * static_cast<uint64_t>(pixels)))
+    return Status::wrong_raw_size;
   return fits(sample.crop, sample.width, sample.height) ? Status::ok : Status::bad_crop;
 }
 
@@ -68,12 +70,14 @@ void decode_raw(const uint8_t* pixels, int32_t width, const Crop& crop, Image ou
 // The rows of `crop`, in the coordinates of the image that is open.
 Status push_rows(const Crop& crop, bool halve) {
   Workspace& w = workspace();
-  if (const Status status = w.decoder.start(crop.x, crop.width, halve); status != Status::ok) return status;
+  if (const Status status = w.decoder.start(crop.x, crop.width, halve); status != Status::ok)
+    return status;
   const size_t stride = 3 * static_cast<size_t>(w.decoder.row_width());
   const size_t left = 3 * static_cast<size_t>(crop.x - w.decoder.row_x());
   const int window = w.resampler.window() + 1;
   if (w.rows.size() < window * stride) w.rows.resize(window * stride);
-  if (const Status status = w.decoder.skip_to(crop.y, w.rows.data()); status != Status::ok) return status;
+  if (const Status status = w.decoder.skip_to(crop.y, w.rows.data()); status != Status::ok)
+    return status;
   for (int32_t y = 0; y < crop.height; ++y) {
     uint8_t* row = w.rows.data() + y % window * stride;
     if (const Status status = w.decoder.read_row(row); status != Status::ok) return status;
@@ -88,7 +92,8 @@ Status decode_jpeg_crop(Bytes bytes, const Sample& sample, bool exact, Image out
   bool spliced = false;
   if (w.tiles.parse(bytes)) {
     const Frame& frame = w.tiles.frame();
-    if (frame.width != sample.width || frame.height != sample.height) return Status::wrong_dimensions;
+    if (frame.width != sample.width || frame.height != sample.height)
+      return Status::wrong_dimensions;
     // Where that fails, libjpeg decides what is wrong, or that it is tolerable.
     if (!exact && w.baseline.accepts(w.tiles) && w.baseline.decode(w.tiles, crop) == Status::ok &&
         w.plane_resampler.resample(w.baseline.views(), w.baseline.planes(), crop, out))
@@ -101,7 +106,8 @@ Status decode_jpeg_crop(Bytes bytes, const Sample& sample, bool exact, Image out
   if (!spliced && (w.decoder.width() != sample.width || w.decoder.height() != sample.height))
     return Status::wrong_dimensions;
 
-  const bool halve = !exact && crop.width >= 2 * int64_t{out.width} && crop.height >= 2 * int64_t{out.height};
+  const bool halve =
+      !exact && crop.width >= 2 * int64_t{out.width} && crop.height >= 2 * int64_t{out.height};
   w.resampler.begin(crop, halve ? 2 : 1, out);
   if (halve) {  // all pixels of the half-size image that lie in the crop, if only in part
     const int32_t right = (crop.x + crop.width + 1) / 2, bottom = (crop.y + crop.height + 1) / 2;
@@ -115,7 +121,8 @@ Status decode_jpeg_crop(Bytes bytes, const Sample& sample, bool exact, Image out
 Status decode_checked(Bytes file, const Sample& sample, bool exact, Image out) {
   if (const Status status = check(file, sample); status != Status::ok) return status;
   const Bytes bytes{file.data + sample.offset, static_cast<size_t>(sample.size)};
-  if (sample.mode == static_cast<uint8_t>(Mode::jpeg)) return decode_jpeg_crop(bytes, sample, exact, out);
+  if (sample.mode == static_cast<uint8_t>(Mode::jpeg))
+    return decode_jpeg_crop(bytes, sample, exact, out);
   decode_raw(bytes.data, sample.width, sample.crop, out);
   return Status::ok;
 }
@@ -129,7 +136,8 @@ Status decode_sample(Bytes file, const Sample& sample, bool exact, Image out) no
   } catch (const std::bad_alloc&) {  // a row of this image does not fit into memory
     status = Status::too_large;
   }
-  if (status != Status::ok) std::memset(out.pixels, 0, 3 * static_cast<size_t>(out.height) * out.width);
+  if (status != Status::ok)
+    std::memset(out.pixels, 0, 3 * static_cast<size_t>(out.height) * out.width);
   return status;
 }
 
@@ -144,11 +152,13 @@ Status decode_jpeg(Bytes bytes, Image out) {
   JpegDecoder& decoder = workspace().decoder;
   const OpenJpeg jpeg(decoder, bytes);
   if (jpeg.status != Status::ok) return jpeg.status;
-  if (decoder.width() != out.width || decoder.height() != out.height) return Status::wrong_dimensions;
+  if (decoder.width() != out.width || decoder.height() != out.height)
+    return Status::wrong_dimensions;
   if (const Status status = decoder.start(0, out.width); status != Status::ok) return status;
   const size_t stride = 3 * static_cast<size_t>(out.width);
   for (int y = 0; y < out.height; ++y)
-    if (const Status status = decoder.read_row(out.pixels + y * stride); status != Status::ok) return status;
+    if (const Status status = decoder.read_row(out.pixels + y * stride); status != Status::ok)
+      return status;
   return Status::ok;
 }
 

@@ -1,4 +1,5 @@
-// What can be wrong with one sample. The numbers are the interface: they come out of decode_batch as uint8.
+// What can be wrong with one sample. The numbers are the interface: they come out of decode_batch
+// as uint8.
 #pragma once
 
 #include <cstdint>

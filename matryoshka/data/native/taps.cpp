@@ -10,9 +10,10 @@ void Taps::compute(int64_t start, int64_t length, int64_t sub, int target) {
   spans_.resize(target);
   weights_.clear();
   longest_ = 0;
-  const auto push = [this](int64_t weight) {  // a lone tap of 65536 does not fit: 65535 gives the same pixels
-    weights_.push_back(static_cast<uint16_t>(std::min<int64_t>(weight, kOne - 1)));
-  };
+  const auto push =
+      [this](int64_t weight) {  // a lone tap of 65536 does not fit: 65535 gives the same pixels
+        weights_.push_back(static_cast<uint16_t>(std::min<int64_t>(weight, kOne - 1)));
+      };
   const int64_t inside = start % sub;  // pixels of the first sample before the crop
   samples_ = static_cast<int>((inside + length + sub - 1) / sub);
   const int64_t unit = int64_t{target} * sub;  // one sample, where one pixel is `target`
@@ -20,7 +21,8 @@ void Taps::compute(int64_t start, int64_t length, int64_t sub, int target) {
     Span& span = spans_[i];
     span.weights = weights_.size();
     if (unit <= length) {
-      // Output i covers [low, high). Rounding the running total, not each weight, makes every run sum up to 65536.
+      // Output i covers [low, high). Rounding the running total, not each weight, makes every run
+      // sum up to 65536.
       const int64_t low = inside * target + i * length, high = low + length;
       const int64_t first = low / unit, last = (high - 1) / unit;
       int64_t before = 0;
@@ -34,7 +36,8 @@ void Taps::compute(int64_t start, int64_t length, int64_t sub, int target) {
       span.count = static_cast<int32_t>(last - first + 1);
     } else {
       // Twice the distance of output i's centre from the first sample's.
-      const int64_t centre = std::max<int64_t>(2 * inside * target + (2 * i + 1) * length - unit, 0);
+      const int64_t centre =
+          std::max<int64_t>(2 * inside * target + (2 * i + 1) * length - unit, 0);
       int64_t first = centre / (2 * unit);
       int64_t second_weight = (centre % (2 * unit) * kOne + unit) / (2 * unit);
       if (second_weight == kOne) ++first, second_weight = 0;

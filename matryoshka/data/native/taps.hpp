@@ -1,5 +1,6 @@
-// Which source samples an output sample is made of: area averaging where an axis shrinks, bilinear interpolation
-// (half-pixel centres, clamped to the crop) where it grows, a copy where the size stays.
+// Which source samples an output sample is made of: area averaging where an axis shrinks, bilinear
+// interpolation (half-pixel centres, clamped to the crop) where it grows, a copy where the size
+// stays.
 #pragma once
 
 #include <cstddef>
@@ -17,11 +18,12 @@ class Taps {
     size_t weights;  // of the first tap, in the array below
   };
 
-  // `target` samples from the pixels [start, start + length) of an axis that has one sample for `sub` pixels; all at
-  // least 1. Spans count from the first sample that lies in the crop, even if only in part.
+  // `target` samples from the pixels [start, start + length) of an axis that has one sample for
+  // `sub` pixels; all at least 1. Spans count from the first sample that lies in the crop, even if
+  // only in part.
   void compute(int64_t start, int64_t length, int64_t sub, int target);
-  // The same as columns(): mirrored for a flip, all runs equally long by zero weights, the last column repeated up
-  // to a multiple of 8.
+  // The same as columns(): mirrored for a flip, all runs equally long by zero weights, the last
+  // column repeated up to a multiple of 8.
   void compute_columns(int64_t start, int64_t length, int64_t sub, int target, bool mirror);
 
   int size() const { return static_cast<int>(spans_.size()); }

@@ -36,7 +36,8 @@ bool read_frame(const uint8_t* body, size_t size, Frame* frame) {
   frame->height = word(body + 1);
   frame->width = word(body + 3);
   frame->components = body[5];
-  if (frame->height == 0 || frame->width == 0 || (frame->components != 1 && frame->components != 3)) return false;
+  if (frame->height == 0 || frame->width == 0 || (frame->components != 1 && frame->components != 3))
+    return false;
   if (size != 6 + 3 * static_cast<size_t>(frame->components)) return false;
   frame->max_h = frame->max_v = 1;
   for (int i = 0; i < frame->components; ++i) {
@@ -47,7 +48,8 @@ bool read_frame(const uint8_t* body, size_t size, Frame* frame) {
     frame->max_h = std::max(frame->max_h, h);
     frame->max_v = std::max(frame->max_v, v);
   }
-  const bool alone = frame->components == 1;  // then an MCU is one block, whatever the sampling factors say
+  const bool alone =
+      frame->components == 1;  // then an MCU is one block, whatever the sampling factors say
   frame->mcu_width = alone ? 8 : 8 * frame->max_h;
   frame->mcu_height = alone ? 8 : 8 * frame->max_v;
   frame->columns = round_up(frame->width, frame->mcu_width);
@@ -105,7 +107,8 @@ struct Colours {
   bool ycc(const Frame& frame) const {
     if (frame.components == 1 || jfif) return true;
     if (adobe) return transform != 0;
-    return !(frame.component[0].id == 'R' && frame.component[1].id == 'G' && frame.component[2].id == 'B');
+    return !(frame.component[0].id == 'R' && frame.component[1].id == 'G' &&
+             frame.component[2].id == 'B');
   }
 };
 
@@ -144,18 +147,13 @@ bool Tiles::parse(Bytes jpeg) {
         if (!frame_.width || length < 3 || data[body] != frame_.components) return false;
         header_.push_back({begin, end});
         frame_.scan = end;
-        frame_.plain = read_scan({data + body, length - 2}, &frame_) && plain && colours.ycc(frame_);
+        frame_.plain =
+            read_scan({data + body, length - 2}, &frame_) && plain && colours.ycc(frame_);
         return true;
-      case kQuantisation:
-        plain &= read_factors({data + body, length - 2}, &frame_);
-        break;
-      case kHuffman:
-        plain &= read_huffman({data + body, length - 2}, &frame_);
-        break;
+      case kQuantisation: plain &= read_factors({data + body, length - 2}, &frame_); break;
+      case kHuffman: plain &= read_huffman({data + body, length - 2}, &frame_); break;
       case kApp0:
-      case kApp14:
-        colours.read_app(marker, {data + body, length - 2});
-        break;
+      case kApp14: colours.read_app(marker, {data + body, length - 2}); break;
       default:
         if ((marker >= kApp0 && marker <= kApp15) || marker == kComment) continue;
         return false;
@@ -197,14 +195,16 @@ bool Tiles::find_segments(size_t last) {
 }
 
 Bytes Tiles::segment(size_t k) const {
-  const size_t begin = segments_[k], end = k + 1 < segments_.size() ? segments_[k + 1] - 2 : last_end_;
+  const size_t begin = segments_[k],
+               end = k + 1 < segments_.size() ? segments_[k + 1] - 2 : last_end_;
   return {jpeg_.data + begin, end - begin};
 }
 
 // Only stuffed zeros are left out: find_segments has found no other marker.
 Bytes Tiles::unstuffed(size_t k) {
   const Bytes from = segment(k);
-  if (unstuffed_.size() < from.size + kSegmentPadding) unstuffed_.resize(from.size + kSegmentPadding);
+  if (unstuffed_.size() < from.size + kSegmentPadding)
+    unstuffed_.resize(from.size + kSegmentPadding);
   uint8_t* to = unstuffed_.data();
   const uint8_t* at = from.data;
   const uint8_t* const end = at + from.size;
@@ -225,8 +225,9 @@ void Tiles::write_header(int width, int height) {
   stream_.assign({0xFF, kStart});
   for (const HeaderPart& part : header_) {
     if (part.end == frame_.scan)
-      stream_.insert(stream_.end(), {0xFF, kInterval, 0, 4, static_cast<uint8_t>(frame_.interval >> 8),
-                                     static_cast<uint8_t>(frame_.interval)});
+      stream_.insert(stream_.end(),
+                     {0xFF, kInterval, 0, 4, static_cast<uint8_t>(frame_.interval >> 8),
+                      static_cast<uint8_t>(frame_.interval)});
     const size_t at = stream_.size();
     stream_.insert(stream_.end(), jpeg_.data + part.begin, jpeg_.data + part.end);
     if (part.begin < frame_.size_at && frame_.size_at < part.end) {
@@ -241,9 +242,11 @@ void Tiles::write_header(int width, int height) {
 
 bool Tiles::splice(const Crop& crop) {
   const Frame& f = frame_;
-  // Other intervals than divisors of a row: a segment read only in part would not show that the header lies about it.
+  // Other intervals than divisors of a row: a segment read only in part would not show that the
+  // header lies about it.
   if (f.interval == 0 || f.columns % f.interval || jpeg_.size > UINT32_MAX) return false;
-  // Where chroma has fewer samples, a pixel depends on the sample beside its own as well, 2 pixels away.
+  // Where chroma has fewer samples, a pixel depends on the sample beside its own as well, 2 pixels
+  // away.
   const int margin_x = f.max_h > 1 ? 2 : 0, margin_y = f.max_v > 1 ? 2 : 0;
   int left = std::max(0, crop.x - margin_x) / f.mcu_width;
   int right = std::min(f.columns, round_up(crop.x + crop.width + margin_x, f.mcu_width));
@@ -252,10 +255,12 @@ bool Tiles::splice(const Crop& crop) {
 
   left = left / f.interval * f.interval;
   right = round_up(right, f.interval) * f.interval;
-  // libjpeg upsamples images of up to 2 chroma columns in another way: an edge tile may be as narrow as that.
+  // libjpeg upsamples images of up to 2 chroma columns in another way: an edge tile may be as
+  // narrow as that.
   const int width = std::min(f.width, right * f.mcu_width) - left * f.mcu_width;
   if (width < 4 * f.max_h) left = std::max(0, left - f.interval);
-  if (left == 0 && right == f.columns && top == 0) return false;  // nothing to leave out but the end
+  if (left == 0 && right == f.columns && top == 0)
+    return false;  // nothing to leave out but the end
 
   const auto segment = [&](int row, int column) {
     return (static_cast<size_t>(row) * f.columns + column) / f.interval;
@@ -265,17 +270,20 @@ bool Tiles::splice(const Crop& crop) {
 
   x_ = left * f.mcu_width;
   y_ = top * f.mcu_height;
-  write_header(std::min(f.width, right * f.mcu_width) - x_, std::min(f.height, bottom * f.mcu_height) - y_);
+  write_header(std::min(f.width, right * f.mcu_width) - x_,
+               std::min(f.height, bottom * f.mcu_height) - y_);
   unsigned restarts = 0;
   const auto copy = [&](size_t from, size_t to) {  // segments [from, to], which lie side by side
     const size_t begin = segments_[from], end = to == last ? last_end_ : segments_[to + 1] - 2;
     const size_t shift = stream_.size();
     stream_.insert(stream_.end(), jpeg_.data + begin, jpeg_.data + end);
     for (size_t k = from + 1; k <= to; ++k)
-      stream_[shift + segments_[k] - begin - 1] = static_cast<uint8_t>(kFirstRestart + restarts++ % 8);
+      stream_[shift + segments_[k] - begin - 1] =
+          static_cast<uint8_t>(kFirstRestart + restarts++ % 8);
   };
   for (int row = top; row < bottom; ++row) {
-    if (row > top) stream_.insert(stream_.end(), {0xFF, static_cast<uint8_t>(kFirstRestart + restarts++ % 8)});
+    if (row > top)
+      stream_.insert(stream_.end(), {0xFF, static_cast<uint8_t>(kFirstRestart + restarts++ % 8)});
     copy(segment(row, left), segment(row, right - 1));
   }
   data_end_ = stream_.size();

@@ -32,7 +32,8 @@ const Kernels* const* available() {
       const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                         __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("f16c");
       const bool vnni = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
+                        __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512vnni") &&
                         __builtin_cpu_supports("avx512vpopcntdq");
       if (avx2 && vnni) found[n++] = &kVnni;
       if (avx2) found[n++] = &kAvx2;

@@ -14,8 +14,8 @@ inline __m256i spread(const int8_t* four) {
   return _mm256_set1_epi32(bits);
 }
 
-size_t scan_codes(const uint8_t* codes, size_t first, size_t end, size_t chunks, const int8_t* const* queries,
-                  size_t count, Found* const* found) {
+size_t scan_codes(const uint8_t* codes, size_t first, size_t end, size_t chunks,
+                  const int8_t* const* queries, size_t count, Found* const* found) {
   const __m256i ones = _mm256_set1_epi16(1);
   const size_t group = chunks * kGroup * kChunk;  // bytes
   for (; first < end && has_room(found, count); first += kBlock) {
@@ -27,7 +27,8 @@ size_t scan_codes(const uint8_t* codes, size_t first, size_t end, size_t chunks,
         const __m256i q = spread(queries[query] + c * kChunk);
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
-          const auto* place = reinterpret_cast<const __m256i*>(at + static_cast<size_t>(i / 2) * group + i % 2 * 32);
+          const auto* place = reinterpret_cast<const __m256i*>(
+              at + static_cast<size_t>(i / 2) * group + i % 2 * 32);
           const __m256i pairs = _mm256_maddubs_epi16(_mm256_loadu_si256(place), q);
           sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, ones));
         }
@@ -54,17 +55,18 @@ size_t scan_codes(const uint8_t* codes, size_t first, size_t end, size_t chunks,
 
 // How many bits of every byte are set, by halves in a table (Mula et al., arXiv 1611.07612).
 inline __m256i count_bytes(__m256i x) {
-  const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,
-                                         0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+  const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2,
+                                         1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
   const __m256i half = _mm256_set1_epi8(15);
   const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(x, half));
-  return _mm256_add_epi8(low, _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), half)));
+  return _mm256_add_epi8(
+      low, _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), half)));
 }
 
 // Counts of 64 rows stay in registers: one branch for all of them instead of one each.
 template <size_t kWords>
-size_t scan_bits_of(const uint64_t* bits, size_t first, size_t end, size_t words, const uint64_t* const* queries,
-                    size_t count, Found* const* found) {
+size_t scan_bits_of(const uint64_t* bits, size_t first, size_t end, size_t words,
+                    const uint64_t* const* queries, size_t count, Found* const* found) {
   if (kWords) words = kWords;
   const __m256i zero = _mm256_setzero_si256();
   for (; first < end && has_room(found, count); first += kBlock) {
@@ -75,10 +77,13 @@ size_t scan_bits_of(const uint64_t* bits, size_t first, size_t end, size_t words
         __m256i sum0 = zero, sum1 = zero;
         for (size_t w = 0; w < words;) {
           __m256i bytes0 = zero, bytes1 = zero;
-          for (const size_t some = w + 31 < words ? w + 31 : words; w < some; ++w, place += 2) {  // 31 x 8 < 256
+          for (const size_t some = w + 31 < words ? w + 31 : words; w < some;
+               ++w, place += 2) {  // 31 x 8 < 256
             const __m256i q = _mm256_set1_epi64x(static_cast<int64_t>(queries[query][w]));
-            bytes0 = _mm256_add_epi8(bytes0, count_bytes(_mm256_xor_si256(_mm256_loadu_si256(place), q)));
-            bytes1 = _mm256_add_epi8(bytes1, count_bytes(_mm256_xor_si256(_mm256_loadu_si256(place + 1), q)));
+            bytes0 = _mm256_add_epi8(bytes0,
+                                     count_bytes(_mm256_xor_si256(_mm256_loadu_si256(place), q)));
+            bytes1 = _mm256_add_epi8(
+                bytes1, count_bytes(_mm256_xor_si256(_mm256_loadu_si256(place + 1), q)));
           }
           sum0 = _mm256_add_epi64(sum0, _mm256_sad_epu8(bytes0, zero));
           sum1 = _mm256_add_epi64(sum1, _mm256_sad_epu8(bytes1, zero));
@@ -89,20 +94,22 @@ size_t scan_bits_of(const uint64_t* bits, size_t first, size_t end, size_t words
       for (int i = 1; i < 8; ++i) least = _mm256_min_epi32(least, counts[i]);
       Found& mine = *found[query];
       // fewer than this: above the threshold
-      const __m256i limit = _mm256_set1_epi32(mine.threshold < -INT32_MAX ? INT32_MAX : -mine.threshold);
+      const __m256i limit =
+          _mm256_set1_epi32(mine.threshold < -INT32_MAX ? INT32_MAX : -mine.threshold);
       if (!_mm256_movemask_epi8(_mm256_cmpgt_epi32(limit, least))) continue;
       for (size_t i = 0; i < 8; ++i) {
         alignas(32) int32_t different[8];
         _mm256_store_si256(reinterpret_cast<__m256i*>(different), counts[i]);
-        for (size_t j = 0; j < 8; ++j) mine.add(-different[j % 4 * 2 + j / 4], first + 8 * i + j, end);
+        for (size_t j = 0; j < 8; ++j)
+          mine.add(-different[j % 4 * 2 + j / 4], first + 8 * i + j, end);
       }
     }
   }
   return first;
 }
 
-size_t scan_bits(const uint64_t* bits, size_t first, size_t end, size_t words, const uint64_t* const* queries,
-                 size_t count, Found* const* found) {
+size_t scan_bits(const uint64_t* bits, size_t first, size_t end, size_t words,
+                 const uint64_t* const* queries, size_t count, Found* const* found) {
   switch (words) {
     case 1: return scan_bits_of<1>(bits, first, end, words, queries, count, found);
     case 2: return scan_bits_of<2>(bits, first, end, words, queries, count, found);

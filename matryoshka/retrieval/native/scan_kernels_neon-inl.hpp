@@ -1,5 +1,5 @@
-// For 64-bit ARM: compiled for every such CPU and, with products of bytes in fours (SDOT), for those since 2017. Codes of
-// 7 bits are signed bytes as they are.
+// For 64-bit ARM: compiled for every such CPU and, with products of bytes in fours (SDOT), for
+// those since 2017. Codes of 7 bits are signed bytes as they are.
 #include <arm_neon.h>
 
 #include <cstring>
@@ -8,16 +8,19 @@ namespace matryoshka::search {
 namespace {
 
 #ifdef __ARM_FEATURE_DOTPROD
-inline int32x4_t add_products(int32x4_t sums, int8x16_t codes, int8x16_t query) { return vdotq_s32(sums, codes, query); }
+inline int32x4_t add_products(int32x4_t sums, int8x16_t codes, int8x16_t query) {
+  return vdotq_s32(sums, codes, query);
+}
 #else
 inline int32x4_t add_products(int32x4_t sums, int8x16_t codes, int8x16_t query) {
-  const int16x8_t low = vmull_s8(vget_low_s8(codes), vget_low_s8(query)), high = vmull_high_s8(codes, query);
+  const int16x8_t low = vmull_s8(vget_low_s8(codes), vget_low_s8(query)),
+                  high = vmull_high_s8(codes, query);
   return vpadalq_s16(sums, vpaddq_s16(low, high));  // 2 x 127 x 127 fits
 }
 #endif
 
-size_t scan_codes(const uint8_t* codes, size_t first, size_t end, size_t chunks, const int8_t* const* queries,
-                  size_t count, Found* const* found) {
+size_t scan_codes(const uint8_t* codes, size_t first, size_t end, size_t chunks,
+                  const int8_t* const* queries, size_t count, Found* const* found) {
   constexpr int kSums = kBlock / 4;
   const size_t group = chunks * kGroup * kChunk;  // bytes
   for (; first < end && has_room(found, count); first += kBlock) {
@@ -41,15 +44,16 @@ size_t scan_codes(const uint8_t* codes, size_t first, size_t end, size_t chunks,
       for (size_t i = 0; i < kSums; ++i) {
         int32_t scores[4];
         vst1q_s32(scores, sums[i]);
-        for (size_t lane = 0; lane < 4; ++lane) found[query]->add(scores[lane], first + 4 * i + lane, end);
+        for (size_t lane = 0; lane < 4; ++lane)
+          found[query]->add(scores[lane], first + 4 * i + lane, end);
       }
     }
   }
   return first;
 }
 
-size_t scan_bits(const uint64_t* bits, size_t first, size_t end, size_t words, const uint64_t* const* queries,
-                 size_t count, Found* const* found) {
+size_t scan_bits(const uint64_t* bits, size_t first, size_t end, size_t words,
+                 const uint64_t* const* queries, size_t count, Found* const* found) {
   for (; first < end && has_room(found, count); first += kBlock) {
     for (size_t at = 0; at < count * kBlock; at += kBitGroup) {
       const size_t query = at / kBlock, group = at % kBlock;
@@ -58,7 +62,8 @@ size_t scan_bits(const uint64_t* bits, size_t first, size_t end, size_t words, c
       for (size_t w = 0; w < words;) {
         uint8x16_t bytes[4];  // of 2 rows
         for (auto& some : bytes) some = vdupq_n_u8(0);
-        for (const size_t some = w + 31 < words ? w + 31 : words; w < some; ++w, place += kBitGroup) {  // 31 x 8 < 256
+        for (const size_t some = w + 31 < words ? w + 31 : words; w < some;
+             ++w, place += kBitGroup) {  // 31 x 8 < 256
           const uint64x2_t q = vdupq_n_u64(queries[query][w]);
           for (int i = 0; i < 4; ++i) {
             const uint64x2_t different = veorq_u64(vld1q_u64(place + 2 * i), q);
@@ -85,7 +90,9 @@ inline float32x4_t load(const uint16_t* row) {
   return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(row)));
 }
 inline float32x4_t load(const float* row) { return vld1q_f32(row); }
-inline float one(uint16_t x) { return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(x))), 0); }
+inline float one(uint16_t x) {
+  return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(x))), 0);
+}
 inline float one(float x) { return x; }
 
 template <class T>

@@ -1,4 +1,5 @@
 #include "scan_kernels.hpp"
 #include "scan_kernels_neon-inl.hpp"
 
-const matryoshka::search::Kernels matryoshka::search::kNeon = {"neon", scan_codes, scan_bits, dot<uint16_t>, dot<float>};
+const matryoshka::search::Kernels matryoshka::search::kNeon = {"neon", scan_codes, scan_bits,
+                                                               dot<uint16_t>, dot<float>};

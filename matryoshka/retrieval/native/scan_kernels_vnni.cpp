@@ -18,11 +18,12 @@ inline void keep(__m512i scores, unsigned mask, size_t first, size_t end, Found&
   }
 }
 
-// Scores of 64 rows and kCount queries stay in registers: a line of codes is loaded once for all queries, which is
-// 2 to 3 times as fast as a query after the other where lines come from the second-level cache.
+// Scores of 64 rows and kCount queries stay in registers: a line of codes is loaded once for all
+// queries, which is 2 to 3 times as fast as a query after the other where lines come from the
+// second-level cache.
 template <size_t kCount, size_t kChunks>
-size_t scan_codes_of(const uint8_t* codes, size_t first, size_t end, size_t chunks, const int8_t* const* queries,
-                     Found* const* found) {
+size_t scan_codes_of(const uint8_t* codes, size_t first, size_t end, size_t chunks,
+                     const int8_t* const* queries, Found* const* found) {
   if (kChunks) chunks = kChunks;
   const size_t group = chunks * kGroup * kChunk;  // bytes
   for (; first < end && has_room(found, kCount); first += kBlock) {
@@ -41,7 +42,8 @@ size_t scan_codes_of(const uint8_t* codes, size_t first, size_t end, size_t chun
         std::memcpy(&four, queries[q] + c * kChunk, 4);
         const __m512i spread = _mm512_set1_epi32(four);
 #pragma GCC unroll 4
-        for (size_t i = 0; i < 4; ++i) sums[q][i] = _mm512_dpbusd_epi32(sums[q][i], line[i], spread);
+        for (size_t i = 0; i < 4; ++i)
+          sums[q][i] = _mm512_dpbusd_epi32(sums[q][i], line[i], spread);
       }
     }
 #pragma GCC unroll 4
@@ -60,8 +62,8 @@ size_t scan_codes_of(const uint8_t* codes, size_t first, size_t end, size_t chun
 }
 
 template <size_t kCount>
-size_t scan_codes_by(const uint8_t* codes, size_t first, size_t end, size_t chunks, const int8_t* const* queries,
-                     Found* const* found) {
+size_t scan_codes_by(const uint8_t* codes, size_t first, size_t end, size_t chunks,
+                     const int8_t* const* queries, Found* const* found) {
   switch (chunks) {  // 8, 16, 32 and 64 dimensions
     case 2: return scan_codes_of<kCount, 2>(codes, first, end, chunks, queries, found);
     case 4: return scan_codes_of<kCount, 4>(codes, first, end, chunks, queries, found);
@@ -71,8 +73,8 @@ size_t scan_codes_by(const uint8_t* codes, size_t first, size_t end, size_t chun
   }
 }
 
-size_t scan_codes(const uint8_t* codes, size_t first, size_t end, size_t chunks, const int8_t* const* queries,
-                  size_t count, Found* const* found) {
+size_t scan_codes(const uint8_t* codes, size_t first, size_t end, size_t chunks,
+                  const int8_t* const* queries, size_t count, Found* const* found) {
   switch (count) {
     case 1: return scan_codes_by<1>(codes, first, end, chunks, queries, found);
     case 2: return scan_codes_by<2>(codes, first, end, chunks, queries, found);
@@ -83,8 +85,8 @@ size_t scan_codes(const uint8_t* codes, size_t first, size_t end, size_t chunks,
 
 // Counts are 64 bits wide; those of two groups share a register, so that 64 rows are 4 registers.
 template <size_t kWords>
-size_t scan_bits_of(const uint64_t* bits, size_t first, size_t end, size_t words, const uint64_t* const* queries,
-                    size_t count, Found* const* found) {
+size_t scan_bits_of(const uint64_t* bits, size_t first, size_t end, size_t words,
+                    const uint64_t* const* queries, size_t count, Found* const* found) {
   if (kWords) words = kWords;
   for (; first < end && has_room(found, count); first += kBlock) {
     for (size_t q = 0; q < count; ++q) {
@@ -97,14 +99,18 @@ size_t scan_bits_of(const uint64_t* bits, size_t first, size_t end, size_t words
 #pragma GCC unroll 8
         for (size_t w = 0; w < words; ++w, place += kBitGroup) {
           const __m512i spread = _mm512_set1_epi64(static_cast<int64_t>(query[w]));
-          sum = _mm512_add_epi64(sum, _mm512_popcnt_epi64(_mm512_xor_si512(_mm512_loadu_si512(place), spread)));
+          sum = _mm512_add_epi64(
+              sum, _mm512_popcnt_epi64(_mm512_xor_si512(_mm512_loadu_si512(place), spread)));
         }
       }
       __m512i pairs[4];  // rows 0 8 1 9 ... of 16
-      for (size_t i = 0; i < 4; ++i) pairs[i] = _mm512_or_si512(counts[2 * i], _mm512_slli_epi64(counts[2 * i + 1], 32));
-      const __m512i least = _mm512_min_epi32(_mm512_min_epi32(pairs[0], pairs[1]), _mm512_min_epi32(pairs[2], pairs[3]));
+      for (size_t i = 0; i < 4; ++i)
+        pairs[i] = _mm512_or_si512(counts[2 * i], _mm512_slli_epi64(counts[2 * i + 1], 32));
+      const __m512i least = _mm512_min_epi32(_mm512_min_epi32(pairs[0], pairs[1]),
+                                             _mm512_min_epi32(pairs[2], pairs[3]));
       const int32_t above = found[q]->threshold;
-      const __m512i limit = _mm512_set1_epi32(above < -INT32_MAX ? INT32_MAX : -above);  // fewer than this
+      const __m512i limit =
+          _mm512_set1_epi32(above < -INT32_MAX ? INT32_MAX : -above);  // fewer than this
       if (!_mm512_cmplt_epi32_mask(least, limit)) continue;
       for (size_t i = 0; i < 4; ++i) {
         unsigned mask = _mm512_cmplt_epi32_mask(pairs[i], limit);
@@ -121,8 +127,8 @@ size_t scan_bits_of(const uint64_t* bits, size_t first, size_t end, size_t words
   return first;
 }
 
-size_t scan_bits(const uint64_t* bits, size_t first, size_t end, size_t words, const uint64_t* const* queries,
-                 size_t count, Found* const* found) {
+size_t scan_bits(const uint64_t* bits, size_t first, size_t end, size_t words,
+                 const uint64_t* const* queries, size_t count, Found* const* found) {
   switch (words) {
     case 1: return scan_bits_of<1>(bits, first, end, words, queries, count, found);
     case 2: return scan_bits_of<2>(bits, first, end, words, queries, count, found);
@@ -132,9 +138,13 @@ size_t scan_bits(const uint64_t* bits, size_t first, size_t end, size_t words, c
   }
 }
 
-inline __m512 load(const uint16_t* row) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row))); }
+inline __m512 load(const uint16_t* row) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+}
 inline __m512 load(const float* row) { return _mm512_loadu_ps(row); }
-inline __m512 load(const uint16_t* row, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, row)); }
+inline __m512 load(const uint16_t* row, __mmask16 mask) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, row));
+}
 inline __m512 load(const float* row, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, row); }
 
 template <class T>
@@ -143,8 +153,10 @@ void dot(const T* const* rows, const float* query, size_t n, float* dots, float*
   for (size_t r = 0; r < kTogether; ++r) products[r] = powers[r] = _mm512_setzero_ps();
   const auto step = [&](size_t i, auto... mask) {
     __m512 q;
-    if constexpr (sizeof...(mask) > 0) q = _mm512_maskz_loadu_ps(mask..., query + i);
-    else q = _mm512_loadu_ps(query + i);
+    if constexpr (sizeof...(mask) > 0)
+      q = _mm512_maskz_loadu_ps(mask..., query + i);
+    else
+      q = _mm512_loadu_ps(query + i);
 #pragma GCC unroll 4
     for (size_t r = 0; r < kTogether; ++r) {
       const __m512 x = load(rows[r] + i, mask...);
