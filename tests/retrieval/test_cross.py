@@ -1,6 +1,4 @@
-"""The search kernels of other CPUs, compiled for them and run by an emulator; skipped where there
-is none.
-"""
+"""Search kernels of other CPUs: cross-compiled and run in an emulator; skipped without one."""
 
 import platform
 import shutil
@@ -24,7 +22,7 @@ FLAGS = [
 
 
 def build(compiler, folder, macro, sources):
-    """The program of search_kernels.cpp. sources: file -> options of its own."""
+    """Compile search_kernels.cpp with the kernels in `sources`: file -> its compiler options."""
     objects = []
     for name, options in (
         {"scan_kernels.cpp": [], "scan_kernels_portable.cpp": []} | sources
