@@ -1,162 +1,198 @@
-// The body of image_kernels.hpp's table: included by one file for each kind of CPU, with
-// MATRYOSHKA_KERNELS as its name.
-#include "image_kernels.hpp"
-#include "lanes.hpp"
+// The kernels of image_kernels.hpp. Each kind of CPU has a file that includes this one, with
+// MATRYOSHKA_KERNELS as the name of its table.
+#pragma once
 
 #include "entropy-inl.hpp"
+#include "image_kernels.hpp"
+#include "lanes.hpp"
 #include "recode-inl.hpp"
 
 namespace matryoshka {
 namespace {
 
-// Every product is truncated, by half a unit on average: sums begin with what they will lose.
+// ---- vertical filter ----
+
+// Add kTaps weighted rows to `sum`, or to the bias for the first ones. mulhi truncates every
+// product, by half a unit on average: the bias of half a unit per tap makes up for it.
 template <int kTaps>
-inline size_t blend(uint16_t* __restrict sum, const uint8_t* const* rows, const uint16_t* weights,
-                    size_t n, uint16_t bias, bool add) {
+inline void add_rows(uint16_t* __restrict sum, const uint8_t* const* rows, const uint16_t* weights,
+                     size_t n, uint16_t bias, bool first) {
   Lanes weight[kTaps];
   const uint8_t* row[kTaps];
-  for (int k = 0; k < kTaps; ++k) weight[k] = all(weights[k]), row[k] = rows[k];
+  for (int k = 0; k < kTaps; ++k) {
+    weight[k] = broadcast(weights[k]);
+    row[k] = rows[k];
+  }
   size_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    Lanes total = add ? load(sum + i) : all(bias);
-    for (int k = 0; k < kTaps; ++k) total = total + high(load_high(row[k] + i), weight[k]);
+    Lanes total = first ? broadcast(bias) : load(sum + i);
+    for (int k = 0; k < kTaps; ++k) total = total + mulhi(load_bytes_high(row[k] + i), weight[k]);
     store(sum + i, total);
   }
   for (; i < n; ++i) {
-    uint32_t total = add ? sum[i] : bias;
-    for (int k = 0; k < kTaps; ++k)
+    uint32_t total = first ? bias : sum[i];
+    for (int k = 0; k < kTaps; ++k) {
       total += (static_cast<uint32_t>(row[k][i] << 8) * weights[k]) >> 16;
+    }
     sum[i] = static_cast<uint16_t>(total);
   }
-  return n;
 }
 
-void blend_rows(uint16_t* sum, const uint8_t* const* rows, const uint16_t* weights, int count,
-                size_t n) {
+void filter_vertical(uint16_t* sum, const uint8_t* const* rows, const uint16_t* weights, int count,
+                     size_t n) {
   const uint16_t bias = static_cast<uint16_t>(count / 2);
-  for (int k = 0; k < count; k += 4) {
+  for (int k = 0; k < count; k += 4) {  // four rows in a pass over the sums
+    const bool first = k == 0;
     switch (count - k) {
-      case 1: blend<1>(sum, rows + k, weights + k, n, bias, k > 0); break;
-      case 2: blend<2>(sum, rows + k, weights + k, n, bias, k > 0); break;
-      case 3: blend<3>(sum, rows + k, weights + k, n, bias, k > 0); break;
-      default: blend<4>(sum, rows + k, weights + k, n, bias, k > 0);
+      case 1: add_rows<1>(sum, rows + k, weights + k, n, bias, first); break;
+      case 2: add_rows<2>(sum, rows + k, weights + k, n, bias, first); break;
+      case 3: add_rows<3>(sum, rows + k, weights + k, n, bias, first); break;
+      default: add_rows<4>(sum, rows + k, weights + k, n, bias, first);
     }
   }
 }
 
-void turn(uint16_t* lanes, const uint16_t* sums, size_t stride, size_t n) {
-  for (size_t i = 0; i < n; i += 8) columns_of_rows(lanes + i * kLanes, sums + i, stride);
+void transpose(uint16_t* columns, const uint16_t* rows, size_t stride, size_t n) {
+  for (size_t i = 0; i < n; i += 8) transpose_16x8(columns + i * kLanes, rows + i, stride);
 }
 
-// The blend of columns in 8.8; step: numbers between neighbouring columns.
+// ---- horizontal filter ----
+
+// The weighted sum of neighbouring columns in 8.8. kStep: numbers from one column of a channel to
+// the next. kTaps: the number of taps where it is known at compile time, else 0.
 template <int kTaps, int kStep>
-inline Lanes mix(const uint16_t* lanes, const uint32_t* weights, int taps, Lanes bias) {
+inline Lanes weighted_sum(const uint16_t* columns, const uint32_t* weights, int taps, Lanes bias) {
   if (kTaps) taps = kTaps;
   Lanes total = bias;
-  for (int k = 0; k < taps; ++k)
-    total = total + high(load(lanes + k * (kStep * kLanes)), twice(weights + k));
+  for (int k = 0; k < taps; ++k) {
+    total = total + mulhi(load(columns + k * (kStep * kLanes)), broadcast_pair(weights + k));
+  }
   return total;
 }
 
-template <int kTaps>
-inline void mix_rgb_taps(uint8_t* const* out, const uint16_t* lanes, const Columns& columns,
-                         int width) {
-  const int taps = kTaps ? kTaps : columns.taps;
-  const Lanes bias = all(static_cast<uint16_t>(128 + taps / 2));
-  const uint32_t* weights = columns.weights;
-  for (int x = 0; x < width; x += 8) {
-    Octets e[24];
-    for (int i = 0; i < 8; ++i, weights += taps) {
-      const uint16_t* first = lanes + static_cast<size_t>(columns.starts[x + i]) * (3 * kLanes);
-      for (int c = 0; c < 3; ++c)
-        e[3 * i + c] = octets(shifted<8>(mix<kTaps, 3>(first + c * kLanes, weights, taps, bias)));
-    }
-    for (int part = 0; part < 3; ++part)
-      rows_of_columns(out, 3 * static_cast<size_t>(x) + 8 * part, e + 8 * part);
+// Write 8 RGB pixels, 24 columns, to each of 16 rows.
+inline void store_pixels(uint8_t* const* out, int x, const PackedBytes columns[24]) {
+  for (int part = 0; part < 3; ++part) {
+    store_transposed(out, 3 * static_cast<size_t>(x) + 8 * part, columns + 8 * part);
   }
 }
 
-void mix_rgb(uint8_t* const* out, const uint16_t* lanes, const Columns& columns, int width) {
-  switch (columns.taps) {
-    case 1: return mix_rgb_taps<1>(out, lanes, columns, width);
-    case 2: return mix_rgb_taps<2>(out, lanes, columns, width);
-    case 3: return mix_rgb_taps<3>(out, lanes, columns, width);
-    case 4: return mix_rgb_taps<4>(out, lanes, columns, width);
-    default: return mix_rgb_taps<0>(out, lanes, columns, width);
+template <int kTaps>
+inline void filter_horizontal_taps(uint8_t* const* out, const uint16_t* columns,
+                                   const ColumnFilter& filter, int width) {
+  const int taps = kTaps ? kTaps : filter.taps;
+  // Half a grey level, for rounding, and half a unit per truncated product.
+  const Lanes bias = broadcast(static_cast<uint16_t>(128 + taps / 2));
+  const uint32_t* weights = filter.weights;
+  for (int x = 0; x < width; x += 8) {
+    PackedBytes pixels[24];
+    for (int i = 0; i < 8; ++i, weights += taps) {
+      const uint16_t* first = columns + static_cast<size_t>(filter.starts[x + i]) * (3 * kLanes);
+      for (int c = 0; c < 3; ++c) {
+        const Lanes sum = weighted_sum<kTaps, 3>(first + c * kLanes, weights, taps, bias);
+        pixels[3 * i + c] = pack_saturated(shift_right<8>(sum));
+      }
+    }
+    store_pixels(out, x, pixels);
   }
 }
+
+void filter_horizontal(uint8_t* const* out, const uint16_t* columns, const ColumnFilter& filter,
+                       int width) {
+  switch (filter.taps) {
+    case 1: return filter_horizontal_taps<1>(out, columns, filter, width);
+    case 2: return filter_horizontal_taps<2>(out, columns, filter, width);
+    case 3: return filter_horizontal_taps<3>(out, columns, filter, width);
+    case 4: return filter_horizontal_taps<4>(out, columns, filter, width);
+    default: return filter_horizontal_taps<0>(out, columns, filter, width);
+  }
+}
+
+// ---- horizontal filter with conversion from YCbCr ----
 
 template <int kLuma, int kChroma>
-inline void mix_planes_taps(uint8_t* const* out, const uint16_t* const lanes[3],
-                            const Columns& luma, const Columns& chroma, int width) {
-  const int luma_taps = kLuma ? kLuma : luma.taps, chroma_taps = kChroma ? kChroma : chroma.taps;
-  const Lanes luma_bias = all(static_cast<uint16_t>(luma_taps / 2));
-  const Lanes chroma_bias = all(static_cast<uint16_t>(chroma_taps / 2));
-  // 1.402, 0.344136, 0.714136, 1.772 in 1/16384: a product's upper half of an 8.8 number is an 8.6
-  // number.
-  const Lanes red = all(22970), green_b = all(5638), green_r = all(11700), blue = all(29032);
-  const Lanes middle = all(0x8000), half = all(32);
-  const uint32_t *luma_weights = luma.weights, *chroma_weights = chroma.weights;
+inline void filter_ycc_taps(uint8_t* const* out, const uint16_t* const columns[3],
+                            const ColumnFilter& luma, const ColumnFilter& chroma, int width) {
+  const int luma_taps = kLuma ? kLuma : luma.taps;
+  const int chroma_taps = kChroma ? kChroma : chroma.taps;
+  const Lanes luma_bias = broadcast(static_cast<uint16_t>(luma_taps / 2));
+  const Lanes chroma_bias = broadcast(static_cast<uint16_t>(chroma_taps / 2));
+  // JFIF's 1.402, 0.344136, 0.714136 and 1.772 in 1/16384: mulhi of an 8.8 number gives 8.6.
+  const Lanes cr_to_red = broadcast(22970);
+  const Lanes cb_to_green = broadcast(5638);
+  const Lanes cr_to_green = broadcast(11700);
+  const Lanes cb_to_blue = broadcast(29032);
+  const Lanes centre = broadcast(0x8000);  // flipping this bit subtracts 128 from an 8.8 number
+  const Lanes half = broadcast(32);        // in 8.6
+  const uint32_t* luma_weights = luma.weights;
+  const uint32_t* chroma_weights = chroma.weights;
   for (int x = 0; x < width; x += 8) {
-    Octets e[24];
-    for (int i = 0; i < 8; ++i, luma_weights += luma_taps, chroma_weights += chroma_taps) {
-      const size_t a = static_cast<size_t>(luma.starts[x + i]) * kLanes;
-      const size_t b = static_cast<size_t>(chroma.starts[x + i]) * kLanes;
-      const Lanes y =
-          shifted<2>(mix<kLuma, 1>(lanes[0] + a, luma_weights, luma_taps, luma_bias)) + half;
-      const Lanes cb =
-          mix<kChroma, 1>(lanes[1] + b, chroma_weights, chroma_taps, chroma_bias) ^ middle;
-      const Lanes cr =
-          mix<kChroma, 1>(lanes[2] + b, chroma_weights, chroma_taps, chroma_bias) ^ middle;
-      e[3 * i] = octets(shifted_signed<6>(y + high_signed(cr, red)));
-      e[3 * i + 1] =
-          octets(shifted_signed<6>(y - high_signed(cb, green_b) - high_signed(cr, green_r)));
-      e[3 * i + 2] = octets(shifted_signed<6>(y + high_signed(cb, blue)));
+    PackedBytes pixels[24];
+    for (int i = 0; i < 8; ++i) {
+      const uint16_t* y_first = columns[0] + static_cast<size_t>(luma.starts[x + i]) * kLanes;
+      const size_t at = static_cast<size_t>(chroma.starts[x + i]) * kLanes;
+      const Lanes y_sum = weighted_sum<kLuma, 1>(y_first, luma_weights, luma_taps, luma_bias);
+      const Lanes cb_sum =
+          weighted_sum<kChroma, 1>(columns[1] + at, chroma_weights, chroma_taps, chroma_bias);
+      const Lanes cr_sum =
+          weighted_sum<kChroma, 1>(columns[2] + at, chroma_weights, chroma_taps, chroma_bias);
+
+      const Lanes y = shift_right<2>(y_sum) + half;
+      const Lanes cb = cb_sum ^ centre;
+      const Lanes cr = cr_sum ^ centre;
+      const Lanes red = y + mulhi_signed(cr, cr_to_red);
+      const Lanes green = y - mulhi_signed(cb, cb_to_green) - mulhi_signed(cr, cr_to_green);
+      const Lanes blue = y + mulhi_signed(cb, cb_to_blue);
+      pixels[3 * i] = pack_saturated(shift_right_signed<6>(red));
+      pixels[3 * i + 1] = pack_saturated(shift_right_signed<6>(green));
+      pixels[3 * i + 2] = pack_saturated(shift_right_signed<6>(blue));
+      luma_weights += luma_taps;
+      chroma_weights += chroma_taps;
     }
-    for (int part = 0; part < 3; ++part)
-      rows_of_columns(out, 3 * static_cast<size_t>(x) + 8 * part, e + 8 * part);
+    store_pixels(out, x, pixels);
   }
 }
 
-void mix_grey(uint8_t* const* out, const uint16_t* lanes, const Columns& luma, int width) {
-  const Lanes bias = all(static_cast<uint16_t>(128 + luma.taps / 2));
-  const uint32_t* weights = luma.weights;
+void filter_horizontal_grey(uint8_t* const* out, const uint16_t* columns,
+                            const ColumnFilter& filter, int width) {
+  const Lanes bias = broadcast(static_cast<uint16_t>(128 + filter.taps / 2));
+  const uint32_t* weights = filter.weights;
   for (int x = 0; x < width; x += 8) {
-    Octets e[24];
-    for (int i = 0; i < 8; ++i, weights += luma.taps) {
-      const size_t first = static_cast<size_t>(luma.starts[x + i]) * kLanes;
-      e[3 * i] = octets(shifted<8>(mix<0, 1>(lanes + first, weights, luma.taps, bias)));
-      e[3 * i + 1] = e[3 * i + 2] = e[3 * i];
+    PackedBytes pixels[24];
+    for (int i = 0; i < 8; ++i, weights += filter.taps) {
+      const uint16_t* first = columns + static_cast<size_t>(filter.starts[x + i]) * kLanes;
+      const Lanes sum = weighted_sum<0, 1>(first, weights, filter.taps, bias);
+      const PackedBytes grey = pack_saturated(shift_right<8>(sum));
+      for (int c = 0; c < 3; ++c) pixels[3 * i + c] = grey;
     }
-    for (int part = 0; part < 3; ++part)
-      rows_of_columns(out, 3 * static_cast<size_t>(x) + 8 * part, e + 8 * part);
+    store_pixels(out, x, pixels);
   }
 }
 
 template <int kLuma>
-inline void mix_planes_luma(uint8_t* const* out, const uint16_t* const lanes[3],
-                            const Columns& luma, const Columns& chroma, int width) {
+inline void filter_ycc_luma(uint8_t* const* out, const uint16_t* const columns[3],
+                            const ColumnFilter& luma, const ColumnFilter& chroma, int width) {
   switch (chroma.taps) {
-    case 2: return mix_planes_taps<kLuma, 2>(out, lanes, luma, chroma, width);
-    case 3: return mix_planes_taps<kLuma, 3>(out, lanes, luma, chroma, width);
-    default: return mix_planes_taps<kLuma, 0>(out, lanes, luma, chroma, width);
+    case 2: return filter_ycc_taps<kLuma, 2>(out, columns, luma, chroma, width);
+    case 3: return filter_ycc_taps<kLuma, 3>(out, columns, luma, chroma, width);
+    default: return filter_ycc_taps<kLuma, 0>(out, columns, luma, chroma, width);
   }
 }
 
-void mix_planes(uint8_t* const* out, const uint16_t* const lanes[3], const Columns& luma,
-                const Columns& chroma, int width) {
-  if (!lanes[1]) return mix_grey(out, lanes[0], luma, width);
+void filter_horizontal_ycc(uint8_t* const* out, const uint16_t* const columns[3],
+                           const ColumnFilter& luma, const ColumnFilter& chroma, int width) {
+  if (!columns[1]) return filter_horizontal_grey(out, columns[0], luma, width);
   switch (luma.taps) {
-    case 2: return mix_planes_luma<2>(out, lanes, luma, chroma, width);
-    case 3: return mix_planes_luma<3>(out, lanes, luma, chroma, width);
-    case 4: return mix_planes_luma<4>(out, lanes, luma, chroma, width);
-    default: return mix_planes_luma<0>(out, lanes, luma, chroma, width);
+    case 2: return filter_ycc_luma<2>(out, columns, luma, chroma, width);
+    case 3: return filter_ycc_luma<3>(out, columns, luma, chroma, width);
+    case 4: return filter_ycc_luma<4>(out, columns, luma, chroma, width);
+    default: return filter_ycc_luma<0>(out, columns, luma, chroma, width);
   }
 }
 
 }  // namespace
 
-const Kernels MATRYOSHKA_KERNELS = {blend_rows, turn,          mix_rgb,
-                                    mix_planes, decode_blocks, recode_blocks};
+const Kernels MATRYOSHKA_KERNELS = {filter_vertical,       transpose,     filter_horizontal,
+                                    filter_horizontal_ycc, decode_blocks, recode_blocks};
 
 }  // namespace matryoshka

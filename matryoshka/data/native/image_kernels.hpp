@@ -1,7 +1,9 @@
-// The innermost loops, compiled for several kinds of CPU; the arithmetic is integer, every version
-// gives the same pixels. Resampling works on 16 output rows at a time: first the rows are blended
-// into 16 rows of 8.8 fixed point, then these are turned so that one vector holds one column, and
-// columns are blended like rows before.
+// The innermost loops of image decoding and resampling, compiled for several kinds of CPU and
+// chosen at run time. The arithmetic is integer: every version gives the same pixels.
+//
+// Resampling works on 16 output rows at a time. The vertical filter makes 16 rows of 8.8 fixed
+// point; these are transposed so that one vector holds one column of 16 rows; the horizontal filter
+// then adds weighted columns as the vertical one added rows.
 #pragma once
 
 #include <cstddef>
@@ -9,40 +11,45 @@
 
 namespace matryoshka {
 
-struct BlockScan;
-struct RecodeScan;
+struct DecodeJob;
+struct RecodeJob;
 
-constexpr int kBatch = 16;  // rows resampled together
-constexpr int kMaxNarrowTaps =
-    64;  // up to here the truncation of 16-bit products stays below 1/8 grey level
+constexpr int kBatchRows = 16;
+// Products are truncated to 16 bits: up to this many taps the error stays below 1/8 grey level.
+constexpr int kMaxNarrowTaps = 64;
 
-// For every output column: its first source column, and `taps` weights in 1/65536, each given twice
-// in 32 bits because a vector unit spreads such a number over its lanes while it loads it.
-struct Columns {
+// The horizontal filter. For every output column: its first source column and `taps` weights in
+// 1/65536. Each weight is there twice, in the halves of 32 bits: a vector unit repeats a 32-bit
+// number over its lanes while loading it, but not a 16-bit one.
+struct ColumnFilter {
   const int32_t* starts;
   const uint32_t* weights;
   int taps;
 };
 
 struct Kernels {
-  // sum[i] = the blend of rows[k][i] in 8.8 fixed point.
-  void (*blend_rows)(uint16_t* sum, const uint8_t* const* rows, const uint16_t* weights, int count,
-                     size_t n);
-  // n is a multiple of 8.
-  void (*turn)(uint16_t* lanes, const uint16_t* sums, size_t stride, size_t n);
-  // Interleaved RGB columns -> 16 rows of `width` RGB pixels, a multiple of 8.
-  void (*mix_rgb)(uint8_t* const* out, const uint16_t* lanes, const Columns& columns, int width);
-  // Y, Cb, Cr columns of different sizes -> the same. Without chroma (null): grey.
-  void (*mix_planes)(uint8_t* const* out, const uint16_t* const lanes[3], const Columns& luma,
-                     const Columns& chroma, int width);
-  // Entropy decoding and inverse DCT of a run of MCUs, see entropy.hpp. False for damage.
-  bool (*decode_blocks)(BlockScan& scan);
-  // Entropy-coded MCUs with other restart markers, see recode.hpp. False for damage.
-  bool (*recode_blocks)(RecodeScan& scan);
+  // sum[i] = the weighted sum of rows[k][i], k < count, in 8.8 fixed point, for i < n.
+  void (*filter_vertical)(uint16_t* sum, const uint8_t* const* rows, const uint16_t* weights,
+                          int count, size_t n);
+  // kBatchRows rows, `stride` apart -> [n][kBatchRows]. n is a multiple of 8.
+  void (*transpose)(uint16_t* columns, const uint16_t* rows, size_t stride, size_t n);
+  // Transposed columns of interleaved RGB -> kBatchRows rows of `width` RGB pixels. width is a
+  // multiple of 8.
+  void (*filter_horizontal)(uint8_t* const* out, const uint16_t* columns,
+                            const ColumnFilter& filter, int width);
+  // The same from transposed columns of Y, Cb, Cr, with conversion to RGB. Without chroma (null):
+  // grey.
+  void (*filter_horizontal_ycc)(uint8_t* const* out, const uint16_t* const columns[3],
+                                const ColumnFilter& luma, const ColumnFilter& chroma, int width);
+  // Entropy decoding and inverse DCT of a run of MCUs (entropy.hpp). False for damage.
+  bool (*decode_blocks)(DecodeJob& job);
+  // Entropy-coded MCUs with different restart markers (recode.hpp). False for damage.
+  bool (*recode_blocks)(RecodeJob& job);
 };
 
+// The fastest kernels that this CPU can run.
 const Kernels& kernels();
 
-extern const Kernels kBaselineKernels, kAvx2Kernels;
+extern const Kernels kPortableKernels, kAvx2Kernels;
 
 }  // namespace matryoshka
