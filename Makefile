@@ -1,13 +1,14 @@
-# make setup | demo | test | lint | fuzz | chaos | interop | bench-peers | bench
+# make setup | demo | test | lint | format | tidy | fuzz | chaos | interop | bench-peers | bench
 # Each first sets up what it needs; PYTHON=python3.12 chooses another one (interop and bench-peers: always 3.11).
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard matryoshka/data/native/* matryoshka/retrieval/native/*)
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 FFCV := .venv-ffcv
+NATIVE := $(wildcard $(addsuffix /*.[ch]pp,matryoshka/data/native matryoshka/retrieval/native)) tests/retrieval/search_kernels.cpp
 UV_FFCV := $(BIN)/uv pip install --quiet --python $(FFCV)/bin/python
 
-.PHONY: setup setup-dev demo test lint format fuzz chaos interop bench-peers bench clean
+.PHONY: setup setup-dev demo test lint format tidy fuzz chaos interop bench-peers bench clean
 .DEFAULT_GOAL := setup
 
 setup: .venv/.ready
@@ -42,10 +43,21 @@ lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 
 format: setup-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+# clang-tidy over the native code, with the checks in .clang-tidy (two minutes)
+TIDY := build/tidy
+tidy: setup-dev
+	@$(UV) cmake ninja 'nanobind>=3.0' clang-tidy==23.1.4
+	@mkdir -p $(TIDY)
+	@$(BIN)/cmake -S . -B $(TIDY) -G Ninja -DCMAKE_EXPORT_COMPILE_COMMANDS=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir) > $(TIDY).log || { cat $(TIDY).log; exit 1; }
+	$(BIN)/clang-tidy --quiet -p $(TIDY) $(filter-out %neon.cpp %dotprod.cpp,$(filter matryoshka/%.cpp,$(NATIVE)))
 
 # N damaged files (20,000). SANITIZE=1: with a native core that stops at memory errors and undefined behaviour.
 SANITIZED := build/sanitized

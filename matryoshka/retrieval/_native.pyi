@@ -1,4 +1,5 @@
-# Written by hand; the bindings are in native/bindings.cpp.
+"""The native search module (matryoshka/retrieval/native/). Arrays must have these types."""
+
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,11 +9,13 @@ BLOCK: int
 CHUNK: int
 
 class Pool:
+    """Threads that searches run on; they end with this object."""
+
     def __init__(self, num_threads: int) -> None: ...
     @property
     def num_threads(self) -> int: ...
 
-Found = tuple[NDArray[np.int64], NDArray[np.int32]]
+IdsAndScores = tuple[NDArray[np.int64], NDArray[np.int32]]  # both [queries, k]
 
 def kernels() -> list[str]: ...
 def pack(pool: Pool, codes: NDArray[np.uint8], packed: NDArray[np.uint8]) -> None: ...
@@ -25,7 +28,7 @@ def search_codes(
     k: int,
     deleted: NDArray[np.uint64] | None = None,
     kernels: str = "",
-) -> Found: ...
+) -> IdsAndScores: ...
 def search_bits(
     pool: Pool,
     packed: NDArray[np.uint64],
@@ -34,7 +37,7 @@ def search_bits(
     k: int,
     deleted: NDArray[np.uint64] | None = None,
     kernels: str = "",
-) -> Found: ...
+) -> IdsAndScores: ...
 def search_lists(
     pool: Pool,
     packed: NDArray[np.uint8],
@@ -47,7 +50,7 @@ def search_lists(
     k: int,
     deleted: NDArray[np.uint64] | None = None,
     kernels: str = "",
-) -> Found: ...
+) -> IdsAndScores: ...
 def rerank(
     pool: Pool,
     stages: Sequence[tuple[np.ndarray, int, int, int]],

@@ -1,6 +1,4 @@
-"""The search kernels of other CPUs, compiled for them and run by an emulator; skipped where there
-is none.
-"""
+"""Search kernels of other CPUs: cross-compiled and run in an emulator; skipped without one."""
 
 import platform
 import shutil
@@ -24,9 +22,11 @@ FLAGS = [
 
 
 def build(compiler, folder, macro, sources):
-    """The program of search_kernels.cpp. sources: file -> options of its own."""
+    """Compile search_kernels.cpp with the kernels in `sources`: file -> its compiler options."""
     objects = []
-    for name, options in ({"kernels.cpp": [], "kernels_portable.cpp": []} | sources).items():
+    for name, options in (
+        {"scan_kernels.cpp": [], "scan_kernels_portable.cpp": []} | sources
+    ).items():
         objects.append(folder / f"{name}.o")
         command = [
             compiler,
@@ -64,7 +64,10 @@ def test_the_check_itself_on_this_cpu(tmp_path):
     avx2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt"]
     avx512 = [*avx2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "vnni", "vpopcntdq"))]
     program = build(
-        "g++", tmp_path, "MATRYOSHKA_X86_64", {"kernels_avx2.cpp": avx2, "kernels_vnni.cpp": avx512}
+        "g++",
+        tmp_path,
+        "MATRYOSHKA_X86_64",
+        {"scan_kernels_avx2.cpp": avx2, "scan_kernels_vnni.cpp": avx512},
     )
     assert run(program) == [f"{name} agrees" for name in _native.kernels()]
 
@@ -72,7 +75,10 @@ def test_the_check_itself_on_this_cpu(tmp_path):
 @pytest.mark.skipif(not shutil.which("aarch64-linux-gnu-g++"), reason="needs g++-aarch64-linux-gnu")
 @pytest.mark.skipif(not shutil.which("qemu-aarch64"), reason="needs qemu-user")
 def test_arm(tmp_path):
-    sources = {"kernels_neon.cpp": [], "kernels_dotprod.cpp": ["-march=armv8.2-a+dotprod"]}
+    sources = {
+        "scan_kernels_neon.cpp": [],
+        "scan_kernels_dotprod.cpp": ["-march=armv8.2-a+dotprod"],
+    }
     program = build("aarch64-linux-gnu-g++", tmp_path, "MATRYOSHKA_ARM64", sources)
     assert run("qemu-aarch64", "-cpu", "max", program) == [
         "neon-dotprod agrees",

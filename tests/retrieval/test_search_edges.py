@@ -175,7 +175,7 @@ def test_lists_outside_of_the_codes():
             listed(np.zeros((1, 1)), starts, sizes)
     slots = np.arange(128)
     slots[7] = 128
-    with pytest.raises(IndexError, match="a slot is no row"):
+    with pytest.raises(IndexError, match="row id out of range"):
         listed(np.zeros((1, 1)), ids=slots)
 
 

@@ -2,48 +2,104 @@
 
 #include <algorithm>
 
-#include "kernels.hpp"
+#include "image_kernels.hpp"
 
 namespace matryoshka {
 
-// Planes of larger crops do not pay in a cache, and a header alone must not allocate them: rows do with less.
+// Larger planes do not stay in a cache, where decoding row by row is faster; and a header alone
+// must not make us allocate much memory.
 constexpr size_t kMaxBytes = size_t{16} << 20;
+
+namespace {
+
+// 64 numbers of 8 or 16 bits, in zigzag order.
+void copy_quant_table(Bytes from, uint16_t* to) {
+  for (int k = 0; k < 64; ++k) {
+    const int value = from.size == 64 ? from.data[k] : from.data[2 * k] << 8 | from.data[2 * k + 1];
+    to[k] = static_cast<uint16_t>(value);
+  }
+}
+
+}  // namespace
 
 bool BaselineDecoder::accepts(const Tiles& tiles) {
   const Frame& f = tiles.frame();
-  if (!f.plain) return false;
-  scan_.components = f.components;
-  scan_.columns = f.columns;
-  int blocks = 0;
+  if (!f.ordinary) return false;
+  job_.components = f.components;
+  job_.mcus_per_row = f.mcus_per_row;
+  int blocks = 0;  // of an MCU
   for (int i = 0; i < f.components; ++i) {
     const Frame::Component& from = f.component[i];
-    const Bytes factors = f.factors[from.factors], dc = f.huffman[0][from.dc], ac = f.huffman[1][from.ac];
-    if (!factors.data || !dc.data || !ac.data) return false;
+    const Bytes quant_table = f.quant_tables[from.quant_table];
+    const Bytes dc = f.huffman_tables[0][from.dc_table];
+    const Bytes ac = f.huffman_tables[1][from.ac_table];
+    if (!quant_table.data || !dc.data || !ac.data) return false;
+    // A sample covers a whole number of pixels, the same for Cb and Cr.
     if (f.max_h % from.h || f.max_v % from.v) return false;
     if (i == 2 && (from.h != f.component[1].h || from.v != f.component[1].v)) return false;
-    if (!tables_[0][from.dc].define(dc.data, dc.size, true)) return false;
-    if (!tables_[1][from.ac].define(ac.data, ac.size, false)) return false;
-    for (int k = 0; k < 64; ++k)
-      factors_[from.factors][k] = static_cast<uint16_t>(
-          factors.size == 64 ? factors.data[k] : factors.data[2 * k] << 8 | factors.data[2 * k + 1]);
-    const bool alone = f.components == 1;
-    scan_.component[i] = {alone ? 1 : from.h,     alone ? 1 : from.v,         &tables_[0][from.dc],
-                          &tables_[1][from.ac],   factors_[from.factors],     nullptr,
-                          0,                      0};
+
+    HuffmanTable& dc_table = tables_[0][from.dc_table];
+    HuffmanTable& ac_table = tables_[1][from.ac_table];
+    if (!dc_table.build(dc.data, dc.size, true)) return false;
+    if (!ac_table.build(ac.data, ac.size, false)) return false;
+    copy_quant_table(quant_table, quant_tables_[from.quant_table]);
+
+    DecodeJob::Component& c = job_.component[i];
+    c = {};
+    c.h = f.interleaved() ? from.h : 1;
+    c.v = f.interleaved() ? from.v : 1;
+    c.dc = &dc_table;
+    c.ac = &ac_table;
+    c.quant_table = quant_tables_[from.quant_table];
     plane_[i].sub_x = f.max_h / from.h;
     plane_[i].sub_y = f.max_v / from.v;
     blocks += from.h * from.v;
   }
-  return f.components == 1 || blocks <= 10;
+  return !f.interleaved() || blocks <= 10;  // the limit of B.2.3
 }
 
-// Behind the last MCU of [begin, end) that lies in the box, or begin.
-int64_t BaselineDecoder::end_of_wanted(int64_t begin, int64_t end) const {
-  const int first_row = std::max(static_cast<int>(begin / scan_.columns), scan_.top);
-  int row = std::min(static_cast<int>((end - 1) / scan_.columns), scan_.bottom - 1);
+// The MCUs that the crop touches.
+void BaselineDecoder::set_box(const Frame& f, const Crop& crop) {
+  job_.left = crop.x / f.mcu_width;
+  job_.right = (crop.x + crop.width + f.mcu_width - 1) / f.mcu_width;
+  job_.top = crop.y / f.mcu_height;
+  job_.bottom = (crop.y + crop.height + f.mcu_height - 1) / f.mcu_height;
+}
+
+// Lay out the planes of the box in memory_. False if they are larger than kMaxBytes.
+bool BaselineDecoder::allocate_planes(const Crop& crop) {
+  const size_t box_width = job_.right - job_.left;
+  const size_t box_height = job_.bottom - job_.top;
+  size_t needed = 0;
+  for (int i = 0; i < job_.components; ++i) {
+    DecodeJob::Component& c = job_.component[i];
+    c.stride = 8 * box_width * c.h;
+    needed += c.stride * 8 * box_height * c.v;
+  }
+  if (needed > kMaxBytes) return false;
+  if (memory_.size() < needed) memory_.resize(needed);
+  uint8_t* memory = memory_.data();
+  for (int i = 0; i < job_.components; ++i) {
+    DecodeJob::Component& c = job_.component[i];
+    c.plane = memory;
+    memory += c.stride * 8 * box_height * c.v;
+    PlaneView& plane = plane_[i];
+    const size_t x = crop.x / plane.sub_x - 8 * static_cast<size_t>(job_.left) * c.h;
+    const size_t y = crop.y / plane.sub_y - 8 * static_cast<size_t>(job_.top) * c.v;
+    plane.stride = c.stride;
+    plane.pixels = c.plane + y * c.stride + x;
+  }
+  return true;
+}
+
+// The end of the last MCU of [begin, end) that is in the box; `begin` if no MCU is.
+int64_t BaselineDecoder::needed_end(int64_t begin, int64_t end) const {
+  const int first_row = std::max(static_cast<int>(begin / job_.mcus_per_row), job_.top);
+  int row = std::min(static_cast<int>((end - 1) / job_.mcus_per_row), job_.bottom - 1);
   for (; row >= first_row; --row) {
-    const int64_t row_begin = int64_t{row} * scan_.columns;
-    const int64_t low = std::max(begin, row_begin + scan_.left), high = std::min(end, row_begin + scan_.right);
+    const int64_t row_begin = int64_t{row} * job_.mcus_per_row;
+    const int64_t low = std::max(begin, row_begin + job_.left);
+    const int64_t high = std::min(end, row_begin + job_.right);
     if (low < high) return high;
   }
   return begin;
@@ -51,50 +107,33 @@ int64_t BaselineDecoder::end_of_wanted(int64_t begin, int64_t end) const {
 
 Status BaselineDecoder::decode(Tiles& tiles, const Crop& crop) {
   const Frame& f = tiles.frame();
-  scan_.left = crop.x / f.mcu_width;
-  scan_.right = (crop.x + crop.width + f.mcu_width - 1) / f.mcu_width;
-  scan_.top = crop.y / f.mcu_height;
-  scan_.bottom = (crop.y + crop.height + f.mcu_height - 1) / f.mcu_height;
-  const int64_t total = int64_t{f.columns} * f.rows, interval = f.interval ? f.interval : total;
-  const auto number = [&](int row, int column) { return (int64_t{row} * f.columns + column) / interval; };
-  const int64_t last_segment = number(scan_.bottom - 1, scan_.right - 1);
-  size_t needed = 0;
-  for (int i = 0; i < f.components; ++i) {
-    BlockScan::Component& c = scan_.component[i];
-    c.stride = 8 * static_cast<size_t>(scan_.right - scan_.left) * c.h;
-    needed += c.stride * 8 * (scan_.bottom - scan_.top) * c.v;
-  }
-  if (needed > kMaxBytes) return Status::too_large;
+  set_box(f, crop);
+  const int64_t total = int64_t{f.mcus_per_row} * f.mcu_rows;
+  const int64_t interval = f.restart_interval ? f.restart_interval : total;
+  const auto segment_of = [&](int row, int column) {
+    return (int64_t{row} * f.mcus_per_row + column) / interval;
+  };
+  const int64_t first_segment = segment_of(job_.top, job_.left);
+  const int64_t last_segment = segment_of(job_.bottom - 1, job_.right - 1);
+  if (!allocate_planes(crop)) return Status::too_large;
   if (!tiles.find_segments(last_segment)) return Status::corrupt;
-  if (memory_.size() < needed) memory_.resize(needed);
-  uint8_t* memory = memory_.data();
-  for (int i = 0; i < f.components; ++i) {
-    BlockScan::Component& c = scan_.component[i];
-    c.plane = memory;
-    memory += c.stride * 8 * (scan_.bottom - scan_.top) * c.v;
-    PlaneView& plane = plane_[i];
-    const size_t x = crop.x / plane.sub_x - 8 * static_cast<size_t>(scan_.left) * c.h;
-    const size_t y = crop.y / plane.sub_y - 8 * static_cast<size_t>(scan_.top) * c.v;
-    plane.stride = c.stride;
-    plane.pixels = c.plane + y * c.stride + x;
-  }
 
-  // A header whose interval is not that of the data puts all blocks at wrong places. One segment that is read to
-  // its end shows it; the image's last one may be shorter and shows nothing.
-  const int64_t first_segment = number(scan_.top, scan_.left);
+  // A header with a wrong restart interval would put all blocks in wrong places. Reading one
+  // segment to its end reveals that; the image's last segment may be shorter and reveals nothing.
   const int64_t probe = std::min(first_segment, (total - 1) / interval - 1);
-  for (int64_t k = std::max(int64_t{0}, std::min(probe, first_segment)); k <= last_segment; ++k) {
-    const int64_t begin = k * interval, end = std::min(begin + interval, total);
-    const int64_t wanted_end = k == probe ? end : end_of_wanted(begin, end);
-    if (wanted_end == begin) continue;
+  for (int64_t k = std::max(int64_t{0}, probe); k <= last_segment; ++k) {
+    const int64_t begin = k * interval;
+    const int64_t end = std::min(begin + interval, total);
+    const int64_t decode_end = k == probe ? end : needed_end(begin, end);
+    if (decode_end == begin) continue;
     if (tiles.segment(k).size > kMaxBytes) return Status::too_large;
     const Bytes data = tiles.unstuffed(k);
-    scan_.data = data.data;
-    scan_.size = data.size;
-    scan_.first = begin;
-    scan_.last = wanted_end;
-    scan_.complete = wanted_end == end && end < total;
-    if (!kernels().decode_blocks(scan_)) return Status::corrupt;
+    job_.data = data.data;
+    job_.size = data.size;
+    job_.first = begin;
+    job_.last = decode_end;
+    job_.complete = decode_end == end && end < total;
+    if (!kernels().decode_blocks(job_)) return Status::corrupt;
   }
   return Status::ok;
 }

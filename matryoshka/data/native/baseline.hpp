@@ -1,5 +1,6 @@
-// Decodes the blocks of a baseline JPEG that a crop touches to planes: Y, Cb, Cr, each with its own resolution, the
-// same samples that libjpeg's accurate integer DCT makes. For training: no chroma upsampling, no RGB.
+// Decodes the blocks of a baseline JPEG that a crop touches to planes Y, Cb and Cr, each with its
+// own resolution. The samples equal those of libjpeg's accurate integer DCT. For training: without
+// chroma upsampling and without conversion to RGB.
 #pragma once
 
 #include <cstddef>
@@ -18,19 +19,22 @@ namespace matryoshka {
 
 class BaselineDecoder {
  public:
-  // The stream `tiles` has parsed: can it be decoded here?
+  // Whether it can decode the JPEG that `tiles` has parsed. Prepares the tables.
   bool accepts(const Tiles& tiles);
-  // After accepts. Planes of the crop, valid until the next call; too_large beyond some megabytes.
+  // After accepts: decode the crop. The planes are valid until the next call. too_large for planes
+  // of more than 16 MB.
   Status decode(Tiles& tiles, const Crop& crop);
-  int planes() const { return scan_.components; }
+  int planes() const { return job_.components; }
   const PlaneView* views() const { return plane_; }
 
  private:
-  int64_t end_of_wanted(int64_t begin, int64_t end) const;
+  void set_box(const Frame& frame, const Crop& crop);
+  bool allocate_planes(const Crop& crop);
+  int64_t needed_end(int64_t begin, int64_t end) const;
 
-  HuffmanTable tables_[2][4] = {};
-  uint16_t factors_[4][kZigzag] = {};
-  BlockScan scan_{};
+  HuffmanTable tables_[2][4] = {};  // DC, AC
+  uint16_t quant_tables_[4][kZigzagSize] = {};
+  DecodeJob job_{};
   PlaneView plane_[3] = {};
   std::vector<uint8_t> memory_;
 };

@@ -1,4 +1,5 @@
-// The Python module matryoshka.data._native: argument checks, memory, and the GIL. No image work happens here.
+// The Python module matryoshka.data._native: argument checks, memory and the GIL. The image work is
+// in the other files.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
@@ -30,8 +31,8 @@ using Pixels = nb::ndarray<const uint8_t, nb::shape<-1, -1, 3>, nb::c_contig, nb
 using Batch = nb::ndarray<uint8_t, nb::shape<-1, -1, -1, 3>, nb::c_contig, nb::device::cpu>;
 using Interval = std::pair<double, double>;
 
-// Any contiguous object with a buffer: bytes, memoryview, mmap, NumPy array, read-only or not. Holding it keeps
-// the memory where it is, also while the GIL is released.
+// Any contiguous object with a buffer: bytes, memoryview, mmap, NumPy array, read-only or not.
+// Holding it keeps the memory where it is, also while the GIL is released.
 class Buffer {
  public:
   explicit Buffer(nb::handle object) {
@@ -41,7 +42,9 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 
-  Bytes bytes() const { return {static_cast<const uint8_t*>(view_.buf), static_cast<size_t>(view_.len)}; }
+  Bytes bytes() const {
+    return {static_cast<const uint8_t*>(view_.buf), static_cast<size_t>(view_.len)};
+  }
 
  private:
   Py_buffer view_;
@@ -56,7 +59,7 @@ void require_ok(Status status) {
 }
 
 int as_side(size_t side) {
-  require(side >= 1, "an image has at least one pixel");
+  require(side >= 1, "an image must have at least one pixel");
   require(side <= std::numeric_limits<int>::max(), message(Status::too_large));
   return static_cast<int>(side);
 }
@@ -92,16 +95,19 @@ nb::object crop_rows(Vector<int32_t> width, Vector<int32_t> height, Function cro
   return array;
 }
 
-nb::object random_crops(Vector<int32_t> width, Vector<int32_t> height, Vector<int64_t> index, uint64_t seed,
-                        uint64_t epoch, Interval scale, Interval ratio, double flip) {
-  const auto ordered = [](Interval i) { return 0 < i.first && i.first <= i.second && std::isfinite(i.second); };
+nb::object random_crops(Vector<int32_t> width, Vector<int32_t> height, Vector<int64_t> index,
+                        uint64_t seed, uint64_t epoch, Interval scale, Interval ratio,
+                        double flip) {
+  const auto ordered = [](Interval i) {
+    return 0 < i.first && i.first <= i.second && std::isfinite(i.second);
+  };
   require(index.shape(0) == width.shape(0), "width and index differ in length");
   require(ordered(scale), "scale must be two numbers with 0 < low <= high");
   require(ordered(ratio), "ratio must be two numbers with 0 < low <= high");
   require(0 <= flip && flip <= 1, "flip must be a probability");
   return crop_rows(width, height, [&](size_t i) {
-    return random_crop(width.data()[i], height.data()[i], static_cast<uint64_t>(index.data()[i]), seed, epoch,
-                       {scale.first, scale.second}, {ratio.first, ratio.second}, flip);
+    return random_crop(width.data()[i], height.data()[i], static_cast<uint64_t>(index.data()[i]),
+                       seed, epoch, {scale.first, scale.second}, {ratio.first, ratio.second}, flip);
   });
 }
 
@@ -112,13 +118,15 @@ nb::object center_crops(Vector<int32_t> width, Vector<int32_t> height, double ra
 }
 
 nb::object decode_batch(Pool& pool, nb::handle data, Vector<uint64_t> offset, Vector<uint64_t> size,
-                        Vector<uint8_t> mode, Vector<int32_t> width, Vector<int32_t> height, CropRows crops,
-                        Batch out, bool exact) {
+                        Vector<uint8_t> mode, Vector<int32_t> width, Vector<int32_t> height,
+                        CropRows crops, Batch out, bool exact) {
   const size_t count = offset.shape(0);
-  require(size.shape(0) == count && mode.shape(0) == count && width.shape(0) == count &&
-              height.shape(0) == count && crops.shape(0) == count && out.shape(0) == count,
-          "offset, size, mode, width, height, crops and out differ in length");
-  const int out_height = as_side(out.shape(1)), out_width = as_side(out.shape(2));
+  for (const size_t length : {size.shape(0), mode.shape(0), width.shape(0), height.shape(0),
+                              crops.shape(0), out.shape(0)}) {
+    require(length == count, "offset, size, mode, width, height, crops and out differ in length");
+  }
+  const int out_height = as_side(out.shape(1));
+  const int out_width = as_side(out.shape(2));
   const size_t slot = 3 * static_cast<size_t>(out_height) * out_width;
   const Buffer buffer(data);
   auto [status, array] = new_array<uint8_t>({count});
@@ -155,7 +163,8 @@ std::tuple<int, int, int> jpeg_size(nb::handle data) {
 nb::object decode(nb::handle data) {
   const Buffer buffer(data);
   const JpegSize size = checked_size(buffer.bytes());
-  auto [pixels, array] = new_array<uint8_t>({static_cast<size_t>(size.height), static_cast<size_t>(size.width), 3});
+  auto [pixels, array] =
+      new_array<uint8_t>({static_cast<size_t>(size.height), static_cast<size_t>(size.width), 3});
   Status status;
   {
     nb::gil_scoped_release release;
@@ -166,7 +175,7 @@ nb::object decode(nb::handle data) {
 }
 
 template <class Write>
-nb::bytes written(Write write) {
+nb::bytes run_writer(Write write) {
   thread_local JpegWriter writer;
   Status status;
   {
@@ -178,24 +187,28 @@ nb::bytes written(Write write) {
 }
 
 nb::bytes encode(Pixels image, int quality, int tile) {
-  const int height = as_side(image.shape(0)), width = as_side(image.shape(1));
+  const int height = as_side(image.shape(0));
+  const int width = as_side(image.shape(1));
   require(1 <= quality && quality <= 100, "quality must be between 1 and 100");
   require(tile >= 0, "tile must be at least 0");
-  return written([&](JpegWriter& w) { return w.encode(image.data(), width, height, quality, tile); });
+  return run_writer(
+      [&](JpegWriter& w) { return w.encode(image.data(), width, height, quality, tile); });
 }
 
 nb::bytes transcode(nb::handle data, int tile) {
   require(tile >= 0, "tile must be at least 0");
   const Buffer buffer(data);
-  return written([&](JpegWriter& w) { return w.transcode(buffer.bytes(), tile); });
+  return run_writer([&](JpegWriter& w) { return w.transcode(buffer.bytes(), tile); });
 }
 
 nb::object resize(Pixels image, int64_t height, int64_t width) {
-  const int in_height = as_side(image.shape(0)), in_width = as_side(image.shape(1));
-  require(height >= 1 && width >= 1, "an image has at least one pixel");
+  const int in_height = as_side(image.shape(0));
+  const int in_width = as_side(image.shape(1));
+  require(height >= 1 && width >= 1, "height and width must be at least 1");
   require(height <= kMaxPixels && width <= kMaxPixels && height * width <= kMaxPixels,
           message(Status::too_large));
-  auto [pixels, array] = new_array<uint8_t>({static_cast<size_t>(height), static_cast<size_t>(width), 3});
+  auto [pixels, array] =
+      new_array<uint8_t>({static_cast<size_t>(height), static_cast<size_t>(width), 3});
   {
     nb::gil_scoped_release release;
     const Image out{pixels, static_cast<int>(height), static_cast<int>(width)};
@@ -205,7 +218,7 @@ nb::object resize(Pixels image, int64_t height, int64_t width) {
 }
 
 const char* status_message(int64_t code) {
-  require(0 <= code && code < static_cast<int64_t>(Status::count), "not a status");
+  require(0 <= code && code < static_cast<int64_t>(Status::count), "code is not a status");
   return message(static_cast<Status>(code));
 }
 
@@ -215,31 +228,35 @@ const char* status_message(int64_t code) {
 NB_MODULE(_native, m) {
   using namespace matryoshka;
   m.doc() = "Crops, JPEG and resampling of whole batches, on threads, without the GIL.";
-  nb::set_leak_warnings(false);  // a pool that lives until the interpreter ends is no leak
+  nb::set_leak_warnings(false);  // a pool may live until the interpreter ends
 
   nb::class_<Pool>(m, "Pool", "Threads that decode_batch runs on; they end with this object.")
       .def(nb::init<int>(), "num_threads"_a)
       .def_prop_ro("num_threads", &Pool::num_threads);
 
-  m.def("random_crops", &random_crops, "width"_a.noconvert(), "height"_a.noconvert(), "index"_a.noconvert(),
-        "seed"_a, "epoch"_a, "scale"_a, "ratio"_a, "flip"_a,
-        "RandomResizedCrop and flip of (seed, epoch, index) as int32 rows (x, y, width, height, flip).");
+  m.def("random_crops", &random_crops, "width"_a.noconvert(), "height"_a.noconvert(),
+        "index"_a.noconvert(), "seed"_a, "epoch"_a, "scale"_a, "ratio"_a, "flip"_a,
+        "RandomResizedCrop and flip of (seed, epoch, index) as int32 rows (x, y, width, height, "
+        "flip).");
   m.def("center_crops", &center_crops, "width"_a.noconvert(), "height"_a.noconvert(), "ratio"_a,
         "The central square of int(ratio * shorter side), as int32 rows (x, y, width, height, 0).");
-  m.def("decode_batch", &decode_batch, "pool"_a, "data"_a, "offset"_a.noconvert(), "size"_a.noconvert(),
-        "mode"_a.noconvert(), "width"_a.noconvert(), "height"_a.noconvert(), "crops"_a.noconvert(),
-        "out"_a.noconvert(), "exact"_a = true,
-        "Decode, crop and resize samples of a file image `data` into out [B, H, W, 3]; returns one status per\n"
-        "sample, 0 where it went well. A failed sample's slot is zero. Data outside of the crop may go unread.\n"
-        "exact: the pixels that resampling the whole decoded image gives; False: faster, for training.");
-  m.def("decode", &decode, "data"_a, "A whole JPEG as uint8 [height, width, 3].");
+  m.def(
+      "decode_batch", &decode_batch, "pool"_a, "data"_a, "offset"_a.noconvert(),
+      "size"_a.noconvert(), "mode"_a.noconvert(), "width"_a.noconvert(), "height"_a.noconvert(),
+      "crops"_a.noconvert(), "out"_a.noconvert(), "exact"_a = true,
+      "Decode, crop and resize samples of the file image `data` into out [B, H, W, 3]. Returns a\n"
+      "status per sample, 0 for success; a failed sample's slot is zero. Data outside the crop\n"
+      "may stay unread. exact: the same pixels as from resampling the whole decoded image;\n"
+      "False: faster, for training.");
+  m.def("decode", &decode, "data"_a, "Decode a whole JPEG to uint8 [height, width, 3].");
   m.def("jpeg_size", &jpeg_size, "data"_a, "(width, height, components) from a JPEG's header.");
   m.def("encode", &encode, "image"_a.noconvert(), "quality"_a, "tile"_a = 64,
-        "uint8 [height, width, 3] as a 4:2:0 JPEG, with restart markers about every `tile` pixels; 0: without.");
+        "Encode uint8 [height, width, 3] as a 4:2:0 JPEG with a restart marker about every `tile`\n"
+        "pixels; 0: without markers.");
   m.def("transcode", &transcode, "data"_a, "tile"_a = 64,
-        "A baseline JPEG with restart markers about every `tile` pixels (0: without), the same in every pixel.\n"
-        "ValueError for damaged, progressive, arithmetic and CMYK files.");
+        "Copy a baseline JPEG, with a restart marker about every `tile` pixels (0: without); all\n"
+        "pixels stay the same. ValueError for damaged, progressive, arithmetic and CMYK files.");
   m.def("resize", &resize, "image"_a.noconvert(), "height"_a, "width"_a,
-        "Area averaging where an axis shrinks, bilinear where it grows.");
-  m.def("status_message", &status_message, "code"_a, "What a status of decode_batch means.");
+        "Resize: area averaging where an axis shrinks, bilinear where it grows.");
+  m.def("status_message", &status_message, "code"_a, "The message for a status of decode_batch.");
 }

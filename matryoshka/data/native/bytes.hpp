@@ -1,3 +1,4 @@
+// A view of bytes that someone else owns.
 #pragma once
 
 #include <cstddef>

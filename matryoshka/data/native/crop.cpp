@@ -6,7 +6,7 @@
 namespace matryoshka {
 namespace {
 
-constexpr int kAttempts = 10;
+constexpr int kAttempts = 10;  // as in torchvision
 
 struct Product {
   uint64_t high, low;
@@ -17,10 +17,12 @@ Product multiply(uint64_t a, uint64_t b) {
   return {static_cast<uint64_t>(product >> 64), static_cast<uint64_t>(product)};
 }
 
-// [0, 1) with 53 random bits, as NumPy makes it.
+// A number in [0, 1) with 53 random bits, as NumPy's random().
 double uniform(uint64_t word) { return static_cast<double>(word >> 11) * 0x1p-53; }
 
-double within(Range range, uint64_t word) { return range.low + uniform(word) * (range.high - range.low); }
+double uniform_in(Range range, uint64_t word) {
+  return range.low + uniform(word) * (range.high - range.low);
+}
 
 // Ties go to even, like Python's round.
 double round_even(double value) { return std::nearbyint(value); }
@@ -38,32 +40,33 @@ std::array<uint64_t, 4> philox(std::array<uint64_t, 4> counter, std::array<uint6
   return counter;
 }
 
-Crop random_crop(int32_t width, int32_t height, uint64_t index, uint64_t seed, uint64_t epoch, Range scale,
-                 Range ratio, double flip) {
+Crop random_crop(int32_t width, int32_t height, uint64_t index, uint64_t seed, uint64_t epoch,
+                 Range scale, Range ratio, double flip) {
   if (width < 1 || height < 1) return {0, 0, 0, 0, 0};
-  const auto block = [&](uint64_t attempt) { return philox({index, attempt, 0, 0}, {seed, epoch}); };
+  const auto block = [&](uint64_t k) { return philox({index, k, 0, 0}, {seed, epoch}); };
   const int32_t flipped = uniform(block(kAttempts)[0]) < flip;
   const double area = static_cast<double>(width) * height;
   const Range log_ratio{std::log(ratio.low), std::log(ratio.high)};
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
     const auto words = block(attempt);
-    const double target = area * within(scale, words[0]);
-    const double aspect = std::exp(within(log_ratio, words[1]));
+    const double target = area * uniform_in(scale, words[0]);
+    const double aspect = std::exp(uniform_in(log_ratio, words[1]));
     const double w = round_even(std::sqrt(target * aspect));
     const double h = round_even(std::sqrt(target / aspect));
     if (!(0 < w && w <= width && 0 < h && h <= height)) continue;
     const double x = std::floor(uniform(words[2]) * (width - w + 1));
     const double y = std::floor(uniform(words[3]) * (height - h + 1));
-    return {static_cast<int32_t>(x), static_cast<int32_t>(y), static_cast<int32_t>(w), static_cast<int32_t>(h),
-            flipped};
+    return {static_cast<int32_t>(x), static_cast<int32_t>(y), static_cast<int32_t>(w),
+            static_cast<int32_t>(h), flipped};
   }
-  // No attempt fitted: the largest central crop whose aspect ratio is allowed.
+  // No attempt fitted: take the largest central crop with an allowed aspect ratio.
   const double aspect = static_cast<double>(width) / height;
-  double w = width, h = height;
+  double w = width;
+  double h = height;
   if (aspect < ratio.low) h = round_even(w / ratio.low);
   if (aspect > ratio.high) w = round_even(h * ratio.high);
-  const int32_t crop_width = static_cast<int32_t>(std::clamp(w, 1.0, static_cast<double>(width)));
-  const int32_t crop_height = static_cast<int32_t>(std::clamp(h, 1.0, static_cast<double>(height)));
+  const auto crop_width = static_cast<int32_t>(std::clamp(w, 1.0, static_cast<double>(width)));
+  const auto crop_height = static_cast<int32_t>(std::clamp(h, 1.0, static_cast<double>(height)));
   return {(width - crop_width) / 2, (height - crop_height) / 2, crop_width, crop_height, flipped};
 }
 

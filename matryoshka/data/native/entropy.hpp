@@ -1,5 +1,6 @@
-// What the kernels decode: plain data, without any library's inline functions, since those would be compiled for
-// several CPUs.
+// The work of the entropy decoding kernel as plain data. Kernel files are compiled for several
+// CPUs: a library's inline functions must not be compiled there, since the linker might keep those
+// copies.
 #pragma once
 
 #include <cstddef>
@@ -9,29 +10,31 @@
 
 namespace matryoshka {
 
-constexpr int kZigzag = 64 + kEndOfBlock;  // one run leads this far
+// Size of arrays in zigzag order: a run of kEndOfBlock from the last coefficient ends inside them,
+// so that decoding needs no bounds check.
+constexpr int kZigzagSize = 64 + kEndOfBlock;
 
-// The work of decode_blocks: MCUs [first, last) of one segment.
-struct BlockScan {
+// MCUs [first, last) of one segment, for decode_blocks.
+struct DecodeJob {
   struct Component {
-    int h, v;
+    int h, v;  // sampling factors: blocks of an MCU, on either axis
     const HuffmanTable *dc, *ac;
-    const uint16_t* factors;  // of dequantisation, in zigzag order, [kZigzag]
-    uint8_t* plane;           // of the MCUs in the box
+    const uint16_t* quant_table;  // in zigzag order, [kZigzagSize]
+    uint8_t* plane;               // output: the samples of the MCUs in the box
     size_t stride;
-    int32_t prediction;
+    int32_t dc_pred;  // PRED of T.81, F.1.1.5.1: the last block's DC coefficient
   };
-  const uint8_t* data;  // without stuffed zeros; kSegmentPadding bytes are readable behind the end
+  const uint8_t* data;  // unstuffed; kSegmentPadding bytes are readable behind the end
   size_t size;
   int components;
   Component component[3];
-  int columns;                   // MCUs in a row of the image
-  int left, right, top, bottom;  // the box of MCUs that is wanted
+  int mcus_per_row;              // of the image
+  int left, right, top, bottom;  // the box of MCUs to decode; others are skipped
   int64_t first, last;
-  bool complete;  // the segment ends with MCU `last`, and another one follows
+  bool complete;  // the segment ends with MCU `last`, and another segment follows
 };
 
-// What a damaged block may read behind the end before that is noticed: 64 codes of 16 + 15 bits.
+// A damaged block is noticed after its end: 64 codes of 16 + 15 bits, and a 64-byte margin.
 constexpr size_t kSegmentPadding = 64 * 4 + 64;
 
 }  // namespace matryoshka

@@ -1,3 +1,4 @@
+// Views of pixels that someone else owns.
 #pragma once
 
 #include <cstddef>
@@ -10,11 +11,11 @@ struct Image {
   int height, width;
 };
 
-// A crop's part of one colour component.
+// The part of one colour component that a crop covers.
 struct PlaneView {
-  const uint8_t* pixels;  // of the first sample that lies in the crop
+  const uint8_t* pixels;  // of the crop's first sample
   size_t stride;
-  int sub_x, sub_y;  // pixels for one sample, on either axis
+  int sub_x, sub_y;  // subsampling: pixels per sample, on either axis
 };
 
 }  // namespace matryoshka

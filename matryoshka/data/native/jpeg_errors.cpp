@@ -7,31 +7,27 @@ namespace {
 
 void error_exit(j_common_ptr info) {
   switch (info->err->msg_code) {
-    case JERR_NO_SOI:
-      jpeg_fail(info, Status::not_jpeg);
+    case JERR_NO_SOI: jpeg_fail(info, Status::not_jpeg);
     case JERR_BAD_J_COLORSPACE:
-    case JERR_CONVERSION_NOTIMPL:
-      jpeg_fail(info, Status::colour_space);
+    case JERR_CONVERSION_NOTIMPL: jpeg_fail(info, Status::colour_space);
     case JERR_IMAGE_TOO_BIG:
     case JERR_WIDTH_OVERFLOW:
     case JERR_OUT_OF_MEMORY:
-    case JERR_NO_BACKING_STORE:
-      jpeg_fail(info, Status::too_large);
-    default:
-      jpeg_fail(info, Status::corrupt);
+    case JERR_NO_BACKING_STORE: jpeg_fail(info, Status::too_large);
+    default: jpeg_fail(info, Status::corrupt);
   }
 }
 
-// libjpeg goes on after a warning, with grey or garbled pixels where it means damage.
+// libjpeg continues after a warning, with grey or garbled pixels: make damage an error.
 void emit_message(j_common_ptr info, int level) {
   if (level >= 0) return;
   switch (info->err->msg_code) {
     case JWRN_ADOBE_XFORM:
     case JWRN_JFIF_MAJOR:
-    case JWRN_TOO_MUCH_DATA:
-      return;
+    case JWRN_TOO_MUCH_DATA: return;
     case JWRN_EXTRANEOUS_DATA: {
-      // Padding before a header marker is harmless; bytes left over before a restart marker are lost blocks.
+      // Padding before a header marker is harmless; bytes left over before a restart marker are
+      // lost blocks.
       const int marker = info->err->msg_parm.i[1];
       if (marker < JPEG_RST0 || marker > JPEG_RST0 + 7) return;
       break;
@@ -42,11 +38,11 @@ void emit_message(j_common_ptr info, int level) {
 
 void output_message(j_common_ptr) {}
 
-void source_ready(j_decompress_ptr) {}
+void source_no_op(j_decompress_ptr) {}
 
 boolean source_fill(j_decompress_ptr info) {
   static const JOCTET end[2] = {0xFF, JPEG_EOI};
-  reinterpret_cast<JpegSource*>(info->src)->ran_dry = true;
+  reinterpret_cast<JpegSource*>(info->src)->exhausted = true;
   info->src->next_input_byte = end;
   info->src->bytes_in_buffer = sizeof end;
   return TRUE;
@@ -73,34 +69,39 @@ jpeg_error_mgr* install(JpegErrors* errors) {
 }
 
 void install(JpegSource* source, j_decompress_ptr info) {
-  source->base.init_source = source_ready;
+  source->base.init_source = source_no_op;
   source->base.fill_input_buffer = source_fill;
   source->base.skip_input_data = source_skip;
   source->base.resync_to_restart = jpeg_resync_to_restart;
-  source->base.term_source = source_ready;
+  source->base.term_source = source_no_op;
   info->src = &source->base;
 }
 
-void refill(JpegSource* source, const unsigned char* data, size_t size) {
-  source->ran_dry = false;
+void set_data(JpegSource* source, const unsigned char* data, size_t size) {
+  source->exhausted = false;
   source->base.next_input_byte = data;
   source->base.bytes_in_buffer = size;
 }
 
-void forget_tables(j_decompress_ptr info) {
-  for (JQUANT_TBL* table : info->quant_tbl_ptrs)
-    if (table) std::fill_n(table->quantval, DCTSIZE2, UINT16(0));  // 0 is no legal value: see has_tables
-  for (JHUFF_TBL** tables : {info->dc_huff_tbl_ptrs, info->ac_huff_tbl_ptrs})
+void clear_tables(j_decompress_ptr info) {
+  // 0 is not a legal value: has_quant_tables looks for it.
+  for (JQUANT_TBL* table : info->quant_tbl_ptrs) {
+    if (table) std::fill_n(table->quantval, DCTSIZE2, UINT16(0));
+  }
+  // 255 codes of every length are not a Huffman code: libjpeg refuses to use such a table.
+  for (JHUFF_TBL** tables : {info->dc_huff_tbl_ptrs, info->ac_huff_tbl_ptrs}) {
     for (int i = 0; i < NUM_HUFF_TBLS; ++i) {
       if (!tables[i]) tables[i] = jpeg_alloc_huff_table(reinterpret_cast<j_common_ptr>(info));
-      std::fill_n(tables[i]->bits, 17, UINT8(255));  // more codes than there can be: libjpeg refuses them
+      std::fill_n(tables[i]->bits, 17, UINT8(255));
     }
+  }
 }
 
-bool has_tables(const jpeg_decompress_struct& info) {
-  return std::all_of(info.comp_info, info.comp_info + info.num_components, [](const jpeg_component_info& component) {
+bool has_quant_tables(const jpeg_decompress_struct& info) {
+  const auto has_table = [](const jpeg_component_info& component) {
     return component.quant_table && component.quant_table->quantval[0] != 0;
-  });
+  };
+  return std::all_of(info.comp_info, info.comp_info + info.num_components, has_table);
 }
 
 }  // namespace matryoshka

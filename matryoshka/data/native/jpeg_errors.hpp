@@ -1,5 +1,6 @@
-// libjpeg reports errors by longjmp. Each function with a setjmp is therefore static, works on a plain struct,
-// and owns nothing that has a destructor; one call of libjpeg is never left through a C++ exception.
+// Errors and input of libjpeg. It reports errors by longjmp: each function with a setjmp is
+// therefore static, works on a plain struct, and has no object with a destructor; no C++ exception
+// passes through libjpeg.
 #pragma once
 
 #include <csetjmp>
@@ -15,7 +16,7 @@
 namespace matryoshka {
 
 struct JpegErrors {
-  jpeg_error_mgr base;  // first: libjpeg knows only this part
+  jpeg_error_mgr base;  // must be first: libjpeg has a pointer to it
   jmp_buf escape;
   Status status;
 };
@@ -28,23 +29,24 @@ struct JpegErrors {
 
 jpeg_error_mgr* install(JpegErrors* errors);
 
-// The source: a block of memory, and behind it end-of-image markers without end. A scan that lacks data then runs
-// into the marker and says so, while a file that lacks nothing but its end marker still decodes.
+// A block of memory, followed by endless EOI markers. A scan that lacks data meets the marker and
+// warns; a file that lacks only its EOI marker still decodes.
 struct JpegSource {
   jpeg_source_mgr base;
-  bool ran_dry;
+  bool exhausted;  // libjpeg has read beyond the data
 };
 
 void install(JpegSource* source, j_decompress_ptr info);
-void refill(JpegSource* source, const unsigned char* data, size_t size);
+void set_data(JpegSource* source, const unsigned char* data, size_t size);
 
-// libjpeg keeps its tables from one image to the next, for streams that come without. Here every image stands alone:
-// one that lacks a table must not be decoded with whichever was there before. Before the header is read, and (for
-// quantisation; a missing Huffman table is an error of libjpeg's then) after the first scan has begun:
-void forget_tables(j_decompress_ptr info);
-bool has_tables(const jpeg_decompress_struct& info);
+// libjpeg keeps its tables from one image to the next, for abbreviated streams. Here an image that
+// lacks a table must not be decoded with that of another image. Call this before reading the
+// header; libjpeg then fails for a missing Huffman table.
+void clear_tables(j_decompress_ptr info);
+// Call this after the first scan has begun. False for a missing quantisation table.
+bool has_quant_tables(const jpeg_decompress_struct& info);
 
-// A progressive file keeps all coefficients in memory; so does one that is transcoded.
+// Progressive decoding and transcoding keep all coefficients in memory.
 constexpr long kMaxCoefficientBytes = 512L << 20;
 
 }  // namespace matryoshka

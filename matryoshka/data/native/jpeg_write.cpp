@@ -5,11 +5,12 @@
 #include <type_traits>
 
 #include "jpeg_errors.hpp"
+#include "jpeg_markers.hpp"
 
 namespace matryoshka {
 namespace {
 
-// The destination: one block of memory that grows and is kept for the next image.
+// A growing block of memory, kept for the next image.
 struct Destination {
   jpeg_destination_mgr base;
   JOCTET* block;
@@ -18,7 +19,8 @@ struct Destination {
 
 boolean destination_grow(j_compress_ptr info) {
   Destination* destination = reinterpret_cast<Destination*>(info->dest);
-  const size_t used = destination->capacity, capacity = used ? 2 * used : size_t{1} << 16;
+  const size_t used = destination->capacity;
+  const size_t capacity = used ? 2 * used : size_t{1} << 16;
   void* block = std::realloc(destination->block, capacity);
   if (!block) jpeg_fail(reinterpret_cast<j_common_ptr>(info), Status::too_large);
   destination->block = static_cast<JOCTET*>(block);
@@ -45,7 +47,7 @@ void destination_end(j_compress_ptr info) {
 
 struct JpegWriter::State {
   jpeg_compress_struct info;
-  jpeg_decompress_struct original;  // of a transcode; reports its errors to the same place
+  jpeg_decompress_struct original;  // the source of a transcode; shares the errors
   JpegErrors errors;
   JpegSource source;
   Destination destination;
@@ -99,26 +101,27 @@ Status encode_image(State* s, const uint8_t* rgb, int width, int height, int qua
   return Status::ok;
 }
 
-// Whether all coefficients have codes in the standard DC tables and in those AC tables that the source used: the
-// encoder does not look. Restarts change DC differences, nothing else.
-bool are_ordinary(jpeg_decompress_struct* from, jvirt_barray_ptr* coefficients) {
-  if (jpeg_has_multiple_scans(from)) return false;  // tables may have changed on the way
+// Whether all coefficients have codes in the standard DC tables and in the source's AC tables,
+// which the encoder does not check. Restart markers change only DC differences.
+bool fit_known_tables(jpeg_decompress_struct* from, jvirt_barray_ptr* coefficients) {
+  if (jpeg_has_multiple_scans(from)) return false;  // tables may change between scans
   for (int i = 0; i < from->num_components; ++i) {
     const jpeg_component_info& c = from->comp_info[i];
-    int extreme = 0;
+    int magnitude_bits = 0;  // of all coefficients together
     for (JDIMENSION y = 0; y < c.height_in_blocks; ++y) {
       const auto info = reinterpret_cast<j_common_ptr>(from);
       JBLOCKARRAY row = from->mem->access_virt_barray(info, coefficients[i], y, 1, FALSE);
       const JCOEF* values = row[0][0];
-      for (size_t k = 0; k < size_t{DCTSIZE2} * c.width_in_blocks; ++k) extreme |= values[k] ^ values[k] >> 15;
+      for (size_t k = 0; k < size_t{DCTSIZE2} * c.width_in_blocks; ++k)
+        magnitude_bits |= values[k] ^ values[k] >> 15;
     }
-    if (extreme > 1023) return false;
+    if (magnitude_bits > 1023) return false;  // the limit of AC coefficients (T.81, F.1.2.2)
   }
   return true;
 }
 
-// Counting symbols for better tables would take longer than all the rest.
-void keep_ac_tables(const jpeg_decompress_struct* from, jpeg_compress_struct* to) {
+// Use the source's AC tables: counting symbols for better ones would take longer than all the rest.
+void copy_ac_tables(const jpeg_decompress_struct* from, jpeg_compress_struct* to) {
   for (int i = 0; i < NUM_HUFF_TBLS; ++i) {
     const JHUFF_TBL* table = from->ac_huff_tbl_ptrs[i];
     if (!table) continue;
@@ -128,7 +131,8 @@ void keep_ac_tables(const jpeg_decompress_struct* from, jpeg_compress_struct* to
     std::copy_n(table->huffval, 256, slot->huffval);
     slot->sent_table = FALSE;
   }
-  for (int i = 0; i < to->num_components; ++i) to->comp_info[i].ac_tbl_no = from->comp_info[i].ac_tbl_no;
+  for (int i = 0; i < to->num_components; ++i)
+    to->comp_info[i].ac_tbl_no = from->comp_info[i].ac_tbl_no;
 }
 
 template <class State>
@@ -136,9 +140,9 @@ Status transcode_image(State* s, const uint8_t* data, size_t size, int tile) {
   if (setjmp(s->errors.escape)) return s->errors.status;
   create_writer(s);
   create_reader(s);
-  refill(&s->source, data, size);
+  set_data(&s->source, data, size);
   jpeg_decompress_struct& from = s->original;
-  forget_tables(&from);
+  clear_tables(&from);
   jpeg_read_header(&from, TRUE);
   if (int64_t{from.image_width} * from.image_height > kMaxPixels) return Status::too_large;
   if (from.progressive_mode || from.arith_code || from.data_precision != BITS_IN_JSAMPLE)
@@ -146,17 +150,15 @@ Status transcode_image(State* s, const uint8_t* data, size_t size, int tile) {
   switch (from.jpeg_color_space) {
     case JCS_GRAYSCALE:
     case JCS_YCbCr:
-    case JCS_RGB:
-      break;
-    default:
-      return Status::colour_space;
+    case JCS_RGB: break;
+    default: return Status::colour_space;
   }
   jvirt_barray_ptr* coefficients = jpeg_read_coefficients(&from);
-  if (s->source.ran_dry && jpeg_has_multiple_scans(&from)) return Status::corrupt;
-  if (!has_tables(from)) return Status::corrupt;
+  if (s->source.exhausted && jpeg_has_multiple_scans(&from)) return Status::corrupt;
+  if (!has_quant_tables(from)) return Status::corrupt;
   jpeg_copy_critical_parameters(&from, &s->info);
-  s->info.optimize_coding = !are_ordinary(&from, coefficients);
-  if (!s->info.optimize_coding) keep_ac_tables(&from, &s->info);
+  s->info.optimize_coding = !fit_known_tables(&from, coefficients);
+  if (!s->info.optimize_coding) copy_ac_tables(&from, &s->info);
   const int mcu = DCTSIZE * (from.num_components == 1 ? 1 : from.max_h_samp_factor);
   s->info.restart_interval = restart_interval(static_cast<int>(from.image_width), mcu, tile);
   jpeg_write_coefficients(&s->info, coefficients);
@@ -169,13 +171,15 @@ Status transcode_image(State* s, const uint8_t* data, size_t size, int tile) {
 unsigned restart_interval(int image_width, int mcu_width, int tile) {
   if (tile <= 0) return 0;
   const int64_t row = (int64_t{image_width} + mcu_width - 1) / mcu_width;
-  const int64_t wanted = std::max<int64_t>(1, (int64_t{tile} + mcu_width / 2) / mcu_width);
+  const int64_t target = std::max<int64_t>(1, (int64_t{tile} + mcu_width / 2) / mcu_width);
+  const auto ratio_to_target = [&](int64_t n) {
+    return n > target ? double(n) / target : double(target) / n;
+  };
   int64_t best = row;
   for (int64_t n = 1; n < row; ++n) {  // a row has at most 8192 MCUs
     if (row % n != 0) continue;
-    // Nearest as a ratio. Tiles of less than half the wanted width are left out: every tile costs about 4 bytes.
-    const auto distance = [&](int64_t m) { return m > wanted ? double(m) / wanted : double(wanted) / m; };
-    if (2 * n >= wanted && distance(n) <= distance(best)) best = n;
+    // Not less than half the target: each tile costs about 4 bytes.
+    if (2 * n >= target && ratio_to_target(n) <= ratio_to_target(best)) best = n;
   }
   return static_cast<unsigned>(best);
 }
@@ -196,7 +200,7 @@ Status JpegWriter::encode(const uint8_t* rgb, int width, int height, int quality
 }
 
 Status JpegWriter::transcode(Bytes jpeg, int tile) {
-  if (jpeg.size < 2 || jpeg.data[0] != 0xFF || jpeg.data[1] != 0xD8) return Status::not_jpeg;
+  if (jpeg.size < 2 || jpeg.data[0] != 0xFF || jpeg.data[1] != M_SOI) return Status::not_jpeg;
   if (tiles_.parse(jpeg)) {
     const Frame& f = tiles_.frame();
     if (recoder_.recode(tiles_, jpeg, restart_interval(f.width, f.mcu_width, tile))) {
@@ -204,10 +208,10 @@ Status JpegWriter::transcode(Bytes jpeg, int tile) {
       return Status::ok;
     }
   }
-  // What is unusual, or damaged: libjpeg decides, at a fifth of the speed.
+  // Unusual and damaged files go through libjpeg, at a fifth of the speed.
   const Status status = transcode_image(state_.get(), jpeg.data, jpeg.size, tile);
   result_ = {state_->destination.block, state_->destination.size};
-  // libjpeg keeps Huffman tables that it finds: those of this image are not for the next one.
+  // libjpeg would reuse this image's Huffman tables for the next one.
   if (state_->created) jpeg_destroy_compress(&state_->info);
   state_->created = false;
   if (state_->reader_created) jpeg_abort_decompress(&state_->original);

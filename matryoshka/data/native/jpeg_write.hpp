@@ -1,4 +1,4 @@
-// Making JPEGs with libjpeg-turbo: from pixels, or from the coefficients of another JPEG.
+// JPEG writing: from pixels, or from the coefficients of another JPEG.
 #pragma once
 
 #include <cstddef>
@@ -12,8 +12,8 @@
 
 namespace matryoshka {
 
-// The restart interval, in MCUs, that cuts a row of MCUs into equal tiles about `tile` pixels wide: a divisor of
-// the MCUs in the row. 0, no markers, for tile = 0.
+// The restart interval, in MCUs, that cuts an MCU row into equal tiles about `tile` pixels wide: a
+// divisor of the MCUs in the row. tile = 0 gives 0, no markers.
 unsigned restart_interval(int image_width, int mcu_width, int tile);
 
 class JpegWriter {
@@ -23,11 +23,11 @@ class JpegWriter {
   JpegWriter(const JpegWriter&) = delete;
   JpegWriter& operator=(const JpegWriter&) = delete;
 
-  // Baseline, 4:2:0, the standard Huffman tables: what most JPEG software writes at the same quality.
+  // Write baseline 4:2:0 with the standard Huffman tables, as most JPEG software at this quality.
   Status encode(const uint8_t* rgb, int width, int height, int quality, int tile);
-  // The coefficients of a baseline JPEG, unchanged, without its metadata.
+  // Write the coefficients of a baseline JPEG, unchanged, without its metadata.
   Status transcode(Bytes jpeg, int tile);
-  // The last image, until the next one.
+  // The last image; valid until the next one.
   Bytes result() const { return result_; }
 
  private:

@@ -1,4 +1,4 @@
-// A fixed set of threads, the caller one of them, that works through a numbered list of tasks.
+// A fixed set of threads, including the caller, that runs numbered tasks.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@ class Pool {
  public:
   using Task = std::function<void(size_t task, int thread)>;
 
-  // Throws std::invalid_argument for fewer than one thread or more than kMaxThreads.
+  // Throws std::invalid_argument unless 1 <= num_threads <= kMaxThreads.
   explicit Pool(int num_threads);
   ~Pool();
   Pool(const Pool&) = delete;
@@ -18,9 +18,9 @@ class Pool {
 
   int num_threads() const;
 
-  // Calls task(i, thread) for every i < count, each once, in no fixed order, and returns when all are done.
-  // Calls from several threads queue up. The first exception of a task is thrown again here; tasks that
-  // had not begun by then are left out.
+  // Call task(i, thread) once for every i < count, in any order, and return when all are done.
+  // Calls from several threads queue up. Rethrows the first exception of a task; later tasks do not
+  // run.
   void run(size_t count, const Task& task);
 
   static constexpr int kMaxThreads = 1024;

@@ -12,7 +12,7 @@
 namespace matryoshka {
 namespace {
 
-// What a thread needs for any number of samples.
+// The decoders and buffers of one thread, reused for all its samples.
 struct Workspace {
   Tiles tiles;
   BaselineDecoder baseline;
@@ -27,7 +27,7 @@ Workspace& workspace() {
   return instance;
 }
 
-// Ends the image when the scope ends.
+// Opens an image and closes it at the end of the scope.
 class OpenJpeg {
  public:
   OpenJpeg(JpegDecoder& decoder, Bytes jpeg) : status(decoder.open(jpeg)), decoder_(decoder) {}
@@ -41,20 +41,22 @@ class OpenJpeg {
   JpegDecoder& decoder_;
 };
 
-bool fits(const Crop& crop, int32_t width, int32_t height) {
+bool is_inside(const Crop& crop, int32_t width, int32_t height) {
   return crop.x >= 0 && crop.y >= 0 && crop.width > 0 && crop.height > 0 && crop.width <= width &&
          crop.height <= height && crop.x <= width - crop.width && crop.y <= height - crop.height;
 }
 
-Status check(Bytes file, const Sample& sample) {
+Status validate(Bytes file, const Sample& sample) {
   const bool raw = sample.mode == static_cast<uint8_t>(Mode::raw);
   if (!raw && sample.mode != static_cast<uint8_t>(Mode::jpeg)) return Status::unknown_mode;
-  if (sample.offset > file.size || sample.size > file.size - sample.offset) return Status::outside_file;
+  if (sample.offset > file.size || sample.size > file.size - sample.offset)
+    return Status::outside_file;
   const int64_t pixels = int64_t{sample.width} * sample.height;
   const bool negative = sample.width < 0 || sample.height < 0;
   if (!negative && pixels > kMaxPixels) return Status::too_large;
-  if (raw && (negative || sample.size != 3 * static_cast<uint64_t>(pixels))) return Status::wrong_raw_size;
-  return fits(sample.crop, sample.width, sample.height) ? Status::ok : Status::bad_crop;
+  if (raw && (negative || sample.size != 3 * static_cast<uint64_t>(pixels)))
+    return Status::wrong_raw_size;
+  return is_inside(sample.crop, sample.width, sample.height) ? Status::ok : Status::bad_crop;
 }
 
 void decode_raw(const uint8_t* pixels, int32_t width, const Crop& crop, Image out) {
@@ -65,15 +67,17 @@ void decode_raw(const uint8_t* pixels, int32_t width, const Crop& crop, Image ou
   for (int32_t y = 0; y < crop.height; ++y, row += stride) resampler.push(row);
 }
 
-// The rows of `crop`, in the coordinates of the image that is open.
+// Decode the rows of `crop`, in coordinates of the open image, and resample them.
 Status push_rows(const Crop& crop, bool halve) {
   Workspace& w = workspace();
-  if (const Status status = w.decoder.start(crop.x, crop.width, halve); status != Status::ok) return status;
+  if (const Status status = w.decoder.start(crop.x, crop.width, halve); status != Status::ok)
+    return status;
   const size_t stride = 3 * static_cast<size_t>(w.decoder.row_width());
   const size_t left = 3 * static_cast<size_t>(crop.x - w.decoder.row_x());
   const int window = w.resampler.window() + 1;
   if (w.rows.size() < window * stride) w.rows.resize(window * stride);
-  if (const Status status = w.decoder.skip_to(crop.y, w.rows.data()); status != Status::ok) return status;
+  if (const Status status = w.decoder.skip_to(crop.y, w.rows.data()); status != Status::ok)
+    return status;
   for (int32_t y = 0; y < crop.height; ++y) {
     uint8_t* row = w.rows.data() + y % window * stride;
     if (const Status status = w.decoder.read_row(row); status != Status::ok) return status;
@@ -82,40 +86,54 @@ Status push_rows(const Crop& crop, bool halve) {
   return Status::ok;
 }
 
+// The fastest way: from the JPEG that w.tiles has parsed to planes, and from these to the output.
+bool decode_planes(const Crop& crop, Image out) {
+  Workspace& w = workspace();
+  if (!w.baseline.accepts(w.tiles)) return false;
+  if (w.baseline.decode(w.tiles, crop) != Status::ok) return false;
+  return w.plane_resampler.resample(w.baseline.views(), w.baseline.planes(), crop, out);
+}
+
 Status decode_jpeg_crop(Bytes bytes, const Sample& sample, bool exact, Image out) {
   Workspace& w = workspace();
   Crop crop = sample.crop;
   bool spliced = false;
   if (w.tiles.parse(bytes)) {
     const Frame& frame = w.tiles.frame();
-    if (frame.width != sample.width || frame.height != sample.height) return Status::wrong_dimensions;
-    // Where that fails, libjpeg decides what is wrong, or that it is tolerable.
-    if (!exact && w.baseline.accepts(w.tiles) && w.baseline.decode(w.tiles, crop) == Status::ok &&
-        w.plane_resampler.resample(w.baseline.views(), w.baseline.planes(), crop, out))
-      return Status::ok;
+    if (frame.width != sample.width || frame.height != sample.height)
+      return Status::wrong_dimensions;
+    // Where this fails, libjpeg gets the image: it tolerates some damage and classifies the rest.
+    if (!exact && decode_planes(crop, out)) return Status::ok;
     spliced = w.tiles.splice(crop);
-    if (spliced) crop.x -= w.tiles.x(), crop.y -= w.tiles.y();
+    if (spliced) {
+      crop.x -= w.tiles.x();
+      crop.y -= w.tiles.y();
+    }
   }
   const OpenJpeg jpeg(w.decoder, spliced ? w.tiles.stream() : bytes);
   if (jpeg.status != Status::ok) return jpeg.status;
   if (!spliced && (w.decoder.width() != sample.width || w.decoder.height() != sample.height))
     return Status::wrong_dimensions;
 
-  const bool halve = !exact && crop.width >= 2 * int64_t{out.width} && crop.height >= 2 * int64_t{out.height};
+  // libjpeg's inverse DCT can make 4 x 4 pixels of a block.
+  const bool halve =
+      !exact && crop.width >= 2 * int64_t{out.width} && crop.height >= 2 * int64_t{out.height};
   w.resampler.begin(crop, halve ? 2 : 1, out);
-  if (halve) {  // all pixels of the half-size image that lie in the crop, if only in part
-    const int32_t right = (crop.x + crop.width + 1) / 2, bottom = (crop.y + crop.height + 1) / 2;
+  if (halve) {  // the pixels of the half-size image that are in the crop, if only in part
+    const int32_t right = (crop.x + crop.width + 1) / 2;
+    const int32_t bottom = (crop.y + crop.height + 1) / 2;
     crop = {crop.x / 2, crop.y / 2, right - crop.x / 2, bottom - crop.y / 2, crop.flip};
   }
   if (const Status status = push_rows(crop, halve); status != Status::ok) return status;
-  if (spliced && w.decoder.left_data_before(w.tiles.data_end())) return Status::corrupt;
+  if (spliced && w.decoder.has_unread_data(w.tiles.data_end())) return Status::corrupt;
   return Status::ok;
 }
 
 Status decode_checked(Bytes file, const Sample& sample, bool exact, Image out) {
-  if (const Status status = check(file, sample); status != Status::ok) return status;
+  if (const Status status = validate(file, sample); status != Status::ok) return status;
   const Bytes bytes{file.data + sample.offset, static_cast<size_t>(sample.size)};
-  if (sample.mode == static_cast<uint8_t>(Mode::jpeg)) return decode_jpeg_crop(bytes, sample, exact, out);
+  if (sample.mode == static_cast<uint8_t>(Mode::jpeg))
+    return decode_jpeg_crop(bytes, sample, exact, out);
   decode_raw(bytes.data, sample.width, sample.crop, out);
   return Status::ok;
 }
@@ -129,7 +147,8 @@ Status decode_sample(Bytes file, const Sample& sample, bool exact, Image out) no
   } catch (const std::bad_alloc&) {  // a row of this image does not fit into memory
     status = Status::too_large;
   }
-  if (status != Status::ok) std::memset(out.pixels, 0, 3 * static_cast<size_t>(out.height) * out.width);
+  if (status != Status::ok)
+    std::memset(out.pixels, 0, 3 * static_cast<size_t>(out.height) * out.width);
   return status;
 }
 
@@ -144,11 +163,13 @@ Status decode_jpeg(Bytes bytes, Image out) {
   JpegDecoder& decoder = workspace().decoder;
   const OpenJpeg jpeg(decoder, bytes);
   if (jpeg.status != Status::ok) return jpeg.status;
-  if (decoder.width() != out.width || decoder.height() != out.height) return Status::wrong_dimensions;
+  if (decoder.width() != out.width || decoder.height() != out.height)
+    return Status::wrong_dimensions;
   if (const Status status = decoder.start(0, out.width); status != Status::ok) return status;
   const size_t stride = 3 * static_cast<size_t>(out.width);
   for (int y = 0; y < out.height; ++y)
-    if (const Status status = decoder.read_row(out.pixels + y * stride); status != Status::ok) return status;
+    if (const Status status = decoder.read_row(out.pixels + y * stride); status != Status::ok)
+      return status;
   return Status::ok;
 }
 

@@ -1,4 +1,5 @@
-// The way of one sample: bytes in a file -> checked -> decoded -> resampled into its slot of the batch.
+// Loading of one sample: check its place in the file, decode it, resample the crop into its slot of
+// the batch.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +12,10 @@
 
 namespace matryoshka {
 
-enum class Mode : uint8_t { jpeg = 0, raw = 1 };  // as in the file format; raw is RGB, [height, width, 3]
+enum class Mode : uint8_t {
+  jpeg = 0,
+  raw = 1
+};  // as in the file format; raw is RGB, [height, width, 3]
 
 struct Sample {
   uint64_t offset, size;
@@ -20,15 +24,17 @@ struct Sample {
   Crop crop;
 };
 
-// Nothing that the sample says is believed before it is checked. After a failure the slot is all zero.
-// `exact`: the pixels that resampling the whole decoded image gives; otherwise the fastest way, for training.
+// All numbers of the sample are checked before use. After a failure the slot is all zero. exact:
+// the same pixels as from resampling the whole decoded image; otherwise the fastest way, for
+// training.
 Status decode_sample(Bytes file, const Sample& sample, bool exact, Image out) noexcept;
 
-// The size of a whole JPEG; and its pixels, into an image of exactly this size.
+// The size of a whole JPEG, from its header.
 struct JpegSize {
   int width, height, components;
 };
 Status read_jpeg_size(Bytes jpeg, JpegSize* size);
+// Its pixels, into an image of exactly this size.
 Status decode_jpeg(Bytes jpeg, Image out);
 
 void resize_image(const uint8_t* pixels, int height, int width, Image out);

@@ -1,4 +1,4 @@
-// What can be wrong with one sample. The numbers are the interface: they come out of decode_batch as uint8.
+// Errors of one sample. The numbers are an interface: decode_batch returns them as uint8.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,7 @@ inline const char* message(Status status) {
   return nullptr;
 }
 
-// Larger images are refused before anything is allocated for them.
+// Larger images are refused before memory is allocated for them.
 constexpr int64_t kMaxPixels = int64_t{1} << 28;
 
 }  // namespace matryoshka

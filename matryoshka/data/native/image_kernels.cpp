@@ -1,5 +1,6 @@
-#define MATRYOSHKA_KERNELS kBaselineKernels
-#include "kernels.inc"
+// The image kernels for any CPU of this architecture, and the choice at run time.
+#define MATRYOSHKA_KERNELS kPortableKernels
+#include "image_kernels-inl.hpp"
 
 namespace matryoshka {
 
@@ -8,7 +9,7 @@ const Kernels& kernels() {
   static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
   if (avx2) return kAvx2Kernels;
 #endif
-  return kBaselineKernels;
+  return kPortableKernels;
 }
 
 }  // namespace matryoshka

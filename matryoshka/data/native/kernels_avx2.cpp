@@ -1,3 +1,0 @@
-// Compiled with -mavx2 -mbmi2, and called only where the CPU has both.
-#define MATRYOSHKA_KERNELS kAvx2Kernels
-#include "kernels.inc"

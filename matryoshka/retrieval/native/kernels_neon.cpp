@@ -1,4 +1,0 @@
-#include "kernels.hpp"
-#include "kernels_neon.inc"
-
-const matryoshka::search::Kernels matryoshka::search::kNeon = {"neon", scan_codes, scan_bits, dot<uint16_t>, dot<float>};
