@@ -54,7 +54,7 @@ def number(value: float) -> str:
     """Three significant digits, or all digits before the decimal point."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:.3g}"
+    return f"{value:#.3g}".rstrip(".")
 
 
 def measured(value: float | Row) -> str:

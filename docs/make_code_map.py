@@ -6,6 +6,7 @@ python docs/make_code_map.py [OUTPUT]
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,8 +40,8 @@ SUFFIXES = (".py", ".cpp", ".hpp")
 def first_sentence(text: str) -> str:
     """The first sentence of the first paragraph, on one line."""
     paragraph = " ".join(text.strip().split("\n\n", 1)[0].split())
-    head, dot, _ = paragraph.partition(". ")
-    return (head + dot).strip().rstrip(".:")
+    # A full stop ends a sentence where a capital letter follows, so not in "e.g. one".
+    return re.split(r"(?<=\.) (?=[A-Z])", paragraph)[0].rstrip(".:")
 
 
 def description(path: Path) -> str:
