@@ -1,5 +1,6 @@
 """The documentation fits the code: generated pages are fresh, links and paths exist."""
 
+import pkgutil
 import re
 import runpy
 import subprocess
@@ -15,6 +16,7 @@ LINK = re.compile(r"\]\(([^)#\s]+)(#[^)]*)?\)")
 SOURCE = re.compile(
     r"`((?:matryoshka|train|inference|bench|tests|docs)/[\w./-]+\.(?:py|md|sh|json|cpp|hpp|png))`"
 )
+DOTTED = re.compile(r"\b(matryoshka(?:\.[A-Za-z]\w*)+)\b(?!\.)")
 GENERATORS = {
     "docs/results.md": "bench/results_page.py",
     "docs/code_map.md": "docs/make_code_map.py",
@@ -62,6 +64,19 @@ def test_architecture_names_functions_that_exist():
             name = call.split("(")[0].split(".")[-1]  # `Index.search(queries)` -> search
             if not re.search(rf"\b(def|class) {name}\b|\b{name}\(", sources):
                 missing.append(f"{file}: {call}")
+    assert missing == []
+
+
+@pytest.mark.skip(reason="until the wings are merged")
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_dotted_names_exist(page):
+    """`matryoshka.folder.module.name` in a page can be imported."""
+    missing = []
+    for name in sorted(set(DOTTED.findall(page.read_text(encoding="utf-8")))):
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError) as error:
+            missing.append(f"{name}: {error}")
     assert missing == []
 
 
