@@ -1,14 +1,21 @@
-# make setup | demo | test | lint | format | tidy | fuzz | chaos | interop | bench-peers | bench
-# Each first sets up what it needs; PYTHON=python3.12 chooses another one (interop and bench-peers: always 3.11).
+# make setup | demo | test | test-slow | test-oldest | lint | format | tidy | docs | wheel | fuzz | chaos | interop |
+# bench-peers | bench
+# Every target sets up what it needs first. PYTHON=python3.12 selects the interpreter; interop, bench-peers and
+# test-oldest always use Python 3.11.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard matryoshka/data/native/* matryoshka/retrieval/native/*)
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
+OLDEST := .venv-oldest
 FFCV := .venv-ffcv
 NATIVE := $(wildcard $(addsuffix /*.[ch]pp,matryoshka/data/native matryoshka/retrieval/native)) tests/retrieval/search_kernels.cpp
 UV_FFCV := $(BIN)/uv pip install --quiet --python $(FFCV)/bin/python
+UV_OLDEST := $(BIN)/uv pip install --quiet --python $(OLDEST)/bin/python
+# Until version 0.1.0 the distribution had this name. An environment with both would import either copy.
+UNINSTALL := $(BIN)/uv pip uninstall --quiet --python
+OLD_NAME := matryoshka
 
-.PHONY: setup setup-dev demo test lint format tidy fuzz chaos interop bench-peers bench clean
+.PHONY: setup setup-dev demo test test-slow test-oldest lint format tidy docs wheel fuzz chaos interop bench-peers bench clean
 .DEFAULT_GOAL := setup
 
 setup: .venv/.ready
@@ -23,7 +30,8 @@ $(BIN)/uv:
 .venv/.ready: requirements.txt $(SOURCES) | $(BIN)/uv
 	@sh system-deps.sh native
 	@echo "setup: requirements.txt and the native core (a minute on a new machine)"
-	@$(UV) --reinstall-package matryoshka -r requirements.txt
+	@$(UNINSTALL) $(BIN)/python $(OLD_NAME)
+	@$(UV) --reinstall-package matryoshka-vision -r requirements.txt
 	@touch $@
 
 .venv/.ready-dev: requirements-dev.txt .venv/.ready
@@ -34,10 +42,28 @@ $(BIN)/uv:
 demo: setup
 	@$(BIN)/matryoshka demo
 
-# Threads of the tests' own processes would fight for the cores: one each, and one process per core.
+# One thread per test process and one process per core: more threads would compete for the cores.
 test: setup-dev
-	@if [ "$$(id -u)" = 0 ]; then sh system-deps.sh browser || true; fi  # without it the tests of pages are skipped
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $${PYTEST_WORKERS:-2} -q $(PYTEST_ARGS)
+	@if [ "$$(id -u)" = 0 ]; then sh system-deps.sh browser || true; fi  # without Chromium, browser tests are skipped
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $${PYTEST_WORKERS:-2} -q -m "not slow" $(PYTEST_ARGS)
+
+# Tests marked slow (pytest's status 5: no test has the mark), damaged files, and killed training runs
+test-slow: setup-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS) || [ $$? = 5 ]
+	@$(MAKE) --no-print-directory fuzz N=$(or $(N),5000)
+	@$(MAKE) --no-print-directory chaos KILLS=$(or $(KILLS),10)
+
+# The same tests with the oldest supported versions of torch and torchvision
+$(OLDEST)/.ready: requirements.txt requirements-dev.txt requirements-oldest.txt $(SOURCES) | $(BIN)/uv
+	@sh system-deps.sh native
+	@test -x $(OLDEST)/bin/python || { echo "setup: $(OLDEST)"; $(BIN)/uv venv --quiet --python 3.11 $(OLDEST); }
+	@echo "setup: requirements.txt with the versions of requirements-oldest.txt, and the native core"
+	@$(UV_OLDEST) --reinstall-package matryoshka-vision --config-settings=build-dir=build/oldest-{wheel_tag} \
+	  -r requirements.txt -r requirements-dev.txt --overrides requirements-oldest.txt
+	@touch $@
+
+test-oldest: $(OLDEST)/.ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $${PYTEST_WORKERS:-2} -q -m "not slow" $(PYTEST_ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .
@@ -59,7 +85,16 @@ tidy: setup-dev
 	  -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir) > $(TIDY).log || { cat $(TIDY).log; exit 1; }
 	$(BIN)/clang-tidy --quiet -p $(TIDY) $(filter-out %neon.cpp %dotprod.cpp,$(filter matryoshka/%.cpp,$(NATIVE)))
 
-# N damaged files (20,000). SANITIZE=1: with a native core that stops at memory errors and undefined behaviour.
+# Pages that are generated from measurements and docstrings; tests/test_docs.py fails when they are out of date
+docs: setup
+	$(BIN)/python bench/results_page.py
+	$(BIN)/python docs/make_code_map.py
+
+wheel: setup
+	$(BIN)/python -m pip wheel . --no-deps -w dist --quiet --disable-pip-version-check
+	@ls dist/*.whl
+
+# Reads N (20,000) damaged files. SANITIZE=1 builds the native core with AddressSanitizer and UBSan.
 SANITIZED := build/sanitized
 fuzz: setup-dev
 ifeq ($(SANITIZE),1)
@@ -74,17 +109,18 @@ else
 	$(BIN)/python tests/fuzzing/fuzz.py --cases $(or $(N),20000) $(FUZZ_ARGS)
 endif
 
-# KILLS training runs that are killed (20) must end like one that is left alone
+# Kills KILLS (20) training runs; each must end with the same weights as a run without a kill.
 chaos: setup-dev
 	$(BIN)/python tests/training/chaos.py --kills $(or $(KILLS),20) $(CHAOS_ARGS)
 
-# FFCV and the other peers live in an environment of their own: they need Python 3.11 and 700 MB of system packages.
+# FFCV and the other peers have their own environment: they need Python 3.11 and 700 MB of system packages.
 $(FFCV)/.ready: requirements.txt requirements-dev.txt requirements-ffcv.txt system-deps.sh $(SOURCES) | $(BIN)/uv
 	@sh system-deps.sh native
 	@sh system-deps.sh ffcv
 	@test -x $(FFCV)/bin/python || { echo "setup: $(FFCV)"; $(BIN)/uv venv --quiet --python 3.11 $(FFCV); }
 	@echo "setup: requirements.txt, FFCV and the native core (minutes on a new machine)"
-	@$(UV_FFCV) --reinstall-package matryoshka --config-settings=build-dir=build/ffcv-{wheel_tag} \
+	@$(UNINSTALL) $(FFCV)/bin/python $(OLD_NAME)
+	@$(UV_FFCV) --reinstall-package matryoshka-vision --config-settings=build-dir=build/ffcv-{wheel_tag} \
 	  -r requirements.txt -r requirements-dev.txt -r requirements-ffcv.txt
 	@touch $@
 
@@ -93,18 +129,18 @@ $(FFCV)/.ready-peers: requirements-peers.txt $(FFCV)/.ready
 	@$(UV_FFCV) -r requirements-peers.txt
 	@touch $@
 
-# Files of the real FFCV in our reader, ours in the real FFCV
+# The reader reads files from the real FFCV, and the real FFCV reads files from the writer.
 interop: $(FFCV)/.ready
 	OMP_NUM_THREADS=1 $(FFCV)/bin/python -m pytest -q tests/data/test_interop.py $(PYTEST_ARGS)
 
 bench-peers: $(FFCV)/.ready-peers
 
-# PHOTOS, SMALL: folders of class folders, of JPEG photos and of 32-pixel images. Without `make bench-peers` some peers
-# are missing, by name.
+# PHOTOS, SMALL: folders with one subfolder per class, of JPEG photos and of 32-pixel images. Peers that are not
+# installed (see bench-peers) are skipped and listed.
 bench: setup
 	@if [ -e $(FFCV)/.ready-peers ]; then $(MAKE) --no-print-directory bench-peers; fi
 	@if [ -e $(FFCV)/.ready-peers ]; then bin=$(FFCV)/bin; else bin=$(BIN); fi; \
 	  $$bin/python bench/loader.py $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(SMALL),--small $(SMALL)) $(BENCH_ARGS)
 
 clean:
-	rm -rf .venv $(FFCV) build
+	rm -rf .venv $(FFCV) $(OLDEST) build dist

@@ -1,7 +1,9 @@
 #!/bin/sh
-# What has to come from the system, checked by use: `native` (a compiler and libjpeg-turbo's header for the image
-# core), `ffcv` (OpenCV and libturbojpeg for the real FFCV) or `browser` (Chromium, for the tests of pages). Installs
-# packages through apt-get where that is possible without asking; otherwise says in one message what to run.
+# Check for system packages by using them, and install what is missing.
+#   native   C++ compiler and libjpeg-turbo's header, for the image core
+#   ffcv     OpenCV and libturbojpeg, for the real FFCV
+#   browser  Chromium, for the browser tests
+# Installs through apt-get when it can run without a password; otherwise prints the command to run.
 set -u
 
 case ${1:-native} in
@@ -18,7 +20,7 @@ native)
     echo "setup: no C++ compiler. Debian/Ubuntu: apt-get install g++   Fedora: dnf install gcc-c++   macOS: xcode-select --install" >&2
     exit 2
   fi
-  # Homebrew's header is outside the default path; CMake finds it.
+  # Homebrew's header is outside the default include path; CMake finds it.
   if command -v brew >/dev/null 2>&1 && brew --prefix jpeg-turbo >/dev/null 2>&1; then exit 0; fi
   ;;
 ffcv)
@@ -28,14 +30,14 @@ ffcv)
   }
   help="FFCV needs OpenCV and libturbojpeg with their headers. Install them, then run make again:
   Debian/Ubuntu  sudo apt-get install $packages
-  elsewhere      the packages that give pkg-config the names opencv4 and libturbojpeg"
+  elsewhere      the packages that provide opencv4 and libturbojpeg to pkg-config"
   ;;
 browser)
   packages="chromium"
   present() {
     command -v chromium >/dev/null 2>&1 || command -v chromium-browser >/dev/null 2>&1 || command -v google-chrome >/dev/null 2>&1
   }
-  help="no Chromium: the tests of pages in a browser are skipped. Debian: apt-get install chromium"
+  help="Chromium is missing: the browser tests are skipped. Debian: apt-get install chromium"
   ;;
 *)
   echo "usage: sh system-deps.sh [native|ffcv|browser]" >&2

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ImageNet as two .beton files: the training images with a share of JPEG, the validation images as raw pixels.
+# Write ImageNet as two .beton files: training images partly as JPEG, validation images as raw pixels.
 #
 #   IMAGENET_DIR=... WRITE_DIR=... ./write_imagenet.sh 500 0.50 90 [--cfg.num_workers=16 ...]
 #
@@ -13,8 +13,8 @@ usage() {
     exit 2
 }
 
-[[ $# -ge 3 ]] || usage "three arguments are needed, $# given"
-[[ -n "${IMAGENET_DIR:-}" ]] || usage "IMAGENET_DIR is not set (the folder that holds train and val)"
+[[ $# -ge 3 ]] || usage "expected three arguments, got $#"
+[[ -n "${IMAGENET_DIR:-}" ]] || usage "IMAGENET_DIR is not set (the folder with train and val)"
 [[ -n "${WRITE_DIR:-}" ]] || usage "WRITE_DIR is not set (the folder to write to)"
 resolution=$1 share=$2 quality=$3
 shift 3

@@ -1,4 +1,4 @@
-"""What has to be said before the libraries are loaded."""
+"""Environment variables to set before libraries are loaded."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from pathlib import Path
 
 
 def blas_kernels() -> dict[str, str]:
-    """Environment for faiss-cpu's OpenBLAS: it is of 2021 and takes newer CPUs for a Pentium 4, 62
-    instead of 273 GFLOP/s on a Xeon with AVX-512. Empty where this is another kind of CPU.
+    """Environment for faiss-cpu's OpenBLAS, {} for CPUs without AVX2.
+
+    Its version of 2021 treats newer CPUs as a Pentium 4: 62 instead of 273 GFLOP/s on a Xeon with
+    AVX-512.
     """
     about = Path("/proc/cpuinfo")
     flags = about.read_text() if about.exists() else ""

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Everything that has to be shown on a machine with an NVIDIA GPU, step by step; a step that fails stops no other.
+# Measurements and tests for a machine with an NVIDIA GPU, in steps. A failed step does not stop the others.
 #
 #   bash bench/gpu.sh [STEP ...]        default: info build tests heads eager data retrieval compiled train profile suite
 #
-# PYTHON   python3 with torch and torchvision; what is built goes into build/gpu/venv, which sees its packages
-# WHEELS   without network: a folder with *.whl of what pyproject.toml asks for and that python lacks and, where
-#          jpeglib.h is missing, *.deb with it. Made where there is a network, for Python 3.12 and Debian:
+# PYTHON   a python3 with torch and torchvision; the build goes to build/gpu/venv, which uses its packages
+# WHEELS   for machines without a network: a folder with the *.whl that pyproject.toml requires and python lacks and,
+#          if jpeglib.h is missing, the *.deb of it. Make it on a machine with a network; for Python 3.12 and Debian:
 #            pip wheel --no-deps -w wheels scikit-build-core nanobind pathspec fastargs terminaltables
 #            (cd wheels && apt-get download libjpeg62-turbo-dev libjpeg62-turbo)
-# DATA     a folder with train* and val*: .beton, .ffcv or image folders; without: digits, and pieces of two photos
+# DATA     a folder with train* and val*: .beton, .ffcv or image folders. Default: digits, and crops of two photos
 # OUT      build/gpu/results: summary.txt, log.txt, profile.txt, train.log, step.jsonl, end_to_end.jsonl,
 #          retrieval_device.jsonl
-# LIMIT    1700: seconds for all steps together; what would begin later is skipped. Where a call may last 10 minutes:
+# LIMIT    1700: seconds for all steps; steps that would begin later are skipped. If a call may take 10 minutes:
 #            LIMIT=580 bash bench/gpu.sh info build heads eager      and then, on the same machine,
 #            LIMIT=580 bash bench/gpu.sh tests data compiled         and    train profile suite
-# SMOKE=1  tiny arguments, with or without a GPU: shows that this script works
+# SMOKE=1  tiny arguments, with or without a GPU, to test this script
 #
-# Exit status: 1 when a step failed. A step that is skipped is named and is no failure.
+# Exit status: 1 if a step failed. Skipped steps are listed and do not count as failures.
 set -uo pipefail
-for path in WHEELS DATA OUT; do # as seen from where this was called
+for path in WHEELS DATA OUT; do # relative to the caller's folder
   [ -z "${!path:-}" ] || export "$path=$(realpath -m "${!path}")"
 done
 case ${PYTHON:-} in */*) PYTHON=$(realpath -ms "$PYTHON") ;; esac
@@ -41,7 +41,7 @@ note() { # STEP RESULT
   printf '%-10s %s\n' "$1" "$2" | tee -a "$out/summary.txt"
 }
 
-# run STEP SECONDS COMMAND...: within its limit and what is left of the whole; its output also goes to log.txt
+# run STEP SECONDS COMMAND...: within its own and the total time limit; the output also goes to log.txt
 run() {
   local step=$1 limit=$2 left=$((deadline - SECONDS)) start=$SECONDS status
   shift 2
@@ -72,7 +72,7 @@ for i in range(torch.cuda.device_count()):
 EOF
 }
 
-# An environment that sees the packages of $python but keeps what is installed here to itself.
+# An environment that uses the packages of $python and has its own for everything installed here.
 build() {
   local site missing
   [ -x "$py" ] || "$python" -m venv --without-pip "$work/venv" || return 1
@@ -112,7 +112,7 @@ header() {
   printf '#include <cstdio>\n#include <jpeglib.h>\n' | ${CXX:-c++} -x c++ -fsyntax-only - 2>/dev/null
 }
 
-# jpeglib.h and its library out of Debian packages, for this script alone
+# jpeglib.h and its library from Debian packages, for this script only
 unpack_jpeg() {
   local deb lib
   header && return
@@ -127,7 +127,7 @@ unpack_jpeg() {
   export CPATH LIBRARY_PATH
 }
 
-# one NAME: the first of DATA's files or folders that is called so, nothing without DATA
+# one NAME: the first file or folder of DATA with this name; nothing without DATA
 one() {
   local found
   for found in ${DATA:+"$DATA"/"$1"*.beton "$DATA"/"$1"*.ffcv "$DATA"/"$1"}; do
@@ -135,7 +135,7 @@ one() {
   done
 }
 
-# Options of the trainer that TRAIN_ARGS replaces as a whole
+# Training options; TRAIN_ARGS replaces all of them
 train() {
   local train val options
   train=$(one train) val=$(one val)
@@ -151,7 +151,7 @@ train() {
   cp "$(ls -td "$work"/trainlogs/*/log | head -n 1)" "$out/train.log"
 }
 
-# fresh NAME: the rows that this run has added to bench/results/
+# fresh NAME: the rows that this run added to bench/results/
 fresh() {
   local file=bench/results/$1.jsonl
   [ -e "$file" ] && tail -n +"$(($2 + 1))" "$file" >"$out/$1.jsonl"

@@ -1,6 +1,4 @@
-"""The machine under a bench of training steps: its device and clock, its peaks, and what a step
-asks of it.
-"""
+"""Device, clock and peak rates of the machine, and the work that a training step requests."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ MATMUL, COPY = "matmul", "copy"
 
 
 class Machine(NamedTuple):
-    """clock: `cpu` (seconds of all threads, which a busy machine disturbs little) or, beside a GPU,
-    `wall`.
-    """
+    """clock: `cpu` (seconds of all threads, little affected by other processes); `wall` on a GPU."""
 
     device: torch.device
     precision: str
@@ -46,7 +42,7 @@ def machine(device: str, precision: str, threads: int) -> Machine:
 
 
 def finish(device: torch.device) -> None:
-    """Wait for what the device has been asked to do."""
+    """Wait for the device to finish its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -54,7 +50,7 @@ def finish(device: torch.device) -> None:
 
 
 def repeated(here: Machine, call: Callable[[], object], amount: int, seconds: float) -> Run:
-    """A block of calls, each counted as `amount`: as many as take about `seconds`."""
+    """A block of calls that takes about `seconds`; each call counts as `amount`."""
 
     def block(times: int) -> int:
         torch.set_num_threads(here.threads)
@@ -71,9 +67,7 @@ def repeated(here: Machine, call: Callable[[], object], amount: int, seconds: fl
 
 
 def peaks(here: Machine, seconds: float) -> dict[str, Callable[[], Run]]:
-    """What the machine can do, as competitors that take turns: FLOPs of a square product, bytes of
-    a copy.
-    """
+    """Peak rates, measured like competitors: FLOPs of a square matrix product, bytes of a copy."""
     gpu = here.device.type != "cpu"
 
     def product() -> Run:
@@ -93,9 +87,7 @@ def peaks(here: Machine, seconds: float) -> dict[str, Callable[[], Run]]:
 
 
 class Asked(NamedTuple):
-    """What a call asks for. bytes: the inputs and outputs of every operator, which running them one
-    by one moves.
-    """
+    """Work of a call. bytes: inputs and outputs of every operator, as if run one by one."""
 
     flops: int
     bytes: int
@@ -121,6 +113,6 @@ class _Traffic(TorchDispatchMode):
 
 
 def ratios(a: list[Block], b: list[Block], clock: str) -> list[float]:
-    """Of every turn: how many times as fast as b a was."""
+    """Speed of a over b, turn by turn."""
     pairs = zip(a, b, strict=True)
     return [(x.images / getattr(x, clock)) / (y.images / getattr(y, clock)) for x, y in pairs]

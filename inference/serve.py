@@ -132,7 +132,7 @@ def import_server() -> tuple[Any, Any]:
         if error.name not in ("fastapi", "uvicorn"):
             raise
         raise config.ConfigError(
-            f"retrieve serve needs {error.name}: pip install 'matryoshka[serve]'"
+            f"retrieve serve needs {error.name}: pip install 'matryoshka-vision[serve]'"
         ) from None
     return search_page, uvicorn
 

@@ -5,4 +5,4 @@ Read first: `nested.py` (the idea), `data/loader.py` (the path of one image),
 `train/train_imagenet.py` (the loop).
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -18,8 +18,10 @@ def environment() -> dict:
     """Versions, code state and hardware."""
     import torch  # seconds, which `available_cores` and `git_state` can do without
 
-    names = ("matryoshka", "torch", "torchvision", "torchmetrics", "numpy", "pillow", "safetensors")
-    versions = {name: _version(name) for name in names}
+    names = ("torch", "torchvision", "torchmetrics", "numpy", "pillow", "safetensors")
+    # The distribution has another name on PyPI; the key in run folders stays.
+    versions = {"matryoshka": _version("matryoshka-vision")}
+    versions |= {name: _version(name) for name in names}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),

@@ -281,7 +281,9 @@ def _connect(uri: str) -> Any:
     try:
         import lancedb
     except ImportError:
-        raise RetrievalError("LanceDB is missing: pip install 'matryoshka[lancedb]'") from None
+        raise RetrievalError(
+            "LanceDB is missing: pip install 'matryoshka-vision[lancedb]'"
+        ) from None
     try:
         return lancedb.connect(uri)
     except (FileExistsError, NotADirectoryError):

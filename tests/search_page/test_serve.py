@@ -413,7 +413,7 @@ def test_data_sets_of_several_parts_are_counted_once(made, changed, tmp_path, ca
 
 def test_without_the_extra_it_is_named(made, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert "matryoshka[serve]" in refused([str(made / "photos.index")], capsys)
+    assert "matryoshka-vision[serve]" in refused([str(made / "photos.index")], capsys)
 
 
 def test_refusals_are_kept_for_seconds(made, tmp_path, monkeypatch):
