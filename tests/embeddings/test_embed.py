@@ -125,7 +125,7 @@ def test_a_beton_gives_the_same_with_its_names_or_numbers(
 
 
 def test_the_data_set_is_described(imagenet_root, imagenet_checkpoint, tmp_path, capsys):
-    """Images in a folder that was not meant show by its classes."""
+    """The class names reveal a folder given at the wrong level."""
     for i, name in enumerate(("run 1", "run\x1b2", "a", "b", "c", "d")):
         (tmp_path / "stray" / name).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / "stray" / name / "plot.png")
@@ -145,7 +145,7 @@ def test_the_data_set_is_described(imagenet_root, imagenet_checkpoint, tmp_path,
     assert f"{tmp_path / 'x.beton'}: 6 images of 6 classes at 32 px\n" in out
 
 
-def test_preprocessing_is_what_was_asked_for(folder, tmp_path):
+def test_preprocessing_option(folder, tmp_path):
     torch.manual_seed(2)
     model = build(ModelSpec("resnet10", 3, (8, 512))).eval()
     model.preprocessing = Preprocessing(size=48, ratio=1.0)
@@ -349,7 +349,7 @@ def test_killed_at_any_moment_and_in_two_processes_it_ends_with_the_same_files(
     )
 
 
-def test_finished_is_said_and_other_options_are_refused(
+def test_a_finished_folder_is_reported_and_other_options_are_refused(
     imagenet_root, imagenet_checkpoint, tmp_path, capsys
 ):
     data, output = imagenet_root / "val", tmp_path / "e"
