@@ -236,15 +236,15 @@ def test_encode_takes_both_kinds_of_images_and_leaves_the_model_as_it_was():
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 5), st.sets(st.integers(0, 59)))
 def test_every_missing_row_is_in_one_batch_of_one_process(rows, batch, world, there):
     done = merged([(i, i + 1) for i in there if i < rows])
-    todo = missing(done, rows)
+    missing_rows = missing(done, rows)
     assert {i for a, b in done for i in range(a, b)} == {i for i in there if i < rows}, (
         f"merged ranges {done}"
     )
     assert all(a < b for a, b in done), f"an empty range in {done}"
     assert all(b < c for (_, b), (c, _) in itertools.pairwise(done)), f"ranges touch: {done}"
     wanted = [i for i in range(rows) if i not in there]
-    assert [i for a, b in todo for i in range(a, b)] == wanted, f"missing ranges {todo}"
-    shares = [embedding.rows_of_rank(todo, batch, rank, world).tolist() for rank in range(world)]
+    assert [i for a, b in missing_rows for i in range(a, b)] == wanted, f"missing ranges {missing_rows}"
+    shares = [embedding.rows_of_rank(missing_rows, batch, rank, world).tolist() for rank in range(world)]
     cut = [part[i : i + batch] for part in shares for i in range(0, len(part), batch)]
     assert cut == [
         wanted[i : i + batch] for i in range(0, len(wanted), batch)

@@ -217,7 +217,7 @@ def test_every_format_of_upstream_has_the_same_logits(imagenet_root, tmp_path, c
             assert "note" not in capsys.readouterr().out.replace("note: only 3 of the 1000", "")
         if spec.dims == (512,):  # as an old MRL-E file would look
             evaluate(tmp_path / "final_weights.pt", imagenet_root, tmp_path / "pt")
-            assert "old-style MRL-E file looks the same" in capsys.readouterr().out
+            assert "old-style MRL-E file has the same keys" in capsys.readouterr().out
     line = refused(
         [f"--path={tmp_path / 'final_weights.pt'}", f"--data-root={imagenet_root}", "--mrl"], capsys
     )
