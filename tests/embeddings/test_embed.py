@@ -243,8 +243,12 @@ def test_every_missing_row_is_in_one_batch_of_one_process(rows, batch, world, th
     assert all(a < b for a, b in done), f"an empty range in {done}"
     assert all(b < c for (_, b), (c, _) in itertools.pairwise(done)), f"ranges touch: {done}"
     wanted = [i for i in range(rows) if i not in there]
-    assert [i for a, b in missing_rows for i in range(a, b)] == wanted, f"missing ranges {missing_rows}"
-    shares = [embedding.rows_of_rank(missing_rows, batch, rank, world).tolist() for rank in range(world)]
+    assert [i for a, b in missing_rows for i in range(a, b)] == wanted, (
+        f"missing ranges {missing_rows}"
+    )
+    shares = [
+        embedding.rows_of_rank(missing_rows, batch, rank, world).tolist() for rank in range(world)
+    ]
     cut = [part[i : i + batch] for part in shares for i in range(0, len(part), batch)]
     assert cut == [
         wanted[i : i + batch] for i in range(0, len(wanted), batch)
