@@ -134,7 +134,7 @@ def prefixes(arch: str, args: argparse.Namespace, here: Machine) -> dict:
     return row
 
 
-class _Free(nn.Module):
+class FreeTrunk(nn.Module):
     """A trunk that costs nearly nothing: the mean of the first pixels, repeated."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -154,9 +154,8 @@ def loop(args: argparse.Namespace, here: Machine) -> dict:
             "num_workers": 1,
             "device": here.device,
         }
-        model = NestedModel(_Free(), NestedLinear((8,), 10), 8, ModelSpec("free", 10, (8,))).to(
-            here.device
-        )
+        model = NestedModel(FreeTrunk(), NestedLinear((8,), 10), 8, ModelSpec("free", 10, (8,)))
+        model = model.to(here.device)
         waited: list[float] = []
 
         def alone() -> Run:
@@ -216,18 +215,14 @@ def analysis(args: argparse.Namespace) -> dict:
         logits.flush()
         np.save(folder / "gt.npy", labels)
         command = [
-            sys.executable,
-            "-m",
-            "matryoshka.cli",
-            "analyze",
+            *(sys.executable, "-m", "matryoshka.cli", "analyze"),
             f"--logits={folder / 'logits.npy'}",
-        ]
-        command += [
             f"--gt={folder / 'gt.npy'}",
             f"--dims={','.join(map(str, dims))}",
             "--only=cascade",
+            "--splits=30",
+            f"--output={folder / 'analysis.json'}",
         ]
-        command += ["--splits=30", f"--output={folder / 'analysis.json'}"]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         started = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

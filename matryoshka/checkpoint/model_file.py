@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -98,7 +99,11 @@ def load_model(
     _check_requested(path, contents.spec, requested)
     _check_head(path, contents.spec, contents.state)
     try:
+        if contents.spec.arch_options:
+            _check_shapes(path, contents.spec, contents.state)
         model = build(contents.spec)
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise CheckpointError(f"{path}: {first_line(error)}") from None
     try:
@@ -230,6 +235,16 @@ def _check_head(path: Path, spec: ModelSpec, state: Mapping[str, Tensor]) -> Non
                 f"{path}: classifier {i} is {shape}, by its dims and classes it should be "
                 f"{expected}"
             )
+
+
+def _check_shapes(path: Path, spec: ModelSpec, state: Mapping[str, Tensor]) -> None:
+    """Compare all shapes with the spec on the meta device: options may claim any width."""
+    with torch.device("meta"):
+        expected = {key: value.shape for key, value in build(spec).state_dict().items()}
+    if expected != {key: value.shape for key, value in state.items()}:
+        raise CheckpointError(
+            f"{path}: the weights do not fit {spec.arch} with arch_options={spec.arch_options}"
+        )
 
 
 def _check_requested(path: Path, spec: ModelSpec, requested: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ BACKBONES. The trunk maps images [B, 3, H, W] to features [B, D].
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,25 +23,27 @@ BACKBONES: dict[str, Callable[..., tuple[nn.Module, int]]] = {
 }
 
 
-def backbone(arch: str, weights: str | None = None, **options: Any) -> tuple[nn.Module, int]:
+def backbone(
+    arch: str, weights: str | None = None, options: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, int]:
     """(trunk, feature width) of the architecture `arch`: a key of BACKBONES, or timm:NAME.
 
     `weights` names published weights for the trunk, which are downloaded; None initialises at
-    random. `options` go to the builder. ModelError for an unknown name, weights that cannot be
-    loaded, or an option that the builder does not accept.
+    random. `options` are keyword arguments of the builder. ModelError for an unknown name, weights
+    that cannot be loaded, or an option that the builder does not accept.
     """
     build_trunk = _builder(arch)
     try:
-        return build_trunk(weights, **options)
+        return build_trunk(weights, **(options or {}))
     except ModelError:
         raise
     except Exception as error:
         # An unknown option, missing weights, no network, a damaged file: each library raises its
         # own exceptions. Without options and weights the error is ours and keeps its traceback.
-        if options and weights is None:
-            raise ModelError(f"model.arch_options {options}: {one_line(error)}") from error
         if weights is None:
-            raise
+            if not options:
+                raise
+            raise ModelError(f"model.arch_options={options}: {one_line(error)}") from error
         raise ModelError(
             f"model.init: cannot load the weights {weights} of {arch}: {one_line(error)}"
         ) from error

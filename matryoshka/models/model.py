@@ -142,7 +142,7 @@ def build(spec: ModelSpec, weights: str | None = None) -> NestedModel:
     random. It is torchvision's name, such as IMAGENET1K_V2, or timm's name of the model, such as
     resnet18.a1_in1k.
     """
-    trunk, width = backbone(spec.arch, weights, **spec.arch_options)
+    trunk, width = backbone(spec.arch, weights, spec.arch_options)
     head = NestedLinear(check_dims(spec.dims, width), spec.num_classes, spec.efficient)
     if spec.blurpool:
         apply_blurpool(trunk)

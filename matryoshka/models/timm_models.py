@@ -11,6 +11,10 @@ from matryoshka.models.options import ModelError
 
 TIMM = "timm:"  # prefix of a timm model's name in model.arch, model.init and --path
 
+# Options of create_model that read other files or the network. A checkpoint can contain options,
+# and opening it must not do either.
+FORBIDDEN_OPTIONS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+
 
 def timm_model(name: str, weights: str | None = None, **options: Any) -> tuple[nn.Module, int]:
     """(trunk, feature width) of a timm model without its classifier.
@@ -22,6 +26,9 @@ def timm_model(name: str, weights: str | None = None, **options: Any) -> tuple[n
     supports it for that model: it then accepts other sizes and gives the same numbers at its native
     size.
     """
+    forbidden = [option for option in FORBIDDEN_OPTIONS if option in options]
+    if forbidden:
+        raise ModelError(f"model.arch_options: {forbidden[0]} is not allowed; use model.init")
     option = f"model.arch={TIMM}{name}" if weights is None else f"model.init={TIMM}{weights}"
     timm = import_timm(option)
     # is_model also refuses hf-hub:..., for which timm would download the architecture

@@ -1,6 +1,4 @@
-"""A small tree of ImageNet's test sets, a model of its 1000 classes, and runs of the evaluation on
-them.
-"""
+"""A small tree of ImageNet's test sets, a model of its 1000 classes, and evaluation runs."""
 
 import json
 from pathlib import Path
@@ -52,8 +50,8 @@ def write_tree(root, photo):
 
 
 def write_checkpoint(path):
-    """1000 classes at random, of which those that are there are likely, and one that is in no set
-    is likelier.
+    """A random model of 1000 classes that prefers the present ones, and one that no set has even
+    more.
     """
     torch.manual_seed(0)
     model = build(ModelSpec("resnet10", 1000, (8, 64, 512)))
@@ -67,7 +65,7 @@ def write_checkpoint(path):
 
 
 def evaluate(checkpoint, data, folder, *more):
-    """(results.json, {kind: array}) of a run that saves everything into `folder`."""
+    """(results.json, {kind: array}) of a run that saves all arrays into `folder`."""
     folder.mkdir(exist_ok=True)
     output = folder / "results.json"
     save = [f"--save_{kind}" for kind in ("logits", "softmax", "predictions", "gt")]

@@ -45,7 +45,7 @@ def old_style(model):
     ("dims", "efficient"),
     [((512,), False), ((16,), False), ((8, 512), False), ((8, 12, 512), True)],
 )
-def test_our_file_rebuilds_the_model_alone(tmp_path, dims, efficient):
+def test_model_file_rebuilds_the_model(tmp_path, dims, efficient):
     model = model_of(dims, efficient)
     save_model(model, tmp_path / "model.safetensors", {"training.epochs": 3})
     loaded = load_model(tmp_path / "model.safetensors")
@@ -115,7 +115,7 @@ def test_final_weights_load_into_torchvision_plus_the_papers_layer(tmp_path):
     torch.testing.assert_close(torch.stack(theirs.eval()(IMAGES)), model(IMAGES), rtol=0, atol=0)
 
 
-def test_params_beside_a_bare_file_decide(tmp_path):
+def test_params_json_determines_the_model_of_a_bare_file(tmp_path):
     model = model_of((16, 32, 64, 128, 256, 512), efficient=True, blurpool=False)
     save_upstream(model, tmp_path / "final_weights.pt")
     assumed = load_model(tmp_path / "final_weights.pt")
@@ -153,7 +153,9 @@ def test_an_old_mrl_e_file_is_never_guessed(tmp_path):
     ],
 )
 @pytest.mark.parametrize("kind", ["ours", "upstream"])
-def test_disagreements_name_both(tmp_path, *, kind, dims, efficient, flags, words):
+def test_contradictions_with_flags_name_both_sides(
+    tmp_path, *, kind, dims, efficient, flags, words
+):
     model = model_of(dims, efficient)
     path = tmp_path / ("model.safetensors" if kind == "ours" else "w.pt")
     save_model(model, path) if kind == "ours" else save_upstream(model, path)
@@ -163,7 +165,7 @@ def test_disagreements_name_both(tmp_path, *, kind, dims, efficient, flags, word
     assert "\n" not in str(error.value)
 
 
-def test_params_that_disagree(tmp_path):
+def test_params_json_that_contradicts_the_file(tmp_path):
     save_upstream(model_of((512,)), tmp_path / "w.pt")
     (tmp_path / "params.json").write_text('{"model.mrl": 1}')
     with pytest.raises(CheckpointError, match=r"model.mrl=1"):
@@ -240,7 +242,7 @@ def test_files_that_are_not_checkpoints(tmp_path):
     assert len(names) == 13, f"the test covers other files: {names}"
 
 
-NONSENSE = [
+INVALID = [
     ({"dims": [0, 8]}, "dims [0, 8]"),
     ({"dims": [8, 8]}, "dims [8, 8]"),
     ({"dims": [512, 8]}, "dims [512, 8]"),
@@ -282,17 +284,18 @@ NONSENSE = [
 ]
 
 
-@pytest.mark.parametrize(("change", "words"), NONSENSE, ids=lambda value: str(value)[:30])
-def test_metadata_that_make_no_sense(tmp_path, monkeypatch, change, words):
+@pytest.mark.parametrize(("change", "words"), INVALID, ids=lambda value: str(value)[:30])
+def test_invalid_metadata(tmp_path, monkeypatch, change, words):
     model = model_of()
-    about = {"format": checkpoint.FORMAT} | json.loads(json.dumps(checkpoint.describe(model)))
+    metadata = {"format": checkpoint.FORMAT} | json.loads(json.dumps(checkpoint.describe(model)))
     for key, value in change.items():
         place = next(
-            (about[part] for part in ("model", "preprocessing") if key in about[part]), about
+            (metadata[part] for part in ("model", "preprocessing") if key in metadata[part]),
+            metadata,
         )
         assert key in place
         place[key] = value
-    save_file(model.state_dict(), tmp_path / "m.safetensors", {"matryoshka": json.dumps(about)})
+    save_file(model.state_dict(), tmp_path / "m.safetensors", {"matryoshka": json.dumps(metadata)})
     monkeypatch.setattr(model_file, "build", lambda spec: pytest.fail(f"{spec} was built"))
     with pytest.raises(CheckpointError) as error:
         load_model(tmp_path / "m.safetensors")
@@ -302,16 +305,23 @@ def test_metadata_that_make_no_sense(tmp_path, monkeypatch, change, words):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"), [({"arch": "resnet11"}, "resnet11"), ({"dims": [8, 1024]}, "width 512")]
+    ("change", "words"),
+    [
+        ({"arch": "resnet11"}, "resnet11"),
+        ({"dims": [8, 1024]}, "width 512"),
+        ({"arch_options": ["width_per_group"]}, "arch_options"),
+        ({"arch_options": {"width_per_group": 1 << 30}}, "arch_options"),
+        ({"arch": "resnet50", "arch_options": {"width_per_group": 1 << 20}}, "do not fit"),
+    ],
 )
-def test_models_that_there_are_not(tmp_path, change, words):
+def test_metadata_of_models_that_cannot_be_built(tmp_path, change, words):
     model = model_of()
-    about = {"format": checkpoint.FORMAT} | checkpoint.describe(model)
-    about["model"] |= change
+    metadata = {"format": checkpoint.FORMAT} | checkpoint.describe(model)
+    metadata["model"] |= change
     state = model.state_dict() | {
-        "head.heads.1.weight": torch.zeros(10, about["model"]["dims"][-1])
+        "head.heads.1.weight": torch.zeros(10, metadata["model"]["dims"][-1])
     }
-    save_file(state, tmp_path / "m.safetensors", {"matryoshka": json.dumps(about)})
+    save_file(state, tmp_path / "m.safetensors", {"matryoshka": json.dumps(metadata)})
     with pytest.raises(CheckpointError, match=rf"m\.safetensors: .*{words}"):
         load_model(tmp_path / "m.safetensors")
 
@@ -330,7 +340,7 @@ def test_models_that_there_are_not(tmp_path, change, words):
         (None, torch.zeros(10, 512)),
     ],
 )
-def test_state_dicts_that_make_no_sense(tmp_path, key, value):
+def test_invalid_state_dicts(tmp_path, key, value):
     state = {k: v for k, v in to_upstream(model_of((512,))).items() if k != "fc.weight"}
     torch.save(state | {key: value}, tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match=r"w\.pt: ") as error:
@@ -351,7 +361,7 @@ def test_state_dicts_that_make_no_sense(tmp_path, key, value):
         ({"validation.resolution": 10**6}, "size=1000000"),
     ],
 )
-def test_params_that_make_no_sense(tmp_path, params, words):
+def test_invalid_params_json(tmp_path, params, words):
     save_upstream(model_of(efficient=True), tmp_path / "w.pt")
     (tmp_path / "params.json").write_text(json.dumps(params))
     with pytest.raises(CheckpointError) as error:
@@ -364,12 +374,14 @@ def test_params_that_make_no_sense(tmp_path, params, words):
 
 
 def written(path):
-    """What a program says that writes `path`."""
+    """Run a program that writes `path`."""
     config.program(lambda: write_atomically(path, b"new"))()
 
 
 @pytest.mark.parametrize("content", [None, b"old"])
-def test_a_write_that_fails_names_its_target_and_leaves_it(tmp_path, monkeypatch, capsys, content):
+def test_a_failed_write_names_its_target_and_leaves_it_unchanged(
+    tmp_path, monkeypatch, capsys, content
+):
     target = tmp_path / "x.json"
     if content:
         target.write_bytes(content)

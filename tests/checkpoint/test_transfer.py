@@ -1,4 +1,4 @@
-"""Start weights from every source, frozen stages, and options that cannot be met."""
+"""Initial weights from every source, frozen stages, and invalid options."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ MRL = ModelSpec("resnet10", 10, (8, 512))
 
 
 def source_of(spec=MRL):
-    """A model whose every number differs from those of a new one."""
+    """A model in which every weight and statistic differs from a new model's."""
     torch.manual_seed(1)
     model = build(spec).train()
     for _ in range(2):
@@ -58,9 +58,7 @@ def same(a, b):
 
 
 def cached_torchvision(monkeypatch, folder, name, weights, content=None):
-    """Weights where torchvision looks before it downloads; without `content` those of a model that
-    is returned.
-    """
+    """Put `content`, or the weights of a new model, into torchvision's cache; return the model."""
     monkeypatch.setenv("TORCH_HOME", str(folder))
     torch.manual_seed(3)
     model = torchvision.models.get_model(name).eval()
@@ -73,9 +71,7 @@ def cached_torchvision(monkeypatch, folder, name, weights, content=None):
 
 
 def cached_timm(monkeypatch, folder, name):
-    """Weights of `name` where Hugging Face's library looks when it is offline; returns the model
-    without head.
-    """
+    """Put weights of `name` into Hugging Face's cache; return their model without head."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     torch.manual_seed(3)
@@ -128,7 +124,7 @@ def test_a_checkpoint_gives_trunk_and_head(tmp_path, kind, blurpool):
         (MRL, "the class names differ"),
     ],
 )
-def test_another_head_starts_fresh(tmp_path, spec, reason):
+def test_a_different_head_is_initialised_at_random(tmp_path, spec, reason):
     source = source_of()
     source.classes = [f"class {i}" for i in range(10)]
     save_model(source, tmp_path / "m.safetensors")
@@ -141,8 +137,8 @@ def test_another_head_starts_fresh(tmp_path, spec, reason):
 
 
 def test_heads_of_upstream(tmp_path):
-    """A shared classifier fits any prefixes; an old-style file, which may be a fixed feature, is
-    not guessed at.
+    """A shared classifier fits any prefixes. An old-style file is ambiguous (it may be a fixed
+    feature), so its head is not used.
     """
     spec = ModelSpec("resnet10", 10, (8, 12, 512), efficient=True)
     source = source_of(replace(spec, dims=(8, 16, 512)))
@@ -209,7 +205,7 @@ def test_pretrained_is_an_alias(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_resnet.r160_in1k", "test_vit"])
 def test_published_weights_of_timm(monkeypatch, tmp_path, name):
-    """From Hugging Face's cache: that the download fills it is not tested here."""
+    """From Hugging Face's cache; the download that fills it is not tested."""
     theirs = cached_timm(monkeypatch, tmp_path, name)
     spec = model_spec(ModelConfig(arch=f"timm:{name.partition('.')[0]}", mrl=True), 10)
     images = torch.randn(2, 3, 160, 160)
@@ -228,7 +224,7 @@ class Attack:
         return open, (str(self.marker), "w")
 
 
-def test_weights_that_cannot_be_had(monkeypatch, tmp_path):
+def test_weights_that_cannot_be_loaded(monkeypatch, tmp_path):
     spec, config = (
         ModelSpec("resnet18", 10, (512,)),
         ModelConfig(arch="resnet18", init="torchvision:resnet18"),
@@ -322,7 +318,7 @@ def test_frozen_stages_stay_and_the_rest_moves(tmp_path, arch, freeze, prefixes)
     assert all(module.training for module in model.modules())
 
 
-def test_frozen_without_start_weights_is_said():
+def test_frozen_random_weights_are_noted():
     _, notes = start(None, freeze="trunk")
     assert "random weights" in notes[-1]
     assert start(None)[1] == []
@@ -359,23 +355,23 @@ def test_unknown_stages(arch, freeze, words):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Checkpoints of a resnet10, sound and not."""
+    """Valid and invalid checkpoints of a resnet10."""
     folder = tmp_path_factory.mktemp("files")
     source = source_of()
     save_model(source, folder / "m.safetensors")
     save_upstream(source, folder / "w.pt")
     (folder / "broken.pt").write_bytes(b"<html>404</html>")
     save_file({"a": torch.zeros(1)}, folder / "plain.safetensors")
-    about = json.dumps({"format": checkpoint.FORMAT, **checkpoint.describe(source)})
+    metadata = json.dumps({"format": checkpoint.FORMAT, **checkpoint.describe(source)})
     state = source.state_dict()
     other = {
         "trunk.layer1.0.conv1.weight": torch.zeros(3),
         "head.heads.0.weight": torch.zeros(10, 9),
     }
     for key, value in other.items():
-        save_file(state | {key: value}, folder / f"{key[:4]}.safetensors", {"matryoshka": about})
+        save_file(state | {key: value}, folder / f"{key[:4]}.safetensors", {"matryoshka": metadata})
     del state["trunk.bn1.weight"]
-    save_file(state, folder / "missing.safetensors", {"matryoshka": about})
+    save_file(state, folder / "missing.safetensors", {"matryoshka": metadata})
     return folder
 
 
@@ -415,7 +411,7 @@ def files(tmp_path_factory):
         ("timm:test_mambaout", "timm:test_mambaout", ["no such weights", "none"]),
     ],
 )
-def test_start_weights_that_do_not_fit(files, arch, init, words):
+def test_initial_weights_that_do_not_fit(files, arch, init, words):
     config = ModelConfig(arch=arch, init=init.format(files))
     spec = ModelSpec(arch, 10, (8, 512) if arch != "timm:test_resnet" else (8,))
     if arch == "timm:test_mambaout":

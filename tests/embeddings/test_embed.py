@@ -125,7 +125,7 @@ def test_a_beton_gives_the_same_with_its_names_or_numbers(
 
 
 def test_the_data_set_is_described(imagenet_root, imagenet_checkpoint, tmp_path, capsys):
-    """Images in a folder that was not meant show by its classes."""
+    """The class names reveal a folder given at the wrong level."""
     for i, name in enumerate(("run 1", "run\x1b2", "a", "b", "c", "d")):
         (tmp_path / "stray" / name).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / "stray" / name / "plot.png")
@@ -145,7 +145,7 @@ def test_the_data_set_is_described(imagenet_root, imagenet_checkpoint, tmp_path,
     assert f"{tmp_path / 'x.beton'}: 6 images of 6 classes at 32 px\n" in out
 
 
-def test_preprocessing_is_what_was_asked_for(folder, tmp_path):
+def test_preprocessing_option(folder, tmp_path):
     torch.manual_seed(2)
     model = build(ModelSpec("resnet10", 3, (8, 512))).eval()
     model.preprocessing = Preprocessing(size=48, ratio=1.0)
@@ -236,15 +236,19 @@ def test_encode_takes_both_kinds_of_images_and_leaves_the_model_as_it_was():
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 5), st.sets(st.integers(0, 59)))
 def test_every_missing_row_is_in_one_batch_of_one_process(rows, batch, world, there):
     done = merged([(i, i + 1) for i in there if i < rows])
-    todo = missing(done, rows)
+    missing_rows = missing(done, rows)
     assert {i for a, b in done for i in range(a, b)} == {i for i in there if i < rows}, (
         f"merged ranges {done}"
     )
     assert all(a < b for a, b in done), f"an empty range in {done}"
     assert all(b < c for (_, b), (c, _) in itertools.pairwise(done)), f"ranges touch: {done}"
     wanted = [i for i in range(rows) if i not in there]
-    assert [i for a, b in todo for i in range(a, b)] == wanted, f"missing ranges {todo}"
-    shares = [embedding.rows_of_rank(todo, batch, rank, world).tolist() for rank in range(world)]
+    assert [i for a, b in missing_rows for i in range(a, b)] == wanted, (
+        f"missing ranges {missing_rows}"
+    )
+    shares = [
+        embedding.rows_of_rank(missing_rows, batch, rank, world).tolist() for rank in range(world)
+    ]
     cut = [part[i : i + batch] for part in shares for i in range(0, len(part), batch)]
     assert cut == [
         wanted[i : i + batch] for i in range(0, len(wanted), batch)
@@ -349,7 +353,7 @@ def test_killed_at_any_moment_and_in_two_processes_it_ends_with_the_same_files(
     )
 
 
-def test_finished_is_said_and_other_options_are_refused(
+def test_a_finished_folder_is_reported_and_other_options_are_refused(
     imagenet_root, imagenet_checkpoint, tmp_path, capsys
 ):
     data, output = imagenet_root / "val", tmp_path / "e"

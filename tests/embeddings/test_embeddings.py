@@ -41,7 +41,7 @@ META = {
     st.randoms(),
     st.sampled_from(["float32", "float16"]),
 )
-def test_what_is_written_in_any_order_is_read(tmp_path_factory, names, columns, random, dtype):
+def test_rows_written_in_any_order_are_read(tmp_path_factory, names, columns, random, dtype):
     folder = tmp_path_factory.mktemp("any") / "e"
     n = len(names)
     values = np.random.default_rng(n).normal(size=(n, columns)).astype(dtype)
@@ -66,7 +66,7 @@ def test_what_is_written_in_any_order_is_read(tmp_path_factory, names, columns, 
     assert sorted(p.name for p in folder.iterdir()) == sorted([*ARRAYS, "meta.json"])
 
 
-def test_ranks_that_were_killed_leave_what_they_flushed(tmp_path):
+def test_killed_ranks_keep_the_rows_that_they_flushed(tmp_path):
     with EmbeddingWriter(tmp_path) as unfinished:
         plan = unfinished.begin(META, np.zeros(5), str)
         for rank, rows in ((0, [0]), (1, [3, 4])):
@@ -87,7 +87,7 @@ def test_ranks_that_were_killed_leave_what_they_flushed(tmp_path):
             third.begin(META, np.zeros(5), str)
 
 
-def test_labels_of_one_set_as_those_of_another(tmp_path):
+def test_labels_of_one_data_set_as_those_of_another(tmp_path):
     def made(name, classes, labels):
         meta = META | {
             "data": META["data"] | {"classes": classes, "num_classes": len(classes or range(3))}
@@ -185,7 +185,7 @@ def test_old_embeddings_stay_until_the_new_are_whole(tmp_path, sound):
     with EmbeddingWriter(tmp_path) as unfinished:
         unfinished.begin(META, np.ones(5), str, overwrite=True)  # and is killed
     with EmbeddingWriter(tmp_path) as unfinished:
-        assert unfinished.begin(new, np.ones(5), str) is None  # what is there is what was asked for
+        assert unfinished.begin(new, np.ones(5), str) is None  # already finished
 
 
 def test_the_hash_is_that_of_the_trunk_alone(tmp_path):

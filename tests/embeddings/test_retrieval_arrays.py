@@ -1,5 +1,5 @@
-"""Upstream's --retrieval: its file names and shapes, labels that are class numbers, features of
-single images.
+"""Upstream's --retrieval: file names, shapes, labels that are class indices, and features equal to
+those of single images.
 """
 
 import numpy as np
@@ -134,9 +134,7 @@ def test_4k_a_fixed_feature_and_a_random_sample(root, tmp_path):
 def test_a_kill_between_the_files_leaves_no_old_description(
     root, imagenet_checkpoint, tmp_path, monkeypatch
 ):
-    """Of the arrays of another sample y is there, X and the description are not, when the process
-    goes.
-    """
+    """The kill comes when y of another sample is written, but X and meta.json are not."""
     stem = f"{tmp_path}/1K_val_mrl1_e0_ff512"
     three, five = (
         arguments(imagenet_checkpoint, root, f"{tmp_path}/", f"--random_sample_dim={n}")

@@ -1,5 +1,5 @@
-"""Evaluation: unknown classes, chosen prefixes, upstream's checkpoints; against loops and against
-our own format.
+"""Evaluation: out-of-distribution images, selected prefixes and upstream's checkpoints, compared
+with loops and with our own format.
 """
 
 import json
@@ -35,12 +35,10 @@ def by_pairs(inside, outside):
     )
 
 
-def test_unknown_classes_are_told_by_confidence(
+def test_unknown_classes_are_detected_by_confidence(
     imagenet_root, imagenet_checkpoint, tmp_path, photo, capsys
 ):
-    """ImageNet-O: the images of V1 whose classes are among its 200, against its own, both over
-    those 200.
-    """
+    """ImageNet-O: V1's images of its 200 classes against its own, both over these classes."""
     listed = json.loads((ROOT / "matryoshka" / "data" / "imagenet.json").read_text())["o"]
     columns = [WNIDS.index(wnid) for wnid in listed]
     inside = [columns[0], columns[7], 7, columns[199], 999]
@@ -98,7 +96,7 @@ def test_a_validation_set_without_these_classes(imagenet_checkpoint, tmp_path, p
 
 @pytest.fixture
 def diverged(tmp_path):
-    """A model whose second prefix says NaN."""
+    """A model whose second prefix has NaN logits."""
     model = build(ModelSpec("resnet10", 1000, (8, 64)))
     model.preprocessing = Preprocessing(size=32, ratio=1.0)
     with torch.no_grad():
@@ -119,7 +117,7 @@ def test_a_model_that_diverged_is_noticed(imagenet_root, diverged, tmp_path, cap
 
 
 def test_a_subset_is_cut_out_also_where_class_names_are_equal(imagenet_root, tmp_path, capsys):
-    """A data set with the model's own 1000 names is V1, whatever it was called."""
+    """A data set with the model's own 1000 names is V1, also if another one was named."""
     model = build(ModelSpec("resnet10", 3, (8,)))
     model.classes = sorted(p.name for p in (imagenet_root / "imagenet-a").iterdir())
     save_model(model, tmp_path / "m.safetensors")
@@ -147,7 +145,7 @@ def test_another_resolution(imagenet_root, imagenet_checkpoint, tmp_path, capsys
 
 
 @pytest.mark.parametrize("efficient", [False, True])
-def test_some_prefixes(imagenet_root, tmp_path, efficient):
+def test_selected_prefixes(imagenet_root, tmp_path, efficient):
     torch.manual_seed(4)
     model = build(ModelSpec("resnet10", 1000, (8, 64, 512), efficient))
     model.preprocessing = Preprocessing(size=32, ratio=1.0)
@@ -173,7 +171,7 @@ def test_some_prefixes(imagenet_root, tmp_path, efficient):
 
 
 def test_every_format_of_upstream_has_the_same_logits(imagenet_root, tmp_path, capsys):
-    """DDP's prefix or none, the keys of the first release or of later ones, fixed features."""
+    """With and without DDP's prefix, keys of the first and of later releases, fixed features."""
     torch.manual_seed(5)
     for spec, flags in (
         (ModelSpec("resnet10", 1000, (8, 64, 512)), ["--mrl"]),
@@ -219,7 +217,7 @@ def test_every_format_of_upstream_has_the_same_logits(imagenet_root, tmp_path, c
             assert "note" not in capsys.readouterr().out.replace("note: only 3 of the 1000", "")
         if spec.dims == (512,):  # as an old MRL-E file would look
             evaluate(tmp_path / "final_weights.pt", imagenet_root, tmp_path / "pt")
-            assert "old-style MRL-E file looks the same" in capsys.readouterr().out
+            assert "old-style MRL-E file has the same keys" in capsys.readouterr().out
     line = refused(
         [f"--path={tmp_path / 'final_weights.pt'}", f"--data-root={imagenet_root}", "--mrl"], capsys
     )

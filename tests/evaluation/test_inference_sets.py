@@ -26,9 +26,7 @@ from matryoshka.models import ModelSpec, build
 
 
 def one_by_one(model, name, root):
-    """(logits [G, N, C], labels [N]) in the order of sorted folders and files; C is 200 for A and
-    R.
-    """
+    """(logits [G, N, C], labels [N]), sorted by folder and file; C is 200 for A and R."""
     logits, labels = [], []
     for folder in sorted((root / FOLDERS[name]).iterdir()):
         index = int(folder.name) if folder.name.isdigit() else WNIDS.index(folder.name)
@@ -171,8 +169,8 @@ def test_upstreams_names_and_shapes(imagenet_root, imagenet_checkpoint, tmp_path
 
 
 def test_ranks_save_what_one_process_saves(imagenet_root, imagenet_checkpoint, tmp_path):
-    """Two gloo processes, global batches of 4: the last one, of 1 image, has no share for the
-    second.
+    """Two gloo processes with global batches of 4: the second one has no part of the last batch,
+    which has 1 image.
     """
     more = ["--dataset=R", f"--ood={imagenet_root / FOLDERS['Sketch']}"]
     results, alone = evaluate(imagenet_checkpoint, imagenet_root, tmp_path, *more)
@@ -220,7 +218,7 @@ def test_upstreams_pixels_are_torchvisions(photo, size):
     np.testing.assert_array_equal(resize_and_crop(picture), np.asarray(expected))
 
 
-def test_preprocessing_is_what_was_asked_for(folder, tmp_path):
+def test_preprocessing_option(folder, tmp_path):
     torch.manual_seed(2)
     model = build(ModelSpec("resnet10", 3, (8, 512))).eval()
     model.preprocessing = Preprocessing(size=48, ratio=1.0)
@@ -366,7 +364,7 @@ def test_mistakes_are_one_line(
     assert all(word in line for word in words), line
 
 
-def test_weights_that_cannot_be_had_are_one_line(imagenet_root, tmp_path, monkeypatch, capsys):
+def test_weights_that_cannot_be_loaded_are_one_line(imagenet_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(
         torch.hub,

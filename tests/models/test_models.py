@@ -132,6 +132,11 @@ def test_unknown_options_of_a_backbone(tmp_path):
         with pytest.raises(ModelError, match=r"model.arch_options.*no_such_option") as error:
             build(ModelSpec(arch, 3, (8,), arch_options={"no_such_option": 1}))
         assert "\n" not in str(error.value)
+        with pytest.raises(ModelError, match=r"model.arch_options.*weights"):
+            build(ModelSpec(arch, 3, (8,), arch_options={"weights": "IMAGENET1K_V1"}))
+    options = {"checkpoint_path": str(tmp_path / "pickle.pt")}
+    with pytest.raises(ModelError, match="checkpoint_path is not allowed"):
+        build(ModelSpec("timm:test_resnet", 3, (8,), arch_options=options))
 
 
 def test_a_file_without_options_has_no_key_for_them(tmp_path):

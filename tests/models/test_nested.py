@@ -1,5 +1,5 @@
-"""The nested head, its loss and the paper's public names, against loops typed from the paper's
-formulas.
+"""The nested head, its loss and the paper's public names, compared with loops that follow the
+paper's formulas.
 """
 
 import numpy as np
@@ -23,8 +23,9 @@ dims_strategy = st.lists(st.integers(1, 24), min_size=1, max_size=5, unique=True
 
 
 def oracle_logits(x, weights, biases, dims):
-    """Eq. 1's W^(1:m) z_(1:m), one multiplication at a time; weights, biases: one per prefix, or
-    one for all.
+    """Eq. 1's W^(1:m) z_(1:m), one multiplication at a time.
+
+    weights, biases: one per prefix, or a single one for all.
     """
     out = np.zeros((len(dims), len(x), len(biases[0])))
     for g, d in enumerate(dims):
