@@ -59,7 +59,7 @@ def mean_needed(data: BetonFile, size: int, epochs: int = 4) -> tuple[float, flo
     RandomResizedCrop(size).
     """
     index = np.arange(len(data))
-    samples = data.fetch(index)
+    (samples,) = data.fetch(index)
     streams = [
         samples.data[at : at + n].tobytes()
         for at, n in zip(samples.offset.tolist(), samples.size.tolist(), strict=True)

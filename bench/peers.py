@@ -62,7 +62,7 @@ def ours(task: Task, threads: int, file: Path | None = None) -> Run:
         file or task.file,
         task.batch,
         order=order,
-        image=crops[task.crop](task.size),
+        crop=crops[task.crop](task.size),
         num_workers=threads,
     )
     return lambda: sum(len(batch.images) for batch in loader)
@@ -285,7 +285,7 @@ def random_crop(width: int, height: int) -> tuple[int, int, int, int, bool]:
 def bare_decode(file: Path) -> Run:
     """libjpeg-turbo over whole images, and nothing else."""
     with BetonFile(file) as data:
-        samples = data.fetch(np.arange(len(data)))
+        (samples,) = data.fetch(np.arange(len(data)))
         streams = [
             samples.data[at : at + size].tobytes()
             for at, size in zip(samples.offset.tolist(), samples.size.tolist(), strict=True)

@@ -361,7 +361,7 @@ def evaluate(
         loader = ResizedImages(data, args.batch_size * world.size, **options)
     else:
         crop = CenterCrop(model.preprocessing.size, model.preprocessing.ratio)
-        loader = Loader(data, args.batch_size * world.size, image=crop, **options)
+        loader = Loader(data, args.batch_size * world.size, crop=crop, **options)
     started = time.perf_counter()
     metric = PrefixAccuracy(model.dims).to(world.device)
     bad = torch.zeros((), dtype=torch.int64, device=world.device)

@@ -42,7 +42,7 @@ from matryoshka.data.layout import Pages, page_size_for
 from matryoshka.data.reader import manifest_path, printable
 from matryoshka.data.sources import EXTENSIONS, decode_image
 from matryoshka.data.writer import WriteOptions
-from matryoshka.files import Replacement, write_atomically
+from matryoshka.files import AtomicFile, write_atomically
 
 QUERIES, DATABASE = "imagenet4k_queries.beton", "imagenet4k_database.beton"
 MANIFEST, PARTS, PLAN = "imagenet4k.jsonl", ".parts", "plan.json"
@@ -381,7 +381,7 @@ def assemble(output: Path, wnids: list[str], plan: dict) -> Summary:
         join(parts / name, kind, map(record, kept), kept, plan)
         for kind, name in (("queries", QUERIES), ("database", DATABASE))
     )
-    with Replacement(parts / MANIFEST) as file:
+    with AtomicFile(parts / MANIFEST) as file:
         at = 0
         for content in itertools.chain([plan], map(record, wnids)):
             line = (json.dumps(content) + "\n").encode()
@@ -409,7 +409,7 @@ def join(path: Path, kind: str, records: Iterable[dict], wnids: list[str], plan:
     side: dict[str, Any] = {"counts": Counter(), **{key: [] for key in LISTS}} | (
         {"names": []} if plan["names"] else {}
     )
-    with Replacement(path) as file, Replacement(manifest_path(path)) as about:
+    with AtomicFile(path) as file, AtomicFile(manifest_path(path)) as about:
         pages = Pages(file.write, total, page_size_for(3 * plan["max_resolution"] ** 2))
         for label, record in enumerate(
             tqdm(records, leave=False, unit="class", disable=not sys.stderr.isatty())
@@ -441,7 +441,7 @@ def join(path: Path, kind: str, records: Iterable[dict], wnids: list[str], plan:
 
 
 def copy(part: BetonFile, pages: Pages, label: int) -> None:
-    samples = part.fetch(np.arange(len(part)))
+    (samples,) = part.fetch(np.arange(len(part)))
     for i in range(len(part)):
         start, size = int(samples.offset[i]), int(samples.size[i])
         stored = np.ascontiguousarray(samples.data[start : start + size]).data

@@ -183,7 +183,7 @@ def describe(data: BetonFile) -> dict[str, Any]:
 
 def jpeg_facts(data: BetonFile, jpg: np.ndarray) -> dict[str, Any]:
     some = jpg[np.linspace(0, len(jpg) - 1, min(LOOKED_AT, len(jpg))).astype(np.int64)]
-    samples = data.fetch(some)
+    (samples,) = data.fetch(some)
     headers = [
         jpeg_header(samples.data[o : o + min(s, 1 << 16)].tobytes())
         for o, s in zip(samples.offset.tolist(), samples.size.tolist(), strict=True)
@@ -364,7 +364,7 @@ def verify_beton(
     out = np.empty((BATCH, SMALL, SMALL, 3), np.uint8)
     for start in range(0, len(data), BATCH):
         indices = np.arange(start, min(start + BATCH, len(data)))
-        samples, n = data.fetch(indices), len(indices)
+        (samples,), n = data.fetch(indices), len(indices)
         crops = np.zeros((n, 5), np.int32)
         crops[:, 2], crops[:, 3] = (
             samples.width,

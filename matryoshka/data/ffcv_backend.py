@@ -36,6 +36,7 @@ from matryoshka.data.reader import BetonFile, manifest_path
 from matryoshka.data.sources import decode_image, upright
 from matryoshka.data.writer import Source, WriteOptions
 from matryoshka.environment import available_cores
+from matryoshka.files import AtomicFile
 
 # What FFCV's image field takes, and what we do for it before (the subset, EXIF) and after (names).
 _WRITER_KNOWS = {
@@ -113,22 +114,22 @@ def write_with_ffcv(
         raise BetonError(
             f"{path}: not written: {num_workers=}, {chunk_size=}: expected at least 0 and 1"
         )
-    native._check_place(path)
+    native.check_destination(path)
     _import_ffcv("writer=ffcv")
     if wanted.write_mode == "proportion" and wanted.compress_probability is None:
         wanted = replace(wanted, compress_probability=0.5)
     indices = native.select_subset(source.labels, wanted.subset, wanted.seed)
     images = _Images(source, wanted.exif_rotate)
 
-    with native._Replacement(path) as file, native._Replacement(manifest_path(path)) as side:
+    with AtomicFile(path) as file, AtomicFile(manifest_path(path)) as side:
         _run_writer(
-            str(file._temporary), images, indices, wanted, num_workers, chunk_size, progress, path
+            str(file.temporary), images, indices, wanted, num_workers, chunk_size, progress, path
         )
-        with BetonFile(file._temporary) as written:
+        with BetonFile(file.temporary) as written:
             jpg = int((written.mode == layout.JPG).sum())
             content = {
                 "num_samples": len(written),
-                "num_bytes": file._temporary.stat().st_size,
+                "num_bytes": file.temporary.stat().st_size,
                 "classes": source.classes,
                 "options": {"writer": "ffcv"} | asdict(wanted),
                 "counts": {"jpg": jpg, "raw": len(written) - jpg},
@@ -279,7 +280,7 @@ class FFCVLoader:
         batch_size: int,
         *,
         order: str = "random",
-        image: Crop = EVALUATION_CROP,
+        crop: Crop = EVALUATION_CROP,
         num_workers: int = 0,
         device: str | torch.device = "cpu",
         seed: int = 0,
@@ -310,7 +311,7 @@ class FFCVLoader:
         from ffcv.loader import Loader, OrderOption
 
         self.batch_size, self.device, self.wait = batch_size, torch.device(device), 0.0
-        self._image = image
+        self._crop = crop
         # FFCV's distributed sampler repeats samples to make the shares even: not in an evaluation
         part = (
             np.arange(rank, len(self.dataset), world).astype(np.uint64)
@@ -352,17 +353,17 @@ class FFCVLoader:
 
                 return decode
 
-        size, flip = (self._image.size, self._image.size), []
-        if isinstance(self._image, RandomResizedCrop):
+        size, flip = (self._crop.size, self._crop.size), []
+        if isinstance(self._crop, RandomResizedCrop):
             self._decoder = RandomResizedCropRGBImageDecoder(
-                size, self._image.scale, self._image.ratio
+                size, self._crop.scale, self._crop.ratio
             )
-            flip = [RandomHorizontalFlip(self._image.flip)] if self._image.flip else []
-        elif isinstance(self._image, CenterCrop):
-            self._decoder = CenterCropRGBImageDecoder(size, self._image.ratio)
+            flip = [RandomHorizontalFlip(self._crop.flip)] if self._crop.flip else []
+        elif isinstance(self._crop, CenterCrop):
+            self._decoder = CenterCropRGBImageDecoder(size, self._crop.ratio)
         else:
             raise BetonError(
-                f"{type(self._image).__name__} works with loader=native, FFCV does not have it"
+                f"{type(self._crop).__name__} works with loader=native, FFCV does not have it"
             )
 
         def to_tensor() -> list:
@@ -380,19 +381,19 @@ class FFCVLoader:
         return pipelines
 
     @property
-    def image(self) -> Crop:
-        return self._image
+    def crop(self) -> Crop:
+        return self._crop
 
-    @image.setter
-    def image(self, value: Crop) -> None:
+    @crop.setter
+    def crop(self, value: Crop) -> None:
         if (
-            type(value) is not type(self._image)
-            or replace(value, size=self._image.size) != self._image
+            type(value) is not type(self._crop)
+            or replace(value, size=self._crop.size) != self._crop
         ):
             raise BetonError(
                 "only the size of the crops can change between epochs with loader=ffcv"
             )
-        self._image = value
+        self._crop = value
         self._decoder.output_size = (value.size, value.size)
 
     @property

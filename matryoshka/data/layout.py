@@ -59,11 +59,12 @@ class BetonError(ValueError):
 
 
 class Samples(NamedTuple):
-    """Where the stored images of one batch are: what the native decoder takes.
+    """The stored images of a batch that are in one file; the native decoder's input.
 
     data: uint8 [N], a memory map or a buffer; sample b is data[offset[b] : offset[b] + size[b]].
     offset, size: uint64 [B]. mode: uint8 [B], JPG (a whole JPEG stream) or RAW (RGB, height x width
-    x 3). width, height: int32 [B], pixels.
+    x 3). width, height: int32 [B], pixels. rows: the positions of these B samples in the batch; the
+    default is a whole batch in its order.
     """
 
     data: np.ndarray
@@ -72,6 +73,7 @@ class Samples(NamedTuple):
     mode: np.ndarray
     width: np.ndarray
     height: np.ndarray
+    rows: slice | np.ndarray = slice(None)
 
 
 def align(offset: int, alignment: int) -> int:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,8 @@ import numpy as np
 
 from matryoshka.data import fields, layout
 from matryoshka.data.layout import BetonError, Samples
+from matryoshka.data.pages import MapFeed, PagedFile
+from matryoshka.files import open_regular
 
 PART = 1 << 16  # rows of metadata looked at together
 
@@ -82,7 +83,7 @@ class BetonFile:
     def num_classes(self) -> int:
         return len(self.classes) if self.classes is not None else max(int(self.labels.max()) + 1, 0)
 
-    def fetch(self, indices: np.ndarray) -> Samples:
+    def fetch(self, indices: np.ndarray) -> list[Samples]:
         """The stored images of `indices` (int64 [B]) as places in the memory map: nothing is
         copied.
 
@@ -90,8 +91,27 @@ class BetonFile:
         meanwhile.
         """
         self._check_open()
-        columns = (self.offset, self.size, self.mode, self.width, self.height)
-        return Samples(self._data, *(column[indices] for column in columns))
+        samples = Samples(
+            self._data,
+            self.offset[indices],
+            self.size[indices],
+            self.mode[indices],
+            self.width[indices],
+            self.height[indices],
+        )
+        return [samples]
+
+    def feed(self, batches: list[np.ndarray], unreadable: dict[int, str] | None = None) -> MapFeed:
+        return MapFeed(self.fetch, batches)
+
+    def pages(self) -> np.ndarray:
+        """The page that holds each sample's image, int64 [N]."""
+        shift = np.uint64(self.page_size.bit_length() - 1)
+        return (self.offset >> shift).astype(np.int64)
+
+    def paged(self) -> PagedFile:
+        """The file for reads by offset, which need no map."""
+        return PagedFile(self)
 
     def field(self, name: str, indices: np.ndarray) -> Any:
         """The values of a field of `indices` (int64 [B]): float -> float64 [B], integer -> int64
@@ -173,26 +193,21 @@ class BetonFile:
     def _check_open(self) -> None:
         if self._map is None:
             raise self._error("is closed")
-        if (
-            now := self._map.size()
-        ) < self._size:  # to read what is gone would end the process (SIGBUS)
-            raise self._error(
-                f"was cut off while it was in use: {now} of {self._size} bytes are left"
-            )
+        now = self._map.size()
+        if now < self._size:  # reading beyond the end of a map is a SIGBUS, which ends the process
+            raise self._error(f"was truncated while in use: {now} of {self._size} bytes are left")
 
     def _error(self, reason: str) -> BetonError:
         return BetonError(f"{self.path}: {reason}")
 
     def _open(self) -> mmap.mmap:
         try:
-            status = self.path.stat()  # before opening: to open a pipe would wait for its other end
-            if not stat.S_ISREG(status.st_mode):
-                raise self._error("is not a regular file")
-            if status.st_size < layout.HEADER.itemsize:
-                raise self._error(
-                    f"is not a .beton file: {status.st_size} bytes are fewer than its header"
-                )
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < layout.HEADER.itemsize:
+                    raise self._error(
+                        f"is not a .beton file: {size} bytes are fewer than its header"
+                    )
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise self._error(error.strerror or str(error)) from error
@@ -383,13 +398,13 @@ class BetonFile:
         self.classes: list[str] | None = None
         path = manifest_path(self.path)
         try:
-            if not stat.S_ISREG(path.stat().st_mode):
-                raise BetonError(f"{path}: is not a regular file")
-            text = path.read_text(encoding="utf-8")
+            with open_regular(path) as file:
+                text = file.read().decode("utf-8")
         except FileNotFoundError:
             return
         except (OSError, UnicodeDecodeError) as error:
-            raise BetonError(f"{path}: cannot be read: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise BetonError(f"{path}: cannot be read: {reason}") from error
         try:
             self.manifest = manifest = json.loads(text)
         except (ValueError, RecursionError) as error:

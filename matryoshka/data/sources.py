@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from PIL import Image
 
 from matryoshka.data import _native
 from matryoshka.data.layout import JPG, RAW, BetonError, Samples
+from matryoshka.data.pages import MapFeed
 from matryoshka.data.reader import BetonFile
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -205,13 +207,16 @@ class ImageFolder:
         return self._names[index]
 
     def preload(self) -> None:
-        """Nothing: a folder's files are read when they are wanted."""
+        """Do nothing: files are read batch by batch."""
+
+    def close(self) -> None:
+        """Do nothing: no file stays open."""
 
     def fingerprint(self) -> int:
         """A number that changes when files come, go or get other names: for the states of loaders."""
         return zlib.crc32("\n".join(self._names).encode(errors="surrogateescape"))
 
-    def fetch(self, indices: np.ndarray, unreadable: dict[int, str] | None = None) -> Samples:
+    def fetch(self, indices: np.ndarray, unreadable: dict[int, str] | None = None) -> list[Samples]:
         """Read the images of `indices` (int64 [B]) into one buffer, for training straight from a
         folder.
 
@@ -235,7 +240,17 @@ class ImageFolder:
         size = np.array([len(data) for data, *_ in stored], np.uint64)
         mode, width, height = (np.array([row[k] for row in stored], np.int32) for k in (1, 2, 3))
         data = np.frombuffer(b"".join(row[0] for row in stored), np.uint8)
-        return Samples(data, np.cumsum(size) - size, size, mode.astype(np.uint8), width, height)
+        offset = np.cumsum(size) - size
+        return [Samples(data, offset, size, mode.astype(np.uint8), width, height)]
+
+    def feed(self, batches: list[np.ndarray], unreadable: dict[int, str] | None = None) -> MapFeed:
+        return MapFeed(partial(self.fetch, unreadable=unreadable), batches)
+
+    def pages(self) -> None:
+        return None
+
+    def paged(self) -> None:
+        return None
 
     def _stored(self, index: int) -> tuple[bytes, int, int, int]:
         """(bytes, mode, width, height) of one image. OSError or ValueError when it cannot be read."""

@@ -26,7 +26,7 @@ from matryoshka.data import _native, layout
 from matryoshka.data.layout import BetonError
 from matryoshka.data.reader import manifest_path
 from matryoshka.data.sources import _exif_orientation, decode_image, upright
-from matryoshka.files import Replacement as _Replacement
+from matryoshka.files import AtomicFile
 
 MODES = ("proportion", "jpg", "raw", "smart")
 TRANSCODE = (
@@ -186,7 +186,7 @@ def write_beton(
         raise BetonError(
             f"{path}: not written: subset={wanted.subset}: expected -1 (all) or 1 to {len(source)}"
         )
-    _check_place(path)
+    check_destination(path)
     indices = select_subset(source.labels, wanted.subset, wanted.seed)
     raw_bytes = 3 * wanted.max_resolution**2
     workers = num_workers or _cores()
@@ -194,8 +194,8 @@ def write_beton(
     manifest = _Manifest(source, wanted)
 
     with (
-        _Replacement(path) as file,
-        _Replacement(manifest_path(path)) as side,
+        AtomicFile(path) as file,
+        AtomicFile(manifest_path(path)) as side,
         closing(_encode_all(source, indices, wanted, workers, chunk)) as samples,
     ):
         pages = layout.Pages(file.write, len(indices), layout.page_size_for(raw_bytes))
@@ -230,7 +230,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check_place(path: Path) -> None:
+def check_destination(path: Path) -> None:
     """Find out now, not after hours, that the file cannot get its name."""
     if path.is_dir():
         raise BetonError(f"{path}: is a folder, a file is written")

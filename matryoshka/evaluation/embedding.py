@@ -20,7 +20,7 @@ from tqdm import tqdm
 from matryoshka import __version__, config, distributed
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader
-from matryoshka.data.order import share
+from matryoshka.data.order import rank_slice
 from matryoshka.data.reader import printable
 from matryoshka.data.resized_images import CROP, RESIZE, ResizedImages
 from matryoshka.data.subset import Subset
@@ -171,7 +171,7 @@ def fingerprint(data: Data, labels: np.ndarray) -> str:
         for i in where.tolist():
             digest.update(source.read(i))
     else:
-        samples = source.fetch(where)
+        (samples,) = source.fetch(where)
         for offset, size in zip(samples.offset.tolist(), samples.size.tolist(), strict=True):
             digest.update(np.ascontiguousarray(samples.data[offset : offset + size]).data)
     return digest.hexdigest()[:16]
@@ -220,7 +220,7 @@ def rows_of(todo: Sequence[tuple[int, int]], batch: int, rank: int, world: int) 
     make.
     """
     rows = np.concatenate([np.arange(0), *(np.arange(start, end) for start, end in todo)])
-    part = share(-(-len(rows) // batch), rank, world)
+    part = rank_slice(-(-len(rows) // batch), rank, world)
     return rows[part.start * batch : part.stop * batch]
 
 
@@ -238,7 +238,7 @@ def write_rows(job: Job, output: str | Path, plan: Plan) -> Done:
         loader = ResizedImages(subset, args.batch_size, **options)
     else:
         crop = CenterCrop(model.preprocessing.size, model.preprocessing.ratio)
-        loader = Loader(subset, args.batch_size, image=crop, **options)
+        loader = Loader(subset, args.batch_size, crop=crop, **options)
     dtype = torch.float16 if plan.dtype == "float16" else torch.float32
     bar = tqdm(
         loader, leave=False, unit="batch", disable=not (world.is_main and sys.stderr.isatty())

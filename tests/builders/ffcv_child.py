@@ -142,13 +142,13 @@ def loader(file):
             found += batch.index.tolist()
         return found
 
-    random = FFCVLoader(file, 5, image=RandomResizedCrop(48), num_workers=1, seed=3)
+    random = FFCVLoader(file, 5, crop=RandomResizedCrop(48), num_workers=1, seed=3)
     epochs = [seen(random) for _ in range(2)]
-    again = FFCVLoader(file, 5, image=RandomResizedCrop(48), num_workers=1, seed=3)
-    random.image = RandomResizedCrop(32)
+    again = FFCVLoader(file, 5, crop=RandomResizedCrop(48), num_workers=1, seed=3)
+    random.crop = RandomResizedCrop(32)
     ranks = [
         FFCVLoader(
-            file, 4, order="sequential", image=CenterCrop(SIDE, 1), num_workers=1, rank=r, world=2
+            file, 4, order="sequential", crop=CenterCrop(SIDE, 1), num_workers=1, rank=r, world=2
         )
         for r in (0, 1)
     ]

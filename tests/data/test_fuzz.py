@@ -69,7 +69,7 @@ def decoded(path):
     """(every image up to the first error, the error)"""
     found, error = [], ""
     try:
-        for batch in Loader(path, 1, order="sequential", image=CenterCrop(32, ratio=1.0)):
+        for batch in Loader(path, 1, order="sequential", crop=CenterCrop(32, ratio=1.0)):
             found.append(batch.images.numpy().copy())
     except BetonError as raised:
         error = str(raised)

@@ -67,7 +67,7 @@ def test_our_reader_takes_their_files(theirs, name):
     with BetonFile(theirs / name) as data:
         assert [field for field, _ in data.fields] == list(names)
         assert data.labels.tolist() == [values(i)["label"] for i in range(N)]
-        samples = data.fetch(np.arange(N))
+        (samples,) = data.fetch(np.arange(N))
         jpg = {"jpg": N, "raw": 0, "smart": N if "smart_threshold" in options else 0}.get(
             options["write_mode"]
         )
@@ -86,8 +86,8 @@ def test_our_reader_takes_their_files(theirs, name):
 )
 def test_our_loader_takes_their_files(theirs, name):
     with BetonFile(theirs / name) as data:
-        samples = data.fetch(np.arange(N))
-        (batch,) = Loader(data, N, order="sequential", image=CenterCrop(SIDE, 1.0), num_workers=2)
+        (samples,) = data.fetch(np.arange(N))
+        (batch,) = Loader(data, N, order="sequential", crop=CenterCrop(SIDE, 1.0), num_workers=2)
         assert batch.labels.tolist() == data.labels.tolist()
         for i in range(N):
             stored = samples.data[samples.offset[i] :][: samples.size[i]]
@@ -118,7 +118,7 @@ def test_both_writers_reduce_to_the_same_pixels(theirs, tmp_path):
     with BetonFile(theirs / "reduced") as a, BetonFile(tmp_path / "x") as b:
         assert (a.width.tolist(), a.height.tolist()) == (b.width.tolist(), b.height.tolist())
         for i in range(N):
-            one, other = (d.fetch(np.arange(N)) for d in (a, b))
+            one, other = (d.fetch(np.arange(N))[0] for d in (a, b))
             one, other = (s.data[s.offset[i] :][: s.size[i]].astype(int) for s in (one, other))
             assert np.abs(one - other).max() <= 1
 
@@ -177,7 +177,7 @@ def ours(tmp_path_factory):
 def test_their_loader_takes_our_files(ours, name):
     folder, arrays = ours
     with BetonFile(folder / name) as data:
-        samples = data.fetch(np.arange(N))
+        (samples,) = data.fetch(np.arange(N))
         images, labels = arrays[name]["images"], arrays[name]["labels"]
         assert labels.tolist() == [values(i)["label"] for i in range(N)] == data.labels.tolist()
         if name == "proportion":
@@ -203,7 +203,7 @@ def test_restart_markers_change_nothing_for_their_decoder(ours):
 def test_our_writer_places_markers_that_they_read(ours, name):
     folder, _ = ours  # test_their_loader_takes_our_files compares the pixels
     with BetonFile(folder / name) as data:
-        samples = data.fetch(np.arange(N))
+        (samples,) = data.fetch(np.arange(N))
         for i in range(N):
             assert restart_markers(samples.data[samples.offset[i] :][: samples.size[i]]) > 0
 

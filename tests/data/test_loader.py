@@ -24,7 +24,7 @@ from matryoshka.data import (
     write_beton,
 )
 from matryoshka.data.augment import IMAGENET_MEAN, IMAGENET_STD, normalise
-from matryoshka.data.order import batches, epoch_order, share
+from matryoshka.data.order import batches, epoch_order, rank_slice
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_global_batches_do_not_depend_on_the_world(n, batch, world, drop, seed, 
     order = epoch_order(n, "random", seed, epoch)
     assert sorted(order) == list(range(n))
     alone = list(batches(order, batch, drop))
-    ranks = [list(batches(order, batch, drop, rank, world)) for rank in range(world)]
+    ranks = [list(batches(order, batch, drop, rank=rank, world=world)) for rank in range(world)]
     for k, whole in enumerate(alone):
         shares = [rank[k] for rank in ranks]
         assert np.concatenate(shares).tolist() == whole.tolist()
@@ -72,7 +72,7 @@ def test_order_is_pinned():
     assert epoch_order(100, "random", 0, 0).tolist() != epoch_order(100, "random", 0, 1).tolist()
     assert epoch_order(100, "random", 0, 1).tolist() != epoch_order(100, "random", 1, 0).tolist()
     assert epoch_order(4, "sequential", 9, 9).tolist() == [0, 1, 2, 3]
-    assert [share(7, r, 3) for r in range(3)] == [slice(0, 3), slice(3, 5), slice(5, 7)]
+    assert [rank_slice(7, r, 3) for r in range(3)] == [slice(0, 3), slice(3, 5), slice(5, 7)]
     with pytest.raises(ValueError, match="order='shuffled'"):
         epoch_order(4, "shuffled", 0, 0)
 
@@ -83,7 +83,7 @@ def test_order_is_pinned():
 def test_center_crops_equal_pillow_and_area_averaging(beton):
     data = BetonFile(beton)
     raw = beton.read_bytes()
-    loader = Loader(beton, 6, order="sequential", image=CenterCrop(24), num_workers=2)
+    loader = Loader(beton, 6, order="sequential", crop=CenterCrop(24), num_workers=2)
     seen = []
     for batch in loader:
         assert batch.images.dtype == torch.uint8
@@ -107,7 +107,7 @@ def test_center_crops_equal_pillow_and_area_averaging(beton):
 
 
 def test_folder_and_beton_give_the_same_labels_and_nearly_the_same_pixels(beton, folder):
-    options = {"order": "random", "image": RandomResizedCrop(32), "seed": 5, "num_workers": 2}
+    options = {"order": "random", "crop": RandomResizedCrop(32), "seed": 5, "num_workers": 2}
     for a, b in zip(
         Loader(beton, 7, **options), Loader(folder / "train", 7, **options), strict=True
     ):
@@ -125,7 +125,7 @@ def test_same_batches_for_any_number_of_threads_and_ranks(beton, image):
                 beton,
                 8,
                 order="random",
-                image=image,
+                crop=image,
                 num_workers=threads,
                 rank=rank,
                 world=world,
@@ -145,7 +145,7 @@ def test_same_batches_for_any_number_of_threads_and_ranks(beton, image):
 
 
 def test_epochs_differ_and_repeat(beton):
-    loader = Loader(beton, 20, order="random", image=RandomResizedCrop(16), seed=1)
+    loader = Loader(beton, 20, order="random", crop=RandomResizedCrop(16), seed=1)
     first, second = next(iter(loader)), next(iter(loader))
     assert loader.epoch == 2
     assert not torch.equal(first.index, second.index)
@@ -166,7 +166,7 @@ def test_shards_of_an_evaluation_cover_every_sample_once(beton):
 
 
 def test_batches_that_are_kept_are_never_overwritten(beton):
-    loader = Loader(beton, 3, image=CenterCrop(16), prefetch=1)
+    loader = Loader(beton, 3, crop=CenterCrop(16), prefetch=1)
     kept = list(loader)
     copies = [b.images.clone() for b in kept]
     for _ in range(3):
@@ -190,7 +190,7 @@ def resident_memory() -> int:
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_an_abandoned_epoch_leaves_nothing_behind(beton, in_memory):
     loader = Loader(
-        beton, 2, order="random", image=RandomResizedCrop(64), num_workers=2, in_memory=in_memory
+        beton, 2, order="random", crop=RandomResizedCrop(64), num_workers=2, in_memory=in_memory
     )
     memory = []
     for epoch in range(200):
@@ -220,13 +220,13 @@ def test_an_error_on_the_loading_thread_reaches_next(beton):
         def crops(self, *_):
             raise ZeroDivisionError("in the thread")
 
-    loader = Loader(beton, 4, image=Broken(8))
+    loader = Loader(beton, 4, crop=Broken(8))
     iterator = iter(loader)
     with pytest.raises(ZeroDivisionError, match="in the thread"):
         next(iterator)
     assert next(iterator, None) is None
     assert threads_of_a_loader() == 0
-    loader.image = CenterCrop(8)
+    loader.crop = CenterCrop(8)
     assert len(list(loader)) == 5
 
 

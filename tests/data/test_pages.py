@@ -43,7 +43,7 @@ def reading_threads():
 @pytest.mark.parametrize("world", [1, 3])
 def test_the_same_batches_as_from_memory(paged, order, world):
     for rank in range(world):
-        options = {"order": order, "image": RandomResizedCrop(24), "seed": 4, "window_pages": 3}
+        options = {"order": order, "crop": RandomResizedCrop(24), "seed": 4, "window_pages": 3}
         options |= {"rank": rank, "world": world, "num_workers": 2}
         mapped, read = Loader(paged, 8, **options), Loader(paged, 8, in_memory=False, **options)
         for _ in range(2):
@@ -53,8 +53,8 @@ def test_the_same_batches_as_from_memory(paged, order, world):
 
 
 def test_a_folder_is_read_as_it_is_needed(folder):
-    a = next(iter(Loader(folder / "train", 5, image=CenterCrop(8), in_memory=False)))
-    b = next(iter(Loader(folder / "train", 5, image=CenterCrop(8))))
+    a = next(iter(Loader(folder / "train", 5, crop=CenterCrop(8), in_memory=False)))
+    b = next(iter(Loader(folder / "train", 5, crop=CenterCrop(8))))
     assert torch.equal(a.images, b.images)
     with pytest.raises(BetonError, match="quasi_random"):
         Loader(folder / "train", 5, order="quasi_random")
@@ -75,12 +75,12 @@ def test_what_is_read_and_how_much_is_held(paged, monkeypatch):
     )
     for order, window in (("quasi_random", 3), ("sequential", 3)):
         loader = Loader(paged, 8, order=order, window_pages=window, in_memory=False)
-        shares = [share for _, share in loader._shares(0, 0)]
+        shares = [share for _, share in loader._rank_batches(0, 0)]
         feed, _ = loader._feed(shares)
         assert isinstance(feed, PageFeed)
         assert feed.num_bytes <= (window + 8 + PAGES_AHEAD) * PAGE
         for k, share in enumerate(shares):
-            samples = feed.fetch(k)
+            (samples,) = feed.fetch(k)
             for b, i in enumerate(share.tolist()):
                 start, size = int(samples.offset[b]), int(samples.size[b])
                 stored = data._data[int(data.offset[i]) : int(data.offset[i]) + size]
@@ -94,7 +94,7 @@ def test_what_is_read_and_how_much_is_held(paged, monkeypatch):
         read.clear()
 
     loader = Loader(paged, 8, order="random", in_memory=False)
-    shares = [share for _, share in loader._shares(0, 0)]
+    shares = [share for _, share in loader._rank_batches(0, 0)]
     feed, _ = loader._feed(shares)
     assert isinstance(feed, ImageFeed)
     largest = max(int(data.size[share].sum()) for share in shares)
@@ -112,9 +112,12 @@ def test_sequential_in_a_file_whose_pages_are_mixed(paged):
     jumping = np.argsort(np.arange(75) % 15, kind="stable")  # every page is needed until the end
     file = PagedFile(data)
     shares = [jumping[i : i + 8] for i in range(0, 75, 8)]
-    assert isinstance(file.feed(shares, True, 3), ImageFeed)
-    assert isinstance(file.feed(shares, True, 15), PageFeed)
-    assert isinstance(file.feed([np.arange(i, i + 5) for i in range(0, 75, 5)], True, 3), PageFeed)
+    assert isinstance(file.feed(shares, whole_pages=True, most_pages=3), ImageFeed)
+    assert isinstance(file.feed(shares, whole_pages=True, most_pages=15), PageFeed)
+    assert isinstance(
+        file.feed([np.arange(i, i + 5) for i in range(0, 75, 5)], whole_pages=True, most_pages=3),
+        PageFeed,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +143,7 @@ def test_memory_stays_bounded(large, order):
             large,
             8,
             order=order,
-            image=CenterCrop(16),
+            crop=CenterCrop(16),
             window_pages=4,
             in_memory=in_memory,
             num_workers=2,
@@ -158,14 +161,14 @@ def test_memory_stays_bounded(large, order):
 def test_a_file_that_is_cut_while_it_is_used(paged, tmp_path, order):
     path = tmp_path / "cut.beton"
     path.write_bytes(paged.read_bytes())
-    loader = Loader(path, 8, order=order, image=CenterCrop(16), window_pages=2, in_memory=False)
+    loader = Loader(path, 8, order=order, crop=CenterCrop(16), window_pages=2, in_memory=False)
     iterator = iter(loader)
     next(iterator)
     os.truncate(path, PAGE)
-    with pytest.raises(BetonError, match=r"cut\.beton: was cut off"):
+    with pytest.raises(BetonError, match=r"cut\.beton: was truncated"):
         list(iterator)
     assert reading_threads() == 0
-    with pytest.raises(BetonError, match=r"cut\.beton: was cut off"):
+    with pytest.raises(BetonError, match=r"cut\.beton: was truncated"):
         next(iter(loader))
     with pytest.raises(BetonError, match="has changed since it was opened"):
         PagedFile(loader.dataset)
@@ -177,11 +180,9 @@ def test_a_file_that_is_cut_while_it_is_used(paged, tmp_path, order):
 def test_a_mapped_file_that_is_cut_while_it_is_used(paged, tmp_path):
     path = tmp_path / "cut.beton"
     path.write_bytes(paged.read_bytes())
-    loader = Loader(path, 8, order="random", image=CenterCrop(16), prefetch=1)
+    loader = Loader(path, 8, order="random", crop=CenterCrop(16), prefetch=1)
     os.truncate(path, PAGE)
-    with pytest.raises(
-        BetonError, match=rf"cut\.beton: was cut off while it was in use: {PAGE} of"
-    ):
+    with pytest.raises(BetonError, match=rf"cut\.beton: was truncated while in use: {PAGE} of"):
         list(loader)
 
 
@@ -189,7 +190,7 @@ def test_a_read_error_names_the_file(paged, monkeypatch):
     def broken(*_):
         raise OSError(5, "Input/output error")
 
-    loader = Loader(paged, 8, order="sequential", image=CenterCrop(16), in_memory=False)
+    loader = Loader(paged, 8, order="sequential", crop=CenterCrop(16), in_memory=False)
     monkeypatch.setattr(os, "preadv", broken)
     with pytest.raises(BetonError, match=r"raw\.beton: cannot be read: Input/output error"):
         next(iter(loader))
@@ -201,17 +202,15 @@ def test_short_reads_are_continued(paged, monkeypatch):
     monkeypatch.setattr(
         os, "preadv", lambda fd, views, at: original(fd, [v[:100_000] for v in views], at)
     )
-    read = next(iter(Loader(paged, 8, order="sequential", image=CenterCrop(16), in_memory=False)))
+    read = next(iter(Loader(paged, 8, order="sequential", crop=CenterCrop(16), in_memory=False)))
     assert torch.equal(
-        read.images, next(iter(Loader(paged, 8, order="sequential", image=CenterCrop(16)))).images
+        read.images, next(iter(Loader(paged, 8, order="sequential", crop=CenterCrop(16)))).images
     )
 
 
 def test_abandoned_epochs_leave_no_thread(paged):
     for order in ("random", "quasi_random"):
-        loader = Loader(
-            paged, 4, order=order, image=CenterCrop(16), window_pages=2, in_memory=False
-        )
+        loader = Loader(paged, 4, order=order, crop=CenterCrop(16), window_pages=2, in_memory=False)
         for _ in range(20):
             for _batch in loader:
                 break
@@ -221,10 +220,10 @@ def test_abandoned_epochs_leave_no_thread(paged):
 def test_the_map_is_let_go(folder, tmp_path):
     path = tmp_path / "x.beton"
     write_beton(ImageFolder(folder / "train"), path, max_resolution=500, write_mode="jpg")
-    loader = Loader(path, 4, image=CenterCrop(16), in_memory=False)
+    loader = Loader(path, 4, crop=CenterCrop(16), in_memory=False)
     with open("/proc/self/maps") as maps:
         assert str(path) not in maps.read()
     assert sum(len(b.labels) for b in loader) == 20
     mine = BetonFile(path)  # a dataset that the caller opened stays open
     Loader(mine, 4, in_memory=False)
-    assert len(mine.fetch(np.arange(2)).size) == 2
+    assert len(mine.fetch(np.arange(2))[0].size) == 2

@@ -35,7 +35,7 @@ def test_other_fields_and_orders_are_read(tmp_path):
     assert data.fields == [(name.decode(), kind) for kind, name in fields]
     assert data.labels.tolist() == list(range(50))
     assert (data.num_classes, data.classes, data.manifest) == (50, None, None)
-    batch = data.fetch(np.array([4, 3]))
+    (batch,) = data.fetch(np.array([4, 3]))
     assert (batch.width.dtype, batch.offset.dtype, batch.mode.tolist()) == (
         np.int32,
         np.uint64,
@@ -118,7 +118,7 @@ def test_random_damage_never_leads_out_of_the_file(tmp_path, whole):
             data[place] = rng.choice([0, 1, 2, 255, rng.randrange(256)])
         path.write_bytes(data)
         with suppress(BetonError):
-            batch = BetonFile(path).fetch(np.arange(1))
+            (batch,) = BetonFile(path).fetch(np.arange(1))
             assert batch.offset[0] + batch.size[0] <= len(data)
 
 

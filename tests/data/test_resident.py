@@ -45,7 +45,7 @@ CROPS = [
 @pytest.mark.parametrize("image", CROPS, ids=str)
 @pytest.mark.parametrize("order", ["random", "sequential"])
 def test_the_same_batches_as_the_streaming_loader(noise, image, order):
-    options = {"order": order, "image": image, "seed": 9, "num_workers": 2}
+    options = {"order": order, "crop": image, "seed": 9, "num_workers": 2}
     streaming, resident = Loader(noise, 16, **options), ResidentLoader(noise, 16, **options)
     for _ in range(2):
         for a, b in zip(streaming, resident, strict=True):
@@ -59,7 +59,7 @@ def test_the_same_batches_as_the_streaming_loader(noise, image, order):
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_ranks_and_bounded_reading(noise, in_memory):
-    options = {"order": "random", "image": PadCrop(32), "seed": 1, "drop_last": True}
+    options = {"order": "random", "crop": PadCrop(32), "seed": 1, "drop_last": True}
     whole = list(Loader(noise, 16, **options))
     ranks = [
         list(ResidentLoader(noise, 16, rank=r, world=3, in_memory=in_memory, **options))
@@ -108,11 +108,11 @@ def test_pad_crops_are_windows_of_the_padded_image(noise):
     """
     data = BetonFile(noise)
     image = PadCrop(8, 2)
-    stored = {i: data.fetch(np.array([i])) for i in range(90)}
+    stored = {i: data.fetch(np.array([i]))[0] for i in range(90)}
     places = set()
-    whole = Loader(noise, 90, order="sequential", image=CenterCrop(8, 1.0))
+    whole = Loader(noise, 90, order="sequential", crop=CenterCrop(8, 1.0))
     assert len(stored) == len(whole.dataset)
-    loader = Loader(noise, 90, order="sequential", image=image, seed=2)
+    loader = Loader(noise, 90, order="sequential", crop=image, seed=2)
     full = np.stack([np.asarray(resize(data, i, 8)) for i in range(90)])
     for epoch in range(12):
         batch = next(iter(loader))
@@ -129,7 +129,7 @@ def test_pad_crops_are_windows_of_the_padded_image(noise):
 def resize(data, index, size):
     from matryoshka.data import _native
 
-    sample = data.fetch(np.array([index]))
+    (sample,) = data.fetch(np.array([index]))
     start, end = int(sample.offset[0]), int(sample.offset[0] + sample.size[0])
     pixels = sample.data[start:end].reshape(int(sample.height[0]), int(sample.width[0]), 3)
     return _native.resize(np.ascontiguousarray(pixels), size, size)

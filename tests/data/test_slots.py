@@ -84,7 +84,7 @@ def test_host_slots_are_used_again_when_nobody_looks():
 @needs_cuda
 @pytest.mark.parametrize("image", [RandomResizedCrop(32), CenterCrop(20), PadCrop(32)])
 def test_batches_on_a_gpu_equal_those_on_the_cpu(digits, image):
-    options = {"order": "random", "image": image, "seed": 3}
+    options = {"order": "random", "crop": image, "seed": 3}
     host, device = (
         Loader(digits["train"], 24, **options),
         Loader(digits["train"], 24, device="cuda", **options),
@@ -102,7 +102,7 @@ def test_batches_on_a_gpu_equal_those_on_the_cpu(digits, image):
 @needs_cuda
 @pytest.mark.parametrize("image", [RandomResizedCrop(32), PadCrop(32)])
 def test_resident_batches_on_a_gpu(digits, image):
-    options = {"order": "random", "image": image, "seed": 3}
+    options = {"order": "random", "crop": image, "seed": 3}
     host = ResidentLoader(digits["train"], 24, **options)
     for a, b in zip(
         host, ResidentLoader(digits["train"], 24, device="cuda", **options), strict=True

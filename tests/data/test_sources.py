@@ -43,7 +43,7 @@ def test_image_folder(tmp_path):
         [0, 0, 0, 0, 1, 1, 1, 2, 2, 2],
     )
     assert [data.name(i) for i in (0, 3, 7)] == ["ant/0.JPEG", "ant/last.png", "zoo/x/0.JPEG"]
-    batch = data.fetch(np.array([3, 8]))
+    (batch,) = data.fetch(np.array([3, 8]))
     assert (batch.mode.tolist(), batch.width.tolist(), batch.height.tolist()) == (
         [1, 0],
         [9, 31],

@@ -37,7 +37,7 @@ def beton(tmp_path_factory, folder):
 
 def loaders(data, world, **options):
     return [
-        Loader(data, rank=rank, world=world, image=RandomResizedCrop(12), **options)
+        Loader(data, rank=rank, world=world, crop=RandomResizedCrop(12), **options)
         for rank in range(world)
     ]
 
@@ -109,7 +109,7 @@ def test_the_rest_of_an_interrupted_run(
 
 
 def test_what_a_state_is_at_every_point(beton):
-    loader = Loader(beton, 6, seed=2, image=RandomResizedCrop(8), prefetch=3)
+    loader = Loader(beton, 6, seed=2, crop=RandomResizedCrop(8), prefetch=3)
 
     def where():
         return loader.state_dict()["epoch"], loader.state_dict()["batch"]
@@ -141,7 +141,7 @@ def test_what_a_state_is_at_every_point(beton):
 
 
 def test_an_older_iterator_does_not_change_the_state(beton):
-    loader = Loader(beton, 6, image=RandomResizedCrop(8))
+    loader = Loader(beton, 6, crop=RandomResizedCrop(8))
     old, new = iter(loader), iter(loader)
     next(new)
     next(old)
@@ -190,7 +190,7 @@ def test_states_of_other_runs_are_refused(beton, folder, digits):
 
 
 def test_a_resident_loader_continues_a_streaming_one(digits):
-    options = {"order": "random", "seed": 5, "image": RandomResizedCrop(16)}
+    options = {"order": "random", "seed": 5, "crop": RandomResizedCrop(16)}
     streaming, resident = (
         Loader(digits["train"], 50, **options),
         ResidentLoader(digits["train"], 50, **options),
@@ -207,7 +207,7 @@ def test_a_resident_loader_continues_a_streaming_one(digits):
 
 def test_a_large_set_is_not_iterated(beton, monkeypatch):
     """A state near the end of a large set: nothing before it is looked at."""
-    loader = Loader(beton, 4, image=RandomResizedCrop(8))
+    loader = Loader(beton, 4, crop=RandomResizedCrop(8))
     fetched = []
     original = BetonFile.fetch
     monkeypatch.setattr(

@@ -57,7 +57,7 @@ def test_sizes_and_modes_round_trip(tmp_path, sizes, limit, mode):
     source = Files([(f"{i}.png", encoded(photo(*size, seed=i)), 0) for i, size in enumerate(sizes)])
     write_beton(source, tmp_path / "x", max_resolution=limit, write_mode=mode, num_workers=1)
     with BetonFile(tmp_path / "x") as data:
-        samples = data.fetch(np.arange(len(data)))
+        (samples,) = data.fetch(np.arange(len(data)))
         for i, size in enumerate(sizes):
             ratio = min(1, limit / np.array(size).max())  # FFCV's rule
             width, height = np.maximum(1, (ratio * np.array(size)).astype(int)).tolist()

@@ -34,7 +34,7 @@ class Failure(Exception):
 def decode(pool, data: BetonFile, view) -> tuple[np.ndarray, np.ndarray]:
     """(status, pixels) of every sample."""
     indices = np.arange(len(data))
-    samples = data.fetch(indices)
+    (samples,) = data.fetch(indices)
     crops = view[1](samples.width, samples.height, indices)
     out = np.full((len(data), view[2], view[2], 3), 7, np.uint8)
     status = _native.decode_batch(
@@ -61,7 +61,7 @@ def compare_with_whole_decode(
     for i in np.flatnonzero((status == 0) & (data.mode == 0)).tolist():
         start, size = int(data.offset[i]), int(data.size[i])
         try:
-            pixels = _native.decode(data.fetch(np.array([i])).data[start : start + size])
+            pixels = _native.decode(data.fetch(np.array([i]))[0].data[start : start + size])
         except ValueError:
             continue  # the damage lies outside the crop
         shape = [np.array([n], np.int32) for n in pixels.shape[1::-1]]
@@ -145,7 +145,7 @@ def picked(rng: Random) -> list:
 
 def as_file_of_its_own(data: BetonFile, index: int) -> None:
     """What the writer does with the bytes of an image."""
-    samples = data.fetch(np.array([index]))
+    (samples,) = data.fetch(np.array([index]))
     content = samples.data[
         int(samples.offset[0]) : int(samples.offset[0] + samples.size[0])
     ].tobytes()
@@ -165,7 +165,7 @@ def through_loader(path: Path, data: BetonFile, rng: Random) -> None:
             path,
             rng.randint(1, 4),
             order="random",
-            image=image,
+            crop=image,
             num_workers=2,
             seed=rng.randrange(9),
         ):
