@@ -34,7 +34,14 @@ from matryoshka import config, distributed
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader, open_dataset
 from matryoshka.data.augment import Preprocessing
-from matryoshka.data.imagenet import FOLDERS, OUTSIDE, ImageNetError, canonical, find, find_outside
+from matryoshka.data.imagenet import (
+    FOLDERS,
+    OOD_FOLDER,
+    ImageNetError,
+    canonical,
+    find,
+    find_imagenet_o,
+)
 from matryoshka.data.resized_images import CROP, RESIZE, ResizedImages
 from matryoshka.data.subset import Subset
 from matryoshka.environment import environment
@@ -177,9 +184,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = canonical(args.dataset)
     if name == "O" and args.ood:
         raise config.ConfigError(
-            f"--ood {args.ood}: --dataset O brings its own, {OUTSIDE}/; drop one of the two"
+            f"--ood {args.ood}: --dataset O brings its own, {OOD_FOLDER}/; drop one of the two"
         )
-    outside = find_outside(args.data_root) if name == "O" else args.ood
+    outside = find_imagenet_o(args.data_root) if name == "O" else args.ood
     dataset = open_dataset(find(name, args.data_root))
     strange = open_dataset(outside) if outside else None
     # the flags of upstream say --mrl --efficient for MRL-E; the checkpoint's own words are mrl and

@@ -33,7 +33,7 @@ class AtomicFile:
     system); leaving the context without `publish` removes it. `temporary` is that name, for writers
     that open files themselves.
 
-    Every OSError that these methods raise names `path`, except those of `append` and `publish`.
+    An OSError of any of these methods names `path`, never the temporary file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -46,7 +46,7 @@ class AtomicFile:
         try:
             self._descriptor = os.open(self.temporary, flags, 0o666)
         except OSError as error:
-            raise self._explained(error, 0) from error
+            raise self._explained(error) from error
         return self
 
     def __exit__(self, *_) -> None:
@@ -58,8 +58,11 @@ class AtomicFile:
     def append(self, data: bytes | memoryview) -> None:
         """Write `data` after what was appended so far."""
         rest = memoryview(data)
-        while rest:  # the system may write less than it is given
-            rest = rest[os.write(self._descriptor, rest) :]
+        try:
+            while rest:  # the system may write less than it is given
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError as error:
+            raise self._explained(error) from error
 
     def write(self, data: bytes | bytearray, offset: int) -> None:
         """Write `data` at byte `offset`. FileError where the disk is full."""
@@ -82,10 +85,13 @@ class AtomicFile:
 
     def publish(self) -> None:
         """Rename the file to `path`, replacing an older one. Call `flush` first."""
-        os.replace(self.temporary, self.path)
-        sync_folder(self.path.parent)
+        try:
+            os.replace(self.temporary, self.path)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise self._explained(error) from error
 
-    def _explained(self, error: OSError, needed: int) -> OSError:
+    def _explained(self, error: OSError, needed: int = 0) -> OSError:
         reason = error.strerror or str(error)
         if error.errno in _NO_SPACE:
             hint = f" ({needed} bytes or more are needed)" if needed else ""
@@ -99,16 +105,13 @@ def write_atomically(path: str | Path, *content: bytes | memoryview) -> None:
     OSError that names `path`; the old file, if there was one, is then unchanged.
     """
     path = Path(path)
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "is a folder; give the name of a file")
-        with AtomicFile(path) as file:
-            for part in content:
-                file.append(part)
-            file.flush()
-            file.publish()
-    except OSError as error:  # errors of os.write and os.fsync carry no file name
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; give the name of a file", str(path))
+    with AtomicFile(path) as file:
+        for part in content:
+            file.append(part)
+        file.flush()
+        file.publish()
 
 
 def sync_folder(path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""ImageNet-1K and its test sets: lists of classes, and where the sets lie under one root."""
+"""ImageNet-1K and its test sets: class lists, and the folders of the sets below one root."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import json
 from functools import cache
 from pathlib import Path
 
-FOLDERS = {  # data set -> names of its folder, the first that is there
+FOLDERS = {  # dataset -> possible names of its folder; the first that exists is used
     "V1": ("val",),
     "V2": ("imagenetv2-matched-frequency-format-val", "imagenetv2-matched-frequency"),
     "A": ("imagenet-a",),
     "R": ("imagenet-r", "imagenet-r_"),
     "Sketch": ("sketch",),
-    "O": ("val",),  # the images whose classes are among ImageNet-O's, to tell its images from
+    "O": ("val",),  # in-distribution images, of ImageNet-O's 200 classes
 }
-OUTSIDE = "imagenet-o"
+OOD_FOLDER = "imagenet-o"  # the out-of-distribution images of dataset O
 CLASSES = 1000
-SUBSETS = ("A", "R", "O")  # of 200 classes each
+SUBSETS = ("A", "R", "O")  # 200 classes each
 
 
 class ImageNetError(ValueError):
-    """A data set that is not there, or whose labels do not mean the model's outputs; the message
-    has the remedy.
+    """A missing dataset, or one whose labels do not match the model's outputs; the message names
+    the remedy.
     """
 
     user_error = True
@@ -33,14 +33,12 @@ def _lists() -> dict[str, list[str]]:
 
 
 def wnids(name: str = "V1") -> list[str]:
-    """WordNet ids of the classes of a data set in the order of its labels: 1000, for A, R and O 200
-    of them.
-    """
+    """WordNet ids of a dataset's classes in label order: 1000, or 200 for A, R and O."""
     return _lists()[name.lower() if name in SUBSETS else "1k"]
 
 
 def canonical(name: str) -> str:
-    """A name in any capitalisation as FOLDERS has it. ImageNetError lists the known ones."""
+    """Normalise the capitalisation of a dataset name. ImageNetError if it is unknown."""
     known = {key.lower(): key for key in FOLDERS}
     if name.lower() not in known:
         raise ImageNetError(f"--dataset {name}: unknown; known: {', '.join(FOLDERS)}")
@@ -48,16 +46,13 @@ def canonical(name: str) -> str:
 
 
 def find(name: str, root: str | Path) -> Path:
-    """The folder of a data set below `root`; `root` itself where that is a file, or holds no such
-    folder.
-    """
+    """The folder of a dataset below `root`; `root` itself if it is a file or has no such folder."""
     path = Path(root)
     names = FOLDERS[name]
     if not path.exists():
         raise ImageNetError(
             f"--data-root {root}: no such file or folder; give a .beton file, a folder of class "
-            "folders, or the "
-            f"folder that holds {names[0]}/"
+            f"folders, or the folder that contains {names[0]}/"
         )
     for folder in names:
         if (path / folder).is_dir():
@@ -67,16 +62,16 @@ def find(name: str, root: str | Path) -> Path:
     )
     if variants:
         raise ImageNetError(
-            f"--data-root {root}: no {names[0]}/ there; give one of {', '.join(variants)} itself"
+            f"--data-root {root}: no {names[0]}/ in it; give one of {', '.join(variants)} itself"
         )
     return path
 
 
-def find_outside(root: str | Path) -> Path:
-    """The folder of ImageNet-O below `root`: images of classes that ImageNet-1K lacks."""
-    path = Path(root) / OUTSIDE
+def find_imagenet_o(root: str | Path) -> Path:
+    """The folder of ImageNet-O below `root`: images of classes that ImageNet-1K does not have."""
+    path = Path(root) / OOD_FOLDER
     if not path.is_dir():
         raise ImageNetError(
-            f"--data-root {root}: --dataset O needs {OUTSIDE}/ and {FOLDERS['O'][0]}/ in it"
+            f"--data-root {root}: --dataset O needs {OOD_FOLDER}/ and {FOLDERS['O'][0]}/ in it"
         )
     return path

@@ -331,7 +331,7 @@ class Loader:
     def _failed(
         self, indices: np.ndarray, status: np.ndarray, unreadable: dict[int, str]
     ) -> list[Skipped]:
-        """The samples whose status is not 0. BetonError for the first one if on_error is "error"."""
+        """The samples whose status is not 0. BetonError for the first if on_error is "error"."""
         failed = []
         for b in np.flatnonzero(status).tolist():
             index = int(indices[b])

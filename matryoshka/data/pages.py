@@ -71,7 +71,7 @@ class MapFeed:
 
 
 class PagedFile:
-    """A .beton file opened for reads by offset; its metadata comes from `data`, which may be closed.
+    """A .beton file opened for reads by offset; the metadata is that of `data`, which may be closed.
 
     BetonError when the file is not the one that `data` was opened from.
     """
@@ -240,7 +240,7 @@ class PageFeed(_Reads):
 
 
 class ImageFeed(_Reads):
-    """Reads every image of a batch by itself, in the order of the file, BATCHES_AHEAD batches ahead.
+    """Reads the images of a batch one by one, in file order, BATCHES_AHEAD batches ahead.
 
     num_bytes: the size of this feed's buffers, at most that of the largest 1 + BATCHES_AHEAD
     batches.

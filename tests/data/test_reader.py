@@ -59,9 +59,9 @@ def test_other_fields_and_orders_are_read(tmp_path):
 
 # fmt: off
 DAMAGE = [  # struct code, place, value(s), message
-    ("H", 0, 1, "version 2"), ("I", 0, 0xE0FFD8FF, "version 2"), ("H", 2, 0, "holds nothing"),
+    ("H", 0, 1, "version 2"), ("I", 0, 0xE0FFD8FF, "version 2"), ("H", 2, 0, "is empty"),
     ("H", 2, 65535, "descriptors"), ("I", 4, 0, "page size"), ("I", 4, PAGE // 2, "page size"),
-    ("I", 4, PAGE + 1, "page size"), ("Q", 8, 0, "holds nothing"), ("Q", 8, 2**63, "allocation table"),
+    ("I", 4, PAGE + 1, "page size"), ("Q", 8, 0, "is empty"), ("Q", 8, 2**63, "allocation table"),
     ("Q", 8, 4, "sample 3"), ("Q", 16, 0, "never finished"), ("Q", 16, 2**63, "cut off"),
     ("Q", 16, TABLE + 72, "never finished"), ("Q", 16, 24, "allocation table"), ("B", 24, 255, "custom"),
     ("B", 24, 77, "unknown type 77"), ("B", 24, 3, "no image field"),
