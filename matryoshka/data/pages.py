@@ -71,7 +71,7 @@ class MapFeed:
 
 
 class PagedFile:
-    """A .beton file opened for reads by offset; the metadata is that of `data`, which may be closed.
+    """A .beton file opened for reads by offset, with the metadata of `data`, which may be closed.
 
     BetonError when the file is not the one that `data` was opened from.
     """

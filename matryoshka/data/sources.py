@@ -214,7 +214,7 @@ class ImageFolder:
         return zlib.crc32("\n".join(self._names).encode(errors="surrogateescape"))
 
     def fetch(self, indices: np.ndarray, unreadable: dict[int, str] | None = None) -> list[Samples]:
-        """Read the images of `indices` (int64 [B]) into one buffer, to train directly from a folder.
+        """Read the images of `indices` (int64 [B]) into one buffer, to train from a folder.
 
         JPEGs that the native decoder supports are returned as stored, all other images as raw RGB.
         An image that cannot be read is a BetonError that names the file; with `unreadable`, the

@@ -36,7 +36,7 @@ from matryoshka.embeddings.reading import (
     open_embeddings,
     read_meta,
 )
-from matryoshka.files import write_atomically
+from matryoshka.files import sync_folder, write_atomically
 
 PLAN = "plan.json"
 # Where things lie and which version of the code ran may differ between a start and the next.
@@ -168,11 +168,7 @@ class Unfinished:
         # made in there too: what a kill leaves behind is in one place
         write_atomically(self.work / META, (json.dumps(stored["meta"], indent=1) + "\n").encode())
         os.replace(self.work / META, self.folder / META)
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the names, too, must survive a power cut
-        finally:
-            os.close(folder)
+        sync_folder(self.folder)
         shutil.rmtree(self.work, ignore_errors=True)
 
     def close(self) -> None:

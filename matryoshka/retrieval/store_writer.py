@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from matryoshka.files import sync_folder
 from matryoshka.retrieval.hits import CHUNK, RetrievalError, check_rows, empty_bits, set_bits
 from matryoshka.retrieval.ivf import InvertedFile
 from matryoshka.retrieval.pipeline import Setting, default_setting
@@ -349,7 +350,7 @@ class Writer:
                 "data": [dict(source) for source in batch.data] or [{}],
             }
             _durable(folder / PART, checked(about))
-            _sync_folder(folder)
+            sync_folder(folder)
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
@@ -373,10 +374,10 @@ class Writer:
             manifest = checked({**about, "parts": list(parts), "deleted": entry})
             temporary = self.path / f".{MANIFEST}.tmp"
             _durable(temporary, manifest)
-            _sync_folder(self.path)  # the new files' names before the one that names them
+            sync_folder(self.path)  # the new files' names before the one that names them
             os.replace(temporary, self.path / MANIFEST)
             state = "the index has changed, but a power cut may undo it"
-            _sync_folder(self.path)
+            sync_folder(self.path)
         except OSError as error:
             raise RetrievalError(f"{self.path}: {error.strerror}; {state}") from None
         try:
@@ -476,14 +477,6 @@ def _durable(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sync_parents(path: Path) -> None:
     """The names of a folder and of those above: a writer may have made them, also one that was
     killed since.
@@ -495,4 +488,4 @@ def _sync_parents(path: Path) -> None:
         with contextlib.suppress(
             PermissionError
         ):  # nobody makes folders in one that he may not read
-            _sync_folder(folder)
+            sync_folder(folder)

@@ -47,7 +47,7 @@ def batch(b, height, width, seed=0, layout=torch.channels_last):
     seed=st.integers(0, 2**32),
     layout=st.sampled_from([torch.channels_last, torch.contiguous_format]),
 )
-def test_mixup_equals_the_formula(b, height, width, alpha, seed, layout):
+def test_mixup_equals_the_formula(*, b, height, width, alpha, seed, layout):
     images, labels = batch(b, height, width, seed, layout)
     before = images.clone()
     mixed = mix(images, labels, alpha, 0, np.random.default_rng(seed))
@@ -70,7 +70,7 @@ def test_mixup_equals_the_formula(b, height, width, alpha, seed, layout):
     seed=st.integers(0, 2**32),
     layout=st.sampled_from([torch.channels_last, torch.contiguous_format]),
 )
-def test_cutmix_shows_one_rectangle_and_counts_it(b, height, width, alpha, seed, layout):
+def test_cutmix_shows_one_rectangle_and_counts_it(*, b, height, width, alpha, seed, layout):
     images, labels = batch(b, height, width, seed, layout)
     before = images.clone()
     mixed = mix(images, labels, 0, alpha, np.random.default_rng(seed))

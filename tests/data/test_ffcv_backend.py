@@ -53,14 +53,13 @@ def test_a_folder_is_not_for_ffcvs_loader(folder, digits, monkeypatch, capsys):
         ffcv_backend.FFCVLoader(folder / "train", 4)
 
 
-# fmt: off
 REFUSED = [
     ("seed=1: writer=ffcv .*proportion", {"seed": 1, "write_mode": "proportion"}),
     ("transcode=fit: .*writer=native", {"transcode": "fit", "write_mode": "jpg"}),
-    ("subset=5.* 1 to 4", {"subset": 5}), ("num_workers=-1", {"num_workers": -1}),
+    ("subset=5.* 1 to 4", {"subset": 5}),
+    ("num_workers=-1", {"num_workers": -1}),
     ("smart_threshold=5 .*write_mode=raw", {"smart_threshold": 5, "write_mode": "raw"}),
 ]
-# fmt: on
 
 
 @pytest.mark.parametrize(("message", "options"), REFUSED)

@@ -110,25 +110,41 @@ def test_what_cannot_be_returned(whole, opened):
         data.field("weight", ROWS)
 
 
-# fmt: off
 LIES = [  # field, place in the records, value, message
-    ("blob", 32, PAGE + 1, "sample 0 says 3 bytes"), ("blob", 32, 2**64 - 1, "sample 0 says 3 "
-                                                                             "bytes"),
-    ("blob", 40, 4, "sample 0 says 4 bytes"), ("blob", 40, 2, "sample 0 says 2 bytes"),
+    ("blob", 32, PAGE + 1, "sample 0 says 3 bytes"),
+    ("blob", 32, 2**64 - 1, "sample 0 says 3 bytes"),
+    ("blob", 40, 4, "sample 0 says 4 bytes"),
+    ("blob", 40, 2, "sample 0 says 2 bytes"),
     ("blob", 40, 2**64 - 1, "sample 0 says 18446744073709551615 bytes"),
     ("blob", SIZE + 40, 1, "sample 1 says 1 bytes"),
-    ("info", SIZE + 48, 2**50, "sample 1 says"), ("info", 2 * SIZE + 56, 0, "sample 2 is not JSON"),
-    ("array", 64, 2**50, "sample 0 has a region of 0 bytes"), ("array", 64, 2**64 - 24, "sample 0 has a region of 0"),
+    ("info", SIZE + 48, 2**50, "sample 1 says"),
+    ("info", 2 * SIZE + 56, 0, "sample 2 is not JSON"),
+    ("array", 64, 2**50, "sample 0 has a region of 0 bytes"),
+    ("array", 64, 2**64 - 24, "sample 0 has a region of 0"),
     ("tensor", SIZE + 72, PAGE, "sample 1 has a region of 0 bytes"),
 ]
-NO_NUMBERS = [b"", b"{", b"\xff", b"[" * 700, b'[["", "|O"]]', b'[["", "|V8"]]', b'[["", "<U4"]]', b'[["a", "<f4"]]',
-              b'[["", "<f4"], ["", "<f4"]]', b'[["", "<f4", [2]]]', b'"<f4"', b'[["", "<M8[s]"]]', b'[["", "<i3"]]',
-              b'[["", 4]]', b"null", b"1" * 700]
-# fmt: on
+NO_NUMBERS = [
+    b"",
+    b"{",
+    b"\xff",
+    b"[" * 700,
+    b'[["", "|O"]]',
+    b'[["", "|V8"]]',
+    b'[["", "<U4"]]',
+    b'[["a", "<f4"]]',
+    b'[["", "<f4"], ["", "<f4"]]',
+    b'[["", "<f4", [2]]]',
+    b'"<f4"',
+    b'[["", "<M8[s]"]]',
+    b'[["", "<i3"]]',
+    b'[["", 4]]',
+    b"null",
+    b"1" * 700,
+]
 
 
 @pytest.mark.parametrize(("name", "place", "value", "message"), LIES)
-def test_a_record_that_lies(whole, opened, name, place, value, message):
+def test_a_record_that_lies(*, whole, opened, name, place, value, message):
     content = bytearray(whole)
     struct.pack_into("<Q", content, RECORDS + place, value)
     data = opened(bytes(content))

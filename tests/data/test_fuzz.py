@@ -1,4 +1,4 @@
-"""Damaged files by the thousand (fuzz.py, in processes of its own), and the named ones of attacks/."""
+"""Thousands of damaged files (fuzz.py, in child processes), and the named ones of attacks/."""
 
 import os
 import re

@@ -23,7 +23,7 @@ CLASSES = """\
 15102455-n -> chipboard: a cheap hard material made from wood chips -> pressed
 00005787-n -> benthos: organisms (plants and animals) at the bottom of a sea
 
-00440941-n -> cross-country_skiing: the sport of skiing across the countryside (rather than downhill)
+00440941-n -> cross-country_skiing: the sport of skiing across the countryside
 """
 FILES = ("imagenet4k_queries.beton", "imagenet4k_database.beton")
 
@@ -319,7 +319,7 @@ def test_finished_is_said_and_other_options_are_refused(options, tmp_path, capsy
         (CLASSES, [f"--seed={2**64}"], [f"--seed {2**64}", "0 to 18446744073709551615"]),
     ],
 )
-def test_mistakes_are_one_line(options, tmp_path, capsys, text, more, words):
+def test_mistakes_are_one_line(*, options, tmp_path, capsys, text, more, words):
     file = tmp_path / "classes.txt"
     if text is None:
         file.unlink()

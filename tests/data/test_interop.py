@@ -57,7 +57,7 @@ def pillow(stored):
     return np.asarray(Image.open(io.BytesIO(stored.tobytes())).convert("RGB")).astype(int)
 
 
-# ------------------------------------------------------------------------------------ their writer, our reader
+# ---------------------------------------------------------------- their writer, our reader
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -123,7 +123,7 @@ def test_both_writers_reduce_to_the_same_pixels(theirs, tmp_path):
             assert np.abs(one - other).max() <= 1
 
 
-# ------------------------------------------------------------------------------------ our writer, their loader
+# ---------------------------------------------------------------- our writer, their loader
 
 
 def restart_markers(stored):
@@ -208,7 +208,7 @@ def test_our_writer_places_markers_that_they_read(ours, name):
             assert restart_markers(samples.data[samples.offset[i] :][: samples.size[i]]) > 0
 
 
-# ------------------------------------------------------------------------------------ writer=ffcv, loader=ffcv
+# ---------------------------------------------------------------- writer=ffcv, loader=ffcv
 
 
 def test_the_loader_behind_our_interface(ours):

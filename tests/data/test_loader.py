@@ -48,7 +48,7 @@ def beton(tmp_path_factory, folder):
     seed=st.integers(0, 2**63),
     epoch=st.integers(0, 1000),
 )
-def test_global_batches_do_not_depend_on_the_world(n, batch, world, drop, seed, epoch):
+def test_global_batches_do_not_depend_on_the_world(*, n, batch, world, drop, seed, epoch):
     order = epoch_order(n, "random", seed, epoch)
     assert sorted(order) == list(range(n))
     alone = list(batches(order, batch, drop))

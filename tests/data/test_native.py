@@ -64,7 +64,7 @@ def pillow(data):
 
 
 def decode_batch(samples, size, pool=POOL):
-    """Samples are (bytes, mode, width, height, crop); they lie in the file with gaps between them."""
+    """samples: (bytes, mode, width, height, crop), stored with gaps between them."""
     content, *columns = zip(*samples, strict=True)
     sizes = np.array([len(c) for c in content], np.uint64)
     offsets = np.cumsum(sizes + np.uint64(7), dtype=np.uint64) - sizes
@@ -298,7 +298,7 @@ def test_bad_sample_between_good_ones(expected, sample):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_truncation_anywhere(kind):
-    """Either an error or, where only what follows the last block is missing, all the right pixels."""
+    """An error, or the right pixels if only bytes after the last block are missing."""
     data = jpeg(picture(30, 40), kind)
     samples = [(data[:cut], JPG, 40, 30, (0, 0, 40, 30, 0)) for cut in range(len(data))]
     out, status = decode_batch(samples, (30, 40))

@@ -136,7 +136,7 @@ def rss():
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
 @pytest.mark.parametrize("order", ["random", "quasi_random", "sequential"])
 def test_memory_stays_bounded(large, order):
-    """315 MB through a window of 4 pages of 2 MiB; from the memory map, all of it becomes resident."""
+    """315 MB through a window of 4 pages of 2 MiB; with a memory map all of it becomes resident."""
     grown = {}
     for in_memory in (False, True):
         loader = Loader(

@@ -1,4 +1,4 @@
-"""data.on_error: a sample that cannot be decoded ends the run, or leaves its batch and is listed."""
+"""data.on_error: a sample that cannot be decoded ends the run, or is left out and listed."""
 
 import contextlib
 import functools

@@ -77,7 +77,7 @@ whole_runs = {}
     after=st.tuples(st.integers(1, 3), st.integers(1, 3)),
 )
 def test_the_rest_of_an_interrupted_run(
-    beton, epoch, taken, batch, drop, order, in_memory, prefetch, before, after
+    *, beton, epoch, taken, batch, drop, order, in_memory, prefetch, before, after
 ):
     options = {"batch_size": batch, "order": order, "drop_last": drop, "seed": 11}
     key = tuple(options.values())
@@ -178,7 +178,7 @@ def test_states_of_other_runs_are_refused(beton, folder, digits):
         ([1], "not a dict"),
         ({}, "lacks epoch, batch, seed"),
         ({**state, "epoch": -1}, "epoch -1"),
-        ({**state, "batch": 4}, "batch 4; an epoch has 3"),
+        ({**state, "batch": 4}, "batch 4; expected epoch 0 or more and batch 0 to 3"),
         ({**state, "batch": "1"}, "batch '1'"),
         ({**state, "epoch": True}, "epoch True"),
     ):

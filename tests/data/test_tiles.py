@@ -119,7 +119,7 @@ markers = st.one_of(
     st.booleans(),
 )
 def test_crops_are_those_of_the_whole_image(
-    width, height, sampling, options, seed, quality, progressive
+    *, width, height, sampling, options, seed, quality, progressive
 ):
     """Twelve crops of each of 400 images."""
     options = dict(options)

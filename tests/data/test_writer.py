@@ -209,15 +209,18 @@ def test_upright_is_what_pillow_does(orientation):
     )
 
 
-# fmt: off
 NONSENSE = [
-    ("compress_probability=0.5 .*write_mode=jpg", {"compress_probability": 0.5, "write_mode": "jpg"}),
+    (
+        "compress_probability=0.5 .*write_mode=jpg",
+        {"compress_probability": 0.5, "write_mode": "jpg"},
+    ),
     ("smart_threshold=5 .*write_mode=raw", {"smart_threshold": 5, "write_mode": "raw"}),
-    ("write_mode=png", {"write_mode": "png"}), ("jpeg_quality=0", {"jpeg_quality": 0}),
+    ("write_mode=png", {"write_mode": "png"}),
+    ("jpeg_quality=0", {"jpeg_quality": 0}),
     ("transcode=maybe", {"transcode": "maybe"}),
-    ("max_resolution=0", {"max_resolution": 0}), ("subset=5.* 1 to 4", {"subset": 5}),
+    ("max_resolution=0", {"max_resolution": 0}),
+    ("subset=5.* 1 to 4", {"subset": 5}),
 ]
-# fmt: on
 
 
 @pytest.mark.parametrize(("message", "options"), NONSENSE)

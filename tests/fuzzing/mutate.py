@@ -136,7 +136,7 @@ class Draft:
             file.truncate(self.cut if self.cut is not None else table + len(rows))
 
 
-# ------------------------------------------------------------------------------------------------ mutations
+# ---------------------------------------------------------------- mutations
 
 
 class Kind(NamedTuple):

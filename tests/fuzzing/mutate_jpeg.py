@@ -63,7 +63,7 @@ def restarts(data: bytes, start: int) -> list[int]:
     ]
 
 
-# ----------------------------------------------------------------------------------------- marker segments
+# ---------------------------------------------------------------- marker segments
 
 
 @jpeg("restart interval changed")
@@ -307,7 +307,7 @@ def _(data, rng, parts, *_):
     return data
 
 
-# ------------------------------------------------------------------------- restart markers, entropy-coded data
+# ---------------------------------------------------------------- restart markers, entropy-coded data
 
 
 @jpeg("cut anywhere")
