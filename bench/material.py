@@ -55,7 +55,7 @@ class Material:
             self.failed["FFCV's writer"] = str(error).splitlines()[0]
 
     def _prepare(self) -> None:
-        """Write originals/, unchanged photos, and photos/, JPEGs of 500 pixels at most, quality 90."""
+        """Write originals/ (unchanged photos) and photos/ (JPEGs up to 500 pixels, quality 90)."""
         if self.photos is None:
             whole = [Image.fromarray(image) for image in load_sample_images().images]
             sources = []

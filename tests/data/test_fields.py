@@ -163,7 +163,7 @@ def test_a_value_of_another_sample_is_refused(whole, opened):
     for name in ("array", "tensor"):
         with pytest.raises(BetonError, match="sample 0 has a region of 0 bytes"):
             data.field(name, np.arange(3))
-        assert len(data.field(name, np.array([1, 2]))) == 2
+        assert len(data.field(name, np.array([1, 2]))) == 2, f"{name}: not one value per sample"
 
 
 @pytest.mark.parametrize("text", NO_NUMBERS)
@@ -186,7 +186,7 @@ def test_a_shape_that_does_not_fit(whole, opened, shape):
     ):
         data.field("array", np.arange(3))
     if 2**63 not in shape and 0 not in shape:
-        assert len(data.field("array", ROWS[:0])) == 0
+        assert len(data.field("array", ROWS[:0])) == 0, "values of no samples"
 
 
 @pytest.mark.parametrize("name", ["|b1", "|u1", "<i2", ">i8", "<f2", ">f4", "<c16"])
@@ -203,7 +203,7 @@ def test_arguments_of_any_kind(data):
     with suppress(ValueError):
         dtype, shape = array_type(data.ljust(1024, b"\0"))
         assert dtype.kind in "biufc"
-        assert len(shape) <= 32
+        assert len(shape) <= 32, f"{len(shape)} axes"
 
 
 def test_control_characters_stay_out_of_messages(whole, opened):

@@ -93,6 +93,6 @@ def test_named_attacks(tmp_path, name, base):
         return
     found, error = decoded(tmp_path / "x")
     assert re.match(expected, error)
-    assert len(found) == sample
+    assert len(found) == sample, f"{len(found)} of {sample} cases ran"
     for image, sound in zip(found, decoded(tmp_path / "sound")[0], strict=False):
         np.testing.assert_array_equal(image, sound)  # its neighbours are as they were

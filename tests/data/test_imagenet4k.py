@@ -120,7 +120,7 @@ def test_every_image_is_where_the_manifest_says(tree, options, tmp_path, capsys)
                 assert np.array_equal(stored, np.asarray(Image.open(tree / wnid / file)))
     for row in classes:
         chosen = [*row["queries"], *row["database"]]
-        assert len(set(chosen)) == 7  # no query is in the database
+        assert len(set(chosen)) == 7, "an image was drawn twice"  # no query is in the database
         assert not set(chosen) & set(row["unreadable"])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
         [*FILES, *(f"{name}.json" for name in FILES), "imagenet4k.jsonl"]
@@ -134,7 +134,7 @@ def test_the_draw_is_the_seeds_and_a_classs_own(options, tmp_path):
     assert build(options, tmp_path / "c", "--seed=1")[1] != first
     (tmp_path / "fewer.txt").write_text(CLASSES.splitlines()[1])
     assert build([*options, f"--classes={tmp_path / 'fewer.txt'}"], tmp_path / "d")[1] == first[:1]
-    assert len(open_dataset(tmp_path / "d" / FILES[1])) == 5
+    assert len(open_dataset(tmp_path / "d" / FILES[1])) == 5, "images in the database"
 
 
 @settings(max_examples=60, deadline=None)
@@ -167,7 +167,9 @@ def test_unreadable_images_are_passed_over(tmp_path, options):
             [*options, *more, "--queries-per-class=1", f"--seed={seed}"], tmp_path / f"out{seed}"
         )
         assert sorted([*row["queries"], *row["database"]]) == ["3.jpg", "7.jpg"]
-        assert set(row["unreadable"]) <= {f"{i}.jpg" for i in range(9)} - {"3.jpg", "7.jpg"}
+        assert set(row["unreadable"]) <= {f"{i}.jpg" for i in range(9)} - {"3.jpg", "7.jpg"}, (
+            "a readable image is listed as unreadable"
+        )
 
 
 def test_classes_with_too_few_images_are_an_error_or_listed(tree, options, tmp_path, capsys):
@@ -254,7 +256,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_files(options, tmp_path):
     assert "resumes, " in done.stdout
     whole = hashes(out / "whole")
     folders = [*out.glob("once-*"), out / "often"]
-    assert len(folders) > 6
+    assert len(folders) > 6, f"only {len(folders)} runs were killed"
     for folder in folders:
         assert hashes(folder) == whole, folder
 

@@ -46,7 +46,9 @@ def test_every_sample_once_and_few_pages_at_a_time(pages, window, seed, epoch):
     order = epoch_order(len(pages), "quasi_random", seed, epoch, pages=pages, window_pages=window)
     assert order.dtype == np.int64
     assert sorted(order) == list(range(len(pages)))
-    assert most_at_a_time([[page] for page in pages[order].tolist()]) <= window
+    assert most_at_a_time([[page] for page in pages[order].tolist()]) <= window, (
+        "more pages are held than the window"
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -64,7 +66,9 @@ def test_a_rank_needs_the_window_and_one_batch(pages, window, batch, world, drop
     for k, whole in enumerate(alone):
         assert np.concatenate([rank[k] for rank in ranks]).tolist() == whole.tolist()
     for rank in ranks:
-        assert most_at_a_time([pages[share].tolist() for share in rank]) <= window + batch
+        assert most_at_a_time([pages[share].tolist() for share in rank]) <= window + batch, (
+            "more pages are held than window and batch allow"
+        )
 
 
 def test_batches_are_mixed_from_many_pages():
@@ -73,17 +77,19 @@ def test_batches_are_mixed_from_many_pages():
     for epoch in range(3):
         order = epoch_order(len(pages), "quasi_random", 0, epoch, pages=pages, window_pages=16)
         for start in range(0, len(order), 40):
-            assert len(set(pages[order[start : start + 40]].tolist())) >= 9
+            assert len(set(pages[order[start : start + 40]].tolist())) >= 9, (
+                f"samples {start} to {start + 39} come from few pages"
+            )
     whole = epoch_order(
         len(pages), "quasi_random", 0, 0, pages=pages, window_pages=64
     )  # a window for all: any sample anywhere
-    assert abs(np.corrcoef(whole, np.arange(len(whole)))[0, 1]) < 0.05
+    assert abs(np.corrcoef(whole, np.arange(len(whole)))[0, 1]) < 0.05, "the order follows the file"
     first = [
         epoch_order(len(pages), "quasi_random", s, e, pages=pages, window_pages=16)[:8].tolist()
         for s in (0, 1)
         for e in (0, 1)
     ]
-    assert len({tuple(f) for f in first}) == 4
+    assert len({tuple(f) for f in first}) == 4, "epochs or seeds repeat an order"
 
 
 def test_quasi_random_is_pinned():

@@ -31,7 +31,7 @@ def paged(tmp_path_factory):
     """A .beton of 75 raw images in 15 pages."""
     sizes = [(300 + 10 * (i % 7), 340 + 10 * (i % 5)) for i in range(75)]
     path = raw_beton(tmp_path_factory.mktemp("pages") / "raw.beton", sizes)
-    assert len(np.unique(BetonFile(path).offset // PAGE)) == 15
+    assert len(np.unique(BetonFile(path).offset // PAGE)) == 15, "pages of the test file"
     return path
 
 
@@ -78,7 +78,9 @@ def test_what_is_read_and_how_much_is_held(paged, monkeypatch):
         shares = [share for _, share in loader._rank_batches(0, 0)]
         feed, _ = loader._feed(shares)
         assert isinstance(feed, PageFeed)
-        assert feed.num_bytes <= (window + 8 + PAGES_AHEAD) * PAGE
+        assert feed.num_bytes <= (window + 8 + PAGES_AHEAD) * PAGE, (
+            f"a buffer of {feed.num_bytes} bytes"
+        )
         for k, share in enumerate(shares):
             (samples,) = feed.fetch(k)
             for b, i in enumerate(share.tolist()):
@@ -87,7 +89,9 @@ def test_what_is_read_and_how_much_is_held(paged, monkeypatch):
                 assert np.array_equal(samples.data[start : start + size], stored)
             begun = len(read)
             needed = len({int(p) for share in shares[: k + 1] for p in page[share]})
-            assert needed <= begun <= needed + 3 + 8 + PAGES_AHEAD
+            assert needed <= begun <= needed + 3 + 8 + PAGES_AHEAD, (
+                f"{begun} reads for {needed} pages"
+            )
             feed.release(k)
         feed.close()
         assert sorted(at for at, _ in read) == [int(p) * PAGE for p in np.unique(page)]
@@ -100,7 +104,9 @@ def test_what_is_read_and_how_much_is_held(paged, monkeypatch):
     largest = max(int(data.size[share].sum()) for share in shares)
     for k in range(len(shares)):
         feed.fetch(k)
-        assert feed.num_bytes <= 3 * largest
+        assert feed.num_bytes <= 3 * largest, (
+            f"buffers of {feed.num_bytes} bytes for batches of {largest}"
+        )
         feed.release(k)
     feed.close()
     assert sorted(read) == sorted(zip(data.offset.tolist(), data.size.tolist(), strict=True))
@@ -153,8 +159,8 @@ def test_memory_stays_bounded(large, order):
             most = max(most, rss() - before)
         grown[in_memory] = most
         del loader
-    assert grown[False] < 60 * MB
-    assert grown[True] > 200 * MB
+    assert grown[False] < 60 * MB, f"{grown[False] >> 20} MB with in_memory=False"
+    assert grown[True] > 200 * MB, f"{grown[True] >> 20} MB with in_memory=True"
 
 
 @pytest.mark.parametrize("order", ["random", "quasi_random", "sequential"])
@@ -223,7 +229,7 @@ def test_the_map_is_let_go(folder, tmp_path):
     loader = Loader(path, 4, crop=CenterCrop(16), in_memory=False)
     with open("/proc/self/maps") as maps:
         assert str(path) not in maps.read()
-    assert sum(len(b.labels) for b in loader) == 20
+    assert sum(len(b.labels) for b in loader) == 20, "samples in an epoch"
     mine = BetonFile(path)  # a dataset that the caller opened stays open
     Loader(mine, 4, in_memory=False)
-    assert len(mine.fetch(np.arange(2))[0].size) == 2
+    assert len(mine.fetch(np.arange(2))[0].size) == 2, "samples of a batch"

@@ -115,7 +115,7 @@ CUTS = [
 def whole(tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "x"
     build(path, [(2, b"image"), (1, b"label")], "<BHHQ3xq", [(*IMAGE, i) for i in range(3)])
-    assert len(BetonFile(path)) == 3
+    assert len(BetonFile(path)) == 3, "samples in the file"
     return path.read_bytes()
 
 
@@ -150,7 +150,7 @@ def test_random_damage_never_leads_out_of_the_file(tmp_path, whole):
         path.write_bytes(data)
         with suppress(BetonError):
             (batch,) = BetonFile(path).fetch(np.arange(1))
-            assert batch.offset[0] + batch.size[0] <= len(data)
+            assert batch.offset[0] + batch.size[0] <= len(data), "a sample ends outside the file"
 
 
 @pytest.mark.parametrize("key", ["classes", "names", "num_samples", "num_bytes", "{"])
@@ -182,11 +182,13 @@ def test_a_million_samples_open_quickly(tmp_path, order):
         file.write(rows[::-1].tobytes() if order == "shuffled" else rows.tobytes())
     begin = time.perf_counter()
     data = BetonFile(path)
-    assert time.perf_counter() - begin < 5  # 0.1 to 0.4 s on a quiet machine
+    assert time.perf_counter() - begin < 5, (
+        "opening takes 5 seconds"
+    )  # 0.1 to 0.4 s on a quiet machine
     assert (data.offset == records["p"]).all()
     tracemalloc.start()
     try:
         BetonFile(path)
-        assert tracemalloc.get_traced_memory()[1] < 100e6
+        assert tracemalloc.get_traced_memory()[1] < 100e6, "opening takes 100 MB"
     finally:
         tracemalloc.stop()

@@ -87,7 +87,7 @@ def test_skipped_is_counted_when_a_batch_is_handed_out(damaged):
     iterator = iter(loader)
     next(iterator)
     assert loader.skipped == []  # batch 1, decoded ahead, holds sample 7
-    assert len(next(iterator).labels) == 4
+    assert len(next(iterator).labels) == 4, "the batch with a damaged sample"
     assert [s.index for s in loader.skipped] == [7]
     for _ in iterator:
         pass

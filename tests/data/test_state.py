@@ -97,14 +97,14 @@ def test_the_rest_of_an_interrupted_run(
                 iterator, None
             )  # a rank may have no share of a last small batch: its epoch has ended then
     states = [json.dumps(rank.state_dict()) for rank in first]
-    assert len(states[0]) < 1000
+    assert len(states[0]) < 1000, f"a state of {len(states[0])} bytes"
     assert json.loads(states[0])["batch"] == taken
     second = loaders(beton, new_world, num_workers=new_workers, in_memory=in_memory, **options)
     for rank in second:
         rank.load_state_dict(json.loads(states[0]))
     rest = rest_of(second, EPOCHS)
     wanted = expected[epoch * per_epoch + taken :]
-    assert len(rest) == len(wanted)
+    assert len(rest) == len(wanted), f"{len(rest)} batches are left, not {len(wanted)}"
     assert all(same(a, b) for a, b in zip(rest, wanted, strict=True))
 
 
@@ -137,7 +137,7 @@ def test_what_a_state_is_at_every_point(beton):
     assert loader.epoch == 5
     assert list(loader) == []
     assert where() == (6, 0)
-    assert len(list(loader)) == 4
+    assert len(list(loader)) == 4, "batches of the epoch"
 
 
 def test_an_older_iterator_does_not_change_the_state(beton):
@@ -215,6 +215,6 @@ def test_a_large_set_is_not_iterated(beton, monkeypatch):
     )
     loader.load_state_dict({**loader.state_dict(), "batch": 4})
     start = time.perf_counter()
-    assert len(list(loader)) == 1
-    assert time.perf_counter() - start < 30
+    assert len(list(loader)) == 1, "batches that are left"
+    assert time.perf_counter() - start < 30, "skipping to the last batch takes 30 seconds"
     assert np.concatenate(fetched).size == 4

@@ -1,11 +1,11 @@
-"""Fuzz the .beton reader and decoder: each damaged file must work or raise an error that names it.
+"""Fuzz the .beton reader and decoder: a damaged file must work or raise an error that names it.
 
     python tests/fuzzing/fuzz.py --cases 20000 --seed 0       # case k is the same file in every run
     python tests/fuzzing/fuzz.py --case 4711                  # describes one case and keeps its file
 
 Cases run in child processes: a crash or a hang ends one child, is reduced to the mutations that
-cause it, and is kept in --out. Pixels that change although no mutation may change them are failures,
-too. Exit status 1 if there are failures.
+cause it, and is kept in --out. Pixels that change although no mutation may change them are also
+failures. Exit status 1 if there are failures.
 """
 
 # ruff: noqa: E402 (the environment and the native core are chosen before NumPy and matryoshka are imported)

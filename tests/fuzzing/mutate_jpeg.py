@@ -307,7 +307,7 @@ def _(data, rng, parts, *_):
     return data
 
 
-# ---------------------------------------------------------------- restart markers, entropy-coded data
+# ---------------------------------------------------------------- restart markers, entropy data
 
 
 @jpeg("cut anywhere")
