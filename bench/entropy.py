@@ -20,9 +20,13 @@ def needed_parts(stream: bytes, crop: tuple[int, int, int, int]) -> list[tuple[i
     """
     width, height, unit_w, unit_h, interval, start = _layout(stream)
     x, y, w, h = crop
-    columns, rows = -(-width // unit_w), -(-height // unit_h)
-    top, bottom = max(0, y - MARGIN) // unit_h, min(height - 1, y + h - 1 + MARGIN) // unit_h
-    left, right = max(0, x - MARGIN) // unit_w, min(width - 1, x + w - 1 + MARGIN) // unit_w
+    columns = -(-width // unit_w)
+    rows = -(-height // unit_h)
+    # the MCUs that the crop touches, with its margin
+    top = max(0, y - MARGIN) // unit_h
+    bottom = min(height - 1, y + h - 1 + MARGIN) // unit_h
+    left = max(0, x - MARGIN) // unit_w
+    right = min(width - 1, x + w - 1 + MARGIN) // unit_w
     if not interval:
         return [(start, start + round((len(stream) - start) * (bottom + 1) / rows))]
     edges = [start, *(match.start() for match in _RESTART.finditer(stream, start)), len(stream)]

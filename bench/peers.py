@@ -247,7 +247,9 @@ def simplejpeg_cv2(task: Task, threads: int) -> Run:
             x, y, w, h, flip = random_crop(width, height)
         else:
             w = h = int(224 / 256 * min(width, height))
-            x, y, flip = (width - w) // 2, (height - h) // 2, False
+            x = (width - w) // 2
+            y = (height - h) // 2
+            flip = False
         resized = cv2.resize(
             pixels[y : y + h, x : x + w], (task.size, task.size), interpolation=cv2.INTER_AREA
         )

@@ -46,8 +46,11 @@ from matryoshka.data.sources import EXTENSIONS, decode_image
 from matryoshka.data.writer import WriteOptions
 from matryoshka.files import AtomicFile, write_atomically
 
-QUERIES, DATABASE = "imagenet4k_queries.beton", "imagenet4k_database.beton"
-MANIFEST, PARTS, PLAN = "imagenet4k.jsonl", ".parts", "plan.json"
+QUERIES = "imagenet4k_queries.beton"
+DATABASE = "imagenet4k_database.beton"
+MANIFEST = "imagenet4k.jsonl"
+PARTS = ".parts"  # folder of the finished classes
+PLAN = "plan.json"  # the options that its parts were made with
 LINE = re.compile(r"(\d{8})-n -> (.+)")
 WNID = re.compile(r"n\d{8}")
 LISTS = ("cmyk", "other_content", "damaged", "broken")  # of a side file

@@ -101,7 +101,9 @@ class JpegHeader(NamedTuple):
 
 
 # Marker codes, ITU-T T.81 table B.1
-SOI, SOS, DRI = b"\xff\xd8", 0xDA, 0xDD
+SOI = b"\xff\xd8"
+SOS = 0xDA
+DRI = 0xDD
 NOT_SOF = (0xC4, 0xC8, 0xCC)  # DHT, JPG, DAC: inside the range of the SOF codes
 PROCESSES = {  # SOF codes
     0xC0: "baseline",

@@ -275,7 +275,8 @@ def _affine(images: Tensor, column: tuple[Number, ...], row: tuple[Number, ...])
     a, b, c, d, e, f = _on_device(matrix, images).view(6, n, 1, 1)
     x = torch.arange(width, device=images.device) + 0.5
     y = torch.arange(height, device=images.device)[:, None] + 0.5
-    u, v = (a * x + b * y + c).floor().long(), (d * x + e * y + f).floor().long()  # [n, H, W]
+    u = (a * x + b * y + c).floor().long()  # [n, H, W]
+    v = (d * x + e * y + f).floor().long()
     inside = (u >= 0) & (u < width) & (v >= 0) & (v < height)
     which = torch.arange(n, device=images.device)[:, None, None]
     return images[which, v.clamp(0, height - 1), u.clamp(0, width - 1)] * inside[..., None]

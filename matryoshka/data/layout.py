@@ -21,10 +21,18 @@ DEFAULT_PAGE = 1 << 23
 
 # Type numbers of fields. 255 is a class of the program that wrote the file; only that program can
 # read its records.
-FLOAT, INT, IMAGE, BYTES, NDARRAY, JSON, TENSOR, CUSTOM = 0, 1, 2, 3, 4, 5, 6, 255
+FLOAT = 0
+INT = 1
+IMAGE = 2
+BYTES = 3
+NDARRAY = 4
+JSON = 5
+TENSOR = 6
+CUSTOM = 255
 
 # Values of an image record's mode.
-JPG, RAW = 0, 1
+JPG = 0
+RAW = 1
 
 HEADER = np.dtype(
     [

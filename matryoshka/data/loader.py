@@ -223,9 +223,9 @@ class Loader:
         return self._run(self._position, self.crop)
 
     def _run(self, position: _Position, crop: Crop) -> Iterator[Batch]:
-        """The rest of an epoch, from `position` on, which moves along.
+        """Yield the rest of an epoch from `position` on, and advance `position`.
 
-        A generator, because Python closes an abandoned one: that ends the epoch's threads.
+        This is a generator because Python closes abandoned generators: that ends the threads.
         """
         epoch = position.epoch
         slices = self._rank_batches(epoch, position.batch)
@@ -283,11 +283,12 @@ class Loader:
             # FFCV's files may have neighbours in distant pages: then even sequential order would
             # hold many pages, and reading single images needs less memory
             most = self.window_pages if self.order == "sequential" else None
-            whole_pages = self.order != "random"
-            return self._paged.feed(slices, whole_pages=whole_pages, most_pages=most), unreadable
-        return self.dataset.feed(
-            slices, unreadable if self.on_error == "skip" else None
-        ), unreadable
+            feed = self._paged.feed(slices, whole_pages=self.order != "random", most_pages=most)
+        elif self.on_error == "skip":
+            feed = self.dataset.feed(slices, unreadable)
+        else:
+            feed = self.dataset.feed(slices)
+        return feed, unreadable
 
     def _decode_parts(
         self,

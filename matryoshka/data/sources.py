@@ -35,6 +35,15 @@ _ORIENTATION = 0x0112  # the EXIF tag
 _STRIP = 1 << 20  # 16-bit pixels that are converted together
 
 
+class _Stored(NamedTuple):
+    """One image as `ImageFolder.fetch` returns it; the default is an image that is unreadable."""
+
+    data: bytes = b""
+    mode: int = RAW
+    width: int = 0
+    height: int = 0
+
+
 class Decoded(NamedTuple):
     """A decoded image, and the properties of its file.
 
@@ -221,23 +230,28 @@ class ImageFolder:
         reason goes there, by index, and the sample has no bytes and size 0 x 0.
         """
 
-        def stored_or_nothing(index: int) -> tuple[bytes, int, int, int]:
+        def stored_or_nothing(index: int) -> _Stored:
             try:
                 return self._stored(index)
             except (OSError, ValueError) as error:
                 if unreadable is None:
                     raise BetonError(f"{self.path / self._names[index]}: {error}") from error
                 unreadable[index] = str(error)
-                return b"", RAW, 0, 0
+                return _Stored()
 
         # reads wait for the disk and Pillow releases the GIL: threads help both
         with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1)), "matryoshka-folder") as readers:
             stored = list(readers.map(stored_or_nothing, indices.tolist()))
-        size = np.array([len(data) for data, *_ in stored], np.uint64)
-        mode, width, height = (np.array([row[k] for row in stored], np.int32) for k in (1, 2, 3))
-        data = np.frombuffer(b"".join(row[0] for row in stored), np.uint8)
-        offset = np.cumsum(size) - size
-        return [Samples(data, offset, size, mode.astype(np.uint8), width, height)]
+        size = np.array([len(image.data) for image in stored], np.uint64)
+        samples = Samples(
+            data=np.frombuffer(b"".join(image.data for image in stored), np.uint8),
+            offset=np.cumsum(size) - size,
+            size=size,
+            mode=np.array([image.mode for image in stored], np.uint8),
+            width=np.array([image.width for image in stored], np.int32),
+            height=np.array([image.height for image in stored], np.int32),
+        )
+        return [samples]
 
     def feed(self, batches: list[np.ndarray], unreadable: dict[int, str] | None = None) -> MapFeed:
         return MapFeed(partial(self.fetch, unreadable=unreadable), batches)
@@ -248,18 +262,19 @@ class ImageFolder:
     def paged(self) -> None:
         return None
 
-    def _stored(self, index: int) -> tuple[bytes, int, int, int]:
-        """(bytes, mode, width, height) of one image. OSError or ValueError if it cannot be read."""
+    def _stored(self, index: int) -> _Stored:
+        """Read one image. OSError or ValueError if it cannot be read."""
         data = self.read(index)
         if is_jpeg(data):
             try:
                 width, height, components = _checked_jpeg_size(data)
                 if components in (1, 3):
-                    return data, JPG, width, height
+                    return _Stored(data, JPG, width, height)
             except ValueError:
                 pass  # decode_image tries Pillow and gives the reason
         pixels = decode_image(data).pixels
-        return pixels.tobytes(), RAW, pixels.shape[1], pixels.shape[0]
+        height, width = pixels.shape[:2]
+        return _Stored(pixels.tobytes(), RAW, width, height)
 
 
 def _images(

@@ -1,7 +1,6 @@
-"""An independent .beton parser and builder (struct alone, typed from docs/data_format.md), and
-small sources.
+"""An independent .beton parser and builder, and small sources.
 
-Neither knows matryoshka.data.layout.
+Written with struct from docs/data_format.md; it does not import matryoshka.data.layout.
 """
 
 import io

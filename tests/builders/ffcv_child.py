@@ -1,9 +1,8 @@
-"""What the real FFCV does in test_interop.py, in a process of its own: a hang there is a failure
-here.
+"""Runs the real FFCV for test_interop.py in a child process, so that a hang is a failed test.
 
-python tests/builders/ffcv_child.py write FOLDER             files by FFCV's writer
-python tests/builders/ffcv_child.py load OUT FILE...         what FFCV's loader gives, as OUT/<file name>.npz
-python tests/builders/ffcv_child.py loader FILE              what FFCVLoader gives, as JSON
+python tests/builders/ffcv_child.py write FOLDER        write files with FFCV's writer
+python tests/builders/ffcv_child.py load OUT FILE...    FFCV's batches, as OUT/<file name>.npz
+python tests/builders/ffcv_child.py loader FILE         batches of FFCVLoader, as JSON
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Augmentation on the device: against loops over pixels, Pillow and torchvision, image by image."""
+"""Device augmentation against loops over pixels, Pillow and torchvision, image by image."""
 
 import math
 

@@ -1,6 +1,4 @@
-"""`matryoshka data info|verify`: what it says about sound and damaged data, and with which exit
-status.
-"""
+"""`matryoshka data info|verify`: output and exit status for sound and damaged data."""
 
 import io
 import json

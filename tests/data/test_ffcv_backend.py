@@ -1,4 +1,4 @@
-"""What `writer=ffcv` and `loader=ffcv` refuse; whether they work is in test_interop.py."""
+"""Errors of `writer=ffcv` and `loader=ffcv`; test_interop.py tests their function."""
 
 import pytest
 from beton_files import pngs

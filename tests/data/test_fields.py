@@ -1,6 +1,4 @@
-"""Fields beside image and label, in files that struct put together; then the same files with wrong
-claims.
-"""
+"""Fields beside image and label, in files built with struct, then with false records."""
 
 import json
 import struct

@@ -1,6 +1,4 @@
-"""ImageNet-4K on a small tree: which image goes where, by a loop over the files; kills, too few
-images, bad lists.
-"""
+"""ImageNet-4K on a small tree: the place of every image, kills, small classes, bad lists."""
 
 import hashlib
 import json

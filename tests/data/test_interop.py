@@ -1,4 +1,4 @@
-"""The real FFCV: its files in our reader, our files in its loader. Needs `make interop`."""
+"""The real FFCV: its files in our reader, ours in its loader. Needs `make interop`."""
 
 import io
 import json

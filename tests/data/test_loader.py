@@ -1,4 +1,4 @@
-"""Order, shares, batches: against Pillow and NumPy, for any number of threads and ranks."""
+"""Order, rank slices, pixels against Pillow and NumPy, threads, errors of the Loader."""
 
 import gc
 import io

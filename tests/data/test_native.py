@@ -1,6 +1,4 @@
-"""The native core against slow, independent oracles: NumPy's Philox, float64 resampling matrices,
-Pillow.
-"""
+"""The native core against slow oracles: NumPy's Philox, float64 resampling matrices, Pillow."""
 
 import contextlib
 import io

@@ -1,6 +1,4 @@
-"""data.in_memory=0: the same batches as from memory, through bounded buffers, and errors instead of
-signals.
-"""
+"""data.in_memory=0: the batches of a memory map, bounded buffers, errors instead of signals."""
 
 import os
 import threading

@@ -1,4 +1,4 @@
-"""The reader, checked by files that were put together by hand, and by damage."""
+"""The reader on files built by hand, and on damaged ones."""
 
 import json
 import random

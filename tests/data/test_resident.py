@@ -1,4 +1,4 @@
-"""Resident sets and pad-crops: against the streaming loader, and slow NumPy."""
+"""Resident sets and pad-crops against the streaming loader and slow NumPy."""
 
 import json
 

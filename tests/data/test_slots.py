@@ -1,4 +1,4 @@
-"""Where batches are decoded to: nothing is written while somebody may still read it."""
+"""Output buffers: memory that may still be read is never overwritten."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,4 @@
-"""A loader's state: the rest of the run, also for another number of workers or ranks; and what does
-not fit.
-"""
+"""Loader states: resumes with other numbers of workers and ranks; refused states."""
 
 import json
 import time

@@ -1,6 +1,4 @@
-"""Crops of a JPEG that decode only the tiles they need: bit-identical to crops of the whole decoded
-image.
-"""
+"""Crops that decode only the tiles they need equal crops of the full decode, bit by bit."""
 
 import io
 import itertools

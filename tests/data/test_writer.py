@@ -1,4 +1,4 @@
-"""The writer, checked by a parser that knows only the layout's document."""
+"""The writer, checked by an independent parser of the documented layout."""
 
 import io
 import json

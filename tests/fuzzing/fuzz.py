@@ -1,7 +1,7 @@
-"""Fuzz the .beton reader and decoder: a damaged file must work or raise an error that names it.
+"""Fuzz the .beton reader and decoder: damaged files work or raise an error that names them.
 
     python tests/fuzzing/fuzz.py --cases 20000 --seed 0       # case k is the same file in every run
-    python tests/fuzzing/fuzz.py --case 4711                  # describes one case and keeps its file
+    python tests/fuzzing/fuzz.py --case 4711                  # describes one case, keeps its file
 
 Cases run in child processes: a crash or a hang ends one child, is reduced to the mutations that
 cause it, and is kept in --out. Pixels that change although no mutation may change them are also
