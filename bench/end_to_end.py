@@ -135,7 +135,7 @@ def measured(
     def fed(name: str, workers: int) -> Run:
         crop = RandomResizedCrop(args.res)
         loader = Loader(
-            dataset, args.batch, image=crop, num_workers=workers, device=here.device, drop_last=True
+            dataset, args.batch, crop=crop, num_workers=workers, device=here.device, drop_last=True
         )
 
         def run() -> int:

@@ -1,6 +1,4 @@
-"""How many bytes of a JPEG stream have to be entropy-decoded to show a crop: what no decoder can go
-below.
-"""
+"""Bytes of a JPEG stream that must be entropy-decoded for a crop: a lower bound for decoders."""
 
 from __future__ import annotations
 
@@ -10,21 +8,25 @@ import numpy as np
 
 from matryoshka.data import BetonFile, RandomResizedCrop
 
-MARGIN = 2  # pixels around the crop, which chroma upsampling looks at
+MARGIN = 2  # pixels around the crop that chroma upsampling reads
 _RESTART = re.compile(b"\xff[\xd0-\xd7]")
 
 
 def needed_parts(stream: bytes, crop: tuple[int, int, int, int]) -> list[tuple[int, int]]:
     """(first byte, end) of the segments between restart markers that `crop` (x, y, w, h) touches.
 
-    Without markers, rows are taken to be as long as each other, and everything down to the crop's
-    last row is needed.
+    Without markers, everything down to the crop's last row is needed; all rows are assumed to have
+    the same number of bytes.
     """
     width, height, unit_w, unit_h, interval, start = _layout(stream)
     x, y, w, h = crop
-    columns, rows = -(-width // unit_w), -(-height // unit_h)
-    top, bottom = max(0, y - MARGIN) // unit_h, min(height - 1, y + h - 1 + MARGIN) // unit_h
-    left, right = max(0, x - MARGIN) // unit_w, min(width - 1, x + w - 1 + MARGIN) // unit_w
+    columns = -(-width // unit_w)
+    rows = -(-height // unit_h)
+    # the MCUs that the crop touches, with its margin
+    top = max(0, y - MARGIN) // unit_h
+    bottom = min(height - 1, y + h - 1 + MARGIN) // unit_h
+    left = max(0, x - MARGIN) // unit_w
+    right = min(width - 1, x + w - 1 + MARGIN) // unit_w
     if not interval:
         return [(start, start + round((len(stream) - start) * (bottom + 1) / rows))]
     edges = [start, *(match.start() for match in _RESTART.finditer(stream, start)), len(stream)]
@@ -37,40 +39,39 @@ def needed_parts(stream: bytes, crop: tuple[int, int, int, int]) -> list[tuple[i
 
 
 def _layout(stream: bytes) -> tuple[int, int, int, int, int, int]:
-    """(width, height, width and height of an MCU, restart interval, first byte behind the header)."""
-    at, interval = 2, 0
+    """(width, height, MCU width, MCU height, restart interval, first byte after the header)."""
+    at = 2
+    interval = 0
     width = height = unit_w = unit_h = 0
     while True:
-        kind, size = stream[at + 1], int.from_bytes(stream[at + 2 : at + 4], "big")
+        marker = stream[at + 1]
+        size = int.from_bytes(stream[at + 2 : at + 4], "big")
         body = stream[at + 4 : at + 2 + size]
-        if kind in (0xC0, 0xC1, 0xC2):
-            height, width = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
+        if marker in (0xC0, 0xC1, 0xC2):  # SOF0 to SOF2
+            height = int.from_bytes(body[1:3], "big")
+            width = int.from_bytes(body[3:5], "big")
             factors = [body[7 + 3 * k] for k in range(body[5])] if body[5] > 1 else [0x11]
-            unit_w, unit_h = 8 * max(f >> 4 for f in factors), 8 * max(f & 15 for f in factors)
-        elif kind == 0xDD:
+            unit_w = 8 * max(f >> 4 for f in factors)
+            unit_h = 8 * max(f & 15 for f in factors)
+        elif marker == 0xDD:  # DRI
             interval = int.from_bytes(body[:2], "big")
         at += 2 + size
-        if kind == 0xDA:
+        if marker == 0xDA:  # SOS
             return width, height, unit_w, unit_h, interval, at
 
 
 def mean_needed(data: BetonFile, size: int, epochs: int = 4) -> tuple[float, float]:
-    """(bytes needed, bytes stored) of a JPEG image of `data`, on average, for
-    RandomResizedCrop(size).
-    """
+    """Mean (bytes needed, bytes stored) of a JPEG image of `data` for RandomResizedCrop(size)."""
     index = np.arange(len(data))
-    samples = data.fetch(index)
+    (samples,) = data.fetch(index)
     streams = [
         samples.data[at : at + n].tobytes()
         for at, n in zip(samples.offset.tolist(), samples.size.tolist(), strict=True)
     ]
-    needed = [
-        sum(end - start for start, end in needed_parts(stream, (x, y, w, h)))
-        for epoch in range(epochs)
-        for stream, (x, y, w, h, _) in zip(
-            streams,
-            RandomResizedCrop(size).crops(samples.width, samples.height, index, 0, epoch).tolist(),
-            strict=True,
-        )
-    ]
+    needed = []
+    for epoch in range(epochs):
+        crops = RandomResizedCrop(size).crops(samples.width, samples.height, index, 0, epoch)
+        for stream, (x, y, w, h, _) in zip(streams, crops.tolist(), strict=True):
+            parts = needed_parts(stream, (x, y, w, h))
+            needed.append(sum(end - start for start, end in parts))
     return float(np.mean(needed)), float(samples.size.mean())

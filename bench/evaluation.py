@@ -150,7 +150,7 @@ def loop(args: argparse.Namespace, here: Machine) -> dict:
         path = Material(Path(folder), photos, args.loop_images, with_ffcv=False).jpg
         options = {
             "order": "sequential",
-            "image": CenterCrop(224),
+            "crop": CenterCrop(224),
             "num_workers": 1,
             "device": here.device,
         }

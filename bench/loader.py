@@ -1,11 +1,11 @@
-"""Loaders side by side, on the same photos: ours, FFCV, DALI, torchvision, simplejpeg + cv2.
+"""Compare loaders on the same photos: ours, FFCV, DALI, torchvision, simplejpeg + cv2.
 
     python bench/loader.py [--photos FOLDER] [--threads 1 2] [--blocks 5] [--cases "RRC 224" ...]
 
-All take turns, block by block; a block is one pass over the photos (long side 500, quality 90).
-What counts is images per second of CPU time, over all threads and processes, which a busy machine
-disturbs little; the ratio of wall times stands beside it. `make bench-peers` installs the peers;
-what is missing or fails is named at the end.
+All take turns, block by block; a block is one pass over the photos (long side 500, quality 90). The
+figure is images per second of CPU time over all threads and processes, which a busy machine
+disturbs little; the last column is the ratio of wall times. `make bench-peers` installs the peers;
+those that are missing or fail are named at the end.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-# GNU OpenMP's idle threads spin, which would count as FFCV's CPU time; read when the library is
-# loaded
+# GNU OpenMP's idle threads spin, which would count as FFCV's CPU time. The library reads this when
+# it is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import peers
@@ -39,13 +39,11 @@ from matryoshka.data.writer import WriteOptions
 BATCH = 64
 FFCV_FILE = "matryoshka, FFCV's file"
 BARE = "bare decode"
-MANY = 1_281_167
+MANY = 1_281_167  # images of ImageNet-1K's training set
 
 
 class Case(NamedTuple):
-    """One line of the table for every peer. goal: how many times as fast as a peer we want to be at
-    least.
-    """
+    """One comparison with every rival. goal: the least speed, as a multiple of a rival's."""
 
     crop: str
     size: int
@@ -91,32 +89,31 @@ def main(argv: list[str] | None = None) -> int:
     )
     p.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     p.add_argument("--blocks", type=int, default=5)
-    p.add_argument(
-        "--images", type=int, default=450, help="at least so many photos in a block, by repetition"
-    )
+    p.add_argument("--images", type=int, default=450, help="least photos in a block, by repetition")
     p.add_argument("--many", type=int, default=MANY, help="samples of the file that is opened")
     p.add_argument("--cases", nargs="+", choices=[*CASES, *WRITERS, OPEN], help="default: all")
     p.add_argument("--peers", nargs="*", choices=ALL, default=ALL, help="default: all")
     p.add_argument("--no-record", action="store_true", help="do not append to bench/results/")
     args = p.parse_args(argv)
-    wanted = args.cases or [*CASES, *WRITERS, OPEN]
+    names = args.cases or [*CASES, *WRITERS, OPEN]
     torch.set_num_threads(1)
 
     with tempfile.TemporaryDirectory() as scratch:
         table = Table()
-        if OPEN in wanted:  # first: it forks
+        if OPEN in names:  # first, because it forks, which threads would disturb
             opening(Path(scratch), args.many, args.blocks, args.peers, table)
         material = Material(
             Path(scratch), args.photos, args.images, "FFCV" in args.peers, args.small
         )
         table.failed |= material.failed
         describe(material)
-        for name in wanted:
+        for name in names:
             for threads in args.threads:
+                options = {"blocks": args.blocks, "chosen": args.peers, "table": table}
                 if name in CASES:
-                    loading(name, material, threads, args.blocks, args.peers, table)
+                    loading(name, material, threads, **options)
                 elif name in WRITERS:
-                    writing(name, material, threads, args.blocks, args.peers, table)
+                    writing(name, material, threads, **options)
         table.scaling()
         for name, reason in table.failed.items():
             print(f"not measured: {name}: {reason}")
@@ -126,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Table:
-    """Prints lines as they come, keeps rows for bench/results/."""
+    """Prints a line per result and keeps the rows for bench/results/."""
 
     def __init__(self) -> None:
         self.rows: list[dict] = []
@@ -139,9 +136,9 @@ class Table:
         )
 
     def add(
-        self, case: str, threads: int, outcome: Outcome, goal: dict[str, float], **about
+        self, case: str, threads: int, outcome: Outcome, goal: dict[str, float], **metadata
     ) -> None:
-        """A line for every peer. Where there is another run of ours, it is the one on FFCV's file."""
+        """Add a line per rival, and one for our run on FFCV's file, if there is one."""
         self.failed |= {f"{name} ({case})": reason for name, reason in outcome.failed.items()}
         blocks = outcome.blocks
         if OURS not in blocks:
@@ -149,7 +146,7 @@ class Table:
         ours = [name for name in blocks if name.startswith(OURS)]
         self._wall.setdefault(case, {})[threads] = rate(blocks[OURS], "wall")
         for name in blocks:
-            row = {"bench": "loader", "case": case, "peer": name, "threads": threads, **about}
+            row = {"bench": "loader", "case": case, "peer": name, "threads": threads, **metadata}
             row |= {
                 clock: spread([b.images / getattr(b, clock) for b in blocks[name]])
                 for clock in ("cpu", "wall")
@@ -161,15 +158,15 @@ class Table:
             }
             self.rows.append(row)
             if name not in (*ours, BARE):
-                self._line(case, threads, name, blocks[OURS], blocks[name], goal.get(name))
+                both = blocks[OURS], blocks[name]
+                self._line(case, threads, name, both=both, goal=goal.get(name))
         if FFCV_FILE in blocks and "FFCV" in blocks:
             self._line(
-                case + ", FFCV's file",
+                f"{case}, FFCV's file",
                 threads,
                 "FFCV",
-                blocks[FFCV_FILE],
-                blocks["FFCV"],
-                goal.get(FFCV_FILE),
+                both=(blocks[FFCV_FILE], blocks["FFCV"]),
+                goal=goal.get(FFCV_FILE),
             )
         if len(blocks) == len(ours):
             print(
@@ -182,10 +179,12 @@ class Table:
         case: str,
         threads: int,
         peer: str,
-        ours: list[Block],
-        theirs: list[Block],
+        *,
+        both: tuple[list[Block], list[Block]],
         goal: float | None,
     ) -> None:
+        """Print a comparison of `both`, our blocks and the peer's."""
+        ours, theirs = both
         value = ratio(ours, theirs)
         mark = "" if goal is None else f"{goal:g}x" + ("" if value >= goal else "!")
         print(
@@ -218,12 +217,12 @@ def describe(m: Material) -> None:
 
 
 def loading(
-    name: str, m: Material, threads: int, blocks: int, chosen: list[str], table: Table
+    name: str, m: Material, threads: int, *, blocks: int, chosen: list[str], table: Table
 ) -> None:
+    """Measure one of CASES."""
     case = CASES[name]
-    task = peers.Task(
-        case.crop, case.size, BATCH if case.crop != "pad" else 8 * BATCH, m, getattr(m, case.file)
-    )
+    batch = 8 * BATCH if case.crop == "pad" else BATCH  # small images
+    task = peers.Task(case.crop, case.size, batch, m, getattr(m, case.file))
     make: dict[str, Callable[[], Run]] = {OURS: partial(peers.ours, task, threads)}
     theirs = m.ffcv if case.file == "jpg" else None  # FFCV reads what FFCV wrote
     if theirs is not None and theirs.exists():
@@ -232,7 +231,7 @@ def loading(
         if rival in chosen:
             extra = {"file": theirs} if rival == "FFCV" else {}
             make[rival] = partial(RIVALS[rival], task, threads, **extra)
-    limit = name == "RRC 224" and threads == 1
+    limit = name == "RRC 224" and threads == 1  # the case for the physical limit
     if limit:
         make[BARE] = partial(peers.bare_decode, m.jpg)
     outcome = take_turns(make, blocks)
@@ -263,9 +262,11 @@ def loading(
 
 
 def writing(
-    name: str, m: Material, threads: int, blocks: int, chosen: list[str], table: Table
+    name: str, m: Material, threads: int, *, blocks: int, chosen: list[str], table: Table
 ) -> None:
-    """Originals -> 500 px q90; lossless: photos that fit are stored as they are, which FFCV cannot."""
+    """Measure a writer: originals to 500 px q90; with "lossless", photos that fit are copied, which
+    FFCV cannot do.
+    """
     options: dict = {"max_resolution": 500, "write_mode": "jpg", "jpeg_quality": 90}
     lossless = name != "write"
     if lossless and "transcode" not in {f.name for f in fields(WriteOptions)}:

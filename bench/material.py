@@ -1,6 +1,4 @@
-"""What the loader bench reads and writes: photos, .beton files of them, a file of 1.28 million
-samples.
-"""
+"""Test data of the loader bench: photos, .beton files of them, a file of 1.28 million samples."""
 
 from __future__ import annotations
 
@@ -13,14 +11,14 @@ from sklearn.datasets import load_sample_images
 
 from matryoshka.data import BetonFile, ImageFolder, layout, write_beton
 
-SMALL = 32  # pixels of the images that stand for CIFAR's
+SMALL = 32  # pixels per side, as CIFAR's images
 CLASSES = ["class0", "class1"]
 
 
 @dataclass
 class Material:
-    """Files of one run; `images` of each at least, by repetition. `ffcv` is there where its writer
-    works.
+    """The files of one run, with `images` photos or more, by repetition. The file `ffcv` exists if
+    FFCV's writer works.
     """
 
     root: Path
@@ -57,16 +55,13 @@ class Material:
             self.failed["FFCV's writer"] = str(error).splitlines()[0]
 
     def _prepare(self) -> None:
-        """originals/: photos as they are. photos/: JPEGs with a long side of at most 500 pixels,
-        quality 90.
-        """
+        """Write originals/ (unchanged photos) and photos/ (JPEGs up to 500 pixels, quality 90)."""
         if self.photos is None:
             whole = [Image.fromarray(image) for image in load_sample_images().images]
-            sources = [
-                image.crop((8 * k, 4 * k, 540 + 8 * k, 380 + 4 * k))
-                for image in whole
-                for k in range(10)
-            ]
+            sources = []
+            for image in whole:
+                for k in range(10):
+                    sources.append(image.crop((8 * k, 4 * k, 540 + 8 * k, 380 + 4 * k)))
             original = [None] * len(sources)
         else:
             data = ImageFolder(self.photos)
@@ -91,7 +86,7 @@ class Material:
 
 
 def _pieces(data: ImageFolder, n: int) -> np.ndarray:
-    """uint8 [n, SMALL, SMALL, 3] from photos."""
+    """Random pieces of a photo, uint8 [n, SMALL, SMALL, 3]."""
     rng = np.random.default_rng(0)
     photo = np.asarray(Image.open(data.path / data.name(0)).convert("RGB"))
     y = rng.integers(0, photo.shape[0] - SMALL + 1, n)
@@ -100,7 +95,7 @@ def _pieces(data: ImageFolder, n: int) -> np.ndarray:
 
 
 def _small(folder: Path) -> np.ndarray:
-    """uint8 [n, SMALL, SMALL, 3], every image of a folder, as CIFAR's are."""
+    """Every image of a folder of CIFAR, uint8 [n, SMALL, SMALL, 3]."""
     data = ImageFolder(folder)
     return np.stack(
         [np.asarray(Image.open(data.path / data.name(i)).convert("RGB")) for i in range(len(data))]
@@ -125,13 +120,13 @@ class _Pieces:
 
 
 def kilobytes(path: Path) -> float:
-    """Of a stored image, on average."""
+    """Mean size of a stored image in kB."""
     with BetonFile(path) as data:
         return float(data.size.mean()) / 1000
 
 
 def write_many(path: Path, samples: int) -> None:
-    """A .beton of `samples` images of which nothing but the headers is ever written: 50 kB holes."""
+    """Write a .beton of `samples` images of 50 kB that are holes: only metadata is on the disk."""
     record = layout.record_dtype([layout.IMAGE, layout.INT])
     page, size = layout.DEFAULT_PAGE, 50_000
     fields = np.array(

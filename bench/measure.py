@@ -1,4 +1,7 @@
-"""Turns of competitors, block by block, in CPU seconds; one that fails or hangs is dropped by name."""
+"""Time competitors in turns, block by block, in CPU seconds.
+
+A competitor that fails or hangs is dropped and named with the reason.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ from typing import NamedTuple
 
 import torch
 
-Run = Callable[[], int]  # one block; how many images it did
+Run = Callable[[], int]  # does one block and returns its number of images
 OURS = "matryoshka"
 
 
 class Missing(Exception):
-    """A competitor that is not installed."""
+    """A competitor is not installed."""
 
 
 class Block(NamedTuple):
@@ -37,9 +40,8 @@ class Outcome(NamedTuple):
 
 def cpu_seconds() -> float:
     """CPU time of this process and of its children, living and gone."""
-    alive = sum(
-        map(_cpu_of, (child.pid for child in multiprocessing.active_children()))
-    )  # reaps the others, too
+    # active_children() also reaps ended children, which RUSAGE_CHILDREN then counts
+    alive = sum(_cpu_of(child.pid) for child in multiprocessing.active_children())
     gone = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + gone.ru_utime + gone.ru_stime + alive
 
@@ -47,20 +49,20 @@ def cpu_seconds() -> float:
 def _cpu_of(pid: int | None) -> float:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:  # it ended just now
+    except FileNotFoundError:  # it has just ended
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """TimeoutError after `seconds` of waiting; only Python's main thread can be woken up."""
+    """Raise TimeoutError after `seconds`; only in the main thread, as others get no signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(*_) -> None:
-        raise TimeoutError(f"no end after {seconds:.0f} s")
+        raise TimeoutError(f"not finished after {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -72,11 +74,11 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def take_turns(make: Mapping[str, Callable[[], Run]], blocks: int, limit: float = 300) -> Outcome:
-    """`blocks` blocks of every competitor, in turns, after one that does not count (caches,
+    """Run `blocks` blocks of every competitor in turns, after one that does not count (caches,
     compilation).
 
-    make: name -> what prepares a competitor and returns its block. limit: seconds for a block, or
-    to prepare.
+    make: name -> function that prepares a competitor and returns its Run. limit: seconds for one
+    block or one preparation.
     """
     runs: dict[str, Run] = {}
     outcome = Outcome({name: [] for name in make}, {})
@@ -88,7 +90,7 @@ def take_turns(make: Mapping[str, Callable[[], Run]], blocks: int, limit: float 
                 yield
         except Missing as error:
             outcome.failed[name] = f"missing: {error}"
-        except Exception as error:  # of whatever kind: the others go on
+        except Exception as error:  # of any kind: the others continue
             outcome.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         if name in outcome.failed:
             runs.pop(name, None)
@@ -99,7 +101,7 @@ def take_turns(make: Mapping[str, Callable[[], Run]], blocks: int, limit: float 
             runs[name] = prepare()
     for block in range(blocks + 1):
         for name, run in list(runs.items()):
-            torch.set_num_threads(1)  # FFCV sets it
+            torch.set_num_threads(1)  # FFCV changes it
             with noted(name):
                 cpu, wall = cpu_seconds(), time.perf_counter()
                 images = run()
@@ -110,12 +112,12 @@ def take_turns(make: Mapping[str, Callable[[], Run]], blocks: int, limit: float 
 
 
 def rate(blocks: list[Block], clock: str = "cpu") -> float:
-    """Images per second of a clock, the median of blocks."""
+    """Images per second of a clock (cpu or wall), the median over blocks."""
     return statistics.median(block.images / getattr(block, clock) for block in blocks)
 
 
 def ratio(ours: list[Block], theirs: list[Block], clock: str = "cpu") -> float:
-    """How many times as fast as theirs ours is: the median over turns."""
+    """Our speed divided by theirs, the median over turns."""
     pairs = zip(ours, theirs, strict=True)
     return statistics.median(
         (a.images / getattr(a, clock)) / (b.images / getattr(b, clock)) for a, b in pairs

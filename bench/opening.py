@@ -1,10 +1,9 @@
-"""Seconds and memory until a .beton is open, as JSON: ours and, where it is wanted and installed,
-FFCV's.
+"""Measure the time and memory that opening a .beton takes: ours and, if requested, FFCV's.
 
     python bench/opening.py FILE TURNS [FFCV]
 
-Every opening happens in a fork of this process, which has imported both before. FFCV's: its Reader
-and the tables that its Loader builds from it before anything else.
+Prints one line of JSON per opening. Each happens in a fork of this process, which has imported both
+before. FFCV's part is its Reader and the tables that its Loader builds from it first.
 """
 
 # pyright: reportMissingImports=false
@@ -35,17 +34,14 @@ def openers(wanted: list[str]) -> dict[str, Callable[[str], object]]:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def peak() -> int:
-    """The most that `resident` has been."""
-    line = next(
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmHWM")
-    )
+    """The maximum of `resident` so far."""
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
@@ -56,7 +52,8 @@ def main(argv: list[str]) -> int:
             if os.fork():
                 os.wait()
                 continue
-            before, cpu, wall = resident(), time.process_time(), time.perf_counter()
+            before = resident()
+            cpu, wall = time.process_time(), time.perf_counter()
             opened = opener(path)
             row = {
                 "peer": name,

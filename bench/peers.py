@@ -1,8 +1,8 @@
-"""The loaders that are measured: ours, FFCV, DALI, torchvision, simplejpeg + cv2, each as one block
-of images.
+"""The loaders of the loader bench: ours, FFCV, DALI, torchvision, simplejpeg + cv2.
 
-Every peer makes uint8 batches: random crops of a photo or its centre, resized to `size`, flipped;
-or, for the small images, a window of the padded image. A peer that is not installed raises Missing.
+Every function prepares a loader and returns its Run. All produce uint8 batches: a random crop of a
+photo, or its centre, resized to `size` and flipped; for small images, a window of the padded image.
+A peer that is not installed raises Missing.
 """
 
 # pyright: reportMissingImports=false
@@ -30,12 +30,12 @@ from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader, RandomRe
 from matryoshka.data.crops import PadCrop
 
 INSTALL = "make bench-peers"
-PASSES = 3  # of FFCV in one epoch, at whose start it allocates and touches all its buffers anew
+PASSES = 3  # over the photos in one epoch of FFCV, which allocates all its buffers at every epoch
 
 
 class Task(NamedTuple):
-    """crop: random, center or pad. size: pixels of the output. file: the .beton that ours and FFCV
-    read.
+    """crop: random, center or pad. size: pixels per side of the output. file: the .beton for our
+    loader and FFCV's.
     """
 
     crop: str
@@ -49,7 +49,7 @@ def need(*modules: str) -> None:
     for module in modules:
         try:
             found = find_spec(module)
-        except ModuleNotFoundError:  # of the package above it
+        except ModuleNotFoundError:  # of its parent package
             found = None
         if found is None:
             raise Missing(f"{module} is not installed ({INSTALL})")
@@ -62,7 +62,7 @@ def ours(task: Task, threads: int, file: Path | None = None) -> Run:
         file or task.file,
         task.batch,
         order=order,
-        image=crops[task.crop](task.size),
+        crop=crops[task.crop](task.size),
         num_workers=threads,
     )
     return lambda: sum(len(batch.images) for batch in loader)
@@ -106,9 +106,8 @@ def ffcv(task: Task, threads: int, file: Path | None = None) -> Run:
         epoch = iter(loader)
         images = 0
         while True:
-            while (
-                epoch.output_queue.empty() and epoch.is_alive()
-            ):  # FFCV waits for ever when its thread has died
+            # FFCV waits for ever if its thread has died
+            while epoch.output_queue.empty() and epoch.is_alive():
                 epoch.join(0.002)
             if epoch.output_queue.empty():
                 raise RuntimeError("its loading thread died")
@@ -121,13 +120,13 @@ def ffcv(task: Task, threads: int, file: Path | None = None) -> Run:
 
 
 def _without_numba(unraisable: Any) -> None:
-    """numba says `KeyError in finalize` when a loader of FFCV's goes away; it means nothing."""
+    """Hide numba's `KeyError in finalize`, a harmless error when a loader of FFCV is deleted."""
     if not isinstance(unraisable.exc_value, KeyError) or "finalize" not in repr(unraisable.object):
         sys.__unraisablehook__(unraisable)
 
 
 def dali(task: Task, threads: int) -> Run:
-    """CPU operators; without prefetching, whose work would fall into the others' blocks."""
+    """CPU operators, without prefetching, whose work would happen during the others' blocks."""
     need("nvidia.dali")
     from nvidia.dali import fn, pipeline_def, types
 
@@ -179,7 +178,7 @@ def _data_loader(data: Any, task: Task, threads: int) -> Run:
 
 
 def torchvision_pil(task: Task, threads: int) -> Run:
-    """ImageFolder + DataLoader; one thread: in this process."""
+    """ImageFolder + DataLoader; in this process for one thread."""
     steps = torchvision.transforms
     crop = {
         "random": [steps.RandomResizedCrop(task.size), steps.RandomHorizontalFlip()],
@@ -231,7 +230,7 @@ def torchvision_v2(task: Task, threads: int) -> Run:
 
 
 def simplejpeg_cv2(task: Task, threads: int) -> Run:
-    """Whole decode, crop, INTER_AREA, flip, on threads."""
+    """Full decode, crop, INTER_AREA, flip, on threads."""
     need("simplejpeg", "cv2")
     import cv2
     import simplejpeg
@@ -241,15 +240,16 @@ def simplejpeg_cv2(task: Task, threads: int) -> Run:
     out = np.empty((task.batch, task.size, task.size, 3), np.uint8)
     pool = ThreadPoolExecutor(threads)
 
-    def one(place: tuple[int, int]) -> None:
-        slot, index = place
+    def load(slot: int, index: int) -> None:
         pixels = simplejpeg.decode_jpeg(data.read(index), fastdct=True)
         height, width = pixels.shape[:2]
         if task.crop == "random":
             x, y, w, h, flip = random_crop(width, height)
         else:
             w = h = int(224 / 256 * min(width, height))
-            x, y, flip = (width - w) // 2, (height - h) // 2, False
+            x = (width - w) // 2
+            y = (height - h) // 2
+            flip = False
         resized = cv2.resize(
             pixels[y : y + h, x : x + w], (task.size, task.size), interpolation=cv2.INTER_AREA
         )
@@ -258,7 +258,8 @@ def simplejpeg_cv2(task: Task, threads: int) -> Run:
     def run() -> int:
         order = np.random.permutation(len(data)).tolist()  # noqa: NPY002
         for start in range(0, len(order), task.batch):
-            list(pool.map(one, enumerate(order[start : start + task.batch])))
+            batch = order[start : start + task.batch]
+            list(pool.map(load, range(len(batch)), batch))
         return len(order)
 
     return run
@@ -283,9 +284,9 @@ def random_crop(width: int, height: int) -> tuple[int, int, int, int, bool]:
 
 
 def bare_decode(file: Path) -> Run:
-    """libjpeg-turbo over whole images, and nothing else."""
+    """Full decodes by libjpeg-turbo and nothing else."""
     with BetonFile(file) as data:
-        samples = data.fetch(np.arange(len(data)))
+        (samples,) = data.fetch(np.arange(len(data)))
         streams = [
             samples.data[at : at + size].tobytes()
             for at, size in zip(samples.offset.tolist(), samples.size.tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""Rows of bench/results/: what was measured, on what, with which code."""
+"""Rows of bench/results/: measurements with date, hardware, versions and commit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from matryoshka.environment import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BEGUN = environment()  # the code that is measured, whatever is edited meanwhile
+AT_START = environment()  # at import: later edits do not change the code that is measured
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -25,14 +25,16 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def append(name: str, rows: Sequence[dict]) -> Path:
-    """Add rows (with date, commit, hardware, versions) to results/<name>.jsonl; returns its path."""
-    about = {
+    """Append rows, with date, commit, hardware and versions, to results/<name>.jsonl; return its
+    path.
+    """
+    metadata = {
         "date": datetime.date.today().isoformat(),
-        **{k: BEGUN[k] for k in ("git", "hardware", "versions")},
+        **{k: AT_START[k] for k in ("git", "hardware", "versions")},
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.jsonl"
     with open(path, "a") as file:
         for row in rows:
-            file.write(json.dumps(about | row) + "\n")
+            file.write(json.dumps(metadata | row) + "\n")
     return path

@@ -323,7 +323,7 @@ def extract(model: NestedModel, dataset, args, precision: str, device: torch.dev
         dataset,
         args.batch_size,
         order="sequential",
-        image=crop,
+        crop=crop,
         num_workers=args.workers,
         device=device,
     )

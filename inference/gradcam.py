@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         some_of(source, chosen),
         BATCH,
         order="sequential",
-        image=crop,
+        crop=crop,
         device=device,
         on_error="skip",
     )

@@ -435,7 +435,7 @@ def make_loader(request: Request, data: Data, world: distributed.World) -> Loade
     if args.preprocessing == "upstream":
         return ResizedImages(data, global_batch, **options)
     crop = CenterCrop(preprocessing.size, preprocessing.ratio)
-    return Loader(data, global_batch, image=crop, **options)
+    return Loader(data, global_batch, crop=crop, **options)
 
 
 # ---------------------------------------------------------------- results

@@ -256,7 +256,7 @@ def add_samples(evidence: Evidence, results: Path, count: int, seed: int, budget
         return 0
     chosen, first = choose(arrays, count, seed)
     crop = CenterCrop(subject["resolution"], subject.get("crop_ratio", 1.0))
-    loader = Loader(Subset(dataset, chosen), 64, order="sequential", image=crop, num_workers=1)
+    loader = Loader(Subset(dataset, chosen), 64, order="sequential", crop=crop, num_workers=1)
     pixels = np.concatenate([batch.images.numpy() for batch in loader])
     names = arrays.class_names or [str(c) for c in range(arrays.num_classes)]
     said, sure = arrays.answers(chosen)

@@ -1,107 +1,151 @@
-"""Files that appear under their name only when they are whole and on the disk."""
+"""Atomic file replacement, and opening of files that may not be regular files.
+
+    with AtomicFile(path) as file:      # a temporary name beside `path`
+        file.append(content)
+        file.flush()                    # to the disk
+        file.publish()                  # renamed: readers see the old file or the whole new one
+
+`write_atomically` does these steps for content that fits into memory.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+import stat
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class FileError(ValueError):
-    """A file that cannot be written; the message names it and the remedy."""
+class FileError(OSError):
+    """The disk or the quota is full; names the file and the bytes it needs."""
 
     user_error = True
 
 
-class Replacement:
-    """A file under a temporary name beside `path`; `publish` gives it that name, leaving removes
-    it.
+class AtomicFile:
+    """A file that readers see under its name only after `publish`.
+
+    Until then it has a temporary name in the same folder (a rename is atomic only inside one file
+    system); leaving the context without `publish` removes it. `temporary` is that name, for writers
+    that open files themselves.
+
+    An OSError of any of these methods names `path`, never the temporary file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._written = 0
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._written = 0  # bytes, of `write`
 
-    def __enter__(self) -> Replacement:
+    def __enter__(self) -> AtomicFile:
         flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
         try:
-            self._fd = os.open(self._temporary, flags, 0o666)
+            self._descriptor = os.open(self.temporary, flags, 0o666)
         except OSError as error:
-            raise self._explained(error, 0) from error
+            raise self._explained(error) from error
         return self
 
     def __exit__(self, *_) -> None:
         with suppress(OSError):
-            os.close(self._fd)
-        with suppress(FileNotFoundError):
-            self._temporary.unlink()
+            os.close(self._descriptor)
+        with suppress(FileNotFoundError):  # `publish` has renamed it
+            self.temporary.unlink()
+
+    def append(self, data: bytes | memoryview) -> None:
+        """Write `data` after what was appended so far."""
+        rest = memoryview(data)
+        try:
+            while rest:  # the system may write less than it is given
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError as error:
+            raise self._explained(error) from error
 
     def write(self, data: bytes | bytearray, offset: int) -> None:
-        view = memoryview(data)
+        """Write `data` at byte `offset`. FileError where the disk is full."""
+        rest = memoryview(data)
         try:
-            while view:
-                n = os.pwrite(self._fd, view, offset)
-                view, offset = view[n:], offset + n
+            while rest:
+                count = os.pwrite(self._descriptor, rest, offset)
+                rest = rest[count:]
+                offset += count
         except OSError as error:
-            raise self._explained(error, max(self._written, offset + len(view))) from error
+            raise self._explained(error, max(self._written, offset + len(rest))) from error
         self._written = max(self._written, offset)
 
     def flush(self) -> None:
+        """Wait until the content is on the disk."""
         try:
-            os.fsync(self._fd)
+            os.fsync(self._descriptor)
         except OSError as error:
             raise self._explained(error, self._written) from error
 
     def publish(self) -> None:
-        os.replace(self._temporary, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
+        """Rename the file to `path`, replacing an older one. Call `flush` first."""
         try:
-            os.fsync(folder)  # the name, too, must survive a power cut
-        finally:
-            os.close(folder)
+            os.replace(self.temporary, self.path)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise self._explained(error) from error
 
-    def _explained(self, error: OSError, needed: int) -> Exception:
+    def _explained(self, error: OSError, needed: int = 0) -> OSError:
+        reason = error.strerror or str(error)
         if error.errno in _NO_SPACE:
-            return FileError(
-                f"{self.path}: not written: {error.strerror} ({needed} bytes and more are needed)"
-            )
-        return OSError(error.errno, error.strerror, str(self.path))
+            hint = f" ({needed} bytes or more are needed)" if needed else ""
+            return FileError(error.errno, reason + hint, str(self.path))
+        return OSError(error.errno, reason, str(self.path))
 
 
 def write_atomically(path: str | Path, *content: bytes | memoryview) -> None:
-    """Replace `path` by `content`, whole or not at all: temporary name, flush to disk, rename,
-    flush the folder.
+    """Replace `path` by the concatenated `content`, completely or not at all.
+
+    OSError that names `path`; the old file, if there was one, is then unchanged.
     """
     path = Path(path)
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "is a folder; give the name of a file")
-        _replace(path, path.with_name(f".{path.name}.{os.getpid()}.tmp"), content)
-    except OSError as error:  # a full disk, too, has an error without a file's name
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; give the name of a file", str(path))
+    with AtomicFile(path) as file:
+        for part in content:
+            file.append(part)
+        file.flush()
+        file.publish()
 
 
-def _replace(path: Path, temporary: Path, content: Sequence[bytes | memoryview]) -> None:
+def sync_folder(path: str | Path) -> None:
+    """Flush a folder to the disk: a rename survives a power cut only after this."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        file = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o666)
-        try:
-            for part in content:
-                rest = memoryview(part)
-                while rest:
-                    rest = rest[os.write(file, rest) :]
-            os.fsync(file)
-        finally:
-            os.close(file)
-        os.replace(temporary, path)
+        os.fsync(descriptor)
     finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+        os.close(descriptor)
+
+
+def open_regular(
+    path: str | Path, *, max_bytes: int | None = None, follow_links: bool = True
+) -> BinaryIO:
+    """Open a file for reading if it is a regular file of at most `max_bytes` bytes.
+
+    Opening a pipe would wait for its other end, and a device has no end: neither is opened. OSError
+    with the reason as `strerror`.
+    """
+    # O_NONBLOCK: open() returns at once also for a pipe. It does not affect regular files.
+    flags = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)
+    if not follow_links:
+        flags |= getattr(os, "O_NOFOLLOW", 0)
+    if not stat.S_ISREG(os.stat(path, follow_symlinks=follow_links).st_mode):
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    descriptor = os.open(path, flags)
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        # once more, of what was opened: the name may belong to another file by now
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        if max_bytes is not None and status.st_size > max_bytes:
+            raise OSError(errno.EFBIG, f"is larger than {max_bytes} bytes", str(path))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")

@@ -143,7 +143,7 @@ def pixels(folder: Path, cases: Sequence[tuple[Any, ...]]) -> Values:
         shown = "".join(f"/{key}={value}" for key, value in options.items())
         case = f"{kind.__name__}/{file}/{type(image).__name__}{image.size}/{order}{shown}"
         path = folder / (file if file == "mixed" else f"{file}.beton")
-        options = {"order": order, "image": image, "world": world, "seed": 7, **options}
+        options = {"order": order, "crop": image, "world": world, "seed": 7, **options}
         for rank in range(world):
             loader = kind(path, 8, num_workers=2, rank=rank, **options)
             for epoch in range(2):
@@ -181,7 +181,9 @@ MACHINE_PIXELS = (
 def orders() -> Values:
     found: Values = {}
     for n, kind, epoch in itertools.product((1, 10, 1000, 50_000), ORDERS, (0, 3)):
-        order = epoch_order(n, kind, 11, epoch, np.arange(n, dtype=np.int64) // 37, 5)
+        order = epoch_order(
+            n, kind, 11, epoch, pages=np.arange(n, dtype=np.int64) // 37, window_pages=5
+        )
         found[f"order/{kind}/{n}/epoch{epoch}"] = sha(order.astype("<i8"))
     return found
 

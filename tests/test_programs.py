@@ -79,7 +79,7 @@ def test_the_checkpoint_has_the_accuracy_that_the_log_says(run, digits):
     for path in (run / "model.safetensors", run / "final_weights.pt"):
         model = load_model(path)
         logits, labels = [], []
-        for batch in Loader(digits["val"], 1, order="sequential", image=CenterCrop(32, 1.0)):
+        for batch in Loader(digits["val"], 1, order="sequential", crop=CenterCrop(32, 1.0)):
             images = normalise(batch.images)
             with torch.inference_mode():
                 logits.append(model(images) + model(images.flip(3)))  # validation.lr_tta is on
@@ -253,7 +253,7 @@ def test_inference_on_an_image_folder_with_upstreams_flags(folder, tmp_path):
     )
     data = open_dataset(folder / "val")
     hits = np.zeros(3)
-    for batch in Loader(data, 1, order="sequential", image=CenterCrop(224)):
+    for batch in Loader(data, 1, order="sequential", crop=CenterCrop(224)):
         with torch.inference_mode():
             hits += (model(normalise(batch.images)).argmax(2) == batch.labels).squeeze(1).numpy()
     prefixes = json.loads(output.read_text())["prefixes"]

@@ -1,20 +1,22 @@
-"""ImageNet-4K, the retrieval benchmark of the MRL paper, out of ImageNet-21K: database and queries,
-a .beton each.
+"""Build ImageNet-4K, the retrieval benchmark of the MRL paper, from ImageNet-21K: one .beton with
+the database, one with the queries.
 
     python train/build_imagenet4k.py --data imagenet21k --classes IDtoClass.txt --output imagenet4k
 
---data holds one folder of images for each class, named by its WordNet id (n00005787). --classes is
-the list of the paper's repository, one `00005787-n -> benthos: definition` per line. Of each class
-50 images become queries and 1,000 the database, drawn by --seed from its files in sorted order;
-images that no decoder reads are passed over. The paper's own draw was never published as a program:
-another one gives other numbers.
+--data contains one folder of images per class, named by its WordNet id (n00005787). --classes is
+the list of the paper's repository, one `00005787-n -> benthos: definition` per line. Of each class,
+50 images become queries and 1,000 the database, drawn with --seed from its files in sorted order;
+images that no decoder can read are skipped. The paper did not publish the program of its own draw,
+so results differ slightly from the paper's.
 
-    imagenet4k_queries.beton, imagenet4k_database.beton    labels are ranks of the sorted WordNet ids; .json beside each
-    imagenet4k.jsonl    the options, then one line per class: its images in both files' order; written last
+    imagenet4k_queries.beton      labels are ranks of the sorted WordNet ids; a .json beside each
+    imagenet4k_database.beton
+    imagenet4k.jsonl              the options, then one line per class with its images in the order
+                                  of both files; written last
 
-Works class by class; killed and started again with the same options, it goes on with the next
-class, and the files are the same. The finished classes lie in `.parts` until the end: twice the
-space is needed.
+The program works class by class. If it is killed and started again with the same options, it
+resumes at the next class, and the files are the same. Finished classes are kept in `.parts` until
+the end, so twice the space is needed.
 """
 
 from __future__ import annotations
@@ -38,22 +40,25 @@ from tqdm import tqdm
 
 from matryoshka import config
 from matryoshka.data import BetonError, BetonFile, write_beton
-from matryoshka.data.layout import Pages, page_size_for
+from matryoshka.data.layout import PageWriter, page_size_for
 from matryoshka.data.reader import manifest_path, printable
 from matryoshka.data.sources import EXTENSIONS, decode_image
 from matryoshka.data.writer import WriteOptions
-from matryoshka.files import Replacement, write_atomically
+from matryoshka.files import AtomicFile, write_atomically
 
-QUERIES, DATABASE = "imagenet4k_queries.beton", "imagenet4k_database.beton"
-MANIFEST, PARTS, PLAN = "imagenet4k.jsonl", ".parts", "plan.json"
+QUERIES = "imagenet4k_queries.beton"
+DATABASE = "imagenet4k_database.beton"
+MANIFEST = "imagenet4k.jsonl"
+PARTS = ".parts"  # folder of the finished classes
+PLAN = "plan.json"  # the options that its parts were made with
 LINE = re.compile(r"(\d{8})-n -> (.+)")
 WNID = re.compile(r"n\d{8}")
 LISTS = ("cmyk", "other_content", "damaged", "broken")  # of a side file
-SHOWN = 5
+SHOWN = 5  # names that a message lists
 
 
 class BuildError(ValueError):
-    """A tree or a list that ImageNet-4K cannot be built from; the message names it and the remedy."""
+    """An unusable image tree or class list; the message names it and the remedy."""
 
     user_error = True
 
@@ -111,13 +116,14 @@ def parser() -> argparse.ArgumentParser:
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.database_per_class < 1 or args.queries_per_class < 1 or args.workers < 0:
-        raise config.ConfigError(
-            "--database-per-class and --queries-per-class must be 1 or more, --workers 0 or more"
-        )
+    for option, least in (("database_per_class", 1), ("queries_per_class", 1), ("workers", 0)):
+        value = getattr(args, option)
+        if value < least:
+            flag = f"--{option.replace('_', '-')}"
+            raise config.ConfigError(f"{flag} {value}: expected {least} or more")
     if not 0 <= args.seed < 1 << 64:
         raise config.ConfigError(f"--seed {args.seed}: expected 0 to {(1 << 64) - 1}")
-    WriteOptions(**store_options(args))  # refuses what makes no sense
+    WriteOptions(**store_options(args))  # validates them before any work
     output = Path(args.output)
     wnids = read_classes(Path(args.classes))
     plan = {
@@ -133,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "classes": hashlib.sha256("\n".join(wnids).encode()).hexdigest(),
     }
     if finished(output, plan, args.overwrite):
-        shutil.rmtree(output / PARTS, ignore_errors=True)  # killed before this
+        shutil.rmtree(output / PARTS, ignore_errors=True)  # left by a kill just before the end
         print(f"{output}: finished already")
         return 0
     images = list_images(Path(args.data), wnids, args)
@@ -141,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare(parts, plan, args.overwrite)
     before = sum((parts / f"{wnid}.json").exists() for wnid in images)
     if before:
-        print(f"{output}: goes on, {before:,} of {len(images):,} classes are there")
+        print(f"{output}: resumes, {before:,} of {len(images):,} classes are finished")
     for wnid in tqdm(images, leave=False, unit="class", disable=not sys.stderr.isatty()):
         if not (parts / f"{wnid}.json").exists():
             write_class(parts, Path(args.data), wnid, images[wnid], args)
@@ -160,33 +166,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (
-        f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    )
+    """The first names of a list, and the number of the others."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def read_classes(file: Path) -> list[str]:
-    """WordNet ids of a class list, sorted. Lines that hold a bare id are taken as well."""
+    """WordNet ids of a class list, sorted. Lines with only an id (n00005787) are accepted, too."""
     wnids = []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
-        raise BuildError(f"--classes {file}: is not a text; give IDtoClass.txt") from None
+        raise BuildError(f"--classes {file}: is not a text file; give IDtoClass.txt") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         found = LINE.fullmatch(line.strip())
         if not found and not WNID.fullmatch(line.strip()):
             raise BuildError(
-                f"--classes {file}: line {number} is {printable(line[:60])!r}, not like "
+                f"--classes {file}: line {number} is {printable(line[:60])!r}, expected "
                 "'00005787-n -> benthos: ...'"
             )
         wnids.append(f"n{found[1]}" if found else line.strip())
     if not wnids or len(set(wnids)) < len(wnids):
-        twice = next((wnid for wnid in wnids if wnids.count(wnid) > 1), None)
-        raise BuildError(
-            f"--classes {file}: {f'names {twice} twice' if twice else 'names no class'}"
-        )
+        twice = [wnid for wnid, count in Counter(wnids).items() if count > 1]
+        reason = f"names {twice[0]} twice" if twice else "names no class"
+        raise BuildError(f"--classes {file}: {reason}")
     return sorted(wnids)
 
 
@@ -205,14 +210,12 @@ def list_images(data: Path, wnids: list[str], args: Namespace) -> dict[str, list
         images[wnid] = names
     small = [f"{wnid} ({len(names)})" for wnid, names in images.items() if len(names) < needed]
     if len(small) == len(wnids) or (small and not args.leave_out_small):
+        remedy = "unpack them, or add --leave-out-small"
+        if len(small) == len(wnids):
+            remedy = "is it ImageNet-21K?"
         raise BuildError(
             f"--data {data}: {len(small)} of {len(wnids)} classes have fewer than {needed} "
-            f"images: {some(small)}"
-            + (
-                "; unpack them, or add --leave-out-small"
-                if len(small) < len(wnids)
-                else "; is it ImageNet-21K?"
-            )
+            f"images: {some(small)}; {remedy}"
         )
     return {wnid: names if len(names) >= needed else [] for wnid, names in images.items()}
 
@@ -222,11 +225,9 @@ def is_image(entry: os.DirEntry) -> bool:
 
 
 def drawn(names: list[str], wnid: str, seed: int) -> list[str]:
-    """The class's files in the order of the draw: a pure function of its sorted names, its id and
-    the seed.
-    """
+    """Shuffle a class's files: a pure function of its sorted names, its id and the seed."""
     key = np.array([seed, int(wnid[1:])], np.uint64)
-    stream = np.random.Philox(key=key).random_raw(len(names))  # NumPy promises it for ever
+    stream = np.random.Philox(key=key).random_raw(len(names))  # NumPy guarantees this stream
     return [names[i] for i in np.argsort(stream, kind="stable")]
 
 
@@ -234,7 +235,7 @@ def drawn(names: list[str], wnid: str, seed: int) -> list[str]:
 
 
 def finished(output: Path, plan: dict, overwrite: bool) -> bool:
-    """Whether all files are there; BuildError where they are of other options."""
+    """Whether all files exist. BuildError if they were made with other options."""
     manifest = output / MANIFEST
     if overwrite or not manifest.exists():
         return False
@@ -244,18 +245,20 @@ def finished(output: Path, plan: dict, overwrite: bool) -> bool:
 
 
 def prepare(parts: Path, plan: dict, overwrite: bool) -> None:
+    """Create the folder of parts, or check that its parts were made with the same options."""
     stored = read_json((parts / PLAN).read_bytes()) if (parts / PLAN).exists() else None
     if stored is not None and not overwrite:
         must_match(parts, stored, plan)
     elif stored != plan:
         shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir(parents=True, exist_ok=True)
-    for left in parts.glob(".*.tmp"):  # of a process that was killed
+    for left in parts.glob(".*.tmp"):  # left by a process that was killed
         left.unlink(missing_ok=True)
     write_atomically(parts / PLAN, json.dumps(plan).encode())
 
 
 def read_json(data: bytes) -> Any:
+    """The value, or {} if `data` is not JSON: it then matches no options."""
     try:
         return json.loads(data)
     except ValueError:
@@ -267,10 +270,10 @@ def must_match(where: Path, stored: Any, plan: dict) -> None:
     for key, value in plan.items():
         if stored.get(key) != value:
             option = key.replace("_", "-")
+            before, now = str(stored.get(key))[:20], str(value)[:20]
             raise BuildError(
-                f"{where}: was made with --{option} {str(stored.get(key))[:20]}, not "
-                f"{str(value)[:20]}; choose another "
-                "--output, or add --overwrite"
+                f"{where}: was made with --{option} {before}, not {now}; choose another --output, "
+                "or add --overwrite"
             )
 
 
@@ -282,7 +285,7 @@ def store_options(args: Namespace) -> dict[str, Any]:
 
 
 class ClassImages:
-    """Some images of one class, as write_beton wants them."""
+    """Some images of one class, as a source of write_beton."""
 
     def __init__(self, data: Path, wnid: str, names: Sequence[str]) -> None:
         self._folder, self._names = data / wnid, names
@@ -299,10 +302,13 @@ class ClassImages:
 
 
 def write_class(parts: Path, data: Path, wnid: str, names: list[str], args: Namespace) -> None:
-    """Both parts of one class, then the note that they are there; without images, the note that it
-    is left out.
+    """Write both parts of one class, then the record that they are complete.
+
+    Without enough images, only write the record that the class is left out. Unreadable images are
+    replaced by the next ones of the draw.
     """
-    left, unreadable = drawn(names, wnid, args.seed), []
+    left = drawn(names, wnid, args.seed)
+    unreadable: list[str] = []
     record: dict[str, Any] = {"wnid": wnid}
     for kind, count in (("queries", args.queries_per_class), ("database", args.database_per_class)):
         while names:
@@ -311,14 +317,12 @@ def write_class(parts: Path, data: Path, wnid: str, names: list[str], args: Name
                 if not args.leave_out_small:
                     raise BuildError(
                         f"{data / wnid}: has too few readable images, {len(unreadable)} are not: "
-                        f"{some(unreadable)}; "
-                        "mend them, or add --leave-out-small"
+                        f"{some(unreadable)}; replace them, or add --leave-out-small"
                     )
                 names = []
                 break
-            broken = write_part(
-                parts / f"{wnid}.{kind}.beton", ClassImages(data, wnid, chosen), args
-            )
+            part = parts / f"{wnid}.{kind}.beton"
+            broken = write_part(part, ClassImages(data, wnid, chosen), args)
             if not broken:
                 record[kind], left = chosen, left[count:]
                 break
@@ -332,10 +336,10 @@ def write_class(parts: Path, data: Path, wnid: str, names: list[str], args: Name
 
 
 def write_part(path: Path, images: ClassImages, args: Namespace) -> set[str]:
-    """The names of those that no decoder reads; the file is good where there are none."""
+    """Write one part; return the names of unreadable images, without which the part is valid."""
     try:
         manifest = write_beton(images, path, num_workers=args.workers, **store_options(args))
-    except BetonError:  # also when none of them can be read
+    except BetonError:  # raised also if none of the images can be read
         broken = {images.name(i) for i in range(len(images)) if not readable(images, i)}
         if len(broken) < len(images):
             raise
@@ -355,7 +359,7 @@ def readable(images: ClassImages, index: int) -> bool:
 
 
 class Summary(NamedTuple):
-    """What was built. left_out: WordNet ids."""
+    """Counts of the finished benchmark. left_out: WordNet ids."""
 
     classes: int
     queries: int
@@ -364,9 +368,7 @@ class Summary(NamedTuple):
 
 
 def assemble(output: Path, wnids: list[str], plan: dict) -> Summary:
-    """All parts as two files, whose stored bytes are those of the parts; then the manifest, then no
-    more parts.
-    """
+    """Join the parts into the two files, write the manifest, and remove the parts."""
     parts = output / PARTS
 
     def record(wnid: str) -> dict:
@@ -377,24 +379,17 @@ def assemble(output: Path, wnids: list[str], plan: dict) -> Summary:
         raise BuildError(
             f"{output}: every one of the {len(wnids)} classes has too few readable images"
         )
-    queries, database = (
-        join(parts / name, kind, map(record, kept), kept, plan)
-        for kind, name in (("queries", QUERIES), ("database", DATABASE))
-    )
-    with Replacement(parts / MANIFEST) as file:
-        at = 0
+    queries = join(parts / QUERIES, "queries", map(record, kept), kept, plan)
+    database = join(parts / DATABASE, "database", map(record, kept), kept, plan)
+    with AtomicFile(parts / MANIFEST) as file:
         for content in itertools.chain([plan], map(record, wnids)):
-            line = (json.dumps(content) + "\n").encode()
-            file.write(line, at)
-            at += len(line)
+            file.append((json.dumps(content) + "\n").encode())
         file.flush()
         file.publish()
     (output / MANIFEST).unlink(missing_ok=True)  # it must never describe other files
     for name in (QUERIES, DATABASE):
-        for path in (
-            manifest_path(parts / name),
-            parts / name,
-        ):  # a .beton must never be seen with other class names
+        # the side file first: a .beton must never be seen with other class names
+        for path in (manifest_path(parts / name), parts / name):
             os.replace(path, output / path.name)
     os.replace(parts / MANIFEST, output / MANIFEST)
     shutil.rmtree(parts, ignore_errors=True)
@@ -402,18 +397,15 @@ def assemble(output: Path, wnids: list[str], plan: dict) -> Summary:
 
 
 def join(path: Path, kind: str, records: Iterable[dict], wnids: list[str], plan: dict) -> int:
-    """The file `path` beside the parts, and its side file, from the parts of one kind; images in
-    it.
-    """
+    """Write `path` and its side file from the parts of one kind; return the number of images."""
     total = len(wnids) * plan[f"{kind}_per_class"]
-    side: dict[str, Any] = {"counts": Counter(), **{key: [] for key in LISTS}} | (
-        {"names": []} if plan["names"] else {}
-    )
-    with Replacement(path) as file, Replacement(manifest_path(path)) as about:
-        pages = Pages(file.write, total, page_size_for(3 * plan["max_resolution"] ** 2))
-        for label, record in enumerate(
-            tqdm(records, leave=False, unit="class", disable=not sys.stderr.isatty())
-        ):
+    side: dict[str, Any] = {"counts": Counter()} | {key: [] for key in LISTS}
+    if plan["names"]:
+        side["names"] = []
+    with AtomicFile(path) as file, AtomicFile(manifest_path(path)) as side_file:
+        pages = PageWriter(file.write, total, page_size_for(3 * plan["max_resolution"] ** 2))
+        bar = tqdm(records, leave=False, unit="class", disable=not sys.stderr.isatty())
+        for label, record in enumerate(bar):
             wnid = record["wnid"]
             with BetonFile(path.with_name(f"{wnid}.{kind}.beton")) as part:
                 copy(part, pages, label)
@@ -432,16 +424,17 @@ def join(path: Path, kind: str, records: Iterable[dict], wnids: list[str], plan:
             "classes": wnids,
             "imagenet4k": plan,
         }
-        about.write(json.dumps(side, indent=1).encode() + b"\n", 0)
+        side_file.append(json.dumps(side, indent=1).encode() + b"\n")
         file.flush()
-        about.flush()
-        about.publish()
+        side_file.flush()
+        side_file.publish()
         file.publish()
     return total
 
 
-def copy(part: BetonFile, pages: Pages, label: int) -> None:
-    samples = part.fetch(np.arange(len(part)))
+def copy(part: BetonFile, pages: PageWriter, label: int) -> None:
+    """Append the stored bytes of all images of a part, without decoding them."""
+    (samples,) = part.fetch(np.arange(len(part)))
     for i in range(len(part)):
         start, size = int(samples.offset[i]), int(samples.size[i])
         stored = np.ascontiguousarray(samples.data[start : start + size]).data

@@ -1,17 +1,16 @@
-"""What is in a .beton file, and whether all of it is sound.
+"""Inspect and verify .beton files and image folders.
 
     matryoshka data info train.beton
     matryoshka data verify train.beton        # decodes every image, on all cores
     matryoshka data verify photos/train       # the images of a folder, before they are written
 
-Exit status: 0 sound, 1 some samples are broken (they are listed), 2 not readable at all.
+Exit status: 0 all samples are sound, 1 some are broken (they are listed), 2 the file is unreadable.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import textwrap
 import time
@@ -26,19 +25,21 @@ from tqdm import tqdm
 
 from matryoshka import config
 from matryoshka.data import BetonError, BetonFile, ImageFolder, _native, layout, open_dataset
+from matryoshka.data.crops import whole_images
 from matryoshka.data.fields import TYPE_NAMES
 from matryoshka.data.reader import manifest_path, printable
 from matryoshka.data.sources import decode_image
+from matryoshka.environment import available_cores
 
 LOOKED_AT = 500  # images whose JPEG header `info` reads
 SHOWN = 20  # samples that a list on the terminal names
-BATCH = 256
-SMALL = 16  # pixels: `verify` throws the decoded images away
-LISTS = {  # of the side file: what the writer noticed
+BATCH = 256  # images that `verify` decodes in one call
+SMALL = 16  # pixels per side of the decoded images, which `verify` discards
+LISTS = {  # lists of the side file
     "broken": "left out, not readable",
     "damaged": "damaged, but readable",
     "cmyk": "CMYK, stored as RGB",
-    "other_content": "called .jpg, something else inside",
+    "other_content": "named .jpg, but of another format",
 }
 COUNTS = {
     "resized": "reduced",
@@ -79,21 +80,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.workers < 0:
         raise config.ConfigError(f"--workers {args.workers}: expected 0 (all cores) or more")
-    found = verify_all(open_dataset(args.path), args.workers or cores())
+    found = verify_all(open_dataset(args.path), args.workers or available_cores())
     print(json.dumps(found, indent=1) if args.json else verify_text(found))
     return 1 if found["broken"] else 0
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-# ------------------------------------------------------------------------------------------------ info
+# ---------------------------------------------------------------- info
 
 
 class JpegHeader(NamedTuple):
-    """process: baseline, progressive, ... sampling: 4:2:0, ... spacing: pixels of an MCU row from
-    one restart marker to the next, 0 without them.
+    """Coding parameters of a JPEG stream.
+
+    process: baseline, progressive, ... sampling: 4:2:0, ... spacing: pixels of an MCU row between
+    two restart markers, 0 without markers.
     """
 
     process: str
@@ -101,20 +100,28 @@ class JpegHeader(NamedTuple):
     spacing: int
 
 
-PROCESSES = {
+# Marker codes, ITU-T T.81 table B.1
+SOI = b"\xff\xd8"
+SOS = 0xDA
+DRI = 0xDD
+NOT_SOF = (0xC4, 0xC8, 0xCC)  # DHT, JPG, DAC: inside the range of the SOF codes
+PROCESSES = {  # SOF codes
     0xC0: "baseline",
     0xC1: "extended",
     0xC2: "progressive",
     0xC9: "arithmetic",
     0xCA: "arithmetic",
 }
+# horizontal and vertical luma factors, where both chroma components have 1 x 1
 SAMPLINGS = {"11": "4:4:4", "21": "4:2:2", "22": "4:2:0", "12": "4:4:0", "41": "4:1:1"}
 
 
 def jpeg_header(data: bytes) -> JpegHeader | None:
-    """From the marker segments before the first scan; None where they are not a JPEG's."""
-    at, interval, frame = 2, 0, None
-    while data[:2] == b"\xff\xd8" and at + 4 <= len(data) and data[at] == 0xFF:
+    """Read the marker segments before the first scan; None if they are not those of a JPEG."""
+    at = 2
+    interval = 0  # MCUs between restart markers
+    frame = None
+    while data[:2] == SOI and at + 4 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         if marker == 0xFF:  # a fill byte
             at += 1
@@ -123,26 +130,28 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
         body = data[at + 4 : at + 2 + length]
         if length < 2 or len(body) != length - 2:
             return None
-        if marker == 0xDD and len(body) >= 2:
+        if marker == DRI and len(body) >= 2:
             interval = int.from_bytes(body[:2], "big")
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+        elif 0xC0 <= marker <= 0xCF and marker not in NOT_SOF:
             frame = PROCESSES.get(marker, f"SOF{marker - 0xC0}"), body
-        elif marker == 0xDA:
+        elif marker == SOS:
             return _header(*frame, interval) if frame else None
         at += 2 + length
     return None
 
 
 def _header(process: str, body: bytes, interval: int) -> JpegHeader | None:
+    """From a frame header, T.81 figure B.3: three bytes per component from byte 6 on."""
     factors = [divmod(body[k], 16) for k in range(7, len(body), 3)]
     if len(body) < 6 or not factors or len(factors) != body[5]:
         return None
     (h, v), *others = factors
-    name = (
-        "grayscale" if not others else SAMPLINGS.get(f"{h}{v}") if set(others) == {(1, 1)} else None
-    )
-    name = name or " ".join(f"{a}x{b}" for a, b in factors)
-    return JpegHeader(process, name, interval * 8 * (max(a for a, _ in factors) if others else 1))
+    if not others:  # one component: an MCU is one block, whatever the factors (T.81, A.2.2)
+        return JpegHeader(process, "grayscale", interval * 8)
+    sampling = SAMPLINGS.get(f"{h}{v}") if set(others) == {(1, 1)} else None
+    if sampling is None:
+        sampling = " ".join(f"{a}x{b}" for a, b in factors)
+    return JpegHeader(process, sampling, interval * 8 * max(a for a, _ in factors))
 
 
 def spread(values: np.ndarray) -> dict[str, float]:
@@ -150,7 +159,7 @@ def spread(values: np.ndarray) -> dict[str, float]:
 
 
 def describe(data: BetonFile) -> dict[str, Any]:
-    """What `info --json` prints."""
+    """The facts that `info --json` prints."""
     jpg = np.flatnonzero(data.mode == layout.JPG)
     facts: dict[str, Any] = {
         "path": str(data.path),
@@ -171,7 +180,7 @@ def describe(data: BetonFile) -> dict[str, Any]:
         "counts": {},
         "noticed": {},
     }
-    manifest = data.manifest or {}  # another program may have written anything there
+    manifest = data.manifest or {}  # another program may have written it: check every value
     for key in ("options", "counts"):
         if isinstance(manifest.get(key), dict):
             facts[key] = manifest[key]
@@ -183,7 +192,7 @@ def describe(data: BetonFile) -> dict[str, Any]:
 
 def jpeg_facts(data: BetonFile, jpg: np.ndarray) -> dict[str, Any]:
     some = jpg[np.linspace(0, len(jpg) - 1, min(LOOKED_AT, len(jpg))).astype(np.int64)]
-    samples = data.fetch(some)
+    (samples,) = data.fetch(some)
     headers = [
         jpeg_header(samples.data[o : o + min(s, 1 << 16)].tobytes())
         for o, s in zip(samples.offset.tolist(), samples.size.tolist(), strict=True)
@@ -214,7 +223,7 @@ def label_facts(data: BetonFile) -> dict[str, Any]:
 
 
 def amount(n: float) -> str:
-    """Bytes for people."""
+    """A number of bytes with a unit."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n >= size:
             return f"{n / size:,.1f} {unit}"
@@ -235,7 +244,7 @@ def of_range(values: dict[str, float], unit: str = "") -> str:
 
 
 def rows_text(rows: Iterable[tuple[str, str]]) -> str:
-    """A title and a wrapped text in each row."""
+    """Lay out (title, text) rows, the texts wrapped."""
     lines = []
     for title, text in rows:
         wrapped = textwrap.wrap(text, 104, break_on_hyphens=False, break_long_words=False) or [""]
@@ -243,66 +252,70 @@ def rows_text(rows: Iterable[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def jpeg_text(jpeg: dict[str, Any]) -> str:
+    known = jpeg["looked_at"] - jpeg["no_header"]
+    marked = jpeg["with_restart_markers"]
+    texts = [counted(jpeg[key], known) for key in ("process", "sampling") if known]
+    if marked:
+        share = "all" if marked == known else f"{100 * marked / known:.0f} %"
+        spacing = of_range(jpeg["restart_spacing"], " px")
+        texts.append(f"{share} with restart markers, every {spacing}")
+    else:
+        texts.append("no restart markers: a crop decodes from the top of its image")
+    if jpeg["no_header"]:
+        texts.append(f"{jpeg['no_header']} WITHOUT A HEADER")
+    return f"{'; '.join(texts)}  (of {jpeg['looked_at']:,} that were checked)"
+
+
+def label_rows(labels: dict[str, Any], classes: list[str] | None) -> list[tuple[str, str]]:
+    names = [printable(name) for name in classes or []]
+
+    def labelled(label: int) -> str:
+        return f"{label} ({names[label]})" if 0 <= label < len(names) else str(label)
+
+    if names:
+        more = f", ... {names[-1]}" if len(names) > 8 else ""
+        shown = f"{len(names):,}: {', '.join(names[:8])}{more}"
+    else:
+        shown = "no names: there is no side file, classes are numbers"
+    smallest, largest = labelled(labels["smallest"]), labelled(labels["largest"])
+    per_class = of_range(labels["per_class"], " images")
+    if labels["per_class"]["min"] < labels["per_class"]["max"]:
+        fewest, most = labelled(labels["fewest"]), labelled(labels["most"])
+        per_class += f"; fewest: {fewest}, most: {most}"
+    else:
+        per_class += " each"
+    rows = [
+        ("classes", shown),
+        ("labels", f"{smallest} to {largest}, {labels['different']:,} different"),
+        ("per class", per_class),
+    ]
+    if labels["without_images"]:
+        rows.append(("", f"{labels['without_images']:,} classes have no image"))
+    return rows
+
+
 def info_text(facts: dict[str, Any]) -> str:
-    modes, jpeg, labels, classes = facts["modes"], facts["jpeg"], facts["labels"], facts["classes"]
+    """The text that `info` prints."""
+    image_bytes = facts["image_bytes"]
+    modes = {mode: n for mode, n in facts["modes"].items() if n}
     rows = [
         ("format", f".beton version {facts['version']}, {facts['page_bytes'] / 2**20:g} MiB pages"),
         ("size", f"{amount(facts['file_bytes'])}, {facts['samples']:,} samples"),
         ("fields", ", ".join(f"{printable(f['name'])} ({f['type']})" for f in facts["fields"])),
-        ("stored as", counted({mode: n for mode, n in modes.items() if n}, facts["samples"])),
+        ("stored as", counted(modes, facts["samples"])),
         (
             "per image",
-            " to ".join(amount(facts["image_bytes"][k]) for k in ("min", "max"))
-            + f", median {amount(facts['image_bytes']['median'])}",
+            f"{amount(image_bytes['min'])} to {amount(image_bytes['max'])}, median "
+            f"{amount(image_bytes['median'])}",
         ),
         ("width", of_range(facts["width"], " px")),
         ("height", of_range(facts["height"], " px")),
     ]
-    if jpeg:
-        known = jpeg["looked_at"] - jpeg["no_header"]
-        kinds = [counted(jpeg[key], known) for key in ("process", "sampling") if known]
-        marked = jpeg["with_restart_markers"]
-        if not marked:
-            restarts = "no restart markers: a crop decodes from the top of its image"
-        else:
-            share = "all" if marked == known else f"{100 * marked / known:.0f} %"
-            restarts = (
-                f"{share} with restart markers, every {of_range(jpeg['restart_spacing'], ' px')}"
-            )
-        lost = [f"{jpeg['no_header']} WITHOUT A HEADER"] if jpeg["no_header"] else []
-        rows.append(
-            (
-                "jpeg",
-                "; ".join([*kinds, restarts, *lost]) + f"  (of {jpeg['looked_at']:,} looked at)",
-            )
-        )
-    if labels:
-        name = [printable(c) for c in classes] if classes else None
-
-        def called(label: int) -> str:
-            return f"{label} ({name[label]})" if name and 0 <= label < len(name) else str(label)
-
-        if name:
-            more = f", ... {name[-1]}" if len(name) > 8 else ""
-            rows.append(("classes", f"{len(name):,}: {', '.join(name[:8])}{more}"))
-        else:
-            rows.append(("classes", "no names: there is no side file, classes are numbers"))
-        rows.append(
-            (
-                "labels",
-                f"{called(labels['smallest'])} to {called(labels['largest'])}, "
-                f"{labels['different']:,} different",
-            )
-        )
-        uneven = labels["per_class"]["min"] < labels["per_class"]["max"]
-        ends = (
-            f"; fewest: {called(labels['fewest'])}, most: {called(labels['most'])}"
-            if uneven
-            else ""
-        )
-        rows.append(("per class", of_range(labels["per_class"], " images") + (ends or " each")))
-        if labels["without_images"]:
-            rows.append(("", f"{labels['without_images']:,} classes have no image"))
+    if facts["jpeg"]:
+        rows.append(("jpeg", jpeg_text(facts["jpeg"])))
+    if facts["labels"]:
+        rows += label_rows(facts["labels"], facts["classes"])
     if facts["options"]:
         options = {k: v for k, v in facts["options"].items() if v is not None}
         rows.append(("written with", printable(", ".join(f"{k}={v}" for k, v in options.items()))))
@@ -313,16 +326,18 @@ def info_text(facts: dict[str, Any]) -> str:
     ]
     noticed += [f"{n:,} {LISTS[key]}" for key, n in facts["noticed"].items() if n]
     if noticed:
-        rows.append(("noticed", ", ".join(noticed) + f"  (lists: {Path(facts['side_file']).name})"))
+        side_file = Path(facts["side_file"]).name
+        rows.append(("noticed", f"{', '.join(noticed)}  (lists: {side_file})"))
     return f"{facts['path']}\n{rows_text(rows)}"
 
 
-# ---------------------------------------------------------------------------------------------- verify
+# ---------------------------------------------------------------- verify
 
 
 def verify_all(data: BetonFile | ImageFolder, workers: int) -> dict[str, Any]:
-    """What `verify --json` prints. broken: [{index, name, reason}], sorted; noticed: the same, but
-    readable.
+    """The facts that `verify --json` prints.
+
+    broken: [{index, name, reason}], sorted by index. noticed: the same for readable images.
     """
     start = time.perf_counter()
     broken: list[dict] = []
@@ -349,7 +364,7 @@ def verify_all(data: BetonFile | ImageFolder, workers: int) -> dict[str, Any]:
 def verify_beton(
     data: BetonFile, workers: int, broken: list[dict], done: Callable[[int], Any]
 ) -> int:
-    """Every image, label and value of a .beton; returns the bytes of its images."""
+    """Check every image, label and value of a .beton; return the size of its images in bytes."""
 
     def report(index: int, reason: str) -> None:
         name = ((data.manifest or {}).get("names") or {index: ""})[index]
@@ -358,18 +373,15 @@ def verify_beton(
     if layout.INT in (kind for _, kind in data.fields):
         for index in np.flatnonzero(data.labels < 0).tolist():
             report(index, f"label {data.labels[index]} is negative")
-        # a label beyond the class names was refused when the file was opened
+        # opening the file has refused labels beyond the class names
     others = [name for name, kind in data.fields if kind != layout.IMAGE]
     pool = _native.Pool(workers)
     out = np.empty((BATCH, SMALL, SMALL, 3), np.uint8)
     for start in range(0, len(data), BATCH):
         indices = np.arange(start, min(start + BATCH, len(data)))
-        samples, n = data.fetch(indices), len(indices)
-        crops = np.zeros((n, 5), np.int32)
-        crops[:, 2], crops[:, 3] = (
-            samples.width,
-            samples.height,
-        )  # the whole image: every byte is decoded
+        (samples,) = data.fetch(indices)
+        n = len(indices)
+        crops = whole_images(samples.width, samples.height)  # so that every byte is decoded
         status = _native.decode_batch(
             pool,
             samples.data,
@@ -391,7 +403,7 @@ def verify_beton(
 
 
 def unreadable(data: BetonFile, name: str, indices: np.ndarray) -> Iterable[tuple[int, str]]:
-    """(index, reason) where the values of a field cannot be read."""
+    """Yield (index, reason) of samples whose value of a field cannot be read."""
     try:
         data.field(name, indices)
     except BetonError:
@@ -409,10 +421,12 @@ def verify_folder(
     noticed: list[dict],
     done: Callable[[int], Any],
 ) -> int:
-    """Every image of a folder, read as the writer will read it; returns the bytes of its files."""
+    """Check every image of a folder, read as the writer reads it; return the size of its files in
+    bytes.
+    """
 
     def check(index: int) -> tuple[int, str, list[str]]:
-        """(bytes, why it is broken, what else there is to say)"""
+        """(bytes, reason why it is broken or "", notes)"""
         try:
             content = data.read(index)
             image = decode_image(content)
@@ -427,13 +441,16 @@ def verify_folder(
     total = 0
     with ThreadPoolExecutor(workers, "matryoshka-verify") as pool:
         try:
-            for start in range(0, len(data), BATCH):  # pool.map takes all of its arguments at once
+            for start in range(
+                0, len(data), BATCH
+            ):  # pool.map submits all of its arguments at once
                 indices = range(start, min(start + BATCH, len(data)))
                 for index, (size, reason, notes) in zip(
                     indices, pool.map(check, indices), strict=True
                 ):
                     entry = {"index": index, "name": data.name(index)}
-                    broken.extend([entry | {"reason": reason}] if reason else [])
+                    if reason:
+                        broken.append(entry | {"reason": reason})
                     noticed.extend(entry | {"reason": note} for note in notes)
                     total += size
                     done(1)
@@ -445,7 +462,8 @@ def verify_folder(
 def verify_text(found: dict[str, Any]) -> str:
     lines = []
     for title, entries in (("noticed", found["noticed"]), ("BROKEN", found["broken"])):
-        lines += [f"{title}:"] * bool(entries)
+        if entries:
+            lines.append(f"{title}:")
         for entry in entries[:SHOWN]:
             name = f" {printable(entry['name'])}" if entry["name"] else ""
             lines.append(f"  {entry['index']:>8}{name}  {printable(entry['reason'])}")

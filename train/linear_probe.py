@@ -319,7 +319,7 @@ def extract(
         dataset,
         cfg.data.batch_size,
         order="sequential",
-        image=crop,
+        crop=crop,
         num_workers=cfg.data.num_workers,
         device=device,
     )

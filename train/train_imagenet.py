@@ -193,7 +193,7 @@ def train_epoch(
     median norm.
     """
     loader, epoch, steps = state.loader, session.progress.epoch, len(state.loader)
-    loader.image = training_crop(cfg, resolution_at(epoch, cfg.resolution))
+    loader.crop = training_crop(cfg, resolution_at(epoch, cfg.resolution))
     loader.load_state_dict(
         loader.state_dict() | {"epoch": epoch, "batch": session.progress.step - epoch * steps}
     )

@@ -3,8 +3,8 @@
     python train/write_imagenet.py --cfg.data_dir=imagenet/train --cfg.write_path=train.beton \\
         --cfg.max_resolution=500 --cfg.write_mode=proportion --cfg.compress_probability=0.5
 
-`--cfg.dataset=digits --cfg.split=train` needs no images at all. Class names, options and what was
-wrong with which image go to `<write_path>.json`. Exit status 2 when nothing could be written.
+`--cfg.dataset=digits --cfg.split=train` needs no image files. Class names, options and lists of
+problem images are written to `<write_path>.json`. Exit status 2 if nothing could be written.
 """
 
 import sys
@@ -16,7 +16,13 @@ from matryoshka.config import program, read
 from matryoshka.data import BetonError, Digits, ImageFolder, WriterConfig, write_beton
 from matryoshka.data.reader import manifest_path
 
-SHOWN = 10
+SHOWN = 10  # images that a list on the terminal names
+LISTS = {  # of the manifest
+    "cmyk": "CMYK, stored as RGB",
+    "other_content": "named .jpg, but of another format",
+    "damaged": "damaged, but readable",
+    "broken": "LEFT OUT, not readable",
+}
 
 
 def open_source(cfg: WriterConfig) -> ImageFolder | Digits:
@@ -40,26 +46,25 @@ def write_function(cfg: WriterConfig):
 
 
 def summary(manifest: dict, path: str, seconds: float) -> str:
-    counts, written = manifest["counts"], manifest["num_samples"]
-    first = f"{written:,} images of {len(manifest['classes'])} classes: {counts['jpg']:,} jpg, {counts['raw']:,} raw"
-    if "resized" in counts:  # FFCV does not say
+    """The text that is printed after writing."""
+    counts = manifest["counts"]
+    written = manifest["num_samples"]
+    first = (
+        f"{written:,} images of {len(manifest['classes'])} classes: {counts['jpg']:,} jpg, "
+        f"{counts['raw']:,} raw"
+    )
+    if "resized" in counts:  # FFCV's writer does not count them
         first += (
             f", {counts['resized']:,} reduced to {manifest['options']['max_resolution']} pixels"
         )
     lines = [first]
-    for key, text in (
-        ("cmyk", "CMYK, stored as RGB"),
-        ("other_content", "called .jpg and something else inside"),
-        ("damaged", "damaged, but readable"),
-        ("broken", "LEFT OUT, not readable"),
-    ):
+    for key, text in LISTS.items():
         found = manifest.get(key, [])
         if found:
             lines.append(f"{len(found)} {text}:")
-            lines += [
-                ": ".join(("  " + entry["name"], *list(entry.values())[1:]))
-                for entry in found[:SHOWN]
-            ]
+        for entry in found[:SHOWN]:
+            reason = f": {entry['reason']}" if "reason" in entry else ""
+            lines.append(f"  {entry['name']}{reason}")
         if len(found) > SHOWN:
             lines.append(f"  and {len(found) - SHOWN} more, see {manifest_path(path)}")
     lines.append(

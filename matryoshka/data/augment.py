@@ -1,7 +1,7 @@
-"""Batched operations on the device; uint8 travels there, floats are made there.
+"""Batched augmentation on the device: images arrive as uint8 and become floats there.
 
-Random ones draw all their numbers on the host, from a generator that is given: the device is never
-waited for, and the result is a pure function of the arguments and the generator's state.
+Random operations draw all their numbers on the host, from the given generator: they never wait for
+the device, and the result is a pure function of the arguments and the generator's state.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Number = float | np.ndarray  # one for all images, or [n]
+Number = float | np.ndarray  # one number for all images, or [n]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -24,7 +24,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What evaluation does to an image before the model; kept in every checkpoint."""
+    """The preprocessing of an evaluation; stored in every checkpoint."""
 
     size: int = 224  # pixels, square
     ratio: float = 224 / 256  # side of the central crop / shorter side of the image
@@ -38,9 +38,9 @@ def normalise(
     std: tuple[float, ...] = IMAGENET_STD,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """uint8 [B, H, W, 3] -> (x / 255 - mean) / std, [B, 3, H, W] in channels_last memory."""
+    """(x / 255 - mean) / std: uint8 [B, H, W, 3] -> `dtype` [B, 3, H, W], channels_last."""
     scale, shift = _scale_and_shift(mean, std, images.device)
-    # a permuted NHWC tensor is channels_last already: no copy but the conversion to float
+    # a permuted NHWC tensor is channels_last already: the conversion to float is the only copy
     return torch.addcmul(shift, images.permute(0, 3, 1, 2).float(), scale).to(dtype)
 
 
@@ -48,8 +48,8 @@ def normalise(
 def _scale_and_shift(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Two [1, 3, 1, 1]. Kept: to make them would copy from the host, and wait for the device, in
-    every step.
+    """Scale and shift, [1, 3, 1, 1] each. Cached: creating them would copy from the host, and so
+    wait for the device, in every step.
     """
     scale = torch.tensor([1 / (255 * s) for s in std], device=device)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
@@ -57,12 +57,12 @@ def _scale_and_shift(
 
 
 def resized_crops(images: Tensor, crops: Tensor, size: int) -> Tensor:
-    """Crops of images of one size, resized: uint8 [B, H, W, 3] -> uint8 [B, size, size, 3].
+    """Crop and resize images of one size: uint8 [B, H, W, 3] -> uint8 [B, size, size, 3].
 
-    crops: integers [B, 5], rows (x, y, w, h, flip) inside the images. Area averaging where an axis
-    shrinks, bilinear where it grows: the weights of the native decoder, here as two batched matrix
-    products. The native decoder rounds between its two passes and works in fixed point: pixels may
-    differ by one level.
+    crops: integers [B, 5], rows (x, y, w, h, flip) inside the images. Uses the filter of the native
+    decoder, area averaging where an axis shrinks and bilinear where it grows, as two batched matrix
+    products. Pixels may differ by one level from the native decoder, which uses fixed point and
+    rounds between its two passes.
     """
     b, height, width, _ = images.shape
     x, y, w, h, flip = crops.long().unbind(1)
@@ -76,17 +76,17 @@ def resized_crops(images: Tensor, crops: Tensor, size: int) -> Tensor:
 
 
 def _resize_weights(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
-    """float32 [B, target, source]: the share of each source pixel in each pixel of the resized
-    [start, start + length).
+    """Weights of a resize along one axis, float32 [B, target, source].
 
-    start, length: int64 [B].
+    Row i holds the weight of each source pixel in target pixel i, when the pixels [start, start +
+    length) are resized to `target`. start, length: int64 [B].
     """
     i = torch.arange(target, device=start.device)[None, :, None]
-    j = (
-        torch.arange(source, device=start.device)[None, None, :] - start[:, None, None]
-    )  # from the crop's edge
+    j = torch.arange(source, device=start.device)[None, None, :]
+    j = j - start[:, None, None]  # relative to the crop's edge
     step = length[:, None, None] / target
-    low, high = i * step, (i + 1) * step
+    low = i * step
+    high = (i + 1) * step
     area = (torch.minimum(j + 1, high) - torch.maximum(j, low)).clamp_(min=0) / step
     centre = ((i + 0.5) * step - 0.5).clamp_(min=0).minimum(length[:, None, None] - 1)
     linear = (1 - (j - centre).abs()).clamp_(min=0)
@@ -94,8 +94,9 @@ def _resize_weights(start: Tensor, length: Tensor, source: int, target: int) -> 
 
 
 def shifted(images: Tensor, windows: Tensor, padding: int) -> Tensor:
-    """uint8 [B, S, S, 3] with `padding` black pixels around, cut to `windows`: PadCrop's, integers
-    [B, 5].
+    """Pad images, uint8 [B, S, S, 3], with `padding` black pixels and cut out `windows`.
+
+    windows: integers [B, 5], as PadCrop.windows returns them.
     """
     b, size = images.shape[:2]
     padded = F.pad(images, (0, 0, padding, padding, padding, padding))
@@ -106,25 +107,22 @@ def shifted(images: Tensor, windows: Tensor, padding: int) -> Tensor:
     return padded[which, (y[:, None] + steps)[:, :, None], (x[:, None] + across)[:, None, :]]
 
 
-# ---------------------------------------------------------------- random: mixtures of two images
+# ---------------------------------------------------------------- mixup, cutmix
 
 
 def step_rng(seed: int, step: int, rank: int) -> np.random.Generator:
-    """The generator of one rank's step, the same after a resume. No two steps or ranks share a part
-    of a stream.
+    """The generator of one step on one rank, the same after a resume.
+
+    Steps and ranks have disjoint streams: the step is in the upper half of the counter, the rank in
+    the key. The last word of the counter is 1 here and 0 in the streams of order.py.
     """
-    # the last word of the counter is 0 in the streams of order.py
-    counter, key = (
-        np.array([0, 0, step, 1], dtype=np.uint64),
-        np.array([seed, rank], dtype=np.uint64),
-    )
+    counter = np.array([0, 0, step, 1], dtype=np.uint64)
+    key = np.array([seed, rank], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(counter=counter, key=key))
 
 
 class Mixed(NamedTuple):
-    """A batch in which each image may show a second one: its target is share x labels + (1 - share)
-    x other.
-    """
+    """A batch of mixtures of two images: the target is share x labels + (1 - share) x other."""
 
     images: Tensor  # [B, 3, H, W]
     labels: Tensor  # int64 [B]
@@ -135,24 +133,27 @@ class Mixed(NamedTuple):
 def mix(
     images: Tensor, labels: Tensor, mixup: float, cutmix: float, rng: np.random.Generator
 ) -> Mixed:
-    """Each image with the one before it in the batch; the first with the last.
+    """Mix each image with the one before it in the batch, the first with the last.
 
-    mixup: the weighted mean (Zhang et al. 2018, arXiv 1710.09412). cutmix: a rectangle of the other
-    image, of which the part inside the image counts (Yun et al. 2019, arXiv 1905.04899). Both are
-    the alpha of the share's Beta(alpha, alpha), 0 for off; with both on, a batch takes either with
-    probability 1/2. images: float [B, 3, H, W], whose memory layout is kept; labels: int64 [B].
+    mixup: the weighted mean of both (Zhang et al. 2018, arXiv 1710.09412). cutmix: a rectangle of
+    the other image, clipped to the image, whose area decides the share (Yun et al. 2019, arXiv
+    1905.04899). Each value is the alpha of the share's distribution Beta(alpha, alpha), 0 for off;
+    if both are on, a batch uses one of them with probability 1/2.
+
+    images: float [B, 3, H, W], whose memory layout is kept. labels: int64 [B].
     """
     if not mixup and not cutmix:
         return Mixed(images, labels, labels, 1.0)
     if mixup and not (cutmix and rng.random() < 0.5):
         share = float(rng.beta(mixup, mixup))
         mixed = images * share
-        mixed[1:].add_(images[:-1], alpha=1 - share)  # not roll: on CUDA it drops the layout
+        mixed[1:].add_(images[:-1], alpha=1 - share)  # not roll, which drops channels_last on CUDA
         mixed[:1].add_(images[-1:], alpha=1 - share)
         return Mixed(mixed, labels, labels.roll(1), share)
     height, width = images.shape[2:]
     side = (1 - float(rng.beta(cutmix, cutmix))) ** 0.5
-    rows, columns = _interval(height, side, rng), _interval(width, side, rng)
+    rows = _interval(height, side, rng)
+    columns = _interval(width, side, rng)
     mixed = images.clone()
     mixed[1:, :, rows, columns] = images[:-1, :, rows, columns]
     mixed[:1, :, rows, columns] = images[-1:, :, rows, columns]
@@ -161,7 +162,7 @@ def mix(
 
 
 def _interval(length: int, part: float, rng: np.random.Generator) -> slice:
-    """`part` of `length` pixels around a uniform centre, clipped."""
+    """`part` of `length` pixels around a uniformly drawn centre, clipped."""
     size = int(length * part)
     start = int(rng.integers(length)) - size // 2
     return slice(max(start, 0), min(start + size, length))
@@ -170,8 +171,10 @@ def _interval(length: int, part: float, rng: np.random.Generator) -> slice:
 def mixed_loss(
     loss_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], logits: Tensor, mixed: Mixed
 ) -> tuple[Tensor, Tensor]:
-    """share x loss_of(logits, labels) + (1 - share) x loss_of(logits, other), of both: the scalar
-    and the [G].
+    """The loss of mixed targets: share x loss_of(logits, labels) + (1 - share) x loss_of(logits,
+    other).
+
+    loss_of returns the scalar and the losses per prefix [G], and so does this.
     """
     loss, per_prefix = loss_of(logits, mixed.labels)
     if mixed.share == 1:
@@ -181,16 +184,15 @@ def mixed_loss(
     return share * loss + (1 - share) * other, share * per_prefix + (1 - share) * other_per_prefix
 
 
-# ---------------------------------------------------------------- random: RandAugment
+# ---------------------------------------------------------------- RandAugment
 
 
 def rand_augment(images: Tensor, magnitude: float, rng: np.random.Generator) -> Tensor:
-    """RandAugment (Cubuk et al. 2020, arXiv 1909.13719): each image through two operations of its
-    own.
+    """RandAugment (Cubuk et al. 2020, arXiv 1909.13719): two random operations for each image.
 
-    uint8 [B, H, W, 3] -> the same. magnitude: 0 (unchanged) to 10, the paper's scale; torchvision
-    calls 30 what is 10 here, with the same ranges: every operation grows stronger with it.
-    ValueError outside.
+    images: uint8 [B, H, W, 3], as the result. magnitude: 0 (unchanged) to 10, the paper's scale;
+    torchvision's scale ends at 30, with the same strengths. Every operation grows stronger with it.
+    ValueError outside of this range.
     """
     if not 0 <= magnitude <= 10:
         raise ValueError(f"magnitude={magnitude}: expected 0 to 10")
@@ -204,15 +206,13 @@ def rand_augment(images: Tensor, magnitude: float, rng: np.random.Generator) -> 
 
 
 def distorted(images: Tensor, operations: np.ndarray, levels: np.ndarray) -> Tensor:
-    """Image i by the operation number `operations[i]` of OPERATIONS: uint8 [B, H, W, 3] -> the
-    same.
+    """Apply operation number `operations[i]` of OPERATIONS to image i.
 
-    operations: integers [B]. levels: float [B], -1 to 1; the sign matters to geometry and to
-    enhancement only.
+    images: uint8 [B, H, W, 3], as the result. operations: integers [B]. levels: float [B], -1 to 1;
+    the sign affects geometry and enhancement only.
     """
-    order = np.argsort(
-        operations, kind="stable"
-    )  # each operation works on all of its images at once
+    # sorted, so that each operation processes all of its images in one call
+    order = np.argsort(operations, kind="stable")
     there, back = _on_device(np.stack([order, np.argsort(order)]), images)
     images, levels = images[there], levels[order]
     ends = np.searchsorted(operations[order], np.arange(len(OPERATIONS) + 1)).tolist()
@@ -225,9 +225,9 @@ def distorted(images: Tensor, operations: np.ndarray, levels: np.ndarray) -> Ten
 
 SHIFT = 150 / 331  # of the image's side, at the highest level
 
-# uint8 [n, H, W, 3], float [n] -> uint8 [n, H, W, 3], with Pillow's arithmetic. torchvision's
-# functionals take one level for all images, and its affine and sharpness copy constants from the
-# host, which waits for the device.
+# uint8 [n, H, W, 3], float [n] -> uint8 [n, H, W, 3], with Pillow's arithmetic. Not torchvision's
+# functionals: they take one level for all images, and its affine and sharpness copy constants from
+# the host, which waits for the device.
 OPERATIONS: dict[str, Callable[[Tensor, np.ndarray], Tensor]] = {
     "identity": lambda images, levels: images,
     "shear_x": lambda images, levels: _affine(images, (1, 0.3 * levels, 0), (0, 1, 0)),
@@ -259,58 +259,60 @@ def _on_device(numbers: np.ndarray, images: Tensor) -> Tensor:
 
 
 def _each(numbers: np.ndarray, images: Tensor, dtype: type = np.float32) -> Tensor:
-    """A number for each image, [n, 1, 1, 1]."""
+    """One number per image on the device, [n, 1, 1, 1]."""
     return _on_device(numbers.astype(dtype), images).view(-1, 1, 1, 1)
 
 
 def _affine(images: Tensor, column: tuple[Number, ...], row: tuple[Number, ...]) -> Tensor:
-    """The pixel with its centre at (x, y) shows the one that holds (column . (x, y, 1), row . (x,
-    y, 1)).
+    """Affine transform with nearest-neighbour sampling; black outside.
 
-    Coordinates in pixels from the image's corner; black outside.
+    The output pixel with its centre at (x, y) is the input pixel that contains the point (column .
+    (x, y, 1), row . (x, y, 1)); coordinates are in pixels from the image's corner.
     """
     n, height, width, _ = images.shape
-    numbers = np.stack([np.broadcast_to(number, n) for number in (*column, *row)]).astype(
-        np.float32
-    )
-    a, b, c, d, e, f = _on_device(numbers, images).view(6, n, 1, 1)
+    coefficients = [np.broadcast_to(number, n) for number in (*column, *row)]
+    matrix = np.stack(coefficients).astype(np.float32)
+    a, b, c, d, e, f = _on_device(matrix, images).view(6, n, 1, 1)
     x = torch.arange(width, device=images.device) + 0.5
     y = torch.arange(height, device=images.device)[:, None] + 0.5
-    u, v = (a * x + b * y + c).floor().long(), (d * x + e * y + f).floor().long()  # [n, H, W]
+    u = (a * x + b * y + c).floor().long()  # [n, H, W]
+    v = (d * x + e * y + f).floor().long()
     inside = (u >= 0) & (u < width) & (v >= 0) & (v < height)
     which = torch.arange(n, device=images.device)[:, None, None]
     return images[which, v.clamp(0, height - 1), u.clamp(0, width - 1)] * inside[..., None]
 
 
 def _rotated(images: Tensor, angle: np.ndarray) -> Tensor:
-    """About the centre, anticlockwise; radians [n]."""
-    cos, sin, x, y = np.cos(angle), np.sin(angle), images.shape[2] / 2, images.shape[1] / 2
+    """Rotate about the centre, anticlockwise, by `angle` radians [n]."""
+    cos, sin = np.cos(angle), np.sin(angle)
+    x, y = images.shape[2] / 2, images.shape[1] / 2
     return _affine(images, (cos, -sin, x - cos * x + sin * y), (sin, cos, y - sin * x - cos * y))
 
 
 def _away_from(plain: Tensor, images: Tensor, levels: np.ndarray) -> Tensor:
-    """From `plain` beyond the image where the level is positive, towards it where it is negative."""
+    """Pillow's ImageEnhance: extrapolate away from `plain` for positive levels, interpolate towards
+    it for negative ones.
+    """
     plain = plain.int()
-    return (
-        (plain + _each(1 + 0.9 * levels, images) * (images - plain)).clamp_(0, 255).to(torch.uint8)
-    )
+    enhanced = plain + _each(1 + 0.9 * levels, images) * (images - plain)
+    return enhanced.clamp_(0, 255).to(torch.uint8)
 
 
 def _grey(images: Tensor) -> Tensor:
-    """Pillow's "L", int32 [n, H, W, 1]."""
+    """Pillow's mode "L" (ITU-R 601-2 luma in 16-bit fixed point), int32 [n, H, W, 1]."""
     red, green, blue = images.int().split(1, dim=3)
     return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
 
 
 def _mean_grey(images: Tensor) -> Tensor:
-    """Rounded, [n, 1, 1, 1]; in integers, which do not depend on the order of a sum."""
+    """The rounded mean, [n, 1, 1, 1]; integer sums do not depend on the order of addition."""
     pixels = images.shape[1] * images.shape[2]
     return (2 * _grey(images).sum((1, 2, 3), keepdim=True) + pixels) // (2 * pixels)
 
 
 def _smooth(images: Tensor) -> Tensor:
-    """Pillow's SMOOTH: the mean of 3 x 3 pixels with weight 5 in the middle; pixels at the border
-    stay.
+    """Pillow's SMOOTH: the mean of 3 x 3 pixels, the middle one with weight 5; border pixels are
+    unchanged.
     """
     if min(images.shape[1:3]) < 3:
         return images
@@ -322,8 +324,7 @@ def _smooth(images: Tensor) -> Tensor:
 
 
 def _torchvision(name: str, images: Tensor) -> Tensor:
-    from torchvision.transforms.v2 import (
-        functional,
-    )  # seconds, which other programs should not take
+    # imported here: it takes seconds, which programs without RandAugment should not spend
+    from torchvision.transforms.v2 import functional
 
     return getattr(functional, name)(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

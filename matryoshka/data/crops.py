@@ -1,9 +1,9 @@
-"""Which part of every image a batch shows: pure functions of (seed, epoch, sample index).
+"""Crop geometry as pure functions of (seed, epoch, sample index).
 
-A kind of crop has `size`, the side of its square output in pixels, `crops(...)`, what the native
-decoder takes, and `exact`: whether pixels must be those of the whole decoded image, or may be a
-little off where that is faster. The result is the same for any number of threads and ranks, and
-after a resume.
+A crop class has `size`, the side of its square output in pixels; `crops(...)`, the input of the
+native decoder; and `exact`: True if pixels must equal those of a full decode, False if they may
+differ slightly where that is faster. Results do not depend on the number of threads or ranks, nor
+on resumes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from matryoshka.data import _native
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """Random area and aspect ratio as in Szegedy et al. 2014 (arXiv 1409.4842), then a flip with
-    probability `flip`.
+    """Random area and aspect ratio as in Szegedy et al. 2014 (arXiv 1409.4842, section 6), then a
+    flip with probability `flip`.
 
-    ValueError for a size, scale, ratio or probability that makes no sense.
+    scale: range of the crop's area as a fraction of the image's. ratio: range of width / height.
+    ValueError for a value outside its legal range.
     """
 
     size: int
@@ -49,8 +50,9 @@ class RandomResizedCrop:
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """The central square of `ratio` x the shorter side (224/256 as in ImageNet evaluation), resized
-    to `size`.
+    """The central square of `ratio` x the shorter side, resized to `size`.
+
+    The default ratio is that of ImageNet evaluation: shorter side to 256, central 224.
     """
 
     size: int
@@ -71,10 +73,10 @@ class CenterCrop:
 
 @dataclass(frozen=True)
 class PadCrop:
-    """The augmentation of CIFAR: `padding` black pixels around the image, a random window of
-    `size`, a flip.
+    """CIFAR's augmentation (He et al. 2015, arXiv 1512.03385, section 4.2): pad the image with
+    `padding` black pixels, take a random window of `size`, flip it with probability `flip`.
 
-    An image of another size is resized to size x size first.
+    An image of another size is first resized to size x size.
     """
 
     size: int
@@ -91,23 +93,22 @@ class PadCrop:
     def crops(
         self, width: np.ndarray, height: np.ndarray, index: np.ndarray, seed: int, epoch: int
     ) -> np.ndarray:
-        """int32 [B, 5] rows (0, 0, width, height, 0): the window moves when the image has its size."""
+        """int32 [B, 5] rows (0, 0, width, height, 0): `shift` moves the window after the resize."""
         return whole_images(width, height)
 
     def windows(self, index: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """int32 [B, 5] rows (x, y, size, size, flip) inside the padded images; x, y from 0 to 2 x
+        """int32 [B, 5] rows (x, y, size, size, flip) inside the padded images; x and y are 0 to 2 x
         padding.
         """
         side = np.full(len(index), self.size + 2 * self.padding, np.int32)
-        area = (
-            self.size / (self.size + 2 * self.padding)
-        ) ** 2  # so that every drawn crop is size x size
+        # a fixed area and ratio, with which the general function always draws size x size windows
+        area = (self.size / (self.size + 2 * self.padding)) ** 2
         return _native.random_crops(
             side, side, index, seed, epoch, (area, area), (1.0, 1.0), self.flip
         )
 
     def shift(self, images: np.ndarray, windows: np.ndarray) -> None:
-        """Cut `windows` out of the padded `images`, uint8 [B, size, size, 3], in place."""
+        """Replace `images`, uint8 [B, size, size, 3], by the `windows` of their padded versions."""
         size, edge = self.size, self.padding
         padded = np.zeros((size + 2 * edge, size + 2 * edge, 3), np.uint8)
         for image, (x, y, _, _, flip) in zip(images, windows.tolist(), strict=True):
@@ -120,7 +121,7 @@ Crop = RandomResizedCrop | CenterCrop | PadCrop
 
 
 def whole_images(width: np.ndarray, height: np.ndarray) -> np.ndarray:
-    """int32 [B, 5] rows (0, 0, width, height, 0)."""
+    """Crops of whole images: int32 [B, 5] rows (0, 0, width, height, 0)."""
     zero = np.zeros_like(width)
     return np.stack([zero, zero, width, height, zero], axis=1, dtype=np.int32)
 
@@ -132,7 +133,7 @@ def _check_size(size: int) -> None:
 
 def _check_flip(flip: float) -> None:
     if not 0 <= flip <= 1:
-        raise ValueError(f"flip={flip}: expected a probability")
+        raise ValueError(f"flip={flip}: expected a probability, 0 to 1")
 
 
 EVALUATION_CROP = CenterCrop(224)

@@ -1,12 +1,12 @@
-"""FFCV's own writer and loader behind our interfaces, for comparison; needs the extra `[ffcv]`
-(Python 3.11).
+"""FFCV's writer and loader behind our interfaces, for comparison.
 
-    write_with_ffcv(ImageFolder("imagenet/train"), "train.beton", max_resolution=500,
-    write_mode="jpg") for batch in FFCVLoader("train.beton", 256, order="random",
-    image=RandomResizedCrop(224)): ...
+    source = ImageFolder("imagenet/train")
+    write_with_ffcv(source, "train.beton", max_resolution=500, write_mode="jpg")
+    for batch in FFCVLoader("train.beton", 256, order="random", crop=RandomResizedCrop(224)):
+        ...
 
-What FFCV does not do is refused by name, never ignored. Nothing else in the library needs this
-file.
+Needs the extra `[ffcv]`, which installs on Python 3.11 only. An option that FFCV does not have is
+an error, never ignored. No other file of the library depends on this one.
 """
 
 # pyright: reportMissingImports=false
@@ -36,8 +36,9 @@ from matryoshka.data.reader import BetonFile, manifest_path
 from matryoshka.data.sources import decode_image, upright
 from matryoshka.data.writer import Source, WriteOptions
 from matryoshka.environment import available_cores
+from matryoshka.files import AtomicFile
 
-# What FFCV's image field takes, and what we do for it before (the subset, EXIF) and after (names).
+# The options of FFCV's image field, then those that we implement around it (subset, EXIF, names).
 _WRITER_KNOWS = {
     "max_resolution",
     "write_mode",
@@ -50,7 +51,7 @@ _ORDERS = {"random": "RANDOM", "quasi_random": "QUASI_RANDOM", "sequential": "SE
 
 
 def check_installed(option: str) -> None:
-    """BetonError that says how to install FFCV, where it is not. option: what asked for it."""
+    """BetonError with installation instructions if FFCV, which `option` needs, is missing."""
     if find_spec("ffcv") is None:
         raise _not_installed(option, "which is not installed")
 
@@ -67,11 +68,11 @@ def _import_ffcv(option: str) -> None:
     try:
         import ffcv.loader
         import ffcv.writer  # noqa: F401
-    except (ImportError, OSError) as error:  # a system library that is gone is an OSError of ctypes
+    except (ImportError, OSError) as error:  # ctypes raises OSError for a missing system library
         raise _not_installed(option, f"which cannot be imported here ({error})") from error
 
 
-# ------------------------------------------------------------------------------------------- writing
+# ---------------------------------------------------------------- writing
 
 
 def write_with_ffcv(
@@ -83,12 +84,11 @@ def write_with_ffcv(
     progress: Callable[[int, int], None] | None = None,
     **options,
 ) -> dict:
-    """`write_beton` by FFCV's DatasetWriter: the same arguments, the same side file, worker
-    processes.
+    """`write_beton` with FFCV's DatasetWriter: same arguments, same side file, worker processes.
 
-    The manifest's counts are jpg and raw alone. The bytes depend on the workers' timing. BetonError
-    also for options that FFCV does not have, and for an image that cannot be read: FFCV cannot
-    leave one out.
+    The manifest counts only jpg and raw. The order of the bytes depends on the timing of the
+    workers. BetonError also for options that FFCV does not have, and for an image that cannot be
+    read: FFCV cannot leave an image out.
     """
     path = Path(path)
     wanted = WriteOptions(**options)
@@ -96,46 +96,44 @@ def write_with_ffcv(
         value = getattr(wanted, option.name)
         if option.name not in _WRITER_KNOWS and value != option.default:
             raise BetonError(
-                f"{option.name}={value} is not for writer=ffcv, FFCV has no such option; "
-                "writer=native has"
+                f"{option.name}={value}: FFCV does not have this option; use writer=native"
             )
     if wanted.write_mode == "proportion" and wanted.seed != 0:
         raise BetonError(
-            f"seed={wanted.seed} is not for writer=ffcv with write_mode=proportion: FFCV draws "
-            "without a seed; "
-            "writer=native has one"
+            f"seed={wanted.seed}: writer=ffcv draws without a seed for write_mode=proportion; use "
+            "writer=native"
         )
-    if wanted.subset != -1 and not 1 <= wanted.subset <= len(source):
-        raise BetonError(
-            f"{path}: not written: subset={wanted.subset}: expected -1 (all) or 1 to {len(source)}"
-        )
-    if num_workers < 0 or chunk_size < 1:
-        raise BetonError(
-            f"{path}: not written: {num_workers=}, {chunk_size=}: expected at least 0 and 1"
-        )
-    native._check_place(path)
+    native.check_arguments(path, num_workers, chunk_size, wanted.subset, len(source))
+    native.check_destination(path)
     _import_ffcv("writer=ffcv")
     if wanted.write_mode == "proportion" and wanted.compress_probability is None:
         wanted = replace(wanted, compress_probability=0.5)
     indices = native.select_subset(source.labels, wanted.subset, wanted.seed)
     images = _Images(source, wanted.exif_rotate)
 
-    with native._Replacement(path) as file, native._Replacement(manifest_path(path)) as side:
+    with AtomicFile(path) as file, AtomicFile(manifest_path(path)) as side:
         _run_writer(
-            str(file._temporary), images, indices, wanted, num_workers, chunk_size, progress, path
+            images,
+            indices,
+            wanted,
+            temporary=str(file.temporary),
+            path=path,
+            num_workers=num_workers,
+            chunk_size=chunk_size,
+            progress=progress,
         )
-        with BetonFile(file._temporary) as written:
+        with BetonFile(file.temporary) as written:
             jpg = int((written.mode == layout.JPG).sum())
             content = {
                 "num_samples": len(written),
-                "num_bytes": file._temporary.stat().st_size,
+                "num_bytes": file.temporary.stat().st_size,
                 "classes": source.classes,
                 "options": {"writer": "ffcv"} | asdict(wanted),
                 "counts": {"jpg": jpg, "raw": len(written) - jpg},
             }
         if wanted.names:
             content["names"] = [source.name(index) for index in indices.tolist()]
-        side.write(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n", 0)
+        side.append(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
         file.flush()
         side.flush()
         side.publish()
@@ -144,10 +142,10 @@ def write_with_ffcv(
 
 
 class _Images:
-    """What FFCV's workers read: (RGB, label). `failed` marks what could not be read, for the parent
-    process.
+    """The dataset that FFCV's workers read: (RGB, label).
 
-    An exception in a worker would leave FFCV's writer waiting for ever.
+    An exception in a worker would leave FFCV's writer waiting for ever. So images that cannot be
+    read are marked in `failed`, shared memory, and reported by the parent process.
     """
 
     def __init__(self, source: Source, exif_rotate: bool) -> None:
@@ -164,7 +162,7 @@ class _Images:
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         try:
             return self.pixels(index), int(self.source.labels[index])
-        except Exception:  # reported by `check` in the parent
+        except Exception:  # the parent's `check` reports it
             self.failed[index] = 1
             return np.zeros((1, 1, 3), np.uint8), 0
 
@@ -179,22 +177,28 @@ class _Images:
             except Exception as error:
                 reason = str(error)
             raise BetonError(
-                f"{path}: not written: {self.source.name(first)}: {reason}; writer=ffcv cannot "
-                "leave an image out, "
-                "writer=native can"
+                f"{path}: not written: {self.source.name(first)}: {reason}; FFCV cannot leave "
+                "an image out, use writer=native"
             )
 
 
 def _run_writer(
-    temporary: str,
     images: _Images,
     indices: np.ndarray,
     wanted: WriteOptions,
+    *,
+    temporary: str,
+    path: Path,
     num_workers: int,
     chunk_size: int,
     progress: Callable[[int, int], None] | None,
-    path: Path,
 ) -> None:
+    """Run FFCV's DatasetWriter, which writes to `temporary`; `path` is for messages.
+
+    FFCV's writer prints a progress bar and waits for ever for a worker that has died. Its module's
+    `tqdm` and `sleep` are replaced meanwhile: by the caller's progress and by a check of the
+    workers.
+    """
     import ffcv.writer
     from ffcv.fields import IntField, RGBImageField
 
@@ -213,7 +217,7 @@ def _run_writer(
     before = set(multiprocessing.active_children())
     started: set = set()
 
-    class Bar:  # in the place of the progress bar that FFCV prints
+    class Bar:  # replaces the progress bar that FFCV prints
         done = 0
 
         def __init__(self, total: int) -> None:
@@ -227,9 +231,8 @@ def _run_writer(
         def close(self) -> None:
             started.update(set(multiprocessing.active_children()) - before)
 
-    def pause(
-        seconds: float,
-    ) -> None:  # FFCV's loop waits for its workers here, also when one is dead
+    def pause(seconds: float) -> None:
+        # FFCV's loop sleeps here while it waits for its workers, also for a dead one
         started.update(set(multiprocessing.active_children()) - before)
         images.check(path)
         if any(worker.exitcode for worker in started):
@@ -259,18 +262,17 @@ def _run_writer(
     images.check(path)
 
 
-# ------------------------------------------------------------------------------------------- loading
+# ---------------------------------------------------------------- loading
 
 
 class FFCVLoader:
-    """FFCV's Loader with the interface of `Loader`: the same arguments, the same batches, also the
-    index.
+    """FFCV's Loader with the interface of `Loader`: same arguments, same batches with the index.
 
-    Unlike there: crops and flips come from FFCV's own generators, which no seed reaches; a sample
-    that cannot be decoded is trained on as whatever was in its buffer; order="random" under several
-    processes gives some samples twice where the set does not divide; `image` may change its size
-    between epochs, nothing else. in_memory: FFCV's os_cache. BetonError also when FFCV's thread
-    dies, where FFCV itself waits for ever.
+    Differences: crops and flips come from FFCV's own generators, which `seed` does not control; a
+    sample that cannot be decoded yields the old contents of its buffer; order="random" under
+    several processes repeats some samples if the dataset does not divide evenly; only the size of
+    `crop` may change between epochs. in_memory: FFCV's os_cache. If FFCV's thread dies, this raises
+    BetonError, where FFCV itself waits for ever.
     """
 
     def __init__(
@@ -279,7 +281,7 @@ class FFCVLoader:
         batch_size: int,
         *,
         order: str = "random",
-        image: Crop = EVALUATION_CROP,
+        crop: Crop = EVALUATION_CROP,
         num_workers: int = 0,
         device: str | torch.device = "cpu",
         seed: int = 0,
@@ -292,26 +294,25 @@ class FFCVLoader:
             raise ValueError(f"order={order!r}: expected one of {', '.join(_ORDERS)}")
         if os.path.isdir(path):
             raise BetonError(
-                f"{os.fspath(path)}: is a folder, FFCV reads .beton files; write one, or "
+                f"{os.fspath(path)}: is a folder; FFCV reads .beton files: write one, or use "
                 "loader=native"
             )
         self.dataset = BetonFile(path)  # FFCV checks nothing
         if batch_size % world:
             raise BetonError(
-                f"a global batch of {batch_size} does not divide by {world} processes, as FFCV "
-                "needs"
+                f"batch_size={batch_size}: FFCV needs a multiple of the {world} processes"
             )
         if order == "quasi_random" and world > 1:
             raise BetonError(
-                "order=quasi_random works with loader=native or one process; FFCV has it for one "
-                "only"
+                "order=quasi_random: FFCV supports it in one process only; use loader=native"
             )
         _import_ffcv("loader=ffcv")
         from ffcv.loader import Loader, OrderOption
 
         self.batch_size, self.device, self.wait = batch_size, torch.device(device), 0.0
-        self._image = image
-        # FFCV's distributed sampler repeats samples to make the shares even: not in an evaluation
+        self._crop = crop
+        # FFCV's distributed sampler repeats samples to even out the ranks, which would change the
+        # results of an evaluation
         part = (
             np.arange(rank, len(self.dataset), world).astype(np.uint64)
             if order == "sequential"
@@ -320,9 +321,7 @@ class FFCVLoader:
         self._loader = Loader(
             str(path),
             batch_size=batch_size // world,
-            num_workers=min(
-                num_workers or available_cores(), available_cores()
-            ),  # more raise in FFCV
+            num_workers=min(num_workers or available_cores(), available_cores()),  # FFCV's limit
             os_cache=in_memory,
             order=getattr(OrderOption, _ORDERS[order]),
             distributed=world > 1 and order == "random",
@@ -333,7 +332,7 @@ class FFCVLoader:
         )
 
     def _pipelines(self) -> dict[str, Any]:
-        """Pipelines that end in tensors: FFCV hangs on a CPU where anything compiled follows
+        """FFCV's pipelines, which end in tensors: on a CPU it hangs if a compiled operation follows
         `ToTensor`.
         """
         from ffcv.fields.basics import IntDecoder
@@ -342,7 +341,7 @@ class FFCVLoader:
         from ffcv.transforms import RandomHorizontalFlip, ToDevice, ToTensor
 
         class Index(IntDecoder):
-            """The position of each sample in the file, which FFCV keeps to itself."""
+            """The position of each sample in the file, which FFCV does not hand out."""
 
             def generate_code(self) -> Callable:
                 def decode(indices, destination, metadata, storage_state):
@@ -352,17 +351,17 @@ class FFCVLoader:
 
                 return decode
 
-        size, flip = (self._image.size, self._image.size), []
-        if isinstance(self._image, RandomResizedCrop):
+        size, flip = (self._crop.size, self._crop.size), []
+        if isinstance(self._crop, RandomResizedCrop):
             self._decoder = RandomResizedCropRGBImageDecoder(
-                size, self._image.scale, self._image.ratio
+                size, self._crop.scale, self._crop.ratio
             )
-            flip = [RandomHorizontalFlip(self._image.flip)] if self._image.flip else []
-        elif isinstance(self._image, CenterCrop):
-            self._decoder = CenterCropRGBImageDecoder(size, self._image.ratio)
+            flip = [RandomHorizontalFlip(self._crop.flip)] if self._crop.flip else []
+        elif isinstance(self._crop, CenterCrop):
+            self._decoder = CenterCropRGBImageDecoder(size, self._crop.ratio)
         else:
             raise BetonError(
-                f"{type(self._image).__name__} works with loader=native, FFCV does not have it"
+                f"{type(self._crop).__name__}: FFCV does not have this crop; use loader=native"
             )
 
         def to_tensor() -> list:
@@ -380,19 +379,19 @@ class FFCVLoader:
         return pipelines
 
     @property
-    def image(self) -> Crop:
-        return self._image
+    def crop(self) -> Crop:
+        return self._crop
 
-    @image.setter
-    def image(self, value: Crop) -> None:
+    @crop.setter
+    def crop(self, value: Crop) -> None:
         if (
-            type(value) is not type(self._image)
-            or replace(value, size=self._image.size) != self._image
+            type(value) is not type(self._crop)
+            or replace(value, size=self._crop.size) != self._crop
         ):
             raise BetonError(
                 "only the size of the crops can change between epochs with loader=ffcv"
             )
-        self._image = value
+        self._crop = value
         self._decoder.output_size = (value.size, value.size)
 
     @property
@@ -426,7 +425,7 @@ class FFCVLoader:
                     return
                 finally:
                     self.wait += time.perf_counter() - start
-                # copies, because FFCV writes later batches into the same memory
+                # copies, because FFCV reuses the memory for later batches
                 images, labels, index = (values[k].clone() for k in self._positions)
                 yield Batch(images, labels.view(-1), index.view(-1))
         finally:
@@ -434,7 +433,7 @@ class FFCVLoader:
 
 
 def _named(dataset: BetonFile, kind: int, preferred: str) -> str:
-    """The field that `dataset` takes as image or label."""
+    """The field that `dataset` uses as image or label."""
     names = [name for name, t in dataset.fields if t == kind]
     if not names:
         raise BetonError(f"{dataset.path}: has no field that could be the {preferred}")

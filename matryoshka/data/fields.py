@@ -1,8 +1,7 @@
-"""The fields of a .beton beside image and label: numbers, bytes, JSON, arrays. `BetonFile.field`
-calls this.
+"""Values of the fields of a .beton beside the image: numbers, bytes, JSON, arrays.
 
-A descriptor, a record and an allocation table may say anything: what they say is compared before a
-byte is read.
+`BetonFile.field` calls these functions. Descriptors, records and the allocation table are not
+trusted: they are compared with each other before a byte is read.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -26,30 +25,29 @@ TYPE_NAMES = {
     layout.JSON: "JSON",
     layout.TENSOR: "tensor",
 }
-_ARGUMENTS = np.dtype(
-    [("shape", "<u8", 32), ("length", "<u8"), ("dtype", "V760")]
-)  # of an array's descriptor
+# arguments of an array's descriptor; `dtype` holds JSON text of `length` bytes
+_ARGUMENTS = np.dtype([("shape", "<u8", 32), ("length", "<u8"), ("dtype", "V760")])
 _PLAIN_DTYPE = re.compile(r"\|[biu]1|[<>](i[248]|u[248]|f[248]|c8|c16)")
-_MAX_AXIS = 1 << 40  # beyond any page; the product of 32 such numbers is still a cheap integer
+_MAX_AXIS = 1 << 40  # more than any page holds; the product of 32 of them is still cheap
 
 Fail = Callable[[str], NoReturn]
 
 
 class Regions:
-    """The allocation table by position: how many bytes start somewhere, and whose they are.
+    """Lookup in the allocation table by position.
 
     table: rows of layout.TABLE_ROW that do not overlap, in any order, sizes > 0.
     """
 
     def __init__(self, table: np.ndarray) -> None:
         order = np.argsort(table["pointer"], kind="stable")
-        self._pointer, self._sample, self._size = (
-            table[key][order] for key in ("pointer", "sample", "size")
-        )
+        self._pointer = table["pointer"][order]
+        self._sample = table["sample"][order]
+        self._size = table["size"][order]
 
     def sizes(self, sample: np.ndarray, pointer: np.ndarray) -> np.ndarray:
-        """Bytes uint64 [B] of each sample's region that starts at pointer, 0 where it has none
-        there.
+        """Size in bytes, uint64 [B], of the region of each sample that starts at `pointer`; 0 where
+        no region of that sample starts there.
         """
         if not len(self._pointer):
             return np.zeros(len(pointer), np.uint64)
@@ -58,11 +56,24 @@ class Regions:
         return np.where(found, self._size[at], 0).astype(np.uint64)
 
 
-def array_type(arguments: bytes) -> tuple[np.dtype, tuple[int, ...]]:
-    """(dtype, shape) from the 1024 bytes of arguments of an array's descriptor.
+class Column(NamedTuple):
+    """One field of some samples.
 
-    ValueError with the reason for anything but plain booleans, integers, floats and complex
-    numbers.
+    data: uint8 [N], the file. records: [B], the field's member of their records. samples: int64
+    [B], for messages. fail: raises an error with the reason.
+    """
+
+    data: np.ndarray
+    regions: Regions
+    records: np.ndarray
+    samples: np.ndarray
+    fail: Fail
+
+
+def array_type(arguments: bytes) -> tuple[np.dtype, tuple[int, ...]]:
+    """(dtype, shape) from an array's descriptor; `arguments` are its last 1024 bytes.
+
+    ValueError with the reason for any type but booleans, integers, floats and complex numbers.
     """
     row = np.frombuffer(arguments, _ARGUMENTS, 1)[0]
     shape = row["shape"].tolist()
@@ -76,7 +87,7 @@ def array_type(arguments: bytes) -> tuple[np.dtype, tuple[int, ...]]:
     try:
         described = json.loads(text[:length].decode("ascii"))
     except (ValueError, RecursionError):
-        raise ValueError("describes its type in something that is not JSON") from None
+        raise ValueError("describes its type in text that is not JSON") from None
     match described:
         case [["", str() as name]] if _PLAIN_DTYPE.fullmatch(name):
             return np.dtype(name), tuple(shape)
@@ -84,66 +95,56 @@ def array_type(arguments: bytes) -> tuple[np.dtype, tuple[int, ...]]:
 
 
 def read_numbers(column: np.ndarray) -> np.ndarray:
-    """float64 or int64 [B] from the record members of a float or integer field."""
+    """float64 or int64 [B], native byte order, from the records of a float or integer field."""
     return column.astype(column.dtype.newbyteorder("="))
 
 
-def read_bytes(
-    data: np.ndarray, regions: Regions, column: np.ndarray, samples: np.ndarray, fail: Fail
-) -> list[np.ndarray]:
-    """Read-only uint8 views, one for each sample. column: records (pointer, size)."""
-    pointer, size = column["pointer"], column["size"]
+def read_bytes(column: Column) -> list[np.ndarray]:
+    """Read-only uint8 views, one per sample. records: (pointer, size)."""
+    data, regions, records, samples, fail = column
+    pointer, size = records["pointer"], records["size"]
     stored = regions.sizes(samples, pointer)
     for k in np.flatnonzero((stored != size) & (size != 0))[:1]:
         fail(
             f"sample {samples[k]} says {size[k]} bytes at {pointer[k]}, where it has a region of "
             f"{stored[k]}"
         )
-    # a value without bytes has no region, and its pointer means nothing
+    # a value without bytes has no region, and its pointer has no meaning
     return [
         data[p : p + s] if s else data[:0]
         for p, s in zip(pointer.tolist(), size.tolist(), strict=True)
     ]
 
 
-def read_json(
-    data: np.ndarray, regions: Regions, column: np.ndarray, samples: np.ndarray, fail: Fail
-) -> list[Any]:
-    """Python objects from JSON texts that end in NUL."""
+def read_json(column: Column) -> list[Any]:
+    """Python objects, one per sample, from JSON texts that end in NUL."""
     values = []
-    for sample, content in zip(
-        samples, read_bytes(data, regions, column, samples, fail), strict=True
-    ):
+    for sample, content in zip(column.samples, read_bytes(column), strict=True):
         try:
             values.append(json.loads(content.tobytes().rstrip(b"\0").decode("utf-8")))
         except (ValueError, RecursionError) as error:
-            fail(f"sample {sample} is not JSON: {error}")
+            column.fail(f"sample {sample} is not JSON: {error}")
     return values
 
 
-def read_arrays(
-    data: np.ndarray,
-    regions: Regions,
-    column: np.ndarray,
-    samples: np.ndarray,
-    fail: Fail,
-    arguments: bytes,
-) -> np.ndarray:
-    """[B, *shape] of the declared dtype. column: pointers; arguments: of the field's descriptor."""
+def read_arrays(column: Column, arguments: bytes) -> np.ndarray:
+    """[B, *shape] of the declared dtype. records: pointers. arguments: of the descriptor."""
+    data, regions, pointers, samples, fail = column
     try:
         dtype, shape = array_type(arguments)
     except ValueError as error:
         fail(str(error))
     expected = dtype.itemsize * math.prod(shape)
-    stored = regions.sizes(samples, column)
+    stored = regions.sizes(samples, pointers)
     for k in np.flatnonzero(stored != min(expected, layout.MAX_PAGE + 1))[:1]:
         fail(
-            f"sample {samples[k]} has a region of {stored[k]} bytes at {column[k]}, "
+            f"sample {samples[k]} has a region of {stored[k]} bytes at {pointers[k]}, "
             f"{dtype.name} {shape} takes {expected}"
         )
-    if not len(samples):  # nothing was compared: the shape may be anything
-        expected, shape = (0, (0,)) if expected > layout.MAX_PAGE else (expected, shape)
+    # without samples nothing was compared, and a hostile shape could be too large for an array
+    if not len(samples) and expected > layout.MAX_PAGE:
+        expected, shape = 0, (0,)
     values = np.empty((len(samples), expected), np.uint8)
-    for row, pointer in zip(values, column.tolist(), strict=True):
+    for row, pointer in zip(values, pointers.tolist(), strict=True):
         row[:] = data[pointer : pointer + expected]
     return values.view(dtype).reshape(len(samples), *shape)

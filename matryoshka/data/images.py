@@ -1,6 +1,4 @@
-"""Single image files as a Loader's evaluation would give them: for queries, outside of any data
-set.
-"""
+"""Image files outside a dataset, cropped as a Loader does for evaluation; for query images."""
 
 from __future__ import annotations
 
@@ -17,9 +15,10 @@ from matryoshka.data.sources import decode_image
 
 
 def read_images(paths: Iterable[str | os.PathLike], crop: CenterCrop) -> np.ndarray:
-    """uint8 [B, size, size, 3]. BetonError, one line, for a file that cannot be read or decoded.
+    """Decode and crop image files: uint8 [B, size, size, 3].
 
-    As everywhere in the data path, EXIF orientations are not applied.
+    EXIF orientations are not applied, as everywhere in the data path. BetonError, one line, for a
+    file that cannot be read or decoded.
     """
     squares = []
     for path in paths:
@@ -33,7 +32,7 @@ def read_images(paths: Iterable[str | os.PathLike], crop: CenterCrop) -> np.ndar
 
 
 def central_square(pixels: np.ndarray, crop: CenterCrop) -> np.ndarray:
-    """uint8 [H, W, 3] -> [size, size, 3]."""
-    width, height = (np.array([side], np.int32) for side in (pixels.shape[1], pixels.shape[0]))
+    """Cut and resize the central crop: uint8 [H, W, 3] -> [size, size, 3]."""
+    height, width = np.array(pixels.shape[:2], np.int32)[:, None]  # [1] each
     x, y, w, h, _ = crop.crops(width, height, np.zeros(1, np.int64), 0, 0)[0].tolist()
     return _native.resize(np.ascontiguousarray(pixels[y : y + h, x : x + w]), crop.size, crop.size)

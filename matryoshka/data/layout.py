@@ -3,7 +3,8 @@
     header | field descriptors | one metadata record per sample | zeros | pages | allocation table
 
 Integers are little-endian, offsets count bytes from the start of the file. There is no magic number
-and no checksum: whoever reads must check (`reader.py`). docs/data_format.md explains the parts.
+and no checksum: a reader must validate everything (`reader.py`). docs/data_format.md explains the
+parts.
 """
 
 from __future__ import annotations
@@ -15,15 +16,23 @@ import numpy as np
 
 VERSION = 2
 MIN_PAGE = 1 << 21
-MAX_PAGE = 1 << 31  # the last power of two that the header's 32 bits hold
+MAX_PAGE = 1 << 31  # the largest power of two that fits into the header's 32 bits
 DEFAULT_PAGE = 1 << 23
 
-# Type numbers of fields. 255 marks a class of the writing program, whose record only that program
-# knows.
-FLOAT, INT, IMAGE, BYTES, NDARRAY, JSON, TENSOR, CUSTOM = 0, 1, 2, 3, 4, 5, 6, 255
+# Type numbers of fields. 255 is a class of the program that wrote the file; only that program can
+# read its records.
+FLOAT = 0
+INT = 1
+IMAGE = 2
+BYTES = 3
+NDARRAY = 4
+JSON = 5
+TENSOR = 6
+CUSTOM = 255
 
 # Values of an image record's mode.
-JPG, RAW = 0, 1
+JPG = 0
+RAW = 1
 
 HEADER = np.dtype(
     [
@@ -53,17 +62,18 @@ FIELDS: dict[int, tuple[np.dtype, int]] = {
 
 
 class BetonError(ValueError):
-    """A dataset that cannot be read or written; the message names the file and the sample."""
+    """A dataset cannot be read or written; the message names the file and the sample."""
 
     user_error = True  # programs print the message alone, without a traceback
 
 
 class Samples(NamedTuple):
-    """Where the stored images of one batch are: what the native decoder takes.
+    """The stored images of a batch that are in one file; the native decoder's input.
 
     data: uint8 [N], a memory map or a buffer; sample b is data[offset[b] : offset[b] + size[b]].
     offset, size: uint64 [B]. mode: uint8 [B], JPG (a whole JPEG stream) or RAW (RGB, height x width
-    x 3). width, height: int32 [B], pixels.
+    x 3). width, height: int32 [B], pixels. rows: the positions of these B samples in the batch; the
+    default is a whole batch in its order.
     """
 
     data: np.ndarray
@@ -72,20 +82,22 @@ class Samples(NamedTuple):
     mode: np.ndarray
     width: np.ndarray
     height: np.ndarray
+    rows: slice | np.ndarray = slice(None)
 
 
 def align(offset: int, alignment: int) -> int:
-    """The next multiple of `alignment` that is not below `offset`."""
+    """`offset` rounded up to a multiple of `alignment`."""
     return -(-offset // alignment) * alignment
 
 
 def record_dtype(types: list[int]) -> np.dtype:
-    """The metadata record of one sample, with the members f0, f1, ... in field order.
+    """The dtype of one sample's metadata record, with the members f0, f1, ... in field order.
 
     Every member starts at a multiple of its alignment, and the record is padded to the largest
-    alignment. KeyError for an unknown type.
+    alignment, as in a C struct. KeyError for an unknown type.
     """
-    offsets, end = [], 0
+    offsets = []
+    end = 0
     for kind in types:
         member, alignment = FIELDS[kind]
         offsets.append(align(end, alignment))
@@ -101,10 +113,9 @@ def record_dtype(types: list[int]) -> np.dtype:
 
 
 def page_size_for(largest: int) -> int:
-    """Bytes of a page: the default, or the next power of two that holds one region of `largest`
-    bytes.
+    """Page size in bytes: the default, or the next power of two that holds `largest` bytes.
 
-    ValueError when that is more than the header can say.
+    ValueError if that is more than MAX_PAGE.
     """
     size = max(DEFAULT_PAGE, 1 << (largest - 1).bit_length())
     if size > MAX_PAGE:
@@ -112,12 +123,13 @@ def page_size_for(largest: int) -> int:
     return size
 
 
-class Pages:
-    """The writing side: packs samples (image, label) into pages as they come, then puts the rest
-    around them.
+class PageWriter:
+    """Packs samples (image, label) into pages in the order they arrive, then writes the header,
+    records and allocation table.
 
-    write(data, offset) stores bytes in the file. most: no more samples than this are added.
-    page_size: bytes. count: samples so far.
+    write(data, offset) stores bytes in the file. most: the largest number of samples that will be
+    added; their records come before the pages, so their room is reserved. page_size: bytes. count:
+    samples so far.
     """
 
     def __init__(
@@ -127,7 +139,7 @@ class Pages:
         self._fields = np.array([(IMAGE, b"image", b""), (INT, b"label", b"")], DESCRIPTOR)
         self._records = np.zeros(most, record_dtype([IMAGE, INT]))
         self._table = np.zeros(most, TABLE_ROW)
-        # with fewer samples than `most`, zeros stay between the last record and the first page
+        # with fewer samples than `most`, zeros remain between the last record and the first page
         self._page_at = align(
             HEADER.itemsize + self._fields.nbytes + self._records.nbytes, page_size
         )
@@ -138,7 +150,7 @@ class Pages:
     def add(
         self, payload: bytes | memoryview, mode: int, width: int, height: int, label: int
     ) -> None:
-        """Append one sample; payload: bytes. ValueError when it is larger than a page."""
+        """Append one sample. ValueError if `payload` is larger than a page."""
         size = len(payload)
         if size > self._page_size:
             raise ValueError(f"{size} bytes do not fit into a page of {self._page_size}")
@@ -158,7 +170,7 @@ class Pages:
         self._used = 0
 
     def finish(self) -> int:
-        """Write what is left, the header last; returns the bytes of the file."""
+        """Write the rest, the header last; return the size of the file in bytes."""
         self._close_page()
         table = self._table[: self.count].tobytes()
         self._write(table, self._page_at)

@@ -1,11 +1,11 @@
-"""Batches of uint8 images, decoded ahead of their use by the native thread pool.
+"""Batches of uint8 images, decoded ahead of use by a native thread pool.
 
-    loader = Loader("train.beton", 256, order="random", image=RandomResizedCrop(224), device="cuda")
+    loader = Loader("train.beton", 256, order="random", crop=RandomResizedCrop(224), device="cuda")
     for batch in loader:          # every iteration is the next epoch
         batch.images              # uint8 [B, 224, 224, 3] on the device
 
-No worker processes: one Python thread per running epoch fills the next batches, each by one native
-call that uses all threads without the GIL.
+There are no worker processes: one Python thread per running epoch fills the next batches, each by
+one native call that uses all threads without the GIL.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,12 +24,12 @@ import torch
 
 from matryoshka.data import _native
 from matryoshka.data.crops import EVALUATION_CROP, CenterCrop, Crop, PadCrop, RandomResizedCrop
+from matryoshka.data.dataset import Dataset
 from matryoshka.data.layout import BetonError, Samples
 from matryoshka.data.order import ORDERS, batches, epoch_order, num_batches
-from matryoshka.data.pages import ImageFeed, MapFeed, PagedFile, PageFeed, page_numbers
-from matryoshka.data.reader import BetonFile
+from matryoshka.data.pages import Feed
 from matryoshka.data.slots import Batch, HostSlots, PinnedSlots
-from matryoshka.data.sources import ImageFolder, open_dataset
+from matryoshka.data.sources import open_dataset
 from matryoshka.data.state import check_state
 from matryoshka.environment import available_cores
 
@@ -46,52 +46,59 @@ class Skipped(NamedTuple):
     reason: str
 
 
-# (number of the global batch, batch, what was left out of it)
-Produced = Generator[tuple[int, Batch, list[Skipped]], None, None]
+class LoadedBatch(NamedTuple):
+    """A batch as an epoch produces it. number: of the global batch in the epoch."""
+
+    number: int
+    batch: Batch
+    skipped: list[Skipped]
 
 
 class _Position:
-    """What one iterator has handed out."""
+    """How far one iterator has been consumed: the next batch that it hands out."""
 
     def __init__(self, epoch: int, batch: int) -> None:
-        self.epoch, self.batch = epoch, batch
+        self.epoch = epoch
+        self.batch = batch
 
 
 class Loader:
     """Iterates over a .beton file or an image folder in batches.
 
-    path: a .beton file, an image folder, or an opened dataset (BetonFile, ImageFolder).
-    batch_size: images of the GLOBAL batch; each of `world` ranks gets its share (the first take one
-        more). Batches of which a rank has no share are not yielded on that rank.
+    path: a .beton file, an image folder, or an opened dataset (see dataset.py).
+    batch_size: images of the GLOBAL batch; each of `world` ranks gets its slice of it. A batch in
+        which a rank's slice is empty is not yielded on that rank.
     order: random, quasi_random (random inside a moving window of `window_pages` pages; .beton only)
         or sequential.
-    image: RandomResizedCrop, CenterCrop or PadCrop; may be replaced between epochs (progressive
+    crop: RandomResizedCrop, CenterCrop or PadCrop; may be replaced between epochs (progressive
         resolution).
-    num_workers: native threads, 0 for all cores. device: where the batches are handed out.
-    drop_last: leave out a last batch that is not full. prefetch: batches decoded ahead.
-    in_memory: True maps a .beton file, and the system keeps in memory what there is room for. False
-        reads ahead into a buffer: about `window_pages` pages with quasi_random, a few pages with
-        sequential, a few batches with random. A `path` that names a file is then open for batches
-        alone, not for `loader.dataset.fetch`.
-    on_error: "error" raises at the first image that cannot be decoded; "skip" leaves it out of its
-        batch, which gets smaller, and adds it to `skipped`. With drop_last, where every rank counts
-        on every batch, a share without a readable image is an error all the same; without, it is
-        not yielded.
-    epoch: the next epoch's number; counts up with every `iter`, may be set.
+    num_workers: native threads, 0 for all cores.
+    device: where the batches are handed out.
+    drop_last: leave out a last batch that is not full.
+    prefetch: batches decoded ahead.
+    in_memory: True maps a .beton file, and the system caches as much of it as fits into memory.
+        False reads ahead into a buffer: about `window_pages` pages with quasi_random, a few pages
+        with sequential, a few batches with random. When `path` is a file name, `loader.dataset` is
+        then closed: it has the metadata, but its `fetch` fails.
+    on_error: "error" raises at the first image that cannot be decoded. "skip" leaves it out of its
+        batch, which gets smaller, and adds it to `skipped`. A slice without any readable image is
+        not yielded; with drop_last, where every rank counts on every batch, it is an error.
+    epoch: the next epoch's number; every `iter` adds one; may be set.
     wait: seconds for which the consumer has waited for data, so far.
     skipped: list of Skipped, in the order in which batches were handed out; the owner may clear it.
 
     A batch that was handed out is never overwritten. Leaving an epoch half-way stops its threads.
-    Errors: BetonError for an unreadable dataset or sample, raised by the constructor or by `next`.
+    Errors: ValueError for a bad argument, BetonError for an unreadable dataset or sample, raised by
+    the constructor or by `next`.
     """
 
     def __init__(
         self,
-        path,
+        path: str | os.PathLike | Dataset,
         batch_size: int,
         *,
         order: str = "random",
-        image: Crop = EVALUATION_CROP,
+        crop: Crop = EVALUATION_CROP,
         num_workers: int = 0,
         device: str | torch.device = "cpu",
         seed: int = 0,
@@ -103,42 +110,44 @@ class Loader:
         window_pages: int = 128,
         on_error: str = "error",
     ) -> None:
-        if order not in ORDERS:
-            raise ValueError(f"order={order!r}: expected one of {', '.join(ORDERS)}")
-        if on_error not in ON_ERROR:
-            raise ValueError(f"on_error={on_error!r}: expected one of {', '.join(ON_ERROR)}")
-        if batch_size < 1 or not 0 <= rank < world or seed < 0 or prefetch < 1 or window_pages < 1:
-            raise ValueError(
-                f"{batch_size=}, {rank=}, {world=}, {seed=}, {prefetch=}, {window_pages=} do not "
-                "make sense"
-            )
+        for name, choice, choices in (("order", order, ORDERS), ("on_error", on_error, ON_ERROR)):
+            if choice not in choices:
+                raise ValueError(f"{name}={choice!r}: expected one of {', '.join(choices)}")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("world", world, 1),
+            ("seed", seed, 0),
+            ("prefetch", prefetch, 1),
+            ("window_pages", window_pages, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value}: expected {least} or more")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank={rank}: expected 0 to {world - 1}, because world={world}")
+
         opened_here = isinstance(path, (str, os.PathLike))
-        self.dataset = open_dataset(path) if opened_here else path
+        self.dataset: Dataset = open_dataset(path) if opened_here else path
         if drop_last and batch_size > len(self.dataset):
             raise BetonError(
                 f"{self.dataset.path}: has {len(self.dataset)} images, fewer than one global "
-                f"batch of {batch_size}; "
-                "lower the batch size"
+                f"batch of {batch_size}; lower the batch size"
             )
-        if order == "quasi_random" and not isinstance(self.dataset, BetonFile):
+        if order == "quasi_random" and self.dataset.pages() is None:
             raise BetonError(
                 f"{self.dataset.path}: has no pages for order=quasi_random; use random, or write "
                 "a .beton"
             )
-        self._file = (
-            None  # for reading with bounded memory; a folder's images are read when they are wanted
-        )
-        if not in_memory and isinstance(self.dataset, BetonFile):
-            self._file = PagedFile(self.dataset)
-            if opened_here:
-                self.dataset.close()  # the map; nothing needs it
+        # None also for a folder: its images are read batch by batch anyway
+        self._paged = None if in_memory else self.dataset.paged()
+        if self._paged is not None and opened_here:
+            self.dataset.close()  # the map, which nothing needs then
+
         self.batch_size = batch_size
         self.order = order
-        self.image = image
+        self.crop = crop
         self.device = torch.device(device)
-        if (
-            self.device.type == "cuda" and self.device.index is None
-        ):  # threads have a current device of their own
+        if self.device.type == "cuda" and self.device.index is None:
+            # the loading thread has a current device of its own, which may be another one
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.seed = seed
         self.drop_last = drop_last
@@ -166,21 +175,22 @@ class Loader:
         self._next = value, 0
         self._position = _Position(value, 0)
 
-    # ------------------------------------------------------------------------------------------ state
+    # ---------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the latest iteration is: batches that were handed out, not those decoded ahead.
-        Under 1 kB of JSON.
+        """The position of the latest iteration, under 1 kB of JSON.
 
-        The state is that of all ranks: it fits a loader with another number of workers or ranks.
+        It counts batches that were handed out, not those decoded ahead. The state is that of all
+        ranks: it fits a loader with another number of workers or ranks.
         """
         return {"epoch": self._position.epoch, "batch": self._position.batch, **self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next `iter` yields what is left of the state's epoch, then come the epochs after it.
+        """Continue at `state`: the next `iter` yields the rest of its epoch, later ones the epochs
+        after it.
 
-        StateError naming what differs, when the state is of another dataset, seed, order or global
-        batch size.
+        StateError naming the differences, when the state is of another dataset, seed, order or
+        global batch size.
         """
         self.epoch, batch = check_state(state, self._identity, len(self), self.dataset.path)
         self._next = self.epoch, batch
@@ -204,129 +214,125 @@ class Loader:
     def _fingerprint(self) -> str:
         return f"{self.dataset.fingerprint():08x}"
 
-    # ------------------------------------------------------------------------------------------ batches
+    # ---------------------------------------------------------------- batches
 
     def __iter__(self) -> Iterator[Batch]:
-        (epoch, first), self._next = self._next, (self.epoch + 1, 0)
+        epoch, first = self._next
+        self._next = epoch + 1, 0
         self._position = _Position(epoch, first)
-        return self._run(self._position, self.image)
+        return self._run(self._position, self.crop)
 
-    def _run(self, position: _Position, image: Crop) -> Iterator[Batch]:
+    def _run(self, position: _Position, crop: Crop) -> Iterator[Batch]:
+        """Yield the rest of an epoch from `position` on, and advance `position`.
+
+        This is a generator because Python closes abandoned generators: that ends the threads.
+        """
         epoch = position.epoch
-        with closing(
-            self._timed(self._produce(self._shares(epoch, position.batch), epoch, image))
-        ) as produced:
-            for k, batch, skipped in produced:
-                position.batch = k + 1
-                self.skipped += skipped
-                if len(batch.labels):
-                    yield batch
+        slices = self._rank_batches(epoch, position.batch)
+        start = time.perf_counter()
+        with closing(self._start_epoch(slices, epoch, crop)) as loading:
+            while loaded := next(loading, None):
+                self.wait += time.perf_counter() - start
+                position.batch = loaded.number + 1
+                self.skipped += loaded.skipped
+                if len(loaded.batch.labels):
+                    yield loaded.batch
                 elif self.drop_last:
+                    first = loaded.skipped[0]
                     raise BetonError(
-                        f"{self.dataset.path}: none of the {len(skipped)} images of a batch "
-                        "could be decoded; "
-                        f"the first: {skipped[0].name}: {skipped[0].reason}"
+                        f"{self.dataset.path}: none of the {len(loaded.skipped)} images of a batch "
+                        f"could be decoded; the first: {first.name}: {first.reason}"
                     )
+                start = time.perf_counter()
+            self.wait += time.perf_counter() - start
         position.epoch, position.batch = epoch + 1, 0
 
-    def _timed(self, produced: Produced) -> Produced:
-        """The same items; `wait` grows by the time that each of them takes."""
-        with closing(produced):
-            while True:
-                start = time.perf_counter()
-                item = next(produced, None)
-                self.wait += time.perf_counter() - start
-                if item is None:
-                    return
-                yield item
-
-    def _shares(self, epoch: int, first: int) -> list[tuple[int, np.ndarray]]:
+    def _rank_batches(self, epoch: int, first: int) -> list[tuple[int, np.ndarray]]:
         """(number of the global batch, this rank's sample indices), from batch `first` on."""
-        pages = None
-        if self.order == "quasi_random" and isinstance(self.dataset, BetonFile):
-            pages = page_numbers(self.dataset)
+        pages = self.dataset.pages() if self.order == "quasi_random" else None
         order = epoch_order(
-            len(self.dataset), self.order, self.seed, epoch, pages, self.window_pages
+            len(self.dataset),
+            self.order,
+            self.seed,
+            epoch,
+            pages=pages,
+            window_pages=self.window_pages,
         )
-        shares = batches(order, self.batch_size, self.drop_last, self.rank, self.world, first)
-        return [(k, share) for k, share in enumerate(shares, first) if len(share)]
-
-    def _produce(self, shares: list[tuple[int, np.ndarray]], epoch: int, image: Crop) -> Produced:
-        slots = (
-            HostSlots(self.device)
-            if self._stream is None
-            else PinnedSlots(self.device, self._stream)
+        slices = batches(
+            order,
+            self.batch_size,
+            self.drop_last,
+            rank=self.rank,
+            world=self.world,
+            first=first,
         )
-        ahead: deque[tuple[int, Future]] = deque()
-        feed, unreadable = self._feed([indices for _, indices in shares])
-        executor = ThreadPoolExecutor(1, thread_name_prefix="matryoshka-loader")
+        return [(number, indices) for number, indices in enumerate(slices, first) if len(indices)]
 
-        def load(j: int, indices: np.ndarray):
-            """One batch, on the loader's thread: crops, decode, copy to the device."""
-            images = slots.take(len(indices), image.size)
-            samples = feed.fetch(j)
-            crops = image.crops(samples.width, samples.height, indices, self.seed, epoch)
-            status = self._decode(samples, crops, images, image.exact)
-            feed.release(j)
-            if isinstance(image, PadCrop):
-                image.shift(images, image.windows(indices, self.seed, epoch))
-            if not status.any():
-                return *slots.send(images, self.dataset.labels[indices], indices.copy()), []
-            skipped = self._failed(indices, status, unreadable)
-            good = np.flatnonzero(status == 0)
-            images[: len(good)] = images[good]
-            return *slots.send(images, self.dataset.labels[indices[good]], indices[good]), skipped
+    def _start_epoch(
+        self, slices: list[tuple[int, np.ndarray]], epoch: int, crop: Crop
+    ) -> _Epoch | Generator[LoadedBatch]:
+        """An iterator over the loaded batches, with `close`."""
+        return _Epoch(self, slices, epoch, crop)
 
-        def hand_out(k: int, future: Future) -> tuple[int, Batch, list[Skipped]]:
-            batch, sent, skipped = future.result()
-            return k, slots.receive(batch, sent), skipped
-
-        try:
-            for j, (k, indices) in enumerate(shares):
-                ahead.append((k, executor.submit(load, j, indices)))
-                if len(ahead) > self.prefetch:
-                    yield hand_out(*ahead.popleft())
-            while ahead:
-                yield hand_out(*ahead.popleft())
-        finally:  # also when the consumer leaves the epoch half-way
-            executor.shutdown(wait=True, cancel_futures=True)
-            feed.close()
-
-    def _feed(
-        self, shares: list[np.ndarray]
-    ) -> tuple[MapFeed | PageFeed | ImageFeed, dict[int, str]]:
-        """Where the bytes of these batches come from; and the reasons, by index, for images that
-        cannot be read.
+    def _feed(self, slices: list[np.ndarray]) -> tuple[Feed, dict[int, str]]:
+        """The stored bytes of these batches; and the reasons, by index, why images could not be
+        read, which the feed fills in.
         """
         unreadable: dict[int, str] = {}
-        if self._file is not None:
+        if self._paged is not None:
+            # FFCV's files may have neighbours in distant pages: then even sequential order would
+            # hold many pages, and reading single images needs less memory
             most = self.window_pages if self.order == "sequential" else None
-            return self._file.feed(shares, self.order != "random", most), unreadable
-        fetch = self.dataset.fetch
-        if self.on_error == "skip" and isinstance(self.dataset, ImageFolder):
-            fetch = partial(fetch, unreadable=unreadable)
-        return MapFeed(fetch, shares), unreadable
+            feed = self._paged.feed(slices, whole_pages=self.order != "random", most_pages=most)
+        elif self.on_error == "skip":
+            feed = self.dataset.feed(slices, unreadable)
+        else:
+            feed = self.dataset.feed(slices)
+        return feed, unreadable
+
+    def _decode_parts(
+        self,
+        parts: list[Samples],
+        crops_of: Callable[[Samples], np.ndarray],
+        images: np.ndarray,
+        exact: bool,
+    ) -> np.ndarray:
+        """Fill `images` with the crops of a batch's samples; status uint8 [B], 0 where it worked.
+
+        parts: the batch, one Samples per file. crops_of: int32 [n, 5] for the samples of a part.
+        """
+        status = np.empty(len(images), np.uint8)
+        for samples in parts:
+            rows, crops = samples.rows, crops_of(samples)
+            if isinstance(rows, slice):  # a view: decoded in place
+                status[rows] = self._decode(samples, crops, images[rows], exact)
+            else:
+                scattered = np.empty((len(rows), *images.shape[1:]), np.uint8)
+                status[rows] = self._decode(samples, crops, scattered, exact)
+                images[rows] = scattered
+        return status
 
     def _decode(
-        self, samples: Samples, crops: np.ndarray, images: np.ndarray, exact: bool = True
+        self, samples: Samples, crops: np.ndarray, images: np.ndarray, exact: bool
     ) -> np.ndarray:
-        """Fill `images` with the samples' crops; one status each, 0 where it went well."""
-        where = (
+        """Fill `images` with the samples' crops; status uint8 [n], 0 where it worked."""
+        return _native.decode_batch(
+            self._pool,
             samples.data,
             samples.offset,
             samples.size,
             samples.mode,
             samples.width,
             samples.height,
+            crops,
+            images,
+            exact,
         )
-        return _native.decode_batch(self._pool, *where, crops, images, exact)
 
     def _failed(
         self, indices: np.ndarray, status: np.ndarray, unreadable: dict[int, str]
     ) -> list[Skipped]:
-        """The samples whose status is not 0. BetonError for the first of them where on_error is
-        "error".
-        """
+        """The samples whose status is not 0. BetonError for the first if on_error is "error"."""
         failed = []
         for b in np.flatnonzero(status).tolist():
             index = int(indices[b])
@@ -335,3 +341,71 @@ class Loader:
             if self.on_error == "error":
                 raise BetonError(f"{self.dataset.path}: {failed[0].name}: {reason}")
         return failed
+
+
+class _Epoch:
+    """The running part of one epoch: batches in order, decoded ahead on a thread of its own.
+
+    `next` gives the next LoadedBatch, `close` ends the threads. slices: (number of the global
+    batch, sample indices).
+    """
+
+    def __init__(
+        self, loader: Loader, slices: list[tuple[int, np.ndarray]], epoch: int, crop: Crop
+    ) -> None:
+        self._loader = loader
+        self._epoch = epoch
+        self._crop = crop
+        if loader._stream is None:
+            self._slots = HostSlots(loader.device)
+        else:
+            self._slots = PinnedSlots(loader.device, loader._stream)
+        self._feed, self._unreadable = loader._feed([indices for _, indices in slices])
+        self._slices = slices
+        self._next = 0  # the next of them to load
+        self._ahead: deque[tuple[int, Future]] = deque()
+        # one thread: slots and feed belong to it, and the native pool has the parallelism
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="matryoshka-loader")
+
+    def __iter__(self) -> _Epoch:
+        return self
+
+    def __next__(self) -> LoadedBatch:
+        while len(self._ahead) <= self._loader.prefetch and self._next < len(self._slices):
+            number, indices = self._slices[self._next]
+            self._ahead.append((number, self._executor.submit(self._load, self._next, indices)))
+            self._next += 1
+        if not self._ahead:
+            raise StopIteration
+        number, future = self._ahead.popleft()
+        batch, sent, skipped = future.result()
+        return LoadedBatch(number, self._slots.receive(batch, sent), skipped)
+
+    def close(self) -> None:
+        """Stop; waits for the batch that is being decoded."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._feed.close()
+
+    def _load(self, position: int, indices: np.ndarray) -> tuple[Batch, Any, list[Skipped]]:
+        """One batch, on the epoch's thread: read, crop, decode, start the copy to the device."""
+        loader, crop = self._loader, self._crop
+
+        def crops_of(samples: Samples) -> np.ndarray:
+            rows = indices[samples.rows]
+            return crop.crops(samples.width, samples.height, rows, loader.seed, self._epoch)
+
+        images = self._slots.take(len(indices), crop.size)  # uint8 [B, size, size, 3]
+        parts = self._feed.fetch(position)
+        status = loader._decode_parts(parts, crops_of, images, crop.exact)
+        self._feed.release(position)
+        if isinstance(crop, PadCrop):
+            crop.shift(images, crop.windows(indices, loader.seed, self._epoch))
+
+        skipped = []
+        if status.any():
+            skipped = loader._failed(indices, status, self._unreadable)
+            good = np.flatnonzero(status == 0)
+            images[: len(good)] = images[good]
+            indices = indices[good]
+        batch, sent = self._slots.send(images, loader.dataset.labels[indices], indices.copy())
+        return batch, sent, skipped

@@ -1,7 +1,7 @@
-"""Which samples make which batch: pure functions of (seed, epoch, rank, world).
+"""Sample order and batches as pure functions of (seed, epoch, rank, world).
 
-A global batch does not depend on the number of ranks: batch k is `epoch_order[k*B : (k+1)*B]`, and
-each rank takes a contiguous share of it.
+Global batches do not depend on the number of ranks: batch k is `epoch_order[k*B : (k+1)*B]`, and
+each rank takes a contiguous slice of it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ def epoch_order(
     kind: str,
     seed: int,
     epoch: int,
+    *,
     pages: np.ndarray | None = None,
     window_pages: int = 128,
 ) -> np.ndarray:
-    """Sample indices int64 [n] of an epoch.
+    """Sample indices of an epoch, int64 [n].
 
-    random: the ranks of Philox(seed, epoch)'s raw 64-bit stream. NumPy promises that stream for
-    ever, which it does not of `Generator.permutation`; a resumed run must see the order of the run
-    that stopped. quasi_random: needs `pages`, int64 [n], the page (not negative) that holds each
-    sample. At any point of the epoch, the pages between their first and their last use are at most
-    `window_pages`. ValueError for an unknown kind, for quasi_random without pages, and for a window
-    without a page.
+    random: the argsort of Philox(seed, epoch)'s raw 64-bit stream. NumPy guarantees that stream
+        across versions, but not the one of `Generator.permutation`; a resumed run must see the
+        order of the run that stopped.
+    quasi_random: random inside a moving window of pages. `pages`, int64 [n], is the page of each
+        sample, 0 or more. At any point of the epoch, at most `window_pages` pages are between their
+        first and their last use.
+    sequential: 0 to n - 1.
+
+    ValueError for an unknown kind, for quasi_random without pages, and for a window below one page.
     """
     if kind == "sequential":
         return np.arange(n, dtype=np.int64)
@@ -36,22 +40,21 @@ def epoch_order(
     if kind == "random":
         return _argsort(stream.random_raw(n))
     if kind == "quasi_random":
-        if pages is None or len(pages) != n or window_pages < 1:
-            raise ValueError(
-                f"order='quasi_random' needs the page of every sample and {window_pages=} of 1 "
-                "or more"
-            )
+        if pages is None or len(pages) != n:
+            raise ValueError("pages: order='quasi_random' needs the page of every sample")
+        if window_pages < 1:
+            raise ValueError(f"window_pages={window_pages}: expected 1 or more")
         return _argsort(_window_keys(pages, stream, window_pages))
     raise ValueError(f"order={kind!r}: expected one of {', '.join(ORDERS)}")
 
 
 def _window_keys(pages: np.ndarray, stream: np.random.Philox, window: int) -> np.ndarray:
-    """uint64 [n]: each sample's random moment in the time for which its page is held.
+    """Sort keys uint64 [n]: a random moment of each sample inside the time its page is held.
 
-    Pages come in a random order; the one at place p is held from max(p - window + 1, 0) until p +
-    1, or until the moment at which nothing is left to load. So at every moment min(window, all)
-    pages are held, also at both ends of the epoch: no batch is drawn from few pages. Integers in
-    units of 2^-32: nothing is rounded.
+    Pages are loaded in random order. The page at place p of that order is held from
+    max(p - window + 1, 0) until p + 1, or until there is nothing left to load. So min(window, all)
+    pages are held at every moment, also at both ends of the epoch: no batch is drawn from few
+    pages. Times are integers in units of 2^-32, so nothing is rounded.
     """
     used = np.flatnonzero(np.bincount(pages))
     count = len(used)
@@ -59,18 +62,18 @@ def _window_keys(pages: np.ndarray, stream: np.random.Philox, window: int) -> np
     place[used[_argsort(stream.random_raw(count))]] = np.arange(count)
     begin = np.maximum(place - window + 1, 0).astype(np.uint64)
     end = np.minimum(place + 1, max(count - window, 0) + 1).astype(np.uint64)
+
     moment = stream.random_raw(len(pages)) >> np.uint64(32)
     keys = (begin[pages] << np.uint64(32)) + moment * (end - begin)[pages]
-    return keys << np.uint64(
-        64 - ((count + 1) << 32).bit_length()
-    )  # equal upper bits cost _argsort time
+    # _argsort compares the upper bits first: shifted to the top, few keys are equal in them
+    return keys << np.uint64(64 - ((count + 1) << 32).bit_length())
 
 
 def _argsort(keys: np.ndarray) -> np.ndarray:
-    """A stable argsort of uint64 keys, int64 [n]; four times as fast as NumPy's on random keys.
+    """Stable argsort of uint64 keys, int64 [n]; four times as fast as NumPy's on random keys.
 
-    Sorting values is faster than sorting indices, so the index takes the place of the key's lowest
-    bits; the few keys that are equal without those bits are sorted once more.
+    Sorting values is faster than sorting indices, so the index replaces the lowest bits of its key.
+    The few keys that are equal without those bits are sorted once more.
     """
     n = len(keys)
     bits = np.uint64(n.bit_length())
@@ -89,9 +92,9 @@ def _argsort(keys: np.ndarray) -> np.ndarray:
     return order
 
 
-def share(n: int, rank: int, world: int) -> slice:
-    """This rank's part of n items: contiguous, sizes differ by at most one, the first ranks take
-    one more.
+def rank_slice(n: int, rank: int, world: int) -> slice:
+    """The part of n items that belongs to `rank`: contiguous; the first n % world ranks have one
+    item more than the others.
     """
     small, extra = divmod(n, world)
     start = rank * small + min(rank, extra)
@@ -99,7 +102,7 @@ def share(n: int, rank: int, world: int) -> slice:
 
 
 def num_batches(n: int, batch_size: int, drop_last: bool) -> int:
-    """Global batches in an epoch."""
+    """Number of global batches in an epoch of n samples."""
     return n // batch_size if drop_last else -(-n // batch_size)
 
 
@@ -107,15 +110,15 @@ def batches(
     order: np.ndarray,
     batch_size: int,
     drop_last: bool,
+    *,
     rank: int = 0,
     world: int = 1,
     first: int = 0,
 ) -> Iterator[np.ndarray]:
-    """This rank's share of every global batch of `batch_size` samples, beginning with the global
-    batch `first`.
+    """Yield this rank's slice of every global batch, from batch number `first` on.
 
-    A share is empty where ranks outnumber samples.
+    A slice is empty where ranks outnumber the samples of a batch.
     """
     for k in range(first, num_batches(len(order), batch_size, drop_last)):
         batch = order[k * batch_size : (k + 1) * batch_size]
-        yield batch[share(len(batch), rank, world)]
+        yield batch[rank_slice(len(batch), rank, world)]

@@ -1,12 +1,11 @@
-"""A .beton file as a memory map, with everything that the file says about itself checked before it
-is used.
+"""Memory-mapped .beton reader with full validation.
 
     data = BetonFile("train.beton")
-    samples = data.fetch(np.array([3, 1, 2]))    # where the stored images are
+    (samples,) = data.fetch(np.array([3, 1, 2]))     # where the stored images are
     labels = data.labels[[3, 1, 2]]
 
-Opening reads the metadata and the allocation table and never an image. A file that passes cannot
-send the decoder outside its bytes; what is *inside* a JPEG stream is the decoder's to check.
+Opening reads the metadata and the allocation table, never an image. In a file that passes, no
+sample points outside its bytes; the contents of a JPEG stream are validated by the decoder.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +22,10 @@ import numpy as np
 
 from matryoshka.data import fields, layout
 from matryoshka.data.layout import BetonError, Samples
+from matryoshka.data.pages import MapFeed, PagedFile
+from matryoshka.files import open_regular
 
-PART = 1 << 16  # rows of metadata looked at together
+PART = 1 << 16  # rows of metadata that are checked together
 
 
 def manifest_path(path: str | os.PathLike) -> Path:
@@ -34,25 +34,28 @@ def manifest_path(path: str | os.PathLike) -> Path:
 
 
 def printable(text: str) -> str:
-    """`text` from a file as it may go to a terminal: on one line, control characters as escapes."""
+    """Escape control characters and line ends, so that text from a file is safe on a terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _not_empty(rows: np.ndarray) -> np.ndarray:
-    """An empty value has a region without bytes, at a place that means nothing."""
+    """Drop the regions of empty values: they have no bytes, and their position has no meaning."""
     return rows if rows["size"].all() else rows[rows["size"] > 0]
 
 
 class BetonFile:
-    """An opened and validated .beton file.
+    """An opened and validated .beton file, as a dataset.
 
-    path: where it is. fields: [(name, type number)], see layout.py. labels: int64 [N], the Int
-    field called "label", else the first Int field. width, height: int32 [N]. mode: uint8 [N],
-    layout.JPG or layout.RAW. offset, size: uint64 [N], bytes of each image in the file. manifest:
-    the side file's content, or None. classes: names by label, or None. num_classes: len(classes),
-    without names the largest label + 1.
+    fields: [(name, type number)], see layout.py.
+    labels: int64 [N], the Int field called "label", else the first Int field.
+    width, height: int32 [N], pixels.
+    mode: uint8 [N], layout.JPG or layout.RAW.
+    offset, size: uint64 [N], the bytes of each image in the file.
+    manifest: the content of the side file, or None.
+    classes: names by label, or None.
+    num_classes: len(classes); without names the largest label + 1.
 
-    BetonError for anything that is not a whole, consistent .beton file with an image field.
+    BetonError for anything but a complete, consistent .beton file with an image field.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -61,13 +64,13 @@ class BetonFile:
         self._map: mmap.mmap | None = file
         self._size = len(file)
         self._data = np.frombuffer(file, np.uint8)
-        self._by_position: fields.Regions | None = None  # made when a field needs it
+        self._by_position: fields.Regions | None = None  # created by the first `field`
         self._read_header()
         self._read_fields()
         self._read_samples()
         self._read_manifest()
 
-    # ------------------------------------------------------------------------------------------ use
+    # ---------------------------------------------------------------- use
 
     def __len__(self) -> int:
         return self._num_samples
@@ -82,24 +85,43 @@ class BetonFile:
     def num_classes(self) -> int:
         return len(self.classes) if self.classes is not None else max(int(self.labels.max()) + 1, 0)
 
-    def fetch(self, indices: np.ndarray) -> Samples:
-        """The stored images of `indices` (int64 [B]) as places in the memory map: nothing is
-        copied.
+    def fetch(self, indices: np.ndarray) -> list[Samples]:
+        """The stored images of `indices` (int64 [B]): one Samples of places in the memory map.
 
-        IndexError for an index outside the file, BetonError when the file was closed or cut off
-        meanwhile.
+        IndexError for an index outside the file, BetonError if the file was closed or has been
+        truncated.
         """
         self._check_open()
-        columns = (self.offset, self.size, self.mode, self.width, self.height)
-        return Samples(self._data, *(column[indices] for column in columns))
+        samples = Samples(
+            self._data,
+            self.offset[indices],
+            self.size[indices],
+            self.mode[indices],
+            self.width[indices],
+            self.height[indices],
+        )
+        return [samples]
+
+    def feed(self, batches: list[np.ndarray], unreadable: dict[int, str] | None = None) -> MapFeed:
+        return MapFeed(self.fetch, batches)
+
+    def pages(self) -> np.ndarray:
+        """The page that holds each sample's image, int64 [N]."""
+        shift = np.uint64(self.page_size.bit_length() - 1)
+        return (self.offset >> shift).astype(np.int64)
+
+    def paged(self) -> PagedFile:
+        """The file for reads by offset, which need no map."""
+        return PagedFile(self)
 
     def field(self, name: str, indices: np.ndarray) -> Any:
-        """The values of a field of `indices` (int64 [B]): float -> float64 [B], integer -> int64
-        [B], bytes -> list of read-only uint8 [n], JSON -> list of objects, array and tensor -> [B,
-        *shape] of the stored dtype.
+        """The values of a field for the samples `indices` (int64 [B]).
 
-        IndexError for an index outside the file. BetonError for a field that is not there or that
-        is the image (`fetch` finds images), for damage, and when the file was closed.
+        float -> float64 [B]; integer -> int64 [B]; bytes -> list of read-only uint8 [n]; JSON ->
+        list of objects; array and tensor -> [B, *shape] of the stored dtype.
+
+        IndexError for an index outside the file. BetonError for an unknown field, for the image
+        (use `fetch`), for damage, and if the file was closed.
         """
         self._check_open()
         names = [known for known, _ in self.fields]
@@ -111,24 +133,22 @@ class BetonFile:
             raise self._error(
                 f"field {name!r} holds images: fetch() finds them, a Loader decodes them"
             )
-        samples = np.arange(len(self))[
-            indices
-        ]  # negative ones count from the end, as they do for fetch
-        column = self._records()[f"f{k}"][samples]
+        samples = np.arange(len(self))[indices]  # negative ones count from the end, as in fetch
+        records = self._records()[f"f{k}"][samples]
         if kind in (layout.FLOAT, layout.INT):
-            return fields.read_numbers(column)
+            return fields.read_numbers(records)
 
         def fail(reason: str) -> NoReturn:
             raise self._error(f"field {name!r}: {reason}")
 
         if self._by_position is None:
             self._by_position = fields.Regions(self._regions())
-        place = (self._data, self._by_position, column, samples, fail)
+        column = fields.Column(self._data, self._by_position, records, samples, fail)
         if kind == layout.BYTES:
-            return fields.read_bytes(*place)
+            return fields.read_bytes(column)
         if kind == layout.JSON:
-            return fields.read_json(*place)
-        return fields.read_arrays(*place, self._descriptors()[k]["arguments"].tobytes())
+            return fields.read_json(column)
+        return fields.read_arrays(column, self._descriptors()[k]["arguments"].tobytes())
 
     @property
     def page_size(self) -> int:
@@ -139,13 +159,11 @@ class BetonFile:
         return self._size
 
     def fingerprint(self) -> int:
-        """A number that changes when other images are stored: for the states of loaders."""
+        """Checksum of the image sizes, which differ between datasets; part of a loader's state."""
         return zlib.crc32(self.size.tobytes())
 
     def name(self, index: int) -> str:
-        """A sample in words, for error messages; with the original file name where the side file
-        has it.
-        """
+        """A sample's name for messages; includes the original file name if the side file has it."""
         names = (self.manifest or {}).get("names")
         original = f" ({printable(names[index])})" if names else ""
         return f"sample {index}{original}"
@@ -156,9 +174,7 @@ class BetonFile:
             self._map.madvise(mmap.MADV_WILLNEED)
 
     def close(self) -> None:
-        """Let the file go. Batches that were fetched before stay valid: the map lives as long as
-        they do.
-        """
+        """Close the file. Batches fetched before stay valid: the map lives as long as they do."""
         self._map = None
         self._data = np.empty(0, np.uint8)
 
@@ -168,31 +184,26 @@ class BetonFile:
     def __exit__(self, *_) -> None:
         self.close()
 
-    # --------------------------------------------------------------------------------------- checks
+    # ---------------------------------------------------------------- checks
 
     def _check_open(self) -> None:
         if self._map is None:
             raise self._error("is closed")
-        if (
-            now := self._map.size()
-        ) < self._size:  # to read what is gone would end the process (SIGBUS)
-            raise self._error(
-                f"was cut off while it was in use: {now} of {self._size} bytes are left"
-            )
+        now = self._map.size()
+        if now < self._size:  # reading beyond the end of a map is a SIGBUS, which ends the process
+            raise self._error(f"was truncated while in use: {now} of {self._size} bytes are left")
 
     def _error(self, reason: str) -> BetonError:
         return BetonError(f"{self.path}: {reason}")
 
     def _open(self) -> mmap.mmap:
         try:
-            status = self.path.stat()  # before opening: to open a pipe would wait for its other end
-            if not stat.S_ISREG(status.st_mode):
-                raise self._error("is not a regular file")
-            if status.st_size < layout.HEADER.itemsize:
-                raise self._error(
-                    f"is not a .beton file: {status.st_size} bytes are fewer than its header"
-                )
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < layout.HEADER.itemsize:
+                    raise self._error(
+                        f"is not a .beton file: {size} bytes are fewer than its header"
+                    )
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise self._error(error.strerror or str(error)) from error
@@ -214,23 +225,20 @@ class BetonFile:
         size = self._size
         if version != layout.VERSION:
             raise self._error(
-                f"is not a .beton file of version {layout.VERSION} (its first two bytes say "
+                f"is not a .beton file of version {layout.VERSION} (its first two bytes are "
                 f"{version})"
             )
         if self._table == 0:
             raise self._error(
                 "was never finished: its writer stopped before the end; write it again"
             )
-        if not layout.MIN_PAGE <= self._page_size <= layout.MAX_PAGE or self._page_size & (
-            self._page_size - 1
-        ):
+        power_of_two = self._page_size & (self._page_size - 1) == 0
+        if not power_of_two or not layout.MIN_PAGE <= self._page_size <= layout.MAX_PAGE:
             raise self._error(
                 f"page size {self._page_size} is not a power of two from 2 MiB to 2 GiB"
             )
         if self._num_fields == 0 or self._num_samples == 0:
-            raise self._error(
-                f"holds nothing: {self._num_fields} fields, {self._num_samples} samples"
-            )
+            raise self._error(f"is empty: {self._num_fields} fields, {self._num_samples} samples")
         self._fields_end = layout.HEADER.itemsize + self._num_fields * layout.DESCRIPTOR.itemsize
         if self._fields_end > size:
             raise self._error(
@@ -267,10 +275,17 @@ class BetonFile:
             )
 
     def _field(self, kind: int, preferred: str) -> str | None:
-        """The record member of the field of this type: the one called `preferred`, else the first."""
-        members = [(name, f"f{k}") for k, (name, t) in enumerate(self.fields) if t == kind]
-        named = [member for name, member in members if name == preferred]
-        return named[0] if named else members[0][1] if members else None
+        """The record member of the field of this type: the one called `preferred`, else the first;
+        None if the file has no field of this type.
+        """
+        first = None
+        for k, (name, type_number) in enumerate(self.fields):
+            if type_number != kind:
+                continue
+            if name == preferred:
+                return f"f{k}"
+            first = first or f"f{k}"
+        return first
 
     def _read_samples(self) -> None:
         self._record = layout.record_dtype([kind for _, kind in self.fields])
@@ -278,17 +293,16 @@ class BetonFile:
         if self._records_end > self._table:
             raise self._error(
                 f"metadata of {self._num_samples} samples ends at byte {self._records_end}, "
-                f"behind the start of the allocation table ({self._table})"
+                f"after the start of the allocation table ({self._table})"
             )
         label = self._field(layout.INT, "label")
         n = self._num_samples
         self._labels = None if label is None else np.empty(n, np.int64)
-        self.width, self.height = np.empty(n, np.int32), np.empty(n, np.int32)
-        self.mode, self.offset, self.size = (
-            np.empty(n, np.uint8),
-            np.empty(n, np.uint64),
-            np.zeros(n, np.uint64),
-        )
+        self.width = np.empty(n, np.int32)
+        self.height = np.empty(n, np.int32)
+        self.mode = np.empty(n, np.uint8)
+        self.offset = np.empty(n, np.uint64)
+        self.size = np.zeros(n, np.uint64)
         for part, records in self._parts(self._record, self._fields_end, n):
             if self._labels is not None:
                 self._labels[part] = records[label]
@@ -309,8 +323,8 @@ class BetonFile:
             )
 
     def _reject(self, wrong: np.ndarray, reason: str, sample: np.ndarray | None = None) -> None:
-        """BetonError for the first True of `wrong`; its sample is its position, or given by
-        `sample`.
+        """BetonError for the first True of `wrong`. sample: the sample of each of its rows; the
+        default is the row's position.
         """
         if wrong.any():
             first = int(wrong.argmax())
@@ -319,8 +333,10 @@ class BetonFile:
     def _parts(
         self, dtype: np.dtype, offset: int, count: int
     ) -> Iterator[tuple[slice, np.ndarray]]:
-        """(which of `count` rows, these rows); what was read is handed back, so opening a file
-        needs little memory.
+        """Yield (slice, rows) for all `count` rows, part by part.
+
+        The pages of the map that were read are released after each part, so opening a file needs
+        little memory.
         """
         for start in range(0, count, PART):
             part = slice(start, min(start + PART, count))
@@ -334,19 +350,20 @@ class BetonFile:
         return (self._size - self._table) // layout.TABLE_ROW.itemsize
 
     def _read_table(self) -> None:
-        """Bytes of every image: its sample's region that starts where the record says. Checks all
+        """Set `size` of every image from its sample's region that starts at `offset`; check all
         regions.
         """
-        ordered, end = True, np.uint64(0)
+        ordered = True  # by position, which makes overlaps visible in one pass
+        end = np.uint64(0)
         for _, part in self._parts(layout.TABLE_ROW, self._table, self._table_rows()):
             rows = self._checked(_not_empty(part))
             sample, pointer, size = rows["sample"], rows["pointer"], rows["size"]
-            is_image = pointer == self.offset[sample]  # other fields have regions, too
+            is_image = pointer == self.offset[sample]  # the other regions belong to other fields
             self.size[sample[is_image]] = size[is_image]
             if len(rows) and ordered:
                 ends = np.concatenate([[end], pointer + size])
                 ordered, end = bool((pointer >= ends[:-1]).all()), ends[-1]
-        if not ordered:  # FFCV's table is in the order in which its workers finished
+        if not ordered:  # FFCV writes the table in the order in which its workers finish
             rows = self._regions()
             pointer = rows["pointer"]
             order = np.argsort(pointer, kind="stable")
@@ -358,7 +375,7 @@ class BetonFile:
             )
 
     def _checked(self, rows: np.ndarray) -> np.ndarray:
-        """Each inside the pages and inside one page."""
+        """`rows`, after a check that each region is inside the pages and inside one of them."""
         sample, pointer, size = rows["sample"], rows["pointer"], rows["size"]
         self._reject(sample >= self._num_samples, "of the allocation table does not exist", sample)
         outside = (
@@ -383,13 +400,13 @@ class BetonFile:
         self.classes: list[str] | None = None
         path = manifest_path(self.path)
         try:
-            if not stat.S_ISREG(path.stat().st_mode):
-                raise BetonError(f"{path}: is not a regular file")
-            text = path.read_text(encoding="utf-8")
+            with open_regular(path) as file:
+                text = file.read().decode("utf-8")
         except FileNotFoundError:
             return
         except (OSError, UnicodeDecodeError) as error:
-            raise BetonError(f"{path}: cannot be read: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise BetonError(f"{path}: cannot be read: {reason}") from error
         try:
             self.manifest = manifest = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -407,7 +424,7 @@ class BetonFile:
             if value is not None and not (
                 isinstance(value, list) and all(isinstance(v, str) for v in value)
             ):
-                raise BetonError(f"{path}: {key} is not a list of texts")
+                raise BetonError(f"{path}: {key} is not a list of strings")
         self.classes = manifest.get("classes")
         if len(manifest.get("names") or self.mode) != len(self):
             raise BetonError(

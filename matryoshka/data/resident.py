@@ -1,116 +1,137 @@
-"""Small sets, decoded once: uint8 on the device, where crops and flips are batched operations.
+"""Loader for small datasets: decoded once, kept on the device as uint8, cropped there in batches.
 
-    loader = ResidentLoader("cifar.beton", 512, order="random", image=PadCrop(32), device="cuda")
+    loader = ResidentLoader("cifar.beton", 512, order="random", crop=PadCrop(32), device="cuda")
 
-The same batches as Loader: order, crops, labels, state. Pixels may differ by one level
+Batches are those of Loader: same order, crops, labels, state. Pixels may differ by one level
 (augment.resized_crops), and by more where Loader decodes a JPEG inexactly for training (crops.py):
 here every image is decoded exactly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import numpy as np
 import torch
 
 from matryoshka.data.augment import resized_crops, shifted
 from matryoshka.data.crops import Crop, PadCrop, whole_images
-from matryoshka.data.layout import BetonError
-from matryoshka.data.loader import Loader, Produced, Skipped
+from matryoshka.data.layout import BetonError, Samples
+from matryoshka.data.loader import LoadedBatch, Loader, Skipped
 from matryoshka.data.slots import Batch
 
 _CHUNK = 1024  # images decoded at a time
 
 
 class ResidentLoader(Loader):
-    """A Loader whose images lie on its device, all of one size. Arguments and use are those of
-    Loader.
+    """A Loader that keeps its images, all of one size, on its device. Arguments and use are those
+    of Loader.
 
-    Every rank holds the whole set: count x height x width x 3 bytes. BetonError when the images
-    differ in size or do not fit into the device's memory; and, where on_error is "error", by the
-    constructor for an image that cannot be decoded.
+    Every rank holds the whole dataset: count x height x width x 3 bytes. BetonError when the images
+    differ in size or do not fit into the device's memory. With on_error="error", an image that
+    cannot be decoded is a BetonError of the constructor.
     """
 
     def __init__(self, path, batch_size: int, **options) -> None:
         super().__init__(path, batch_size, **options)
         self._broken: dict[int, Skipped] = {}
-        self._decode_all()
+        self._decode_dataset()
         self._labels = torch.from_numpy(self.dataset.labels).to(self.device)
 
-    def _decode_all(self) -> None:
+    def _decode_dataset(self) -> None:
         n = len(self.dataset)
         chunks = [np.arange(i, min(i + _CHUNK, n)) for i in range(0, n, _CHUNK)]
         feed, unreadable = self._feed(chunks)
-        shape = None
+        shape = None  # height, width
         try:
             for k, indices in enumerate(chunks):
-                samples = feed.fetch(k)
-                width, height = samples.width, samples.height
+                parts = feed.fetch(k)
                 readable = np.array([int(i) not in unreadable for i in indices])
-                if shape is None and readable.any():
-                    first = int(readable.argmax())
-                    shape = int(height[first]), int(width[first])
-                    self._images = self._allocate(n, *shape)
+                sides = _sides(parts, len(indices))  # [n, 2]
                 if shape is None:
-                    raise BetonError(
-                        f"{self.dataset.path}: none of the first {len(indices)} images can be read"
-                    )
-                other = readable & ((height != shape[0]) | (width != shape[1]))
-                if other.any():
-                    b = int(other.argmax())
-                    raise BetonError(
-                        f"{self.dataset.path}: {self.dataset.name(int(indices[b]))} has "
-                        f"{width[b]}x{height[b]} pixels, "
-                        f"others have {shape[1]}x{shape[0]}: a resident set needs images of one "
-                        "size; "
-                        "write them so, or leave out data.resident"
-                    )
+                    if not readable.any():
+                        raise BetonError(
+                            f"{self.dataset.path}: none of the first {len(indices)} images can be "
+                            "read"
+                        )
+                    height, width = sides[int(readable.argmax())].tolist()
+                    shape = height, width
+                    self._images = self._allocate(n, height, width)
+                self._check_sides(indices, sides, readable, shape)
+
                 pixels = np.empty((len(indices), *shape, 3), np.uint8)
-                status = self._decode(samples, whole_images(width, height), pixels)
+                status = self._decode_parts(
+                    parts, lambda part: whole_images(part.width, part.height), pixels, exact=True
+                )
                 feed.release(k)
                 for skipped in self._failed(indices, status, unreadable):
                     self._broken[skipped.index] = skipped
-                self._images[indices[0] : indices[-1] + 1] = torch.from_numpy(pixels).to(
-                    self.device
-                )
+                chunk = slice(indices[0], indices[-1] + 1)
+                self._images[chunk] = torch.from_numpy(pixels).to(self.device)
         finally:
             feed.close()
+
+    def _check_sides(
+        self, indices: np.ndarray, sides: np.ndarray, readable: np.ndarray, shape: tuple[int, int]
+    ) -> None:
+        other = readable & (sides != shape).any(axis=1)
+        if other.any():
+            b = int(other.argmax())
+            height, width = sides[b].tolist()
+            raise BetonError(
+                f"{self.dataset.path}: {self.dataset.name(int(indices[b]))} has "
+                f"{width}x{height} pixels, others have {shape[1]}x{shape[0]}: a resident set needs "
+                "images of one size; write them so, or leave out data.resident"
+            )
 
     def _allocate(self, n: int, height: int, width: int) -> torch.Tensor:
         try:
             return torch.empty(n, height, width, 3, dtype=torch.uint8, device=self.device)
-        except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+        except RuntimeError as error:  # torch.OutOfMemoryError is a subclass
             size = 3 * n * height * width / 2**30
             raise BetonError(
                 f"{self.dataset.path}: its {n} images of {width}x{height} need {size:.1f} GiB on "
-                f"{self.device}, which "
-                "has less; leave out data.resident"
+                f"{self.device}, which has less; leave out data.resident"
             ) from error
 
-    def _produce(self, shares: list[tuple[int, np.ndarray]], epoch: int, image: Crop) -> Produced:
-        height, width = self._images.shape[1:3]
-        for k, share in shares:
-            skipped = (
-                [self._broken[i] for i in share.tolist() if i in self._broken]
-                if self._broken
-                else []
-            )
-            good = (
-                np.array([i not in self._broken for i in share.tolist()])
-                if skipped
-                else slice(None)
-            )
-            indices = share[good].copy()
+    def _start_epoch(
+        self, slices: list[tuple[int, np.ndarray]], epoch: int, crop: Crop
+    ) -> Generator[LoadedBatch]:
+        for number, rank_indices in slices:
+            indices, skipped = self._without_broken(rank_indices)
             index = torch.from_numpy(indices).to(self.device, non_blocking=True)
-            sides = np.full(len(indices), width, np.int32), np.full(len(indices), height, np.int32)
-            images = self._images[index]
-            crops = image.crops(*sides, indices, self.seed, epoch)
-            whole = (height, width) == (image.size, image.size)
-            if not (isinstance(image, PadCrop) and whole):
-                images = resized_crops(images, self._on_device(crops), image.size)
-            if isinstance(image, PadCrop):
-                windows = image.windows(indices, self.seed, epoch)
-                images = shifted(images, self._on_device(windows), image.padding)
-            yield k, Batch(images, self._labels[index], index), skipped
+            images = self._images[index]  # uint8 [B, H, W, 3]
+            images = self._cropped(images, indices, epoch, crop)
+            yield LoadedBatch(number, Batch(images, self._labels[index], index), skipped)
+
+    def _without_broken(self, indices: np.ndarray) -> tuple[np.ndarray, list[Skipped]]:
+        if not self._broken:
+            return indices.copy(), []
+        broken = np.array([i in self._broken for i in indices.tolist()])
+        return indices[~broken], [self._broken[i] for i in indices[broken].tolist()]
+
+    def _cropped(
+        self, images: torch.Tensor, indices: np.ndarray, epoch: int, crop: Crop
+    ) -> torch.Tensor:
+        height, width = images.shape[1:3]
+        if not isinstance(crop, PadCrop) or (height, width) != (crop.size, crop.size):
+            widths = np.full(len(indices), width, np.int32)
+            heights = np.full(len(indices), height, np.int32)
+            crops = crop.crops(widths, heights, indices, self.seed, epoch)
+            images = resized_crops(images, self._on_device(crops), crop.size)
+        if isinstance(crop, PadCrop):
+            windows = crop.windows(indices, self.seed, epoch)
+            images = shifted(images, self._on_device(windows), crop.padding)
+        return images
 
     def _on_device(self, rows: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(rows).to(self.device, non_blocking=True)
+
+
+def _sides(parts: list[Samples], count: int) -> np.ndarray:
+    """(height, width) of every image of a batch, int32 [count, 2]."""
+    sides = np.empty((count, 2), np.int32)
+    for part in parts:
+        sides[part.rows, 0] = part.height
+        sides[part.rows, 1] = part.width
+    return sides

@@ -1,7 +1,6 @@
-"""Where batches are decoded to, and how they get to their device.
+"""Output buffers for decoded batches, and their transfer to the device.
 
-Slots belong to one thread, which calls `take`, fills what it got, and calls `send`; `receive`
-belongs to the consumer.
+One thread calls `take`, fills the array, and calls `send`; the consumer calls `receive`.
 """
 
 from __future__ import annotations
@@ -16,17 +15,19 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
+    """One batch of a Loader, on its device."""
+
     images: Tensor  # uint8 [B, H, W, 3]
     labels: Tensor  # int64 [B]
     index: Tensor  # int64 [B], position of each sample in the dataset
 
 
 class HostSlots:
-    """Output arrays that are used again once nobody looks at them.
+    """Output arrays that are reused once no tensor refers to them.
 
-    `torch.from_numpy` keeps a reference to its array for as long as any view of the tensor lives,
-    so an array whose only reference is this list is free. A fresh 38 MB allocation per batch costs
-    9,000 page faults.
+    A fresh 38 MB allocation per batch would cost 9,000 page faults. `torch.from_numpy` keeps a
+    reference to its array for as long as any view of the tensor lives, so an array whose only
+    reference is in this list is free.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,7 +35,7 @@ class HostSlots:
         self.arrays: list[np.ndarray] = []
 
     def take(self, count: int, size: int) -> np.ndarray:
-        """uint8 [count, size, size, 3] of any content."""
+        """An uninitialised array, uint8 [count, size, size, 3]."""
         shape = (count, size, size, 3)
         self.arrays = [a for a in self.arrays if a.shape[1:] == shape[1:] and len(a) >= count]
         for i in range(len(self.arrays)):
@@ -45,7 +46,7 @@ class HostSlots:
         return array[:]
 
     def send(self, images: np.ndarray, labels: np.ndarray, index: np.ndarray) -> tuple[Batch, None]:
-        """The first len(labels) of the images that `take` returned, as a batch."""
+        """A batch of the first len(labels) images of the array that `take` returned."""
         tensors = (images[: len(labels)], labels, index)
         return Batch(*(torch.from_numpy(t).to(self._device) for t in tensors)), None
 
@@ -54,9 +55,9 @@ class HostSlots:
 
 
 class Ring:
-    """Buffers that take turns; one is written again only when the last copy out of it is done.
+    """A ring of buffers: one is handed out again only when the last copy out of it is complete.
 
-    allocate: bytes -> uint8 tensor. An entry's `copied` is anything with `synchronize()`, such as a
+    allocate: bytes -> uint8 tensor. An entry's `copied` is anything with `synchronize()`, usually a
     CUDA event.
     """
 
@@ -71,7 +72,7 @@ class Ring:
         self._turn = 0
 
     def take(self, num_bytes: int) -> Entry:
-        """The next entry, free and with at least `num_bytes`."""
+        """The next entry, free and with at least `num_bytes` bytes."""
         entry = self._entries[self._turn]
         self._turn = (self._turn + 1) % len(self._entries)
         if entry.copied is not None:
@@ -83,22 +84,25 @@ class Ring:
 
 
 def batch_bytes(count: int, size: int) -> int:
-    """Bytes of a batch in one piece: images, then, aligned, labels and indices."""
+    """Size of a batch in one piece: images, then labels and indices, aligned to 8 bytes."""
     return -(-3 * count * size * size // 8) * 8 + 16 * count
 
 
 def batch_views(piece: Tensor, count: int, size: int) -> tuple[Tensor, Tensor]:
-    """(images uint8 [count, size, size, 3], labels and indices int64 [2, count]) in a uint8 tensor."""
-    images = 3 * count * size * size
+    """Views into a uint8 tensor: images uint8 [count, size, size, 3], labels and indices int64
+    [2, count].
+    """
+    pixel_bytes = 3 * count * size * size
     whole = batch_bytes(count, size)
-    return piece[:images].view(count, size, size, 3), piece[whole - 16 * count : whole].view(
-        torch.int64
-    ).view(2, count)
+    images = piece[:pixel_bytes].view(count, size, size, 3)
+    numbers = piece[whole - 16 * count : whole].view(torch.int64).view(2, count)
+    return images, numbers
 
 
 class PinnedSlots:
-    """Pinned memory, from which batches go to a CUDA device on a stream of their own, each as one
-    copy.
+    """Pinned host buffers; each batch is copied to a CUDA device in one piece, on a side stream.
+
+    count: 3 buffers, so that one is filled while another is copied and a third waits.
     """
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream, count: int = 3) -> None:
@@ -106,13 +110,12 @@ class PinnedSlots:
         self._ring = Ring(count, self._allocate)
 
     def _allocate(self, num_bytes: int) -> Tensor:
-        with torch.cuda.device(
-            self._device
-        ):  # a new thread's current device is GPU 0, which is another process's
+        # the current device of a new thread is GPU 0, which may belong to another process
+        with torch.cuda.device(self._device):
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def take(self, count: int, size: int) -> np.ndarray:
-        """uint8 [count, size, size, 3] of any content."""
+        """An uninitialised array, uint8 [count, size, size, 3]."""
         self._count, self._size = count, size
         self._entry = self._ring.take(batch_bytes(count, size))
         return batch_views(self._entry.buffer, count, size)[0].numpy()
@@ -120,8 +123,8 @@ class PinnedSlots:
     def send(
         self, images: np.ndarray, labels: np.ndarray, index: np.ndarray
     ) -> tuple[Batch, torch.cuda.Event]:
-        """Start the copy of the first len(labels) images to the device; the event says when it is
-        done.
+        """Start to copy the first len(labels) images to the device; the event marks the end of the
+        copy.
         """
         n, whole = len(labels), batch_bytes(self._count, self._size)
         numbers = batch_views(self._entry.buffer, self._count, self._size)[1]
@@ -139,6 +142,6 @@ class PinnedSlots:
         """Make the consumer's stream wait for the copy."""
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(sent)
-        for tensor in batch:  # allocated on the side stream, used on this one
+        for tensor in batch:  # the allocator must know the second stream that uses its memory
             tensor.record_stream(stream)
         return batch

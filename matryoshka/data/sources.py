@@ -1,8 +1,8 @@
-"""Where samples come from before there is a .beton: image folders and scikit-learn's digits.
+"""Sources of images for the writer: image folders and scikit-learn's digits.
 
 A source has `classes` (list of str), `labels` (int64 [N]), `len()`, `read(i)` -> the bytes of an
-image file, and `name(i)` -> a text for lists and messages. That is all that `write_beton` asks of
-it: a new source is one class here. `decode_image` turns the bytes of any image file into RGB.
+image file, and `name(i)` -> its name for lists and messages. `write_beton` needs no more: a new
+source is one class here. `decode_image` decodes the bytes of any image file to RGB.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,25 +21,35 @@ from PIL import Image
 
 from matryoshka.data import _native
 from matryoshka.data.layout import JPG, RAW, BetonError, Samples
+from matryoshka.data.pages import MapFeed
 from matryoshka.data.reader import BetonFile
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
-# Formats that photos come in: Pillow's other readers (PostScript, ...) should not see hostile
-# files.
+# The formats of photos only: Pillow's other readers (PostScript, ...) must not see hostile files.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
-# Pillow's own limit for "decompression bombs", here for every decoder: half a gigabyte of RGB.
+# Pillow's limit for "decompression bombs" (Image.MAX_IMAGE_PIXELS is half of it), here for every
+# decoder: half a gigabyte of RGB.
 MAX_PIXELS = 178_956_970
 _ORIENTATION = 0x0112  # the EXIF tag
-_STRIP = 1 << 20  # pixels of 16 bits that are converted together
+_STRIP = 1 << 20  # 16-bit pixels that are converted together
+
+
+class _Stored(NamedTuple):
+    """One image as `ImageFolder.fetch` returns it; the default is an image that is unreadable."""
+
+    data: bytes = b""
+    mode: int = RAW
+    width: int = 0
+    height: int = 0
 
 
 class Decoded(NamedTuple):
-    """An image and what was noticed on the way.
+    """A decoded image, and the properties of its file.
 
-    pixels: uint8 [H, W, 3] RGB. content: Pillow's name of the file format. grayscale, cmyk: what
-    the file held. orientation: the EXIF tag, 1 (upright) to 8, not applied. damage: why the native
-    decoder refused a file that Pillow then read, else "".
+    pixels: uint8 [H, W, 3] RGB. content: Pillow's name of the file format. grayscale, cmyk: the
+    colour space of the file. orientation: the EXIF tag, 1 (upright) to 8, not applied. damage: why
+    the native decoder refused a file that Pillow could read, else "".
     """
 
     pixels: np.ndarray
@@ -54,11 +65,10 @@ def is_jpeg(data: bytes) -> bool:
 
 
 def decode_image(data: bytes) -> Decoded:
-    """The bytes of an image file as RGB. ValueError with the reason when neither decoder can read
-    them.
+    """Decode the bytes of an image file to RGB. ValueError with the reason if that fails.
 
-    JPEG is decoded natively; everything else, and what the native decoder refuses, by Pillow: first
-    frame, alpha dropped as torchvision's ImageFolder does, 16-bit samples scaled to 8.
+    JPEG is decoded natively. Pillow decodes all other formats, and JPEGs that the native decoder
+    refuses: first frame, alpha dropped as in torchvision's ImageFolder, 16-bit samples scaled to 8.
     """
     if not data:
         raise ValueError("the file is empty")
@@ -66,7 +76,7 @@ def decode_image(data: bytes) -> Decoded:
         damage = ""
         try:
             components = _checked_jpeg_size(data)[2]
-            if components in (1, 3):  # CMYK is Pillow's
+            if components in (1, 3):  # Pillow converts CMYK
                 pixels = _native.decode(data)
                 return Decoded(
                     pixels, "JPEG", grayscale=components == 1, orientation=_exif_orientation(data)
@@ -80,7 +90,7 @@ def decode_image(data: bytes) -> Decoded:
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """uint8 [H, W, 3] as the camera was held, for the EXIF orientation 1 to 8."""
+    """Apply an EXIF orientation, 1 to 8, to pixels uint8 [H, W, 3]."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -102,13 +112,11 @@ def _check_pixels(width: int, height: int) -> None:
 
 
 def _exif_orientation(data: bytes) -> int:
-    if b"Exif\0\0" not in data:  # most photos of a data set: spare them Pillow
+    if b"Exif\0\0" not in data:  # true of most photos of a dataset, which then skip Pillow
         return 1
     try:
         return _orientation(Image.open(io.BytesIO(data), formats=_FORMATS))
-    except (
-        Exception
-    ):  # Pillow's header parser raises many types; the pixels are good whatever the header says
+    except Exception:  # Pillow's header parser raises many types; the pixels may still be good
         return 1
 
 
@@ -131,45 +139,45 @@ def _decode_with_pillow(data: bytes) -> Decoded:
                 cmyk=image.mode == "CMYK",
                 orientation=_orientation(image),
             )
-    except (
-        Image.UnidentifiedImageError
-    ):  # its text holds a memory address, and manifests are reproducible
+    except Image.UnidentifiedImageError:
+        # the original message contains a memory address, and manifests must be reproducible
         raise ValueError("is not an image in a known format, or its header is damaged") from None
     except Exception as error:
-        # a hostile file makes Pillow raise nearly anything (struct.error, SyntaxError, ...)
+        # Pillow raises nearly any exception for hostile files (struct.error, SyntaxError, ...)
         raise ValueError(str(error) or type(error).__name__) from error
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range")
-    if image.mode.startswith("I"):  # Pillow's convert cuts everything above 255
+    if image.mode.startswith("I"):  # 16 bits; Pillow's `convert` would clip values above 255
         width, height = image.size
-        out, rows = np.empty((height, width, 3), np.uint8), max(1, _STRIP // width)
-        for top in range(0, height, rows):  # a small file may hold a hundred million pixels
+        out = np.empty((height, width, 3), np.uint8)
+        rows = max(1, _STRIP // width)  # in strips: a small file may hold a hundred million pixels
+        for top in range(0, height, rows):
             values = np.asarray(image.crop((0, top, width, min(top + rows, height))))
             if values.min() < 0 or values.max() > 0xFFFF:
                 raise ValueError("32-bit pixels have no defined range")
             out[top : top + rows] = (values // 257)[:, :, None]
         return out
-    image.info.pop("transparency", None)  # dropped either way, but Pillow warns about a palette's
+    image.info.pop("transparency", None)  # dropped in any case; Pillow warns about a palette's
     return np.array(image.convert("RGB"))
 
 
 class ImageFolder:
-    """One subfolder per class, as torchvision's ImageFolder reads it: `root/<class>/**/<image>`.
+    """A folder with one subfolder per class, `root/<class>/**/<image>`, as a source and a dataset.
 
-    path: the root. classes: names of the subfolders, sorted; a label is a position in it. labels:
-    int64 [N]. Samples are sorted by class, folder, file name. Hidden files and folders are left
-    out, symbolic links are followed.
+    The layout is that of torchvision's ImageFolder. path: the root. classes: names of the
+    subfolders, sorted; a label is a position in it. labels: int64 [N]. Samples are sorted by class,
+    folder, file name. Hidden files and folders are ignored, symbolic links are followed.
 
-    BetonError when the folder is missing, has no class folders, or a class has no images.
+    BetonError if the folder is missing, has no class folders, or a class has no images.
     """
 
     def __init__(self, root: str | os.PathLike) -> None:
         self.path = Path(root)
         if not self.path.exists():
-            raise BetonError(f"{self.path}: there is no such folder")
+            raise BetonError(f"{self.path}: no such folder")
         if not self.path.is_dir():
             raise BetonError(f"{self.path}: is not a folder")
         self.classes = sorted(
@@ -197,7 +205,7 @@ class ImageFolder:
         return len(self.classes)
 
     def read(self, index: int) -> bytes:
-        """The file's bytes. OSError when it cannot be read."""
+        """The bytes of an image file. OSError if it cannot be read."""
         return (self.path / self._names[index]).read_bytes()
 
     def name(self, index: int) -> str:
@@ -205,56 +213,74 @@ class ImageFolder:
         return self._names[index]
 
     def preload(self) -> None:
-        """Nothing: a folder's files are read when they are wanted."""
+        """Do nothing: files are read batch by batch."""
+
+    def close(self) -> None:
+        """Do nothing: no file stays open."""
 
     def fingerprint(self) -> int:
-        """A number that changes when files come, go or get other names: for the states of loaders."""
+        """Checksum of the file names; part of a loader's state."""
         return zlib.crc32("\n".join(self._names).encode(errors="surrogateescape"))
 
-    def fetch(self, indices: np.ndarray, unreadable: dict[int, str] | None = None) -> Samples:
-        """Read the images of `indices` (int64 [B]) into one buffer, for training straight from a
-        folder.
+    def fetch(self, indices: np.ndarray, unreadable: dict[int, str] | None = None) -> list[Samples]:
+        """Read the images of `indices` (int64 [B]) into one buffer, to train from a folder.
 
-        JPEG bytes that the native decoder takes stay as they are, everything else becomes raw RGB.
-        BetonError naming the file when one cannot be read; but where `unreadable` is given, it gets
-        the reason, by index, and the sample has no bytes and no size.
+        JPEGs that the native decoder supports are returned as stored, all other images as raw RGB.
+        An image that cannot be read is a BetonError that names the file; with `unreadable`, the
+        reason goes there, by index, and the sample has no bytes and size 0 x 0.
         """
 
-        def stored_or_nothing(index: int) -> tuple[bytes, int, int, int]:
+        def stored_or_nothing(index: int) -> _Stored:
             try:
                 return self._stored(index)
             except (OSError, ValueError) as error:
                 if unreadable is None:
                     raise BetonError(f"{self.path / self._names[index]}: {error}") from error
                 unreadable[index] = str(error)
-                return b"", RAW, 0, 0
+                return _Stored()
 
-        # file reads wait, Pillow leaves the GIL: threads help both
+        # reads wait for the disk and Pillow releases the GIL: threads help both
         with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1)), "matryoshka-folder") as readers:
             stored = list(readers.map(stored_or_nothing, indices.tolist()))
-        size = np.array([len(data) for data, *_ in stored], np.uint64)
-        mode, width, height = (np.array([row[k] for row in stored], np.int32) for k in (1, 2, 3))
-        data = np.frombuffer(b"".join(row[0] for row in stored), np.uint8)
-        return Samples(data, np.cumsum(size) - size, size, mode.astype(np.uint8), width, height)
+        size = np.array([len(image.data) for image in stored], np.uint64)
+        samples = Samples(
+            data=np.frombuffer(b"".join(image.data for image in stored), np.uint8),
+            offset=np.cumsum(size) - size,
+            size=size,
+            mode=np.array([image.mode for image in stored], np.uint8),
+            width=np.array([image.width for image in stored], np.int32),
+            height=np.array([image.height for image in stored], np.int32),
+        )
+        return [samples]
 
-    def _stored(self, index: int) -> tuple[bytes, int, int, int]:
-        """(bytes, mode, width, height) of one image. OSError or ValueError when it cannot be read."""
+    def feed(self, batches: list[np.ndarray], unreadable: dict[int, str] | None = None) -> MapFeed:
+        return MapFeed(partial(self.fetch, unreadable=unreadable), batches)
+
+    def pages(self) -> None:
+        return None
+
+    def paged(self) -> None:
+        return None
+
+    def _stored(self, index: int) -> _Stored:
+        """Read one image. OSError or ValueError if it cannot be read."""
         data = self.read(index)
         if is_jpeg(data):
             try:
                 width, height, components = _checked_jpeg_size(data)
                 if components in (1, 3):
-                    return data, JPG, width, height
+                    return _Stored(data, JPG, width, height)
             except ValueError:
-                pass  # Pillow reads it, or says what is wrong
+                pass  # decode_image tries Pillow and gives the reason
         pixels = decode_image(data).pixels
-        return pixels.tobytes(), RAW, pixels.shape[1], pixels.shape[0]
+        height, width = pixels.shape[:2]
+        return _Stored(pixels.tobytes(), RAW, width, height)
 
 
 def _images(
     root: Path, folder: str = "", above: tuple[tuple[int, int], ...] = ()
 ) -> Iterator[tuple[str, str]]:
-    """(folder relative to root, file name) of every image below root."""
+    """Yield (folder relative to root, file name) of every image below `root`."""
     status = os.stat(root / folder)
     identity = (status.st_dev, status.st_ino)
     if identity in above:  # a symbolic link to one of its own parents
@@ -270,10 +296,10 @@ def _images(
 
 
 class Digits:
-    """scikit-learn's handwritten digits: 1,797 images of 10 classes that need no download.
+    """scikit-learn's handwritten digits as a source: 1,797 images of 10 classes, no download.
 
-    The 8x8 images of 17 gray levels are spread over 0..255 and enlarged to 32x32. split: "train"
-    (80 %) or "val", stratified and always the same. Needs scikit-learn.
+    The 8x8 images of 17 grey levels are scaled to 0..255 and enlarged to 32x32. split: "train"
+    (80 %) or "val", stratified and always the same.
     """
 
     SIZE = 32
@@ -283,7 +309,7 @@ class Digits:
         from sklearn.model_selection import train_test_split
 
         if split not in ("train", "val"):
-            raise BetonError(f"digits: split {split!r} is neither train nor val")
+            raise BetonError(f"digits: split={split!r}: expected train or val")
         pixels, labels = load_digits(return_X_y=True)
         everything = np.arange(len(labels))
         train, val = train_test_split(everything, test_size=0.2, random_state=0, stratify=labels)
@@ -310,7 +336,7 @@ class Digits:
 
 
 def write_digits_folder(root: str | os.PathLike) -> None:
-    """Write the digits as image folders of JPEG files, `root/{train,val}/<class>/<number>.jpg`."""
+    """Write the digits as JPEG files, `root/{train,val}/<class>/<number>.jpg`."""
     for split in ("train", "val"):
         digits = Digits(split)
         for index in range(len(digits)):
@@ -320,9 +346,9 @@ def write_digits_folder(root: str | os.PathLike) -> None:
 
 
 def open_dataset(path: str | os.PathLike) -> BetonFile | ImageFolder:
-    """A file is a .beton, a folder an image folder; BetonError for anything else."""
+    """Open a .beton file or an image folder; BetonError for anything else."""
     if os.path.isdir(path):
         return ImageFolder(path)
     if os.path.exists(path):
         return BetonFile(path)
-    raise BetonError(f"{os.fspath(path)}: there is no such file or folder")
+    raise BetonError(f"{os.fspath(path)}: no such file or folder")

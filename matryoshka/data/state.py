@@ -1,4 +1,4 @@
-"""Where a loader is, as a few plain values that JSON can hold."""
+"""Validation of a loader's state, a dict of JSON values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class StateError(ValueError):
-    """A loader's state that does not fit; the message names every difference."""
+    """A state of another dataset or other options; the message names every difference."""
 
     user_error = True
 
@@ -15,8 +15,8 @@ class StateError(ValueError):
 def check_state(
     state: Any, expected: Mapping[str, Any], num_batches: int, path: Any
 ) -> tuple[int, int]:
-    """(epoch, batch) of a state whose other values are as `expected`. StateError naming what is
-    not.
+    """Return (epoch, batch) of a state. StateError if its other values are not `expected`, or if
+    these two are not a position in an epoch of `num_batches`.
     """
     if not isinstance(state, Mapping):
         raise StateError(f"{path}: the loader's state is a {type(state).__name__}, not a dict")
@@ -38,7 +38,7 @@ def check_state(
         or not 0 <= batch <= num_batches
     ):
         raise StateError(
-            f"{path}: the state says epoch {epoch!r}, batch {batch!r}; an epoch has "
-            f"{num_batches} batches"
+            f"{path}: the state has epoch {epoch!r} and batch {batch!r}; expected epoch "
+            f"0 or more and batch 0 to {num_batches}"
         )
     return epoch, batch

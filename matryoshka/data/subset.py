@@ -1,4 +1,4 @@
-"""Some samples of a dataset as a dataset."""
+"""A subset of a dataset, as a dataset."""
 
 from __future__ import annotations
 
@@ -7,38 +7,49 @@ import zlib
 import numpy as np
 
 from matryoshka.data.layout import Samples
+from matryoshka.data.pages import MapFeed
 from matryoshka.data.reader import BetonFile
 from matryoshka.data.sources import ImageFolder
 
 
 class Subset:
-    """The samples `indices` (int64 [n], any order) of an opened dataset, whose classes and labels
-    it keeps.
+    """The samples `indices` (int64 [n], any order) of an opened dataset, as a dataset.
 
-    `dataset` has to stay open. A Loader takes it in place of a dataset; not with in_memory=False or
-    quasi_random.
+    Labels keep their meaning: classes and num_classes are those of `dataset`, which has to stay
+    open. A subset has no pages: it is always read through `dataset.fetch`.
     """
 
     def __init__(self, dataset: BetonFile | ImageFolder, indices: np.ndarray) -> None:
-        self.dataset, self.indices = dataset, np.asarray(indices, np.int64)
-        self.path, self.classes, self.num_classes = (
-            dataset.path,
-            dataset.classes,
-            dataset.num_classes,
-        )
+        self.dataset = dataset
+        self.indices = np.asarray(indices, np.int64)
+        self.path = dataset.path
+        self.classes = dataset.classes
+        self.num_classes = dataset.num_classes
         self.labels = dataset.labels[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def fetch(self, indices: np.ndarray) -> Samples:
-        return self.dataset.fetch(self.indices[indices])
-
     def name(self, index: int) -> str:
         return self.dataset.name(int(self.indices[index]))
+
+    def fetch(self, indices: np.ndarray) -> list[Samples]:
+        return self.dataset.fetch(self.indices[indices])
+
+    def feed(self, batches: list[np.ndarray], unreadable: dict[int, str] | None = None) -> MapFeed:
+        return MapFeed(self.fetch, batches)
+
+    def pages(self) -> None:
+        return None
+
+    def paged(self) -> None:
+        return None
+
+    def fingerprint(self) -> int:
+        return zlib.crc32(self.indices.tobytes(), self.dataset.fingerprint())
 
     def preload(self) -> None:
         self.dataset.preload()
 
-    def fingerprint(self) -> int:
-        return zlib.crc32(self.indices.tobytes(), self.dataset.fingerprint())
+    def close(self) -> None:
+        self.dataset.close()

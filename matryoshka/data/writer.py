@@ -1,10 +1,10 @@
-"""Samples -> one .beton file and its side file `<file>.json`.
+"""Writer of .beton files and their side files `<file>.json`.
 
-    manifest = write_beton(ImageFolder("imagenet/train"), "train.beton", max_resolution=500,
-    write_mode="jpg")
+    source = ImageFolder("imagenet/train")
+    manifest = write_beton(source, "train.beton", max_resolution=500, write_mode="jpg")
 
 The bytes are a pure function of the samples and the options: threads decode, resize and encode, one
-place decides the order. Both files appear under their names only when they are whole and on the
+loop writes the results in order. Both files get their names only when they are complete and on the
 disk.
 """
 
@@ -26,19 +26,17 @@ from matryoshka.data import _native, layout
 from matryoshka.data.layout import BetonError
 from matryoshka.data.reader import manifest_path
 from matryoshka.data.sources import _exif_orientation, decode_image, upright
-from matryoshka.files import Replacement as _Replacement
+from matryoshka.environment import available_cores
+from matryoshka.files import AtomicFile
 
 MODES = ("proportion", "jpg", "raw", "smart")
-TRANSCODE = (
-    "never",
-    "fit",
-    "always",
-)  # only baseline JPEGs within max_resolution; about twice quality 90's bytes
+# Lossless copies of baseline JPEGs within max_resolution. Photos are stored at about q96, so copies
+# take twice the bytes of re-encoding at quality 90, and twice the time to decode.
+TRANSCODE = ("never", "fit", "always")
 MAX_RESOLUTION = 26_754  # the largest square whose pixels fit into the largest page
-# A window of chunks is held in memory: a chunk of large raw images is cut to this many bytes.
+# Several chunks are in memory at a time: chunks of large raw images are limited to this size.
 _CHUNK_BYTES = 16 << 20
-# The errors of a file that is not there for us; any other OSError (a disk that fails) stops the
-# writing.
+# Errors of one file, which is then left out; any other OSError (a failing disk) ends the write.
 _UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError)
 
 
@@ -76,11 +74,9 @@ class WriteOptions:
     names: bool = _option(False, "keep every original file name in the side file")
 
     def __post_init__(self) -> None:
-        mode, probability, threshold = (
-            self.write_mode,
-            self.compress_probability,
-            self.smart_threshold,
-        )
+        mode = self.write_mode
+        probability = self.compress_probability
+        threshold = self.smart_threshold
         wrong = []
         for name, choices in (("write_mode", MODES), ("transcode", TRANSCODE)):
             if getattr(self, name) not in choices:
@@ -132,7 +128,7 @@ class WriterConfig(WriteOptions):
 
 
 class Source(Protocol):
-    """What is written, see sources.py."""
+    """A source of images to write, see sources.py."""
 
     classes: list[str]
     labels: np.ndarray
@@ -143,7 +139,7 @@ class Source(Protocol):
 
 
 class _Stored(NamedTuple):
-    """One encoded sample, or the reason why there is none."""
+    """One encoded sample; width 0 if the image could not be read."""
 
     index: int
     payload: bytes | memoryview = b""
@@ -165,40 +161,32 @@ def write_beton(
 ) -> dict:
     """Write `source` to `path` and return the manifest, which is also written to `<path>.json`.
 
-    num_workers, chunk_size: threads (0: all cores) and samples per unit of work; they do not change
-    the file. progress(done, total) is called after every sample. options: the fields of
-    WriteOptions.
+    num_workers: threads, 0 for all cores. chunk_size: samples per unit of work. Neither changes the
+    file. progress(done, total) is called after every sample. options: the fields of WriteOptions.
 
-    Images that no decoder reads are left out and listed in the manifest. BetonError for options
-    that make no sense, a folder that does not exist, a full disk, or when no image could be read;
-    the source's exceptions pass through. After any error or Ctrl-C there is no new file, and an old
-    one at `path` is as it was.
+    Images that no decoder can read are left out and listed in the manifest. BetonError for an
+    illegal option, a missing folder, and if no image could be read; FileError for a full disk;
+    exceptions of the source propagate. After any error or Ctrl-C there is no new file, and an old
+    one at `path` is unchanged.
     """
     path = Path(path)
-    wanted = WriteOptions(**options)
-    if wanted.write_mode == "proportion" and wanted.compress_probability is None:
-        wanted = replace(wanted, compress_probability=0.5)
-    if num_workers < 0 or chunk_size < 1:
-        raise BetonError(
-            f"{path}: not written: {num_workers=}, {chunk_size=}: expected at least 0 and 1"
-        )
-    if wanted.subset != -1 and not 1 <= wanted.subset <= len(source):
-        raise BetonError(
-            f"{path}: not written: subset={wanted.subset}: expected -1 (all) or 1 to {len(source)}"
-        )
-    _check_place(path)
-    indices = select_subset(source.labels, wanted.subset, wanted.seed)
-    raw_bytes = 3 * wanted.max_resolution**2
-    workers = num_workers or _cores()
+    settings = WriteOptions(**options)
+    if settings.write_mode == "proportion" and settings.compress_probability is None:
+        settings = replace(settings, compress_probability=0.5)
+    check_arguments(path, num_workers, chunk_size, settings.subset, len(source))
+    check_destination(path)
+    indices = select_subset(source.labels, settings.subset, settings.seed)
+    raw_bytes = 3 * settings.max_resolution**2  # of the largest image that is stored
+    workers = num_workers or available_cores()
     chunk = max(1, min(chunk_size, _CHUNK_BYTES // raw_bytes))
-    manifest = _Manifest(source, wanted)
+    manifest = _Manifest(source, settings)
 
     with (
-        _Replacement(path) as file,
-        _Replacement(manifest_path(path)) as side,
-        closing(_encode_all(source, indices, wanted, workers, chunk)) as samples,
+        AtomicFile(path) as file,
+        AtomicFile(manifest_path(path)) as side,
+        closing(_encode_all(source, indices, settings, workers, chunk)) as samples,
     ):
-        pages = layout.Pages(file.write, len(indices), layout.page_size_for(raw_bytes))
+        pages = layout.PageWriter(file.write, len(indices), layout.page_size_for(raw_bytes))
         for done, sample in enumerate(samples, 1):
             manifest.add(sample)
             if sample.width:
@@ -207,18 +195,15 @@ def write_beton(
             if progress is not None:
                 progress(done, len(indices))
         if not pages.count:
-            first = (
-                manifest.broken[0]
-                if manifest.broken
-                else {"name": "-", "reason": "the source is empty"}
-            )
+            empty = {"name": "-", "reason": "the source is empty"}
+            first = manifest.broken[0] if manifest.broken else empty
             raise BetonError(
                 f"{path}: not written: none of {len(indices)} images could be read; "
                 f"the first is {first['name']}: {first['reason']}"
             )
         num_bytes = pages.finish()
         content = manifest.content(pages.count, num_bytes)
-        side.write(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n", 0)
+        side.append(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
         file.flush()
         side.flush()
         side.publish()  # first: a .beton must never be seen with the class names of an older one
@@ -226,14 +211,25 @@ def write_beton(
     return content
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def check_arguments(
+    path: Path, num_workers: int, chunk_size: int, subset: int, samples: int
+) -> None:
+    """BetonError for an argument of write_beton outside its legal range."""
+    reason = None
+    if num_workers < 0:
+        reason = f"num_workers={num_workers}: expected 0 (all cores) or more"
+    elif chunk_size < 1:
+        reason = f"chunk_size={chunk_size}: expected 1 or more"
+    elif subset != -1 and not 1 <= subset <= samples:
+        reason = f"subset={subset}: expected -1 (all) or 1 to {samples}"
+    if reason:
+        raise BetonError(f"{path}: not written: {reason}")
 
 
-def _check_place(path: Path) -> None:
-    """Find out now, not after hours, that the file cannot get its name."""
+def check_destination(path: Path) -> None:
+    """Fail before the work, not after it, if the file cannot get its name."""
     if path.is_dir():
-        raise BetonError(f"{path}: is a folder, a file is written")
+        raise BetonError(f"{path}: is a folder; give the name of a file")
     try:
         path.parent.mkdir(exist_ok=True)
     except FileNotFoundError:
@@ -245,27 +241,26 @@ def _check_place(path: Path) -> None:
 def select_subset(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
     """Positions of n samples, evenly over the classes, sorted, int64 [n]; all of them for n = -1.
 
-    Classes differ by at most one sample, except where one has too few. A pure function of (labels,
-    n, seed).
+    The classes' counts differ by one at most, except where a class has too few samples. A pure
+    function of (labels, n, seed).
     """
     if n == -1:
         return np.arange(len(labels))
     shuffled = np.argsort(np.random.Philox(key=seed).random_raw(len(labels)), kind="stable")
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     _, first, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
-    turn = np.arange(len(labels)) - np.repeat(
-        first, counts
-    )  # each class gives its k-th sample in turn k
+    # round robin: each class contributes its k-th sample in round k
+    turn = np.arange(len(labels)) - np.repeat(first, counts)
     return np.sort(by_class[np.argsort(turn, kind="stable")[:n]])
 
 
-# ------------------------------------------------------------------------------------ decode, encode
+# ---------------------------------------------------------------- decode, encode
 
 
 def _encode_all(
     source: Source, indices: np.ndarray, options: WriteOptions, workers: int, chunk: int
 ) -> Generator[_Stored]:
-    """Every sample in the order of `indices`; few more chunks than threads are in memory at a time."""
+    """Yield every sample in the order of `indices`; workers + 3 chunks are in memory at most."""
 
     def encode_chunk(part: list[int]) -> list[_Stored]:
         return [_encode(source, index, options) for index in part]
@@ -289,14 +284,17 @@ def _encode(source: Source, index: int, options: WriteOptions) -> _Stored:
         data = source.read(index)
     except _UNREADABLE as error:
         return _Stored(index, notes=(("broken", error.strerror or type(error).__name__),))
-    if options.transcode != "never" and (copy := _transcoded(data, index, options)):
-        return copy
+    if options.transcode != "never":
+        copy = _transcoded(data, index, options)
+        if copy is not None:
+            return copy
     try:
         image = decode_image(data)
     except ValueError as error:
         return _Stored(index, notes=(("broken", str(error)),))
 
-    pixels, notes = image.pixels, []
+    pixels = image.pixels
+    notes = []
     if image.grayscale:
         notes.append(("grayscale", ""))
     if image.cmyk:
@@ -323,8 +321,8 @@ def _encode(source: Source, index: int, options: WriteOptions) -> _Stored:
 
 
 def _transcoded(data: bytes, index: int, options: WriteOptions) -> _Stored | None:
-    """The source's own coefficients with restart markers; None where they cannot or need not be
-    kept.
+    """The coefficients of a source JPEG, with restart markers added; None if the image has to be
+    decoded.
     """
     try:
         width, height, components = _native.jpeg_size(data)
@@ -336,14 +334,18 @@ def _transcoded(data: bytes, index: int, options: WriteOptions) -> _Stored | Non
         payload = _native.transcode(data)
     except ValueError:  # not a JPEG, progressive, CMYK, damaged
         return None
-    notes = (("grayscale", ""),) * (components == 1) + (("exif_orientation", ""),) * turned
-    return _Stored(index, payload, layout.JPG, width, height, notes, len(data))
+    notes = []
+    if components == 1:
+        notes.append(("grayscale", ""))
+    if turned:
+        notes.append(("exif_orientation", ""))
+    return _Stored(
+        index, payload, layout.JPG, width, height, notes=tuple(notes), source_bytes=len(data)
+    )
 
 
 def reduced_size(height: int, width: int, max_resolution: int) -> tuple[int, int]:
-    """(height, width) of a larger image, its long side brought to `max_resolution`; cut off, as
-    FFCV does.
-    """
+    """(height, width) after reducing the long side to `max_resolution`; rounded down as in FFCV."""
     ratio = max_resolution / max(width, height)
     return max(1, int(ratio * height)), max(1, int(ratio * width))
 
@@ -352,14 +354,18 @@ def _stored_as_jpg(options: WriteOptions, raw_bytes: int, index: int) -> bool:
     if options.write_mode == "proportion":
         share = options.compress_probability
         return share is not None and _uniform(options.seed, index) < share
-    if options.write_mode == "smart":  # without a threshold everything is raw, as FFCV does
+    if options.write_mode == "smart":  # without a threshold everything is raw, as in FFCV
         return options.smart_threshold is not None and raw_bytes > options.smart_threshold
     return options.write_mode == "jpg"
 
 
 def _uniform(seed: int, index: int) -> float:
-    """In [0, 1) from (seed, index) alone: two rounds of splitmix64."""
-    mask, value = (1 << 64) - 1, seed
+    """A uniform number in [0, 1), a hash of (seed, index): two rounds of splitmix64.
+
+    Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators" (OOPSLA).
+    """
+    mask = (1 << 64) - 1
+    value = seed
     for word in (0, index):
         value = ((value ^ word) + 0x9E3779B97F4A7C15) & mask
         value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
@@ -369,7 +375,7 @@ def _uniform(seed: int, index: int) -> float:
 
 
 class _Manifest:
-    """What was done with which sample; nothing in it depends on time, machine or threads."""
+    """The record of how samples were stored; independent of time, machine and threads."""
 
     def __init__(self, source: Source, options: WriteOptions) -> None:
         self._source, self._options = source, options
@@ -398,7 +404,10 @@ class _Manifest:
             if kind in self._counts:
                 self._counts[kind] += 1
             else:
-                self._lists[kind].append({"name": name} | ({"reason": reason} if reason else {}))
+                entry = {"name": name}
+                if reason:
+                    entry["reason"] = reason
+                self._lists[kind].append(entry)
         if sample.width:
             self._counts["jpg" if sample.mode == layout.JPG else "raw"] += 1
             if sample.source_bytes:

@@ -36,7 +36,7 @@ from matryoshka.embeddings.reading import (
     open_embeddings,
     read_meta,
 )
-from matryoshka.files import write_atomically
+from matryoshka.files import sync_folder, write_atomically
 
 PLAN = "plan.json"
 # Keys of meta.json that do not change the numbers: a resumed run may differ in them.
@@ -171,11 +171,7 @@ class EmbeddingWriter:
         # written in the hidden folder first: a kill must not leave a temporary file in `folder`
         write_atomically(self.work / META, (json.dumps(stored["meta"], indent=1) + "\n").encode())
         os.replace(self.work / META, self.folder / META)
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the names, too, must survive a power failure
-        finally:
-            os.close(folder)
+        sync_folder(self.folder)
         shutil.rmtree(self.work, ignore_errors=True)
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from matryoshka import __version__, distributed
 from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader
-from matryoshka.data.order import share
+from matryoshka.data.order import rank_slice
 from matryoshka.data.reader import printable
 from matryoshka.data.resized_images import ResizedImages
 from matryoshka.data.subset import Subset
@@ -178,7 +178,7 @@ def fingerprint(data: Data, labels: np.ndarray) -> str:
         for i in sampled.tolist():
             digest.update(source.read(i))
     else:
-        samples = source.fetch(sampled)
+        (samples,) = source.fetch(sampled)
         for offset, size in zip(samples.offset.tolist(), samples.size.tolist(), strict=True):
             digest.update(np.ascontiguousarray(samples.data[offset : offset + size]).data)
     return digest.hexdigest()[:16]
@@ -237,7 +237,7 @@ def rows_of_rank(
     """
     ranges = [np.arange(start, end) for start, end in missing_rows]
     rows = np.concatenate([np.arange(0), *ranges])
-    batches = share(-(-len(rows) // batch), rank, world)
+    batches = rank_slice(-(-len(rows) // batch), rank, world)
     return rows[batches.start * batch : batches.stop * batch]
 
 
@@ -281,7 +281,7 @@ def _loader(job: EmbeddingJob, rows: np.ndarray) -> Loader:
     if options.preprocessing == "upstream":
         return ResizedImages(subset, options.batch_size, **settings)
     crop = CenterCrop(preprocessing.size, preprocessing.ratio)
-    return Loader(subset, options.batch_size, image=crop, **settings)
+    return Loader(subset, options.batch_size, crop=crop, **settings)
 
 
 def _not_finite(job: EmbeddingJob, row: int, dtype: torch.dtype) -> EmbeddingError:

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from matryoshka.files import sync_folder
 from matryoshka.retrieval.hits import CHUNK, RetrievalError, check_rows, empty_bits, set_bits
 from matryoshka.retrieval.ivf import InvertedFile
 from matryoshka.retrieval.params import SearchParams, default_params
@@ -365,7 +366,7 @@ class Writer:
                 "data": [dict(source) for source in batch.data] or [{}],
             }
             _durable(folder / PART, with_checksum(metadata))
-            _sync_folder(folder)
+            sync_folder(folder)
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
@@ -391,10 +392,10 @@ class Writer:
             content = with_checksum({**manifest, "parts": list(parts), "deleted": entry})
             temporary = self.path / f".{MANIFEST}.tmp"
             _durable(temporary, content)
-            _sync_folder(self.path)  # the new files' names, before the manifest refers to them
+            sync_folder(self.path)  # the new files' names, before the manifest refers to them
             os.replace(temporary, self.path / MANIFEST)
             state = "the index has changed, but a power cut may undo it"
-            _sync_folder(self.path)
+            sync_folder(self.path)
         except OSError as error:
             raise RetrievalError(f"{self.path}: {error.strerror}; {state}") from None
         try:
@@ -499,15 +500,6 @@ def _durable(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
-    """Sync a folder, which makes the names in it durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sync_parents(path: Path) -> None:
     """Sync the parent folders: this writer, or a killed one, may have created any of them."""
     path = path.resolve()
@@ -515,4 +507,4 @@ def _sync_parents(path: Path) -> None:
         if os.stat(folder).st_dev != os.stat(path).st_dev:  # a mount point existed before
             break
         with contextlib.suppress(PermissionError):  # then no writer created a folder in it
-            _sync_folder(folder)
+            sync_folder(folder)

@@ -6,9 +6,9 @@ their number, only if they still have the name that the index knows.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
-import stat
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +21,7 @@ from PIL import Image
 from matryoshka.data import BetonError, BetonFile, ImageFolder, _native, open_dataset
 from matryoshka.data.layout import RAW
 from matryoshka.data.sources import decode_image
+from matryoshka.files import open_regular
 
 UPLOAD_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # formats that browsers can show
 MAX_PIXELS = 50_000_000  # of an upload: 150 MB of RGB
@@ -140,7 +141,7 @@ class Pictures:
         try:
             if isinstance(data, ImageFolder):
                 return decode_image(_read_inside(data.path, data.name(number))).pixels
-            found = data.fetch(np.array([number]))
+            (found,) = data.fetch(np.array([number]))
             start, size = int(found.offset[0]), int(found.size[0])
             stored = np.asarray(found.data)[start : start + size]
             if found.mode[0] == RAW:
@@ -183,10 +184,11 @@ def _read_inside(root: Path, name: str) -> bytes:
     file = (root / name).resolve(strict=True)
     if not file.is_relative_to(inside):
         raise Refusal(404, "the picture is a link to a file outside the data set")
-    # The flags refuse a link that replaced the file since, and do not wait for a pipe.
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    with open(os.open(file, flags), "rb") as opened:
-        status = os.fstat(opened.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE:
-            raise Refusal(404, "the picture is not a regular file, or too large")
-        return opened.read(MAX_FILE)
+    # a link may have replaced the file since it was resolved: not followed
+    try:
+        with open_regular(file, max_bytes=MAX_FILE, follow_links=False) as opened:
+            return opened.read(MAX_FILE)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EFBIG):
+            raise Refusal(404, "the picture is not a regular file, or too large") from None
+        raise

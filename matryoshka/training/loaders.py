@@ -115,7 +115,7 @@ def make_loaders(cfg: SimpleNamespace, world: World, global_batch: int) -> tuple
         cfg.data.train_dataset,
         global_batch,
         order=training_order(cfg, world),
-        image=training_crop(cfg, resolution_at(0, cfg.resolution)),
+        crop=training_crop(cfg, resolution_at(0, cfg.resolution)),
         drop_last=True,
         seed=cfg.training.seed,
         **native,
@@ -134,7 +134,7 @@ def validation_loader(cfg: SimpleNamespace, world: World) -> Loader:
         cfg.data.val_dataset,
         cfg.validation.batch_size * world.size,
         order="sequential",
-        image=CenterCrop(cfg.validation.resolution, cfg.validation.crop_ratio),
+        crop=CenterCrop(cfg.validation.resolution, cfg.validation.crop_ratio),
         **loader_place(cfg, world),
     )
 

@@ -75,7 +75,7 @@ def test_a_peer_that_fails_hangs_or_is_missing_is_named():
     assert {name: len(blocks) for name, blocks in outcome.blocks.items()} == {measure.OURS: 2}
     assert outcome.failed["missing"] == "missing: x is not installed"
     assert outcome.failed["fails"] == outcome.failed["fails later"] == "ArithmeticError: no"
-    assert outcome.failed["hangs"] == "TimeoutError: no end after 0 s"
+    assert outcome.failed["hangs"] == "TimeoutError: not finished after 0 s"
 
 
 def test_a_file_of_many_samples_is_a_valid_one(tmp_path):

@@ -1,7 +1,6 @@
-"""An independent .beton parser and builder (struct alone, typed from docs/data_format.md), and
-small sources.
+"""An independent .beton parser and builder, and small sources.
 
-Neither knows matryoshka.data.layout.
+Written with struct from docs/data_format.md; it does not import matryoshka.data.layout.
 """
 
 import io
@@ -104,7 +103,7 @@ def raw_beton(path, sizes, seed=0):
             file.seek(offset)
             file.write(data)
 
-        pages = layout.Pages(write, len(sizes), PAGE)
+        pages = layout.PageWriter(write, len(sizes), PAGE)
         for i, (width, height) in enumerate(sizes):
             pixels = rng.integers(0, 256, 3 * width * height, dtype=np.uint8)
             pages.add(pixels.data, layout.RAW, width, height, i % 10)

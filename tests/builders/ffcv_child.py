@@ -1,9 +1,8 @@
-"""What the real FFCV does in test_interop.py, in a process of its own: a hang there is a failure
-here.
+"""Runs the real FFCV for test_interop.py in a child process, so that a hang is a failed test.
 
-python tests/builders/ffcv_child.py write FOLDER             files by FFCV's writer
-python tests/builders/ffcv_child.py load OUT FILE...         what FFCV's loader gives, as OUT/<file name>.npz
-python tests/builders/ffcv_child.py loader FILE              what FFCVLoader gives, as JSON
+python tests/builders/ffcv_child.py write FOLDER        write files with FFCV's writer
+python tests/builders/ffcv_child.py load OUT FILE...    FFCV's batches, as OUT/<file name>.npz
+python tests/builders/ffcv_child.py loader FILE         batches of FFCVLoader, as JSON
 """
 
 import json
@@ -142,13 +141,13 @@ def loader(file):
             found += batch.index.tolist()
         return found
 
-    random = FFCVLoader(file, 5, image=RandomResizedCrop(48), num_workers=1, seed=3)
+    random = FFCVLoader(file, 5, crop=RandomResizedCrop(48), num_workers=1, seed=3)
     epochs = [seen(random) for _ in range(2)]
-    again = FFCVLoader(file, 5, image=RandomResizedCrop(48), num_workers=1, seed=3)
-    random.image = RandomResizedCrop(32)
+    again = FFCVLoader(file, 5, crop=RandomResizedCrop(48), num_workers=1, seed=3)
+    random.crop = RandomResizedCrop(32)
     ranks = [
         FFCVLoader(
-            file, 4, order="sequential", image=CenterCrop(SIDE, 1), num_workers=1, rank=r, world=2
+            file, 4, order="sequential", crop=CenterCrop(SIDE, 1), num_workers=1, rank=r, world=2
         )
         for r in (0, 1)
     ]

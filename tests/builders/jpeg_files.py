@@ -1,4 +1,4 @@
-"""JPEGs of every kind that the native core has to read."""
+"""JPEGs of every kind that the native core must read."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Slow, independent computations that several tests compare with."""
+"""Slow, independent computations for comparison."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Augmentation on the device: against loops over pixels, Pillow and torchvision, image by image."""
+"""Device augmentation against loops over pixels, Pillow and torchvision, image by image."""
 
 import math
 
@@ -47,13 +47,13 @@ def batch(b, height, width, seed=0, layout=torch.channels_last):
     seed=st.integers(0, 2**32),
     layout=st.sampled_from([torch.channels_last, torch.contiguous_format]),
 )
-def test_mixup_equals_the_formula(b, height, width, alpha, seed, layout):
+def test_mixup_equals_the_formula(*, b, height, width, alpha, seed, layout):
     images, labels = batch(b, height, width, seed, layout)
     before = images.clone()
     mixed = mix(images, labels, alpha, 0, np.random.default_rng(seed))
     assert torch.equal(images, before)
     assert type(mixed.share) is float
-    assert 0 <= mixed.share <= 1
+    assert 0 <= mixed.share <= 1, f"share {mixed.share}"
     assert mixed.images.stride() == images.stride()
     for i in range(b):
         expected = mixed.share * before[i].double() + (1 - mixed.share) * before[i - 1].double()
@@ -70,7 +70,7 @@ def test_mixup_equals_the_formula(b, height, width, alpha, seed, layout):
     seed=st.integers(0, 2**32),
     layout=st.sampled_from([torch.channels_last, torch.contiguous_format]),
 )
-def test_cutmix_shows_one_rectangle_and_counts_it(b, height, width, alpha, seed, layout):
+def test_cutmix_shows_one_rectangle_and_counts_it(*, b, height, width, alpha, seed, layout):
     images, labels = batch(b, height, width, seed, layout)
     before = images.clone()
     mixed = mix(images, labels, 0, alpha, np.random.default_rng(seed))
@@ -106,7 +106,9 @@ def test_shares_are_beta_and_both_kinds_take_turns():
     images, labels = batch(2, 1, 1)
     rng = np.random.default_rng(0)
     shares = [mix(images, labels, 0.4, 0, rng).share for _ in range(2000)]
-    assert stats.kstest(shares, stats.beta(0.4, 0.4).cdf).pvalue > 0.01
+    assert stats.kstest(shares, stats.beta(0.4, 0.4).cdf).pvalue > 0.01, (
+        "shares are not Beta(0.4, 0.4)"
+    )
     large = torch.zeros(2, 3, 400, 300)
     rng, replay = np.random.default_rng(1), np.random.default_rng(1)
     for _ in range(300):  # unclipped, the rectangle has sides of the root of the share
@@ -127,7 +129,7 @@ def test_shares_are_beta_and_both_kinds_take_turns():
         for _ in range(2000)
     ]
     mixups = sum(kind != {0.0, 1.0} for kind in kinds)
-    assert stats.binomtest(mixups, 2000).pvalue > 0.01
+    assert stats.binomtest(mixups, 2000).pvalue > 0.01, f"mixup in {mixups} of 2000 batches"
 
 
 def test_both_off_is_the_batch_itself():
@@ -163,7 +165,7 @@ def test_the_loss_is_that_of_the_mixed_target(share, weights):
     loss, shown = mixed_loss(loss_of, torch.from_numpy(logits), mixed)
     np.testing.assert_allclose(shown, per_prefix, rtol=1e-6)
     np.testing.assert_allclose(loss, np.dot(per_prefix, weights or [1, 1, 1]), rtol=1e-6)
-    assert len(calls) == (1 if share == 1 else 2)
+    assert len(calls) == (1 if share == 1 else 2), f"{len(calls)} losses"
 
 
 # ---------------------------------------------------------------- RandAugment
@@ -224,9 +226,13 @@ def test_each_operation_is_that_of_pillow(name, level, photo):
             one(name, image, level).astype(int) - by_pillow(name, image, level)
         ).max(2)
         if name in GEOMETRY:  # Pillow's coordinates are rounded to 1/65536 pixel
-            assert (difference > 0).mean() < 0.003 or (difference > 0).sum() <= 1
+            assert (difference > 0).mean() < 0.003 or (difference > 0).sum() <= 1, (
+                f"{name}: too many pixels differ"
+            )
         else:
-            assert difference.max() <= (1 if name == "autocontrast" else 0)
+            assert difference.max() <= (1 if name == "autocontrast" else 0), (
+                f"{name}: a pixel differs by {difference.max()}"
+            )
 
 
 @settings(max_examples=60, deadline=None)
@@ -292,7 +298,9 @@ def test_each_operation_is_near_torchvision(name, level, photo):
     difference = np.abs(
         one(name, image, level).astype(int) - expected.permute(1, 2, 0).numpy()
     ).max(2)
-    assert (difference > (0 if name in GEOMETRY else 1)).mean() < 0.003
+    assert (difference > (0 if name in GEOMETRY else 1)).mean() < 0.003, (
+        f"{name}: too many pixels differ"
+    )
 
 
 def test_operations_and_ranges_are_those_of_torchvision():
@@ -344,7 +352,7 @@ def test_magnitudes():
         .mean()
         for m in (0.5, 3, 10)
     ]
-    assert 0 < changes[0] < changes[1] < changes[2]
+    assert 0 < changes[0] < changes[1] < changes[2], f"mean change by magnitude: {changes}"
     for wrong in (-0.1, 10.5, math.nan):
         with pytest.raises(ValueError, match=f"magnitude={wrong}: expected 0 to 10"):
             rand_augment(images, wrong, np.random.default_rng(0))
@@ -360,8 +368,8 @@ def test_images_draw_their_operations_and_signs_independently(monkeypatch):
     assert set(one_level) == set(other_level) == {-0.9, 0.9}
     table = np.zeros((len(NAMES), 2, len(NAMES), 2))
     np.add.at(table, (first, (one_level > 0).astype(int), second, (other_level > 0).astype(int)), 1)
-    assert stats.chisquare(table.sum((1, 3)).ravel()).pvalue > 0.01
-    assert stats.chisquare(table.sum((0, 2)).ravel()).pvalue > 0.01
+    assert stats.chisquare(table.sum((1, 3)).ravel()).pvalue > 0.01, "operations are not uniform"
+    assert stats.chisquare(table.sum((0, 2)).ravel()).pvalue > 0.01, "signs are not uniform"
 
 
 # ---------------------------------------------------------------- all
@@ -411,7 +419,9 @@ def test_step_rng():
     keys = [
         (seed, step, rank) for seed in (0, 1, 2**63) for step in (0, 1, 2**40) for rank in (0, 1, 7)
     ]
-    assert len(set().union(*(words(step_rng(*key)) for key in keys))) == 64 * len(keys)
+    assert len(set().union(*(words(step_rng(*key)) for key in keys))) == 64 * len(keys), (
+        "two streams share words"
+    )
     assert step_rng(3, 5, 1).random() == step_rng(3, 5, 1).random()
     # the order's stream of epoch 2
     taken = set(np.random.Philox(key=np.array([1, 2], dtype=np.uint64)).random_raw(10_000).tolist())

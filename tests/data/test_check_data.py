@@ -1,6 +1,4 @@
-"""`matryoshka data info|verify`: what it says about sound and damaged data, and with which exit
-status.
-"""
+"""`matryoshka data info|verify`: output and exit status for sound and damaged data."""
 
 import io
 import json
@@ -61,7 +59,7 @@ def test_info(mixed, capsys):
         "jpg": int((data.mode == 0).sum()),
         "raw": int((data.mode == 1).sum()),
     }
-    assert min(facts["modes"].values()) > 0
+    assert min(facts["modes"].values()) > 0, f"modes {facts['modes']}"
     assert facts["fields"] == [
         {"name": "image", "type": "image"},
         {"name": "label", "type": "integer"},
@@ -90,7 +88,7 @@ def test_info(mixed, capsys):
         "baseline",
     ):
         assert text in out
-    assert max(len(line) for line in out.splitlines()) <= 120
+    assert max(len(line) for line in out.splitlines()) <= 120, "a line of more than 120 columns"
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

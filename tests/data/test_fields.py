@@ -1,6 +1,4 @@
-"""Fields beside image and label, in files that struct put together; then the same files with wrong
-claims.
-"""
+"""Fields beside image and label, in files built with struct, then with false records."""
 
 import json
 import struct
@@ -110,25 +108,41 @@ def test_what_cannot_be_returned(whole, opened):
         data.field("weight", ROWS)
 
 
-# fmt: off
 LIES = [  # field, place in the records, value, message
-    ("blob", 32, PAGE + 1, "sample 0 says 3 bytes"), ("blob", 32, 2**64 - 1, "sample 0 says 3 "
-                                                                             "bytes"),
-    ("blob", 40, 4, "sample 0 says 4 bytes"), ("blob", 40, 2, "sample 0 says 2 bytes"),
+    ("blob", 32, PAGE + 1, "sample 0 says 3 bytes"),
+    ("blob", 32, 2**64 - 1, "sample 0 says 3 bytes"),
+    ("blob", 40, 4, "sample 0 says 4 bytes"),
+    ("blob", 40, 2, "sample 0 says 2 bytes"),
     ("blob", 40, 2**64 - 1, "sample 0 says 18446744073709551615 bytes"),
     ("blob", SIZE + 40, 1, "sample 1 says 1 bytes"),
-    ("info", SIZE + 48, 2**50, "sample 1 says"), ("info", 2 * SIZE + 56, 0, "sample 2 is not JSON"),
-    ("array", 64, 2**50, "sample 0 has a region of 0 bytes"), ("array", 64, 2**64 - 24, "sample 0 has a region of 0"),
+    ("info", SIZE + 48, 2**50, "sample 1 says"),
+    ("info", 2 * SIZE + 56, 0, "sample 2 is not JSON"),
+    ("array", 64, 2**50, "sample 0 has a region of 0 bytes"),
+    ("array", 64, 2**64 - 24, "sample 0 has a region of 0"),
     ("tensor", SIZE + 72, PAGE, "sample 1 has a region of 0 bytes"),
 ]
-NO_NUMBERS = [b"", b"{", b"\xff", b"[" * 700, b'[["", "|O"]]', b'[["", "|V8"]]', b'[["", "<U4"]]', b'[["a", "<f4"]]',
-              b'[["", "<f4"], ["", "<f4"]]', b'[["", "<f4", [2]]]', b'"<f4"', b'[["", "<M8[s]"]]', b'[["", "<i3"]]',
-              b'[["", 4]]', b"null", b"1" * 700]
-# fmt: on
+NO_NUMBERS = [
+    b"",
+    b"{",
+    b"\xff",
+    b"[" * 700,
+    b'[["", "|O"]]',
+    b'[["", "|V8"]]',
+    b'[["", "<U4"]]',
+    b'[["a", "<f4"]]',
+    b'[["", "<f4"], ["", "<f4"]]',
+    b'[["", "<f4", [2]]]',
+    b'"<f4"',
+    b'[["", "<M8[s]"]]',
+    b'[["", "<i3"]]',
+    b'[["", 4]]',
+    b"null",
+    b"1" * 700,
+]
 
 
 @pytest.mark.parametrize(("name", "place", "value", "message"), LIES)
-def test_a_record_that_lies(whole, opened, name, place, value, message):
+def test_a_record_that_lies(*, whole, opened, name, place, value, message):
     content = bytearray(whole)
     struct.pack_into("<Q", content, RECORDS + place, value)
     data = opened(bytes(content))
@@ -147,7 +161,7 @@ def test_a_value_of_another_sample_is_refused(whole, opened):
     for name in ("array", "tensor"):
         with pytest.raises(BetonError, match="sample 0 has a region of 0 bytes"):
             data.field(name, np.arange(3))
-        assert len(data.field(name, np.array([1, 2]))) == 2
+        assert len(data.field(name, np.array([1, 2]))) == 2, f"{name}: not one value per sample"
 
 
 @pytest.mark.parametrize("text", NO_NUMBERS)
@@ -170,7 +184,7 @@ def test_a_shape_that_does_not_fit(whole, opened, shape):
     ):
         data.field("array", np.arange(3))
     if 2**63 not in shape and 0 not in shape:
-        assert len(data.field("array", ROWS[:0])) == 0
+        assert len(data.field("array", ROWS[:0])) == 0, "values of no samples"
 
 
 @pytest.mark.parametrize("name", ["|b1", "|u1", "<i2", ">i8", "<f2", ">f4", "<c16"])
@@ -187,7 +201,7 @@ def test_arguments_of_any_kind(data):
     with suppress(ValueError):
         dtype, shape = array_type(data.ljust(1024, b"\0"))
         assert dtype.kind in "biufc"
-        assert len(shape) <= 32
+        assert len(shape) <= 32, f"{len(shape)} axes"
 
 
 def test_control_characters_stay_out_of_messages(whole, opened):

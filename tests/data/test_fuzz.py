@@ -1,4 +1,4 @@
-"""Damaged files by the thousand (fuzz.py, in processes of its own), and the named ones of attacks/."""
+"""Thousands of damaged files (fuzz.py, in child processes), and the named ones of attacks/."""
 
 import os
 import re
@@ -69,7 +69,7 @@ def decoded(path):
     """(every image up to the first error, the error)"""
     found, error = [], ""
     try:
-        for batch in Loader(path, 1, order="sequential", image=CenterCrop(32, ratio=1.0)):
+        for batch in Loader(path, 1, order="sequential", crop=CenterCrop(32, ratio=1.0)):
             found.append(batch.images.numpy().copy())
     except BetonError as raised:
         error = str(raised)
@@ -93,6 +93,6 @@ def test_named_attacks(tmp_path, name, base):
         return
     found, error = decoded(tmp_path / "x")
     assert re.match(expected, error)
-    assert len(found) == sample
+    assert len(found) == sample, f"{len(found)} of {sample} cases ran"
     for image, sound in zip(found, decoded(tmp_path / "sound")[0], strict=False):
         np.testing.assert_array_equal(image, sound)  # its neighbours are as they were

@@ -1,6 +1,4 @@
-"""ImageNet-4K on a small tree: which image goes where, by a loop over the files; kills, too few
-images, bad lists.
-"""
+"""ImageNet-4K on a small tree: the place of every image, kills, small classes, bad lists."""
 
 import hashlib
 import json
@@ -23,7 +21,7 @@ CLASSES = """\
 15102455-n -> chipboard: a cheap hard material made from wood chips -> pressed
 00005787-n -> benthos: organisms (plants and animals) at the bottom of a sea
 
-00440941-n -> cross-country_skiing: the sport of skiing across the countryside (rather than downhill)
+00440941-n -> cross-country_skiing: the sport of skiing across the countryside
 """
 FILES = ("imagenet4k_queries.beton", "imagenet4k_database.beton")
 
@@ -120,7 +118,7 @@ def test_every_image_is_where_the_manifest_says(tree, options, tmp_path, capsys)
                 assert np.array_equal(stored, np.asarray(Image.open(tree / wnid / file)))
     for row in classes:
         chosen = [*row["queries"], *row["database"]]
-        assert len(set(chosen)) == 7  # no query is in the database
+        assert len(set(chosen)) == 7, "an image was drawn twice"  # no query is in the database
         assert not set(chosen) & set(row["unreadable"])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
         [*FILES, *(f"{name}.json" for name in FILES), "imagenet4k.jsonl"]
@@ -134,7 +132,7 @@ def test_the_draw_is_the_seeds_and_a_classs_own(options, tmp_path):
     assert build(options, tmp_path / "c", "--seed=1")[1] != first
     (tmp_path / "fewer.txt").write_text(CLASSES.splitlines()[1])
     assert build([*options, f"--classes={tmp_path / 'fewer.txt'}"], tmp_path / "d")[1] == first[:1]
-    assert len(open_dataset(tmp_path / "d" / FILES[1])) == 5
+    assert len(open_dataset(tmp_path / "d" / FILES[1])) == 5, "images in the database"
 
 
 @settings(max_examples=60, deadline=None)
@@ -167,7 +165,9 @@ def test_unreadable_images_are_passed_over(tmp_path, options):
             [*options, *more, "--queries-per-class=1", f"--seed={seed}"], tmp_path / f"out{seed}"
         )
         assert sorted([*row["queries"], *row["database"]]) == ["3.jpg", "7.jpg"]
-        assert set(row["unreadable"]) <= {f"{i}.jpg" for i in range(9)} - {"3.jpg", "7.jpg"}
+        assert set(row["unreadable"]) <= {f"{i}.jpg" for i in range(9)} - {"3.jpg", "7.jpg"}, (
+            "a readable image is listed as unreadable"
+        )
 
 
 def test_classes_with_too_few_images_are_an_error_or_listed(tree, options, tmp_path, capsys):
@@ -251,10 +251,10 @@ def test_killed_at_any_moment_it_ends_with_the_same_files(options, tmp_path):
         command, env=env, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "goes on, " in done.stdout
+    assert "resumes, " in done.stdout
     whole = hashes(out / "whole")
     folders = [*out.glob("once-*"), out / "often"]
-    assert len(folders) > 6
+    assert len(folders) > 6, f"only {len(folders)} runs were killed"
     for folder in folders:
         assert hashes(folder) == whole, folder
 
@@ -314,12 +314,12 @@ def test_finished_is_said_and_other_options_are_refused(options, tmp_path, capsy
         (CLASSES, ["--database-per-class=100"], ["3 of 3 classes", "is it ImageNet-21K"]),
         (CLASSES, ["--queries-per-class=0"], ["--queries-per-class"]),
         (CLASSES, ["--jpeg-quality=0"], ["jpeg_quality=0"]),
-        (CLASSES, ["--workers=-1"], ["--workers 0 or more"]),
+        (CLASSES, ["--workers=-1"], ["--workers -1", "0 or more"]),
         (CLASSES, ["--seed=-1"], ["--seed -1", "0 to 18446744073709551615"]),
         (CLASSES, [f"--seed={2**64}"], [f"--seed {2**64}", "0 to 18446744073709551615"]),
     ],
 )
-def test_mistakes_are_one_line(options, tmp_path, capsys, text, more, words):
+def test_mistakes_are_one_line(*, options, tmp_path, capsys, text, more, words):
     file = tmp_path / "classes.txt"
     if text is None:
         file.unlink()

@@ -1,4 +1,4 @@
-"""The real FFCV: its files in our reader, our files in its loader. Needs `make interop`."""
+"""The real FFCV: its files in our reader, ours in its loader. Needs `make interop`."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def pillow(stored):
     return np.asarray(Image.open(io.BytesIO(stored.tobytes())).convert("RGB")).astype(int)
 
 
-# ------------------------------------------------------------------------------------ their writer, our reader
+# ---------------------------------------------------------------- their writer, our reader
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -67,16 +67,18 @@ def test_our_reader_takes_their_files(theirs, name):
     with BetonFile(theirs / name) as data:
         assert [field for field, _ in data.fields] == list(names)
         assert data.labels.tolist() == [values(i)["label"] for i in range(N)]
-        samples = data.fetch(np.arange(N))
+        (samples,) = data.fetch(np.arange(N))
         jpg = {"jpg": N, "raw": 0, "smart": N if "smart_threshold" in options else 0}.get(
             options["write_mode"]
         )
-        assert jpg is None or (samples.mode == layout.JPG).sum() == jpg
+        assert jpg is None or (samples.mode == layout.JPG).sum() == jpg, "images stored as JPEG"
         for i in range(N):
             stored = samples.data[samples.offset[i] :][: samples.size[i]]
             assert (samples.width[i], samples.height[i]) == ((101, 67) if reduced else (SIDE, SIDE))
             if samples.mode[i] == layout.JPG:
-                assert np.abs(pillow(stored) - picture(i)).mean() < 4
+                assert np.abs(pillow(stored) - picture(i)).mean() < 4, (
+                    "mean difference to the source picture"
+                )
             elif not reduced:
                 assert stored.tobytes() == picture(i).tobytes()
 
@@ -86,13 +88,15 @@ def test_our_reader_takes_their_files(theirs, name):
 )
 def test_our_loader_takes_their_files(theirs, name):
     with BetonFile(theirs / name) as data:
-        samples = data.fetch(np.arange(N))
-        (batch,) = Loader(data, N, order="sequential", image=CenterCrop(SIDE, 1.0), num_workers=2)
+        (samples,) = data.fetch(np.arange(N))
+        (batch,) = Loader(data, N, order="sequential", crop=CenterCrop(SIDE, 1.0), num_workers=2)
         assert batch.labels.tolist() == data.labels.tolist()
         for i in range(N):
             stored = samples.data[samples.offset[i] :][: samples.size[i]]
             want = pillow(stored) if samples.mode[i] == layout.JPG else picture(i).astype(int)
-            assert np.abs(batch.images[i].numpy() - want).max() <= (samples.mode[i] == layout.JPG)
+            assert np.abs(batch.images[i].numpy() - want).max() <= (
+                samples.mode[i] == layout.JPG
+            ), f"sample {i}: pixels differ"
 
 
 @pytest.mark.parametrize("name", ["fields", "fields_jpg"])
@@ -118,12 +122,12 @@ def test_both_writers_reduce_to_the_same_pixels(theirs, tmp_path):
     with BetonFile(theirs / "reduced") as a, BetonFile(tmp_path / "x") as b:
         assert (a.width.tolist(), a.height.tolist()) == (b.width.tolist(), b.height.tolist())
         for i in range(N):
-            one, other = (d.fetch(np.arange(N)) for d in (a, b))
+            one, other = (d.fetch(np.arange(N))[0] for d in (a, b))
             one, other = (s.data[s.offset[i] :][: s.size[i]].astype(int) for s in (one, other))
-            assert np.abs(one - other).max() <= 1
+            assert np.abs(one - other).max() <= 1, "pixels differ by more than one level"
 
 
-# ------------------------------------------------------------------------------------ our writer, their loader
+# ---------------------------------------------------------------- our writer, their loader
 
 
 def restart_markers(stored):
@@ -163,7 +167,9 @@ def ours(tmp_path_factory):
         samples = []
         for i in range(N):
             stored = encoded(Image.fromarray(picture(i)), "JPEG", quality=90, **markers)
-            assert (restart_markers(np.frombuffer(stored, np.uint8)) > 0) == bool(markers)
+            assert (restart_markers(np.frombuffer(stored, np.uint8)) > 0) == bool(markers), (
+                "restart markers"
+            )
             samples.append((values(i)["label"], 0, SIDE, SIDE, stored))
         build(folder / name, [(1, b"label"), (2, b"image")], "<qBHHQ3x", samples)
     names = (*modes, "transcoded", "plain", "tiles", "rows")
@@ -177,7 +183,7 @@ def ours(tmp_path_factory):
 def test_their_loader_takes_our_files(ours, name):
     folder, arrays = ours
     with BetonFile(folder / name) as data:
-        samples = data.fetch(np.arange(N))
+        (samples,) = data.fetch(np.arange(N))
         images, labels = arrays[name]["images"], arrays[name]["labels"]
         assert labels.tolist() == [values(i)["label"] for i in range(N)] == data.labels.tolist()
         if name == "proportion":
@@ -190,7 +196,9 @@ def test_their_loader_takes_our_files(ours, name):
                 # FFCV asks libjpeg-turbo for its fast, coarse DCT, which is a level darker on
                 # average
                 difference = np.abs(images[i] - pillow(stored))
-                assert (difference.mean() < 1.5, difference.max() < 16) == (True, True)
+                assert (difference.mean() < 1.5, difference.max() < 16) == (True, True), (
+                    f"mean {difference.mean()}, max {difference.max()}"
+                )
 
 
 def test_restart_markers_change_nothing_for_their_decoder(ours):
@@ -203,12 +211,14 @@ def test_restart_markers_change_nothing_for_their_decoder(ours):
 def test_our_writer_places_markers_that_they_read(ours, name):
     folder, _ = ours  # test_their_loader_takes_our_files compares the pixels
     with BetonFile(folder / name) as data:
-        samples = data.fetch(np.arange(N))
+        (samples,) = data.fetch(np.arange(N))
         for i in range(N):
-            assert restart_markers(samples.data[samples.offset[i] :][: samples.size[i]]) > 0
+            assert restart_markers(samples.data[samples.offset[i] :][: samples.size[i]]) > 0, (
+                f"sample {i} has no restart marker"
+            )
 
 
-# ------------------------------------------------------------------------------------ writer=ffcv, loader=ffcv
+# ---------------------------------------------------------------- writer=ffcv, loader=ffcv
 
 
 def test_the_loader_behind_our_interface(ours):
@@ -222,7 +232,7 @@ def test_the_loader_behind_our_interface(ours):
     assert found["lengths"] == [3, 3]
     assert found["ranks"] == [everything[::2], everything[1::2]]
     assert found["first"] == picture(2)[:2, :2].tolist()
-    assert found["wait"] > 0
+    assert found["wait"] > 0, "the wait for data was not measured"
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +266,7 @@ def test_the_programs_write_and_train_with_ffcv(photos, tmp_path):
             assert (data.classes, data.width.max()) == (["a", "b"], 64)
             names = data.manifest["names"]
             assert data.labels.tolist() == ["ab".index(name[0]) for name in names]
-            assert len(names) == {"train": 16, "val": 8}[split]
+            assert len(names) == {"train": 16, "val": 8}[split], f"{len(names)} names in {split}"
     said = python(
         "-m",
         "matryoshka.train.train_imagenet",

@@ -1,4 +1,4 @@
-"""Order, shares, batches: against Pillow and NumPy, for any number of threads and ranks."""
+"""Order, rank slices, pixels against Pillow and NumPy, threads, errors of the Loader."""
 
 import gc
 import io
@@ -24,7 +24,8 @@ from matryoshka.data import (
     write_beton,
 )
 from matryoshka.data.augment import IMAGENET_MEAN, IMAGENET_STD, normalise
-from matryoshka.data.order import batches, epoch_order, share
+from matryoshka.data.order import batches, epoch_order, rank_slice
+from matryoshka.data.pages import MapFeed
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +49,16 @@ def beton(tmp_path_factory, folder):
     seed=st.integers(0, 2**63),
     epoch=st.integers(0, 1000),
 )
-def test_global_batches_do_not_depend_on_the_world(n, batch, world, drop, seed, epoch):
+def test_global_batches_do_not_depend_on_the_world(*, n, batch, world, drop, seed, epoch):
     order = epoch_order(n, "random", seed, epoch)
     assert sorted(order) == list(range(n))
     alone = list(batches(order, batch, drop))
-    ranks = [list(batches(order, batch, drop, rank, world)) for rank in range(world)]
+    ranks = [list(batches(order, batch, drop, rank=rank, world=world)) for rank in range(world)]
     for k, whole in enumerate(alone):
         shares = [rank[k] for rank in ranks]
         assert np.concatenate(shares).tolist() == whole.tolist()
         sizes = [len(s) for s in shares]
-        assert max(sizes) - min(sizes) <= 1
+        assert max(sizes) - min(sizes) <= 1, f"slices of {sizes} samples"
         assert sizes == sorted(sizes, reverse=True)
     covered = sum(len(b) for b in alone)
     assert covered == (n - n % batch if drop else n)
@@ -72,7 +73,7 @@ def test_order_is_pinned():
     assert epoch_order(100, "random", 0, 0).tolist() != epoch_order(100, "random", 0, 1).tolist()
     assert epoch_order(100, "random", 0, 1).tolist() != epoch_order(100, "random", 1, 0).tolist()
     assert epoch_order(4, "sequential", 9, 9).tolist() == [0, 1, 2, 3]
-    assert [share(7, r, 3) for r in range(3)] == [slice(0, 3), slice(3, 5), slice(5, 7)]
+    assert [rank_slice(7, r, 3) for r in range(3)] == [slice(0, 3), slice(3, 5), slice(5, 7)]
     with pytest.raises(ValueError, match="order='shuffled'"):
         epoch_order(4, "shuffled", 0, 0)
 
@@ -83,7 +84,7 @@ def test_order_is_pinned():
 def test_center_crops_equal_pillow_and_area_averaging(beton):
     data = BetonFile(beton)
     raw = beton.read_bytes()
-    loader = Loader(beton, 6, order="sequential", image=CenterCrop(24), num_workers=2)
+    loader = Loader(beton, 6, order="sequential", crop=CenterCrop(24), num_workers=2)
     seen = []
     for batch in loader:
         assert batch.images.dtype == torch.uint8
@@ -100,20 +101,22 @@ def test_center_crops_equal_pillow_and_area_averaging(beton):
             y, x = (h - c) // 2, (w - c) // 2
             weights = area_weights(c, 24)
             expected = np.einsum("oh,hwc,pw->opc", weights, whole[y : y + c, x : x + c], weights)
-            assert np.abs(image - expected).max() <= 1
+            assert np.abs(image - expected).max() <= 1, f"sample {i} differs by more than one level"
             assert label == data.labels[i]
             seen.append(i)
     assert seen == list(range(20))
 
 
 def test_folder_and_beton_give_the_same_labels_and_nearly_the_same_pixels(beton, folder):
-    options = {"order": "random", "image": RandomResizedCrop(32), "seed": 5, "num_workers": 2}
+    options = {"order": "random", "crop": RandomResizedCrop(32), "seed": 5, "num_workers": 2}
     for a, b in zip(
         Loader(beton, 7, **options), Loader(folder / "train", 7, **options), strict=True
     ):
         assert torch.equal(a.index, b.index)
         assert torch.equal(a.labels, b.labels)
-        assert (a.images.float() - b.images.float()).abs().mean() < 8  # one more JPEG generation
+        assert (a.images.float() - b.images.float()).abs().mean() < 8, (
+            "mean difference between folder and .beton"
+        )  # one more JPEG generation
 
 
 @pytest.mark.parametrize("image", [RandomResizedCrop(20), CenterCrop(20)])
@@ -125,7 +128,7 @@ def test_same_batches_for_any_number_of_threads_and_ranks(beton, image):
                 beton,
                 8,
                 order="random",
-                image=image,
+                crop=image,
                 num_workers=threads,
                 rank=rank,
                 world=world,
@@ -138,14 +141,14 @@ def test_same_batches_for_any_number_of_threads_and_ranks(beton, image):
         return [tuple(torch.cat([p[k][j] for p in parts]) for j in range(3)) for k in range(count)]
 
     expected = run(1, 1)
-    assert len(expected) == 2
+    assert len(expected) == 2, f"{len(expected)} batches"
     for threads, world in ((3, 1), (1, 2), (2, 3)):
         for a, b in zip(run(threads, world), expected, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_epochs_differ_and_repeat(beton):
-    loader = Loader(beton, 20, order="random", image=RandomResizedCrop(16), seed=1)
+    loader = Loader(beton, 20, order="random", crop=RandomResizedCrop(16), seed=1)
     first, second = next(iter(loader)), next(iter(loader))
     assert loader.epoch == 2
     assert not torch.equal(first.index, second.index)
@@ -166,7 +169,7 @@ def test_shards_of_an_evaluation_cover_every_sample_once(beton):
 
 
 def test_batches_that_are_kept_are_never_overwritten(beton):
-    loader = Loader(beton, 3, image=CenterCrop(16), prefetch=1)
+    loader = Loader(beton, 3, crop=CenterCrop(16), prefetch=1)
     kept = list(loader)
     copies = [b.images.clone() for b in kept]
     for _ in range(3):
@@ -190,7 +193,7 @@ def resident_memory() -> int:
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_an_abandoned_epoch_leaves_nothing_behind(beton, in_memory):
     loader = Loader(
-        beton, 2, order="random", image=RandomResizedCrop(64), num_workers=2, in_memory=in_memory
+        beton, 2, order="random", crop=RandomResizedCrop(64), num_workers=2, in_memory=in_memory
     )
     memory = []
     for epoch in range(200):
@@ -201,10 +204,10 @@ def test_an_abandoned_epoch_leaves_nothing_behind(beton, in_memory):
             os.path.exists("/proc/self/statm") and epoch >= 50
         ):  # what is kept for reuse is there by then
             memory.append(resident_memory())
-    assert not memory or max(memory) - memory[0] < 8 << 20
+    assert not memory or max(memory) - memory[0] < 8 << 20, "abandoned epochs leak memory"
     iterator = iter(loader)
     next(iterator)
-    assert threads_of_a_loader() >= 1
+    assert threads_of_a_loader() >= 1, "the epoch has no thread"
     del iterator
     gc.collect()
     deadline = time.time() + 5
@@ -220,14 +223,14 @@ def test_an_error_on_the_loading_thread_reaches_next(beton):
         def crops(self, *_):
             raise ZeroDivisionError("in the thread")
 
-    loader = Loader(beton, 4, image=Broken(8))
+    loader = Loader(beton, 4, crop=Broken(8))
     iterator = iter(loader)
     with pytest.raises(ZeroDivisionError, match="in the thread"):
         next(iterator)
     assert next(iterator, None) is None
     assert threads_of_a_loader() == 0
-    loader.image = CenterCrop(8)
-    assert len(list(loader)) == 5
+    loader.crop = CenterCrop(8)
+    assert len(list(loader)) == 5, "batches after an error"
 
 
 def test_a_broken_sample_is_an_error_in_next_that_names_it(tmp_path, beton):
@@ -270,8 +273,8 @@ def test_arguments(beton, tmp_path):
     ):
         with pytest.raises(ValueError, match="expected"):
             make()
-    assert len(Loader(beton, 6)) == 4
-    assert len(Loader(beton, 6, drop_last=True)) == 3
+    assert len(Loader(beton, 6)) == 4, "a last batch that is not full counts"
+    assert len(Loader(beton, 6, drop_last=True)) == 3, "drop_last drops the last batch"
 
 
 def test_normalise():
@@ -283,3 +286,65 @@ def test_normalise():
     torch.testing.assert_close(
         result.double(), expected.permute(0, 3, 1, 2), atol=1e-6, rtol=1e-6, check_dtype=False
     )
+
+
+class TwoFiles:
+    """A dataset of two .beton files, whose samples take turns."""
+
+    def __init__(self, first, second):
+        self.files = BetonFile(first), BetonFile(second)
+        self.path = self.files[0].path
+        self.classes, self.num_classes = self.files[0].classes, self.files[0].num_classes
+        self.labels = np.stack([file.labels for file in self.files], 1).ravel()
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, index):
+        return self.files[index % 2].name(index // 2)
+
+    def fetch(self, indices):
+        parts = []
+        for k, file in enumerate(self.files):
+            rows = np.flatnonzero(indices % 2 == k)
+            if len(rows):
+                (samples,) = file.fetch(indices[rows] // 2)
+                parts.append(samples._replace(rows=rows))
+        return parts
+
+    def feed(self, batches, unreadable=None):
+        return MapFeed(self.fetch, batches)
+
+    def pages(self):
+        return None
+
+    def paged(self):
+        return None
+
+    def fingerprint(self):
+        return self.files[0].fingerprint() ^ self.files[1].fingerprint()
+
+    def preload(self):
+        pass
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("order", ["random", "sequential"])
+def test_a_dataset_may_consist_of_several_files(beton, tmp_path, folder, order):
+    second = tmp_path / "second.beton"
+    write_beton(ImageFolder(folder / "train"), second, max_resolution=40, write_mode="raw")
+    data = TwoFiles(beton, second)
+    crop = CenterCrop(24)
+    alone = [
+        list(Loader(file, 1, order="sequential", crop=crop, num_workers=1)) for file in data.files
+    ]
+    seen = []
+    for batch in Loader(data, 7, order=order, crop=crop, num_workers=2, seed=3):
+        for image, label, index in zip(*batch, strict=True):
+            expected = alone[int(index) % 2][int(index) // 2]
+            assert torch.equal(image, expected.images[0])
+            assert label == expected.labels[0]
+            seen.append(int(index))
+    assert sorted(seen) == list(range(40))

@@ -1,6 +1,4 @@
-"""The native core against slow, independent oracles: NumPy's Philox, float64 resampling matrices,
-Pillow.
-"""
+"""The native core against slow oracles: NumPy's Philox, float64 resampling matrices, Pillow."""
 
 import contextlib
 import io
@@ -64,7 +62,7 @@ def pillow(data):
 
 
 def decode_batch(samples, size, pool=POOL):
-    """Samples are (bytes, mode, width, height, crop); they lie in the file with gaps between them."""
+    """samples: (bytes, mode, width, height, crop), stored with gaps between them."""
     content, *columns = zip(*samples, strict=True)
     sizes = np.array([len(c) for c in content], np.uint64)
     offsets = np.cumsum(sizes + np.uint64(7), dtype=np.uint64) - sizes
@@ -116,7 +114,9 @@ def check_crops(images, seed, epoch, draw):
     assert crops.dtype == np.int32
     np.testing.assert_array_equal(crops, expected)
     x, y, w, h, _ = crops.T
-    assert ((x >= 0) & (y >= 0) & (w > 0) & (h > 0) & (x + w <= width) & (y + h <= height)).all()
+    assert ((x >= 0) & (y >= 0) & (w > 0) & (h > 0) & (x + w <= width) & (y + h <= height)).all(), (
+        "a crop is not inside its image"
+    )
 
 
 def test_random_crops_thousands():
@@ -159,7 +159,9 @@ def resize_errors(result, pixels, crop):
     region = pixels[y : y + h, x : x + w].astype(np.float64)
     expected = np.einsum("ik,klc,jl->ijc", axes[0], region, axes[1], optimize=True)
     errors = np.abs(result - (expected[:, ::-1] if flip else expected))
-    assert errors.max() <= 0.75  # rounding to whole levels takes 0.5
+    assert errors.max() <= 0.75, (
+        f"largest error {errors.max()}"
+    )  # rounding to whole levels takes 0.5
     return errors
 
 
@@ -193,7 +195,9 @@ def test_samples_of_every_kind(case, kind):
 @pytest.mark.parametrize("size", [(224, 224), (64, 48), (150, 400), (400, 90), (200, 300)])
 def test_errors_are_hardly_more_than_rounding(size):
     pixels = picture(200, 300)
-    assert resize_errors(_native.resize(pixels, *size), pixels, (0, 0, 300, 200, 0)).mean() < 0.26
+    assert (
+        resize_errors(_native.resize(pixels, *size), pixels, (0, 0, 300, 200, 0)).mean() < 0.26
+    ), f"mean error at {size}"
 
 
 @pytest.mark.parametrize("shape", [(64, 9), (65, 9), (200, 300), (9, 5000), (70001, 2)])
@@ -237,7 +241,9 @@ def test_encode_like_pillow(quality, shape):
     assert ours.layer == theirs.layer  # components, sampling, table numbers
     assert b"\xff\xc0" in data  # baseline
     errors = [((np.asarray(image, float) - pixels) ** 2).mean() + 1e-9 for image in (ours, theirs)]
-    assert abs(10 * math.log10(errors[0] / errors[1])) < 0.1  # dB
+    assert abs(10 * math.log10(errors[0] / errors[1])) < 0.1, (
+        f"our error is {errors[0] / errors[1]} of Pillow's"
+    )  # dB
     np.testing.assert_array_equal(_native.decode(data), np.asarray(ours))
 
 
@@ -298,12 +304,12 @@ def test_bad_sample_between_good_ones(expected, sample):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_truncation_anywhere(kind):
-    """Either an error or, where only what follows the last block is missing, all the right pixels."""
+    """An error, or the right pixels if only bytes after the last block are missing."""
     data = jpeg(picture(30, 40), kind)
     samples = [(data[:cut], JPG, 40, 30, (0, 0, 40, 30, 0)) for cut in range(len(data))]
     out, status = decode_batch(samples, (30, 40))
     assert set(status[:-4]) == {CORRUPT, NOT_JPEG}
-    assert set(status[2:]) <= {OK, CORRUPT}
+    assert set(status[2:]) <= {OK, CORRUPT}, f"statuses {set(status[2:])}"
     assert (out[status == OK] == pillow(data)).all()
 
 
@@ -364,7 +370,7 @@ def test_mutated_streams():
         for sample in samples[::20]:
             with contextlib.suppress(ValueError):
                 assert _native.decode(sample[0]).ndim == 3
-    assert counts[CORRUPT] > 500
+    assert counts[CORRUPT] > 500, f"only {counts[CORRUPT]} were found corrupt"
 
 
 def test_any_number_of_threads_gives_the_same_batch():
@@ -386,7 +392,7 @@ def test_any_number_of_threads_gives_the_same_batch():
 def wait_for(condition):
     deadline = time.monotonic() + 10
     while not condition():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, "not true after 10 seconds"
         time.sleep(0.01)
 
 
@@ -395,7 +401,9 @@ def test_threads_end_with_the_pool():
     before = len(os.listdir("/proc/self/task"))
     pools = [_native.Pool(5) for _ in range(3)]
     assert pools[2].num_threads == 5
-    assert len(os.listdir("/proc/self/task")) == before + 12  # the caller is the fifth
+    assert len(os.listdir("/proc/self/task")) == before + 12, (
+        "threads of the pool"
+    )  # the caller is the fifth
     pools.clear()
     wait_for(lambda: len(os.listdir("/proc/self/task")) == before)
 

@@ -43,10 +43,12 @@ def most_at_a_time(groups):
     pages=files(), window=st.integers(1, 50), seed=st.integers(0, 2**63), epoch=st.integers(0, 1000)
 )
 def test_every_sample_once_and_few_pages_at_a_time(pages, window, seed, epoch):
-    order = epoch_order(len(pages), "quasi_random", seed, epoch, pages, window)
+    order = epoch_order(len(pages), "quasi_random", seed, epoch, pages=pages, window_pages=window)
     assert order.dtype == np.int64
     assert sorted(order) == list(range(len(pages)))
-    assert most_at_a_time([[page] for page in pages[order].tolist()]) <= window
+    assert most_at_a_time([[page] for page in pages[order].tolist()]) <= window, (
+        "more pages are held than the window"
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -58,32 +60,36 @@ def test_every_sample_once_and_few_pages_at_a_time(pages, window, seed, epoch):
     drop=st.booleans(),
 )
 def test_a_rank_needs_the_window_and_one_batch(pages, window, batch, world, drop):
-    order = epoch_order(len(pages), "quasi_random", 1, 2, pages, window)
+    order = epoch_order(len(pages), "quasi_random", 1, 2, pages=pages, window_pages=window)
     alone = list(batches(order, batch, drop))
-    ranks = [list(batches(order, batch, drop, rank, world)) for rank in range(world)]
+    ranks = [list(batches(order, batch, drop, rank=rank, world=world)) for rank in range(world)]
     for k, whole in enumerate(alone):
         assert np.concatenate([rank[k] for rank in ranks]).tolist() == whole.tolist()
     for rank in ranks:
-        assert most_at_a_time([pages[share].tolist() for share in rank]) <= window + batch
+        assert most_at_a_time([pages[share].tolist() for share in rank]) <= window + batch, (
+            "more pages are held than window and batch allow"
+        )
 
 
 def test_batches_are_mixed_from_many_pages():
     """Also at both ends of an epoch; and one page is not followed by the same ones every time."""
     pages = np.repeat(np.arange(64), 50)
     for epoch in range(3):
-        order = epoch_order(len(pages), "quasi_random", 0, epoch, pages, 16)
+        order = epoch_order(len(pages), "quasi_random", 0, epoch, pages=pages, window_pages=16)
         for start in range(0, len(order), 40):
-            assert len(set(pages[order[start : start + 40]].tolist())) >= 9
+            assert len(set(pages[order[start : start + 40]].tolist())) >= 9, (
+                f"samples {start} to {start + 39} come from few pages"
+            )
     whole = epoch_order(
-        len(pages), "quasi_random", 0, 0, pages, 64
+        len(pages), "quasi_random", 0, 0, pages=pages, window_pages=64
     )  # a window for all: any sample anywhere
-    assert abs(np.corrcoef(whole, np.arange(len(whole)))[0, 1]) < 0.05
+    assert abs(np.corrcoef(whole, np.arange(len(whole)))[0, 1]) < 0.05, "the order follows the file"
     first = [
-        epoch_order(len(pages), "quasi_random", s, e, pages, 16)[:8].tolist()
+        epoch_order(len(pages), "quasi_random", s, e, pages=pages, window_pages=16)[:8].tolist()
         for s in (0, 1)
         for e in (0, 1)
     ]
-    assert len({tuple(f) for f in first}) == 4
+    assert len({tuple(f) for f in first}) == 4, "epochs or seeds repeat an order"
 
 
 def test_quasi_random_is_pinned():
@@ -99,13 +105,13 @@ def test_quasi_random_is_pinned():
         begin[i // 3] + Fraction(stream[4 + i] >> 32, 2**32) * (end[i // 3] - begin[i // 3])
         for i in range(12)
     ]
-    order = epoch_order(12, "quasi_random", 0, 0, pages, 2).tolist()
+    order = epoch_order(12, "quasi_random", 0, 0, pages=pages, window_pages=2).tolist()
     assert order == sorted(range(12), key=lambda i: moment[i])
     assert order == [7, 1, 0, 2, 8, 5, 6, 4, 9, 11, 10, 3]
     with pytest.raises(ValueError, match="quasi_random"):
         epoch_order(12, "quasi_random", 0, 0)
     with pytest.raises(ValueError, match="window_pages=0"):
-        epoch_order(12, "quasi_random", 0, 0, pages, 0)
+        epoch_order(12, "quasi_random", 0, 0, pages=pages, window_pages=0)
 
 
 @settings(max_examples=200, deadline=None)
@@ -123,7 +129,7 @@ def test_random_is_the_ranks_of_the_stream():
 
 def test_batches_from_any_place():
     order = epoch_order(50, "random", 0, 0)
-    whole = list(batches(order, 7, False, 1, 3))
+    whole = list(batches(order, 7, False, rank=1, world=3))
     for first in range(9):
-        rest = list(batches(order, 7, False, 1, 3, first))
+        rest = list(batches(order, 7, False, rank=1, world=3, first=first))
         assert [r.tolist() for r in rest] == [w.tolist() for w in whole[first:]]

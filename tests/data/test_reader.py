@@ -1,4 +1,4 @@
-"""The reader, checked by files that were put together by hand, and by damage."""
+"""The reader on files built by hand, and on damaged ones."""
 
 import json
 import random
@@ -35,7 +35,7 @@ def test_other_fields_and_orders_are_read(tmp_path):
     assert data.fields == [(name.decode(), kind) for kind, name in fields]
     assert data.labels.tolist() == list(range(50))
     assert (data.num_classes, data.classes, data.manifest) == (50, None, None)
-    batch = data.fetch(np.array([4, 3]))
+    (batch,) = data.fetch(np.array([4, 3]))
     assert (batch.width.dtype, batch.offset.dtype, batch.mode.tolist()) == (
         np.int32,
         np.uint64,
@@ -57,34 +57,65 @@ def test_other_fields_and_orders_are_read(tmp_path):
         _ = alone.labels
 
 
-# fmt: off
 DAMAGE = [  # struct code, place, value(s), message
-    ("H", 0, 1, "version 2"), ("I", 0, 0xE0FFD8FF, "version 2"), ("H", 2, 0, "holds nothing"),
-    ("H", 2, 65535, "descriptors"), ("I", 4, 0, "page size"), ("I", 4, PAGE // 2, "page size"),
-    ("I", 4, PAGE + 1, "page size"), ("Q", 8, 0, "holds nothing"), ("Q", 8, 2**63, "allocation table"),
-    ("Q", 8, 4, "sample 3"), ("Q", 16, 0, "never finished"), ("Q", 16, 2**63, "cut off"),
-    ("Q", 16, TABLE + 72, "never finished"), ("Q", 16, 24, "allocation table"), ("B", 24, 255, "custom"),
-    ("B", 24, 77, "unknown type 77"), ("B", 24, 3, "no image field"),
-    ("B", RECORDS + 24, 2, "sample 1 .*mode"), ("H", RECORDS + 1, 0, "sample 0 .*no pixels"),
+    ("H", 0, 1, "version 2"),
+    ("I", 0, 0xE0FFD8FF, "version 2"),
+    ("H", 2, 0, "is empty"),
+    ("H", 2, 65535, "descriptors"),
+    ("I", 4, 0, "page size"),
+    ("I", 4, PAGE // 2, "page size"),
+    ("I", 4, PAGE + 1, "page size"),
+    ("Q", 8, 0, "is empty"),
+    ("Q", 8, 2**63, "allocation table"),
+    ("Q", 8, 4, "sample 3"),
+    ("Q", 16, 0, "never finished"),
+    ("Q", 16, 2**63, "cut off"),
+    ("Q", 16, TABLE + 72, "never finished"),
+    ("Q", 16, 24, "allocation table"),
+    ("B", 24, 255, "custom"),
+    ("B", 24, 77, "unknown type 77"),
+    ("B", 24, 3, "no image field"),
+    ("B", RECORDS + 24, 2, "sample 1 .*mode"),
+    ("H", RECORDS + 1, 0, "sample 0 .*no pixels"),
     ("H", RECORDS + 3, 7, "sample 0 .*raw"),
-    ("Q", RECORDS + 53, PAGE + 1, "sample 2 points"), ("Q", RECORDS + 5, 2**63, "sample 0 points"),
-    ("Q", RECORDS + 5, PAGE + 6, "sample 0 points"), ("Q", TABLE, 3, "sample 3 .*not exist"),
-    ("Q", TABLE, 1, "sample 0 points"), ("Q", TABLE + 8, PAGE + 1, "sample 0"),
-    ("Q", TABLE + 8, 0, "outside the pages"), ("Q", TABLE + 8, 2**64 - 1, "outside the pages"),
-    ("Q", TABLE + 16, 2**64 - 1, "outside the pages"), ("Q", TABLE + 64, 5, "sample 2 .*raw"),
-    ("Q", TABLE + 16, 7, "overlaps"), ("Q", TABLE + 56, TABLE - 3, "outside the pages"),
+    ("Q", RECORDS + 53, PAGE + 1, "sample 2 points"),
+    ("Q", RECORDS + 5, 2**63, "sample 0 points"),
+    ("Q", RECORDS + 5, PAGE + 6, "sample 0 points"),
+    ("Q", TABLE, 3, "sample 3 .*not exist"),
+    ("Q", TABLE, 1, "sample 0 points"),
+    ("Q", TABLE + 8, PAGE + 1, "sample 0"),
+    ("Q", TABLE + 8, 0, "outside the pages"),
+    ("Q", TABLE + 8, 2**64 - 1, "outside the pages"),
+    ("Q", TABLE + 16, 2**64 - 1, "outside the pages"),
+    ("Q", TABLE + 64, 5, "sample 2 .*raw"),
+    ("Q", TABLE + 16, 7, "overlaps"),
+    ("Q", TABLE + 56, TABLE - 3, "outside the pages"),
     ("Q", TABLE + 16, 0, "sample 0 points"),
 ]
-CUTS = [0, 1, 23, 24, 1065, RECORDS, RECORDS + 71, RECORDS + 72, PAGE, PAGE + 6, TABLE, TABLE + 1, TABLE + 24,
-        TABLE + 48, TABLE + 71]
-# fmt: on
+CUTS = [
+    0,
+    1,
+    23,
+    24,
+    1065,
+    RECORDS,
+    RECORDS + 71,
+    RECORDS + 72,
+    PAGE,
+    PAGE + 6,
+    TABLE,
+    TABLE + 1,
+    TABLE + 24,
+    TABLE + 48,
+    TABLE + 71,
+]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "x"
     build(path, [(2, b"image"), (1, b"label")], "<BHHQ3xq", [(*IMAGE, i) for i in range(3)])
-    assert len(BetonFile(path)) == 3
+    assert len(BetonFile(path)) == 3, "samples in the file"
     return path.read_bytes()
 
 
@@ -118,8 +149,8 @@ def test_random_damage_never_leads_out_of_the_file(tmp_path, whole):
             data[place] = rng.choice([0, 1, 2, 255, rng.randrange(256)])
         path.write_bytes(data)
         with suppress(BetonError):
-            batch = BetonFile(path).fetch(np.arange(1))
-            assert batch.offset[0] + batch.size[0] <= len(data)
+            (batch,) = BetonFile(path).fetch(np.arange(1))
+            assert batch.offset[0] + batch.size[0] <= len(data), "a sample ends outside the file"
 
 
 @pytest.mark.parametrize("key", ["classes", "names", "num_samples", "num_bytes", "{"])
@@ -151,11 +182,13 @@ def test_a_million_samples_open_quickly(tmp_path, order):
         file.write(rows[::-1].tobytes() if order == "shuffled" else rows.tobytes())
     begin = time.perf_counter()
     data = BetonFile(path)
-    assert time.perf_counter() - begin < 5  # 0.1 to 0.4 s on a quiet machine
+    assert time.perf_counter() - begin < 5, (
+        "opening takes 5 seconds"
+    )  # 0.1 to 0.4 s on a quiet machine
     assert (data.offset == records["p"]).all()
     tracemalloc.start()
     try:
         BetonFile(path)
-        assert tracemalloc.get_traced_memory()[1] < 100e6
+        assert tracemalloc.get_traced_memory()[1] < 100e6, "opening takes 100 MB"
     finally:
         tracemalloc.stop()

@@ -1,4 +1,4 @@
-"""Resident sets and pad-crops: against the streaming loader, and slow NumPy."""
+"""Resident sets and pad-crops against the streaming loader and slow NumPy."""
 
 import json
 
@@ -45,7 +45,7 @@ CROPS = [
 @pytest.mark.parametrize("image", CROPS, ids=str)
 @pytest.mark.parametrize("order", ["random", "sequential"])
 def test_the_same_batches_as_the_streaming_loader(noise, image, order):
-    options = {"order": order, "image": image, "seed": 9, "num_workers": 2}
+    options = {"order": order, "crop": image, "seed": 9, "num_workers": 2}
     streaming, resident = Loader(noise, 16, **options), ResidentLoader(noise, 16, **options)
     for _ in range(2):
         for a, b in zip(streaming, resident, strict=True):
@@ -53,13 +53,13 @@ def test_the_same_batches_as_the_streaming_loader(noise, image, order):
             assert torch.equal(a.index, b.index)
             assert torch.equal(a.labels, b.labels)
             difference = (a.images.int() - b.images.int()).abs()
-            assert difference.max() <= 1
-            assert difference.float().mean() < 0.05
+            assert difference.max() <= 1, f"pixels differ by {difference.max()}"
+            assert difference.float().mean() < 0.05, f"mean difference {difference.float().mean()}"
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_ranks_and_bounded_reading(noise, in_memory):
-    options = {"order": "random", "image": PadCrop(32), "seed": 1, "drop_last": True}
+    options = {"order": "random", "crop": PadCrop(32), "seed": 1, "drop_last": True}
     whole = list(Loader(noise, 16, **options))
     ranks = [
         list(ResidentLoader(noise, 16, rank=r, world=3, in_memory=in_memory, **options))
@@ -67,7 +67,9 @@ def test_ranks_and_bounded_reading(noise, in_memory):
     ]
     for k, batch in enumerate(whole):
         images, labels, index = (torch.cat([rank[k][j] for rank in ranks]) for j in range(3))
-        assert (images.int() - batch.images.int()).abs().max() <= 1
+        assert (images.int() - batch.images.int()).abs().max() <= 1, (
+            "pixels differ by more than one level"
+        )
         assert torch.equal(labels, batch.labels)
         assert torch.equal(index, batch.index)
 
@@ -99,7 +101,9 @@ def test_resized_crops_against_weights_in_float64(height, width, size, seed, fli
         expected = expected[:, ::-1]
     crops = torch.tensor([[x, y, w, h, flip]])
     result = resized_crops(torch.from_numpy(image)[None], crops, size)[0].numpy()
-    assert np.abs(result - expected).max() < 0.5 + 1e-3
+    assert np.abs(result - expected).max() < 0.5 + 1e-3, (
+        f"largest difference {np.abs(result - expected).max()}"
+    )
 
 
 def test_pad_crops_are_windows_of_the_padded_image(noise):
@@ -108,11 +112,11 @@ def test_pad_crops_are_windows_of_the_padded_image(noise):
     """
     data = BetonFile(noise)
     image = PadCrop(8, 2)
-    stored = {i: data.fetch(np.array([i])) for i in range(90)}
+    stored = {i: data.fetch(np.array([i]))[0] for i in range(90)}
     places = set()
-    whole = Loader(noise, 90, order="sequential", image=CenterCrop(8, 1.0))
-    assert len(stored) == len(whole.dataset)
-    loader = Loader(noise, 90, order="sequential", image=image, seed=2)
+    whole = Loader(noise, 90, order="sequential", crop=CenterCrop(8, 1.0))
+    assert len(stored) == len(whole.dataset), "images of the whole set"
+    loader = Loader(noise, 90, order="sequential", crop=image, seed=2)
     full = np.stack([np.asarray(resize(data, i, 8)) for i in range(90)])
     for epoch in range(12):
         batch = next(iter(loader))
@@ -129,7 +133,7 @@ def test_pad_crops_are_windows_of_the_padded_image(noise):
 def resize(data, index, size):
     from matryoshka.data import _native
 
-    sample = data.fetch(np.array([index]))
+    (sample,) = data.fetch(np.array([index]))
     start, end = int(sample.offset[0]), int(sample.offset[0] + sample.size[0])
     pixels = sample.data[start:end].reshape(int(sample.height[0]), int(sample.width[0]), 3)
     return _native.resize(np.ascontiguousarray(pixels), size, size)
@@ -141,9 +145,11 @@ def test_pad_crop_sizes_draw_uniformly():
         assert (windows[:, 2:4] == size).all()
         for column in (0, 1):
             counts = np.bincount(windows[:, column], minlength=2 * padding + 1)
-            assert len(counts) == 2 * padding + 1
-            assert counts.min() > 0.6 * 4000 / len(counts)
-        assert abs(windows[:, 4].mean() - 0.5) < 0.04
+            assert len(counts) == 2 * padding + 1, f"{len(counts)} offsets"
+            assert counts.min() > 0.6 * 4000 / len(counts), f"offsets are not uniform: {counts}"
+        assert abs(windows[:, 4].mean() - 0.5) < 0.04, (
+            f"{windows[:, 4].mean()} of the windows are flipped"
+        )
     for bad in (
         {"size": 0},
         {"size": 4, "padding": 5},
@@ -186,4 +192,4 @@ def test_training_on_a_resident_set(digits, tmp_path):
         assert train_imagenet.main(program_options(digits, tmp_path, f"run{resident}", *more)) == 0
         lines[resident] = json.loads((tmp_path / f"run{resident}" / "log").read_text())
     assert lines[1]["train_loss"] == pytest.approx(lines[0]["train_loss"], rel=0.1)
-    assert lines[1]["data_wait"] < 0.5
+    assert lines[1]["data_wait"] < 0.5, f"waited {lines[1]['data_wait']} for data"

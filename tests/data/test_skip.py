@@ -1,4 +1,4 @@
-"""data.on_error: a sample that cannot be decoded ends the run, or leaves its batch and is listed."""
+"""data.on_error: a sample that cannot be decoded ends the run, or is left out and listed."""
 
 import contextlib
 import functools
@@ -47,7 +47,7 @@ def damaged(digits, tmp_path_factory):
 @pytest.mark.parametrize("make", [Loader, ResidentLoader])
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_skipped_samples_leave_their_batch(damaged, digits, make, in_memory):
-    options = {"order": "random", "image": RandomResizedCrop(12), "seed": 1}
+    options = {"order": "random", "crop": RandomResizedCrop(12), "seed": 1}
     good = list(make(digits["train"], 64, **options))
     results = []
     for workers, world in ((1, 1), (3, 1), (2, 3)):
@@ -83,13 +83,11 @@ def test_skipped_samples_leave_their_batch(damaged, digits, make, in_memory):
 
 
 def test_skipped_is_counted_when_a_batch_is_handed_out(damaged):
-    loader = Loader(
-        damaged, 5, order="sequential", image=CenterCrop(8), on_error="skip", prefetch=4
-    )
+    loader = Loader(damaged, 5, order="sequential", crop=CenterCrop(8), on_error="skip", prefetch=4)
     iterator = iter(loader)
     next(iterator)
     assert loader.skipped == []  # batch 1, decoded ahead, holds sample 7
-    assert len(next(iterator).labels) == 4
+    assert len(next(iterator).labels) == 4, "the batch with a damaged sample"
     assert [s.index for s in loader.skipped] == [7]
     for _ in iterator:
         pass
@@ -101,7 +99,7 @@ def test_skipped_is_counted_when_a_batch_is_handed_out(damaged):
 def test_error_is_the_default(damaged):
     for make in (Loader, ResidentLoader):
         with pytest.raises(BetonError, match=r"damaged\.beton: sample 7: "):
-            list(make(damaged, 100, order="sequential", image=CenterCrop(8)))
+            list(make(damaged, 100, order="sequential", crop=CenterCrop(8)))
     with pytest.raises(ValueError, match="on_error='ignore'"):
         Loader(damaged, 4, on_error="ignore")
 
@@ -109,12 +107,12 @@ def test_error_is_the_default(damaged):
 def test_a_share_without_any_image(damaged):
     """Training counts on every batch, evaluation on none."""
     for make in (Loader, ResidentLoader):
-        loader = make(damaged, 1, order="sequential", image=CenterCrop(8), on_error="skip")
+        loader = make(damaged, 1, order="sequential", crop=CenterCrop(8), on_error="skip")
         assert [i for b in loader for i in b.index.tolist()] == [
             i for i in range(400) if i not in BROKEN
         ]
         loader = make(
-            damaged, 1, order="sequential", image=CenterCrop(8), on_error="skip", drop_last=True
+            damaged, 1, order="sequential", crop=CenterCrop(8), on_error="skip", drop_last=True
         )
         with pytest.raises(
             BetonError, match=r"damaged\.beton: none of the 1 images of a batch.*sample 7: "
@@ -129,8 +127,8 @@ def test_files_of_a_folder(folder, tmp_path):
     (root / "bee" / "1.jpg").write_bytes((root / "bee" / "1.jpg").read_bytes()[:300])
     (root / "cat" / "0.jpg").write_bytes(b"")
     with pytest.raises(BetonError, match=r"ant/2\.jpg: "):
-        list(Loader(root, 6, order="sequential", image=CenterCrop(8)))
-    loader = Loader(root, 6, order="sequential", image=CenterCrop(8), on_error="skip")
+        list(Loader(root, 6, order="sequential", crop=CenterCrop(8)))
+    loader = Loader(root, 6, order="sequential", crop=CenterCrop(8), on_error="skip")
     seen = [i for b in loader for i in b.index.tolist()]
     assert [s.name for s in loader.skipped] == ["ant/2.jpg", "bee/1.jpg", "cat/0.jpg"]
     assert all(s.reason for s in loader.skipped)

@@ -1,4 +1,4 @@
-"""Where batches are decoded to: nothing is written while somebody may still read it."""
+"""Output buffers: memory that may still be read is never overwritten."""
 
 import numpy as np
 import pytest
@@ -36,14 +36,13 @@ def test_the_ring_waits_for_the_copy_out_of_a_buffer_and_for_no_other():
         entry.copied = Copy(log, turn)
         entries.append(entry)
     assert entries[0] is entries[3] is entries[6]
-    assert len({id(e) for e in entries}) == 3
+    assert len({id(e) for e in entries}) == 3, "entries of the ring"
     assert allocated == [100] * 3
     entry = ring.take(50)  # a smaller batch uses what there is
-    assert len(entry.buffer) == 100
+    assert len(entry.buffer) == 100, "an entry was reallocated without need"
     assert log == [0, 1, 2, 3, 4]
-    assert (
-        len(ring.take(200).buffer) == 200
-    )  # a larger one gets a new buffer, after its old one was copied
+    # a larger one gets a new buffer, after its old one was copied
+    assert len(ring.take(200).buffer) == 200, "the buffer did not grow"
     assert log == [0, 1, 2, 3, 4, 5]
     assert allocated == [100] * 3 + [200]
     ring.take(1)
@@ -59,9 +58,8 @@ def test_a_batch_in_one_piece(count, size):
     assert numbers.shape == (2, count)
     images.fill_(255)
     numbers.fill_(-1)
-    assert (
-        batch_bytes(count, size) - int((piece == 255).sum()) < 8
-    )  # nothing overlaps, at most 7 bytes between
+    gap = batch_bytes(count, size) - int((piece == 255).sum())
+    assert gap < 8, f"{gap} bytes are not used: parts overlap, or are not adjacent"
     assert not piece[batch_bytes(count, size) :].any()
 
 
@@ -75,16 +73,18 @@ def test_host_slots_are_used_again_when_nobody_looks():
     assert slots.take(4, 8).__array_interface__["data"][0] != place  # a view is somebody
     del view
     assert {slots.take(4, 8).__array_interface__["data"][0] for _ in range(5)} == {place}
-    assert len(slots.arrays) == 2
+    assert len(slots.arrays) == 2, "an array in use was handed out"
     assert slots.take(3, 8).shape == (3, 8, 8, 3)
     slots.take(4, 9)
-    assert len(slots.arrays) == 1  # buffers of another size are let go
+    assert len(slots.arrays) == 1, (
+        "arrays of another size are kept"
+    )  # buffers of another size are let go
 
 
 @needs_cuda
 @pytest.mark.parametrize("image", [RandomResizedCrop(32), CenterCrop(20), PadCrop(32)])
 def test_batches_on_a_gpu_equal_those_on_the_cpu(digits, image):
-    options = {"order": "random", "image": image, "seed": 3}
+    options = {"order": "random", "crop": image, "seed": 3}
     host, device = (
         Loader(digits["train"], 24, **options),
         Loader(digits["train"], 24, device="cuda", **options),
@@ -102,11 +102,13 @@ def test_batches_on_a_gpu_equal_those_on_the_cpu(digits, image):
 @needs_cuda
 @pytest.mark.parametrize("image", [RandomResizedCrop(32), PadCrop(32)])
 def test_resident_batches_on_a_gpu(digits, image):
-    options = {"order": "random", "image": image, "seed": 3}
+    options = {"order": "random", "crop": image, "seed": 3}
     host = ResidentLoader(digits["train"], 24, **options)
     for a, b in zip(
         host, ResidentLoader(digits["train"], 24, device="cuda", **options), strict=True
     ):
         assert torch.equal(a.index, b.index.cpu())
         assert torch.equal(a.labels, b.labels.cpu())
-        assert (a.images.int() - b.images.cpu().int()).abs().max() <= 1
+        assert (a.images.int() - b.images.cpu().int()).abs().max() <= 1, (
+            "pixels differ by more than one level"
+        )

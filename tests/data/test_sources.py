@@ -43,7 +43,7 @@ def test_image_folder(tmp_path):
         [0, 0, 0, 0, 1, 1, 1, 2, 2, 2],
     )
     assert [data.name(i) for i in (0, 3, 7)] == ["ant/0.JPEG", "ant/last.png", "zoo/x/0.JPEG"]
-    batch = data.fetch(np.array([3, 8]))
+    (batch,) = data.fetch(np.array([3, 8]))
     assert (batch.mode.tolist(), batch.width.tolist(), batch.height.tolist()) == (
         [1, 0],
         [9, 31],
@@ -54,7 +54,7 @@ def test_image_folder(tmp_path):
     with pytest.raises(BetonError, match=r"ant/0\.JPEG"):
         data.fetch(np.array([0]))
     (root / "zoo" / "again").symlink_to(root / "zoo")
-    assert len(ImageFolder(root)) == 10
+    assert len(ImageFolder(root)) == 10, "images in the folder"
     (tmp_path / "empty" / "class").mkdir(parents=True)
     for path, message in (
         ("no", "no such file"),
@@ -102,10 +102,10 @@ def test_a_small_file_of_many_samples_takes_little_memory():
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert len(data) < 100_000
-    assert peak < pixels.nbytes + 2 * pixels.size // 3 + (
-        1 << 20
-    )  # Pillow's own 2 bytes a pixel are not seen here
+    assert len(data) < 100_000, f"a bomb of {len(data)} bytes"
+    # Pillow's own 2 bytes a pixel are not seen here
+    limit = pixels.nbytes + 2 * pixels.size // 3 + (1 << 20)
+    assert peak < limit, f"{peak} bytes of memory, expected less than {limit}"
 
 
 def test_digits(tmp_path):

@@ -1,6 +1,4 @@
-"""A loader's state: the rest of the run, also for another number of workers or ranks; and what does
-not fit.
-"""
+"""Loader states: resumes with other numbers of workers and ranks; refused states."""
 
 import json
 import time
@@ -37,7 +35,7 @@ def beton(tmp_path_factory, folder):
 
 def loaders(data, world, **options):
     return [
-        Loader(data, rank=rank, world=world, image=RandomResizedCrop(12), **options)
+        Loader(data, rank=rank, world=world, crop=RandomResizedCrop(12), **options)
         for rank in range(world)
     ]
 
@@ -77,7 +75,7 @@ whole_runs = {}
     after=st.tuples(st.integers(1, 3), st.integers(1, 3)),
 )
 def test_the_rest_of_an_interrupted_run(
-    beton, epoch, taken, batch, drop, order, in_memory, prefetch, before, after
+    *, beton, epoch, taken, batch, drop, order, in_memory, prefetch, before, after
 ):
     options = {"batch_size": batch, "order": order, "drop_last": drop, "seed": 11}
     key = tuple(options.values())
@@ -97,19 +95,19 @@ def test_the_rest_of_an_interrupted_run(
                 iterator, None
             )  # a rank may have no share of a last small batch: its epoch has ended then
     states = [json.dumps(rank.state_dict()) for rank in first]
-    assert len(states[0]) < 1000
+    assert len(states[0]) < 1000, f"a state of {len(states[0])} bytes"
     assert json.loads(states[0])["batch"] == taken
     second = loaders(beton, new_world, num_workers=new_workers, in_memory=in_memory, **options)
     for rank in second:
         rank.load_state_dict(json.loads(states[0]))
     rest = rest_of(second, EPOCHS)
     wanted = expected[epoch * per_epoch + taken :]
-    assert len(rest) == len(wanted)
+    assert len(rest) == len(wanted), f"{len(rest)} batches are left, not {len(wanted)}"
     assert all(same(a, b) for a, b in zip(rest, wanted, strict=True))
 
 
 def test_what_a_state_is_at_every_point(beton):
-    loader = Loader(beton, 6, seed=2, image=RandomResizedCrop(8), prefetch=3)
+    loader = Loader(beton, 6, seed=2, crop=RandomResizedCrop(8), prefetch=3)
 
     def where():
         return loader.state_dict()["epoch"], loader.state_dict()["batch"]
@@ -137,11 +135,11 @@ def test_what_a_state_is_at_every_point(beton):
     assert loader.epoch == 5
     assert list(loader) == []
     assert where() == (6, 0)
-    assert len(list(loader)) == 4
+    assert len(list(loader)) == 4, "batches of the epoch"
 
 
 def test_an_older_iterator_does_not_change_the_state(beton):
-    loader = Loader(beton, 6, image=RandomResizedCrop(8))
+    loader = Loader(beton, 6, crop=RandomResizedCrop(8))
     old, new = iter(loader), iter(loader)
     next(new)
     next(old)
@@ -178,7 +176,7 @@ def test_states_of_other_runs_are_refused(beton, folder, digits):
         ([1], "not a dict"),
         ({}, "lacks epoch, batch, seed"),
         ({**state, "epoch": -1}, "epoch -1"),
-        ({**state, "batch": 4}, "batch 4; an epoch has 3"),
+        ({**state, "batch": 4}, "batch 4; expected epoch 0 or more and batch 0 to 3"),
         ({**state, "batch": "1"}, "batch '1'"),
         ({**state, "epoch": True}, "epoch True"),
     ):
@@ -190,7 +188,7 @@ def test_states_of_other_runs_are_refused(beton, folder, digits):
 
 
 def test_a_resident_loader_continues_a_streaming_one(digits):
-    options = {"order": "random", "seed": 5, "image": RandomResizedCrop(16)}
+    options = {"order": "random", "seed": 5, "crop": RandomResizedCrop(16)}
     streaming, resident = (
         Loader(digits["train"], 50, **options),
         ResidentLoader(digits["train"], 50, **options),
@@ -207,7 +205,7 @@ def test_a_resident_loader_continues_a_streaming_one(digits):
 
 def test_a_large_set_is_not_iterated(beton, monkeypatch):
     """A state near the end of a large set: nothing before it is looked at."""
-    loader = Loader(beton, 4, image=RandomResizedCrop(8))
+    loader = Loader(beton, 4, crop=RandomResizedCrop(8))
     fetched = []
     original = BetonFile.fetch
     monkeypatch.setattr(
@@ -215,6 +213,6 @@ def test_a_large_set_is_not_iterated(beton, monkeypatch):
     )
     loader.load_state_dict({**loader.state_dict(), "batch": 4})
     start = time.perf_counter()
-    assert len(list(loader)) == 1
-    assert time.perf_counter() - start < 30
+    assert len(list(loader)) == 1, "batches that are left"
+    assert time.perf_counter() - start < 30, "skipping to the last batch takes 30 seconds"
     assert np.concatenate(fetched).size == 4

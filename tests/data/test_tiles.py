@@ -1,6 +1,4 @@
-"""Crops of a JPEG that decode only the tiles they need: bit-identical to crops of the whole decoded
-image.
-"""
+"""Crops that decode only the tiles they need equal crops of the full decode, bit by bit."""
 
 import io
 import itertools
@@ -119,7 +117,7 @@ markers = st.one_of(
     st.booleans(),
 )
 def test_crops_are_those_of_the_whole_image(
-    width, height, sampling, options, seed, quality, progressive
+    *, width, height, sampling, options, seed, quality, progressive
 ):
     """Twelve crops of each of 400 images."""
     options = dict(options)
@@ -192,7 +190,9 @@ def test_transcode_changes_no_pixel(sampling):
             for tile in (0, 1, 64):
                 copy = _native.transcode(data, tile)
                 np.testing.assert_array_equal(pillow(copy), pillow(data))
-                assert (b"\xff\xdd" in copy) == (tile > 0)
+                assert (b"\xff\xdd" in copy) == (tile > 0), (
+                    "a restart interval without tiles, or none with them"
+                )
 
 
 def test_images_do_not_leave_their_tables_behind():
@@ -288,7 +288,7 @@ def test_wrong_markers_are_an_error():
     width, height = 128, 64
     data = _native.transcode(make(width, height), 32)
     header, parts, end = segments_of(data)
-    assert len(parts) == 4 * 4
+    assert len(parts) == 4 * 4, f"{len(parts)} segments"
     assert joined(header, parts, end) == data
     wrong_order = [k % 8 for k in range(15)]
     wrong_order[4], wrong_order[5] = wrong_order[5], wrong_order[4]
@@ -371,8 +371,8 @@ def test_mutated_tiles(exact):
         assert (out[1::2] == expected).all()
         assert not status[1::2].any()
         counts += np.bincount(status[::2], minlength=KNOWN)  # raises for an unknown status
-    assert counts.sum() == 330 * rounds
-    assert counts[CORRUPT] > 50 * rounds
+    assert counts.sum() == 330 * rounds, f"{counts.sum()} streams were decoded"
+    assert counts[CORRUPT] > 50 * rounds, f"only {counts[CORRUPT]} were found corrupt"
 
 
 def photo(width, height, seed=0):
@@ -426,10 +426,11 @@ def test_fast_is_close_to_exact(sampling, kind):
         assert not exact[1].any()
         assert not fast[1].any()
         errors = [psnr(a, b) for a, b in zip(exact[0], fast[0], strict=True)]
-        assert min(errors) > (45 if "grey" in sampling else 28 if factors else 35)
-        assert (
-            np.abs(exact[0].astype(float).mean((1, 2)) - fast[0].mean((1, 2))).max() < 1.5
-        )  # no colour cast
+        assert min(errors) > (45 if "grey" in sampling else 28 if factors else 35), (
+            f"PSNR {min(errors)} dB"
+        )
+        cast = np.abs(exact[0].astype(float).mean((1, 2)) - fast[0].mean((1, 2))).max()
+        assert cast < 1.5, f"a colour cast of {cast} levels"
 
 
 def test_fast_does_not_depend_on_tiles():

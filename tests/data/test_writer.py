@@ -1,4 +1,4 @@
-"""The writer, checked by a parser that knows only the layout's document."""
+"""The writer, checked by an independent parser of the documented layout."""
 
 import io
 import json
@@ -37,7 +37,9 @@ def test_the_writer_follows_the_layout(tmp_path, mode):
         if stored == 1:
             assert payload == want.tobytes()
         else:
-            assert np.abs(np.asarray(Image.open(io.BytesIO(payload))).astype(int) - want).mean() < 4
+            assert (
+                np.abs(np.asarray(Image.open(io.BytesIO(payload))).astype(int) - want).mean() < 4
+            ), "mean difference to the source"
     modes = [r[0] for r in records]
     assert set(modes) == {"raw": {1}, "smart": {1}, "jpg": {0}, "proportion": {0, 1}}[mode]
     assert manifest == json.loads(manifest_path(path).read_text())
@@ -57,7 +59,7 @@ def test_sizes_and_modes_round_trip(tmp_path, sizes, limit, mode):
     source = Files([(f"{i}.png", encoded(photo(*size, seed=i)), 0) for i, size in enumerate(sizes)])
     write_beton(source, tmp_path / "x", max_resolution=limit, write_mode=mode, num_workers=1)
     with BetonFile(tmp_path / "x") as data:
-        samples = data.fetch(np.arange(len(data)))
+        (samples,) = data.fetch(np.arange(len(data)))
         for i, size in enumerate(sizes):
             ratio = min(1, limit / np.array(size).max())  # FFCV's rule
             width, height = np.maximum(1, (ratio * np.array(size)).astype(int)).tolist()
@@ -87,7 +89,7 @@ def test_pages_fill_up_and_grow_with_the_resolution(tmp_path):
     write_beton(source, tmp_path / "x", max_resolution=1200, write_mode="raw")
     _, _, _, rows, data = parse(tmp_path / "x")
     assert [pointer >> 23 for _, pointer, _ in rows] == [1, 1, 2, 2, 3, 3]
-    assert len(data) == (4 << 23) + 6 * 24
+    assert len(data) == (4 << 23) + 6 * 24, f"a file of {len(data)} bytes"
     write_beton(pngs(1), tmp_path / "y", max_resolution=1673, write_mode="raw")
     assert parse(tmp_path / "y")[0] == 16 << 20
 
@@ -182,14 +184,18 @@ def test_transcode_keeps_the_coefficients_of_what_fits(tmp_path):
                 else None
             )
             kept.append(stored is not None and np.array_equal(stored, original))
-            assert max(width, height) <= 100
+            assert max(width, height) <= 100, f"{width}x{height} pixels"
         return [name for name, k in zip(files, kept, strict=False) if k], manifest["counts"]
 
     names, counts = write(write_mode="jpg", transcode="fit")
     assert names == ["plain", "grey", "turned"]
     assert (counts["transcoded"], counts["grayscale"], counts["exif_orientation"]) == (3, 1, 1)
-    assert counts["transcoded_source_bytes"] == sum(len(files[name]) for name in names)
-    assert 0 < counts["transcoded_bytes"] < counts["transcoded_source_bytes"] + 1000
+    assert counts["transcoded_source_bytes"] == sum(len(files[name]) for name in names), (
+        "bytes of the transcoded sources"
+    )
+    assert 0 < counts["transcoded_bytes"] < counts["transcoded_source_bytes"] + 1000, (
+        f"{counts['transcoded_bytes']} transcoded bytes"
+    )
     assert write(write_mode="jpg", transcode="fit", exif_rotate=True)[0] == ["plain", "grey"]
     assert write(write_mode="raw", transcode="fit")[1]["transcoded"] == 0
     assert write(write_mode="raw", transcode="always")[0] == ["plain", "grey", "turned"]
@@ -209,15 +215,18 @@ def test_upright_is_what_pillow_does(orientation):
     )
 
 
-# fmt: off
 NONSENSE = [
-    ("compress_probability=0.5 .*write_mode=jpg", {"compress_probability": 0.5, "write_mode": "jpg"}),
+    (
+        "compress_probability=0.5 .*write_mode=jpg",
+        {"compress_probability": 0.5, "write_mode": "jpg"},
+    ),
     ("smart_threshold=5 .*write_mode=raw", {"smart_threshold": 5, "write_mode": "raw"}),
-    ("write_mode=png", {"write_mode": "png"}), ("jpeg_quality=0", {"jpeg_quality": 0}),
+    ("write_mode=png", {"write_mode": "png"}),
+    ("jpeg_quality=0", {"jpeg_quality": 0}),
     ("transcode=maybe", {"transcode": "maybe"}),
-    ("max_resolution=0", {"max_resolution": 0}), ("subset=5.* 1 to 4", {"subset": 5}),
+    ("max_resolution=0", {"max_resolution": 0}),
+    ("subset=5.* 1 to 4", {"subset": 5}),
 ]
-# fmt: on
 
 
 @pytest.mark.parametrize(("message", "options"), NONSENSE)

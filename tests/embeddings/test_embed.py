@@ -173,7 +173,7 @@ def test_preprocessing_option(folder, tmp_path):
     )
     larger = run(tmp_path / "m.safetensors", folder / "val", tmp_path / "larger", "--resolution=64")
     for shown, crop in ((ffcv, CenterCrop(48, 224 / 256)), (larger, CenterCrop(64, 1.0))):
-        batch = next(iter(Loader(folder / "val", 9, order="sequential", image=crop, num_workers=1)))
+        batch = next(iter(Loader(folder / "val", 9, order="sequential", crop=crop, num_workers=1)))
         np.testing.assert_allclose(shown.X, model.encode(batch.images), atol=1e-4)
 
 

@@ -231,7 +231,7 @@ def make(path, dims, digits, classes=10):
 
 
 def features_of(model, data):
-    loader = Loader(data, 64, order="sequential", image=CenterCrop(32, 1.0))
+    loader = Loader(data, 64, order="sequential", crop=CenterCrop(32, 1.0))
     return extract_features(model, loader, len(loader.dataset))
 
 

@@ -30,14 +30,14 @@ def frozen(tmp_path_factory):
 
 def test_features_come_in_the_data_sets_order(frozen, digits):
     model = load_model(frozen)
-    shuffled = Loader(digits["val"], 32, order="random", image=CenterCrop(32, 1.0))
+    shuffled = Loader(digits["val"], 32, order="random", crop=CenterCrop(32, 1.0))
     features, labels = extract_features(model, shuffled, 100)
     assert (features.dtype, labels.dtype, tuple(features.shape)) == (
         torch.float32,
         torch.int64,
         (100, 512),
     )
-    for batch in Loader(digits["val"], 1, order="sequential", image=CenterCrop(32, 1.0)):
+    for batch in Loader(digits["val"], 1, order="sequential", crop=CenterCrop(32, 1.0)):
         with torch.inference_mode():
             expected = model.features(normalise(batch.images))[0]
         torch.testing.assert_close(features[batch.index[0]], expected, atol=1e-4, rtol=1e-4)
@@ -122,7 +122,7 @@ def test_the_program_fits_scikit_learns_model(frozen, digits, tmp_path):
     model = load_model(frozen)
     sets = {}
     for split in ("train", "val"):
-        loader = Loader(digits[split], 64, order="sequential", image=CenterCrop(32, 1.0))
+        loader = Loader(digits[split], 64, order="sequential", crop=CenterCrop(32, 1.0))
         features, labels = extract_features(model, loader, len(loader.dataset))
         sets[split] = features[:, :16].double().numpy(), labels.numpy()
     scaler = StandardScaler().fit(sets["train"][0])

@@ -1,12 +1,11 @@
-"""Opens and decodes thousands of damaged .beton files; each must work, or be refused by an error
-that names it.
+"""Fuzz the .beton reader and decoder: damaged files work or raise an error that names them.
 
     python tests/fuzzing/fuzz.py --cases 20000 --seed 0       # case k is the same file in every run
-    python tests/fuzzing/fuzz.py --case 4711                  # one case, in words; its file is kept
+    python tests/fuzzing/fuzz.py --case 4711                  # describes one case, keeps its file
 
-Cases run in child processes: a crash or a hang ends one child, is reduced to the mutations that it
-needs and kept in --out. Pixels that change although nothing legally changed them are failures, too.
-Exit status 1 when there are failures.
+Cases run in child processes: a crash or a hang ends one child, is reduced to the mutations that
+cause it, and is kept in --out. Pixels that change although no mutation may change them are also
+failures. Exit status 1 if there are failures.
 """
 
 # ruff: noqa: E402 (the environment and the native core are chosen before NumPy and matryoshka are imported)
@@ -54,7 +53,7 @@ NAMES = sorted(mutate.KINDS)
 BATCH = 500
 
 
-# ------------------------------------------------------------------------------------------------- one case
+# ---------------------------------------------------------------- one case
 
 
 def mutations(case: int) -> tuple[int, list[tuple[str, Random]]]:
@@ -75,18 +74,16 @@ def damaged(
     for k, (first, rng) in enumerate(todo):
         if k not in left_out:
             name = first
-            while not mutate.apply(
-                draft, name, rng
-            ):  # this kind has nothing to change in this file
+            while not mutate.apply(draft, name, rng):  # this file has nothing of the kind to change
                 name = rng.choice(NAMES)
             done.append(name)
     return base, draft, done
 
 
-# --------------------------------------------------------------------------------------------------- a child
+# ---------------------------------------------------------------- a child
 
 
-PROC = Path("/proc/self/clear_refs").exists()  # elsewhere than on Linux nobody looks at the memory
+PROC = Path("/proc/self/clear_refs").exists()  # memory is measured on Linux only
 
 
 def memory(key: str) -> int:
@@ -113,10 +110,9 @@ def run_case(
             kind.labels for kind in kinds
         )
         if (result["silent"] or result["silent labels"]) and len(names) == 1:
-            raise Failure("pixels or labels changed and nobody noticed")
-        if (
-            result.get("stricter") and allowed == {"same"} and len(names) == 1
-        ):  # data left over may do so
+            raise Failure("pixels or labels changed without an error")
+        # leftover data may cause this, so only for a single mutation
+        if result.get("stricter") and allowed == {"same"} and len(names) == 1:
             raise Failure("a crop is refused, the whole image is not")
         if (peak := memory("VmHWM")) > 2 * before:
             raise Failure(f"needs {(peak - before) / 1e6:.0f} MB, after {before / 1e6:.0f} MB")
@@ -132,10 +128,11 @@ def child(
     pipe: int,
     current: mmap.mmap,
     errors: Path,
+    *,
     limit: float,
     left_out=frozenset(),
 ) -> None:
-    """One line of JSON for every case into the pipe; `current` holds the case at work."""
+    """Write one line of JSON per case to the pipe; `current` is the case being run."""
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     folder = Path(tempfile.mkdtemp(dir=scratch()))
     try:
@@ -171,7 +168,7 @@ def run_child(cases: list[int], limit: float, left_out=frozenset()) -> list[dict
         os.close(reader)
         code = 70
         try:
-            child(cases, writer, current, errors, limit, left_out)
+            child(cases, writer, current, errors, limit=limit, left_out=left_out)
             code = 0
         finally:
             if code:
@@ -196,7 +193,7 @@ def run_child(cases: list[int], limit: float, left_out=frozenset()) -> list[dict
     ]
 
 
-# -------------------------------------------------------------------------------------------------- the parent
+# ---------------------------------------------------------------- the parent
 
 
 def minimised(result: dict, limit: float) -> tuple[dict, frozenset[int]]:

@@ -1,8 +1,8 @@
-"""Named hostile files, made on the spot: each is a sound .beton with one lie in it.
+"""Named hostile files, generated: each is a sound .beton with one false value.
 
-FFCV 1.0.2 reads the first four without a word and trains on other pixels; the fifth makes it wait
-for ever. `ATTACKS` maps a name to (what to do to the file, what must be said about it). `{}` there
-stands for the sample.
+FFCV 1.0.2 reads the first four without an error and trains on other pixels; the fifth makes it wait
+for ever. `ATTACKS` maps a name to (change of the file, when it must be detected, error message);
+`{}` in a message is the sample.
 """
 
 import struct
@@ -28,7 +28,7 @@ def poke(draft: Draft, place: int, code: str, *values: int) -> None:
 
 
 @attack("a JPEG of zeros", AT_DECODING, "sample {}: not a JPEG")
-def _(draft, i):  # FFCV hands out the picture whose memory it used last, under this sample's label
+def _(draft, i):  # FFCV returns the last image decoded into the buffer, with this sample's label
     draft.replace(i, bytes(len(draft.stream(i))))
 
 

@@ -1,12 +1,12 @@
-"""Damaged .beton files: small bases, and one function for each kind of damage.
+"""Mutations of .beton files, one function per kind of damage.
 
-    draft = BASES()[0].copy()
+    draft = bases()[0].copy()
     apply(draft, "table: a size is wrong", random.Random(1))
     draft.write(path)
 
-Each kind says what it may do to the pixels of a file that still opens and decodes: nothing
-("same"), something, because the file now legally says so ("legal"), or something that no reader can
-notice, because the format has no checksum ("payload").
+Each kind declares its possible effect on the pixels of a file that still opens and decodes: none
+("same"), a change that the new values legally cause ("legal"), or a change that no reader can
+detect, because the format has no checksum ("payload").
 """
 
 import copy
@@ -45,7 +45,7 @@ ALL_FIELDS = [
 
 
 class Layout(NamedTuple):
-    """fields: [(type, name)]; record: struct format; image, label: places of these members in a
+    """fields: [(type, name)]. record: struct format. image, label: offsets of these members in a
     record.
     """
 
@@ -62,8 +62,8 @@ EVERYTHING = Layout(ALL_FIELDS, "<BHHQ3xqdQQQQQQ", 0, 16)
 
 
 class Draft:
-    """A .beton in parts that a mutation can reach: head (header, descriptors, records), body (the
-    pages), rows.
+    """A .beton in parts that mutations change: head (header, descriptors, records), body (the
+    pages), rows (the allocation table).
     """
 
     def __init__(self, layout: Layout, content: bytes) -> None:
@@ -136,12 +136,12 @@ class Draft:
             file.truncate(self.cut if self.cut is not None else table + len(rows))
 
 
-# ------------------------------------------------------------------------------------------------ mutations
+# ---------------------------------------------------------------- mutations
 
 
 class Kind(NamedTuple):
-    """change(draft, rng) -> False where it does not apply. pixels: see above. labels: it may change
-    labels.
+    """change(draft, rng) returns False if it does not apply. pixels: see the module's docstring.
+    labels: whether it may change labels.
     """
 
     change: Callable[[Draft, Random], object]
@@ -161,12 +161,12 @@ def kind(name: str, pixels: str = "same", labels: bool = False):
 
 
 def apply(draft: Draft, name: str, rng: Random) -> bool:
-    """Whether there was something to change."""
+    """Apply a mutation; False if the file has nothing that it could change."""
     return KINDS[name].change(draft, rng) is not False
 
 
 def near(rng: Random, value: int, bits: int) -> int:
-    """Another value: a little off, somewhere else, or extreme."""
+    """Another value: close to `value`, random, or extreme."""
     choice = rng.choice(
         [
             value + rng.choice([-24, -8, -2, -1, 1, 2, 8, 24, 1041]),

@@ -1,6 +1,4 @@
-"""Damage inside the images of a Draft: JPEG marker segments, restart markers, entropy-coded data,
-raw pixels.
-"""
+"""Mutations of the images of a Draft: marker segments, restart markers, entropy data, pixels."""
 
 import struct
 from random import Random
@@ -11,7 +9,7 @@ SOF, DHT, DQT, SOS, DRI, APP0, COM = (0xC0, 0xC1, 0xC2), 0xC4, 0xDB, 0xDA, 0xDD,
 
 
 def segments(data: bytes) -> list[tuple[int, int, int]]:
-    """(marker, start, end) up to the first scan's header, typed from the standard's Annex B."""
+    """(marker, start, end) up to the first scan's header (T.81, Annex B)."""
     found, at = [], 2
     while at + 4 <= len(data) and data[at] == 0xFF and (not found or found[-1][0] != SOS):
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
@@ -21,8 +19,8 @@ def segments(data: bytes) -> list[tuple[int, int, int]]:
 
 
 def jpeg(name: str, pixels: str = "same"):
-    """A kind of damage to one JPEG: change(data, rng, segments, draft, sample) -> other bytes, or
-    None.
+    """Register a mutation of one JPEG: change(data, rng, segments, draft, sample) returns the new
+    bytes, or None if it does not apply.
     """
 
     def register(change):
@@ -37,12 +35,8 @@ def jpeg(name: str, pixels: str = "same"):
                 return False  # an earlier mutation has destroyed the structure
             try:
                 changed = change(bytearray(data), rng, parts, draft, i)
-            except (
-                ValueError,
-                IndexError,
-                struct.error,
-            ):  # or has made a segment too short for this one
-                return False
+            except (ValueError, IndexError, struct.error):
+                return False  # an earlier mutation has made a segment too short for this one
             return False if changed is None else draft.replace(i, bytes(changed))
 
         kind(f"jpeg: {name}", pixels)(on_draft)
@@ -57,13 +51,13 @@ def one(rng, parts, markers):
 
 
 def restarts(data: bytes, start: int) -> list[int]:
-    """Where the restart markers of the entropy-coded data are."""
+    """Offsets of the restart markers in the entropy-coded data."""
     return [
         k for k in range(start, len(data) - 1) if data[k] == 0xFF and 0xD0 <= data[k + 1] <= 0xD7
     ]
 
 
-# ----------------------------------------------------------------------------------------- marker segments
+# ---------------------------------------------------------------- marker segments
 
 
 @jpeg("restart interval changed")
@@ -307,7 +301,7 @@ def _(data, rng, parts, *_):
     return data
 
 
-# ------------------------------------------------------------------------- restart markers, entropy-coded data
+# ---------------------------------------------------------------- restart markers, entropy data
 
 
 @jpeg("cut anywhere")

@@ -1,4 +1,4 @@
-"""Uses one damaged .beton file in every way; the fuzzer compares with what the sound file gave."""
+"""Use a damaged .beton file in every way, and compare with the results of the sound file."""
 
 from functools import cache
 from pathlib import Path
@@ -28,13 +28,13 @@ def whole(width, height):
 
 
 class Failure(Exception):
-    """What must not happen, in words."""
+    """A violated invariant, described by the message."""
 
 
 def decode(pool, data: BetonFile, view) -> tuple[np.ndarray, np.ndarray]:
     """(status, pixels) of every sample."""
     indices = np.arange(len(data))
-    samples = data.fetch(indices)
+    (samples,) = data.fetch(indices)
     crops = view[1](samples.width, samples.height, indices)
     out = np.full((len(data), view[2], view[2], 3), 7, np.uint8)
     status = _native.decode_batch(
@@ -57,13 +57,13 @@ def decode(pool, data: BetonFile, view) -> tuple[np.ndarray, np.ndarray]:
 def compare_with_whole_decode(
     pool, data: BetonFile, view, status: np.ndarray, out: np.ndarray
 ) -> None:
-    """A crop must be that of the whole image, whichever bytes the decoder looked at."""
+    """Check that crops equal those of the full decode, although the decoder read fewer bytes."""
     for i in np.flatnonzero((status == 0) & (data.mode == 0)).tolist():
         start, size = int(data.offset[i]), int(data.size[i])
         try:
-            pixels = _native.decode(data.fetch(np.array([i])).data[start : start + size])
+            pixels = _native.decode(data.fetch(np.array([i]))[0].data[start : start + size])
         except ValueError:
-            continue  # the damage lies outside the crop
+            continue  # the damage is outside the crop
         shape = [np.array([n], np.int32) for n in pixels.shape[1::-1]]
         raw, index = pixels.reshape(-1), np.array([i])
         again = np.empty((1, view[2], view[2], 3), np.uint8)
@@ -77,8 +77,8 @@ def compare_with_whole_decode(
 
 
 def probe(pool, path: Path, rng: Random, expected: dict | None) -> dict:
-    """Uses a file in every way. expected: {view: pixels} and labels of the sound file, None to
-    return these.
+    """Use a file in every way. expected: {view: pixels} and labels of the sound file; None to
+    return these for `path`.
     """
     try:
         data = BetonFile(path)
@@ -90,7 +90,7 @@ def probe(pool, path: Path, rng: Random, expected: dict | None) -> dict:
         view[0]: decode(pool, data, view) for view in (VIEWS if expected is None else picked(rng))
     }
     if expected is None:
-        # What the training decoder finds damaged libjpeg may decode, as it does for evaluation.
+        # libjpeg, used for evaluation, may decode images that the training decoder refuses
         libjpeg = {view[0]: decode(pool, data, (*view[:3], True))[1] for view in VIEWS}
         return results | {"labels": labels, "libjpeg": libjpeg}
     refused, stricter = np.zeros(len(data), np.uint8), False
@@ -130,8 +130,8 @@ def probe(pool, path: Path, rng: Random, expected: dict | None) -> dict:
 
 
 def same_pixels(out: np.ndarray, sound: np.ndarray, libjpeg: np.ndarray) -> bool:
-    """Of one sample. Where libjpeg decodes at half size for training, it is as good as the mean
-    colour error says.
+    """Whether the pixels of one sample are right; for a decode at half size, whether their mean
+    error is small.
     """
     if (out == sound).all() or (out == libjpeg).all():
         return True
@@ -144,11 +144,10 @@ def picked(rng: Random) -> list:
 
 
 def as_file_of_its_own(data: BetonFile, index: int) -> None:
-    """What the writer does with the bytes of an image."""
-    samples = data.fetch(np.array([index]))
-    content = samples.data[
-        int(samples.offset[0]) : int(samples.offset[0] + samples.size[0])
-    ].tobytes()
+    """Pass the bytes of an image to the functions of the writer."""
+    (samples,) = data.fetch(np.array([index]))
+    start, size = int(samples.offset[0]), int(samples.size[0])
+    content = samples.data[start : start + size].tobytes()
     for use in (_native.jpeg_size, _native.decode, _native.transcode, decode_image):
         try:
             result = use(content)
@@ -165,7 +164,7 @@ def through_loader(path: Path, data: BetonFile, rng: Random) -> None:
             path,
             rng.randint(1, 4),
             order="random",
-            image=image,
+            crop=image,
             num_workers=2,
             seed=rng.randrange(9),
         ):
@@ -178,7 +177,7 @@ def through_loader(path: Path, data: BetonFile, rng: Random) -> None:
 
 
 def compare_after_others(data: BetonFile) -> None:
-    """The pixels of an image must not depend on the image that its thread has decoded before."""
+    """Check that pixels do not depend on the image that the thread decoded before."""
     pool, results = _native.Pool(1), []
     for quality in (5, 95):
         _native.decode_batch(pool, *neighbour(quality))

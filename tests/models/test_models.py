@@ -389,7 +389,7 @@ def test_encode_files_are_prepared_as_a_loader_prepares_them(tmp_path):
     model = build(model_spec(ModelConfig(arch="resnet10", mrl=True), 3))
     model.preprocessing = Preprocessing(32, 0.8, (0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
     data = ImageFolder(tmp_path)
-    (batch,) = Loader(data, 4, order="sequential", image=CenterCrop(32, 0.8))
+    (batch,) = Loader(data, 4, order="sequential", crop=CenterCrop(32, 0.8))
     paths = [tmp_path / data.name(i) for i in range(4)]
     torch.testing.assert_close(
         model.encode_files(paths), model.encode(batch.images), rtol=0, atol=0

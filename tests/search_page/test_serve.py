@@ -110,7 +110,7 @@ def test_an_upload_finds_what_its_embedding_finds(made, client, photo, form):
 
 def test_the_query_is_prepared_as_the_loader_does(folder):
     crop = CenterCrop(24, 0.8)
-    batch = next(iter(Loader(folder / "train", 20, order="sequential", image=crop, num_workers=1)))
+    batch = next(iter(Loader(folder / "train", 20, order="sequential", crop=crop, num_workers=1)))
     files = sorted((folder / "train").rglob("*.jpg"))
     assert len(files) == 20
     for file, expected in zip(files, batch.images.numpy(), strict=True):

@@ -52,7 +52,7 @@ def work():
         model = build(ModelSpec("resnet10", 10, (8, 32, 512))).double()
         ddp = program.distribute(model, world).eval()
         ranks = dict(rank=world.rank, world=world.size, num_workers=1)
-        loader = Loader(beton, batch, image=RandomResizedCrop(32), drop_last=True, seed=7, **ranks)
+        loader = Loader(beton, batch, crop=RandomResizedCrop(32), drop_last=True, seed=7, **ranks)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         state = TrainState(model, optimizer, loader, scaler, torch.zeros(5).double(), {})
@@ -69,7 +69,7 @@ def work():
                 program.train_step(cfg, world, NoFloat(ddp), state, guard, "fp32", loss_of, b, 0.0)
         metric = PrefixAccuracy(model.dims)
         evaluation = Loader(val, 30, order="sequential", **ranks)
-        evaluation.image = RandomResizedCrop(32)
+        evaluation.crop = RandomResizedCrop(32)
         for p in predict(model.float(), evaluation):
             metric.update(p.logits, p.labels)
         gradient = torch.cat([p.grad.flatten() for p in model.double().parameters()]) if world.is_main else None
