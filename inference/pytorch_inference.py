@@ -45,7 +45,7 @@ from matryoshka.evaluation.retrieval_arrays import retrieval
 from matryoshka.evaluation.saved_arrays import KINDS, Collected, file_names, write_array
 from matryoshka.files import write_atomically
 from matryoshka.models import NestedModel, with_prefixes
-from matryoshka.report.tables import accuracy_table
+from matryoshka.report import accuracy_table
 
 PREPROCESSING = ("checkpoint", "upstream", "ffcv")
 
@@ -346,7 +346,7 @@ def evaluate(
     confidences: bool,
 ) -> Outcome:
     """One pass over the data, every image once on one of the ranks."""
-    from matryoshka.evaluation.metrics import (
+    from matryoshka.evaluation.accuracy import (
         PrefixAccuracy,  # torchmetrics takes seconds to import: not before it is needed
     )
 

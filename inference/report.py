@@ -25,8 +25,8 @@ from matryoshka import config
 from matryoshka.evaluation import analysis
 from matryoshka.evaluation.superclasses import name_of
 from matryoshka.files import write_atomically
+from matryoshka.report import Run, RunError, read_run, short_dims
 from matryoshka.report.page import MAX_IMAGE_BYTES, Answer, Evidence, Picture, Sample, render
-from matryoshka.report.tables import Run, RunError, read_run, short_dims
 
 FILES = ("results.json", "analysis.json", "baselines.json")  # looked for in --run
 NEEDED = (

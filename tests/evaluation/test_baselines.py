@@ -364,7 +364,7 @@ def test_a_nested_model(checkpoints, digits, tmp_path, capsys):
         "Rand. FS 1-NN",
         "Rand. LP linear",
     ]
-    assert "svd, svd-1nn left out" in capsys.readouterr().out
+    assert "skipped svd, svd-1nn" in capsys.readouterr().out
     queries, labels = sets["val"]
     for d, head in zip((4, 32, 512), load_model(checkpoints["mrl"]).head.heads, strict=True):
         logits = (
@@ -393,7 +393,7 @@ def test_other_classes_than_the_models(digits, tmp_path, capsys):
         "Rand. FS 1-NN",
         "Rand. LP linear",
     ]
-    assert "linear, svd, svd-1nn left out" in capsys.readouterr().out
+    assert "skipped linear, svd, svd-1nn" in capsys.readouterr().out
 
 
 def test_the_largest_seed(checkpoints, digits, tmp_path):
@@ -404,12 +404,12 @@ def test_the_largest_seed(checkpoints, digits, tmp_path):
     assert results["methods"]["Rand. FS 1-NN"]["std"]["4"] > 0  # the draws differ
 
 
-def test_no_figure_is_said(checkpoints, digits, tmp_path, capsys):
+def test_a_method_without_values_is_reported(checkpoints, digits, tmp_path, capsys):
     results, _ = run(checkpoints["ff"], digits, tmp_path, "--dims=16", "--only=linear,svd-1nn")
     assert results["methods"] == {}
     shown = capsys.readouterr().out
-    assert "linear: no figure for the prefixes [16]" in shown
-    assert "svd-1nn: no figure for the prefixes [16]" in shown
+    assert "linear: no value for the prefixes [16]" in shown
+    assert "svd-1nn: no value for the prefixes [16]" in shown
 
 
 @pytest.mark.parametrize(

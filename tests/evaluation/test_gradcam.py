@@ -16,7 +16,8 @@ from matryoshka.checkpoint.model_file import save_model
 from matryoshka.checkpoint.upstream import save_upstream
 from matryoshka.data import open_dataset, write_beton
 from matryoshka.data.augment import Preprocessing
-from matryoshka.evaluation.gradcam import Cell, find_layer, heat_maps, montage
+from matryoshka.evaluation.heat_maps import find_layer, heat_maps
+from matryoshka.evaluation.montage import Cell, montage
 from matryoshka.models import ModelError, ModelSpec, build
 
 CLASSES = ["ant", "bee", "cat"]
@@ -253,8 +254,8 @@ def test_channels_may_come_last():
     ("layer", "targets", "words"),
     [
         ("layer5", None, ["layer5", "layer4"]),
-        ("fc", None, ["fc", "no feature map"]),
-        ("", None, ["none of that name"]),
+        ("fc", None, ["fc", "not a feature map"]),
+        ("", None, ["no module of that name"]),
         (None, None, ["several positions"]),
         (None, [0], ["targets", "[2] or [3, 2]"]),
         (None, [0, 5], ["targets", "0 to 4"]),

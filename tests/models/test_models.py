@@ -19,7 +19,7 @@ from matryoshka.checkpoint.contents import CheckpointError
 from matryoshka.checkpoint.model_file import load_model, save_model
 from matryoshka.checkpoint.transfer import check_start, start_model
 from matryoshka.checkpoint.upstream import save_upstream
-from matryoshka.evaluation.metrics import PrefixAccuracy
+from matryoshka.evaluation.accuracy import PrefixAccuracy
 from matryoshka.models import BACKBONES, ModelConfig, ModelError, ModelSpec, build, model_spec
 from matryoshka.models.blurpool import BlurPoolConv2d
 from matryoshka.training.optim import LrConfig, lr_at, parameter_groups, peak_epoch, peak_lr

@@ -412,7 +412,7 @@ def test_superclasses_are_drawn(chromium, evaluated, tmp_path):
     page.locator("#confusion-dim").select_option("8")
     assert "83.33 %" in page.locator("#confusion-said").inner_text()
     assert (
-        f"dog taken for {EVIL}: 5 of 30 (16.7 %)"
+        f"dog predicted as {EVIL}: 5 of 30 (16.7 %)"
         in page.locator("#confusion rect title").all_text_contents()
     )
     assert said == []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from matryoshka.report.tables import (
+from matryoshka.report import (
     RunError,
     accuracy_table,
     plot_accuracy,
