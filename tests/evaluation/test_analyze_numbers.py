@@ -109,25 +109,24 @@ def test_the_caps_of_a_cascade_against_loops(folder, answers):
 def test_certificates_are_tried_on_the_other_half(folder, answers, capsys):
     confidence, correct = answers
     epsilons = [2.0, 4.0, 9.0]
-    options = [
+    flags = [
         f"--epsilon={','.join(map(str, epsilons))}",
         "--delta=0.9",
         f"--splits={SPLITS}",
     ]  # much may be lost
-    found = run(folder, "--only=cascade", *options)["cascade"]["certified"]
+    found = run(folder, "--only=cascade", *flags)["cascade"]["certified"]
     shown = capsys.readouterr().out
     assert [c["epsilon"] for c in found] == epsilons
     counts = []
     for row, points in zip(found, epsilons, strict=True):
-        whole = certify(confidence, correct, DIMS, points / 100, 0.9, SEED)
+        options = {"epsilon": points / 100, "delta": 0.9, "seed": SEED}
+        whole = certify(confidence, correct, DIMS, **options)
         assert row["certified"] == whole.certified
         assert row["expected_dim"] == pytest.approx(whole.expected_dim)
         assert row["loss_bound"] == pytest.approx(100 * whole.loss_bound, abs=1e-4)
         losses, lengths, same_half = [], [], []
         for mine, rest in split_indices(N, SPLITS, N // 2, SEED):
-            thresholds = certify(
-                confidence[:, mine], correct[:, mine], DIMS, points / 100, 0.9, SEED
-            ).thresholds
+            thresholds = certify(confidence[:, mine], correct[:, mine], DIMS, **options).thresholds
             for part, place in ((rest, losses), (mine, same_half)):
                 at = [(left_at(confidence, thresholds, i), i) for i in part]
                 place.append(
@@ -198,7 +197,7 @@ def test_temperatures_are_fitted_on_one_part_and_judged_on_the_other(
     folder, arrays, answers, monkeypatch, kind, most
 ):
     """A temperature of softmax is one of its logarithm: the same numbers."""
-    monkeypatch.setattr(analyze, "FIT", most)
+    monkeypatch.setattr(analyze, "MAX_FIT_IMAGES", most)
     logits, labels = arrays
     found = run(folder, "--only=calibration", kind=kind)["calibration"]
     ((fit, rest),) = split_indices(N, 1, min(most, N // 2), SEED)

@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler, normalize
 from matryoshka.checkpoint.model_file import load_model, save_model
 from matryoshka.data import CenterCrop, Loader
 from matryoshka.data.augment import Preprocessing
-from matryoshka.evaluation import neighbours as rooms
+from matryoshka.evaluation import neighbours
 from matryoshka.evaluation.neighbours import (
     NeighbourError,
     draw_shots,
@@ -63,7 +63,7 @@ def test_nearest_equals_loops(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 999)))
     database, queries = (rng.integers(-1, 2, (size, width)).astype(np.float32) for size in (m, n))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rooms, "_TILE", data.draw(st.sampled_from([512, 512 * 7, 1 << 24])))
+        patch.setattr(neighbours, "_TILE", data.draw(st.sampled_from([512, 512 * 7, 1 << 24])))
         found = nearest(torch.tensor(database), torch.tensor(queries), dims, k)
     assert (tuple(found.shape), found.dtype) == ((len(dims), n, k), torch.int64)
     for g, d in enumerate(dims):
@@ -85,7 +85,7 @@ def test_doubles_far_apart_stay_in_order(monkeypatch):
     rng = np.random.default_rng(0)
     three = torch.tensor(rng.normal(size=(3, 33)), dtype=torch.float32)
     database = three[torch.arange(3000) % 3]
-    monkeypatch.setattr(rooms, "_TILE", 512 * 701)
+    monkeypatch.setattr(neighbours, "_TILE", 512 * 701)
     found = nearest(database, three, (7, 33), 500)
     for q in range(3):
         assert torch.equal(found[:, q], (torch.arange(500) * 3 + q).expand(2, -1))
@@ -166,14 +166,14 @@ def test_class_means_are_scikit_learns(monkeypatch, ways):
     centres = rng.normal(size=(5, 6))
     features = (centres[labels] + rng.normal(size=(48, 6))).astype(np.float32)
     queries = (centres[query_labels] + rng.normal(size=(80, 6))).astype(np.float32)
-    monkeypatch.setattr(rooms, "_TILE", 100)
+    monkeypatch.setattr(neighbours, "_TILE", 100)
     found = nearest_class_mean(
         torch.tensor(features),
         torch.tensor(labels),
         torch.tensor(queries),
         torch.tensor(query_labels),
-        (2, 6),
-        (1, 4),
+        dims=(2, 6),
+        shots=(1, 4),
         draws=3,
         seed=7,
         ways=ways,
@@ -202,7 +202,7 @@ def test_what_cannot_be_drawn():
     with pytest.raises(NeighbourError, match="4 ways: expected 2 to 3"):
         draw_shots(labels, 1, 0, 0, 4)
     with pytest.raises(NeighbourError, match="no query"):
-        nearest_class_mean(x, labels, x[:1], torch.tensor([9]), (3,), (1,), ways=2)
+        nearest_class_mean(x, labels, x[:1], torch.tensor([9]), dims=(3,), shots=(1,), ways=2)
     with pytest.raises(NeighbourError, match="7 neighbours"):
         nearest(x, x, (3,), 7)
 

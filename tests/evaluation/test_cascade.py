@@ -363,7 +363,7 @@ def test_the_loss_is_rarely_above_the_bound(population, delta):
     for seed in range(draws):
         own = rng.integers(0, truth.shape[1], 1500)
         found = cascade.certify(
-            everything[:, own], truth[:, own], LOSS_DIMS, EPSILON, delta=delta, seed=seed
+            everything[:, own], truth[:, own], LOSS_DIMS, epsilon=EPSILON, delta=delta, seed=seed
         )
         certified += bool(found.certified)
         if not found.certified:
@@ -385,7 +385,7 @@ def test_the_loss_is_rarely_above_the_bound(population, delta):
 
 @pytest.mark.parametrize("n", [1, 2, 10])
 def test_few_images_certify_nothing(n):
-    found = cascade.certify(np.full((3, n), 0.9), np.ones((3, n), bool), (8, 16, 32), 0.05)
+    found = cascade.certify(np.full((3, n), 0.9), np.ones((3, n), bool), (8, 16, 32), epsilon=0.05)
     assert not found.certified
     assert found.thresholds.shape == (2,)
     assert np.isinf(found.thresholds).all()
@@ -395,11 +395,11 @@ def test_few_images_certify_nothing(n):
 def test_what_loses_nothing_is_certified_with_enough_images():
     """No loss in 200 images for the test: the upper bound is 1 - 0.05 ** (1 / 200), 1.5 %."""
     confidence, correct = np.full((3, 400), 0.9), np.ones((3, 400), bool)
-    found = cascade.certify(confidence, correct, (8, 16, 32), 0.02)
+    found = cascade.certify(confidence, correct, (8, 16, 32), epsilon=0.02)
     assert found.certified
     assert found.expected_dim == 8
     assert cascade.exits(confidence, found.thresholds).max() == 0
     assert 0 < found.loss_bound <= 0.02
-    again = cascade.certify(confidence, correct, (8, 16, 32), 0.02)
+    again = cascade.certify(confidence, correct, (8, 16, 32), epsilon=0.02)
     assert np.array_equal(found.thresholds, again.thresholds)
-    assert not cascade.certify(confidence, correct, (8, 16, 32), 0.01).certified
+    assert not cascade.certify(confidence, correct, (8, 16, 32), epsilon=0.01).certified

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from matryoshka.evaluation.cascade import PATH, certify, split_indices
+from matryoshka.evaluation.cascade import ALLOWED_LOSSES, certify, split_indices
 
 MISTAKES = (
     "whole delta",
@@ -81,7 +81,7 @@ def certified_by_loops(confidence, correct, dims, epsilon, delta, seed, mistake=
     alpha = delta if mistake == "whole delta" else delta / 2
     full = sum(correct[-1][i] for i in test) / len(test)
     passed = []
-    for allowed in PATH.tolist():
+    for allowed in ALLOWED_LOSSES.tolist():
         thresholds = learned(allowed, confidence, correct, path)
         at = {i: leaves(confidence, thresholds, i) for i in test}
         harmed = sum(correct[-1][i] > correct[at[i]][i] for i in test)

@@ -11,7 +11,7 @@ from scipy.optimize import approx_fprime, minimize
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from matryoshka.evaluation import probe as rooms
+from matryoshka.evaluation import probe as probing
 from matryoshka.evaluation.probe import ProbeError, choose_weight_decay, fit
 
 DIMS = (2, 5, 9)
@@ -124,8 +124,8 @@ def test_objective_and_gradient_by_finite_differences(data):
     x, y = samples(
         n=max(n, classes), width=width, classes=classes, seed=data.draw(st.integers(0, 99))
     )
-    parts = rooms._Data(x, y, None, shared, None, torch.float64)
-    problem = rooms._Problem(parts, tuple(dims) if shared else (dims[-1],), classes, decay)
+    parts = probing._Standardised(x, y, centred=not shared)
+    problem = probing._Problem(parts, tuple(dims) if shared else (dims[-1],), classes, decay)
     problem.rows = data.draw(st.integers(1, 5))
     rng = np.random.default_rng(0)
     point = rng.normal(size=classes * (dims[-1] + 1))
@@ -189,10 +189,8 @@ def test_blocks_and_subsets_do_not_change_it(monkeypatch):
         fit(x[kept], y[kept], DIMS, 4, 0.01, tolerance=1e-8, shared=shared)
         for shared in (False, True)
     ]
-    monkeypatch.setattr(rooms, "_TILE", 100)
-    assert (
-        rooms._Problem(rooms._Data(x, y, None, False, None, torch.float64), (9,), 4, 0).rows == rows
-    )
+    monkeypatch.setattr(probing, "_TILE", 100)
+    assert probing._Problem(probing._Standardised(x, y), (9,), 4, 0).rows == rows
     for shared in (False, True):
         part = fit(x, y, DIMS, 4, 0.01, subset=kept, tolerance=1e-8, shared=shared)
         for a, b in zip(part.heads, whole[shared].heads, strict=True):
@@ -225,7 +223,7 @@ def test_sgd_comes_near_to_the_same_minimum(shared):
 def test_the_curvature_bounds_the_hessian():
     """The largest eigenvalue of the objective's second derivatives at random points, by autograd."""
     x, y = samples(n=80, width=6, classes=3)
-    problem = rooms._Problem(rooms._Data(x, y, None, True, None, torch.float64), (3, 6), 3, 0.1)
+    problem = probing._Problem(probing._Standardised(x, y, centred=False), (3, 6), 3, 0.1)
     z = problem.data.take(slice(None), 6)[0]
     for seed in range(5):
         p = torch.randn(
