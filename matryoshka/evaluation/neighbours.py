@@ -79,8 +79,10 @@ def vote(labels: Tensor) -> Tensor:
 
     labels: nearest first. Ties go to the class of the nearest neighbour among the winners.
     """
-    votes = (labels[..., :, None] == labels[..., None, :]).sum(-1)  # [..., K]
-    return labels.gather(-1, votes.argmax(-1, keepdim=True))[..., 0]
+    # one neighbour at a time: a comparison of all pairs would need K times the memory
+    votes = [(labels == labels[..., j : j + 1]).sum(-1) for j in range(labels.shape[-1])]
+    winner = torch.stack(votes, dim=-1).argmax(-1, keepdim=True)
+    return labels.gather(-1, winner)[..., 0]
 
 
 def knn_accuracy(neighbours: Tensor, database_labels: Tensor, query_labels: Tensor) -> list[float]:

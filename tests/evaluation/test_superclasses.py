@@ -111,7 +111,7 @@ def test_noun_lines_are_read_as_the_format_says(tmp_path):
         "00000999 v 0101 "
         "| a | b\n"
     )
-    assert wordnet.read(tmp_path / "data.noun") == (
+    assert wordnet.read_nouns(tmp_path / "data.noun") == (
         {"n00000123": ("l 0", ["n00000456", "n00000321"])},
         "Licence | text",
     )
