@@ -310,7 +310,7 @@ def applies(method: str, model: NestedModel, datasets: Sequence, requested: bool
 def extract_split(
     model: NestedModel, dataset, args: argparse.Namespace, precision: str, device: torch.device
 ) -> Split:
-    """The features that the classifiers see; on the device if they fit into half its free memory."""
+    """The features that the classifiers see; on the device if they fit half its free memory."""
     crop = CenterCrop(model.preprocessing.size, model.preprocessing.ratio)
     loader = Loader(
         dataset,

@@ -295,7 +295,7 @@ def some_of(source: BetonFile | ImageFolder, chosen: np.ndarray) -> Subset | Ima
 
 
 def evenly_spaced(total: int, most: int) -> np.ndarray:
-    """Up to `most` indices of 0 .. total - 1, int64, evenly spaced: data sets are sorted by class."""
+    """Up to `most` of 0 .. total - 1, int64, evenly spaced because data is sorted by class."""
     return np.linspace(0, total - 1, min(most, total)).round().astype(np.int64)
 
 

@@ -302,7 +302,7 @@ def add_samples(evidence: Evidence, results: Path, count: int, seed: int, budget
                     right=bool(predicted == label),
                 )
             )
-        outcome = outcome_text(first[image], arrays.dims)
+        outcome = outcome_text(int(first[image]), arrays.dims)
         evidence.samples.append(Sample(picture, name, outcome, answers))
     return used
 

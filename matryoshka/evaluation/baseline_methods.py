@@ -2,7 +2,7 @@
 
     rows = METHODS["1nn"](BaselineInputs(...))    # {"MRL 1-NN": {"metric": ..., "values": ...}}
 
-Each method returns rows for baselines.json: {name: {"metric", "values": {dim: top-1 %}, "std", ...}}.
+Each method returns rows of baselines.json: {name: {"metric", "values": {dim: top-1 %}, "std", ..}}.
 Source: Kusupati et al., arXiv 2205.13147, sections 4.2 and 4.3. Dimension legend: N images, D
 features, C classes, G prefixes, K length of a prefix.
 """

@@ -37,7 +37,7 @@ LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
 
 class Cell(NamedTuple):
-    """One prefix of a montage. heat: float [H, W], 0 to 1. correct: None if the class is unknown."""
+    """One prefix of a montage. heat: float [H, W], 0 to 1. correct: None if unknown."""
 
     dim: int
     heat: np.ndarray

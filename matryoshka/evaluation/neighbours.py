@@ -58,8 +58,8 @@ def nearest(
             index = torch.empty(len(q), 0, dtype=torch.int64, device=device)
             for begin in range(0, len(database), rows):
                 x = unit_prefixes(database[begin : begin + rows], d, device, dtype)
-                # |q - x|^2 = |q|^2 + |x|^2 - 2 q.x, of which q.x - |x|^2 / 2 depends on x. Plus 2 it
-                # is not near zero, where float32 is so fine that rounding errors would break ties.
+                # |q - x|^2 = |q|^2 + |x|^2 - 2 q.x, of which q.x - |x|^2 / 2 depends on x. The 2
+                # keeps scores away from zero, where float32 resolves rounding errors of ties.
                 near = torch.addmm(2 - x.square().sum(1) / 2, q, x.T).float()
                 near, place = first_of_equals(near, k)
                 # merge with the best of the earlier blocks

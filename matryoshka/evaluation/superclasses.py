@@ -126,9 +126,9 @@ def by_count(wnids: Sequence[str], count: int) -> Grouping:
 
     The rule is that of robustness' ImageNetHierarchy.get_superclasses (unbalanced, below "entity"):
     take the nodes by falling number of classes below them, until `count` are chosen. Each replaces
-    the chosen nodes above it, whose other classes go to "other". Only one hypernym of a node counts,
-    the one that ImageNet's wordnet.is_a.txt names last: a dog is a domestic animal and not a canine,
-    so that "canine" is a group of wolves and foxes.
+    the chosen nodes above it, whose remaining classes go to "other". Only one hypernym of a node
+    counts, the one that ImageNet's wordnet.is_a.txt names last: a dog is a domestic animal and not
+    a canine, so that "canine" is a group of wolves and foxes.
 
     Ties go by the number of all nodes below, then by id. robustness breaks them by the order of
     lines in that file: the paper's groups 22 and 23, of 12 classes each, are swapped, and other

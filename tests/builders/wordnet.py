@@ -1,4 +1,4 @@
-"""Builds matryoshka/evaluation/imagenet_tree.json: WordNet's nouns at and above ImageNet-1K's classes.
+"""Builds imagenet_tree.json: WordNet's nouns at and above ImageNet-1K's classes.
 
     apt-get install wordnet-base
     python tests/builders/wordnet.py matryoshka/evaluation/imagenet_tree.json [data.noun]
