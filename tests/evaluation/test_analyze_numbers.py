@@ -231,6 +231,7 @@ def test_temperatures_are_fitted_and_evaluated_on_different_parts(
         assert row["held_out_ece"] == pytest.approx(before, abs=2e-3), (
             f"prefix {g}: ECE before scaling"
         )
+        # 0.3: an image may be on the edge of a bin
         assert row["held_out_ece_after"] == pytest.approx(after, abs=0.3), (
             f"prefix {g}: ECE after scaling"
         )

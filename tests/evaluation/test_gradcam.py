@@ -123,6 +123,7 @@ def test_targets_are_explained_but_predictions_stay():
     handle = model.trunk.register_forward_hook(lambda _, given, out: passes.append(len(out)))
     found = heat_maps(model, images, each)
     handle.remove()
+    # one image chooses the layer; one pass for both images serves all prefixes
     assert passes == [1, 2], "expected one pass for the layer and one for all prefixes"
     np.testing.assert_allclose(
         found.maps, by_loops(model, images, "layer4", each.tolist())[0], atol=1e-4

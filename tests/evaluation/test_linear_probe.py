@@ -101,6 +101,7 @@ def test_a_backbone_gets_nested_heads(frozen, digits, tmp_path, capsys, efficien
     )
     evaluated = json.loads((tmp_path / "e.json").read_text())["prefixes"]
     for d, row in results["prefixes"].items():
+        # other batches round differently: one of 100 images may be a tie
         assert row["top1"] == pytest.approx(evaluated[d]["top1"], abs=1.01), (
             f"prefix {d}: eval gives another accuracy"
         )
@@ -134,6 +135,7 @@ def test_the_program_fits_scikit_learns_model(frozen, digits, tmp_path):
     oracle.fit(scaler.transform(sets["train"][0]), sets["train"][1])
     score = oracle.score(scaler.transform(sets["val"][0]), sets["val"][1])
     row = json.loads((tmp_path / "run" / "results.json").read_text())["prefixes"]["16"]
+    # one of 100 images may be a tie
     assert row["top1"] == pytest.approx(100 * score, abs=1.01), "accuracy differs from scikit-learn"
 
 
