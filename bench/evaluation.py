@@ -39,7 +39,7 @@ from torch import nn
 
 from matryoshka.data import CenterCrop, Loader
 from matryoshka.data.loader import Batch
-from matryoshka.evaluation.metrics import PrefixAccuracy
+from matryoshka.evaluation.accuracy import PrefixAccuracy
 from matryoshka.evaluation.predict import predict
 from matryoshka.models import ModelSpec, NestedModel, build
 from matryoshka.nested import NestedLinear, default_dims

@@ -1,12 +1,13 @@
-"""What the saved predictions of all prefixes tell: cascades, oracle, superclasses, trends,
-calibration, agreement.
+"""Analyses of the saved predictions of all prefixes: cascades, oracle, superclasses, calibration.
 
-    matryoshka eval    --path model.safetensors --data-root val.beton --save_logits --save_gt --output out/results.json
-    matryoshka analyze --results out/results.json                                         # -> out/analysis.json
-    matryoshka analyze --softmax mrl=True_..._softmax.pth --gt gt_dataset=V1.pth --dims 8,16,32,64,128,256,512,1024,2048
+    matryoshka eval --path model.safetensors --data-root val.beton \\
+        --save_logits --save_gt --output out/results.json
+    matryoshka analyze --results out/results.json        # writes out/analysis.json
+    matryoshka analyze --softmax mrl=True_..._softmax.pth --gt gt_dataset=V1.pth \\
+        --dims 8,16,32,64,128,256,512,1024,2048
 
-Needs the labels (gt) and logits or softmax; predictions alone do for oracle, trends, agreement and
-superclasses.
+Needs the labels (gt) and logits or softmax. With predictions alone: oracle, superclasses, trends
+and agreement.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,11 @@ import numpy as np
 
 from matryoshka import config
 from matryoshka.evaluation import analysis, superclasses
-from matryoshka.evaluation.cascade import GRID, cascade, certify, evaluate, exits, split_indices
+from matryoshka.evaluation.cascade import GRID, cascade, certify, certify_held_out, split_indices
 from matryoshka.evaluation.prediction_arrays import (
     SCORES,
     ArrayError,
-    Arrays,
+    PredictionArrays,
     from_files,
     from_results,
 )
@@ -34,9 +37,19 @@ from matryoshka.files import write_atomically
 
 ANALYSES = ("cascade", "oracle", "superclasses", "trends", "calibration", "agreement")
 NEED_SCORES = ("cascade", "calibration")
-# images that a temperature is fitted on: one parameter needs no more, and each costs 1000
-# exponentials
-FIT = 5000
+# Images that a temperature is fitted on: one parameter needs no more, and Newton's method computes
+# the softmax of all of them in each iteration.
+MAX_FIT_IMAGES = 5000
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The predictions of G prefixes for N images: [G, N] each."""
+
+    arrays: PredictionArrays
+    predictions: np.ndarray
+    confidence: np.ndarray
+    correct: np.ndarray
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,52 +94,52 @@ def parser() -> argparse.ArgumentParser:
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    wanted, epsilons = check(args)
+    requested, epsilons = check(args)
     started = time.perf_counter()
     arrays = from_results(args.results) if args.results else from_files(vars(args))
-    chosen = args.only != parser().get_default("only")
-    for name, reason in cannot(arrays, args.learn).items():
-        if name in wanted and chosen:
-            raise ArrayError(f"--only {name}: {reason}")
-        if name in wanted:
-            wanted.remove(name)
-            print(f"note: no {name}: {reason}")
+    explicit = args.only != parser().get_default("only")
+    analyses = possible_analyses(requested, arrays, args.learn, explicit)
     output = Path(args.output) if args.output else Path(args.results or "").parent / "analysis.json"
     if not output.resolve().parent.is_dir():
         raise config.ConfigError(f"--output {output}: its folder does not exist; make it first")
 
+    predictions, confidence = arrays.answers()
+    answers = Answers(arrays, predictions, confidence, predictions == arrays.labels)
     found: dict[str, Any] = {
-        **arrays.about,
+        **arrays.metadata,
         "dims": list(arrays.dims),
         "images": len(arrays.labels),
         "classes": arrays.num_classes,
         "seed": args.seed,
+        "top1": by_dim(arrays, percentages(answers.correct.mean(1))),
     }
-    predictions, confidence = arrays.answers()
-    correct = predictions == arrays.labels
-    found["top1"] = dict(zip(map(str, arrays.dims), percent(correct.mean(1)), strict=True))
     print(
         f"{found['images']:,} images, {arrays.num_classes} classes, prefixes "
         f"{' '.join(map(str, arrays.dims))}"
     )
-    for name in wanted:
+    for name in analyses:
         if name == "cascade":
-            found[name] = cascades(arrays, confidence, correct, args, epsilons)
+            found[name] = analyze_cascade(answers, args, epsilons)
         elif name == "oracle":
-            found[name] = bounds(arrays, predictions)
+            found[name] = analyze_oracle(answers)
         elif name == "superclasses":
-            if (part := by_superclass(arrays, predictions, args)) is not None:
-                found[name] = part
+            grouping = find_superclasses(arrays, args.superclasses)
+            if grouping is not None:
+                found[name] = analyze_superclasses(answers, grouping)
         elif name == "trends":
-            found |= by_class(arrays, predictions)
+            found |= analyze_classes(answers)
         elif name == "calibration":
-            found[name] = calibrations(arrays, confidence, correct, args)
+            found[name] = analyze_calibration(answers, args)
         elif name == "agreement":
-            found[name] = agreements(arrays, predictions)
+            found[name] = analyze_agreement(answers)
+
     found["seconds"] = round(time.perf_counter() - started, 2)
     write_atomically(output, (json.dumps(found, indent=1) + "\n").encode())
     print(f"\nanalysis  {output}  ({found['seconds']:.1f} s)")
     return 0
+
+
+# ---------------------------------------------------------------- options
 
 
 def check(args: argparse.Namespace) -> tuple[list[str], list[float]]:
@@ -158,8 +171,27 @@ def check(args: argparse.Namespace) -> tuple[list[str], list[float]]:
     return wanted, epsilons
 
 
-def cannot(arrays: Arrays, learn: float) -> dict[str, str]:
-    """Analyses that these arrays do not allow, and why."""
+def possible_analyses(
+    requested: Sequence[str], arrays: PredictionArrays, learn: float, explicit: bool
+) -> list[str]:
+    """The requested analyses that the arrays allow; for the others a note, or an error.
+
+    explicit: whether --only names them, which makes it an error.
+    """
+    possible = []
+    reasons = impossible_analyses(arrays, learn)
+    for name in requested:
+        if name not in reasons:
+            possible.append(name)
+        elif explicit:
+            raise ArrayError(f"--only {name}: {reasons[name]}")
+        else:
+            print(f"note: no {name}: {reasons[name]}")
+    return possible
+
+
+def impossible_analyses(arrays: PredictionArrays, learn: float) -> dict[str, str]:
+    """The analyses that the arrays do not allow, with the reason."""
     n = len(arrays.labels)
     if arrays.scores is None:
         return dict.fromkeys(
@@ -172,13 +204,16 @@ def cannot(arrays: Arrays, learn: float) -> dict[str, str]:
     return {}
 
 
-def percent(values: np.ndarray) -> list[float | None]:
-    """Fractions as percent, to 0.001; None for NaN, which JSON lacks."""
+# ---------------------------------------------------------------- numbers for JSON
+
+
+def percentages(values: np.ndarray) -> list[float | None]:
+    """Fractions as percent, rounded to 0.001; None for NaN, which JSON lacks."""
     return [None if np.isnan(v) else round(100 * float(v), 3) for v in values]
 
 
 def spread(values: np.ndarray, factor: float = 1.0) -> dict[str, float]:
-    """Mean and standard deviation (ddof 1) over splits."""
+    """Mean and sample standard deviation over splits."""
     deviation = values.std(ddof=1) if len(values) > 1 else 0.0
     return {
         "mean": round(factor * float(values.mean()), 4),
@@ -186,75 +221,86 @@ def spread(values: np.ndarray, factor: float = 1.0) -> dict[str, float]:
     }
 
 
-# ---------------------------------------------------------------- the analyses: numbers for the file, lines to read
+def by_dim(arrays: PredictionArrays, values: Sequence) -> dict[str, Any]:
+    return {str(dim): value for dim, value in zip(arrays.dims, values, strict=True)}
 
 
-def cascades(
-    arrays: Arrays, confidence: np.ndarray, correct: np.ndarray, args, epsilons: list[float]
-) -> dict:
-    n, dims = len(arrays.labels), arrays.dims
-    learn = round(args.learn * n)
-    result = cascade(confidence, correct, dims, args.splits, args.learn, args.seed)
+# ------------------------------------- the analyses: each prints a table and returns its JSON value
+
+
+def analyze_cascade(
+    answers: Answers, args: argparse.Namespace, epsilons: Sequence[float]
+) -> dict[str, Any]:
+    arrays = answers.arrays
+    n = len(arrays.labels)
+    learned = round(args.learn * n)
+    result = cascade(
+        answers.confidence,
+        answers.correct,
+        arrays.dims,
+        splits=args.splits,
+        learn=args.learn,
+        seed=args.seed,
+    )
     print(
-        f"\n== cascade: thresholds from {learn:,} images, measured on {n - learn:,}; "
+        f"\n== cascade: thresholds from {learned:,} images, measured on {n - learned:,}; "
         f"{args.splits} splits"
     )
     print("  ends at    top-1 %           mean dim           dims asked    threshold before")
     caps = []
-    for g, dim in enumerate(dims):
-        row: dict[str, Any] = {
-            "dim": dim,
-            "top1": spread(result.accuracy[:, g], 100),
-            "expected_dim": spread(result.expected_dim[:, g]),
-            "cumulative_dim": spread(result.cumulative_dim[:, g]),
-            "threshold": spread(result.thresholds[:, g - 1]) if g else None,
-        }
-        caps.append(row)
-        shown = [
-            f"{row[key]['mean']:8.2f} ± {row[key]['std']:<6.2f}" for key in ("top1", "expected_dim")
-        ]
-        threshold = f"{row['threshold']['mean']:10.3f}" if g else f"{'-':>10}"
-        print(f"  {dim:7d}  {'  '.join(shown)}  {row['cumulative_dim']['mean']:10.2f}  {threshold}")
-    certified = [certificate(confidence, correct, dims, points, args) for points in epsilons]
+    for g, dim in enumerate(arrays.dims):
+        top1 = spread(result.accuracy[:, g], 100)
+        expected = spread(result.expected_dim[:, g])
+        cumulative = spread(result.cumulative_dim[:, g])
+        threshold = spread(result.thresholds[:, g - 1]) if g else None
+        caps.append(
+            {
+                "dim": dim,
+                "top1": top1,
+                "expected_dim": expected,
+                "cumulative_dim": cumulative,
+                "threshold": threshold,
+            }
+        )
+        shown = f"{threshold['mean']:10.3f}" if threshold else f"{'-':>10}"
+        print(
+            f"  {dim:7d}"
+            f"  {top1['mean']:8.2f} ± {top1['std']:<6.2f}"
+            f"  {expected['mean']:8.2f} ± {expected['std']:<6.2f}"
+            f"  {cumulative['mean']:10.2f}  {shown}"
+        )
     return {
         "splits": args.splits,
-        "learn_images": learn,
-        "test_images": n - learn,
+        "learn_images": learned,
+        "test_images": n - learned,
         "grid": [float(GRID[0]), float(GRID[-1]), len(GRID)],
         "caps": caps,
         "delta": args.delta,
-        "certified": certified,
+        "certified": [analyze_certificate(answers, args, points) for points in epsilons],
     }
 
 
-def certificate(
-    confidence: np.ndarray, correct: np.ndarray, dims: Sequence[int], points: float, args
-) -> dict:
-    """For all images; and how certificates from one half of them hold on the other, over the
-    splits.
+def analyze_certificate(
+    answers: Answers, args: argparse.Namespace, points: float
+) -> dict[str, Any]:
+    """A certificate from all images, and how certificates from one half hold on the other half.
+
+    points: epsilon in percentage points.
     """
-    whole = certify(confidence, correct, dims, points / 100, args.delta, args.seed)
-    losses, lengths = [], []
-    for mine, rest in split_indices(
-        correct.shape[1], args.splits, correct.shape[1] // 2, args.seed
-    ):
-        half = certify(
-            confidence[:, mine], correct[:, mine], dims, points / 100, args.delta, args.seed
-        )
-        there = evaluate(exits(confidence[:, rest], half.thresholds), correct[:, rest], dims)
-        losses.append(100 * float(correct[-1, rest].mean() - there.accuracy[-1]))
-        lengths.append(there.expected_dim[-1])
-    above = sum(loss > points for loss in losses)
-    said = (
-        f"{whole.expected_dim:.1f} of {dims[-1]} dims"
-        if whole.certified
-        else "nothing shorter than the longest"
-    )
+    dims = answers.arrays.dims
+    inputs = (answers.confidence, answers.correct, dims)
+    options = {"epsilon": points / 100, "delta": args.delta, "seed": args.seed}
+    whole = certify(*inputs, **options)
+    held_out = certify_held_out(*inputs, splits=args.splits, **options)
+    losses = 100 * held_out.loss
+    above = int((losses > points).sum())
+    length = "no prefix shorter than the longest"
+    if whole.certified:
+        length = f"{whole.expected_dim:.1f} of {dims[-1]} dims"
     print(
         f"  certified at {100 * (1 - args.delta):g} %: at most {points:g} points lost with "
-        f"{said}; from half of the "
-        f"images, on the other half: {np.mean(losses):.2f} lost, above {points:g} in {above} of "
-        f"{len(losses)} splits"
+        f"{length}; certified on one half of the images and measured on the other: "
+        f"{losses.mean():.2f} lost, above {points:g} in {above} of {len(losses)} splits"
     )
     return {
         "epsilon": points,
@@ -264,23 +310,25 @@ def certificate(
         "loss_bound": round(100 * whole.loss_bound, 4),
         "top1": round(100 * whole.accuracy, 3),
         "held_out": {
-            "loss": spread(np.array(losses)),
-            "expected_dim": spread(np.array(lengths)),
+            "loss": spread(losses),
+            "expected_dim": spread(held_out.expected_dim),
             "above": above,
         },
     }
 
 
-def bounds(arrays: Arrays, predictions: np.ndarray) -> dict:
-    result = analysis.oracle(predictions, arrays.labels, arrays.dims)
-    shares = dict(zip([*map(str, arrays.dims), "never"], percent(result.shares), strict=True))
+def analyze_oracle(answers: Answers) -> dict[str, Any]:
+    arrays = answers.arrays
+    result = analysis.oracle(answers.predictions, arrays.labels, arrays.dims)
+    names = [*map(str, arrays.dims), "never"]
+    shares = dict(zip(names, percentages(result.shares), strict=True))
     print("\n== oracle: the first prefix that is right, % of the images")
     print("  " + "  ".join(f"{name:>6}" for name in shares))
     print("  " + "  ".join(f"{value:6.2f}" for value in shares.values()))
     print(
         f"  some prefix is right {100 * result.accuracy:.2f} %, the majority "
-        f"{100 * result.majority_accuracy:.2f} %, "
-        f"the longest {shown_last(predictions, arrays)} %; mean dim of the oracle "
+        f"{100 * result.majority_accuracy:.2f} %, the longest "
+        f"{100 * answers.correct[-1].mean():.2f} %; mean dim of the oracle "
         f"{result.expected_dim:.1f}"
     )
     return {
@@ -291,126 +339,130 @@ def bounds(arrays: Arrays, predictions: np.ndarray) -> dict:
     }
 
 
-def shown_last(predictions: np.ndarray, arrays: Arrays) -> str:
-    return f"{100 * (predictions[-1] == arrays.labels).mean():.2f}"
+def find_superclasses(arrays: PredictionArrays, level: str | None) -> superclasses.Grouping | None:
+    """The groups of the classes; None, with a note, if the classes are not of ImageNet.
 
-
-def by_superclass(arrays: Arrays, predictions: np.ndarray, args) -> dict | None:
-    """None, and a note, where the classes are not ImageNet's; an error if a level was asked for."""
+    level: --superclasses; if given, classes without groups are an error.
+    """
     try:
         if arrays.class_names is None:
             raise superclasses.SuperclassError(
                 "--superclasses: the classes have no names; analyze --results FILE"
             )
-        grouping = superclasses.superclasses(arrays.class_names, args.superclasses)
+        return superclasses.superclasses(arrays.class_names, level)
     except superclasses.SuperclassError as error:
-        if args.superclasses is not None:
+        if level is not None:
             raise
         print(f"\nnote: no superclasses: {error}")
         return None
+
+
+def analyze_superclasses(answers: Answers, grouping: superclasses.Grouping) -> dict[str, Any]:
+    arrays = answers.arrays
     groups, names = grouping.groups, grouping.names
     count = len(names)
     images = np.bincount(groups[arrays.labels], minlength=count)
-    result: dict[str, Any] = {
-        "names": list(names),
-        "images": images.tolist(),
-        "classes": np.bincount(groups, minlength=count).tolist(),
-        "confusion": {},
-        "top1": {},
-        "within": {},
-    }
+    confusions = {}
+    top1 = {}
+    within = {}
     print(f"\n== superclasses: {count}-way (with '{names[0]}': {images[0]:,} images)")
     print("  prefix   top-1 %  within the group %")
     for g, dim in enumerate(arrays.dims):
-        confusion = analysis.superclass_confusion(predictions[g], arrays.labels, groups, count)
-        with np.errstate(invalid="ignore"):
-            each = np.diag(confusion) / confusion.sum(1)
-        result["confusion"][str(dim)] = confusion.tolist()
-        result["top1"][str(dim)] = percent(np.array([np.trace(confusion) / confusion.sum()]))[0]
-        line = f"  {dim:6d}  {result['top1'][str(dim)]:8.2f}"
+        confusion = analysis.superclass_confusion(
+            answers.predictions[g], arrays.labels, groups, count
+        )
+        accuracy, each = analysis.superclass_accuracy(confusion)
+        confusions[str(dim)] = confusion.tolist()
+        top1[str(dim)] = round(100 * accuracy, 3)
+        line = f"  {dim:6d}  {top1[str(dim)]:8.2f}"
         if arrays.scores is not None:
-            within = analysis.within_superclass(arrays.scores[g], arrays.labels, groups, count)
-            result["within"][str(dim)] = percent(within)
-            some = within[1:][~np.isnan(within[1:])]
-            line += f"  {100 * some.mean():18.2f}" if len(some) else f"  {'-':>18}"
+            inside = analysis.within_superclass(arrays.scores[g], arrays.labels, groups, count)
+            within[str(dim)] = percentages(inside)
+            known = inside[1:][~np.isnan(inside[1:])]  # without "other"
+            line += f"  {100 * known.mean():18.2f}" if len(known) else f"  {'-':>18}"
         worst = int(np.nanargmin(np.where(images > 0, each, np.nan)))
         print(f"{line}   worst: {names[worst]} {100 * each[worst]:.0f} %")
-    return result
+    return {
+        "names": list(names),
+        "images": images.tolist(),
+        "classes": np.bincount(groups, minlength=count).tolist(),
+        "confusion": confusions,
+        "top1": top1,
+        "within": within,
+    }
 
 
-def by_class(arrays: Arrays, predictions: np.ndarray) -> dict:
-    accuracy = analysis.class_accuracy(predictions, arrays.labels, arrays.num_classes)
-    kinds = analysis.trends(accuracy)
-    counts = {kind: kinds.count(kind) for kind in analysis.TRENDS if kind in kinds}
+def analyze_classes(answers: Answers) -> dict[str, Any]:
+    arrays = answers.arrays
+    accuracy = analysis.class_accuracy(answers.predictions, arrays.labels, arrays.num_classes)
+    trends = analysis.trends(accuracy)
+    counts = {trend: trends.count(trend) for trend in analysis.TRENDS if trend in trends}
     print("\n== trends of the classes from the shortest prefix to the longest")
-    print("  " + ", ".join(f"{kind} {count}" for kind, count in counts.items()))
+    print("  " + ", ".join(f"{trend} {count}" for trend, count in counts.items()))
+
     images = np.bincount(arrays.labels, minlength=arrays.num_classes)
     names = arrays.class_names or [str(c) for c in range(arrays.num_classes)]
-    rows = [
-        {
-            "name": name,
-            "shown": superclasses.name_of(name),
-            "images": int(n),
-            "top1": percent(values),
-            "trend": kind,
-        }
-        for name, n, values, kind in zip(names, images, accuracy.T, kinds, strict=True)
-    ]
+    rows = []
+    for c, name in enumerate(names):
+        rows.append(
+            {
+                "name": name,
+                "shown": superclasses.name_of(name),
+                "images": int(images[c]),
+                "top1": percentages(accuracy[:, c]),
+                "trend": trends[c],
+            }
+        )
     return {"trends": counts, "per_class": rows}
 
 
-def calibrations(arrays: Arrays, confidence: np.ndarray, correct: np.ndarray, args) -> dict:
-    """Temperatures are fitted on some images and judged on the others."""
-    assert arrays.scores is not None
+def analyze_calibration(answers: Answers, args: argparse.Namespace) -> dict[str, Any]:
+    """Calibration on all images; temperatures are fitted on some and evaluated on the others."""
+    arrays, confidence, correct = answers.arrays, answers.confidence, answers.correct
     n = len(arrays.labels)
-    ((fit, rest),) = split_indices(n, 1, min(FIT, n // 2), args.seed)
-    fit, rest = np.sort(fit), np.sort(rest)
+    ((fit, rest),) = split_indices(n, 1, min(MAX_FIT_IMAGES, n // 2), args.seed)
+    fit, rest = np.sort(fit), np.sort(rest)  # in the order of the file: memory maps are read faster
     print(
-        f"\n== calibration: expected error in points; temperature from {len(fit):,} images, then "
-        f"on {len(rest):,}"
+        f"\n== calibration: expected error in points; temperature from {len(fit):,} images, "
+        f"evaluated on {len(rest):,}"
     )
     print("  prefix      ECE    temperature    ECE before    ECE after")
-    result = {}
+    found = {}
     for g, dim in enumerate(arrays.dims):
         whole = analysis.calibration(confidence[g], correct[g], args.bins)
-        result[str(dim)] = {
+        row: dict[str, Any] = {
             "ece": round(100 * whole.ece, 3),
             "bins": {
                 "images": whole.counts.tolist(),
-                "confidence": percent(whole.confidence),
-                "top1": percent(whole.accuracy),
+                "confidence": percentages(whole.confidence),
+                "top1": percentages(whole.accuracy),
             },
         }
         line = f"  {dim:6d}  {100 * whole.ece:7.2f}"
         if len(fit):
-            temperature = analysis.fit_temperature(arrays.logits(g, fit), arrays.labels[fit])
+            logits_of = partial(arrays.logits, g)
+            scaled = analysis.temperature_scaling(logits_of, arrays.labels, fit, rest)
             before = analysis.calibration(confidence[g, rest], correct[g, rest], args.bins)
-            cooled = np.concatenate(
-                [
-                    analysis.top_confidence(arrays.logits(g, part)[None] / np.float32(temperature))[
-                        1
-                    ][0]
-                    for part in np.array_split(rest, max(1, len(rest) // 4096))
-                ]
+            after = analysis.calibration(scaled.confidence, correct[g, rest], args.bins)
+            row["temperature"] = round(scaled.temperature, 4)
+            row["held_out_ece"] = round(100 * before.ece, 3)
+            row["held_out_ece_after"] = round(100 * after.ece, 3)
+            line += (
+                f"  {scaled.temperature:13.3f}  {100 * before.ece:12.2f}  {100 * after.ece:11.2f}"
             )
-            after = analysis.calibration(cooled, correct[g, rest], args.bins)
-            result[str(dim)] |= {
-                "temperature": round(temperature, 4),
-                "held_out_ece": round(100 * before.ece, 3),
-                "held_out_ece_after": round(100 * after.ece, 3),
-            }
-            line += f"  {temperature:13.3f}  {100 * before.ece:12.2f}  {100 * after.ece:11.2f}"
+        found[str(dim)] = row
         print(line)
-    return result
+    return found
 
 
-def agreements(arrays: Arrays, predictions: np.ndarray) -> list[list[float | None]]:
-    same = analysis.agreement(predictions)
-    print("\n== agreement: images for which two prefixes say the same, %")
-    print("  " + " " * 6 + "".join(f"{dim:8d}" for dim in arrays.dims))
-    for dim, row in zip(arrays.dims, same, strict=True):
+def analyze_agreement(answers: Answers) -> list[list[float | None]]:
+    dims = answers.arrays.dims
+    same = analysis.agreement(answers.predictions)
+    print("\n== agreement: images for which two prefixes predict the same class, %")
+    print("  " + " " * 6 + "".join(f"{dim:8d}" for dim in dims))
+    for dim, row in zip(dims, same, strict=True):
         print(f"  {dim:6d}" + "".join(f"{100 * value:8.2f}" for value in row))
-    return [percent(row) for row in same]
+    return [percentages(row) for row in same]
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
-"""Where every prefix of a checkpoint looks: Grad-CAM heat maps of some images, a picture for each.
+"""Grad-CAM heat maps of every prefix of a checkpoint: one picture for each image.
 
-    python gradcam.py --path runs/demo/mrl/model.safetensors --data runs/demo/val.beton --output
-    maps python gradcam.py --path final_weights.pt --mrl --data holiday/ --output maps --dims
-    8,64,2048 --images 50 matryoshka gradcam --path torchvision:resnet50 --data photo.jpg --output
-    maps --target 207
+    python gradcam.py --path runs/demo/mrl/model.safetensors --data runs/demo/val.beton \\
+        --output maps
+    python gradcam.py --path final_weights.pt --mrl --data holiday/ --output maps \\
+        --dims 8,64,2048 --images 50
+    matryoshka gradcam --path torchvision:resnet50 --data photo.jpg --output maps --target 207
 
---data: a .beton file, a folder of class folders, a folder with image files directly in it (of one
-class where it has a class's name), or one image file. Of more than --images those that lie evenly
-over the whole set. An image that cannot be read is skipped, with a line that names it. Images are
-cropped as in the checkpoint's evaluation.
+--data: a .beton file, a folder of class folders, a folder of image files (its name is their class
+if the model has a class of that name), or one image file. If there are more than --images images,
+evenly spaced ones are used. An image that cannot be read is skipped and reported by name. Images
+are cropped as in the checkpoint's evaluation.
 
-Writes <number>_<name>.png for each image and gradcam.json, a list of {"image": name in the data,
+Writes <number>_<name>.png for each image, and gradcam.json: a list of {"image": name in the data,
 "label": name of the true class or null, "file": name of the picture, "prefixes": {dim:
-{"prediction": name, "confidence": 0 to 1, "correct": true, false, or null where the true class is
-not known or not one of the model's}}}.
+{"prediction": name, "confidence": 0 to 1, "correct": true, false, or null if the true class is
+unknown or not a class of the model}}}.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,15 +41,13 @@ from matryoshka.data.imagenet import CLASSES, wnids
 from matryoshka.data.reader import printable
 from matryoshka.data.sources import EXTENSIONS
 from matryoshka.data.subset import Subset
-from matryoshka.evaluation.gradcam import Cell, Layer, find_layer, heat_maps, montage
+from matryoshka.evaluation.heat_maps import Layer, find_layer, heat_maps
+from matryoshka.evaluation.montage import Cell, montage
 from matryoshka.files import write_atomically
 from matryoshka.models import NestedModel
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 BATCH = 16
-COARSE = 4  # positions along a side below which a map says little
+COARSE = 4  # positions along a side; a map with fewer localises little
 FORMATS = ("png", "jpg")
 
 
@@ -114,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise config.ConfigError(
             f"--target {args.target}: expected predicted, label, or the number of a class"
         )
+
+    # ---- model, images, what to explain ----
     model = load_any(
         args.path,
         mrl=args.mrl and not args.efficient,
@@ -121,237 +122,253 @@ def main(argv: Sequence[str] | None = None) -> int:
         rep_size=args.rep_size,
         old_ckpt=args.old_ckpt,
     )
-    source = open_images(args.data, known_names(model))
+    source = open_images(args.data, known_class_names(model))
     dims = chosen_prefixes(args.dims, model.dims)
-    classes = class_names(model)
-    number = int(args.target) if args.target.isdecimal() else None
-    if number is not None and number >= len(classes):
-        raise config.ConfigError(
-            f"--target {args.target}: the model has classes 0 to {len(classes) - 1}"
-        )
-    chosen = evenly(len(source), args.images)
-    truth = class_indices(source, chosen, model)
-    if args.target == "label" and (unknown := chosen[truth < 0].tolist()):
+    classes = readable_class_names(model)
+    target_class = parse_target_class(args.target, len(classes))
+    chosen = evenly_spaced(len(source), args.images)
+    truth = true_classes(source, chosen, model)
+    unknown = chosen[truth < 0].tolist()
+    if args.target == "label" and unknown:
         raise config.ConfigError(
             f"--target label: {source.path}: the class of {printable(source.name(unknown[0]))} "
-            "is not one of the "
-            "model's; use --target predicted"
+            "is not one of the model's; use --target predicted"
         )
     device = distributed.pick_device(args.device, 0)
     model = model.to(device)
-    crop = CenterCrop(model.preprocessing.size, model.preprocessing.ratio)
     loader = Loader(
         some_of(source, chosen),
         BATCH,
         order="sequential",
-        crop=crop,
+        crop=CenterCrop(model.preprocessing.size, model.preprocessing.ratio),
         device=device,
         on_error="skip",
     )
-    folder, layer, shown = Path(args.output), None, []
+
+    # ---- heat maps, batch by batch ----
+    folder = Path(args.output)
+    layer = None
+    entries: list[dict[str, Any]] = []
     for batch in loader:
         images = normalise(batch.images, model.preprocessing.mean, model.preprocessing.std)
         layer = layer or find_layer(model, images, args.layer)
         labels = torch.from_numpy(truth).to(device)[batch.index]
-        targets = {"predicted": None, "label": labels}.get(
-            args.target, torch.full_like(labels, number or 0)
-        )
+        if target_class is not None:
+            targets = torch.full_like(labels, target_class)
+        else:
+            targets = labels if args.target == "label" else None
         found = heat_maps(model, images, targets, layer.name)
         if not bool(torch.isfinite(found.confidences).all()):
             raise checkpoint.CheckpointError(
                 f"--path {args.path}: its outputs are not finite, training has diverged; give an "
                 "earlier checkpoint"
             )
-        if not shown:  # nothing is written before everything is known to be right
+        if not entries:  # nothing is written before the first batch has passed all checks
             announce(args, model, layer)
             folder.mkdir(parents=True, exist_ok=True)
+
+        note = footer(args.target, layer, None if target_class is None else classes[target_class])
         maps, predictions, confidences = (tensor.cpu().numpy() for tensor in found)
         for b, index in enumerate(chosen[batch.index.cpu().numpy()].tolist()):
-            label, name = int(labels[b]), printable(source.name(index))
+            label = int(labels[b])
             cells = []
-            for g in map(model.dims.index, dims):
-                correct = bool(predictions[g, b] == label) if label >= 0 else None
-                prediction, confidence = (
-                    classes[predictions[g, b]],
-                    round(float(confidences[g, b]), 6),
+            for dim in dims:
+                g = model.dims.index(dim)
+                cells.append(
+                    Cell(
+                        dim=dim,
+                        heat=maps[g, b],
+                        prediction=classes[predictions[g, b]],
+                        confidence=round(float(confidences[g, b]), 6),
+                        correct=bool(predictions[g, b] == label) if label >= 0 else None,
+                    )
                 )
-                cells.append(Cell(model.dims[g], maps[g, b], prediction, confidence, correct))
-            true = true_class(source, index, label, classes)
-            line = (
-                ""
-                if true is None
-                else f"true class: {true}"
-                if label >= 0
-                else f"{true}: no class of the model"
+            name = printable(source.name(index))
+            true_name = true_class_name(source, index, label, classes)
+            picture = render_montage(
+                args.format,
+                image=batch.images[b].cpu().numpy(),
+                title=picture_title(source, name),
+                truth=truth_line(true_name, label),
+                cells=cells,
+                note=note,
             )
-            of = {"predicted": "each prefix's prediction", "label": "the true class"}.get(
-                args.target
-            )
-            size = f"{layer.height}\N{MULTIPLICATION SIGN}{layer.width}"
-            note = f"Grad-CAM at {layer.name} ({size}) of {of or classes[number or 0]}"
-            title = (
-                name if isinstance(source, BetonFile) else Path(name).name
-            )  # the class is shown below it
-            with (
-                warnings.catch_warnings()
-            ):  # names in scripts that matplotlib's font lacks are drawn as boxes
-                warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-                picture = encoded(
-                    montage(batch.images[b].cpu().numpy(), title, line, cells, note), args.format
-                )
-            file = f"{index:05d}_{word(name)}.{args.format}"
+            file = f"{index:05d}_{file_name_part(name)}.{args.format}"
             write_atomically(folder / file, picture)
-            prefixes = {
-                str(c.dim): {
-                    "prediction": c.prediction,
-                    "confidence": c.confidence,
-                    "correct": c.correct,
-                }
-                for c in cells
-            }
-            shown.append({"image": name, "label": true, "file": file, "prefixes": prefixes})
-    for one in loader.skipped:
-        print(f"skipped  {source.path}: {printable(one.name)}: {one.reason}", file=sys.stderr)
-    if not shown:
+            entries.append(
+                {"image": name, "label": true_name, "file": file, "prefixes": by_prefix(cells)}
+            )
+
+    # ---- results ----
+    for skipped in loader.skipped:
+        print(
+            f"skipped  {source.path}: {printable(skipped.name)}: {skipped.reason}", file=sys.stderr
+        )
+    if not entries:
         raise BetonError(f"--data {args.data}: none of its images can be read")
-    write_atomically(folder / "gradcam.json", (json.dumps(shown, indent=1) + "\n").encode())
-    print(f"{len(shown)} of {len(source)} images")
+    write_atomically(folder / "gradcam.json", (json.dumps(entries, indent=1) + "\n").encode())
+    print(f"{len(entries)} of {len(source)} images")
     print(f"pictures  {folder / f'*.{args.format}'}")
     print(f"results   {folder / 'gradcam.json'}")
     return 0
 
 
+# ---------------------------------------------------------------- options
+
+
+def parse_target_class(target: str, num_classes: int) -> int | None:
+    """The class number of --target; None for predicted and label."""
+    if not target.isdecimal():
+        return None
+    number = int(target)
+    if number >= num_classes:
+        raise config.ConfigError(f"--target {target}: the model has classes 0 to {num_classes - 1}")
+    return number
+
+
+def chosen_prefixes(text: str | None, dims: tuple[int, ...]) -> list[int]:
+    """The prefixes of --dims; all of the model's by default."""
+    if text is None:
+        return list(dims)
+    try:
+        requested = sorted({int(d) for d in text.split(",")})
+    except ValueError:
+        raise config.ConfigError(
+            f"--dims {text}: expected prefix lengths with commas, such as 8,64,512"
+        ) from None
+    for d in requested:
+        if d not in dims:
+            raise config.ConfigError(
+                f"--dims {text}: the model has no prefix {d}, only {list(dims)}"
+            )
+    return requested
+
+
 # ---------------------------------------------------------------- images
 
 
-class Files(ImageFolder):
-    """Image files below `root`, `names` relative to it, as a Loader reads them. Labels int64 [N],
-    -1 for unknown.
-    """
+class ImageFiles(ImageFolder):
+    """Image files `names` below `root`, readable by a Loader. labels: int64 [N], -1 for unknown."""
 
     def __init__(
         self, root: Path, names: Sequence[str], labels: np.ndarray, classes: list[str]
     ) -> None:
-        self.path, self.classes, self.labels = root, classes, labels
+        # not ImageFolder's constructor: it expects class folders
+        self.path = root
+        self.classes = classes
+        self.labels = labels
         self._names = list(names)
 
 
 def open_images(path: str, known: Sequence[str]) -> BetonFile | ImageFolder:
-    """What --data names. Files that lie directly in a folder are its images; their class is the
-    folder's name where that is one of `known`, the names of the model's classes.
+    """Open the images of --data.
+
+    Files directly in a folder have the folder's name as their class if it is one of `known`, the
+    names of the model's classes.
     """
     place = Path(path)
-    names = []
+    names: list[str] = []
     if place.is_file() and place.name.lower().endswith(EXTENSIONS):
-        place, names = place.parent, [place.name]
+        names = [place.name]
+        place = place.parent
     elif place.is_dir():
-        names = sorted(
-            file.name
-            for file in place.iterdir()
-            if file.name.lower().endswith(EXTENSIONS)
-            and not file.name.startswith(".")
-            and file.is_file()
-        )
+        for file in place.iterdir():
+            hidden = file.name.startswith(".")
+            if file.name.lower().endswith(EXTENSIONS) and not hidden and file.is_file():
+                names.append(file.name)
+        names.sort()
     if not names:
         return open_dataset(path)
+
     folder = place.resolve().name
-    return Files(
-        place,
-        names,
-        np.full(len(names), 0 if folder in known else -1),
-        [folder] if folder in known else [],
-    )
+    if folder in known:
+        return ImageFiles(place, names, np.zeros(len(names), np.int64), [folder])
+    return ImageFiles(place, names, np.full(len(names), -1), [])
 
 
-def some_of(source: BetonFile | ImageFolder, chosen: np.ndarray) -> Subset | Files:
-    """`chosen` (int64 [n]) of them, for a Loader that skips what cannot be read."""
+def some_of(source: BetonFile | ImageFolder, chosen: np.ndarray) -> Subset | ImageFiles:
+    """The images `chosen` (int64 [n]), for a Loader that skips unreadable files."""
     if isinstance(source, BetonFile):
         return Subset(source, chosen)
     names = [source.name(i) for i in chosen.tolist()]
-    return Files(source.path, names, source.labels[chosen], source.classes)
+    return ImageFiles(source.path, names, source.labels[chosen], source.classes)
 
 
-def evenly(total: int, most: int) -> np.ndarray:
-    """int64: at most `most` of 0 .. total - 1, evenly spaced: data sets are sorted by class."""
+def evenly_spaced(total: int, most: int) -> np.ndarray:
+    """Up to `most` of 0 .. total - 1, int64, evenly spaced because data is sorted by class."""
     return np.linspace(0, total - 1, min(most, total)).round().astype(np.int64)
 
 
 # ---------------------------------------------------------------- classes
 
 
-def class_names(model: NestedModel) -> list[str]:
-    """A readable name for every class of the model."""
-    return [in_words(name) for name in known_names(model)] or [
-        f"class {i}" for i in range(model.spec.num_classes)
-    ]
+def known_class_names(model: NestedModel) -> list[str]:
+    """The names of the model's classes; empty if unknown.
 
-
-def known_names(model: NestedModel) -> list[str]:
-    """The model's names of its classes, or none; upstream's checkpoints lack them, with 1000 they
-    are ImageNet's.
+    Upstream's checkpoints have none; with 1000 classes they are of ImageNet.
     """
-    return model.classes or (wnids() if model.spec.num_classes == CLASSES else [])
+    if model.classes:
+        return model.classes
+    return wnids() if model.spec.num_classes == CLASSES else []
 
 
-def in_words(name: str) -> str:
-    """ImageNet's WordNet ids in torchvision's words; other names as they are."""
-    return words().get(name) or printable(name)
+def readable_class_names(model: NestedModel) -> list[str]:
+    """A readable name for every class of the model."""
+    known = known_class_names(model)
+    if not known:
+        return [f"class {i}" for i in range(model.spec.num_classes)]
+    return [readable(name) for name in known]
+
+
+def readable(name: str) -> str:
+    """ImageNet's WordNet ids in torchvision's words; other names unchanged."""
+    return imagenet_words().get(name) or printable(name)
 
 
 @cache
-def words() -> dict[str, str]:
+def imagenet_words() -> dict[str, str]:
     from torchvision.models import ResNet50_Weights
 
     return dict(zip(wnids(), ResNet50_Weights.DEFAULT.meta["categories"], strict=True))
 
 
-def class_indices(
+def true_classes(
     source: BetonFile | ImageFolder, chosen: np.ndarray, model: NestedModel
 ) -> np.ndarray:
-    """int64 [n]: the model's class of the images `chosen` (int64 [n]), -1 for none.
+    """The model's class of the images `chosen` (int64 [n]): int64 [n], -1 for unknown.
 
-    By name where both have names; ImageNet's folders may be numbered, 0 to 999. Else the label
-    itself.
+    Classes are matched by name if both model and data have names, else by number. Folders of
+    ImageNet may also be named by number, 0 to 999.
     """
-    count, labels = model.spec.num_classes, source.labels[chosen]
-    ours, theirs = known_names(model), source.classes
+    count = model.spec.num_classes
+    labels = source.labels[chosen]
+    ours, theirs = known_class_names(model), source.classes
     if theirs is None or (theirs and not ours and len(theirs) == count):
         return np.where((labels >= 0) & (labels < count), labels, -1)
+
     known = {name: i for i, name in enumerate(ours)}
     if ours == wnids() and len(theirs) == CLASSES:
         known = {str(i): i for i in range(CLASSES)} | known
-    names = (theirs[label] if 0 <= label < len(theirs) else "" for label in labels.tolist())
-    return np.array([known.get(name, -1) for name in names], np.int64)
+    found = []
+    for label in labels.tolist():
+        name = theirs[label] if 0 <= label < len(theirs) else ""
+        found.append(known.get(name, -1))
+    return np.array(found, np.int64)
 
 
-def true_class(
+def true_class_name(
     source: BetonFile | ImageFolder, index: int, label: int, classes: list[str]
 ) -> str | None:
-    """The name of an image's class, as the model or else the data has it; label: its class in the
-    model, or -1.
+    """The name of an image's class in the model or, failing that, in the data.
+
+    label: its class in the model, or -1.
     """
     if label >= 0:
         return classes[label]
     own, theirs = int(source.labels[index]), source.classes
     if theirs is None:
         return None if own < 0 else f"class {own}"
-    return in_words(theirs[own]) if 0 <= own < len(theirs) else None
-
-
-def chosen_prefixes(text: str | None, dims: tuple[int, ...]) -> list[int]:
-    if text is None:
-        return list(dims)
-    try:
-        asked = sorted({int(d) for d in text.split(",")})
-    except ValueError:
-        raise config.ConfigError(
-            f"--dims {text}: expected prefix lengths with commas, such as 8,64,512"
-        ) from None
-    if unknown := [d for d in asked if d not in dims]:
-        raise config.ConfigError(
-            f"--dims {text}: the model has no prefix {unknown[0]}, but {list(dims)}"
-        )
-    return asked
+    return readable(theirs[own]) if 0 <= own < len(theirs) else None
 
 
 # ---------------------------------------------------------------- output
@@ -366,20 +383,56 @@ def announce(args: argparse.Namespace, model: NestedModel, layer: Layer) -> None
     print(f"maps of {layer.name}, {layer.height} x {layer.width} positions")
     if min(layer.height, layer.width) < COARSE:
         print(
-            "note: so few positions say little about places; an earlier --layer than "
-            f"{layer.name} has more"
+            "note: with this few positions a map localises little; --layer with a module before "
+            f"{layer.name} gives more"
         )
 
 
-def word(name: str) -> str:
-    """A part of a file's name; of `sample 12 (cat/3.jpg)` the 3."""
+def picture_title(source: BetonFile | ImageFolder, name: str) -> str:
+    """The name of an image, without its class folder: the class is shown below it."""
+    return name if isinstance(source, BetonFile) else Path(name).name
+
+
+def truth_line(true_name: str | None, label: int) -> str:
+    if true_name is None:
+        return ""
+    return f"true class: {true_name}" if label >= 0 else f"{true_name}: not a class of the model"
+
+
+def footer(target: str, layer: Layer, class_name: str | None) -> str:
+    """What the maps show: layer, size, and the explained class."""
+    size = f"{layer.height}\N{MULTIPLICATION SIGN}{layer.width}"
+    explained = class_name
+    if explained is None:
+        explained = "each prefix's prediction" if target == "predicted" else "the true class"
+    return f"Grad-CAM at {layer.name} ({size}) of {explained}"
+
+
+def by_prefix(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    """The predictions of one image, as in gradcam.json."""
+    return {
+        str(cell.dim): {
+            "prediction": cell.prediction,
+            "confidence": cell.confidence,
+            "correct": cell.correct,
+        }
+        for cell in cells
+    }
+
+
+def file_name_part(name: str) -> str:
+    """An image's name as part of a file name; `sample 12 (cat/3.jpg)` becomes `3`."""
     return re.sub(r"[^\w.=-]+", "-", Path(name.rstrip(")")).stem)[:60]
 
 
-def encoded(picture: Figure, kind: str) -> bytes:
-    file = io.BytesIO()
-    picture.savefig(file, format=kind)
-    return file.getvalue()
+def render_montage(kind: str, **inputs: Any) -> bytes:
+    """The montage of `inputs` as the contents of a picture file."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # names in scripts that matplotlib's font lacks are drawn as boxes
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        montage(**inputs).savefig(buffer, format=kind)
+    return buffer.getvalue()
 
 
 if __name__ == "__main__":

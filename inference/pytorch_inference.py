@@ -384,7 +384,7 @@ def evaluate_images(
 ) -> Outcome:
     """One pass over the data; every image is evaluated on exactly one rank."""
     # torchmetrics takes seconds to import: option errors must not wait for it
-    from matryoshka.evaluation.metrics import PrefixAccuracy
+    from matryoshka.evaluation.accuracy import PrefixAccuracy
 
     args, model = request.args, request.model
     precision = distributed.pick_precision(args.precision, world.device)

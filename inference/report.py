@@ -1,11 +1,12 @@
-"""One self-contained HTML page that shows a model: accuracy by length, cascades, classes, samples,
-what produced it.
+"""Self-contained HTML report of a model: accuracy by length, analyses, samples, provenance.
 
-    matryoshka report --run trainlogs/first --output report.html       # results.json, analysis.json, ... in the folder
-    matryoshka report --results mrl.json ff8.json ff512.json v2.json --analysis analysis.json --gradcam maps/
+    matryoshka report --run trainlogs/first --output report.html
+    matryoshka report --results mrl.json ff8.json ff512.json v2.json --analysis analysis.json \\
+        --gradcam maps/
 
-The first of --results is the subject. Others of the same checkpoint are other test sets, those of
-other checkpoints on the same images are compared with it. Nothing on the page needs a network.
+--run uses results.json, analysis.json, baselines.json and gradcam/ of the folder. The first file of
+--results is the subject. Results of the same checkpoint are shown as other test sets, results of
+other checkpoints on the same images as models to compare with. The page needs no network.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ from matryoshka import config
 from matryoshka.evaluation import analysis
 from matryoshka.evaluation.superclasses import name_of
 from matryoshka.files import write_atomically
+from matryoshka.report import Run, RunError, read_run, short_dims
 from matryoshka.report.page import MAX_IMAGE_BYTES, Answer, Evidence, Picture, Sample, render
-from matryoshka.report.tables import Run, RunError, read_run, short_dims
 
-FILES = ("results.json", "analysis.json", "baselines.json")  # looked for in --run
-NEEDED = (
+FILES = ("results.json", "analysis.json", "baselines.json")  # searched in --run
+REQUIRED_KEYS = (
     "checkpoint",
     "arch",
     "head",
@@ -39,11 +40,11 @@ NEEDED = (
     "classes",
     "resolution",
 )  # of results.json
-THUMBNAIL, HEAT_MAP = 160, 1500  # pixels of the longer side at most
+THUMBNAIL, HEAT_MAP = 160, 1500  # maximum length of the longer side, in pixels
 
 
 class ReportError(ValueError):
-    """A file that is not what the option says; the message names it and the remedy."""
+    """An input file that is not what its option expects; the message names it and the remedy."""
 
     user_error = True
 
@@ -82,64 +83,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.samples < 0 or args.seed < 0:
         raise config.ConfigError("--samples and --seed must be 0 or more")
+
+    # ---- which files ----
     run = training_run(args.run)
-    found = {
-        name: Path(args.run) / name
-        for name in FILES
-        if args.run and (Path(args.run) / name).is_file()
-    }
-    places = [Path(path) for path in args.results] or (
-        [found["results.json"]] if "results.json" in found else []
-    )
-    if not places:
+    in_run = files_in_run(args.run)
+    results_files = [Path(path) for path in args.results]
+    if not results_files and "results.json" in in_run:
+        results_files = [in_run["results.json"]]
+    if not results_files:
         where = f"{args.run}: has no results.json; " if args.run else ""
         raise ReportError(
             f"{where}give --results, or evaluate with matryoshka eval --output "
             f"{args.run or '.'}/results.json"
         )
+    analysis_file = args.analysis or in_run.get("analysis.json")
+    baselines_file = args.baselines or in_run.get("baselines.json")
+    heat_maps = Path(args.gradcam) if args.gradcam else Path(args.run or "") / "gradcam"
     output = Path(args.output) if args.output else Path(args.run or "") / "report.html"
     if not output.resolve().parent.is_dir():
         raise config.ConfigError(f"--output {output}: its folder does not exist; make it first")
 
-    results = [read(path, "prefixes", "results of matryoshka eval") for path in places]
-    for path, one in zip(places, results, strict=True):
-        if missing := [key for key in NEEDED if key not in one]:
-            raise ReportError(
-                f"{path}: not the results of matryoshka eval: it has no {missing[0]!r}"
-            )
+    # ---- numbers ----
+    results = [read_results(path) for path in results_files]
     subject = results[0]
-    analysed = args.analysis or found.get("analysis.json")
-    beside = args.baselines or found.get("baselines.json")
-    maps = Path(args.gradcam) if args.gradcam else Path(args.run or "") / "gradcam"
-    evidence = Evidence(
-        title=args.title or title_of(subject),
-        results=results,
-        analysis=read(Path(analysed), "top1", "analysis of matryoshka analyze")
-        if analysed
-        else None,
-        baselines=read(Path(beside), "methods", "baselines of matryoshka baselines")
-        if beside
-        else None,
-        run=run,
-        environment=read(Path(args.run) / "env.json", "versions", "environment of a run")
-        if run
-        else None,
-    )
-    if evidence.analysis is not None:
-        check_same(evidence.analysis, subject, str(analysed))
-    if evidence.baselines is not None and differs(
-        evidence.baselines.get("checkpoint"), subject.get("checkpoint")
-    ):
-        raise ReportError(
-            f"{beside}: is of {evidence.baselines.get('checkpoint')}, the results of "
-            f"{subject.get('checkpoint')}; "
-            "run matryoshka baselines on this checkpoint"
+    evidence = Evidence(title=args.title or title_of(subject), results=results, run=run)
+    if analysis_file:
+        evidence.analysis = read_json(Path(analysis_file), "top1", "analysis of matryoshka analyze")
+        check_analysis(evidence.analysis, subject, str(analysis_file))
+    if baselines_file:
+        evidence.baselines = read_json(
+            Path(baselines_file), "methods", "baselines of matryoshka baselines"
         )
+        check_baselines(evidence.baselines, subject, str(baselines_file))
+    if run:
+        evidence.environment = read_json(
+            Path(args.run) / "env.json", "versions", "environment of a run"
+        )
+
+    # ---- pictures ----
     budget = MAX_IMAGE_BYTES
     if args.samples:
-        budget -= add_samples(evidence, places[0], args.samples, args.seed, budget)
-    if args.gradcam or (args.run and maps.is_dir()):
-        add_heat_maps(evidence, maps, budget)
+        budget -= add_samples(evidence, results_files[0], args.samples, args.seed, budget)
+    if args.gradcam or (args.run and heat_maps.is_dir()):
+        add_heat_maps(evidence, heat_maps, budget)
+
     page = render(evidence)
     write_atomically(output, page)
     for note in evidence.notes:
@@ -148,8 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+# ---------------------------------------------------------------- input files
+
+
 def training_run(folder: str | None) -> Run | None:
-    """None for a folder that is no run, such as that of an evaluation."""
+    """Read the run folder; None for a folder without a training run, e.g. of an evaluation."""
     if folder is None:
         return None
     if not Path(folder).is_dir():
@@ -162,48 +152,73 @@ def training_run(folder: str | None) -> Run | None:
         raise ReportError(f"--run {error}") from None
 
 
-def read(path: Path, key: str, what: str) -> dict[str, Any]:
+def files_in_run(folder: str | None) -> dict[str, Path]:
+    """The JSON files that exist in the run folder."""
+    if not folder:
+        return {}
+    return {name: Path(folder) / name for name in FILES if (Path(folder) / name).is_file()}
+
+
+def read_json(path: Path, key: str, what: str) -> dict[str, Any]:
+    """Read a JSON object with a non-empty object under `key`. what: its name in errors."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         raise ReportError(f"{path}: not valid JSON; expected the {what}") from None
     if not isinstance(value, dict) or not isinstance(value.get(key), dict) or not value[key]:
-        raise ReportError(f"{path}: not the {what}: it has no {key!r}")
+        raise ReportError(f"{path}: not the {what}: {key!r} is missing")
     return value
 
 
-def title_of(subject: dict[str, Any]) -> str:
+def read_results(path: Path) -> dict[str, Any]:
+    results = read_json(path, "prefixes", "results of matryoshka eval")
+    for key in REQUIRED_KEYS:
+        if key not in results:
+            raise ReportError(f"{path}: not the results of matryoshka eval: {key!r} is missing")
+    return results
+
+
+def title_of(subject: Mapping[str, Any]) -> str:
     dims = short_dims([int(d) for d in subject["prefixes"]])
-    name = (
-        Path(subject["data"]).stem
-        if subject["dataset"] == "V1"
-        else f"ImageNet {subject['dataset']}"
-    )
-    return " ".join(filter(None, (subject["arch"], subject["head"].upper(), dims, "on", name)))
+    if subject["dataset"] == "V1":
+        data = Path(subject["data"]).stem
+    else:
+        data = f"ImageNet {subject['dataset']}"
+    words = [subject["arch"], subject["head"].upper(), dims, "on", data]
+    return " ".join(word for word in words if word)
 
 
-def check_same(found: dict[str, Any], subject: dict[str, Any], path: str) -> None:
-    if (
-        list(map(str, found.get("dims", []))) != list(subject["prefixes"])
-        or found.get("images") != subject["images"]
-    ):
+def check_analysis(found: Mapping[str, Any], subject: Mapping[str, Any], path: str) -> None:
+    """Check that an analysis belongs to the subject: images, prefixes and accuracies agree."""
+    dims = [str(d) for d in found.get("dims", [])]
+    if dims != list(subject["prefixes"]) or found.get("images") != subject["images"]:
         raise ReportError(
             f"{path}: is of {found.get('images')} images and dims {found.get('dims')}, the "
-            "results of "
-            f"{subject['images']} images and {[int(d) for d in subject['prefixes']]}; analyze "
-            "the arrays of these"
+            f"results of {subject['images']} images and {[int(d) for d in subject['prefixes']]}; "
+            "analyze the arrays of these results"
         )
+    for dim, row in subject["prefixes"].items():
+        theirs = found["top1"].get(dim)
+        # 0.01: both are rounded
+        if isinstance(theirs, float) and abs(theirs - row.get("top1")) > 0.01:
+            raise ReportError(
+                f"{path}: its accuracies differ from those of the results; analyze the arrays of "
+                "these results"
+            )
 
-    theirs, ours = found["top1"], {d: row.get("top1") for d, row in subject["prefixes"].items()}
-    if any(abs(theirs[d] - ours[d]) > 0.01 for d in ours if isinstance(theirs.get(d), float)):
+
+def check_baselines(found: Mapping[str, Any], subject: Mapping[str, Any], path: str) -> None:
+    """Check that baselines are of the subject's checkpoint."""
+    theirs, ours = found.get("checkpoint"), subject.get("checkpoint")
+    if certainly_differ(theirs, ours):
         raise ReportError(
-            f"{path}: its accuracies are not those of the results; analyze the arrays of these "
-            "results"
+            f"{path}: is of {theirs}, the results of {ours}; run matryoshka baselines on this "
+            "checkpoint"
         )
 
 
-def differs(one: Any, other: Any) -> bool:
-    """Whether two names of checkpoints are certainly not the same file; folders may have moved."""
+def certainly_differ(one: Any, other: Any) -> bool:
+    """Whether two checkpoints have different file or folder names; their parents may have moved."""
     if not isinstance(one, str) or not isinstance(other, str):
         return False
     a, b = Path(one), Path(other)
@@ -213,30 +228,32 @@ def differs(one: Any, other: Any) -> bool:
 # ---------------------------------------------------------------- pictures
 
 
-def address(picture: Image.Image, longest: int, quality: int = 82) -> str:
-    """A data: address of the picture as JPEG; pictures of a few pixels are shown larger, with sharp
-    edges.
+def data_url(picture: Image.Image, longest: int, quality: int = 82) -> str:
+    """The picture as a JPEG data: URL, at most `longest` pixels on its longer side.
+
+    Small pictures are enlarged by a whole factor, with sharp pixels.
     """
     if max(picture.size) > longest:
         picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     elif max(picture.size) * 2 <= longest:
         factor = longest // max(picture.size)
-        picture = picture.resize(
-            (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
-        )
+        size = (picture.width * factor, picture.height * factor)
+        picture = picture.resize(size, Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, "JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def add_samples(evidence: Evidence, results: Path, count: int, seed: int, budget: int) -> int:
-    """Images of each kind with the answers of all prefixes; the bytes that they take. A note where
-    that cannot be.
+    """Add images with the predictions of all prefixes; return the bytes they use.
+
+    If arrays or images are unavailable, adds a note instead.
     """
     from matryoshka.data import BetonError, CenterCrop, Loader, open_dataset
     from matryoshka.data.subset import Subset
     from matryoshka.evaluation.prediction_arrays import ArrayError, from_results
 
+    # ---- arrays and images ----
     subject = evidence.results[0]
     if not subject.get("arrays"):
         evidence.notes.append(
@@ -254,81 +271,77 @@ def add_samples(evidence: Evidence, results: Path, count: int, seed: int, budget
             f"no samples: {subject['data']} no longer holds the {len(arrays.labels):,} images"
         )
         return 0
-    chosen, first = choose(arrays, count, seed)
+
+    # ---- the choice, with predictions and pixels ----
+    predictions, _ = arrays.answers()
+    first = analysis.oracle(predictions, arrays.labels, arrays.dims).first
+    chosen = analysis.draw_by_first_right(first, len(arrays.dims) + 1, count, seed)
+    predictions, confidences = arrays.answers(chosen)
     crop = CenterCrop(subject["resolution"], subject.get("crop_ratio", 1.0))
     loader = Loader(Subset(dataset, chosen), 64, order="sequential", crop=crop, num_workers=1)
     pixels = np.concatenate([batch.images.numpy() for batch in loader])
     names = arrays.class_names or [str(c) for c in range(arrays.num_classes)]
-    said, sure = arrays.answers(chosen)
+
+    # ---- cards, as long as they fit ----
     used = 0
     for k, image in enumerate(chosen.tolist()):
-        label = name_of(names[arrays.labels[image]])
-        picture = Picture(address(Image.fromarray(pixels[k]), THUMBNAIL), f"an image of {label}")
+        label = arrays.labels[image]
+        name = name_of(names[label])
+        picture = Picture(data_url(Image.fromarray(pixels[k]), THUMBNAIL), f"an image of {name}")
         used += len(picture.address)
         if used > budget:
             break
-        answers = [
-            Answer(
-                dim,
-                name_of(names[said[g, k]]),
-                float(sure[g, k]),
-                bool(said[g, k] == arrays.labels[image]),
+        answers = []
+        for g, dim in enumerate(arrays.dims):
+            predicted = predictions[g, k]
+            answers.append(
+                Answer(
+                    dim=dim,
+                    prediction=name_of(names[predicted]),
+                    confidence=float(confidences[g, k]),
+                    right=bool(predicted == label),
+                )
             )
-            for g, dim in enumerate(arrays.dims)
-        ]
-        evidence.samples.append(Sample(picture, label, story(first[k], arrays.dims), answers))
+        outcome = outcome_text(int(first[image]), arrays.dims)
+        evidence.samples.append(Sample(picture, name, outcome, answers))
     return used
 
 
-def choose(arrays: Any, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(images int64 [n], their first right prefix): in turn one of each kind, so that rare ones are
-    there too.
-    """
-    result = analysis.oracle(arrays.answers()[0], arrays.labels, arrays.dims)
-    order = np.random.default_rng(seed).permutation(len(arrays.labels))
-    queues = [order[result.first[order] == g].tolist() for g in range(len(arrays.dims) + 1)]
-    chosen: list[int] = []
-    while len(chosen) < count and any(queues):
-        chosen += [queue.pop(0) for queue in queues if queue]
-    picked = np.array(sorted(chosen[:count], key=lambda i: (result.first[i], i)), np.int64)
-    return picked, result.first[picked]
-
-
-def story(first: int, dims: Sequence[int]) -> str:
+def outcome_text(first: int, dims: Sequence[int]) -> str:
+    """The first right prefix, number `first`, in words."""
     if first == len(dims):
         return "never right"
-    return "right from the start" if first == 0 else f"first right with {dims[first]} dimensions"
+    if first == 0:
+        return f"right with {dims[0]} dimensions"
+    return f"first right with {dims[first]} dimensions"
 
 
 def add_heat_maps(evidence: Evidence, folder: Path, budget: int) -> None:
-    """The montages of gradcam.json, as many as there is room for."""
+    """Add the montages listed in gradcam.json, as many as fit into `budget` bytes."""
+    index = folder / "gradcam.json"
     try:
-        entries = json.loads((folder / "gradcam.json").read_text(encoding="utf-8"))
+        entries = json.loads(index.read_text(encoding="utf-8"))
         names = [(str(entry["file"]), str(entry["image"])) for entry in entries]
     except FileNotFoundError:
         raise ReportError(
             f"--gradcam {folder}: has no gradcam.json; make one with matryoshka gradcam"
         ) from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ReportError(
-            f"{folder / 'gradcam.json'}: damaged; make it again with matryoshka gradcam"
-        ) from None
+        raise ReportError(f"{index}: damaged; make it again with matryoshka gradcam") from None
+
     for number, (file, name) in enumerate(names):
-        if (
-            Path(file).name != file or "\0" in file
-        ):  # nothing outside of the folder gets onto the page
-            raise ReportError(
-                f"{folder / 'gradcam.json'}: {file!r} is not the name of a picture in that folder"
-            )
+        # no file outside the folder may get onto the page
+        if Path(file).name != file or "\0" in file:
+            raise ReportError(f"{index}: {file!r} is not the name of a picture in that folder")
         try:
             with Image.open(folder / file, formats=("PNG", "JPEG")) as picture:
-                shown = Picture(address(picture, HEAT_MAP), name)
+                shown = Picture(data_url(picture, HEAT_MAP), name)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise ReportError(f"{folder / file}: cannot be read: {error}") from None
         budget -= len(shown.address)
         if budget < 0:
             evidence.notes.append(
-                f"{number} of {len(names)} Grad-CAM pictures: the others are in {folder}"
+                f"shows {number} of {len(names)} Grad-CAM pictures; the others are in {folder}"
             )
             break
         evidence.heat_maps.append(shown)

@@ -102,7 +102,7 @@ def demo(argv: Sequence[str]) -> int:
     """
     from matryoshka.data.sources import write_digits_folder
     from matryoshka.files import write_atomically
-    from matryoshka.report.tables import accuracy_table, plot_accuracy
+    from matryoshka.report import accuracy_table, plot_accuracy
 
     if len(argv) > 1 or any(a.startswith("-") for a in argv):
         print(

@@ -376,7 +376,7 @@ def solve(
 @torch.inference_mode()
 def evaluate(head: NestedLinear, features: Tensor, labels: Tensor) -> dict[int, dict[str, float]]:
     """{prefix: {top1, top5}} in percent of the head as it is saved."""
-    from matryoshka.evaluation.metrics import (
+    from matryoshka.evaluation.accuracy import (
         PrefixAccuracy,  # torchmetrics takes seconds to import: not before it is needed
     )
 

@@ -27,7 +27,7 @@ from statistics import median
 from typing import Any
 
 from matryoshka import config
-from matryoshka.report.tables import Run, RunError, read_run, short_dims
+from matryoshka.report import Run, RunError, read_run, short_dims
 
 FINAL = "model.safetensors"
 COLUMNS = 120

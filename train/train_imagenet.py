@@ -329,7 +329,7 @@ def validate(
     model: NestedModel, loader: Loader, precision: str, tta: bool, world: World, watched=iter
 ) -> tuple[dict, float]:
     """({dim: {top1, top5}} over all ranks' shares, seconds)."""
-    from matryoshka.evaluation.metrics import (
+    from matryoshka.evaluation.accuracy import (
         PrefixAccuracy,  # torchmetrics takes seconds to import: not before it is needed
     )
 
@@ -386,7 +386,7 @@ def compile_model(ddp: torch.nn.Module, cfg, device: torch.device) -> str:
 
 def draw(run: Path, say) -> None:
     """The chart of a run that is safe already: whatever goes wrong is said, no more."""
-    from matryoshka.report.tables import plot_run  # matplotlib: 1 s
+    from matryoshka.report import plot_run  # matplotlib: 1 s
 
     try:
         plot_run(run, run / "accuracy.png")

@@ -1,41 +1,44 @@
-"""What the predictions of all prefixes tell together: arrays in, numbers out.
+"""Analyses of the predictions of all prefixes: agreement, classes, superclasses, confidence.
 
-G prefixes, shortest first; N images; C classes. scores float [G, N, C], predictions int64 [G, N],
-labels int64 [N]. Sources: Kusupati et al., arXiv 2205.13147, section 5 and appendices; Guo et al.,
-arXiv 1706.04599 (calibration).
+Arguments, for G prefixes (shortest first), N images and C classes: scores float [G, N, C],
+predictions int64 [G, N], labels int64 [N]. Sources: Kusupati et al., arXiv 2205.13147, section 5
+and appendices; Guo et al., arXiv 1706.04599 (calibration).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-ROWS = (
-    512  # images at a time: 2 MB of 1000 classes stay in the cache (4096 rows: 1.5 times as long)
-)
+# Images at a time: 2 MB of 1000 classes stay in the cache (4096 images take 1.5 times as long).
+ROWS = 512
+SCALED_ROWS = 4096  # images whose logits `temperature_scaling` reads at a time
 TRENDS = ("rising", "rise-dip", "dip-rise", "falling", "flat", "mixed", "absent")
-BINS = 15  # of confidence, as Guo et al.
+BINS = 15  # of confidence, as in Guo et al.
 
 
 class AnalysisError(ValueError):
-    """Numbers that no analysis can use; the message says where they are."""
+    """Scores that cannot be analysed; the message names prefix and image."""
 
     user_error = True
 
 
 def top_confidence(
-    scores: np.ndarray, logits: bool = True, chunk: int = ROWS
+    scores: np.ndarray, *, logits: bool = True, chunk: int = ROWS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(predictions int64 [G, N], confidence float32 [G, N]): the class that scores highest, the
-    first of equals, and its softmax probability; with logits=False the score itself. Reads a memory
-    map part by part. AnalysisError for scores that are not finite.
+    """The best class and its confidence: (predictions int64 [G, N], confidence float32 [G, N]).
+
+    Ties go to the first class. The confidence is the softmax probability of logits, or with
+    logits=False the score itself. Memory maps are read `chunk` images at a time. Raises
+    AnalysisError for scores that are not finite.
     """
     predictions = np.empty(scores.shape[:2], np.int64)
     confidence = np.empty(scores.shape[:2], np.float32)
     for g in range(len(scores)):
-        for part, rows in _parts(scores[g], chunk):
+        for part, rows in _chunks(scores[g], chunk):
+            # a sum is not finite if one of its terms is not: cheaper than isfinite of every score
             if not np.isfinite(rows.sum(dtype=np.float64)):
                 first = part.start + int(np.flatnonzero(~np.isfinite(rows).all(1))[0])
                 raise AnalysisError(
@@ -45,13 +48,16 @@ def top_confidence(
             best = rows.argmax(1)
             highest = np.take_along_axis(rows, best[:, None], 1)
             predictions[g, part] = best
-            confidence[g, part] = 1 / np.exp(rows - highest).sum(1) if logits else highest[:, 0]
+            if logits:
+                confidence[g, part] = 1 / np.exp(rows - highest).sum(1)
+            else:
+                confidence[g, part] = highest[:, 0]
     return predictions, confidence
 
 
-def _parts(rows: np.ndarray, chunk: int) -> Iterator[tuple[slice, np.ndarray]]:
-    for start in range(0, len(rows), chunk):
-        part = slice(start, start + chunk)
+def _chunks(rows: np.ndarray, size: int) -> Iterator[tuple[slice, np.ndarray]]:
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
         yield part, np.asarray(rows[part])
 
 
@@ -59,10 +65,12 @@ def _parts(rows: np.ndarray, chunk: int) -> Iterator[tuple[slice, np.ndarray]]:
 
 
 class OracleResult(NamedTuple):
-    """first: int64 [N], the first prefix that is right, G where none is. shares: float [G+1],
-    fractions of the images by `first`. accuracy: fraction that some prefix has right. expected_dim:
-    mean length of the first right prefix, the longest where none is. majority_accuracy: of the
-    class that most prefixes say.
+    """Bounds of routing images to prefixes.
+
+    first: int64 [N], the first prefix that is right, G if none is. shares: float [G+1], fractions
+    of the images by `first`. accuracy: fraction of the images that some prefix classifies right.
+    expected_dim: mean length of the first right prefix, the longest one if none is right.
+    majority_accuracy: accuracy of a majority vote of the prefixes.
     """
 
     first: np.ndarray
@@ -73,45 +81,61 @@ class OracleResult(NamedTuple):
 
 
 def oracle(predictions: np.ndarray, labels: np.ndarray, dims: Sequence[int]) -> OracleResult:
-    """The bounds of routing: a router that knew the answer would take the first right prefix
-    (appendix of the paper).
+    """Accuracy and cost of an oracle router, which takes the first right prefix (paper, appendix).
 
-    Equal votes of a majority go to the class that the longest prefix among its voters says.
+    Ties of the majority vote go to the class of the longest prefix among its voters.
     """
     correct = predictions == labels
-    right = correct.any(0)
-    first = np.where(right, correct.argmax(0), len(dims))
+    some_right = correct.any(0)
+    first = np.where(some_right, correct.argmax(0), len(dims))
     shares = np.bincount(first, minlength=len(dims) + 1) / len(labels)
     lengths = np.asarray([*dims, dims[-1]])
+    majority = _majority_vote(predictions)
     return OracleResult(
-        first,
-        shares,
-        float(right.mean()),
-        float(lengths[first].mean()),
-        float((_majority(predictions) == labels).mean()),
+        first=first,
+        shares=shares,
+        accuracy=float(some_right.mean()),
+        expected_dim=float(lengths[first].mean()),
+        majority_accuracy=float((majority == labels).mean()),
     )
 
 
-def _majority(predictions: np.ndarray) -> np.ndarray:
-    votes = np.stack(
-        [(predictions == said).sum(0) for said in predictions]
-    )  # [G, N]: for what each prefix says
-    last = (
-        len(votes) - 1 - votes[::-1].argmax(0)
-    )  # the longest prefix among those with the most votes
-    return np.take_along_axis(predictions, last[None], 0)[0]
+def _majority_vote(predictions: np.ndarray) -> np.ndarray:
+    """The most frequent prediction of each image, int64 [N]."""
+    # for each prefix, how many prefixes agree with it: [G, N]
+    votes = np.stack([(predictions == row).sum(0) for row in predictions])
+    # argmax finds the first maximum; reversed, it is the longest prefix with the most votes
+    longest = len(votes) - 1 - votes[::-1].argmax(0)
+    return np.take_along_axis(predictions, longest[None], 0)[0]
 
 
 def agreement(predictions: np.ndarray) -> np.ndarray:
-    """float [G, G]: the fraction of images for which two prefixes say the same class."""
+    """Fraction of the images for which two prefixes predict the same class: float [G, G]."""
     return np.stack([(predictions == row).mean(1) for row in predictions])
+
+
+def draw_by_first_right(first: np.ndarray, kinds: int, count: int, seed: int) -> np.ndarray:
+    """Draw `count` images evenly over their first right prefix, so that rare kinds are included.
+
+    first: int64 [N], 0 .. kinds - 1, as in OracleResult. Returns indices int64 [count], sorted by
+    `first`, then by image; fewer if there are fewer images.
+    """
+    order = np.random.default_rng(seed).permutation(len(first))
+    queues = [order[first[order] == kind].tolist() for kind in range(kinds)]
+    chosen: list[int] = []
+    while len(chosen) < count and any(queues):
+        for queue in queues:
+            if queue:
+                chosen.append(queue.pop(0))
+    chosen = sorted(chosen[:count], key=lambda i: (first[i], i))
+    return np.array(chosen, np.int64)
 
 
 # ---------------------------------------------------------------- classes
 
 
 def class_accuracy(predictions: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """float [G, C]: accuracy over the images of each class; NaN where there are none."""
+    """Accuracy on the images of each class: float [G, C], NaN for a class without images."""
     images = np.bincount(labels, minlength=num_classes)
     hits = [np.bincount(labels[row == labels], minlength=num_classes) for row in predictions]
     with np.errstate(invalid="ignore"):
@@ -119,12 +143,12 @@ def class_accuracy(predictions: np.ndarray, labels: np.ndarray, num_classes: int
 
 
 def trends(accuracy: np.ndarray) -> list[str]:
-    """For each class of `class_accuracy`, how it goes from the shortest to the longest prefix; one
-    of TRENDS.
+    """Trend of each class from the shortest to the longest prefix, one of TRENDS.
 
-    By the signs of the steps that change anything: all up (`rising`), all down (`falling`), one
-    turn (`rise-dip`, `dip-rise`), more (`mixed`), none (`flat`). `absent` has no images. The paper
-    counts 244, 177 (rise-dip) and 49 (dip-rise) of ImageNet's 1000 classes.
+    accuracy: float [G, C] of `class_accuracy`. Steps without a change are ignored. All other steps
+    up: `rising`; all down: `falling`; one reversal: `rise-dip` or `dip-rise`; more: `mixed`; no
+    step: `flat`; a class without images: `absent`. For ImageNet's 1000 classes the
+    paper counts 244 rising, 177 rise-dip and 49 dip-rise.
     """
     names = {(): "flat", (1,): "rising", (-1,): "falling", (1, -1): "rise-dip", (-1, 1): "dip-rise"}
     found = []
@@ -132,16 +156,18 @@ def trends(accuracy: np.ndarray) -> list[str]:
         if np.isnan(values).any():
             found.append("absent")
             continue
-        signs = [int(step) for step in np.sign(np.diff(values)) if step]
-        runs = tuple(s for i, s in enumerate(signs) if i == 0 or s != signs[i - 1])
-        found.append(names.get(runs, "mixed"))
+        directions: list[int] = []  # of the runs: equal neighbours are merged
+        for sign in np.sign(np.diff(values)).astype(int).tolist():
+            if sign and (not directions or directions[-1] != sign):
+                directions.append(sign)
+        found.append(names.get(tuple(directions), "mixed"))
     return found
 
 
 def superclass_confusion(
     predictions: np.ndarray, labels: np.ndarray, groups: np.ndarray, num_groups: int
 ) -> np.ndarray:
-    """int64 [K, K]: images by the group of their class (row) and of the predicted class (column).
+    """Confusion matrix of groups of classes, int64 [K, K]: rows are true, columns predicted.
 
     predictions int64 [N]; groups int64 [C]: the group of each class.
     """
@@ -149,32 +175,39 @@ def superclass_confusion(
     return np.bincount(pairs, minlength=num_groups**2).reshape(num_groups, num_groups)
 
 
+def superclass_accuracy(confusion: np.ndarray) -> tuple[float, np.ndarray]:
+    """Accuracy over all images, and of each group, float [K], NaN for a group without images."""
+    with np.errstate(invalid="ignore"):
+        each = np.diag(confusion) / confusion.sum(1)
+    return float(np.trace(confusion) / confusion.sum()), each
+
+
 def within_superclass(
     scores: np.ndarray, labels: np.ndarray, groups: np.ndarray, num_groups: int
 ) -> np.ndarray:
-    """float [K]: accuracy on the images of a group if only its classes could be said; NaN where
-    there are none.
+    """Accuracy on the images of each group if only its classes compete: float [K].
 
-    scores float [N, C], also a memory map: read once.
+    scores float [N, C], may be a memory map, which is read once. NaN for a group without images.
     """
     hits = np.zeros(num_groups, np.int64)
-    of_image = groups[labels]
-    for part, rows in _parts(scores, ROWS):
-        for k in np.unique(of_image[part]):
-            columns = np.flatnonzero(groups == k)
-            mine = of_image[part] == k
-            said = columns[rows[mine][:, columns].argmax(1)]
-            hits[k] += (said == labels[part][mine]).sum()
+    group_of_image = groups[labels]
+    for part, rows in _chunks(scores, ROWS):
+        for k in np.unique(group_of_image[part]):
+            members = np.flatnonzero(groups == k)
+            mine = group_of_image[part] == k
+            best = rows[mine][:, members].argmax(1)
+            hits[k] += (members[best] == labels[part][mine]).sum()
     with np.errstate(invalid="ignore"):
-        return hits / np.bincount(of_image, minlength=num_groups)
+        return hits / np.bincount(group_of_image, minlength=num_groups)
 
 
-# ---------------------------------------------------------------- confidence
+# ---------------------------------------------------------------- unknown classes
 
 
 class OutOfDistribution(NamedTuple):
-    """How well low confidence tells images of unknown classes, in percent; chance is 50, their
-    share, 95.
+    """Detection of images of unknown classes by low confidence, in percent.
+
+    Chance level: 50 for auroc, the share of unknown images for aupr, 95 for fpr95.
     """
 
     auroc: float
@@ -183,33 +216,35 @@ class OutOfDistribution(NamedTuple):
 
 
 def out_of_distribution(inside: np.ndarray, outside: np.ndarray) -> OutOfDistribution:
-    """confidence [N] of images of known classes, [M] of unknown ones, which count as the positive.
+    """Metrics from the confidences of images of known classes [N] and of unknown ones [M].
 
-    fpr95: share of known images lost where 95 % of the unknown are found. Hendrycks and Gimpel,
-    arXiv 1610.02136; Hendrycks et al., arXiv 1907.07174.
+    Unknown classes are the positives. fpr95: share of the known images that are rejected at the
+    threshold that rejects 95 % of the unknown ones. Hendrycks and Gimpel, arXiv 1610.02136;
+    Hendrycks et al., arXiv 1907.07174.
     """
-    from sklearn.metrics import (
-        average_precision_score,
-        roc_auc_score,
-        roc_curve,
-    )  # a second to import
+    # scikit-learn takes a second to import
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
     if not (np.isfinite(inside).all() and np.isfinite(outside).all()):
         raise AnalysisError("unknown classes: confidences are not finite; the model diverged")
     unknown = np.repeat([0, 1], [len(inside), len(outside)])
     score = -np.concatenate([inside, outside])
-    lost, found, _ = roc_curve(unknown, score, drop_intermediate=False)
-    numbers = (
-        roc_auc_score(unknown, score),
-        average_precision_score(unknown, score),
-        lost[found >= 0.95].min(),
+    false_positives, true_positives, _ = roc_curve(unknown, score, drop_intermediate=False)
+    return OutOfDistribution(
+        auroc=100 * float(roc_auc_score(unknown, score)),
+        aupr=100 * float(average_precision_score(unknown, score)),
+        fpr95=100 * float(false_positives[true_positives >= 0.95].min()),
     )
-    return OutOfDistribution(*(100 * float(x) for x in numbers))
+
+
+# ---------------------------------------------------------------- calibration
 
 
 class Reliability(NamedTuple):
-    """ece: expected calibration error, a fraction. Of each bin of confidence: the number of images,
-    their mean confidence and their accuracy, NaN where it is empty.
+    """Calibration in bins of confidence.
+
+    ece: expected calibration error, a fraction. counts: images of each bin. confidence, accuracy:
+    their means in each bin, NaN if it is empty.
     """
 
     ece: float
@@ -219,26 +254,33 @@ class Reliability(NamedTuple):
 
 
 def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> Reliability:
-    """How far confidence [N] is from accuracy, in equal bins (a, b] of (0, 1] (Guo et al. 2017, eq.
-    3).
+    """Compare confidence [N] and correct [N] in equal bins (a, b] of (0, 1].
+
+    Guo et al. 2017, equation 3.
     """
     edges = np.linspace(0, 1, bins + 1, dtype=confidence.dtype)
-    place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
-    counts = np.bincount(place, minlength=bins)
+    bin_of_image = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    counts = np.bincount(bin_of_image, minlength=bins)
     with np.errstate(invalid="ignore"):
-        mean = np.bincount(place, confidence.astype(np.float64), bins) / counts
-        accuracy = np.bincount(place, correct, bins) / counts
+        mean = np.bincount(bin_of_image, confidence.astype(np.float64), bins) / counts
+        accuracy = np.bincount(bin_of_image, correct, bins) / counts
     gaps = np.nan_to_num(np.abs(mean - accuracy))
-    return Reliability(float((gaps * counts).sum() / len(confidence)), counts, mean, accuracy)
+    return Reliability(
+        ece=float((gaps * counts).sum() / len(confidence)),
+        counts=counts,
+        confidence=mean,
+        accuracy=accuracy,
+    )
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """T > 0 that minimises the mean negative log-likelihood of softmax(logits / T); logits [N, C].
+    """The T > 0 that minimises the mean negative log-likelihood of softmax(logits / T).
 
-    Newton's method on 1/T, in which the likelihood is concave, kept inside a bracket: 0.001 to
-    1000, also the answer where the likelihood has no maximum (every image right, or chance).
+    logits [N, C]. Newton's method on 1/T, in which the likelihood is concave, with a bracket of
+    0.001 to 1000. The bracket is also the answer if the likelihood has no maximum (every image
+    right, or chance level).
     """
-    low, high = 1e-3, 1e3  # of 1/T
+    low, high = 1e-3, 1e3  # bracket of 1/T
     shifted = np.asarray(logits, np.float64)
     shifted = shifted - shifted.max(1, keepdims=True)
     own = np.take_along_axis(shifted, labels[:, None], 1)[:, 0]
@@ -252,10 +294,38 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
             high = inverse
         else:
             low = inverse
+
         curvature = ((weights * shifted**2).sum(1) - mean**2).mean()
-        step = inverse - slope / curvature if curvature > 0 else -1.0
-        following = step if low < step < high else (low * high) ** 0.5
+        following = inverse - slope / curvature if curvature > 0 else -1.0
+        if not low < following < high:
+            following = (low * high) ** 0.5  # bisection, in the logarithm
         if abs(following - inverse) <= 1e-7 * inverse:
             break
         inverse = following
     return float(1 / inverse)
+
+
+class ScaledConfidence(NamedTuple):
+    """temperature: fitted on one part of the images. confidence: float32 [n] of the other part."""
+
+    temperature: float
+    confidence: np.ndarray
+
+
+def temperature_scaling(
+    logits_of: Callable[[np.ndarray], np.ndarray],
+    labels: np.ndarray,
+    fit: np.ndarray,
+    rest: np.ndarray,
+) -> ScaledConfidence:
+    """Fit a temperature on the images `fit` and scale the confidence of the images `rest`.
+
+    logits_of(images) returns the logits [n, C] of some images; it reads a part of `rest` at a time.
+    """
+    temperature = fit_temperature(logits_of(fit), labels[fit])
+    parts = []
+    for part in np.array_split(rest, max(1, len(rest) // SCALED_ROWS)):
+        scaled = logits_of(part)[None] / np.float32(temperature)
+        _, confidence = top_confidence(scaled)
+        parts.append(confidence[0])
+    return ScaledConfidence(temperature, np.concatenate(parts))

@@ -1,10 +1,11 @@
-"""Cascades of prefixes: the shortest prefix answers where it is confident, the next one looks at
-the rest.
+"""Cascades of prefixes: a prefix answers if it is confident, else the next longer one is asked.
 
-All prefixes come from one forward pass, so a cascade saves the cost of classifiers, or of comparing
-embeddings, not that of the backbone. Source: Kusupati et al., arXiv 2205.13147, section 4.2.1 and
-appendix D. confidence float [G, N] and correct bool [G, N], shortest prefix first; thresholds float
-[G-1].
+All prefixes come from one forward pass. A cascade therefore saves the cost of classifiers or of
+embedding comparisons, not the cost of the backbone. Source: Kusupati et al., arXiv 2205.13147,
+section 4.2.1 and appendix D.
+
+Arguments, for G prefixes (shortest first) and N images: confidence float [G, N], correct bool
+[G, N], thresholds float [G-1], dims the G lengths.
 """
 
 from __future__ import annotations
@@ -14,43 +15,50 @@ from typing import NamedTuple
 
 import numpy as np
 
-GRID = np.linspace(0.1, 1, 100)  # of thresholds, as the paper's code has it
-PATH = np.concatenate(
-    [[0.0], np.geomspace(1e-3, 1, 40)]
-)  # see certify: shares of the leavers that may be lost
+GRID = np.linspace(0.1, 1, 100)  # of thresholds, as in the paper's code
+
+# The cascades that `certify` tests, in this order: the accuracy that the exiting images may lose
+# against the longest prefix, from none to all of it.
+ALLOWED_LOSSES = np.concatenate([[0.0], np.geomspace(1e-3, 1, 40)])
 
 
 def learn_thresholds(
     confidence: np.ndarray, correct: np.ndarray, grid: np.ndarray = GRID
 ) -> np.ndarray:
-    """float [G-1]: for each prefix and the next the smallest threshold of `grid` at which "the
-    shorter where its confidence is above, else the longer" is most accurate.
+    """Learn the threshold of each prefix against the next one: float [G-1].
+
+    The threshold is the smallest of `grid` that maximises the accuracy of "the shorter prefix
+    above the threshold, the longer one otherwise".
     """
-    found = []
+    thresholds = []
     for g in range(len(confidence) - 1):
-        # an image counts for the shorter prefix at all thresholds below its confidence
+        # An image is answered by the shorter prefix at every threshold below its confidence, the
+        # first `below` ones of the grid, and then changes the number of hits by `gain`.
         below = np.searchsorted(grid, confidence[g], side="left")
         gain = correct[g].astype(np.int64) - correct[g + 1]
-        by_bin = np.bincount(below, gain, len(grid) + 1)
-        gained = by_bin[::-1].cumsum()[::-1][
-            1:
-        ]  # at threshold j: those with more than j thresholds below
-        found.append(grid[gained.argmax()])
-    return np.array(found, float)
+        gain_by_count = np.bincount(below, gain, len(grid) + 1)
+        # threshold j is below the confidence of the images with `below` > j
+        gain_above = gain_by_count[::-1].cumsum()[::-1]
+        gain_at_threshold = gain_above[1:]
+        thresholds.append(grid[gain_at_threshold.argmax()])
+    return np.array(thresholds, float)
 
 
 def exits(confidence: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """int64 [N]: the first prefix whose confidence is above its threshold, else the last one."""
-    sure = np.ones(confidence.shape, bool)
-    sure[:-1] = confidence[:-1] > np.asarray(thresholds)[:, None]
-    return sure.argmax(0)
+    """The prefix that answers each image, int64 [N]: the first above its threshold, else the last.
+
+    thresholds: inf for a prefix that never answers.
+    """
+    confident = np.ones(confidence.shape, bool)
+    confident[:-1] = confidence[:-1] > np.asarray(thresholds)[:, None]
+    return confident.argmax(0)
 
 
-class Evaluated(NamedTuple):
-    """Of a cascade that ends at the latest with prefix m, for each m: float [G] each.
+class CascadeMetrics(NamedTuple):
+    """Metrics of the cascade that ends with prefix m, for each m: float [G] each.
 
-    expected_dim: mean length of the prefix that answers. cumulative_dim: mean of the lengths of all
-    that were asked.
+    expected_dim: mean length of the prefix that answers. cumulative_dim: mean total length of all
+    prefixes that were asked.
     """
 
     accuracy: np.ndarray
@@ -58,25 +66,34 @@ class Evaluated(NamedTuple):
     cumulative_dim: np.ndarray
 
 
-def evaluate(left: np.ndarray, correct: np.ndarray, dims: Sequence[int]) -> Evaluated:
-    """left: int64 [N] of `exits`."""
+def evaluate(exit_prefix: np.ndarray, correct: np.ndarray, dims: Sequence[int]) -> CascadeMetrics:
+    """Metrics of the cascade and of its shortened versions. exit_prefix: int64 [N] from `exits`."""
     lengths = np.asarray(dims, float)
-    caps = np.minimum(left, np.arange(len(dims))[:, None])  # [G, N]
-    hits = np.stack([np.take_along_axis(correct, row[None], 0)[0] for row in caps])
-    return Evaluated(hits.mean(1), lengths[caps].mean(1), lengths.cumsum()[caps].mean(1))
+    last = np.arange(len(dims))[:, None]
+    answering = np.minimum(exit_prefix, last)  # [G, N], by the last prefix of the cascade
+    hits = np.stack([np.take_along_axis(correct, row[None], 0)[0] for row in answering])
+    return CascadeMetrics(
+        accuracy=hits.mean(1),
+        expected_dim=lengths[answering].mean(1),
+        cumulative_dim=lengths.cumsum()[answering].mean(1),
+    )
 
 
 def split_indices(
     n: int, splits: int, learn: int, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`splits` times (learn, rest): `learn` of the indices 0..n-1 at random, and the others."""
-    orders = (np.random.default_rng((seed, i)).permutation(n) for i in range(splits))
-    return [(order[:learn], order[learn:]) for order in orders]
+    """Random splits of 0..n-1: `splits` pairs of `learn` indices and the remaining ones."""
+    found = []
+    for i in range(splits):
+        order = np.random.default_rng((seed, i)).permutation(n)
+        found.append((order[:learn], order[learn:]))
+    return found
 
 
 class CascadeResult(NamedTuple):
-    """Measured on the images that the thresholds were not learned on: float [splits, G], thresholds
-    [splits, G-1].
+    """Metrics on images that the thresholds were not learned on.
+
+    float [splits, G]; thresholds [splits, G-1].
     """
 
     accuracy: np.ndarray
@@ -89,30 +106,38 @@ def cascade(
     confidence: np.ndarray,
     correct: np.ndarray,
     dims: Sequence[int],
+    *,
     splits: int = 30,
     learn: float = 0.2,
     seed: int = 0,
     grid: np.ndarray = GRID,
 ) -> CascadeResult:
-    """The paper's experiment: thresholds from a share `learn` of the images, accuracy of every cap
-    on the rest.
+    """The paper's experiment: learn thresholds on a share of the images, evaluate on the rest.
+
+    learn: that share, 0 to 1. splits: number of random splits.
     """
     n = confidence.shape[1]
-    rows = []
+    metrics = []
+    thresholds = []
     for part, rest in split_indices(n, splits, round(learn * n), seed):
-        thresholds = learn_thresholds(confidence[:, part], correct[:, part], grid)
-        rows.append(
-            (*evaluate(exits(confidence[:, rest], thresholds), correct[:, rest], dims), thresholds)
-        )
-    return CascadeResult(*(np.stack(column) for column in zip(*rows, strict=True)))
+        learned = learn_thresholds(confidence[:, part], correct[:, part], grid)
+        metrics.append(evaluate(exits(confidence[:, rest], learned), correct[:, rest], dims))
+        thresholds.append(learned)
+    return CascadeResult(
+        accuracy=np.stack([m.accuracy for m in metrics]),
+        expected_dim=np.stack([m.expected_dim for m in metrics]),
+        cumulative_dim=np.stack([m.cumulative_dim for m in metrics]),
+        thresholds=np.stack(thresholds),
+    )
 
 
 # ---------------------------------------------------------------- with a guarantee
 
 
 def clopper_pearson(k: int, n: int, alpha: float, upper: bool) -> float:
-    """One-sided exact bound for a probability, seen k times in n: wrong at most in a share `alpha`
-    of experiments.
+    """One-sided exact confidence bound of a probability observed k times in n trials.
+
+    The bound is violated with a probability of at most `alpha`.
     """
     from scipy.special import betaincinv  # scipy.stats would take a second to import
 
@@ -122,12 +147,12 @@ def clopper_pearson(k: int, n: int, alpha: float, upper: bool) -> float:
 
 
 class Certificate(NamedTuple):
-    """thresholds float [G-1], inf where a prefix never answers. certified: whether any image may
-    leave early.
+    """A cascade with a guaranteed accuracy.
 
-    loss_bound: what the accuracy can have lost against the longest prefix, with the stated
-    confidence; 0 without early leavers. expected_dim, accuracy, full_accuracy: of the images that
-    tested it.
+    thresholds: float [G-1], inf where a prefix never answers. certified: whether any image may
+    exit before the longest prefix. loss_bound: upper confidence bound of the accuracy lost against
+    the longest prefix; 0 without early exits. expected_dim, accuracy, full_accuracy: on the images
+    that tested the cascade; full_accuracy is that of the longest prefix.
     """
 
     thresholds: np.ndarray
@@ -142,47 +167,56 @@ def certify(
     confidence: np.ndarray,
     correct: np.ndarray,
     dims: Sequence[int],
+    *,
     epsilon: float = 0.01,
     delta: float = 0.05,
     seed: int = 0,
 ) -> Certificate:
-    """Thresholds of which it holds, with probability 1 - delta over the choice of the images: on
-    new images of the same kind the cascade is less accurate than the longest prefix by at most
-    epsilon (both fractions).
+    """Find the shortest cascade that is provably within `epsilon` of the longest prefix.
+
+    With probability 1 - delta over the choice of the images, the cascade's accuracy on new images
+    of the same distribution is at most epsilon (a fraction) below that of the longest prefix.
 
     Learn then Test (Angelopoulos et al., arXiv 2110.01052) with fixed-sequence testing. Half of the
-    images give a path of cascades, from one that loses nothing to one that loses much; the other
-    half tests them in that order and stops at the first that fails. A test bounds the loss,
-    P(longest right, cascade wrong) - P(longest wrong, cascade right), by Clopper and Pearson's
-    bounds at delta/2 each: exact for any number of images.
+    images define a sequence of cascades, from one that loses nothing to one that loses much. The
+    other half tests them in that order; the first failure ends the tests. A test bounds the loss
+    P(longest right, cascade wrong) - P(longest wrong, cascade right) by Clopper-Pearson bounds at
+    delta / 2 each, which are exact for any number of images.
     """
-    ((path, test),) = split_indices(confidence.shape[1], 1, confidence.shape[1] // 2, seed)
-    learned, known = confidence[:, path], correct[:, path]
-    orders = [
-        np.argsort(-row, kind="stable") for row in learned[:-1]
-    ]  # once, for all steps of the path
+    n = confidence.shape[1]
+    ((path, test),) = split_indices(n, 1, n // 2, seed)
+    path_confidence, path_correct = confidence[:, path], correct[:, path]
+    # sorted once for all cascades of the sequence
+    orders = [np.argsort(-row, kind="stable") for row in path_confidence[:-1]]
+
     full = correct[-1, test]
     best = Certificate(
-        np.full(len(dims) - 1, np.inf),
-        False,
-        0.0,
-        float(dims[-1]),
-        float(full.mean()),
-        float(full.mean()),
+        thresholds=np.full(len(dims) - 1, np.inf),
+        certified=False,
+        loss_bound=0.0,
+        expected_dim=float(dims[-1]),
+        accuracy=float(full.mean()),
+        full_accuracy=float(full.mean()),
     )
-    for allowed in PATH:
-        thresholds = _thresholds_that_lose(allowed, learned, known, orders)
-        left = exits(confidence[:, test], thresholds)
-        answers = np.take_along_axis(correct[:, test], left[None], 0)[0]
-        harm = clopper_pearson(int((full & ~answers).sum()), len(test), delta / 2, upper=True)
-        gain = clopper_pearson(int((answers & ~full).sum()), len(test), delta / 2, upper=False)
+    for allowed in ALLOWED_LOSSES:
+        thresholds = _thresholds_that_lose(allowed, path_confidence, path_correct, orders)
+        exit_prefix = exits(confidence[:, test], thresholds)
+        answers = np.take_along_axis(correct[:, test], exit_prefix[None], 0)[0]
+        harmed = int((full & ~answers).sum())
+        gained = int((answers & ~full).sum())
+        harm = clopper_pearson(harmed, len(test), delta / 2, upper=True)
+        gain = clopper_pearson(gained, len(test), delta / 2, upper=False)
         if harm - gain > epsilon:
-            break
-        expected = float(np.asarray(dims, float)[left].mean())
+            break  # later cascades must not be tested: they would need a correction of delta
+        expected = float(np.asarray(dims, float)[exit_prefix].mean())
         if expected < best.expected_dim:
-            early = bool((left < len(dims) - 1).any())
             best = Certificate(
-                thresholds, early, harm - gain, expected, float(answers.mean()), float(full.mean())
+                thresholds=thresholds,
+                certified=bool((exit_prefix < len(dims) - 1).any()),
+                loss_bound=harm - gain,
+                expected_dim=expected,
+                accuracy=float(answers.mean()),
+                full_accuracy=float(full.mean()),
             )
     return best
 
@@ -190,23 +224,61 @@ def certify(
 def _thresholds_that_lose(
     allowed: float, confidence: np.ndarray, correct: np.ndarray, orders: list[np.ndarray]
 ) -> np.ndarray:
-    """float [G-1]: at each prefix in turn the smallest threshold at which those that leave, of
-    those still there, lose at most the share `allowed` of their accuracy against the longest
-    prefix; inf where there is none.
+    """Thresholds, float [G-1], at which each prefix loses at most the share `allowed`.
+
+    Prefix by prefix, among the images that have not exited: the smallest threshold at which the
+    accuracy of the exiting images is at most `allowed` below that of the longest prefix; inf if
+    there is no such threshold. orders: for each prefix, the images by falling confidence.
     """
-    found = np.full(len(confidence) - 1, np.inf)
+    thresholds = np.full(len(confidence) - 1, np.inf)
     stays = np.ones(confidence.shape[1], bool)
     for g, descending in enumerate(orders):
         order = descending[stays[descending]]
         if not len(order):
-            break  # nobody is left to learn from, so nobody may leave here
+            break  # no image is left to learn from: this prefix must not answer
         sure = confidence[g, order]
         lost = (correct[-1, order].astype(np.int64) - correct[g, order]).cumsum()
         fits = lost <= allowed * np.arange(1, len(order) + 1)
-        fits &= np.append(sure[1:] < sure[:-1], True)  # equal confidences leave together
+        fits &= np.append(sure[1:] < sure[:-1], True)  # equal confidences exit together
         if fits.any():
             last = np.flatnonzero(fits)[-1]
             below = sure[last + 1] if last + 1 < len(sure) else np.nextafter(sure[last], -np.inf)
-            found[g] = below
+            thresholds[g] = below
             stays[order[: last + 1]] = False
-    return found
+    return thresholds
+
+
+class HeldOut(NamedTuple):
+    """Certificates from one half of the images, measured on the other half: float [splits] each.
+
+    loss: accuracy lost against the longest prefix, a fraction. expected_dim: mean length of the
+    prefix that answers.
+    """
+
+    loss: np.ndarray
+    expected_dim: np.ndarray
+
+
+def certify_held_out(
+    confidence: np.ndarray,
+    correct: np.ndarray,
+    dims: Sequence[int],
+    *,
+    epsilon: float = 0.01,
+    delta: float = 0.05,
+    splits: int = 30,
+    seed: int = 0,
+) -> HeldOut:
+    """Check certificates empirically: certify on random halves, measure on the other halves."""
+    losses = []
+    lengths = []
+    n = correct.shape[1]
+    for half, rest in split_indices(n, splits, n // 2, seed):
+        found = certify(
+            confidence[:, half], correct[:, half], dims, epsilon=epsilon, delta=delta, seed=seed
+        )
+        exit_prefix = exits(confidence[:, rest], found.thresholds)
+        metrics = evaluate(exit_prefix, correct[:, rest], dims)
+        losses.append(correct[-1, rest].mean() - metrics.accuracy[-1])
+        lengths.append(metrics.expected_dim[-1])
+    return HeldOut(loss=np.array(losses), expected_dim=np.array(lengths))

@@ -1,10 +1,10 @@
-"""Nearest neighbours and nearest class means on the prefixes of features: exact, in bounded memory.
+"""Exact nearest neighbours and nearest class means on prefixes of features, in bounded memory.
 
-A prefix is L2-normalised after it was cut off; a vector of zeros stays one. Distances are
-Euclidean. Products are computed in `dtype` and compared as float32: what is nearer or farther by
-less than that resolves counts as a tie. Sources: 1-NN and few-shot accuracy of Kusupati et al.,
-arXiv 2205.13147, sections 4.2 and 4.3. Dimension legend: G prefixes, M database entries, N queries,
-K neighbours, C classes, D features.
+Each prefix is truncated first, then L2-normalised (a zero vector stays zero); distances are
+Euclidean. Products are computed in `dtype` and compared as float32: differences below its
+resolution are ties. Sources: 1-NN and few-shot accuracy of Kusupati et al., arXiv 2205.13147,
+sections 4.2 and 4.3. Dimension legend: G prefixes, M database entries, N queries, K neighbours, C
+classes, D features.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TILE = 1 << 24  # numbers in the largest intermediate
 
 
 class NeighbourError(ValueError):
-    """Too few images, or classes, for what was asked."""
+    """Too few images or classes for the requested neighbours, shots or ways."""
 
     user_error = True
 
@@ -36,16 +36,16 @@ def nearest(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """The k nearest database entries of each query, nearest first; ties by index: int64 [G, N, k],
-    on the CPU.
+    """Indices of the k nearest database entries of each query: int64 [G, N, k], on the CPU.
 
-    database [M, D], queries [N, D], on any device. device: where products are computed, default
-    where the database is; blocks travel there. NeighbourError for k beyond the database.
+    Nearest first; ties by index. database [M, D] and queries [N, D] may be on any device. device:
+    of the computation, by default that of the database; both are copied there block by block.
+    Raises NeighbourError if k exceeds the size of the database.
     """
     dims = check_dims(dims, min(database.shape[1], queries.shape[1]))
     if not 1 <= k <= len(database):
         raise NeighbourError(
-            f"{k} neighbours were asked for, the database has {len(database)} entries"
+            f"{k} neighbours: expected 1 to {len(database)}, the entries of the database"
         )
     device = device or database.device
     found = torch.empty(len(dims), len(queries), k, dtype=torch.int64)
@@ -58,10 +58,11 @@ def nearest(
             index = torch.empty(len(q), 0, dtype=torch.int64, device=device)
             for begin in range(0, len(database), rows):
                 x = unit_prefixes(database[begin : begin + rows], d, device, dtype)
-                # of |q - x|^2 = |q|^2 + |x|^2 - 2 q.x what differs between the entries
-                # two more keeps it away from zero, where float32 would tell rounding errors apart
+                # |q - x|^2 = |q|^2 + |x|^2 - 2 q.x, of which q.x - |x|^2 / 2 depends on x. The 2
+                # keeps scores away from zero, where float32 resolves rounding errors of ties.
                 near = torch.addmm(2 - x.square().sum(1) / 2, q, x.T).float()
                 near, place = stable_top_k(near, k)
+                # merge with the best of the earlier blocks
                 score, best = stable_top_k(torch.cat([score, near], 1), k)
                 index = torch.cat([index, begin + place], 1).gather(1, best)
             found[g, first : first + width] = index.cpu()
@@ -69,25 +70,25 @@ def nearest(
 
 
 def unit_prefixes(features: Tensor, d: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """features[:, :d], L2-normalised."""
+    """The first d features, L2-normalised: [N, d]."""
     return torch.nn.functional.normalize(features[:, :d].to(device, dtype), dim=1)
 
 
 def vote(labels: Tensor) -> Tensor:
-    """The majority of the labels of each query's neighbours, int64 [..., K], nearest first ->
-    [...].
+    """Majority vote of the labels of each query's neighbours: int64 [..., K] -> [...].
 
-    Of several classes with as many votes, that of the nearest neighbour among them wins.
+    labels: nearest first. Ties go to the class of the nearest neighbour among the winners.
     """
-    votes = torch.stack(
-        [(labels == labels[..., j : j + 1]).sum(-1) for j in range(labels.shape[-1])], dim=-1
-    )
-    return labels.gather(-1, votes.argmax(-1, keepdim=True))[..., 0]
+    # one neighbour at a time: a comparison of all pairs would need K times the memory
+    votes = [(labels == labels[..., j : j + 1]).sum(-1) for j in range(labels.shape[-1])]
+    winner = torch.stack(votes, dim=-1).argmax(-1, keepdim=True)
+    return labels.gather(-1, winner)[..., 0]
 
 
 def knn_accuracy(neighbours: Tensor, database_labels: Tensor, query_labels: Tensor) -> list[float]:
-    """Top-1 % of every prefix [G] from the neighbours [G, N, K] by majority; K = 1 is the paper's
-    1-NN.
+    """Top-1 % of every prefix [G], by majority vote of the neighbours [G, N, K].
+
+    K = 1 is the paper's 1-NN accuracy.
     """
     predicted = vote(database_labels.cpu()[neighbours])
     return (100 * (predicted == query_labels.cpu()).double().mean(1)).tolist()
@@ -96,22 +97,24 @@ def knn_accuracy(neighbours: Tensor, database_labels: Tensor, query_labels: Tens
 def draw_shots(
     labels: Tensor, shots: int, seed: int, draw: int, ways: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(classes [ways] in ascending order, rows [ways, shots] of them), without replacement.
+    """Draw `shots` images of each class: (classes [ways] ascending, row numbers [ways, shots]).
 
-    The first n columns are the draw of n shots. ways: None for all classes that `labels` has.
+    Draws are without replacement; the first n columns are the draw of n shots. ways: number of
+    classes to draw, None for all that `labels` has. draw: number of the draw under `seed`.
     """
     rng = np.random.default_rng([seed, draw])
     given = labels.cpu().numpy()
     classes, counts = np.unique(given, return_counts=True)
-    if (fewest := counts.min()) < shots:
+    fewest = counts.min()
+    if fewest < shots:
         raise NeighbourError(
-            f"{shots} shots: class {classes[counts.argmin()]} has only {fewest} images; ask for "
-            "fewer shots"
+            f"{shots} shots: class {classes[counts.argmin()]} has only {fewest} images; use fewer "
+            "shots"
         )
     if ways is not None:
         if not 2 <= ways <= len(classes):
             raise NeighbourError(
-                f"{ways} ways: expected 2 to {len(classes)}, the classes that are there"
+                f"{ways} ways: expected 2 to {len(classes)}, the number of classes"
             )
         classes = np.sort(rng.choice(classes, ways, replace=False))
     by_class = np.argsort(given, kind="stable")
@@ -126,22 +129,22 @@ def nearest_class_mean(
     labels: Tensor,
     queries: Tensor,
     query_labels: Tensor,
+    *,
     dims: Sequence[int],
     shots: Sequence[int] = (1, 3, 5, 7, 9),
-    *,
     draws: int = 5,
     seed: int = 0,
     ways: int | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Few-shot top-1 %: float64 [draws, shots, G], on the CPU.
+    """Few-shot top-1 % by nearest class mean: float64 [draws, shots, G], on the CPU.
 
-    Each draw takes n images of each class, the same for every prefix, those of n shots among those
-    of more. A class is the mean of its n normalised prefixes; a normalised query belongs to the
-    nearest mean, of equal ones the first. ways: that many classes, drawn at random, and the queries
-    of these alone. None: all classes that `labels` has, and all queries, of which those of other
-    classes are wrong.
+    Each draw selects n images of each class, the same for every prefix; the images of n shots are
+    among those of more shots. A class is the mean of its n normalised prefixes; a normalised query
+    belongs to the nearest mean, the first one of ties. ways: number of random classes in a draw,
+    which is evaluated on the queries of these classes. None: all classes of `labels`, evaluated on
+    all queries; those of other classes count as wrong.
     """
     dims = check_dims(dims, min(features.shape[1], queries.shape[1]))
     device = device or features.device
@@ -152,17 +155,21 @@ def nearest_class_mean(
         known = torch.isin(query_labels, classes)
         asked = (known if ways else torch.ones_like(known)).nonzero()[:, 0]
         if not len(asked):
-            raise NeighbourError("no query is of the classes that were drawn; ask for more ways")
-        wanted = torch.where(known, torch.searchsorted(classes, query_labels), -1)[asked].to(device)
+            raise NeighbourError("no query has one of the drawn classes; use more ways")
+        # position of each query's class in `classes`, -1 if it was not drawn
+        position = torch.where(known, torch.searchsorted(classes, query_labels), -1)
+        wanted = position[asked].to(device)
         support = features[rows.flatten().to(features.device)]
         for g, d in enumerate(dims):
             examples = unit_prefixes(support, d, device, dtype).view(*rows.shape, d)
             means = torch.stack([examples[:, :n].mean(1) for n in shots])  # [S, C, d]
-            offset = means.square().sum(2)[:, None] / 2
+            # |q - m|^2 / 2 without |q|^2 / 2, which is equal for all means
+            offset = means.square().sum(2)[:, None] / 2  # [S, 1, C]
             hits = torch.zeros(len(shots), dtype=torch.int64, device=device)
             size = max(1, _TILE // (len(shots) * len(classes) + d))
             for part, own in zip(asked.split(size), wanted.split(size), strict=True):
                 q = unit_prefixes(queries[part.to(queries.device)], d, device, dtype)
-                hits += ((q @ means.mT - offset).float().argmax(2) == own).sum(1)
+                nearest_mean = (q @ means.mT - offset).float().argmax(2)  # [S, B]
+                hits += (nearest_mean == own).sum(1)
             accuracy[draw, :, g] = 100 * hits.cpu().double() / len(asked)
     return accuracy

@@ -1,12 +1,13 @@
-"""Saved logits, softmax or predictions and their labels, checked: ours by results.json, or any
-files by name.
+"""Saved logits, softmax or predictions with their labels, validated.
+
+They come from the results.json of an evaluation, or from array files of any origin.
 """
 
 from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,24 +19,23 @@ from matryoshka.data.imagenet import CLASSES, wnids
 from matryoshka.evaluation.analysis import top_confidence
 
 MAX_CLASSES = 10_000_000
-SCORES = ("logits", "softmax", "predictions")  # the first that is there is used
+SCORES = ("logits", "softmax", "predictions")  # in order of preference
+METADATA = ("checkpoint", "arch", "head", "dataset", "data", "tta", "precision")
 
 
 class ArrayError(ValueError):
-    """Arrays that are not there or do not fit together; the message names the file or option and
-    the remedy.
-    """
+    """Arrays that are missing or inconsistent; the message names file or option and the remedy."""
 
     user_error = True
 
 
 @dataclass(frozen=True)
-class Arrays:
-    """scores: float [G, N, C] logits or softmax, a memory map; None where there are only
-    predictions, int64 [G, N].
+class PredictionArrays:
+    """Scores or predictions of G prefixes for N images of C classes.
 
-    labels int64 [N]; class_names: of the C classes, where they are known; about: what produced
-    them.
+    scores: float [G, N, C] logits or softmax, a memory map; None if only predictions were saved.
+    predictions: int64 [G, N], empty if scores were saved. labels: int64 [N]. class_names: of the C
+    classes, None if unknown. metadata: what produced the arrays.
     """
 
     scores: np.ndarray | None
@@ -45,142 +45,205 @@ class Arrays:
     dims: tuple[int, ...]
     num_classes: int
     class_names: list[str] | None
-    about: dict[str, Any]
+    metadata: dict[str, Any]
 
     def answers(self, images: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-        """(predictions int64 [G, n], confidence float32 [G, n]) of some images or all; NaN without
-        scores.
+        """Predictions int64 [G, n] and confidences float32 [G, n] of some images, or of all.
+
+        Without scores, the confidences are NaN.
         """
         if self.scores is None:
-            said = self.predictions[:, images]
-            return said, np.full(said.shape, np.nan, np.float32)
-        return top_confidence(
-            self.scores if isinstance(images, slice) else self.scores[:, images], self.are_logits
-        )
+            predictions = self.predictions[:, images]
+            return predictions, np.full(predictions.shape, np.nan, np.float32)
+        # a slice of all images keeps the memory map, which is then read in parts
+        scores = self.scores if isinstance(images, slice) else self.scores[:, images]
+        return top_confidence(scores, logits=self.are_logits)
 
     def logits(self, g: int, images: np.ndarray) -> np.ndarray:
-        """float32 [n, C] of some images; the logarithm of softmax is as good."""
+        """Logits of prefix number g for some images, float32 [n, C].
+
+        For saved softmax this is its logarithm, which equals the logits up to a constant per image.
+        """
         assert self.scores is not None
         rows = np.asarray(self.scores[g][images], np.float32)
-        return rows if self.are_logits else np.log(np.maximum(rows, np.finfo(np.float32).tiny))
+        if self.are_logits:
+            return rows
+        return np.log(np.maximum(rows, np.finfo(np.float32).tiny))  # no logarithm of 0
 
 
-def from_results(path: str | Path) -> Arrays:
-    """The arrays that a results.json names, which lie beside it."""
+def from_results(path: str | Path) -> PredictionArrays:
+    """Open the arrays that a results.json names, in the same folder."""
     file = Path(path)
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
-        names, dims = dict(results["arrays"]), [int(d) for d in results["prefixes"]]
+        names = dict(results["arrays"])
+        dims = [int(d) for d in results["prefixes"]]
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise ArrayError(
             f"{file}: not the results.json of an evaluation; make one with eval --output"
         ) from None
     classes = results.get("class_names")
-    if not all(isinstance(name, str) for name in names.values()) or not (
-        classes is None
-        or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))
-    ):
+    if not _all_strings(names.values()) or not (classes is None or _all_strings(classes)):
         raise ArrayError(
-            f"{file}: damaged: arrays and class_names hold texts; make it again with eval --output"
+            f"{file}: damaged: arrays and class_names must hold strings; make it again with "
+            "eval --output"
         )
+
     kind = next((kind for kind in SCORES if kind in names), None)
     if kind is None or "gt" not in names:
-        raise ArrayError(
-            f"{file}: names no {'gt' if kind else 'logits'} array; evaluate with --save_logits "
-            "--save_gt"
-        )
-    about = {
-        key: results.get(key)
-        for key in ("checkpoint", "arch", "head", "dataset", "data", "tta", "precision")
-    }
-    return _checked(
-        kind, file.parent / names[kind], file.parent / names["gt"], dims, classes, about
+        missing = "gt" if kind else "logits"
+        raise ArrayError(f"{file}: names no {missing} array; evaluate with --save_logits --save_gt")
+    return _open(
+        kind,
+        file.parent / names[kind],
+        file.parent / names["gt"],
+        dims=dims,
+        class_names=classes,
+        metadata={key: results.get(key) for key in METADATA},
     )
 
 
-def from_files(given: Mapping[str, Any]) -> Arrays:
-    """Of --logits, --softmax or --predictions with --gt and --dims."""
-    kinds = [kind for kind in SCORES if given[kind]]
-    if len(kinds) != 1 or not given["gt"] or not given["dims"]:
+def _all_strings(values: Any) -> bool:
+    if isinstance(values, str | Mapping):
+        return False
+    try:
+        return all(isinstance(value, str) for value in values)
+    except TypeError:
+        return False
+
+
+def from_files(options: Mapping[str, Any]) -> PredictionArrays:
+    """Open the arrays of --logits, --softmax or --predictions with --gt and --dims."""
+    kinds = [kind for kind in SCORES if options[kind]]
+    if len(kinds) != 1 or not options["gt"] or not options["dims"]:
         raise ArrayError(
             "give --results, or one of --logits, --softmax and --predictions with --gt and --dims"
         )
     try:
-        dims = [int(d) for d in given["dims"].split(",")]
+        dims = [int(d) for d in options["dims"].split(",")]
     except ValueError:
         raise ArrayError(
-            f"--dims {given['dims']}: expected lengths with commas, such as 8,16,32"
+            f"--dims {options['dims']}: expected lengths with commas, such as 8,16,32"
         ) from None
-    about = {"scores": given[kinds[0]], "gt": given["gt"]}
-    return _checked(kinds[0], Path(given[kinds[0]]), Path(given["gt"]), dims, None, about)
+    kind = kinds[0]
+    return _open(
+        kind,
+        Path(options[kind]),
+        Path(options["gt"]),
+        dims=dims,
+        class_names=None,
+        metadata={"scores": options[kind], "gt": options["gt"]},
+    )
 
 
-def _checked(
-    kind: str, file: Path, gt: Path, dims: list[int], names: list[str] | None, about: dict[str, Any]
-) -> Arrays:
-    array, labels = _read(file), _read(gt)
+# ---------------------------------------------------------------- checks
+
+
+def _open(
+    kind: str,
+    file: Path,
+    labels_file: Path,
+    *,
+    dims: list[int],
+    class_names: list[str] | None,
+    metadata: dict[str, Any],
+) -> PredictionArrays:
+    array = _read_array(file)
     axes = 2 if kind == "predictions" else 3
     if array.ndim == axes - 1:  # upstream saves a fixed feature without the axis of prefixes
         array = array[None]
-    numbers = np.integer if kind == "predictions" else np.floating
+    _check_shape(kind, file, array)
+    labels = _read_labels(labels_file, file, array)
+    _check_dims(file, array, dims)
+
+    if kind == "predictions":
+        classes = _check_predictions(file, array, labels, class_names)
+    else:
+        classes = array.shape[2]
+        actual = _guess_kind(array)
+        if kind != actual:
+            raise ArrayError(f"{file}: holds {actual}, not {kind}; give it as --{actual}")
+    if not 0 <= labels.min() <= labels.max() < classes:
+        raise ArrayError(
+            f"{labels_file}: has labels outside 0 to {classes - 1}; it belongs to another array"
+        )
+
+    if class_names is None and classes == CLASSES:
+        class_names = wnids()  # upstream's arrays have no names; its models classify ImageNet
+    if class_names is not None and len(class_names) != classes:
+        raise ArrayError(f"{file}: has {classes} classes, results.json names {len(class_names)}")
+    only_predictions = kind == "predictions"
+    return PredictionArrays(
+        scores=None if only_predictions else array,
+        are_logits=kind == "logits",
+        predictions=np.asarray(array, np.int64) if only_predictions else np.empty((0, 0), np.int64),
+        labels=labels,
+        dims=tuple(dims),
+        num_classes=classes,
+        class_names=class_names,
+        metadata=metadata,
+    )
+
+
+def _check_shape(kind: str, file: Path, array: np.ndarray) -> None:
+    if kind == "predictions":
+        axes, numbers, shape = 2, np.integer, "[prefixes, images]"
+    else:
+        axes, numbers, shape = 3, np.floating, "[prefixes, images, classes]"
     if array.ndim != axes or not np.issubdtype(array.dtype, numbers) or not array.size:
-        shape = "[prefixes, images]" if axes == 2 else "[prefixes, images, classes]"
         raise ArrayError(f"{file}: is {array.dtype} {list(array.shape)}, expected {kind} {shape}")
+
+
+def _read_labels(labels_file: Path, file: Path, array: np.ndarray) -> np.ndarray:
+    labels = _read_array(labels_file)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise ArrayError(
-            f"{gt}: is {labels.dtype} {list(labels.shape)}, expected one integer label for each "
-            "image"
+            f"{labels_file}: is {labels.dtype} {list(labels.shape)}, expected one integer label "
+            "per image"
         )
     if len(labels) != array.shape[1]:
         raise ArrayError(
-            f"{gt}: has {len(labels)} labels, {file.name} {array.shape[1]} images; give those of "
-            "one run"
+            f"{labels_file}: has {len(labels)} labels, {file.name} {array.shape[1]} images; give "
+            "both files of one run"
         )
+    return np.asarray(labels, np.int64)
+
+
+def _check_dims(file: Path, array: np.ndarray, dims: Sequence[int]) -> None:
+    given = ",".join(map(str, dims))
     if len(dims) != len(array):
+        raise ArrayError(f"{file}: has {len(array)} prefixes, --dims {given} names {len(dims)}")
+    if list(dims) != sorted(set(dims)) or dims[0] < 1:
+        raise ArrayError(f"--dims {given}: expected positive and increasing lengths")
+
+
+def _check_predictions(
+    file: Path, array: np.ndarray, labels: np.ndarray, class_names: list[str] | None
+) -> int:
+    """The number of classes of saved predictions."""
+    if array.max() > MAX_CLASSES:
         raise ArrayError(
-            f"{file}: has {len(array)} prefixes, --dims {','.join(map(str, dims))} names "
-            f"{len(dims)}"
+            f"{file}: has predictions of {array.max()}, more than {MAX_CLASSES:,} classes"
         )
-    if dims != sorted(set(dims)) or dims[0] < 1:
-        raise ArrayError(
-            f"--dims {','.join(map(str, dims))}: expected positive and increasing lengths"
-        )
-    labels = np.asarray(labels, np.int64)
-    if kind in ("logits", "softmax") and kind != (really := _kind_of(array)):
-        raise ArrayError(f"{file}: holds {really}, not {kind}; give it as --{really}")
-    if kind == "predictions":
-        if array.max() > MAX_CLASSES:
-            raise ArrayError(
-                f"{file}: has predictions of {array.max()}, more than {MAX_CLASSES:,} classes"
-            )
-        classes = len(names) if names else int(max(array.max(), labels.max())) + 1
-        if not 0 <= array.min() <= array.max() < classes:
-            raise ArrayError(f"{file}: has predictions outside of 0 to {classes - 1}")
+    if class_names:
+        classes = len(class_names)
     else:
-        classes = array.shape[2]
-    if not 0 <= labels.min() <= labels.max() < classes:
-        raise ArrayError(
-            f"{gt}: has labels outside of 0 to {classes - 1}; they belong to another array"
-        )
-    if names is None and classes == CLASSES:
-        names = wnids()  # upstream's arrays have no names, and its models no other classes
-    if names is not None and len(names) != classes:
-        raise ArrayError(f"{file}: has {classes} classes, results.json names {len(names)}")
-    scores = None if kind == "predictions" else array
-    predictions = (
-        np.asarray(array, np.int64) if kind == "predictions" else np.empty((0, 0), np.int64)
-    )
-    return Arrays(scores, kind == "logits", predictions, labels, tuple(dims), classes, names, about)
+        classes = int(max(array.max(), labels.max())) + 1
+    if not 0 <= array.min() <= array.max() < classes:
+        raise ArrayError(f"{file}: has predictions outside 0 to {classes - 1}")
+    return classes
 
 
-def _kind_of(array: np.ndarray) -> str:
-    """softmax where some rows lie between 0 and 1 and sum to 1, else logits."""
-    rows = np.asarray(array[:, :: max(1, array.shape[1] // 16)], np.float64)
+def _guess_kind(array: np.ndarray) -> str:
+    """softmax if sampled rows are not negative and sum to 1, else logits."""
+    every = max(1, array.shape[1] // 16)
+    rows = np.asarray(array[:, ::every], np.float64)
+    # 0.02: rows of float16 sum to 1 only roughly
     return "softmax" if rows.min() >= 0 and np.allclose(rows.sum(2), 1, atol=0.02) else "logits"
 
 
-def _read(path: Path) -> np.ndarray:
-    """A .npy file as a memory map; upstream's .pth, a tensor, with weights_only."""
+def _read_array(path: Path) -> np.ndarray:
+    """A .npy file as a memory map; upstream's .pth, a tensor, without unpickling objects."""
     if not path.is_file():
         raise ArrayError(f"{path}: no such file")
     try:

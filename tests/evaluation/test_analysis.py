@@ -1,6 +1,4 @@
-"""Analyses of predictions and confidences, against plain loops over images, and the paper's
-recorded oracle.
-"""
+"""Analyses of predictions against plain loops over images, and the paper's recorded oracle."""
 
 import math
 import tracemalloc
@@ -24,7 +22,7 @@ nothing = pytest.approx(float("nan"), nan_ok=True)
 
 @st.composite
 def scored(draw, groups=3, images=7, classes=5):
-    """float [G, N, C]: from a few values, so that ties are common, or from many."""
+    """float [G, N, C]: drawn from few values, so that ties are common, or from many."""
     shape = [draw(st.integers(low, high)) for low, high in ((1, groups), (1, images), (2, classes))]
     few = st.sampled_from([-3.0, 0.0, 0.5, 2.0])
     many = st.floats(-80, 80, width=32, allow_subnormal=False)
@@ -62,18 +60,20 @@ def test_top_confidence_equals_loops(scores, logits, chunk):
     more = {} if chunk is None else {"chunk": chunk}
     predictions, confidence = analysis.top_confidence(scores, logits=logits, **more)
     assert (predictions.dtype, confidence.dtype) == (np.int64, np.float32)
-    assert predictions.shape == confidence.shape == scores.shape[:2]
+    assert predictions.shape == confidence.shape == scores.shape[:2], "expected [G, N]"
     for g, n in np.ndindex(scores.shape[:2]):
         row = [float(value) for value in scores[g, n]]
-        assert predictions[g, n] == best(row)
+        assert predictions[g, n] == best(row), f"prefix {g}, image {n}: another prediction"
         share = 1 / sum(math.exp(value - max(row)) for value in row) if logits else max(row)
-        assert confidence[g, n] == pytest.approx(share, rel=1e-5)
+        assert confidence[g, n] == pytest.approx(share, rel=1e-5), (
+            f"prefix {g}, image {n}: another confidence"
+        )
 
 
 def test_logits_are_the_default_and_large_ones_do_not_overflow():
     scores = np.array([[[10_000.0, 9_999.0], [-10_000.0, -10_000.0]]], np.float32)
     predictions, confidence = analysis.top_confidence(scores)
-    assert predictions.tolist() == [[0, 0]]
+    assert predictions.tolist() == [[0, 0]], "ties go to the first class"
     np.testing.assert_allclose(confidence, [[1 / (1 + math.exp(-1)), 0.5]], rtol=1e-6)
 
 
@@ -83,14 +83,12 @@ def test_a_memory_map_is_read_in_parts(tmp_path, logits):
     np.save(tmp_path / "scores.npy", scores)
     mapped = np.lib.format.open_memmap(tmp_path / "scores.npy", mode="r")
     expected = analysis.top_confidence(scores, logits=logits)
-    analysis.top_confidence(
-        mapped[:, :2], logits=logits, chunk=1
-    )  # what is imported on the way does not count
+    analysis.top_confidence(mapped[:, :2], logits=logits, chunk=1)  # imports must not count
     tracemalloc.start()
     found = analysis.top_confidence(mapped, logits=logits, chunk=64)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert most < scores.nbytes / 4
+    assert most < scores.nbytes / 4, f"{most} bytes allocated: the memory map was read as a whole"
     assert all(
         isinstance(array, np.ndarray) and not isinstance(array, np.memmap) for array in found
     )
@@ -100,11 +98,11 @@ def test_a_memory_map_is_read_in_parts(tmp_path, logits):
 
 @st.composite
 def graded(draw):
-    """(confidence [N], correct [N], bins): in powers of two of bins their edges, which are exact,
-    are common.
+    """(confidence [N], correct [N], bins). For powers of two, whose edges are exact, edges are
+    common.
     """
     bins = draw(st.sampled_from([1, 2, 4, 8, 10, 15]))
-    # of 10 or 15 bins the edges are rounded: what lies on one depends on the precision
+    # the edges of 10 or 15 bins are rounded: values on an edge depend on the precision
     value = st.floats(2**-10, 1, width=32).filter(
         lambda v: v == 1 or abs(v * bins - round(v * bins)) > 1e-5
     )
@@ -128,7 +126,7 @@ def test_calibration_equals_loops(case):
         members[next(b for b in range(bins) if value <= (b + 1) / bins or b == bins - 1)].append(
             (value, right)
         )
-    assert found.counts.tolist() == [len(inside) for inside in members]
+    assert found.counts.tolist() == [len(inside) for inside in members], "other images in the bins"
     ece = 0.0
     for b, inside in enumerate(members):
         if not inside:
@@ -139,9 +137,9 @@ def test_calibration_equals_loops(case):
         assert (found.confidence[b], found.accuracy[b]) == (
             pytest.approx(mean, rel=1e-5),
             pytest.approx(share),
-        )
+        ), f"bin {b}: mean confidence or accuracy differs"
         ece += len(inside) / len(confidence) * abs(mean - share)
-    assert found.ece == pytest.approx(ece, abs=1e-6)
+    assert found.ece == pytest.approx(ece, abs=1e-6), "ECE differs from the loop"
 
 
 def test_calibration_has_15_bins_and_torchmetrics_error():
@@ -153,10 +151,10 @@ def test_calibration_has_15_bins_and_torchmetrics_error():
     theirs = multiclass_calibration_error(
         torch.tensor(shares), torch.tensor(labels), num_classes=6, n_bins=15, norm="l1"
     )
-    assert len(found.counts) == 15
-    assert found.counts.sum() == 700
-    assert found.ece == pytest.approx(float(theirs), abs=1e-5)
-    assert found.ece > 0.1  # the labels know nothing of the logits
+    assert len(found.counts) == 15, "expected 15 bins by default"
+    assert found.counts.sum() == 700, "an image is missing or counted twice"
+    assert found.ece == pytest.approx(float(theirs), abs=1e-5), "ECE differs from torchmetrics"
+    assert found.ece > 0.1, "labels are independent of the logits: ECE must be large"
 
 
 def nll(logits, labels, temperature):
@@ -189,21 +187,31 @@ def test_the_temperature_minimises_the_likelihood(scale, dtype):
         options={"xatol": 1e-6},
     )
     assert isinstance(found, float)
-    assert found == pytest.approx(math.exp(best_of_all.x), rel=5e-3)
-    assert found == pytest.approx(scale, rel=0.35)
-    assert nll(logits, labels, found) <= best_of_all.fun + 1e-6
+    assert found == pytest.approx(math.exp(best_of_all.x), rel=5e-3), (
+        "temperature differs from SciPy's minimum"
+    )
+    assert found == pytest.approx(scale, rel=0.35), (
+        "temperature is far from the scale of the logits"
+    )
+    assert nll(logits, labels, found) <= best_of_all.fun + 1e-6, (
+        "likelihood is worse than SciPy's minimum"
+    )
     grid = [nll(logits, labels, found * factor) for factor in (0.5, 0.9, 0.98, 1.02, 1.1, 2)]
-    assert min(grid) > nll(logits, labels, found) - 1e-9
+    assert min(grid) > nll(logits, labels, found) - 1e-9, "a nearby temperature is better"
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 0], [1, 0, 1], [0, 0, 0]])
-def test_a_temperature_is_positive_whatever_the_labels(labels):
+def test_a_temperature_is_positive_for_all_labels(labels):
     """All right, all wrong (no finite optimum), and one image of each kind."""
     logits, labels = np.array([[2.0, 0.0], [0.0, 1.0], [0.5, 0.0]]), np.array(labels)
     found = analysis.fit_temperature(logits, labels)
-    assert found > 0
-    assert nll(logits, labels, found) <= nll(logits, labels, 1.0) + 1e-9
-    assert analysis.fit_temperature(logits[:1], labels[:1]) > 0
+    assert found > 0, "temperature must be positive"
+    assert nll(logits, labels, found) <= nll(logits, labels, 1.0) + 1e-9, (
+        "worse than no temperature"
+    )
+    assert analysis.fit_temperature(logits[:1], labels[:1]) > 0, (
+        "temperature of one image must be positive"
+    )
 
 
 # ---------------------------------------------------------------- prefixes
@@ -231,11 +239,11 @@ def test_oracle_equals_loops(case):
     found = analysis.oracle(predictions, labels, dims)
     first, shares, accuracy, expected, majority = oracle_by_loops(predictions, labels, dims)
     assert found.first.dtype == np.int64
-    assert found.first.tolist() == first
+    assert found.first.tolist() == first, "first right prefix differs from the loop"
     same(found.shares, shares)
-    assert found.accuracy == pytest.approx(accuracy)
-    assert found.expected_dim == pytest.approx(expected)
-    assert found.majority_accuracy == pytest.approx(majority)
+    assert found.accuracy == pytest.approx(accuracy), "oracle accuracy differs from the loop"
+    assert found.expected_dim == pytest.approx(expected), "expected dim differs from the loop"
+    assert found.majority_accuracy == pytest.approx(majority), "majority vote differs from the loop"
 
 
 @pytest.mark.parametrize(
@@ -266,15 +274,13 @@ RECORDED = {
 
 
 def test_the_papers_oracle():
-    """Predictions with the recorded shares; of the last, 2048 or never, the accuracy tells the two
-    apart.
-    """
+    """Predictions with the recorded shares; the accuracy splits the last one, 2048 or never."""
     n, rng = 50_000, np.random.default_rng(3)
     counts = [round(n * share / 100) for share in RECORDED["shares"]]
     never = n - round(n * RECORDED["accuracy"] / 100)
     counts = [*counts[:-1], counts[-1] - never, never]
-    assert sum(counts) == n
-    assert counts[-2] == 30
+    assert sum(counts) == n, "the recorded shares do not add up"
+    assert counts[-2] == 30, "expected 30 images that only the longest prefix has right"
     first = rng.permutation(np.repeat(np.arange(10), counts))
     labels = rng.integers(0, 1000, n)
     wrong = (labels + 1) % 1000
@@ -289,10 +295,18 @@ def test_the_papers_oracle():
     found = analysis.oracle(np.where(right, labels, wrong), labels, DIMS)
     np.testing.assert_array_equal(found.first, first)
     np.testing.assert_allclose(100 * found.shares[:8], RECORDED["shares"][:8], atol=1e-9)
-    assert 100 * (found.shares[8] + found.shares[9]) == pytest.approx(RECORDED["shares"][8])
-    assert 100 * found.accuracy == pytest.approx(RECORDED["accuracy"])
-    assert found.expected_dim == pytest.approx(RECORDED["expected_dim"], abs=1e-6)
-    assert 100 * found.majority_accuracy == pytest.approx(RECORDED["majority"], abs=5e-3)
+    assert 100 * (found.shares[8] + found.shares[9]) == pytest.approx(RECORDED["shares"][8]), (
+        "share of 2048 and never differs from the paper's"
+    )
+    assert 100 * found.accuracy == pytest.approx(RECORDED["accuracy"]), (
+        "oracle accuracy differs from the paper's"
+    )
+    assert found.expected_dim == pytest.approx(RECORDED["expected_dim"], abs=1e-6), (
+        "expected dim differs from the paper's"
+    )
+    assert 100 * found.majority_accuracy == pytest.approx(RECORDED["majority"], abs=5e-3), (
+        "majority accuracy differs from the paper's"
+    )
 
 
 @quick
@@ -301,11 +315,13 @@ def test_class_accuracy_and_agreement_equal_loops(case):
     predictions, labels, c = case
     g, n = predictions.shape
     found = analysis.class_accuracy(predictions, labels, c)
-    assert found.shape == (g, c)
+    assert found.shape == (g, c), "expected [G, C]"
     for k in range(g):
         for label in range(c):
             hits = [predictions[k, i] == label for i in range(n) if labels[i] == label]
-            assert found[k, label] == (pytest.approx(sum(hits) / len(hits)) if hits else nothing)
+            assert found[k, label] == (pytest.approx(sum(hits) / len(hits)) if hits else nothing), (
+                f"prefix {k}, class {label}: accuracy differs"
+            )
     agree = [
         [sum(predictions[a, i] == predictions[b, i] for i in range(n)) / n for b in range(g)]
         for a in range(g)
@@ -389,7 +405,7 @@ def test_superclasses_equal_loops(case):
         hits[own].append(inside[best([row[c] for c in inside])] == label)
     found = analysis.superclass_confusion(predictions, labels, groups, k)
     assert found.dtype == np.int64
-    assert found.tolist() == confusion
+    assert found.tolist() == confusion, "confusion differs from the loop"
     within = analysis.within_superclass(scores, labels, groups, k)
     same(within, [sum(h) / len(h) if h else np.nan for h in hits])
 
@@ -397,4 +413,4 @@ def test_superclasses_equal_loops(case):
 def test_rows_are_true_groups():
     groups = np.array([0, 0, 1])
     found = analysis.superclass_confusion(np.array([2, 2, 1]), np.array([0, 1, 0]), groups, 2)
-    assert found.tolist() == [[1, 2], [0, 0]]
+    assert found.tolist() == [[1, 2], [0, 0]], "rows must be true groups"

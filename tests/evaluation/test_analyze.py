@@ -1,6 +1,4 @@
-"""`matryoshka analyze`: its file against loops over images, upstream's formats, files that misfit
-or are hostile.
-"""
+"""`matryoshka analyze` against loops over images; upstream's formats; bad and hostile files."""
 
 import json
 import os
@@ -21,7 +19,7 @@ N, C = 300, 40
 
 @pytest.fixture(scope="module")
 def arrays():
-    """logits [3, 300, 40] that get better with the prefix, labels; class 39 has no images."""
+    """(logits [3, 300, 40], labels): accuracy grows with the prefix; class 39 has no images."""
     rng = np.random.default_rng(3)
     labels = rng.integers(0, C - 1, N)
     logits = rng.standard_normal((3, N, C)).astype(np.float32)
@@ -32,7 +30,7 @@ def arrays():
 
 @pytest.fixture
 def folder(arrays, tmp_path):
-    """A folder as an evaluation leaves it, of 40 classes of ImageNet."""
+    """The output folder of an evaluation with 40 classes of ImageNet."""
     logits, labels = arrays
     np.save(tmp_path / "logits.npy", logits)
     np.save(tmp_path / "gt.npy", labels)
@@ -73,27 +71,29 @@ def test_the_file_against_loops(folder, arrays, capsys):
     right = [[c == y for c, y in zip(row, labels, strict=True)] for row in said]
     assert list(found["top1"].values()) == pytest.approx(
         [100 * sum(row) / N for row in right], abs=1e-3
-    )
+    ), "top-1 differs from the loop"
 
     first = [next((g for g in range(3) if right[g][i]), 3) for i in range(N)]
     shares = [100 * first.count(g) / N for g in range(4)]
-    assert list(found["oracle"]["first_right"].values()) == pytest.approx(shares, abs=1e-3)
+    assert list(found["oracle"]["first_right"].values()) == pytest.approx(shares, abs=1e-3), (
+        "oracle shares differ from the loop"
+    )
     assert list(found["oracle"]["first_right"]) == ["8", "32", "512", "never"]
     assert found["oracle"]["expected_dim"] == pytest.approx(
         np.mean([[*DIMS, 512][g] for g in first])
-    )
+    ), "expected dim of the oracle differs"
 
     rows = found["per_class"]
     assert [r["name"] for r in rows] == imagenet_sets.wnids()[100:500:10]
     for c in (0, 7, 38):
         mine = [i for i in range(N) if labels[i] == c]
-        assert rows[c]["images"] == len(mine)
+        assert rows[c]["images"] == len(mine), f"class {c}: number of images"
         assert rows[c]["top1"] == pytest.approx(
             [100 * np.mean([row[i] for i in mine]) for row in right], abs=1e-3
-        )
+        ), f"class {c}: top-1 differs from the loop"
         assert rows[c]["shown"] == superclasses.name_of(rows[c]["name"])
     assert (rows[39]["images"], rows[39]["top1"], rows[39]["trend"]) == (0, [None] * 3, "absent")
-    assert sum(found["trends"].values()) == C
+    assert sum(found["trends"].values()) == C, "every class has one trend"
 
     same = [
         [100 * np.mean([a == b for a, b in zip(x, y, strict=True)]) for y in said] for x in said
@@ -102,19 +102,31 @@ def test_the_file_against_loops(folder, arrays, capsys):
 
     bins = found["calibration"]["32"]["bins"]
     inside = [i for i in range(N) if 0.4 < sure[1][i] <= 7 / 15]
-    assert bins["images"][6] == len(inside)
-    assert bins["top1"][6] == pytest.approx(100 * np.mean([right[1][i] for i in inside]), abs=1e-3)
+    assert bins["images"][6] == len(inside), "images in bin 6"
+    assert bins["top1"][6] == pytest.approx(
+        100 * np.mean([right[1][i] for i in inside]), abs=1e-3
+    ), "accuracy in bin 6"
     ece = sum(n * abs(a - b) for n, a, b in zip(*bins.values(), strict=True) if n) / N
-    assert found["calibration"]["32"]["ece"] == pytest.approx(ece, abs=2e-3)
+    assert found["calibration"]["32"]["ece"] == pytest.approx(ece, abs=2e-3), (
+        "ECE disagrees with its bins"
+    )
     calibrated = found["calibration"]["512"]
-    assert calibrated["held_out_ece_after"] <= calibrated["held_out_ece"] + 3
+    assert calibrated["held_out_ece_after"] <= calibrated["held_out_ece"] + 3, (
+        "temperature scaling made calibration worse"
+    )
 
     caps = found["cascade"]["caps"]
-    assert [cap["dim"] for cap in caps] == DIMS
-    assert (found["cascade"]["learn_images"], found["cascade"]["test_images"]) == (75, 225)
-    assert caps[0]["expected_dim"] == {"mean": 8.0, "std": 0.0}
-    assert 8 <= caps[1]["expected_dim"]["mean"] <= 32
-    assert GRID[0] <= caps[1]["threshold"]["mean"] <= GRID[-1]
+    assert [cap["dim"] for cap in caps] == DIMS, "one cap for each prefix"
+    assert (found["cascade"]["learn_images"], found["cascade"]["test_images"]) == (75, 225), (
+        "a quarter of 300 images is for learning"
+    )
+    assert caps[0]["expected_dim"] == {"mean": 8.0, "std": 0.0}, (
+        "a cascade of one prefix has its length"
+    )
+    assert 8 <= caps[1]["expected_dim"]["mean"] <= 32, (
+        "mean dim outside the lengths of both prefixes"
+    )
+    assert GRID[0] <= caps[1]["threshold"]["mean"] <= GRID[-1], "threshold outside the grid"
     assert [c["epsilon"] for c in found["cascade"]["certified"]] == [0.5, 1, 2]
     for word in (
         "cascade",
@@ -144,16 +156,18 @@ def test_superclasses_of_the_file(folder, arrays):
             confusion[k][grouping.groups[row.argmax()]] += 1
             allowed = [c for c in range(C) if grouping.groups[c] == k]
             within[k].append(max(allowed, key=lambda c: row[c]) == y)
-        assert found["confusion"][str(dim)] == confusion
+        assert found["confusion"][str(dim)] == confusion, (
+            f"prefix {dim}: confusion differs from the loop"
+        )
         assert found["top1"][str(dim)] == pytest.approx(
             100 * sum(confusion[k][k] for k in range(3)) / N, abs=1e-3
-        )
+        ), f"prefix {dim}: accuracy of the groups differs"
         assert found["within"][str(dim)] == [
             pytest.approx(100 * np.mean(v), abs=1e-3) if v else None for v in within.values()
-        ]
+        ], f"prefix {dim}: accuracy within the groups differs"
 
 
-def test_every_format_tells_the_same(folder, arrays):
+def test_every_format_gives_the_same_numbers(folder, arrays):
     """Logits or softmax, .npy or upstream's .pth; the last digits of ECE may differ."""
     logits, labels = arrays
     names = ["cascade", "oracle", "trends", "agreement"]
@@ -170,14 +184,16 @@ def test_every_format_tells_the_same(folder, arrays):
     for files in (["--softmax=softmax.pth", "--gt=gt.pth"], ["--logits=log.npy", "--gt=gt.npy"]):
         given = [file.replace("=", f"={folder}/") for file in files]
         other = run(*given, *dims, output=folder / "b.json")
-        assert [other[name] for name in names] == [whole[name] for name in names]
+        assert [other[name] for name in names] == [whole[name] for name in names], (
+            "the same scores in another format give other numbers"
+        )
     one = run(
         f"--softmax={folder / 'softmax.pth'}",
         f"--gt={folder / 'gt.npy'}",
         *dims,
         output=folder / "b.json",
     )
-    assert one["top1"] == whole["top1"]
+    assert one["top1"] == whole["top1"], "top-1 of mixed formats differs"
     torch.save(torch.from_numpy(softmax(logits[2], 1)), folder / "ff.pth")
     only = ["--dims=512", "--only=oracle"]
     fixed = run(
@@ -186,7 +202,9 @@ def test_every_format_tells_the_same(folder, arrays):
         *only,
         output=folder / "b.json",
     )
-    assert fixed["top1"] == {"512": whole["top1"]["512"]}
+    assert fixed["top1"] == {"512": whole["top1"]["512"]}, (
+        "top-1 without the axis of prefixes differs"
+    )
 
 
 def test_predictions_alone(folder, arrays, capsys):
@@ -213,7 +231,7 @@ def test_a_fixed_feature_has_no_cascade(folder, arrays, capsys):
     assert {"oracle", "trends", "calibration", "agreement"} <= set(found)
 
 
-def test_beside_the_results_by_default(folder):
+def test_the_default_output_is_beside_the_results(folder):
     assert analyze.main([f"--results={folder / 'results.json'}", "--only=oracle"]) == 0
     assert (folder / "analysis.json").is_file()
 
@@ -231,7 +249,7 @@ class Bomb:
 
 @pytest.fixture
 def hostile(folder):
-    """Files that are not what their names say."""
+    """Files whose contents contradict their names."""
     np.save(folder / "short.npy", np.zeros(N - 1, np.int64))
     np.save(folder / "big.npy", np.full(N, C))
     np.save(folder / "float.npy", np.zeros(N))

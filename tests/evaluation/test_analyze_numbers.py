@@ -1,6 +1,4 @@
-"""The numbers of `matryoshka analyze` that hold-out, temperature and votes decide, against loops
-over the images; and which of the arrays it reads, as what.
-"""
+"""Hold-out, temperature and vote numbers of `matryoshka analyze`, and its choice of arrays."""
 
 import json
 import math
@@ -23,8 +21,8 @@ TEMPERATURES = (0.4, 1.6, 4.0)  # of the prefixes: what makes their softmax righ
 
 @pytest.fixture(scope="module")
 def arrays():
-    """logits [3, 1200, 5], labels. Of classes seen through noise of the same variance, 1.5 /
-    variance x what is seen is calibrated: here that times the temperature.
+    """(logits [3, 1200, 5], labels). For one-hot classes of height 1.5 in Gaussian noise,
+    1.5 / variance times the observation is calibrated; logits are that times a temperature.
     """
     rng = np.random.default_rng(8)
     labels = rng.integers(0, C, N)
@@ -99,35 +97,42 @@ def test_the_caps_of_a_cascade_against_loops(folder, answers):
                 )  # on the way from the prefix before it
     assert rows[1, "threshold"] != rows[2, "threshold"]
     for cap, shown in enumerate(found["caps"]):
-        assert shown["dim"] == DIMS[cap]
+        assert shown["dim"] == DIMS[cap], f"cap {cap}: length"
         for key in ("top1", "expected_dim", "cumulative_dim"):
             assert shown[key] == spread(rows[cap, key]), (cap, key)
-        assert shown["threshold"] == (spread(rows[cap, "threshold"]) if cap else None)
-    assert found["caps"][2]["cumulative_dim"]["mean"] > found["caps"][2]["expected_dim"]["mean"] + 8
+        assert shown["threshold"] == (spread(rows[cap, "threshold"]) if cap else None), (
+            f"cap {cap}: thresholds differ from the loop"
+        )
+    assert (
+        found["caps"][2]["cumulative_dim"]["mean"] > found["caps"][2]["expected_dim"]["mean"] + 8
+    ), "cumulative dim must count every prefix that was asked"
 
 
-def test_certificates_are_tried_on_the_other_half(folder, answers, capsys):
+def test_certificates_are_measured_on_the_other_half(folder, answers, capsys):
     confidence, correct = answers
     epsilons = [2.0, 4.0, 9.0]
-    options = [
+    flags = [
         f"--epsilon={','.join(map(str, epsilons))}",
         "--delta=0.9",
         f"--splits={SPLITS}",
     ]  # much may be lost
-    found = run(folder, "--only=cascade", *options)["cascade"]["certified"]
+    found = run(folder, "--only=cascade", *flags)["cascade"]["certified"]
     shown = capsys.readouterr().out
     assert [c["epsilon"] for c in found] == epsilons
     counts = []
     for row, points in zip(found, epsilons, strict=True):
-        whole = certify(confidence, correct, DIMS, points / 100, 0.9, SEED)
-        assert row["certified"] == whole.certified
-        assert row["expected_dim"] == pytest.approx(whole.expected_dim)
-        assert row["loss_bound"] == pytest.approx(100 * whole.loss_bound, abs=1e-4)
+        options = {"epsilon": points / 100, "delta": 0.9, "seed": SEED}
+        whole = certify(confidence, correct, DIMS, **options)
+        assert row["certified"] == whole.certified, f"epsilon {points}: another certificate"
+        assert row["expected_dim"] == pytest.approx(whole.expected_dim), (
+            f"epsilon {points}: expected dim differs"
+        )
+        assert row["loss_bound"] == pytest.approx(100 * whole.loss_bound, abs=1e-4), (
+            f"epsilon {points}: bound differs"
+        )
         losses, lengths, same_half = [], [], []
         for mine, rest in split_indices(N, SPLITS, N // 2, SEED):
-            thresholds = certify(
-                confidence[:, mine], correct[:, mine], DIMS, points / 100, 0.9, SEED
-            ).thresholds
+            thresholds = certify(confidence[:, mine], correct[:, mine], DIMS, **options).thresholds
             for part, place in ((rest, losses), (mine, same_half)):
                 at = [(left_at(confidence, thresholds, i), i) for i in part]
                 place.append(
@@ -142,13 +147,17 @@ def test_certificates_are_tried_on_the_other_half(folder, answers, capsys):
             "loss": spread(losses),
             "expected_dim": spread(lengths),
             "above": above,
-        }
-        assert abs(np.mean(losses)) > 0.01  # a wrong sign is seen
-        assert abs(np.mean(losses) - np.mean(same_half)) > 1e-3
+        }, f"epsilon {points}: held-out numbers differ from the loop"
+        assert abs(np.mean(losses)) > 0.01, "losses near 0 would hide a wrong sign"
+        assert abs(np.mean(losses) - np.mean(same_half)) > 1e-3, (
+            "both halves lose the same: the test cannot tell them apart"
+        )
         assert (
             f"{np.mean(losses):.2f} lost, above {points:g} in {above} of {SPLITS} splits" in shown
         )
-    assert any(0 < above < of_points_as_fraction for above, of_points_as_fraction in counts)
+    assert any(0 < above < of_points_as_fraction for above, of_points_as_fraction in counts), (
+        "no split tells points from fractions"
+    )
 
 
 # ---------------------------------------------------------------- oracle and calibration
@@ -166,13 +175,17 @@ def test_the_majority_against_loops(folder, arrays):
         ] == label  # equal votes: as the longest of them says
         some += label in votes
     found = run(folder, "--only=oracle")["oracle"]
-    assert found["majority_top1"] == pytest.approx(100 * right / N, abs=1e-3)
-    assert found["top1"] == pytest.approx(100 * some / N, abs=1e-3)
-    assert right < some
+    assert found["majority_top1"] == pytest.approx(100 * right / N, abs=1e-3), (
+        "majority vote differs from the loop"
+    )
+    assert found["top1"] == pytest.approx(100 * some / N, abs=1e-3), (
+        "oracle accuracy differs from the loop"
+    )
+    assert right < some, "majority and oracle are equal: the test cannot tell them apart"
 
 
 def fitted(logits, labels):
-    """The temperature of the least negative log-likelihood."""
+    """The temperature with the lowest negative log-likelihood."""
 
     def likelihood(t):
         return -log_softmax(logits.astype(float) / t, 1)[np.arange(len(labels)), labels].mean()
@@ -194,29 +207,38 @@ def calibration_error(confidence, correct, bins=15):
 
 @pytest.mark.parametrize("kind", ["logits", "softmax"])
 @pytest.mark.parametrize("most", [5000, 200])
-def test_temperatures_are_fitted_on_one_part_and_judged_on_the_other(
-    folder, arrays, answers, monkeypatch, kind, most
+def test_temperatures_are_fitted_and_evaluated_on_different_parts(
+    folder, arrays, answers, monkeypatch, *, kind, most
 ):
-    """A temperature of softmax is one of its logarithm: the same numbers."""
-    monkeypatch.setattr(analyze, "FIT", most)
+    """Softmax gives the same numbers as logits: its logarithm differs by a constant per image."""
+    monkeypatch.setattr(analyze, "MAX_FIT_IMAGES", most)
     logits, labels = arrays
     found = run(folder, "--only=calibration", kind=kind)["calibration"]
     ((fit, rest),) = split_indices(N, 1, min(most, N // 2), SEED)
     apart = []
     for g, row in enumerate(found.values()):
         temperature = fitted(logits[g, fit], labels[fit])
-        assert row["temperature"] == pytest.approx(temperature, abs=2e-4)
+        assert row["temperature"] == pytest.approx(temperature, abs=2e-4), (
+            f"prefix {g}: temperature differs from SciPy"
+        )
         apart.append(abs(temperature - fitted(logits[g, rest], labels[rest])))
-        assert temperature == pytest.approx(TEMPERATURES[g], rel=0.25)
+        assert temperature == pytest.approx(TEMPERATURES[g], rel=0.25), (
+            f"prefix {g}: temperature is far from the one of the data"
+        )
         cooled = softmax(logits[g, rest].astype(float) / temperature, 1).max(1)
         before = calibration_error(answers[0][g, rest], answers[1][g, rest])
         after = calibration_error(cooled, answers[1][g, rest])
-        assert row["held_out_ece"] == pytest.approx(before, abs=2e-3)
-        assert row["held_out_ece_after"] == pytest.approx(
-            after, abs=0.3
-        )  # an image may fall on the edge of a bin
-        assert after < before - 1
-    assert max(apart) > 0.01  # the parts can be told apart
+        assert row["held_out_ece"] == pytest.approx(before, abs=2e-3), (
+            f"prefix {g}: ECE before scaling"
+        )
+        # 0.3: an image may be on the edge of a bin
+        assert row["held_out_ece_after"] == pytest.approx(after, abs=0.3), (
+            f"prefix {g}: ECE after scaling"
+        )
+        assert after < before - 1, f"prefix {g}: scaling did not help"
+    assert max(apart) > 0.01, (
+        "both parts have the same temperature: the test cannot tell them apart"
+    )
 
 
 # ---------------------------------------------------------------- which arrays, read as what
@@ -272,7 +294,7 @@ def write_results(folder, kinds, names=None, dims=DIMS):
 
 
 def test_logits_are_preferred_then_softmax(folder, arrays):
-    """They say more than predictions do, which here are all wrong."""
+    """The predictions are all wrong, so that their use would show."""
     np.save(folder / "predictions.npy", (np.stack([arrays[1]] * 3) + 1) % C)
     for kinds, used in (
         (("predictions", "softmax", "logits"), "logits"),
@@ -321,7 +343,7 @@ def test_predictions_are_of_the_classes(tmp_path, arrays, capsys, value, names):
     assert not (tmp_path / "a.json").exists()
     predictions[1, 7] = C - 1
     np.save(tmp_path / "predictions.npy", predictions)
-    assert from_results(results).num_classes == C
+    assert from_results(results).num_classes == C, "classes must come from the names"
 
 
 def test_a_thousand_classes_without_names_are_imagenets(tmp_path):
@@ -340,4 +362,4 @@ def test_a_thousand_classes_without_names_are_imagenets(tmp_path):
     assert [row["name"] for row in found["per_class"]] == imagenet_sets.wnids()
     assert found["per_class"][207]["shown"] == "golden retriever"
     assert found["superclasses"]["names"] == ["other", "dog", "bird"]
-    assert sum(found["superclasses"]["classes"]) == 1000
+    assert sum(found["superclasses"]["classes"]) == 1000, "every class has one group"

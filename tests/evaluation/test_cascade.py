@@ -1,6 +1,4 @@
-"""Cascades of prefixes against plain loops over images, the paper's recorded tables, and simulated
-guarantees.
-"""
+"""Cascades against plain loops over images and the paper's tables; guarantees by simulation."""
 
 import itertools
 import math
@@ -20,9 +18,7 @@ quick = settings(max_examples=60, deadline=None)
 
 @st.composite
 def measured(draw, images=12):
-    """(confidence [G, N], correct [G, N]): confidences from the grid itself are common, to be on
-    thresholds.
-    """
+    """(confidence [G, N], correct [G, N]); many confidences equal a threshold of the grid."""
     shape = draw(st.integers(1, 5)), draw(st.integers(1, images))
     value = draw(
         st.sampled_from([st.sampled_from(list(cascade.GRID[::9])), st.floats(2**-10, 1, width=32)])
@@ -97,8 +93,10 @@ def test_thresholds_equal_loops(case, own_grid):
         if own_grid
         else cascade.learn_thresholds(*case)
     )
-    assert found.shape == (len(confidence) - 1,)
-    assert found.tolist() == thresholds_by_loops(confidence, correct, grid)
+    assert found.shape == (len(confidence) - 1,), "expected [G-1]"
+    assert found.tolist() == thresholds_by_loops(confidence, correct, grid), (
+        "thresholds differ from the loop"
+    )
 
 
 def test_thresholds_of_many_images_equal_loops():
@@ -106,9 +104,13 @@ def test_thresholds_of_many_images_equal_loops():
     correct = rng.random((4, 300)) < np.array([0.5, 0.6, 0.7, 0.75])[:, None]
     confidence = np.clip(0.35 + 0.3 * correct + rng.normal(0, 0.15, correct.shape), 0.01, 1)
     found = cascade.learn_thresholds(confidence, correct)
-    assert found.tolist() == thresholds_by_loops(confidence, correct, cascade.GRID)
-    assert len(set(found)) > 1
-    assert all(0.1 < t < 1 for t in found)  # not vacuous: neither end of the grid
+    assert found.tolist() == thresholds_by_loops(confidence, correct, cascade.GRID), (
+        "thresholds differ from the loop"
+    )
+    assert len(set(found)) > 1, "all thresholds are equal: the test is vacuous"
+    assert all(0.1 < t < 1 for t in found), (
+        "a threshold is at an end of the grid: the test is vacuous"
+    )
 
 
 @quick
@@ -119,7 +121,7 @@ def test_exits_equal_loops(case, data):
     thresholds = data.draw(hnp.arrays(float, len(confidence) - 1, elements=values))
     found = cascade.exits(confidence, thresholds)
     assert found.dtype == np.int64
-    assert found.tolist() == exits_by_loops(confidence, thresholds)
+    assert found.tolist() == exits_by_loops(confidence, thresholds), "exits differ from the loop"
 
 
 @quick
@@ -171,20 +173,20 @@ RECORDED = {
 
 
 def test_the_papers_cascade():
-    """Its 30 x 40,000 exits and hits can be counted from the table: then every row has to come out
-    again.
-    """
+    """The table determines its 30 x 40,000 exits and hits; these must reproduce every row."""
     n = 30 * 40_000
     means = [DIMS[0], *RECORDED["expected_dim"]]
-    beyond = [n]  # images that come to a prefix
+    beyond = [n]  # images that reach a prefix
     for (low, high), (d, e) in zip(
         itertools.pairwise(means), itertools.pairwise(DIMS), strict=True
     ):
         count = (high - low) / (e - d) * n
-        assert count == pytest.approx(round(count), abs=0.05)  # the table's digits are enough
+        assert count == pytest.approx(round(count), abs=0.05), (
+            f"{count} images is not a whole number"
+        )
         beyond.append(round(count))
     leaving = [a - b for a, b in itertools.pairwise([*beyond, 0])]
-    assert min(leaving) > 0
+    assert min(leaving) > 0, "no image exits at some prefix"
     where = np.repeat(np.arange(9), leaving)
     rng = np.random.default_rng(1)
     confidence = np.empty((9, n))
@@ -197,28 +199,32 @@ def test_the_papers_cascade():
             n - beyond[g]
         )  # images in the order in which they leave: those that come to g begin here
         right = wanted[g - 1] - settled
-        assert 0 <= right <= beyond[g]
+        assert 0 <= right <= beyond[g], f"prefix {g}: the table is inconsistent"
         here = min(
             leaving[g], right if g == 8 else round(min(0.9, 1.25 * right / beyond[g]) * leaving[g])
         )
-        assert 0 <= right - here <= beyond[g] - leaving[g]
+        assert 0 <= right - here <= beyond[g] - leaving[g], f"prefix {g}: the table is inconsistent"
         correct[g, start : start + here] = True
         correct[g, start + leaving[g] : start + leaving[g] + right - here] = True
         settled += here
     for g, t in enumerate(RECORDED["thresholds"]):
         confidence[g] = np.where(
             where > g, t, np.nextafter(t, 1)
-        )  # on the threshold an image goes on
+        )  # at the threshold an image continues
     confidence[8] = rng.random(n)
     exits = cascade.exits(confidence, np.array(RECORDED["thresholds"]))
     np.testing.assert_array_equal(exits, where)
     found = cascade.evaluate(exits, correct, DIMS)
     np.testing.assert_allclose(found.expected_dim[1:], RECORDED["expected_dim"], atol=5e-8)
     np.testing.assert_allclose(found.accuracy[1:], RECORDED["accuracy"], atol=5e-8)
-    assert found.expected_dim[0] == found.cumulative_dim[0] == 8
+    assert found.expected_dim[0] == found.cumulative_dim[0] == 8, (
+        "a cascade of one prefix has its length"
+    )
     # the paper's section 4.2.1: about 37 dimensions for 76.30 %, 62 where every prefix on the way
     # counts
-    assert found.cumulative_dim[4] == pytest.approx(62.5, abs=0.5)
+    assert found.cumulative_dim[4] == pytest.approx(62.5, abs=0.5), (
+        "cumulative dim differs from the paper's"
+    )
 
 
 # ---------------------------------------------------------------- splits
@@ -229,25 +235,26 @@ def test_the_papers_cascade():
 def test_splits_are_partitions(n, splits, seed, data):
     learn = data.draw(st.integers(1, n - 1))
     found = cascade.split_indices(n, splits, learn, seed)
-    assert len(found) == splits
+    assert len(found) == splits, "number of splits"
     for own, rest in found:
-        assert len(own) == learn
-        assert sorted([*own.tolist(), *rest.tolist()]) == list(range(n))
+        assert len(own) == learn, "number of images to learn from"
+        assert sorted([*own.tolist(), *rest.tolist()]) == list(range(n)), (
+            "a split is not a partition"
+        )
     for (a, b), (c, d) in zip(found, cascade.split_indices(n, splits, learn, seed), strict=True):
-        assert np.array_equal(a, c)
-        assert np.array_equal(b, d)
+        assert np.array_equal(a, c), "the same seed gives another split"
+        assert np.array_equal(b, d), "the same seed gives another split"
 
 
 def test_splits_differ_and_reach_every_image():
     def chosen(seed):
         return [frozenset(own.tolist()) for own, _ in cascade.split_indices(100, 30, 20, seed)]
 
-    assert len({*chosen(0), *chosen(1)}) == 60
+    assert len({*chosen(0), *chosen(1)}) == 60, "two splits are equal"
     counts = np.bincount([i for own in chosen(0) for i in own], minlength=100)
-    assert (
-        counts.min() > 0
-    )  # of a fair draw 6 on average: P(any 0) = 100 x 0.8^30 = 12 % over seeds, not for this one
-    assert counts.max() < 18
+    # 6 expected of each; some image is in no split for 12 % of the seeds, not for this one
+    assert counts.min() > 0, "an image is in no split"
+    assert counts.max() < 18, "an image is in most splits"
     assert cascade.split_indices(100, 3, 20, 0)[1][0].tolist() != list(range(20))
 
 
@@ -260,11 +267,13 @@ def test_the_cascade_is_learned_on_one_part_and_tested_on_the_other(options):
     found = cascade.cascade(confidence, correct, dims, **options)
     given_options = {"splits": 30, "learn": 0.2, "seed": 0} | options
     splits, learn = given_options["splits"], round(50 * given_options["learn"])
-    assert found.thresholds.shape == (splits, 2)
+    assert found.thresholds.shape == (splits, 2), "shape of the thresholds"
     parts = cascade.split_indices(50, splits, learn, given_options["seed"])
     for s, (own, rest) in enumerate(parts):
         thresholds = thresholds_by_loops(confidence[:, own], correct[:, own], cascade.GRID)
-        assert found.thresholds[s].tolist() == thresholds
+        assert found.thresholds[s].tolist() == thresholds, (
+            f"split {s}: thresholds differ from the loop"
+        )
         expected = evaluated_by_loops(
             exits_by_loops(confidence[:, rest], thresholds), correct[:, rest], dims
         )
@@ -272,7 +281,9 @@ def test_the_cascade_is_learned_on_one_part_and_tested_on_the_other(options):
             ("accuracy", "expected_dim", "cumulative_dim"), expected, strict=True
         ):
             np.testing.assert_allclose(getattr(found, name)[s], values, rtol=1e-12)
-    assert len({tuple(row) for row in found.expected_dim.tolist()}) > 1
+    assert len({tuple(row) for row in found.expected_dim.tolist()}) > 1, (
+        "all splits are equal: the test is vacuous"
+    )
 
 
 # ---------------------------------------------------------------- guarantees
@@ -286,7 +297,7 @@ def test_bounds_solve_the_binomial_tail(n, alpha, data):
         cascade.clopper_pearson(k, n, alpha, True),
         cascade.clopper_pearson(k, n, alpha, False),
     )
-    assert 0 <= lower <= k / n <= upper <= 1
+    assert 0 <= lower <= k / n <= upper <= 1, f"{k} of {n}: bounds are out of order"
 
     def tail(p, counts):
         return (
@@ -297,31 +308,37 @@ def test_bounds_solve_the_binomial_tail(n, alpha, data):
 
     assert upper == pytest.approx(
         1 if k == n else stats.beta.ppf(1 - alpha, k + 1, n - k), abs=1e-9
+    ), f"{k} of {n}: upper bound differs from SciPy"
+    assert lower == pytest.approx(0 if k == 0 else stats.beta.ppf(alpha, k, n - k + 1), abs=1e-9), (
+        f"{k} of {n}: lower bound differs from SciPy"
     )
-    assert lower == pytest.approx(0 if k == 0 else stats.beta.ppf(alpha, k, n - k + 1), abs=1e-9)
     if n < 60 and 0 < k < n:
-        assert tail(upper, range(k + 1)) == pytest.approx(
-            alpha, rel=1e-6
-        )  # at most k, were the truth the bound
-        assert tail(lower, range(k, n + 1)) == pytest.approx(alpha, rel=1e-6)
+        assert tail(upper, range(k + 1)) == pytest.approx(alpha, rel=1e-6), (
+            f"{k} of {n}: upper bound does not solve the binomial tail"
+        )
+        assert tail(lower, range(k, n + 1)) == pytest.approx(alpha, rel=1e-6), (
+            f"{k} of {n}: lower bound does not solve the binomial tail"
+        )
     interval = stats.binomtest(k, n).proportion_ci(1 - 2 * alpha, method="exact")
     assert (lower, upper) == (
         pytest.approx(interval.low, abs=1e-6),
         pytest.approx(interval.high, abs=1e-6),
-    )
+    ), f"{k} of {n}: bounds differ from binomtest"
 
 
 def test_bounds_without_any_hit_or_miss():
-    assert cascade.clopper_pearson(0, 100, 0.05, True) == pytest.approx(1 - 0.05 ** (1 / 100))
-    assert cascade.clopper_pearson(0, 100, 0.05, False) == 0
-    assert cascade.clopper_pearson(100, 100, 0.05, False) == pytest.approx(0.05 ** (1 / 100))
-    assert cascade.clopper_pearson(100, 100, 0.05, True) == 1
+    assert cascade.clopper_pearson(0, 100, 0.05, True) == pytest.approx(1 - 0.05 ** (1 / 100)), (
+        "upper bound of no hit"
+    )
+    assert cascade.clopper_pearson(0, 100, 0.05, False) == 0, "lower bound of no hit"
+    assert cascade.clopper_pearson(100, 100, 0.05, False) == pytest.approx(0.05 ** (1 / 100)), (
+        "lower bound without a miss"
+    )
+    assert cascade.clopper_pearson(100, 100, 0.05, True) == 1, "upper bound without a miss"
 
 
 def calibrated(rng, n):
-    """Four prefixes whose confidences are about their chance to be right; what is easy is easy for
-    all.
-    """
+    """Four prefixes with calibrated confidences; an easy image is easy for all of them."""
     ease = rng.normal(0.8, 1.5, n)
     chance = 1 / (1 + np.exp(-1.5 * (ease + np.array([-0.4, 0.3, 0.7, 0.9])[:, None])))
     correct = rng.random(n) < chance  # one draw for all prefixes: longer ones lose little
@@ -329,18 +346,14 @@ def calibrated(rng, n):
 
 
 def overconfident(rng, n):
-    """Short prefixes are sure of everything and lose 3.3 points: at most 90 % of the images may
-    leave early.
-    """
+    """Short prefixes are confident everywhere and lose 3.3 points: at most 90 % may exit early."""
     correct = rng.random((4, n)) < 0.8
     correct[:3] = correct[3] & (rng.random(n) >= 0.033 / 0.8)
     return rng.uniform(0.995, 1, (4, n)), correct
 
 
 def barely(rng, n):
-    """What the first prefix is sure of is wrong often enough to lose 3.1 points; of the rest
-    nothing leaves early.
-    """
+    """The first prefix loses 3.1 points where it is confident; no other image exits early."""
     sure = rng.random(n) < 0.31
     correct = np.ones((4, n), bool)
     correct[0] = np.where(sure, rng.random(n) >= 0.1, False)
@@ -356,50 +369,62 @@ LOSS_DIMS, EPSILON = (8, 32, 128, 512), 0.03
 @pytest.mark.parametrize("population", [calibrated, overconfident, barely])
 @pytest.mark.parametrize("delta", [0.05, 0.2])
 def test_the_loss_is_rarely_above_the_bound(population, delta):
-    """On 300 small draws, judged by a large population."""
+    """On 300 small draws from a large population."""
     rng = np.random.default_rng(4)
     everything, truth = population(rng, 50_000)
     draws, violations, certified, cheap = 300, 0, 0, 0
     for seed in range(draws):
         own = rng.integers(0, truth.shape[1], 1500)
         found = cascade.certify(
-            everything[:, own], truth[:, own], LOSS_DIMS, EPSILON, delta=delta, seed=seed
+            everything[:, own], truth[:, own], LOSS_DIMS, epsilon=EPSILON, delta=delta, seed=seed
         )
         certified += bool(found.certified)
         if not found.certified:
             assert np.isinf(found.thresholds).all()
-            assert found.expected_dim == LOSS_DIMS[-1]
+            assert found.expected_dim == LOSS_DIMS[-1], (
+                "without a certificate the longest prefix answers"
+            )
             continue
-        assert found.loss_bound <= EPSILON
+        assert found.loss_bound <= EPSILON, "the bound exceeds epsilon"
         at = cascade.exits(everything, found.thresholds)
         loss = truth[-1].mean() - truth[at, np.arange(len(at))].mean()
         violations += bool(loss > EPSILON)
         expected = np.array(LOSS_DIMS)[at].mean()
         cheap += bool(expected < LOSS_DIMS[-1] / 2)
-        assert found.expected_dim == pytest.approx(expected, rel=0.25)
-    assert violations / draws <= delta + 3 * math.sqrt(delta * (1 - delta) / draws)
+        assert found.expected_dim == pytest.approx(expected, rel=0.25), (
+            f"seed {seed}: expected dim differs from the population's"
+        )
+    assert violations / draws <= delta + 3 * math.sqrt(delta * (1 - delta) / draws), (
+        f"{violations} of {draws} certificates are violated"
+    )
     if population is calibrated:  # not vacuous
-        assert certified > 0.9 * draws
-        assert cheap > 0.5 * draws
+        assert certified > 0.9 * draws, (
+            f"only {certified} of {draws} are certified: the test is vacuous"
+        )
+        assert cheap > 0.5 * draws, f"only {cheap} of {draws} save half: the test is vacuous"
 
 
 @pytest.mark.parametrize("n", [1, 2, 10])
 def test_few_images_certify_nothing(n):
-    found = cascade.certify(np.full((3, n), 0.9), np.ones((3, n), bool), (8, 16, 32), 0.05)
+    found = cascade.certify(np.full((3, n), 0.9), np.ones((3, n), bool), (8, 16, 32), epsilon=0.05)
     assert not found.certified
-    assert found.thresholds.shape == (2,)
+    assert found.thresholds.shape == (2,), "shape of the thresholds"
     assert np.isinf(found.thresholds).all()
-    assert found.expected_dim == 32
+    assert found.expected_dim == 32, "without a certificate the longest prefix answers"
 
 
-def test_what_loses_nothing_is_certified_with_enough_images():
+def test_a_cascade_without_loss_is_certified_with_enough_images():
     """No loss in 200 images for the test: the upper bound is 1 - 0.05 ** (1 / 200), 1.5 %."""
     confidence, correct = np.full((3, 400), 0.9), np.ones((3, 400), bool)
-    found = cascade.certify(confidence, correct, (8, 16, 32), 0.02)
+    found = cascade.certify(confidence, correct, (8, 16, 32), epsilon=0.02)
     assert found.certified
-    assert found.expected_dim == 8
-    assert cascade.exits(confidence, found.thresholds).max() == 0
-    assert 0 < found.loss_bound <= 0.02
-    again = cascade.certify(confidence, correct, (8, 16, 32), 0.02)
-    assert np.array_equal(found.thresholds, again.thresholds)
-    assert not cascade.certify(confidence, correct, (8, 16, 32), 0.01).certified
+    assert found.expected_dim == 8, "the shortest prefix loses nothing"
+    assert cascade.exits(confidence, found.thresholds).max() == 0, (
+        "every image exits at the first prefix"
+    )
+    assert 0 < found.loss_bound <= 0.02, "the bound must be positive and within epsilon"
+    again = cascade.certify(confidence, correct, (8, 16, 32), epsilon=0.02)
+    assert np.array_equal(found.thresholds, again.thresholds), (
+        "the same seed gives other thresholds"
+    )
+    assert not cascade.certify(confidence, correct, (8, 16, 32), epsilon=0.01).certified

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from matryoshka.evaluation.cascade import PATH, certify, split_indices
+from matryoshka.evaluation.cascade import ALLOWED_LOSSES, certify, split_indices
 
 MISTAKES = (
     "whole delta",
     "mean gain",
     "no gain",
-    "goes on after a failure",
+    "continues after a failure",
     "keeps the last",
     "tests what it learned",
 )
@@ -46,8 +46,8 @@ def lower(k, n, alpha):
 
 
 def learned(allowed, confidence, correct, images):
-    """At each prefix the smallest threshold at which the leavers, of those there, lose at most
-    `allowed` of theirs.
+    """At each prefix the smallest threshold at which the exiting images lose at most the share
+    `allowed`.
     """
     thresholds = []
     for g in range(len(confidence) - 1):
@@ -68,10 +68,8 @@ def leaves(confidence, thresholds, i):
     return next((g for g, t in enumerate(thresholds) if confidence[g][i] > t), len(thresholds))
 
 
-def certified_by_loops(confidence, correct, dims, epsilon, delta, seed, mistake=None):
-    """Certificates as tuples: those of the shortest cascade that passes, more than one where
-    several are as short.
-    """
+def certified_by_loops(confidence, correct, dims, *, epsilon, delta, seed, mistake=None):
+    """Certificates of the shortest cascade that passes, as tuples; several if they tie."""
     confidence, correct = confidence.tolist(), correct.astype(int).tolist()
     n, last = len(correct[0]), len(dims) - 1
     ((path, test),) = split_indices(n, 1, n // 2, seed)
@@ -81,7 +79,7 @@ def certified_by_loops(confidence, correct, dims, epsilon, delta, seed, mistake=
     alpha = delta if mistake == "whole delta" else delta / 2
     full = sum(correct[-1][i] for i in test) / len(test)
     passed = []
-    for allowed in PATH.tolist():
+    for allowed in ALLOWED_LOSSES.tolist():
         thresholds = learned(allowed, confidence, correct, path)
         at = {i: leaves(confidence, thresholds, i) for i in test}
         harmed = sum(correct[-1][i] > correct[at[i]][i] for i in test)
@@ -91,7 +89,7 @@ def certified_by_loops(confidence, correct, dims, epsilon, delta, seed, mistake=
         )
         bound = upper(harmed, len(test), alpha) - gain
         if bound > epsilon:
-            if mistake == "goes on after a failure":
+            if mistake == "continues after a failure":
                 continue
             break
         expected = sum(dims[k] for k in at.values()) / len(test)
@@ -106,7 +104,7 @@ def certified_by_loops(confidence, correct, dims, epsilon, delta, seed, mistake=
 
 
 def is_among(found, expected):
-    """Thresholds and all that is counted are equal; of the bound, a root, 1e-9."""
+    """Thresholds and counts are equal; the bound, a numerical root, agrees to 1e-9."""
     thresholds, certified, bound, *counted = found
     return any(
         (tuple(thresholds), certified, counted) == (row[0], row[1], list(row[3:]))
@@ -141,10 +139,12 @@ def drawn(seed) -> tuple[np.ndarray, np.ndarray, tuple[int, ...], dict]:
 def test_the_certificate_equals_loops(seed):
     confidence, correct, dims, options = drawn(seed)
     case = confidence, correct, dims
-    assert is_among(certify(*case, **options), certified_by_loops(*case, **options))
+    assert is_among(certify(*case, **options), certified_by_loops(*case, **options)), (
+        f"case {seed}: another certificate than the loop"
+    )
 
 
-def test_the_cases_tell_mistakes():
+def test_the_cases_detect_mistakes():
     """Each mistake changes the certificate of some of the cases above."""
     noticed = set()
     for seed in SEEDS:
@@ -154,12 +154,12 @@ def test_the_cases_tell_mistakes():
         for mistake in {*MISTAKES} - noticed:
             if not {*certified_by_loops(*case, **options, mistake=mistake)} & {*expected}:
                 noticed.add(mistake)
-    assert noticed == {*MISTAKES}
+    assert noticed == {*MISTAKES}, "some mistake changes no certificate"
 
 
 def lucky_half():
-    """Two prefixes. In the half of the path those that are sure at 0.9 lose nothing, and all from
-    0.7 on lose 8 %; in the half of the test the former lose all, and those at 0.7 gain much more.
+    """Two prefixes. In the half of the path, exits at 0.9 lose nothing and exits at 0.7 lose 8 %;
+    in the half of the test, exits at 0.9 lose everything and exits at 0.7 gain more.
     """
     ((path, test),) = split_indices(400, 1, 200, 0)
     confidence, correct = np.full((2, 400), 0.1), np.zeros((2, 400), bool)
@@ -176,16 +176,18 @@ def lucky_half():
 def test_it_stops_at_the_first_failure():
     case, options = lucky_half(), {"epsilon": 0.05, "delta": 0.05, "seed": 0}
     found = certify(*case, **options)
-    assert not found.certified
-    assert is_among(found, certified_by_loops(*case, **options))
-    later = certified_by_loops(*case, **options, mistake="goes on after a failure")
-    assert later[0][1]  # a later cascade would have passed
+    assert not found.certified, "the first cascade loses too much"
+    assert is_among(found, certified_by_loops(*case, **options)), (
+        "another certificate than the loop"
+    )
+    later = certified_by_loops(*case, **options, mistake="continues after a failure")
+    assert later[0][1], "no later cascade passes: the test is vacuous"
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data(), st.integers(1, 3), st.integers(2, 24), st.integers(0, 99))
 def test_few_images_equal_loops(data, g, n, seed):
-    """With bounds so loose that even a test of three images is passed."""
+    """The bounds are so loose that even a test on three images passes."""
     confidence = data.draw(
         hnp.arrays(float, (g, n), elements=st.sampled_from([0.2, 0.5, 0.9, 1.0]))
     )
@@ -199,4 +201,4 @@ def test_few_images_equal_loops(data, g, n, seed):
     assert is_among(
         certify(confidence, correct, dims, **options),
         certified_by_loops(confidence, correct, dims, **options),
-    )
+    ), "another certificate than the loop"

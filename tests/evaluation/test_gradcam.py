@@ -16,14 +16,15 @@ from matryoshka.checkpoint.model_file import save_model
 from matryoshka.checkpoint.upstream import save_upstream
 from matryoshka.data import open_dataset, write_beton
 from matryoshka.data.augment import Preprocessing
-from matryoshka.evaluation.gradcam import Cell, find_layer, heat_maps, montage
+from matryoshka.evaluation.heat_maps import find_layer, heat_maps
+from matryoshka.evaluation.montage import Cell, montage
 from matryoshka.models import ModelError, ModelSpec, build
 
 CLASSES = ["ant", "bee", "cat"]
 
 
 def made(
-    arch="resnet10", dims=(8, 64, 512), efficient=False, blurpool=False, num_classes=5, seed=0
+    arch="resnet10", dims=(8, 64, 512), *, efficient=False, blurpool=False, num_classes=5, seed=0
 ):
     torch.manual_seed(seed)
     model = build(ModelSpec(arch, num_classes, dims, efficient, blurpool)).eval()
@@ -39,7 +40,7 @@ def pictures(n=3, height=64, width=None, seed=1):
 
 
 def stages(model, images):
-    """{name: output} of a torchvision ResNet, its parts called one after the other."""
+    """{name: output} of the stages of a torchvision ResNet."""
     x, outputs = images, {}
     for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
         x = outputs[name] = model.trunk.get_submodule(name)(x.clone())
@@ -47,8 +48,8 @@ def stages(model, images):
 
 
 def by_loops(model, images, name, targets=None):
-    """(maps [G, B, H, W], predictions [G, B], confidences [G, B]): every channel, position and
-    pixel by itself.
+    """(maps [G, B, H, W], predictions [G, B], confidences [G, B]), by loops over channels and
+    pixels.
     """
     shape = len(model.dims), len(images)
     maps, predictions, confidences = (
@@ -110,7 +111,9 @@ def test_maps_equal_loops(kind):
     np.testing.assert_allclose(found.maps, maps, atol=1e-4)
     np.testing.assert_array_equal(found.predictions, predictions)
     np.testing.assert_allclose(found.confidences, confidences, atol=1e-5)
-    assert (float(found.maps.min()) >= 0, float(found.maps.max())) == (True, 1)  # not vacuous
+    assert (float(found.maps.min()) >= 0, float(found.maps.max())) == (True, 1), (
+        "maps must be 0 to 1, with a maximum of 1"
+    )
 
 
 def test_targets_are_explained_but_predictions_stay():
@@ -120,14 +123,19 @@ def test_targets_are_explained_but_predictions_stay():
     handle = model.trunk.register_forward_hook(lambda _, given, out: passes.append(len(out)))
     found = heat_maps(model, images, each)
     handle.remove()
-    assert passes == [1, 2]  # the choice of the layer, by one image, and one pass for all prefixes
+    # one image chooses the layer; one pass for both images serves all prefixes
+    assert passes == [1, 2], "expected one pass for the layer and one for all prefixes"
     np.testing.assert_allclose(
         found.maps, by_loops(model, images, "layer4", each.tolist())[0], atol=1e-4
     )
-    assert torch.equal(found.predictions, own.predictions)
+    assert torch.equal(found.predictions, own.predictions), "targets changed the predictions"
     shared = heat_maps(model, images, torch.tensor([3, 1])).maps
-    assert torch.equal(shared, heat_maps(model, images, torch.tensor([[3, 1]] * 3)).maps)
-    assert torch.equal(heat_maps(model, images, own.predictions).maps, own.maps)
+    assert torch.equal(shared, heat_maps(model, images, torch.tensor([[3, 1]] * 3)).maps), (
+        "targets [B] and [G, B] differ"
+    )
+    assert torch.equal(heat_maps(model, images, own.predictions).maps, own.maps), (
+        "targets equal to the predictions change the maps"
+    )
 
 
 @pytest.mark.parametrize("layer", ["layer4", "layer3", "layer4.0.bn1"])
@@ -146,7 +154,7 @@ def test_captum_agrees(layer):
         np.testing.assert_allclose(found.maps[g], [normalised(one) for one in large], atol=1e-5)
 
 
-def test_a_class_that_nothing_speaks_for_has_an_empty_map():
+def test_a_class_without_evidence_has_an_empty_map():
     model, images = made(), pictures(2)
     with torch.no_grad():
         for head in model.head.heads:
@@ -156,7 +164,7 @@ def test_a_class_that_nothing_speaks_for_has_an_empty_map():
     assert found.maps[:, 1].any()
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_restored():
     model, images = made(), pictures(2)
     model.train()
     model.trunk.bn1.eval()  # as after model.freeze
@@ -167,10 +175,14 @@ def test_the_model_is_left_as_it_was():
     heat_maps(model, images)
     with pytest.raises(ModelError):
         heat_maps(model, images, layer="fc")
-    assert [m.training for m in model.modules()] == modes
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes, "the mode of a module changed"
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), (
+        "weights or statistics changed"
+    )
     for parameter, old in zip(model.parameters(), gradients, strict=True):
-        assert torch.equal(parameter.grad, old) if old is not None else parameter.grad is None
+        assert torch.equal(parameter.grad, old) if old is not None else parameter.grad is None, (
+            "a gradient changed"
+        )
     assert not any(m._forward_hooks for m in model.modules())
     assert torch.is_grad_enabled()
 
@@ -180,7 +192,9 @@ def test_the_caller_may_be_without_gradients():
     expected = heat_maps(model, images).maps
     for context in (torch.no_grad, torch.inference_mode):
         with context():
-            assert torch.equal(heat_maps(model, images.clone()).maps, expected)
+            assert torch.equal(heat_maps(model, images.clone()).maps, expected), (
+                f"maps differ under {context.__name__}"
+            )
             assert not torch.is_grad_enabled()
 
 
@@ -204,17 +218,17 @@ def test_the_last_layer_with_a_map_is_chosen(arch, size, expected):
     dims = (8, 64) if "test_" in arch else (8, 512)
     model = made(arch, dims)
     images = pictures(2, size)
-    assert tuple(find_layer(model, images)) == expected
-    assert tuple(find_layer(model, images, f"trunk.{expected[0]}")) == expected
+    assert tuple(find_layer(model, images)) == expected, "another layer was chosen"
+    assert tuple(find_layer(model, images, f"trunk.{expected[0]}")) == expected, (
+        "a named layer has another size"
+    )
     maps = heat_maps(model, images).maps
-    assert maps.shape == (2, 2, size, size)
-    assert maps.amax((2, 3)).max() == 1
+    assert maps.shape == (2, 2, size, size), "maps must have the size of the images"
+    assert maps.amax((2, 3)).max() == 1, "maps must have a maximum of 1"
 
 
 def test_maps_of_a_vit_equal_loops():
-    """From the last block's first norm on, by the block's own parts; the class token is before the
-    others.
-    """
+    """From the last block's first norm on, with the block's own parts; the class token is first."""
     model, images = made("timm:test_vit", (8, 64)), pictures(1, 160)
     trunk, last = model.trunk, model.trunk.blocks[-1]
     tokens = trunk.blocks[:-1](trunk._pos_embed(trunk.patch_embed(images)))
@@ -253,8 +267,8 @@ def test_channels_may_come_last():
     ("layer", "targets", "words"),
     [
         ("layer5", None, ["layer5", "layer4"]),
-        ("fc", None, ["fc", "no feature map"]),
-        ("", None, ["none of that name"]),
+        ("fc", None, ["fc", "not a feature map"]),
+        ("", None, ["no module of that name"]),
         (None, None, ["several positions"]),
         (None, [0], ["targets", "[2] or [3, 2]"]),
         (None, [0, 5], ["targets", "0 to 4"]),
@@ -262,7 +276,7 @@ def test_channels_may_come_last():
         (None, [[0, 0]] * 2, ["targets"]),
     ],
 )
-def test_what_cannot_be_had_is_refused(layer, targets, words):
+def test_invalid_layers_and_targets(layer, targets, words):
     model = made()
     if layer is targets is None:
         model.trunk = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64 * 64, 512))
@@ -293,16 +307,18 @@ def test_a_montage_tells_right_from_wrong_without_colour():
         "\N{BALLOT X} bee $x^2$",
     ):
         assert words in shown
-    assert shown.count("\N{CHECK MARK} ant") == 2
+    assert shown.count("\N{CHECK MARK} ant") == 2, "two predictions are right"
     frames = [axes.spines["left"].get_linestyle() for axes in figure.axes[1:4]]
-    assert frames[0] != frames[1] == frames[2]
-    assert [len(axes.texts) for axes in figure.axes[1:4]] == [0, 0, 1]  # the empty map says so
+    assert frames[0] != frames[1] == frames[2], "frames must tell right from wrong"
+    assert [len(axes.texts) for axes in figure.axes[1:4]] == [0, 0, 1], (
+        "only the empty map has a text"
+    )
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 9, 13])
 def test_nothing_overlaps_and_nothing_is_cut_off(count):
     heat = np.random.default_rng(0).random((16, 16))
-    name = "a class with a long name, as there are many"
+    name = "a class with quite a long name, like many"
     cells = [Cell(2**k, heat, name, 0.123, k % 2 == 0) for k in range(count)]
     figure = montage(
         np.zeros((16, 16, 3), np.uint8), "n" * 200, f"true class: {name}", cells, "a note " * 50
@@ -310,12 +326,14 @@ def test_nothing_overlaps_and_nothing_is_cut_off(count):
     renderer = FigureCanvasAgg(figure).get_renderer()
     boxes = [one.get_window_extent(renderer) for one in (*figure.texts, *figure.axes)]
     for i, box in enumerate(boxes):
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1  # noqa: PT018
+        assert min(box.x0, box.y0) >= 0, f"box {i} is cut off at the left or below: {box}"
+        assert box.x1 <= figure.bbox.x1, f"box {i} is cut off at the right: {box}"
+        assert box.y1 <= figure.bbox.y1, f"box {i} is cut off above: {box}"
         for other in boxes[:i]:
             apart = (
                 box.x1 <= other.x0 or other.x1 <= box.x0 or box.y1 <= other.y0 or other.y1 <= box.y0
             )
-            assert apart, (box, other)
+            assert apart, f"boxes overlap: {box}, {other}"
 
 
 @pytest.fixture(scope="module")
@@ -382,11 +400,15 @@ def test_every_prefix_of_every_image_is_shown(checkpoint, raw, tmp_path, capsys)
                 "prediction": prediction,
                 "confidence": confidence,
                 "correct": correct,
-            }
+            }, f"{one['image']}, prefix {d}"
         picture = Image.open(tmp_path / "new" / "maps" / one["file"])
-        assert (picture.format, min(picture.size) > 300) == ("PNG", True)
-        assert len(picture.convert("RGB").getcolors(10**7)) > 100
-    assert len({one["file"] for one in listed}) == 9
+        assert (picture.format, min(picture.size) > 300) == ("PNG", True), (
+            f"{one['file']}: format or size"
+        )
+        assert len(picture.convert("RGB").getcolors(10**7)) > 100, (
+            f"{one['file']}: the picture is empty"
+        )
+    assert len({one["file"] for one in listed}) == 9, "file names are not unique"
     assert "layer3, 2 x 2" in capsys.readouterr().out  # layer4 has one position at 32 pixels
     assert {p["correct"] for one in listed for p in one["prefixes"].values()} == {True, False}
 
@@ -395,7 +417,9 @@ def test_a_beton_gives_what_its_folder_gives(checkpoint, raw, tmp_path):
     write_beton(open_dataset(raw), tmp_path / "raw.beton", write_mode="raw", max_resolution=32)
     there = ran(checkpoint, raw, tmp_path / "a", "--dims=512,8", "--images=4", "--format=jpg")
     here = ran(checkpoint, tmp_path / "raw.beton", tmp_path / "b", "--dims=8,512", "--images=4")
-    assert [one["prefixes"] for one in there] == [one["prefixes"] for one in here]
+    assert [one["prefixes"] for one in there] == [one["prefixes"] for one in here], (
+        "a .beton gives other predictions than its folder"
+    )
     assert [list(one["prefixes"]) for one in here] == [["8", "512"]] * 4
     assert [one["label"] for one in here] == [
         "ant",
@@ -426,7 +450,7 @@ def test_loose_files_and_a_single_one(checkpoint, raw, tmp_path, capsys):
                 "prediction": prediction,
                 "confidence": confidence,
                 "correct": None,
-            }
+            }, f"{one['image']}, prefix {d}"
     assert [one["prefixes"] for one in ran(checkpoint, loose / "b.png", tmp_path)] == [
         listed[1]["prefixes"]
     ]
@@ -485,7 +509,7 @@ def test_the_target_decides_what_is_explained(checkpoint, raw, tmp_path, monkeyp
         (["--output={raw}/ant/0.png"], ["0.png"]),
     ],
 )
-def test_mistakes_are_one_line_and_write_nothing(checkpoint, raw, tmp_path, capsys, more, words):
+def test_mistakes_are_one_line_and_write_nothing(checkpoint, raw, tmp_path, capsys, *, more, words):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "0.png").write_bytes(b"no image")
     given = [word.format(tmp=tmp_path, raw=raw) for word in more]

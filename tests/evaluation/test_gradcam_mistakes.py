@@ -1,4 +1,4 @@
-"""Grad-CAM's program: whose maps it can make, and models of which there are none."""
+"""The Grad-CAM program: supported checkpoints, diverged and unknown models."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def arguments(path, picture, output, *more):
 
 
 def refused(capsys, argv):
-    """The one line that a program ends with."""
+    """The one-line error of the program."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         program.main(argv)
@@ -106,7 +106,7 @@ def test_published_baselines(picture, tmp_path, capsys, monkeypatch):
     assert "--path timm:resnet10t: a published baseline takes no mrl, old_ckpt" in line
 
 
-def test_published_baselines_that_there_are_not(picture, tmp_path, capsys):
+def test_unknown_published_baselines(picture, tmp_path, capsys):
     for name in ("torchvision:resnet51", "timm:none_of_these"):
         assert f"--path {name}: " in refused(capsys, arguments(name, picture, tmp_path / "no"))
     assert not Path(tmp_path / "no").exists()

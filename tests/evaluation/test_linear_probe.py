@@ -1,4 +1,4 @@
-"""The linear probe as a program: features of a checkpoint in, a model with nested heads out."""
+"""The linear-probe program: from a frozen checkpoint to a model with nested heads."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from matryoshka.models import ModelSpec, build
 
 @pytest.fixture(scope="module")
 def frozen(tmp_path_factory):
-    """An FF checkpoint: random weights see enough of a digit."""
+    """An FF checkpoint; its random weights suffice for digits."""
     torch.manual_seed(0)
     model = build(ModelSpec("resnet10", 7, (512,)))
     model.preprocessing = Preprocessing(size=32, ratio=1.0)
@@ -41,7 +41,9 @@ def test_features_come_in_the_data_sets_order(frozen, digits):
         with torch.inference_mode():
             expected = model.features(normalise(batch.images))[0]
         torch.testing.assert_close(features[batch.index[0]], expected, atol=1e-4, rtol=1e-4)
-        assert labels[batch.index[0]] == batch.labels[0]
+        assert labels[batch.index[0]] == batch.labels[0], (
+            "labels are not in the order of the data set"
+        )
     with pytest.raises(ValueError, match="1 of 101 images are missing, the first is 100"):
         extract_features(model, shuffled, 101)
 
@@ -85,7 +87,9 @@ def test_a_backbone_gets_nested_heads(frozen, digits, tmp_path, capsys, efficien
         [str(i) for i in range(10)],
     )
     trunk = before.trunk.state_dict()
-    assert all(torch.equal(value, trunk[key]) for key, value in model.trunk.state_dict().items())
+    assert all(torch.equal(value, trunk[key]) for key, value in model.trunk.state_dict().items()), (
+        "the trunk is not frozen"
+    )
 
     results = json.loads((run / "results.json").read_text())
     pytorch_inference.main(
@@ -97,15 +101,16 @@ def test_a_backbone_gets_nested_heads(frozen, digits, tmp_path, capsys, efficien
     )
     evaluated = json.loads((tmp_path / "e.json").read_text())["prefixes"]
     for d, row in results["prefixes"].items():
-        assert row["top1"] == pytest.approx(
-            evaluated[d]["top1"], abs=1.01
-        )  # other batches, other rounding: a tie
+        # other batches round differently: one of 100 images may be a tie
+        assert row["top1"] == pytest.approx(evaluated[d]["top1"], abs=1.01), (
+            f"prefix {d}: eval gives another accuracy"
+        )
         assert row["converged"]
-        assert row["weight_decay"] in (1e-3, 1e-2)
+        assert row["weight_decay"] in (1e-3, 1e-2), f"prefix {d}: the decay is not a candidate"
         line = next(line for line in shown.splitlines() if line.split()[:1] == [d])
         assert f"{row['top1']:.2f}" in line
         assert line.endswith("yes")
-    assert results["prefixes"]["512"]["top1"] > 60  # of ten classes: it has learned
+    assert results["prefixes"]["512"]["top1"] > 60, "the probe has not learned the digits"
     assert set(results["held_out_top1"]) == {"0.001", "0.01"}
     assert (results["n_train"], results["n_val"], results["head"]) == (
         400,
@@ -130,10 +135,11 @@ def test_the_program_fits_scikit_learns_model(frozen, digits, tmp_path):
     oracle.fit(scaler.transform(sets["train"][0]), sets["train"][1])
     score = oracle.score(scaler.transform(sets["val"][0]), sets["val"][1])
     row = json.loads((tmp_path / "run" / "results.json").read_text())["prefixes"]["16"]
-    assert row["top1"] == pytest.approx(100 * score, abs=1.01)  # of 100, one may be a tie
+    # one of 100 images may be a tie
+    assert row["top1"] == pytest.approx(100 * score, abs=1.01), "accuracy differs from scikit-learn"
 
 
-def test_what_does_not_converge_is_said(frozen, digits, tmp_path, capsys):
+def test_missing_convergence_is_reported(frozen, digits, tmp_path, capsys):
     more = [
         "--model.nesting_start=8",
         "--probe.solver=sgd",
@@ -180,7 +186,7 @@ def test_what_does_not_converge_is_said(frozen, digits, tmp_path, capsys):
         (["--model.dimensions=8"], ["unknown option", "model.dimensions"]),
     ],
 )
-def test_mistakes_are_one_line(frozen, digits, folder, tmp_path, capsys, more, words):
+def test_mistakes_are_one_line(frozen, digits, folder, tmp_path, capsys, *, more, words):
     shutil.copytree(folder / "train" / "ant", tmp_path / "single" / "ant")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "log").touch()

@@ -1,6 +1,4 @@
-"""Nested classifiers of features: the minimiser against scikit-learn and SciPy, gradients by finite
-differences.
-"""
+"""The linear probe against scikit-learn and SciPy; gradients by finite differences."""
 
 import numpy as np
 import pytest
@@ -11,16 +9,14 @@ from scipy.optimize import approx_fprime, minimize
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from matryoshka.evaluation import probe as rooms
+from matryoshka.evaluation import probe as probing
 from matryoshka.evaluation.probe import ProbeError, choose_weight_decay, fit
 
 DIMS = (2, 5, 9)
 
 
 def samples(n=150, width=9, classes=4, seed=0):
-    """Overlapping clusters, with features of very different scales and offsets: (float32 [N, D],
-    int64 [N]).
-    """
+    """Overlapping clusters, with very different scales and offsets: (float32 [N, D], int64 [N])."""
     rng = np.random.default_rng(seed)
     labels = np.concatenate([np.arange(classes), rng.integers(0, classes, n - classes)])
     x = rng.normal(size=(classes, width))[labels] + rng.normal(size=(n, width))
@@ -44,8 +40,8 @@ def standardised(x, shared):
     return (x - centre) / np.sqrt(((x - centre) ** 2).mean(0)), centre
 
 
-def objective(weight, bias, z, labels, dims, decay):
-    """Of one head that serves `dims`: weight [C, max(dims)], bias [C]."""
+def objective(weight, bias, z, labels, *, dims, decay):
+    """The objective of one head that serves `dims`: weight [C, max(dims)], bias [C]."""
     losses = [
         cross_entropy(np.stack([weight[:, :d] @ row[:d] + bias for row in z]), labels) for d in dims
     ]
@@ -68,7 +64,7 @@ def of_z(head, x, shared):
 def test_mrl_is_scikit_learns_logistic_regression_on_each_prefix(decay):
     x, y = samples()
     probe = fit(x, y, DIMS, 4, decay, tolerance=1e-7)
-    assert probe.converged == [True] * 3
+    assert probe.converged == [True] * 3, "not converged"
     for g, (d, head) in enumerate(zip(DIMS, probe.heads, strict=True)):
         scaled = StandardScaler().fit_transform(x[:, :d].double().numpy())
         oracle = LogisticRegression(C=1 / (len(x) * decay), tol=1e-10, max_iter=10000).fit(
@@ -82,10 +78,14 @@ def test_mrl_is_scikit_learns_logistic_regression_on_each_prefix(decay):
         np.testing.assert_allclose(
             weight - weight.mean(0), oracle.coef_ - oracle.coef_.mean(0), atol=1e-4
         )
-        ours = objective(weight, bias, scaled, y.numpy(), [d], decay)
-        theirs = objective(oracle.coef_, oracle.intercept_, scaled, y.numpy(), [d], decay)
-        assert ours <= theirs + 1e-9
-        assert probe.loss[g] == pytest.approx(cross_entropy(logits, y.numpy()), abs=1e-9)
+        ours = objective(weight, bias, scaled, y.numpy(), dims=[d], decay=decay)
+        theirs = objective(
+            oracle.coef_, oracle.intercept_, scaled, y.numpy(), dims=[d], decay=decay
+        )
+        assert ours <= theirs + 1e-9, f"prefix {d}: scikit-learn has a lower objective"
+        assert probe.loss[g] == pytest.approx(cross_entropy(logits, y.numpy()), abs=1e-9), (
+            f"prefix {d}: loss differs from the formula"
+        )
 
 
 def test_mrl_e_is_the_minimum_of_its_written_objective():
@@ -96,20 +96,26 @@ def test_mrl_e_is_the_minimum_of_its_written_objective():
     assert len(probe.heads) == 1
 
     def flat(p):
-        return objective(p[:15].reshape(3, 5), p[15:], z, y.numpy(), dims, decay)
+        return objective(p[:15].reshape(3, 5), p[15:], z, y.numpy(), dims=dims, decay=decay)
 
     best = minimize(flat, np.zeros(18), method="BFGS", options={"gtol": 1e-6})
     weight, bias = of_z(probe.heads[0], x, True)
-    assert flat(np.concatenate([weight.ravel(), bias])) <= best.fun + 1e-9
+    assert flat(np.concatenate([weight.ravel(), bias])) <= best.fun + 1e-9, (
+        "SciPy has a lower objective"
+    )
     np.testing.assert_allclose(weight, best.x[:15].reshape(3, 5), atol=1e-3)
     for loss, d in zip(probe.loss, dims, strict=True):
         logits = (
             x[:, :d].double().numpy() @ probe.heads[0][0][:, :d].numpy().T
             + probe.heads[0][1].numpy()
         )
-        assert loss == pytest.approx(cross_entropy(logits, y.numpy()), abs=1e-9)
+        assert loss == pytest.approx(cross_entropy(logits, y.numpy()), abs=1e-9), (
+            f"prefix {d}: loss differs from the formula"
+        )
     apart = fit(x, y, dims, 3, decay, tolerance=1e-7)
-    assert not np.allclose(apart.loss, probe.loss, atol=1e-3)
+    assert not np.allclose(apart.loss, probe.loss, atol=1e-3), (
+        "MRL and MRL-E are equal: the test is vacuous"
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -124,8 +130,8 @@ def test_objective_and_gradient_by_finite_differences(data):
     x, y = samples(
         n=max(n, classes), width=width, classes=classes, seed=data.draw(st.integers(0, 99))
     )
-    parts = rooms._Data(x, y, None, shared, None, torch.float64)
-    problem = rooms._Problem(parts, tuple(dims) if shared else (dims[-1],), classes, decay)
+    parts = probing._Standardised(x, y, centred=not shared)
+    problem = probing._Problem(parts, tuple(dims) if shared else (dims[-1],), classes, decay)
     problem.rows = data.draw(st.integers(1, 5))
     rng = np.random.default_rng(0)
     point = rng.normal(size=classes * (dims[-1] + 1))
@@ -136,39 +142,48 @@ def test_objective_and_gradient_by_finite_differences(data):
 
     def flat(p):
         return objective(
-            p[classes:].reshape(classes, -1), p[:classes], z, y.numpy(), problem.dims, decay
+            p[classes:].reshape(classes, -1),
+            p[:classes],
+            z,
+            y.numpy(),
+            dims=problem.dims,
+            decay=decay,
         )
 
     value, losses, (by_weight, by_bias) = problem.evaluate()
-    assert float(value) == pytest.approx(flat(point), rel=1e-9)
+    assert float(value) == pytest.approx(flat(point), rel=1e-9), (
+        "objective differs from the formula"
+    )
     assert float(losses.sum()) == pytest.approx(
         float(value) - decay / 2 * (point[classes:] ** 2).sum(), rel=1e-9
-    )
+    ), "losses differ from the objective without decay"
     gradient = np.concatenate([by_bias.numpy(), by_weight.numpy().ravel()])
     np.testing.assert_allclose(gradient, approx_fprime(point, flat, 1e-7), atol=1e-5)
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_gradient_that_is_told(shared):
+def test_the_reported_gradient(shared):
     x, y = samples(n=40, width=4, classes=3)
     dims, decay = (2, 4), 0.05
     probe = fit(x, y, dims, 3, decay, shared=shared, max_iter=3, tolerance=1e-9)
     assert probe.converged == [False, False]
-    assert probe.iterations == [3, 3]
+    assert probe.iterations == [3, 3], "max_iter is not kept"
     z, _ = standardised(x, shared)
     for head, served in zip(probe.heads, [dims] if shared else [(d,) for d in dims], strict=True):
         weight, bias = of_z(head, x, shared)
         d = served[-1]
 
         def flat(p, served=served, d=d):
-            return objective(p[:-3].reshape(3, d), p[-3:], z, y.numpy(), served, decay)
+            return objective(p[:-3].reshape(3, d), p[-3:], z, y.numpy(), dims=served, decay=decay)
 
         here = np.abs(approx_fprime(np.concatenate([weight.ravel(), bias]), flat, 1e-7)).max()
         start = np.abs(approx_fprime(np.zeros(3 * d + 3), flat, 1e-7)).max()
-        assert probe.gradient[dims.index(d)] == pytest.approx(here / start, abs=1e-5)
+        assert probe.gradient[dims.index(d)] == pytest.approx(here / start, abs=1e-5), (
+            f"prefix {d}: gradient differs from finite differences"
+        )
     enough = fit(x, y, dims, 3, decay, shared=shared, tolerance=1e-6)
     assert enough.converged == [True, True]
-    assert max(enough.gradient) <= 1e-6
+    assert max(enough.gradient) <= 1e-6, "gradient above the tolerance"
 
 
 def test_each_prefix_has_its_own_decay():
@@ -177,7 +192,7 @@ def test_each_prefix_has_its_own_decay():
     for g, (d, decay) in enumerate(((3, 1e-1), (9, 1e-3))):
         alone = fit(x, y, (d,), 4, decay)
         torch.testing.assert_close(both.heads[g][0], alone.heads[0][0])
-        assert both.weight_decay[g] == decay
+        assert both.weight_decay[g] == decay, f"prefix {d}: another decay"
 
 
 def test_blocks_and_subsets_do_not_change_it(monkeypatch):
@@ -189,20 +204,18 @@ def test_blocks_and_subsets_do_not_change_it(monkeypatch):
         fit(x[kept], y[kept], DIMS, 4, 0.01, tolerance=1e-8, shared=shared)
         for shared in (False, True)
     ]
-    monkeypatch.setattr(rooms, "_TILE", 100)
-    assert (
-        rooms._Problem(rooms._Data(x, y, None, False, None, torch.float64), (9,), 4, 0).rows == rows
-    )
+    monkeypatch.setattr(probing, "_TILE", 100)
+    assert probing._Problem(probing._Standardised(x, y), (9,), 4, 0).rows == rows, "rows in a block"
     for shared in (False, True):
         part = fit(x, y, DIMS, 4, 0.01, subset=kept, tolerance=1e-8, shared=shared)
         for a, b in zip(part.heads, whole[shared].heads, strict=True):
             torch.testing.assert_close(a[0], b[0], atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(a[1], b[1], atol=1e-4, rtol=1e-4)
-    assert torch.equal(x, before)
+    assert torch.equal(x, before), "the features were changed"
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_sgd_comes_near_to_the_same_minimum(shared):
+def test_sgd_approaches_the_same_minimum(shared):
     x, y = samples(n=400)
     exact = fit(x, y, DIMS, 4, 0.01, shared=shared, tolerance=1e-7)
     one = fit(x, y, DIMS, 4, 0.01, shared=shared, solver="sgd", epochs=60, batch_size=100, seed=1)
@@ -212,20 +225,29 @@ def test_sgd_comes_near_to_the_same_minimum(shared):
     for a, b, served in zip(
         one.heads, exact.heads, [DIMS] if shared else [(d,) for d in DIMS], strict=True
     ):
-        near, least = (objective(*of_z(h, x, shared), z, y.numpy(), served, 0.01) for h in (a, b))
-        assert least - 1e-9 <= near < least + 0.02 * len(served)
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(one.heads, again.heads, strict=True))
-    assert not torch.equal(one.heads[0][0], other.heads[0][0])
-    assert one.iterations == [240] * 3
-    assert all(small < large for small, large in zip(exact.gradient, one.gradient, strict=True))
+        near, least = (
+            objective(*of_z(head, x, shared), z, y.numpy(), dims=served, decay=0.01)
+            for head in (a, b)
+        )
+        assert least - 1e-9 <= near < least + 0.02 * len(served), "SGD is far from the minimum"
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(one.heads, again.heads, strict=True)), (
+        "the same seed gives other weights"
+    )
+    assert not torch.equal(one.heads[0][0], other.heads[0][0]), (
+        "another seed gives the same weights"
+    )
+    assert one.iterations == [240] * 3, "number of steps"
+    assert all(small < large for small, large in zip(exact.gradient, one.gradient, strict=True)), (
+        "SGD has a smaller gradient than L-BFGS"
+    )
     slow = fit(x, y, DIMS, 4, 0.01, shared=shared, solver="sgd", epochs=1, batch_size=100, lr=1e-6)
-    assert min(slow.gradient) > 0.99
+    assert min(slow.gradient) > 0.99, "a tiny rate must leave the gradient as it was"
 
 
 def test_the_curvature_bounds_the_hessian():
-    """The largest eigenvalue of the objective's second derivatives at random points, by autograd."""
+    """The largest eigenvalue of the Hessian at random points, by autograd."""
     x, y = samples(n=80, width=6, classes=3)
-    problem = rooms._Problem(rooms._Data(x, y, None, True, None, torch.float64), (3, 6), 3, 0.1)
+    problem = probing._Problem(probing._Standardised(x, y, centred=False), (3, 6), 3, 0.1)
     z = problem.data.take(slice(None), 6)[0]
     for seed in range(5):
         p = torch.randn(
@@ -241,10 +263,12 @@ def test_the_curvature_bounds_the_hessian():
             return loss + 0.05 * weight.square().sum()
 
         hessian = torch.autograd.functional.hessian(flat, p)
-        assert torch.linalg.eigvalsh(hessian)[-1] <= problem.curvature(z) * (1 + 1e-6)
+        assert torch.linalg.eigvalsh(hessian)[-1] <= problem.curvature(z) * (1 + 1e-6), (
+            f"seed {seed}: the bound is below the largest eigenvalue"
+        )
 
 
-def test_single_precision_comes_near():
+def test_single_precision_is_close():
     x, y = samples()
     single = fit(x, y, DIMS, 4, 0.01, dtype=torch.float32, tolerance=1e-3)
     exact = fit(x, y, DIMS, 4, 0.01)
@@ -253,23 +277,27 @@ def test_single_precision_comes_near():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_tolerance_that_rounding_forbids_is_not_met_but_does_no_harm(dtype):
+def test_an_unreachable_tolerance_does_no_harm(dtype):
     x, y = samples()
     least = fit(x, y, DIMS, 4, 0.01, dtype=dtype, tolerance=1e-300, max_iter=200)
     exact = fit(x, y, DIMS, 4, 0.01)
     assert least.converged == [False] * 3
-    assert min(least.iterations) > 5
+    assert min(least.iterations) > 5, "stopped too early"
     np.testing.assert_allclose(least.loss, exact.loss, atol=1e-3)
 
 
-def test_features_that_say_nothing_get_no_weight():
+def test_constant_features_get_no_weight():
     x, y = samples()
     x[:, 1], x[:, 4] = 0.1, 0.0
     probe = fit(x, y, DIMS, 4, 0.01)
     assert all(bool(torch.isfinite(weight).all()) for weight, _ in probe.heads)
-    assert float(probe.heads[-1][0][:, [1, 4]].abs().max()) < 1e-6
+    assert float(probe.heads[-1][0][:, [1, 4]].abs().max()) < 1e-6, (
+        "a constant feature has a weight"
+    )
     nothing = fit(torch.ones(8, 2), torch.arange(8) % 4, (1, 2), 4)
-    assert (nothing.converged, nothing.loss) == ([True] * 2, [pytest.approx(np.log(4))] * 2)
+    assert (nothing.converged, nothing.loss) == ([True] * 2, [pytest.approx(np.log(4))] * 2), (
+        "constant features give chance level"
+    )
 
 
 def test_the_head_is_a_module():
@@ -310,7 +338,7 @@ def test_the_head_is_a_module():
         ({"weight_decay": [0.1, 0.2, 0.3], "shared": True}, ValueError, "weight_decay"),
     ],
 )
-def test_arguments_that_do_not_fit(change, error, words):
+def test_inconsistent_arguments(change, error, words):
     x, y = samples(n=20)
     if change.pop("nan", False):
         x[3, 2] = float("nan")
@@ -332,10 +360,12 @@ def test_the_decay_is_chosen_on_a_held_out_tenth(shared):
         assert top1[c] == [
             pytest.approx(100 * float((row.argmax(1) == y[held_out]).float().mean()))
             for row in logits
-        ]
+        ], f"decay {decay}: held-out accuracy differs"
     best = np.array(top1).sum(1, keepdims=True).repeat(3, 1) if shared else np.array(top1)
-    assert len(chosen) == 3
+    assert len(chosen) == 3, "one decay for each prefix"
     for g, decay in enumerate(chosen):
-        assert best[candidates.index(decay), g] == best[:, g].max()
+        assert best[candidates.index(decay), g] == best[:, g].max(), (
+            f"prefix {g}: a better decay was not chosen"
+        )
     with pytest.raises(ProbeError, match="one training image"):
         choose_weight_decay(x[:1], y[:1], DIMS, 4, candidates)

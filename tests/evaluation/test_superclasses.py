@@ -1,6 +1,4 @@
-"""Superclasses against recursive walks over imagenet_tree.json, known facts, and the paper's own
-list.
-"""
+"""Superclasses against recursion over imagenet_tree.json, known facts, and the paper's list."""
 
 import json
 from functools import cache
@@ -32,13 +30,13 @@ FEW = settings(max_examples=30, deadline=None)
 
 @cache
 def all_above(node):
-    """The node and all above it, by any hypernym."""
+    """A node and all nodes above it, by any hypernym."""
     return frozenset({node}).union(*map(all_above, NODES[node][1:]))
 
 
 @cache
 def one_above(node, counted):
-    """The nodes above one if one hypernym of each counts: the upper ones, then the node."""
+    """The path from entity to a node along one hypernym of each."""
     if node == ENTITY:
         return (node,)
     parent = TREE["counted"].get(node, NODES[node][1]) if counted else NODES[node][1]
@@ -56,8 +54,8 @@ def is_a(name, node_name):
 # ---------------------------------------------------------------- the file
 
 
-def test_the_tree_has_what_is_above_the_classes_and_nothing_else():
-    assert len(CLASSES) == 1000
+def test_the_tree_has_exactly_the_nodes_above_the_classes():
+    assert len(CLASSES) == 1000, "ImageNet-1K has 1000 classes"
     reached = set().union(*map(all_above, CLASSES))  # a cycle would never return
     assert reached == set(NODES)
     assert [node for node, (_, *above) in NODES.items() if not above] == [ENTITY]
@@ -66,12 +64,12 @@ def test_the_tree_has_what_is_above_the_classes_and_nothing_else():
         assert not (all_above(wnid) - {wnid}) & set(CLASSES)
     for node, parent in TREE["counted"].items():
         assert parent in NODES[node][2:]
-    assert FILE.stat().st_size < 120_000
+    assert FILE.stat().st_size < 120_000, "the tree is too large for the package"
 
 
-def test_names_tell_nodes_apart():
+def test_names_are_unique():
     names = [row[0].lower() for row in NODES.values()]
-    assert len(set(names)) == len(names) == 1860
+    assert len(set(names)) == len(names) == 1860, "names are not unique"
     assert not [name for name in names if "_" in name]
     assert sc.class_names()[:3] == ["tench", "goldfish", "great white shark"]
     assert sc.class_names() == [NODES[wnid][0] for wnid in CLASSES]
@@ -102,8 +100,8 @@ def test_another_version_of_wordnet_is_refused(tmp_path):
         wordnet.build(tmp_path / "data.noun")
 
 
-def test_noun_lines_are_read_as_the_format_says(tmp_path):
-    """wndb(5WN): lemma count in hexadecimal; pointers of other kinds are no hypernyms."""
+def test_noun_lines_follow_the_format(tmp_path):
+    """wndb(5WN): lemma count in hexadecimal; other pointers are not hypernyms."""
     lemmas = " ".join(f"l_{i} 0" for i in range(16))
     (tmp_path / "data.noun").write_text(
         "  1 Licence | text\n  2  \n"
@@ -111,7 +109,7 @@ def test_noun_lines_are_read_as_the_format_says(tmp_path):
         "00000999 v 0101 "
         "| a | b\n"
     )
-    assert wordnet.read(tmp_path / "data.noun") == (
+    assert wordnet.read_nouns(tmp_path / "data.noun") == (
         {"n00000123": ("l 0", ["n00000456", "n00000321"])},
         "Licence | text",
     )
@@ -144,7 +142,9 @@ def test_known_facts(name, nodes, others):
     assert all(is_a(name, node) for node in nodes)
     assert not any(is_a(name, other) for other in others)
     for node in nodes:
-        assert sc.superclasses([CLASSES[label(name)]], [node]).groups.tolist() == [1]
+        assert sc.superclasses([CLASSES[label(name)]], [node]).groups.tolist() == [1], (
+            f"{name} is not under {node}"
+        )
     for other in others:
         with pytest.raises(
             sc.SuperclassError,
@@ -159,7 +159,7 @@ def test_the_papers_superclasses():
     moved = [(a, b) for a, b in zip(grouping.wnids[1:], PAPERS.split(), strict=True) if a != b]
     assert moved == [("n03278248", "n03528263"), ("n03528263", "n03278248")]  # of 12 classes each
     assert (grouping.groups.dtype, grouping.groups.shape) == (np.int64, (1000,))
-    assert (grouping.groups > 0).sum() == 467
+    assert (grouping.groups > 0).sum() == 467, "the paper groups 467 classes"
     assert np.bincount(grouping.groups, minlength=31)[1:].tolist() == [
         27,
         26,
@@ -191,7 +191,7 @@ def test_the_papers_superclasses():
         11,
         11,
         10,
-    ]
+    ], "sizes of the groups"
     assert (grouping.names[0], grouping.wnids[0]) == ("other", "")
     assert grouping.names[1:] == [NODES[wnid][0] for wnid in grouping.wnids[1:]]
     of = {name: grouping.names[grouping.groups[i]] for i, name in enumerate(sc.class_names())}
@@ -202,7 +202,7 @@ def test_the_papers_superclasses():
     )
     assert (of["tench"], of["hammer"], of["chihuahua".capitalize()]) == ("fish", "tool", "other")
     again = sc.superclasses(set_wnids(), "30")
-    assert np.array_equal(again.groups, grouping.groups)
+    assert np.array_equal(again.groups, grouping.groups), "by number and by name differ"
     assert again[1:] == grouping[1:]
 
 
@@ -210,16 +210,20 @@ def test_the_papers_superclasses_of_other_classes():
     whole = sc.paper_grouping()
     for kept in (set_wnids("A"), CLASSES[::-7], CLASSES[:1]):
         part = sc.superclasses(kept, "paper")
-        assert part.groups.tolist() == [whole.groups[CLASSES.index(wnid)] for wnid in kept]
+        assert part.groups.tolist() == [whole.groups[CLASSES.index(wnid)] for wnid in kept], (
+            "a subset has other groups than all classes"
+        )
         assert part[1:] == whole[1:]
-        assert np.array_equal(sc.superclasses(kept).groups, part.groups)
+        assert np.array_equal(sc.superclasses(kept).groups, part.groups), (
+            "the default is not the paper's"
+        )
 
 
 # ---------------------------------------------------------------- any level, against recursion
 
 
 def largest(wnids, count):
-    """The rule of by_count with whole sets for every node; None if it never has as many."""
+    """The rule of by_count with sets of nodes; None if there are fewer groups."""
     below = {}
     for wnid in wnids:
         path = one_above(wnid, True)
@@ -249,8 +253,10 @@ def check_count(wnids, count):
             sc.superclasses(wnids, str(count))
     else:
         grouping = sc.superclasses(wnids, str(count))
-        assert (grouping.wnids[1:], grouping.groups.tolist()) == expected
-        assert set(grouping.groups.tolist()) >= set(range(1, count + 1))
+        assert (grouping.wnids[1:], grouping.groups.tolist()) == expected, (
+            "groups differ from the recursion"
+        )
+        assert set(grouping.groups.tolist()) >= set(range(1, count + 1)), "a group is empty"
 
 
 @FEW
@@ -274,11 +280,15 @@ def test_a_depth(wnids, depth):
             sc.superclasses(wnids, depth)
         return
     grouping = sc.superclasses(wnids, depth)
-    assert [grouping.names[group] for group in grouping.groups] == expected
+    assert [grouping.names[group] for group in grouping.groups] == expected, (
+        "groups differ from the recursion"
+    )
     sizes = np.bincount(grouping.groups, minlength=len(grouping.names))[1:].tolist()
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-1] > 0
-    assert np.array_equal(sc.superclasses(wnids, f"depth:{depth}").groups, grouping.groups)
+    assert sizes == sorted(sizes, reverse=True), "groups are not sorted by size"
+    assert sizes[-1] > 0, "a group is empty"
+    assert np.array_equal(sc.superclasses(wnids, f"depth:{depth}").groups, grouping.groups), (
+        "depth as text and as integer differ"
+    )
 
 
 @FEW
@@ -294,7 +304,9 @@ def test_nodes(wnids, nodes, by_name):
     ]
     if set(expected) >= set(range(1, len(nodes) + 1)):
         grouping = sc.superclasses(wnids, given_as)
-        assert (grouping.groups.tolist(), grouping.wnids) == (expected, ["", *nodes])
+        assert (grouping.groups.tolist(), grouping.wnids) == (expected, ["", *nodes]), (
+            "groups differ from the recursion"
+        )
     else:
         with pytest.raises(sc.SuperclassError, match=r"classes is under |named before it"):
             sc.superclasses(wnids, given_as)
@@ -306,7 +318,7 @@ def test_nodes_are_taken_in_their_order():
     assert (grouping.groups.tolist(), grouping.names) == (
         [1, 2, 3],
         ["other", "dog", "animal", "tool"],
-    )
+    ), "nodes are not taken in their order"
 
 
 # ---------------------------------------------------------------- mistakes

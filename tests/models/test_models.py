@@ -19,7 +19,7 @@ from matryoshka.checkpoint.contents import CheckpointError
 from matryoshka.checkpoint.model_file import load_model, save_model
 from matryoshka.checkpoint.transfer import check_start, start_model
 from matryoshka.checkpoint.upstream import save_upstream
-from matryoshka.evaluation.metrics import PrefixAccuracy
+from matryoshka.evaluation.accuracy import PrefixAccuracy
 from matryoshka.models import (
     BACKBONES,
     ModelConfig,

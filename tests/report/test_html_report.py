@@ -1,6 +1,4 @@
-"""`matryoshka report`: what the page says against the files it was made from, hostile names, and in
-a real browser.
-"""
+"""`matryoshka report`: the page against its input files, hostile names, and a real browser."""
 
 import base64
 import io
@@ -47,9 +45,7 @@ class Text(HTMLParser):
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """A folder with results.json, arrays, analysis.json, baselines.json and gradcam/, of 60 digits
-    with evil names.
-    """
+    """An evaluation of 60 digits with hostile names, its analysis, baselines and heat maps."""
     folder = tmp_path_factory.mktemp("evaluated")
     write_beton(Digits("val"), folder / "val.beton", max_resolution=32, write_mode="raw", subset=N)
     labels = np.array([int(y) for y in Digits("val").labels[:N]])
@@ -106,7 +102,7 @@ def page_of(folder, *argv):
     return (folder / "report.html").read_text()
 
 
-def test_the_page_says_what_the_files_say(evaluated, tmp_path, capsys):
+def test_the_page_shows_the_numbers_of_the_files(evaluated, tmp_path, capsys):
     results = json.loads((evaluated / "results.json").read_text())
     fixed = results | {
         "head": "ff16",
@@ -137,12 +133,14 @@ def test_the_page_says_what_the_files_say(evaluated, tmp_path, capsys):
     } <= page.ids
     assert not {"superclasses", "training"} & page.ids  # there is no evidence for them
     for dim, row in results["prefixes"].items():
-        assert f"{row['top1']:.2f}" in shown
-        assert f"{found['calibration'][dim]['ece']:.1f}" in shown
-    assert "77.70" in shown
+        assert f"{row['top1']:.2f}" in shown, f"top-1 of prefix {dim} is missing"
+        assert f"{found['calibration'][dim]['ece']:.1f}" in shown, f"ECE of prefix {dim} is missing"
+    assert "77.70" in shown, "accuracy of the fixed feature is missing"
     assert "ImageNet-1K" in shown  # of 10 classes: the paper's curves are for reference, apart
-    assert f"{found['oracle']['top1']:.2f} %" in shown
-    assert f"{found['cascade']['caps'][1]['expected_dim']['mean']:.2f}" in shown
+    assert f"{found['oracle']['top1']:.2f} %" in shown, "accuracy of the oracle is missing"
+    assert f"{found['cascade']['caps'][1]['expected_dim']['mean']:.2f}" in shown, (
+        "mean dim of the cascade is missing"
+    )
     assert "c0ffeec0ffee with changes" in shown
     assert "a <fast> one, 2 cores" in shown
     assert "30 images" in shown
@@ -150,7 +148,9 @@ def test_the_page_says_what_the_files_say(evaluated, tmp_path, capsys):
         re.search(r'id="class-data">(.*?)</script>', page_of(evaluated), re.DOTALL)[1]
     )
     assert [row[0] for row in data["rows"]] == results["class_names"]
-    assert [row[4:] for row in data["rows"]] == [c["top1"] for c in found["per_class"]]
+    assert [row[4:] for row in data["rows"]] == [c["top1"] for c in found["per_class"]], (
+        "accuracies of the classes differ from analysis.json"
+    )
     assert capsys.readouterr().out.count("report.html") == 2
 
 
@@ -163,26 +163,28 @@ def test_nothing_is_loaded_and_nothing_escapes(evaluated):
         tag for tag, attrs in page.tags if tag in ("script", "img", "link") and "http" in str(attrs)
     ]
     assert EVIL not in content
-    assert content.count("<script") == 2  # the classes and the behaviour
+    assert content.count("<script") == 2, "an unexpected script"  # the classes and the behaviour
     assert "@import" not in content
-    assert len(content.encode()) < MAX_BYTES
+    assert len(content.encode()) < MAX_BYTES, "the page is too large"
 
 
 def test_samples_are_the_images_and_their_answers(evaluated):
     content = page_of(evaluated, "--samples=60")
     cards = re.findall(r"<article>(.*?)</article>", content, re.DOTALL)
     logits, labels = np.load(evaluated / "logits.npy"), np.load(evaluated / "gt.npy")
-    assert len(cards) == N
+    assert len(cards) == N, "number of samples"
     right = [len(re.findall(r'<li class="right">', card)) for card in cards]
-    assert sum(right) == (logits.argmax(2) == labels).sum()
+    assert sum(right) == (logits.argmax(2) == labels).sum(), (
+        "right answers on the page differ from the arrays"
+    )
     first = base64.b64decode(re.search(r"base64,([^\"]+)", cards[0])[1])
-    assert Image.open(io.BytesIO(first)).size == (160, 160)
+    assert Image.open(io.BytesIO(first)).size == (160, 160), "size of a thumbnail"
     assert "<article>" not in page_of(evaluated, "--samples=0")
 
 
-def test_models_are_told_apart(evaluated, tmp_path):
-    """A nested model of one prefix is no fixed feature; other images, and other classes, are not
-    drawn beside these.
+def test_models_are_distinguished(evaluated, tmp_path):
+    """A nested model of one prefix is not a fixed feature; results on other images or classes are
+    not in the same chart.
     """
     results = json.loads((evaluated / "results.json").read_text()) | {"arrays": {}}
     one = results | {
@@ -229,9 +231,9 @@ def test_the_class_count_of_imagenet_gets_the_papers_curves(evaluated, tmp_path)
 )
 def test_ticks_are_round_and_span(low, high):
     ticks = charts.nice_ticks(low, high)
-    assert ticks[0] <= low + 1e-9
-    assert ticks[-1] >= high - 1e-9
-    assert 2 <= len(ticks) <= 10
+    assert ticks[0] <= low + 1e-9, f"ticks {ticks} start above {low}"
+    assert ticks[-1] >= high - 1e-9, f"ticks {ticks} end below {high}"
+    assert 2 <= len(ticks) <= 10, f"{len(ticks)} ticks"
     steps = np.diff(ticks)
     np.testing.assert_allclose(steps, steps[0])
     assert f"{steps[0]:.0e}"[0] in "125" or f"{steps[0]:.1e}".startswith("2.5")
@@ -261,7 +263,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("argv", "words"), MISTAKES)
-def test_mistakes_are_one_line(evaluated, tmp_path, monkeypatch, capsys, argv, words):
+def test_mistakes_are_one_line(evaluated, tmp_path, monkeypatch, capsys, *, argv, words):
     shutil.copytree(evaluated, tmp_path / "e")
     folder = tmp_path / "e"
     monkeypatch.chdir(tmp_path)
@@ -317,7 +319,7 @@ def chromium():
 
 
 def open_page(chromium, path, **options):
-    """(page, what the console said, addresses that were asked for)"""
+    """(page, console messages, requested URLs)"""
     page = chromium.new_context(**options).new_page()
     said, asked = [], []
     page.on("console", lambda message: said.append(message.text))
@@ -341,19 +343,21 @@ def test_a_browser_shows_the_page(chromium, evaluated, tmp_path, scheme):
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
     page.screenshot(path=tmp_path / "page.png", full_page=True)
     pixels = np.asarray(Image.open(tmp_path / "page.png").convert("L")).astype(float)
-    assert (pixels.mean() > 128) == (scheme == "light")
-    assert pixels.std() > 10  # something is on it
+    assert (pixels.mean() > 128) == (scheme == "light"), f"brightness of the {scheme} theme"
+    assert pixels.std() > 10, "the page is empty"  # something is on it
     assert page.locator("h1").inner_text() == "resnet10 MRL 8,32,512 on val"
-    assert page.locator("#accuracy svg circle").count() >= len(DIMS)
+    assert page.locator("#accuracy svg circle").count() >= len(DIMS), (
+        "points are missing in the chart"
+    )
     page.locator("#theme").click()
     page.screenshot(path=tmp_path / "other.png", full_page=True)
     assert (np.asarray(Image.open(tmp_path / "other.png").convert("L")).mean() > 128) == (
         scheme == "dark"
-    )
+    ), "the button does not change the theme"
     page.set_viewport_size({"width": 390, "height": 800})
-    assert (
-        page.evaluate("document.documentElement.scrollWidth") == 390
-    )  # nothing sticks out on a phone
+    assert page.evaluate("document.documentElement.scrollWidth") == 390, (
+        "the page is wider than a phone"
+    )
 
 
 def test_the_table_of_classes_is_used_by_keyboard(chromium, evaluated):
@@ -361,7 +365,7 @@ def test_the_table_of_classes_is_used_by_keyboard(chromium, evaluated):
     found = json.loads((evaluated / "analysis.json").read_text())["per_class"]
     page, said, _ = open_page(chromium, evaluated / "report.html")
     rows = page.locator("#class-table tbody tr")
-    assert rows.count() == 10
+    assert rows.count() == 10, "number of rows"
     for ascending in (
         True,
         False,
@@ -381,11 +385,11 @@ def test_the_table_of_classes_is_used_by_keyboard(chromium, evaluated):
     assert sorted_by.count() == 1
     page.locator("#search").focus()
     page.keyboard.type("DIGIT 7")
-    assert rows.count() == 1
+    assert rows.count() == 1, "number of rows"
     assert "digit 7" in rows.inner_text()
     assert page.locator("#found").inner_text() == "1 of 10 classes"
     page.locator("#search").fill("<script>")
-    assert rows.count() == 1  # the evil name is text
+    assert rows.count() == 1, "number of rows"  # the evil name is text
     page.locator("#accuracy summary").first.focus()
     page.keyboard.press("Enter")
     assert page.locator("#accuracy details").first.get_attribute("open") is not None
@@ -407,30 +411,32 @@ def test_superclasses_are_drawn(chromium, evaluated, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(found))
     page_of(evaluated, f"--analysis={tmp_path / 'a.json'}")
     page, said, _ = open_page(chromium, evaluated / "report.html")
-    assert page.locator("#confusion rect").count() == 9
+    assert page.locator("#confusion rect").count() == 9, "number of cells"
     assert "86.67 %" in page.locator("#confusion-said").inner_text()
     page.locator("#confusion-dim").select_option("8")
     assert "83.33 %" in page.locator("#confusion-said").inner_text()
     assert (
-        f"dog taken for {EVIL}: 5 of 30 (16.7 %)"
+        f"dog predicted as {EVIL}: 5 of 30 (16.7 %)"
         in page.locator("#confusion rect title").all_text_contents()
     )
     assert said == []
 
 
 def test_paper_is_white(chromium, evaluated, tmp_path):
-    """Also of somebody whose screen is dark, by the system or by the button."""
+    """Also with a dark theme, by the system or by the button."""
     page_of(evaluated)
     page, _, _ = open_page(chromium, evaluated / "report.html", color_scheme="dark")
     for _ in range(2):
         page.emulate_media(media="print", color_scheme="dark")
         page.screenshot(path=tmp_path / "print.png")
-        assert np.asarray(Image.open(tmp_path / "print.png").convert("L")).mean() > 200
+        assert np.asarray(Image.open(tmp_path / "print.png").convert("L")).mean() > 200, (
+            "printed pages must be white"
+        )
         page.emulate_media(media="screen", color_scheme="dark")
         page.evaluate("document.documentElement.dataset.theme = 'dark'")
 
 
-def test_on_paper_nothing_is_folded_away(chromium, evaluated, tmp_path):
+def test_printed_pages_show_folded_sections(chromium, evaluated, tmp_path):
     found = json.loads((evaluated / "analysis.json").read_text())
     many = [found["per_class"][i % 10] | {"name": f"class {i}"} for i in range(70)]
     (tmp_path / "a.json").write_text(json.dumps(found | {"per_class": many}))
@@ -441,11 +447,11 @@ def test_on_paper_nothing_is_folded_away(chromium, evaluated, tmp_path):
     assert page.locator("#page").inner_text() == "page 2 of 3"
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator("details:not([open])").count() == 0
-    assert rows.count() == 70
+    assert rows.count() == 70, "number of rows"
     page.pdf(path=tmp_path / "page.pdf", format="A4")
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator("details:not([open])").count() > 0
-    assert rows.count() == 25
+    assert rows.count() == 25, "number of rows"
     assert page.locator("#page").inner_text() == "page 2 of 3"
     assert said == []

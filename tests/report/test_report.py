@@ -1,4 +1,4 @@
-"""Tables, intervals, pictures, and what is read of a run."""
+"""Accuracy tables, intervals, plots, and reading of run folders."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from matryoshka.report.tables import (
+from matryoshka.report import (
     RunError,
     accuracy_table,
     plot_accuracy,
@@ -23,10 +23,10 @@ def test_wilson_interval_equals_scipy(hits, n):
     expected = binomtest(hits, n).proportion_ci(0.95, method="wilson")
     assert wilson_interval(100 * hits / n, n) == pytest.approx(
         (100 * expected.low, 100 * expected.high), abs=2e-3
-    )
+    ), "interval differs from SciPy"
 
 
-def test_table_shows_what_there_is():
+def test_table_has_the_given_columns():
     rows = accuracy_table(
         {8: {"top1": 66.631, "top5": 88.0, "ff_top1": 65.3}, 2048: {"top1": 76.8, "top5": 93.2}}
     )
@@ -64,7 +64,7 @@ def write_run(path, params, epochs):
 
 
 def curves(axes):
-    """{legend label, or number: ([x], [y])} of the lines that have points."""
+    """{legend label or number: ([x], [y])} of the lines with points."""
     lines = [line for line in axes.lines if len(line.get_xdata())]
     return {
         line.get_label(): (list(line.get_xdata()), pytest.approx(list(line.get_ydata())))
@@ -84,8 +84,10 @@ def test_plot_run_draws_the_log(tmp_path):
     above, below, rate = figure.axes
     shown = curves(above)
     for i, d in enumerate(dims):  # the legend names the accuracy of the best epoch, 1
-        assert shown[f"{d:>4}: {30 + i:5.1f}"] == ([0, 1, 2], [10 + i, 30 + i, 20 + i])
-    assert len(shown) == 2 * len(dims) + 1  # the averages, and where the best epoch is
+        assert shown[f"{d:>4}: {30 + i:5.1f}"] == ([0, 1, 2], [10 + i, 30 + i, 20 + i]), (
+            f"curve of prefix {d}"
+        )
+    assert len(shown) == 2 * len(dims) + 1, "number of curves"
     texts = [text.get_text() for text in above.get_legend().get_texts()]
     assert texts == [f"{d:>4}: {30 + i:5.1f}" for i, d in reversed(list(enumerate(dims)))] + [
         "average\nof weights"
@@ -93,38 +95,40 @@ def test_plot_run_draws_the_log(tmp_path):
     assert [list(curves(axes).values()) for axes in (below, rate)] == [
         [([0, 1, 2], [4.0, 3.0, 2.0])],
         [([0, 1, 2], [0.5, 0.25, 0.5 / 3])],
-    ]
+    ], "loss or learning rate"
     assert (above.get_title(loc="left"), above.get_title(loc="right")) == (
         "resnet18 mrl 8-2048",
         "a $run$",
     )
     colours = [line.get_color() for line in above.lines if line.get_label() in texts[:-1]]
-    assert len(set(colours)) == len(dims)
+    assert len(set(colours)) == len(dims), "two curves share a colour"
     image = np.asarray(Image.open(tmp_path / "run.png").convert("RGB"))
-    assert image.shape == (975, 1200, 3)
-    assert all((image == np.round(255 * np.array(c[:3])).astype(int)).all(2).any() for c in colours)
+    assert image.shape == (975, 1200, 3), "size of the picture"
+    assert all(
+        (image == np.round(255 * np.array(c[:3])).astype(int)).all(2).any() for c in colours
+    ), "a colour is missing in the picture"
     box = above.get_legend().get_window_extent()
-    assert box.x1 <= figure.bbox.x1  # nothing is cut off
-    assert box.y0 >= above.get_window_extent().y0
+    assert box.x1 <= figure.bbox.x1, "the legend is cut off at the right"  # nothing is cut off
+    assert box.y0 >= above.get_window_extent().y0, "the legend is cut off below"
 
 
 @pytest.mark.parametrize(
     "epochs", [[], [{}], [{}] * 40 + [{"top_1": 0.5}], [{"top_1": float("nan")}], [{"top_1": "x"}]]
 )
-def test_plot_run_of_a_run_with_little_in_it(tmp_path, epochs):
+def test_plot_run_of_short_logs(tmp_path, epochs):
     run = write_run(
         tmp_path / "run", {"model.arch": "resnet18", "model.fixed_feature": 16}, [*epochs]
     )
     (run / "log").touch()
     figure = plot_run(run, tmp_path / "run.png")
     shown = [line for line in figure.axes[0].lines if line.get_label() == "  16:  50.0"]
-    assert [line.get_marker() for line in shown] == ["o"] * (
-        {"top_1": 0.5} in epochs
-    )  # one point is to be seen
+    assert [line.get_marker() for line in shown] == ["o"] * ({"top_1": 0.5} in epochs), (
+        "a single point needs a marker"
+    )
     assert figure.axes[0].get_title(loc="left") == "resnet18 ff16"
 
 
-def test_plot_run_of_what_is_missing(tmp_path):
+def test_plot_run_of_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"params\.json"):
         plot_run(tmp_path / "nothing", tmp_path / "run.png")
     (tmp_path / "params.json").write_text(json.dumps(MRL))
@@ -152,8 +156,10 @@ def test_torn_lines_are_left_out(tmp_path):
     ]
     (run / "log").write_bytes(first + b"".join(torn[1:]) + second + torn[0])
     assert read_run(run) == whole
-    assert whole.top1() == {"8": {0: 25, 1: 50}, "12": {0: 50, 1: 75}}
-    assert whole.best() == (1, {"8": 50, "12": 75})
+    assert whole.top1() == {"8": {0: 25, 1: 50}, "12": {0: 50, 1: 75}}, (
+        "accuracies of the log in percent"
+    )
+    assert whole.best() == (1, {"8": 50, "12": 75}), "best epoch"
 
 
 @pytest.mark.parametrize(
@@ -171,10 +177,12 @@ def test_torn_lines_are_left_out(tmp_path):
 def test_the_head_of_a_run_without_a_checkpoint(tmp_path, params, log, expected):
     run = read_run(write_run(tmp_path, {"model.arch": "resnet18", **params}, [log]))
     assert (run.head, run.dims) == expected
-    assert [len(values) for values in run.top1().values()] == [1] * len(log)
+    assert [len(values) for values in run.top1().values()] == [1] * len(log), (
+        "number of logged accuracies"
+    )
 
 
-def test_a_checkpoint_tells_the_width_of_a_trunk(tmp_path):
+def test_a_checkpoint_gives_the_width_of_a_trunk(tmp_path):
     from matryoshka.checkpoint.model_file import save_model
     from matryoshka.models import ModelSpec, build
 

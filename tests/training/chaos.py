@@ -33,7 +33,7 @@ import torch
 from matryoshka.train import train_imagenet
 from sklearn.datasets import load_digits
 
-import matryoshka.evaluation.metrics
+import matryoshka.evaluation.accuracy
 from matryoshka.data import write_beton
 from matryoshka.training import snapshot
 from matryoshka.training.guard import Guard
@@ -132,7 +132,7 @@ def killed_at(place: str, count: int, delay: float) -> None:
             lambda reduce, tensor, *_: reduce(tensor, async_op=True),
         )
     elif place == "evaluation":
-        wrap(matryoshka.evaluation.metrics.PrefixAccuracy, "update")
+        wrap(matryoshka.evaluation.accuracy.PrefixAccuracy, "update")
     else:
         names = {"write": "write", "fsync": "fsync", "link": "link", "rename": "replace"}
         wrap(os, names[place], half_of_it if place == "write" else None)

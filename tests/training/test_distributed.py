@@ -27,7 +27,7 @@ from types import SimpleNamespace
 from matryoshka import distributed
 from matryoshka.data import Loader, RandomResizedCrop, augment
 from matryoshka.training.guard import Guard
-from matryoshka.evaluation.metrics import PrefixAccuracy
+from matryoshka.evaluation.accuracy import PrefixAccuracy
 from matryoshka.models import ModelSpec, build
 from matryoshka.nested import nested_cross_entropy
 from matryoshka.evaluation.predict import predict

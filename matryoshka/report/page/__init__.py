@@ -1,8 +1,8 @@
-"""One HTML file that shows a model: `render(Evidence(...))`. No network, no other file; light, dark
-and on paper.
+"""Self-contained HTML report of a model: `render(Evidence(...))`.
 
-page.html is the frame, style.css and behaviour.js go into it; sections.py turns numbers into what
-it shows.
+The page needs no network and no other file; it has a light theme, a dark theme and a print layout.
+page.html is the template, into which style.css and behaviour.js are inserted; sections.py computes
+the contents of each section.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matryoshka.report.page import sections
-from matryoshka.report.tables import Run
+from matryoshka.report.run import Run
 
 __all__ = [
     "MAX_BYTES",
@@ -27,49 +27,53 @@ __all__ = [
     "render",
 ]
 
-MAX_BYTES = 5_000_000  # of a page: it should go by mail
-MAX_IMAGE_BYTES = 3_600_000  # of its pictures, in base64
+MAX_BYTES = 5_000_000  # of a page: small enough to send by e-mail
+MAX_IMAGE_BYTES = 3_600_000  # of all its pictures, in base64
 
 
 class PageError(ValueError):
-    """Evidence that does not make a page; the message says why."""
+    """Evidence that cannot be rendered; the message gives the reason."""
 
     user_error = True
 
 
 @dataclass
 class Picture:
-    """A picture as a data: address, with its text."""
+    """A picture as a data: URL, with its alternative text."""
 
     address: str
     text: str
 
 
 class Answer(NamedTuple):
-    """What a prefix says of an image. confidence: 0 to 1, NaN where it is not known."""
+    """Prediction of one prefix for an image. confidence: 0 to 1, NaN if unknown."""
 
     dim: int
-    said: str
+    prediction: str
     confidence: float
     right: bool
 
 
 @dataclass
 class Sample:
-    """An image that was evaluated; answers from the shortest prefix on."""
+    """An evaluated image with its true class.
+
+    outcome: which prefixes are right, in words. answers: one per prefix, shortest first.
+    """
 
     picture: Picture
     label: str
-    story: str
+    outcome: str
     answers: list[Answer]
 
 
 @dataclass
 class Evidence:
-    """All that a page may show; what is missing is left out.
+    """Inputs of the page; sections without input are omitted.
 
-    results: results.json of evaluations, the first is the subject. analysis, baselines:
-    analysis.json, baselines.json. run: the subject's training. environment: env.json of that run.
+    results: results.json of evaluations, the first one is of the model on show (the subject).
+    analysis, baselines: analysis.json, baselines.json. run: the training run of the subject.
+    environment: env.json of that run. notes: sentences below the headline.
     """
 
     title: str
@@ -84,43 +88,42 @@ class Evidence:
 
 
 def render(evidence: Evidence) -> bytes:
-    """The page, UTF-8. PageError when it would be larger than MAX_BYTES, or the evidence is not
-    what it should be.
+    """Render the page as UTF-8.
+
+    Raises PageError if the page exceeds MAX_BYTES or the JSON inputs are malformed.
     """
     from jinja2 import Environment, FileSystemLoader
 
     here = Path(__file__).parent
-    # autoescape: names of classes and files come from users
-    page = Environment(
+    # autoescape: names of classes and files come from users and may contain markup
+    environment = Environment(
         loader=FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    page.filters["json"] = _script_safe
-    template = page.get_template("page.html")
-    files = {
-        name: (here / name).read_text(encoding="utf-8") for name in ("style.css", "behaviour.js")
-    }
-    try:  # files that somebody edited miss anything, anywhere
+    environment.filters["json"] = _script_safe
+    template = environment.get_template("page.html")
+    try:
         text = template.render(
             evidence=evidence,
-            style=files["style.css"],
-            behaviour=files["behaviour.js"],
+            style=(here / "style.css").read_text(encoding="utf-8"),
+            behaviour=(here / "behaviour.js").read_text(encoding="utf-8"),
             **sections.build(evidence),
         )
+    # a hand-edited JSON file may lack any key, and fails wherever that key is used first
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise PageError(
-            f"the JSON files do not hold what their programs write ({type(error).__name__}: "
-            f"{error}); make them again"
+            f"the JSON files are incomplete or edited ({type(error).__name__}: {error}); "
+            "make them again"
         ) from error
-    content = text.encode("utf-8", "replace")  # names of files may be no text
+    content = text.encode("utf-8", "replace")  # file names may contain bytes that are not UTF-8
     if len(content) > MAX_BYTES:
         raise PageError(
-            f"the page would have {len(content):,} bytes, more than {MAX_BYTES:,}; lower --samples"
+            f"the page would be {len(content):,} bytes, more than {MAX_BYTES:,}; lower --samples"
         )
     return content
 
 
 def _script_safe(value: Mapping) -> Any:
-    """JSON that cannot end the <script> around it."""
+    """JSON in which no character can close the surrounding <script> element."""
     from markupsafe import Markup
 
     text = json.dumps(value, separators=(",", ":"))

@@ -10,14 +10,14 @@
   };
   const SVG = "http://www.w3.org/2000/svg";
 
-  // Light and dark: the system's choice until the button is used.
+  // Theme: the system's preference until the button is used.
   byId("theme").addEventListener("click", () => {
     const root = document.documentElement;
     const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
     root.dataset.theme = dark ? "light" : "dark";
   });
 
-  // On paper nothing is folded away.
+  // Printed pages show every folded section.
   let folded = [];
   addEventListener("beforeprint", () => {
     for (const d of document.querySelectorAll("details:not([open])")) { folded.push(d); d.open = true; }
@@ -45,21 +45,21 @@
           const share = total ? counts[k][j] / total : 0;
           const cell = make("rect", { class: "cell", x: left + at * side + 0.5, y: top + i * side + 0.5, width: side - 1, height: side - 1,
             "fill-opacity": (share ? 0.06 + 0.94 * share : 0.03).toFixed(3) }, null, SVG);
-          cell.append(make("title", {}, `${confusion.names[k]} taken for ${confusion.names[j]}: ${counts[k][j]} of ${total} (${(100 * share).toFixed(1)} %)`, SVG));
+          cell.append(make("title", {}, `${confusion.names[k]} predicted as ${confusion.names[j]}: ${counts[k][j]} of ${total} (${(100 * share).toFixed(1)} %)`, SVG));
           svg.append(cell);
         });
       });
       byId("confusion").replaceChildren(svg);
-      byId("confusion-said").textContent = `rows: the truth; columns: the answer; ${(100 * hits / all).toFixed(2)} % on the diagonal`;
+      byId("confusion-said").textContent = `rows: true group; columns: predicted group; ${(100 * hits / all).toFixed(2)} % on the diagonal`;
     };
     byId("confusion-dim").addEventListener("change", draw);
     draw();
   }
 
-  // Classes: sorted by any column, searched, a page at a time.
+  // Table of classes: sortable by any column, searchable, paginated.
   const classes = read("class-data");
   if (classes) {
-    const PAGE = 25, PRINTED = 2000;  // rows at a time on a screen, and at most on paper
+    const PAGE = 25, PRINTED = 2000;  // rows per page on screen; maximum in print
     let size = PAGE;
     const columns = ["Class", "Images", "Trend", "", ...classes.dims.map(String)];
     const value = (row, c) => (c === 0 ? row[0].toLowerCase() : c === 1 ? row[2] : c === 2 ? row[3] : row[c]);

@@ -1,26 +1,31 @@
-"""Charts as SVG text for a page with the colours of style.css: they follow its light and its dark
-theme.
+"""Charts as inline SVG, coloured by the variables of style.css in light and dark theme.
 
-Every mark has a <title>, which browsers show under the pointer and read aloud.
+Every mark has a <title>, which browsers show as a tooltip and screen readers read aloud.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 760, 360
-LEFT, RIGHT, TOP, BOTTOM = 58, 18, 14, 50
+LEFT, RIGHT, TOP, BOTTOM = 58, 18, 14, 50  # margins around the plot area
+MIN_SPAN = 5.0  # percentage points on the y-axis: noise should not look like a trend
+MAX_MARKED_POINTS = 60  # longer lines are drawn without a mark for each point
+
+Scale = Callable[[float], float]  # value -> position in the SVG
 
 
 @dataclass(frozen=True)
 class Series:
-    """y over x, None where there is no value. low, high: interval of each point. colour: a name of
-    style.css (--NAME), or a number from 0 to 1 on its ramp. style: line, dashed, or points alone
-    (dots, diamonds).
+    """y over x; None marks a missing value.
+
+    low, high: interval of each point. colour: the name of a variable of style.css (--NAME), or a
+    number from 0 to 1 on its colour ramp. style: "line", "dashed", or single points ("points",
+    "diamonds").
     """
 
     label: str
@@ -32,34 +37,83 @@ class Series:
     style: str = "line"
 
     @property
-    def ink(self) -> str:
+    def css_colour(self) -> str:
         if isinstance(self.colour, str):
             return f"var(--{self.colour})"
         return f"color-mix(in oklch, var(--ramp-start), var(--ramp-end) {100 * self.colour:.0f}%)"
 
     def points(self) -> list[tuple[int, float, float]]:
-        return [
-            (i, float(a), float(b))
-            for i, (a, b) in enumerate(zip(self.x, self.y, strict=True))
-            if b is not None
-        ]
+        """(index, x, y) of the points that have a value."""
+        found = []
+        for i, (x, y) in enumerate(zip(self.x, self.y, strict=True)):
+            if y is not None:
+                found.append((i, float(x), float(y)))
+        return found
 
 
 def number(value: float) -> str:
-    """Short: 8, 180, 13.2, 0.46."""
+    """A short number: 8, 180, 13.2, 0.46."""
     if value == round(value) or abs(value) >= 100:
         return f"{value:.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 def nice_ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """Round numbers that span low..high."""
+    """Round numbers that span low..high, about `count` of them."""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw)
+    # 1e-9: a bound that is a tick except for rounding must not add another one
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
     return [k * step for k in range(first, last + 1)]
+
+
+# ---------------------------------------------------------------- axes
+
+
+def _svg_tag(width: float, height: float, title: str, *, css: str = "chart", more: str = "") -> str:
+    return (
+        f'<svg class="{css}" viewBox="0 0 {width} {height}" role="img" '
+        f'{more}aria-label="{escape(title)}">'
+    )
+
+
+def _y_axis(ticks: Sequence[float], y_of: Scale) -> list[str]:
+    """Grid lines across the plot area, with their numbers at the left."""
+    parts = []
+    for tick in ticks:
+        y = y_of(tick)
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
+        parts.append(
+            f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" '
+            f'text-anchor="end">{number(tick)}</text>'
+        )
+    return parts
+
+
+def _y_label(text: str, height: float) -> str:
+    middle = (TOP + height - BOTTOM) / 2
+    return (
+        f'<text class="label up" transform="translate(14 {middle}) rotate(-90)" '
+        f'text-anchor="middle">{escape(text)}</text>'
+    )
+
+
+def _y_ticks(values: Sequence[float], percent: bool) -> list[float]:
+    """Ticks around the values, over at least MIN_SPAN points if they are percentages."""
+    middle = (min(values) + max(values)) / 2
+    half = max((max(values) - min(values)) * 0.54, MIN_SPAN / 2 if percent else 1e-6)
+    low = max(0.0, middle - half)
+    if not percent:
+        return nice_ticks(low, middle + half)
+    ticks = nice_ticks(low, min(100.0, middle + half))
+    return [tick for tick in ticks if 0 <= tick <= 100]
+
+
+# ---------------------------------------------------------------- lines and points
 
 
 def line_chart(
@@ -67,149 +121,130 @@ def line_chart(
     title: str,
     x_label: str,
     y_label: str,
+    *,
     x_ticks: Sequence[float] | None = None,
     log2: bool = True,
     percent: bool = True,
     height: int = HEIGHT,
 ) -> Markup:
-    """Lines and points; the y-axis spans at least 5, so that noise does not look like a trend."""
+    """Lines and points over a shared x-axis, logarithmic to base 2 by default."""
     shown = [s for s in series if s.points()]
-    xs = [x for s in shown for _, x, _ in s.points()]
-    ys = [y for s in shown for _, _, y in s.points()]
-    ys += [v for s in shown for side in (s.low, s.high) for v in side or ()]
-    middle, half = (
-        (min(ys) + max(ys)) / 2,
-        max((max(ys) - min(ys)) * 0.54, 2.5 if percent else 1e-6),
-    )
-    y_ticks = nice_ticks(
-        max(0.0, middle - half), min(100.0, middle + half) if percent else middle + half
-    )
-    if percent:
-        y_ticks = [t for t in y_ticks if 0 <= t <= 100]
-    x_ticks = (
-        list(x_ticks)
-        if x_ticks is not None
-        else nice_ticks(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1)
-    )
-    scale = math.log2 if log2 else float
-    across = [scale(v) for v in (min([*xs, *x_ticks]), max([*xs, *x_ticks]))]
-    pad = 0.04 * ((across[1] - across[0]) or 1)
-    across = [across[0] - pad, across[1] + pad]
+    xs = []
+    ys = []
+    for s in shown:
+        for _, x, y in s.points():
+            xs.append(x)
+            ys.append(y)
+        ys += [*(s.low or ()), *(s.high or ())]
+
+    y_ticks = _y_ticks(ys, percent)
     bottom, top = y_ticks[0], y_ticks[-1]
+    if x_ticks is None:
+        x_ticks = nice_ticks(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1)
+    scale = math.log2 if log2 else float
+    first = scale(min([*xs, *x_ticks]))
+    last = scale(max([*xs, *x_ticks]))
+    pad = 0.04 * ((last - first) or 1)
+    first, last = first - pad, last + pad
 
-    def px(x: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (scale(x) - across[0]) / (across[1] - across[0])
+    def x_of(x: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (scale(x) - first) / (last - first)
 
-    def py(y: float) -> float:
+    def y_of(y: float) -> float:
         return height - BOTTOM - (height - TOP - BOTTOM) * (y - bottom) / (top - bottom)
 
-    parts = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'aria-label="{escape(title)}">'
-    ]
-    for tick in y_ticks:
+    parts = [_svg_tag(WIDTH, height, title), *_y_axis(y_ticks, y_of)]
+    for tick in x_ticks:
         parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(tick):.1f}" '
-            f'y2="{py(tick):.1f}"/>'
+            f'<text class="tick" x="{x_of(tick):.1f}" y="{height - BOTTOM + 20}" '
+            f'text-anchor="middle">{number(tick)}</text>'
         )
-        parts.append(
-            f'<text class="tick" x="{LEFT - 8}" y="{py(tick) + 4:.1f}" '
-            f'text-anchor="end">{number(tick)}</text>'
-        )
-    parts += [
-        f'<text class="tick" x="{px(t):.1f}" y="{height - BOTTOM + 20}" '
-        f'text-anchor="middle">{number(t)}</text>'
-        for t in x_ticks
-    ]
     parts.append(
         f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 8}" '
-        'text-anchor="middle">'
-        f"{escape(x_label)}</text>"
+        f'text-anchor="middle">{escape(x_label)}</text>'
     )
-    middle_y = (TOP + height - BOTTOM) / 2
-    parts.append(
-        f'<text class="label up" transform="translate(14 {middle_y}) rotate(-90)" '
-        'text-anchor="middle">'
-        f"{escape(y_label)}</text>"
-    )
+    parts.append(_y_label(y_label, height))
     for s in shown:
-        parts += _drawn(s, px, py, percent)
+        parts.append(f'<g style="color:{s.css_colour}">')
+        parts += _intervals(s, x_of, y_of)
+        parts += _line(s, x_of, y_of)
+        parts += _marks(s, x_of, y_of, unit=" %" if percent else "")
+        parts.append("</g>")
     return Markup("".join([*parts, "</svg>"]))
 
 
-def _drawn(s: Series, px, py, percent: bool) -> list[str]:
+def _intervals(s: Series, x_of: Scale, y_of: Scale) -> list[str]:
+    """A band along a line, or a bar through each single point."""
+    if s.low is None or s.high is None:
+        return []
     points = s.points()
-    parts = [f'<g style="color:{s.ink}">']
-    if s.low is not None and s.high is not None:
-        if s.style == "line":
-            upper = [f"{px(x):.1f},{py(s.high[i]):.1f}" for i, x, _ in points]
-            lower = [f"{px(x):.1f},{py(s.low[i]):.1f}" for i, x, _ in reversed(points)]
-            parts.append(f'<polygon class="band" points="{" ".join(upper + lower)}"/>')
-        else:
-            for i, x, _ in points:
-                y1, y2 = py(s.low[i]), py(s.high[i])
-                parts.append(
-                    f'<line class="bar" x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{y1:.1f}" '
-                    f'y2="{y2:.1f}"/>'
-                )
-    if s.style in ("line", "dashed") and len(points) > 1:
-        path = " ".join(f"{px(x):.1f},{py(y):.1f}" for _, x, y in points)
-        parts.append(f'<polyline class="{s.style}" points="{path}"/>')
-    unit = " %" if percent else ""
-    for i, x, y in points if s.style != "line" or len(points) <= 60 else ():
-        interval = (
-            f" ({number(s.low[i])} to {number(s.high[i])})"
-            if s.low is not None and s.high is not None
-            else ""
-        )
-        said = f"<title>{escape(s.label)}, {number(x)}: {y:.2f}{unit}{interval}</title>"
+    if s.style == "line":
+        upper = [f"{x_of(x):.1f},{y_of(s.high[i]):.1f}" for i, x, _ in points]
+        lower = [f"{x_of(x):.1f},{y_of(s.low[i]):.1f}" for i, x, _ in reversed(points)]
+        return [f'<polygon class="band" points="{" ".join(upper + lower)}"/>']
+    return [
+        f'<line class="bar" x1="{x_of(x):.1f}" x2="{x_of(x):.1f}" '
+        f'y1="{y_of(s.low[i]):.1f}" y2="{y_of(s.high[i]):.1f}"/>'
+        for i, x, _ in points
+    ]
+
+
+def _line(s: Series, x_of: Scale, y_of: Scale) -> list[str]:
+    points = s.points()
+    if s.style not in ("line", "dashed") or len(points) < 2:
+        return []
+    path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for _, x, y in points)
+    return [f'<polyline class="{s.style}" points="{path}"/>']
+
+
+def _marks(s: Series, x_of: Scale, y_of: Scale, unit: str) -> list[str]:
+    points = s.points()
+    if s.style == "line" and len(points) > MAX_MARKED_POINTS:
+        return []
+    parts = []
+    for i, x, y in points:
+        interval = ""
+        if s.low is not None and s.high is not None:
+            interval = f" ({number(s.low[i])} to {number(s.high[i])})"
+        tip = f"<title>{escape(s.label)}, {number(x)}: {y:.2f}{unit}{interval}</title>"
+        cx, cy = x_of(x), y_of(y)
         if s.style == "diamonds":
-            cx, cy = px(x), py(y)
             parts.append(
-                f'<path class="mark" d="M{cx:.1f} {cy - 7:.1f}l6 7l-6 7l-6 -7z">{said}</path>'
+                f'<path class="mark" d="M{cx:.1f} {cy - 7:.1f}l6 7l-6 7l-6 -7z">{tip}</path>'
             )
         else:
             radius = 2.5 if s.style == "dashed" else 4
             parts.append(
-                f'<circle class="mark" cx="{px(x):.1f}" cy="{py(y):.1f}" '
-                f'r="{radius}">{said}</circle>'
+                f'<circle class="mark" cx="{cx:.1f}" cy="{cy:.1f}" r="{radius}">{tip}</circle>'
             )
-    return [*parts, "</g>"]
+    return parts
+
+
+# ---------------------------------------------------------------- other charts
 
 
 def bar_chart(
     names: Sequence[str], values: Sequence[float], title: str, y_label: str, height: int = 260
 ) -> Markup:
-    """A bar for each name, its value above; the last one in another colour."""
+    """A bar for each name with its value above it; the last bar has another colour."""
     ticks = [t for t in nice_ticks(0, max([*values, 1.0])) if t <= 100]
-    room = (WIDTH - LEFT - RIGHT) / len(names)
+    room = (WIDTH - LEFT - RIGHT) / len(names)  # for each bar and its gap
 
-    def py(y: float) -> float:
+    def y_of(y: float) -> float:
+        # 14 less than the plot area: the value above the tallest bar
         return height - BOTTOM - (height - TOP - 14 - BOTTOM) * y / ticks[-1]
 
-    parts = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'aria-label="{escape(title)}">'
-    ]
-    for tick in ticks:
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(tick):.1f}" '
-            f'y2="{py(tick):.1f}"/>'
-        )
-        parts.append(
-            f'<text class="tick" x="{LEFT - 8}" y="{py(tick) + 4:.1f}" '
-            f'text-anchor="end">{number(tick)}</text>'
-        )
+    parts = [_svg_tag(WIDTH, height, title), *_y_axis(ticks, y_of)]
     for i, (name, value) in enumerate(zip(names, values, strict=True)):
-        x, top = LEFT + (i + 0.14) * room, py(value)
+        x = LEFT + (i + 0.14) * room
+        top = y_of(value)
+        centre = x + 0.36 * room
         colour = "second" if i == len(names) - 1 else "first"
         parts.append(
             f'<rect style="fill:var(--{colour})" x="{x:.1f}" y="{top:.1f}" '
-            f'width="{0.72 * room:.1f}" rx="2" '
-            f'height="{max(height - BOTTOM - top, 0.5):.1f}"><title>{escape(name)}: {value:.2f} '
-            "%</title></rect>"
+            f'width="{0.72 * room:.1f}" rx="2" height="{max(height - BOTTOM - top, 0.5):.1f}">'
+            f"<title>{escape(name)}: {value:.2f} %</title></rect>"
         )
-        centre = x + 0.36 * room
         parts.append(
             f'<text class="value" x="{centre:.1f}" y="{top - 5:.1f}" '
             f'text-anchor="middle">{value:.1f}</text>'
@@ -218,23 +253,19 @@ def bar_chart(
             f'<text class="tick" x="{centre:.1f}" y="{height - BOTTOM + 20}" '
             f'text-anchor="middle">{escape(name)}</text>'
         )
-    middle = (TOP + height - BOTTOM) / 2
-    parts.append(
-        f'<text class="label up" transform="translate(14 {middle}) rotate(-90)" '
-        'text-anchor="middle">'
-        f"{escape(y_label)}</text>"
-    )
+    parts.append(_y_label(y_label, height))
     return Markup("".join([*parts, "</svg>"]))
 
 
 def heat_map(names: Sequence[str], values: Sequence[Sequence[float]], title: str) -> Markup:
-    """A square of percentages with their numbers; pale at the least of them."""
-    side, left, top = 58, 62, 30
+    """A square matrix of percentages; the smallest one is the palest."""
+    side = 58  # of a cell
+    left, top = 62, 30  # room for the names
     size = side * len(names)
-    least = min(v for row in values for v in row)
+    least = min(min(row) for row in values)
+    width, height = left + size + 4, top + size + 4
     parts = [
-        f'<svg class="chart heat" viewBox="0 0 {left + size + 4} {top + size + 4}" role="img" '
-        f'style="max-width:{left + size + 4}px" aria-label="{escape(title)}">'
+        _svg_tag(width, height, title, css="chart heat", more=f'style="max-width:{width}px" '),
     ]
     for i, name in enumerate(names):
         centre = i * side + side / 2
@@ -248,12 +279,13 @@ def heat_map(names: Sequence[str], values: Sequence[Sequence[float]], title: str
         )
         for j, value in enumerate(values[i]):
             strength = 0.06 + 0.6 * (value - least) / ((100 - least) or 1)
-            x, y = left + j * side, top + i * side
-            said = f"{escape(name)} and {escape(names[j])}: {value:.2f} %"
+            x = left + j * side
+            y = top + i * side
+            tip = f"{escape(name)} and {escape(names[j])}: {value:.2f} %"
             parts.append(
                 f'<rect class="cell" x="{x + 1}" y="{y + 1}" width="{side - 2}" '
                 f'height="{side - 2}" rx="3" '
-                f'fill-opacity="{strength:.3f}"><title>{said}</title></rect>'
+                f'fill-opacity="{strength:.3f}"><title>{tip}</title></rect>'
                 f'<text class="value" x="{x + side / 2}" y="{y + side / 2 + 4}" '
                 f'text-anchor="middle">{value:.1f}</text>'
             )
@@ -266,36 +298,45 @@ def reliability(
     accuracy: Sequence[float | None],
     images: Sequence[int],
 ) -> Markup:
-    """Accuracy over confidence in bins, with the diagonal; the bars below say how many images a bin
-    has.
+    """Reliability diagram: accuracy in each bin of confidence, against the diagonal.
+
+    confidence, accuracy: percent, None for an empty bin. A strip below shows the number of images
+    in each bin.
     """
-    side, left, bottom, low = 180, 34, 26, 24
-    bins, most = len(images), max(images) or 1
+    side = 180  # of the plot area
+    left, bottom = 34, 26
+    strip = 24  # height of the tallest bar below the plot
+    bins = len(images)
+    most = max(images) or 1
     parts = [
-        f'<svg class="chart small" viewBox="0 0 {left + side + 16} {side + low + bottom + 18}" '
-        'role="img" '
-        f'aria-label="reliability of {escape(name)}">',
+        _svg_tag(
+            left + side + 16,
+            side + strip + bottom + 18,
+            f"reliability of {name}",
+            css="chart small",
+        ),
         f'<rect class="frame" x="{left}" y="8" width="{side}" height="{side}"/>',
         f'<line class="ideal" x1="{left}" y1="{side + 8}" x2="{left + side}" y2="8"/>',
     ]
     for b in range(bins):
-        x, width = left + side * b / bins, side / bins
-        tall = low * images[b] / most
+        x = left + side * b / bins
+        width = side / bins
         parts.append(
             f'<rect class="count" x="{x + 0.5:.1f}" y="{side + 12:.1f}" width="{width - 1:.1f}" '
-            f'height="{tall:.1f}"/>'
+            f'height="{strip * images[b] / most:.1f}"/>'
         )
         sure, right = confidence[b], accuracy[b]
         if sure is None or right is None:
             continue
-        said = f"confidence {sure:.1f} %, right {right:.1f} % of {images[b]:,} images"
+        tip = f"confidence {sure:.1f} %, accuracy {right:.1f} % on {images[b]:,} images"
         parts.append(
             f'<rect class="reliable" x="{x + 0.5:.1f}" y="{8 + side * (1 - right / 100):.1f}" '
             f'width="{width - 1:.1f}" '
-            f'height="{side * right / 100:.1f}"><title>{said}</title></rect>'
+            f'height="{side * right / 100:.1f}"><title>{tip}</title></rect>'
         )
     for tick in (0, 50, 100):
-        across, under = left + side * tick / 100, side + low + bottom + 2
+        across = left + side * tick / 100
+        under = side + strip + bottom + 2
         parts.append(
             f'<text class="tick" x="{left - 5}" y="{12 + side * (1 - tick / 100)}" '
             f'text-anchor="end">{tick}</text>'

@@ -1,8 +1,7 @@
-"""Numbers of the paper, to hold others against: ResNet-50, 40 epochs, ImageNet-1K (arXiv
-2205.13147, tables 1 and 2).
+"""Reference accuracies of the MRL paper: ResNet-50, 40 epochs, ImageNet-1K.
 
-As in the data of its plots (github.com/RAIVNLab/MRL, commit 9ab343f, Visualization/); a model each
-for FF.
+Kusupati et al., arXiv 2205.13147, tables 1 and 2; the values are those of the plot data in
+github.com/RAIVNLab/MRL, commit 9ab343f, Visualization/. FF has a separate model for each width.
 """
 
 DIMS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)

@@ -1,6 +1,4 @@
-"""Accuracy of every prefix, kept as sums so that one reduction per evaluation is exact for any
-sharding.
-"""
+"""Top-1 and top-5 accuracy of every prefix, exact for any sharding of the data over ranks."""
 
 from __future__ import annotations
 
@@ -12,12 +10,11 @@ from torchmetrics import Metric
 
 
 class PrefixAccuracy(Metric):
-    """Top-1 and top-k accuracy of logits [G, B, C], for each of `dims`; states are counts, summed
-    over ranks.
+    """Top-1 and top-k accuracy of logits [G, B, C], for each of `dims`.
 
-    A sample hits when fewer than k classes rank above its own, in a sort that is stable by class
-    index (argmax's rule for ties, which bf16 logits have). NaN ranks above everything and never
-    hits, so a broken model scores 0.
+    The states are integer counts: one sum over the ranks per evaluation is exact. A sample is a hit
+    if fewer than k classes rank above its own. Ties, which are common in bf16, rank by class index,
+    as in argmax. NaN ranks above everything and is never a hit: a diverged model scores 0.
     """
 
     full_state_update = False
@@ -36,16 +33,19 @@ class PrefixAccuracy(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        own = logits.gather(2, labels.view(1, -1, 1).expand(len(logits), -1, 1))
-        first = torch.arange(logits.shape[2], device=logits.device) >= labels.view(1, -1, 1)
-        below = (logits < own) | ((logits == own) & first)
+        """Add a batch: logits [G, B, C], labels [B]."""
+        label = labels.view(1, -1, 1)
+        own = logits.gather(2, label.expand(len(logits), -1, 1))  # [G, B, 1]
+        not_earlier = torch.arange(logits.shape[2], device=logits.device) >= label
+        # comparisons with NaN are false, so NaN is not below
+        below = (logits < own) | ((logits == own) & not_earlier)
         higher = (~below).sum(dim=2)  # [G, B]
         self.hits1 += (higher < 1).sum(dim=1)
         self.hits5 += (higher < self.top_k).sum(dim=1)
         self.count += labels.numel()
 
     def compute(self) -> dict[int, dict[str, float]]:
-        """{dim: {"top1": .., "top5": ..}} in percent; NaN where nothing was counted."""
+        """{dim: {"top1": .., "top5": ..}} in percent; NaN if no sample was counted."""
         total = self.count.double()
         top1 = (100 * self.hits1 / total).tolist()
         top5 = (100 * self.hits5 / total).tolist()

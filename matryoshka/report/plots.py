@@ -1,0 +1,178 @@
+"""Plots of accuracies and of training runs, as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matryoshka.report.run import Run, read_run, short_dims
+from matryoshka.report.tables import wilson_interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE = "#1f5fa8"
+RED = "#d1495b"
+
+
+def plot_accuracy(
+    path: str | Path, prefixes: Mapping[int, Mapping[str, float]], title: str, images: int
+) -> None:
+    """Plot top-1 accuracy against prefix length (log scale) as PNG.
+
+    prefixes: {prefix: {"top1": percent, "ff_top1": percent}}; ff_top1, the fixed-feature baseline,
+    is optional. Error bars are 95 % intervals for `images` evaluated images: differences inside
+    them are not significant.
+    """
+    from matplotlib.figure import Figure  # without pyplot: no global state, no display
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained", dpi=150)
+    axes = figure.add_subplot()
+    _plot_curve(axes, prefixes, "top1", images, label="MRL: one model for all", colour=BLUE)
+    _plot_curve(
+        axes,
+        prefixes,
+        "ff_top1",
+        images,
+        label="fixed feature: a model each",
+        colour=RED,
+        style="s",
+        shift=1.06,  # beside the MRL points, not on top of them
+    )
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, high - 5), min(high, 100.5))  # noise should not look like a trend
+    axes.set_xscale("log", base=2)
+    dims = list(prefixes)
+    axes.set_xticks(dims, [str(d) for d in dims])
+    axes.minorticks_off()
+    axes.set_xlabel("prefix of the embedding (numbers)")
+    axes.set_ylabel("top-1 accuracy (%)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path)
+
+
+def _plot_curve(
+    axes: Axes,
+    prefixes: Mapping[int, Mapping[str, float]],
+    key: str,
+    images: int,
+    *,
+    label: str,
+    colour: str,
+    style: str = "o-",
+    shift: float = 1.0,
+) -> None:
+    """Draw one column of `prefixes` with error bars; shift: factor on the x positions."""
+    shown = [d for d in prefixes if key in prefixes[d]]
+    if not shown:
+        return
+    values = [prefixes[d][key] for d in shown]
+    intervals = [wilson_interval(value, images) for value in values]
+    below = [value - low for value, (low, _) in zip(values, intervals, strict=True)]
+    above = [high - value for value, (_, high) in zip(values, intervals, strict=True)]
+    axes.errorbar(
+        [d * shift for d in shown],
+        values,
+        [below, above],
+        fmt=style,
+        color=colour,
+        capsize=3,
+        elinewidth=1,
+        label=label,
+    )
+
+
+# ---------------------------------------------------------------- a training run
+
+
+def plot_run(folder: str | Path, path: str | Path) -> Figure:
+    """Plot a run as PNG: top-1 of every prefix by epoch; below it training loss and learning rate.
+
+    Raises OSError without params.json or log, RunError if params.json does not belong to a
+    training run.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    run = read_run(folder)
+    (run.path / "log").stat()  # raises: without a log the picture would be empty
+
+    figure = Figure(figsize=(8, 6.5), layout="constrained", dpi=150)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    words = [run.arch, run.head, short_dims(run.dims)]
+    above.set_title(" ".join(word for word in words if word), loc="left", parse_math=False)
+    above.set_title(
+        run.path.resolve().name[:60], loc="right", fontsize="small", color="0.4", parse_math=False
+    )
+    _plot_top1(above, run)
+
+    rate = below.twinx()
+    for axes, key, label, colour in (
+        (below, "train_loss", "training loss", BLUE),
+        (rate, "current_lr", "learning rate", RED),
+    ):
+        values = run.column(key)
+        axes.plot(
+            list(values), list(values.values()), marker=_marker(values), markersize=3, color=colour
+        )
+        axes.set_ylabel(label, color=colour)
+        axes.tick_params(axis="y", colors=colour)
+        axes.spines["top"].set_visible(False)
+    rate.set_ylim(bottom=0)
+
+    below.set_xlabel("epoch")
+    below.set_xlim(min(run.epochs, default=0) - 0.5, max(run.epochs, default=0) + 0.5)
+    below.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    below.grid(alpha=0.3)
+    figure.savefig(path, format="png")
+    return figure
+
+
+def _plot_top1(axes: Axes, run: Run) -> None:
+    from matplotlib import colormaps
+
+    epoch, best = run.best()
+    top1 = run.top1()
+    averaged = run.top1("ema_")
+    shades = colormaps["viridis_r"]
+    # longest prefix first: the legend lists the curves from top to bottom
+    for i, (name, values) in reversed(list(enumerate(top1.items()))):
+        # the palest end of the colour map is unreadable on white
+        colour = shades(1 - 0.88 * (len(top1) - 1 - i) / max(len(top1) - 1, 1))
+        label = f"{name:>4}: {best[name]:5.1f}" if name in best else f"{name:>4}"
+        axes.plot(
+            list(values),
+            list(values.values()),
+            marker=_marker(values),
+            markersize=3,
+            color=colour,
+            label=label,
+        )
+        points = averaged.get(name)
+        if points:
+            axes.plot(list(points), list(points.values()), "--", linewidth=1, color=colour)
+    if averaged:
+        axes.plot([], [], "--", linewidth=1, color="0.4", label="average\nof weights")
+    if epoch is not None:
+        axes.axvline(epoch, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
+        axes.legend(
+            title=f"prefix: top-1 %\nat epoch {epoch}",
+            title_fontsize="small",
+            alignment="left",
+            prop={"family": "monospace", "size": "small"},
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1),
+            frameon=False,
+        )
+    axes.set_ylabel("top-1 accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _marker(values: Mapping[int, float]) -> str:
+    return "o" if len(values) <= 30 else ""  # a single value would be invisible without a marker
