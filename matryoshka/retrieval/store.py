@@ -50,7 +50,7 @@ OWN_FILES = re.compile(r"part-[0-9a-f]{8}|deleted-[0-9a-f]{8}\.bits|\.index\.jso
 
 
 def rows_key(manifest: Mapping[str, Any]) -> list[Any]:
-    """Identifies a set of rows: parts never change, and the bits of deleted rows have a checksum."""
+    """Identifies a set of rows: parts never change, and deleted rows have a checksum."""
     return [manifest["parts"], (manifest["deleted"] or {}).get("crc32")]
 
 
