@@ -24,7 +24,7 @@ BLOCK = 10_000  # points per random generator
 
 
 class Data(NamedTuple):
-    """rows: float16 [N, D], memory-mapped if synthetic. queries: float32 [Q, D]. truth: int64 [Q, 10]."""
+    """rows: float16 [N, D], memory-mapped if synthetic. queries: float32 [Q, D]. truth: [Q, 10]."""
 
     rows: np.ndarray
     queries: np.ndarray

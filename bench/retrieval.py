@@ -91,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
         found += pipelines(data, args)
     peak, own = status("VmHWM") / 1e9, status("RssAnon") / 1e9
     print(
-        f"peak memory {peak:.1f} GB, of which {own:.1f} GB not backed by files (including peers' indexes)"
+        f"peak memory {peak:.1f} GB, of which {own:.1f} GB not backed by files "
+        "(including peers' indexes)"
     )
     if not args.no_record:
         print(f"rows     {append('retrieval', [machine | row for row in found])}")
