@@ -1,11 +1,10 @@
-"""An index on disk: building, opening, searching, changing it, and the memory of a process that
-only searches.
+"""Benchmark of an index on disk: build, open, search, change, and memory of a searching process.
 
     python bench/index.py --work FOLDER [--rows 1280000] [--truth 10000] [--threads 2]
 
-On the data of bench/retrieval.py, which makes them in FOLDER; the index is built there, too (5.4
-GB). Searches run in a process of their own, all queries in batches of 1000, then one by one; recall
-is against the exact neighbours.
+The data are those of bench/retrieval.py, made in FOLDER; the index is built there as well (5.4 GB).
+A separate process searches all queries in batches of 1000, then one by one; recall is against the
+exact neighbours.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ K = 10
 
 
 class Names(Sequence[str]):
-    """As ImageNet's files are named."""
+    """Names like those of ImageNet's files."""
 
     def __init__(self, count: int, prefix: str = "") -> None:
         self._count, self._prefix = count, prefix
@@ -56,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--search-only",
         action="store_true",
-        help="of an index that is there; prints one line of JSON",
+        help="search an existing index; prints one line of JSON",
     )
     args = p.parse_args(argv)
     folder = args.work / f"index_{args.rows}"
@@ -106,7 +105,7 @@ def batch(rows: np.ndarray, names) -> IndexRows:
 
 
 def searched(folder: Path, args: argparse.Namespace) -> dict:
-    """Numbers of this process, which has done nothing else."""
+    """Measurements of this process, which does nothing else."""
     opening = []
     for _ in range(10):
         started = time.perf_counter()

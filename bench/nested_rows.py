@@ -1,8 +1,8 @@
-"""What the benches of retrieval search in: synthetic nested embeddings, or real ones, with their
-exact neighbours.
+"""Data of the retrieval benchmarks: synthetic or real nested embeddings and exact neighbours.
 
-Synthetic: parents, classes, uneven sub-clusters, log-normal noise, earlier dimensions vary more,
-softplus, rows shuffled, float16; recall is a property of these data, not of a trained model.
+Synthetic rows have parents, classes, uneven sub-clusters, log-normal noise, a larger variance in
+earlier dimensions and a softplus; they are shuffled and float16. Recall is a property of these
+data, not of a trained model.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ from matryoshka.embeddings.reading import open_embeddings
 from matryoshka.retrieval import exact_search
 
 WIDTH, K = 2048, 10
-BLOCK = 10_000  # points that are made together
+BLOCK = 10_000  # points per random generator
 
 
 class Data(NamedTuple):
-    """rows: float16 [N, D], a memory map of the synthetic ones; queries: float32 [Q, D]; truth:
-    int64 [Q, 10].
-    """
+    """rows: float16 [N, D], memory-mapped if synthetic. queries: float32 [Q, D]. truth: [Q, 10]."""
 
     rows: np.ndarray
     queries: np.ndarray
@@ -35,16 +33,18 @@ class Data(NamedTuple):
 
 
 def add_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--work", required=True, type=Path, help="folder for data and truth, used again")
+    p.add_argument(
+        "--work", required=True, type=Path, help="folder for data and ground truth, reused"
+    )
     p.add_argument("--rows", type=int, default=1_280_000)
     p.add_argument("--truth", type=int, default=10_000, help="queries with exact neighbours")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument(
         "--database",
         type=Path,
-        help="embeddings that `matryoshka embed` wrote, instead of synthetic ones",
+        help="embeddings of `matryoshka embed` instead of synthetic ones",
     )
-    p.add_argument("--queries", type=Path, help="and queries for them")
+    p.add_argument("--queries", type=Path, help="embeddings of the queries")
     p.add_argument("--no-record", action="store_true", help="do not append to bench/results/")
 
 
@@ -59,7 +59,7 @@ def prepared(args: argparse.Namespace) -> Data:
     )
     if not known.exists():
         print(f"making {args.rows:,} rows", flush=True)
-        generate(stored, asked, args.rows, args.truth, threads=args.threads)
+        generate(stored, asked, rows=args.rows, queries=args.truth, threads=args.threads)
         np.save(known, neighbours(np.lib.format.open_memmap(stored, "r"), np.load(asked)))
     rows, queries, truth = (np.lib.format.open_memmap(path, "r") for path in (stored, asked, known))
     return Data(rows, queries, truth, "synthetic")
@@ -76,10 +76,12 @@ def neighbours(rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
 
 
 def generate(
-    stored: Path, asked: Path, rows: int, queries: int, seed: int = 0, threads: int = 2
+    stored: Path, asked: Path, *, rows: int, queries: int, seed: int = 0, threads: int = 2
 ) -> None:
-    """A block of points is a function of (seed, its number), so that threads may make them in any
-    order.
+    """Write rows and queries as .npy files.
+
+    A block of points is a function of (seed, block number), so that threads may compute blocks in
+    any order.
     """
     rng = np.random.default_rng(seed)
     scale = ((1 + np.arange(WIDTH) / 16) ** -0.6).astype(np.float32)
@@ -98,8 +100,7 @@ def generate(
         raw = rng.standard_normal((n, WIDTH), dtype=np.float32)
         raw *= noise[:, None]
         raw += classes[c]
-        # the centre of a sub-cluster is a function of its number, as 64,000 of them would take 0.5
-        # GB
+        # The centre of a sub-cluster is a function of its number: 64,000 would take 0.5 GB.
         for mine in np.split(order, np.flatnonzero(np.diff(sub[order])) + 1):
             raw[mine] += 0.5 * np.random.default_rng((seed, 2, sub[mine[0]])).standard_normal(
                 WIDTH, dtype=np.float32

@@ -1,15 +1,14 @@
-"""Searches in 1.28 million nested embeddings: ours beside faiss and others, each with its recall of
-exact search.
+"""Benchmark of searches in 1.28 million nested embeddings: ours, faiss and others, with recall.
 
     python bench/retrieval.py --work FOLDER [--rows 1280000] [--truth 10000] [--threads 2]
     python bench/retrieval.py --work FOLDER --database embeddings/train --queries embeddings/val
 
-The data are synthetic (nested_rows.py; 5.3 GB in FOLDER) or real embeddings. scans: prefixes alone;
-rerank: 200 candidates, one thread; pipelines: recall@10 of the whole embedding with a 95 % lower
-bound, and the fastest above some bounds; graphs: peers of theirs that take minutes to build. All
-take the same queries, in turns, wall time; faiss runs with as many threads, passive waiting, one
-BLAS thread, without which two thread pools fight, and the BLAS kernels of this CPU, which it does
-not find by itself.
+The data are synthetic (nested_rows.py; 5.3 GB in FOLDER) or real embeddings. Parts: scans, of
+prefixes alone; rerank, of 200 candidates by one thread; pipelines, with recall@10 of the whole
+embedding, its 95 % lower bound, and the fastest above some bounds; graphs, which take minutes to
+build. All competitors take turns on the same queries; times are wall times. faiss has the same
+number of threads, passive waiting, one BLAS thread (two thread pools would compete for the cores),
+and the BLAS kernels of this CPU, which it does not select by itself.
 """
 
 from __future__ import annotations
@@ -41,6 +40,7 @@ from matryoshka.retrieval.rerank import build_prefix_cache
 
 BATCHES = (1, 32, 1000)
 ALL = ("scans", "rerank", "pipelines", "graphs")
+# (nprobe, k, rows after the middle stage) of inverted files
 FILES = (
     (8, 100, 25),
     (8, 130, 25),
@@ -48,7 +48,7 @@ FILES = (
     (32, 100, 25),
     (32, 200, 40),
     (64, 200, 40),
-)  # lists, k, kept
+)
 BOUNDS = (0.99, 0.985)
 PEER = "faiss IVF,SQ8 64"
 
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
     data = prepared(args)
-    about = {
+    machine = {
         "data": data.name,
         "rows": len(data.rows),
         "columns": data.rows.shape[1],
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         "kernels": _native.kernels()[0],
     }
     print(
-        f"{data.name}: {len(data.rows):,} x {data.rows.shape[1]}, {about['kernels']}, "
+        f"{data.name}: {len(data.rows):,} x {data.rows.shape[1]}, {machine['kernels']}, "
         f"{args.threads} threads"
     )
     found = []
@@ -90,9 +90,12 @@ def main(argv: list[str] | None = None) -> int:
     if "pipelines" in args.only:
         found += pipelines(data, args)
     peak, own = status("VmHWM") / 1e9, status("RssAnon") / 1e9
-    print(f"peak memory {peak:.1f} GB, of which {own:.1f} GB is no file's (peers' indexes, too)")
+    print(
+        f"peak memory {peak:.1f} GB, of which {own:.1f} GB not backed by files "
+        "(including peers' indexes)"
+    )
     if not args.no_record:
-        print(f"rows     {append('retrieval', [about | row for row in found])}")
+        print(f"rows     {append('retrieval', [machine | row for row in found])}")
     return 0
 
 
@@ -103,7 +106,7 @@ Rates = dict[str, dict[int, list[float]]]  # queries per second of every turn, b
 
 
 def rates(searches: dict[str, Search], queries: np.ndarray, args: argparse.Namespace) -> Rates:
-    """By batch, in wall time; competitors take turns."""
+    """Queries per second by batch, in wall time; competitors take turns."""
     found: Rates = {name: {} for name in searches}
     for batch in sorted({min(batch, len(queries)) for batch in BATCHES}):
         for turn in range(args.turns + 1):
@@ -119,7 +122,7 @@ def rates(searches: dict[str, Search], queries: np.ndarray, args: argparse.Names
 
 
 def over(measured: Rates, ours: str, theirs: str, batch: int) -> list[float]:
-    """How many times as fast as theirs ours was, turn by turn."""
+    """Speed-up of ours over theirs, turn by turn."""
     return [a / b for a, b in zip(measured[ours][batch], measured[theirs][batch], strict=True)]
 
 
@@ -198,7 +201,7 @@ def compared(
 
 
 def reranking(data: Data, args: argparse.Namespace) -> list[dict]:
-    """The 200 best of an int8 scan, one thread: in one step, and by the first dimensions to fewer."""
+    """Re-ranking of 200 candidates of an int8 scan, one thread: in one step, and in two."""
     rows, columns = data.rows, data.rows.shape[1]
     queries = np.ascontiguousarray(data.queries[:1000])
     candidates = PrefixScan.build(rows, 64, args.threads).search(queries, min(200, len(rows))).ids

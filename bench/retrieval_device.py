@@ -1,11 +1,10 @@
-"""Exhaustive and funnel search of rows that lie on a GPU: recall of the exact neighbours, queries
-per second.
+"""Benchmark of exhaustive and funnel search on a GPU: recall of the exact neighbours, queries/s.
 
     python bench/retrieval_device.py [--device cuda] [--rows 1280000] [--queries 50000]
 
-Nested embeddings as bench/retrieval.py describes them, made on the device; the truth is float32
-search of all dimensions there, for 2,000 of the queries. Every setting searches all queries, median
-of 3 turns after a first one.
+Nested embeddings like those of nested_rows.py, made on the device; the ground truth is float32
+search of all dimensions, for 2,000 of the queries. Every search takes all queries; the speed is the
+median of 3 turns after a warm-up.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from matryoshka.retrieval.device import DeviceSearcher
 from matryoshka.retrieval.ranking_metrics import recall_against_exact, summarise_recall
 
 WIDTH, K = 2048, 10
-SETTINGS = (
+SEARCHES = (
     SearchParams("exact", WIDTH, 40, (Stage(WIDTH, K),)),
     SearchParams("exact", 64, 200, (Stage(WIDTH, K),)),
     SearchParams("exact", 64, 200, (Stage(256, 40), Stage(WIDTH, K))),
@@ -58,22 +57,22 @@ def main(argv: list[str] | None = None) -> int:
         .ids
     )
     searcher, out = DeviceSearcher(rows, args.device), []
-    for setting in SETTINGS:
+    for params in SEARCHES:
         rates, ids = [], truth
         for turn in range(args.turns + 1):
             started = time.perf_counter()
-            ids = searcher.search(queries, setting).ids  # on the CPU: all is done
+            ids = searcher.search(queries, params).ids  # on the CPU, so all work is done
             if turn:
                 rates.append(len(queries) / (time.perf_counter() - started))
         recall = summarise_recall(recall_against_exact(ids[: len(truth)], truth), K)
         print(
-            f"{setting!s:50} recall@10 {recall.mean:.4f} (at least {recall.lower:.4f})  "
+            f"{params!s:50} recall@10 {recall.mean:.4f} (at least {recall.lower:.4f})  "
             f"{median(rates):,.0f} q/s",
             flush=True,
         )
         out.append(
             {
-                "case": str(setting),
+                "case": str(params),
                 "device": args.device,
                 "rows": args.rows,
                 "queries": args.queries,

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Two thread pools that spin compete for the cores, which costs a third of the speed; read at import.
+# Two spinning thread pools compete for the cores: a third of the speed is lost. Read at import.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np

@@ -159,6 +159,8 @@ class SearchParams:
         if not self.stages:
             return replace(self, k=k)
         last = Stage(self.stages[-1].dim, k)
+        if self.results == k == self.stages[-1].keep:
+            return self  # the common case of single queries, without another validation
         if self.results == k:
             return replace(self, stages=(*self.stages[:-1], last))
         early = [Stage(stage.dim, max(stage.keep, 4 * k)) for stage in self.stages[:-1]]

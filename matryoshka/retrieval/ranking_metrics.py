@@ -86,7 +86,7 @@ def mean_average_precision(
     relevant: np.ndarray | None = None,
     normaliser: Literal["k", "min"] = "k",
 ) -> Average:
-    """mAP@k: mean of (sum of the precisions at the ranks of the first k results' hits) / normaliser.
+    """mAP@k: mean of (sum of the precisions at the ranks of hits among the first k) / normaliser.
 
     normaliser "k" is the form of all tables in the paper ("corrected mAP@k"). Queries without
     relevant rows count as 0, and `relevant` is not needed. "min" divides by min(k, R), with
@@ -165,10 +165,11 @@ def _distinct(ids: np.ndarray) -> np.ndarray:
 class RecallSummary(NamedTuple):
     """Mean, bounds and distribution of per-query recall; a mean hides queries that lose everything.
 
-    queries: how many count. excluded: those without exact neighbours (NaN). standard_error: of the
-    mean, NaN for fewer than 2 queries. interval: two-sided, lower: one-sided bound of the mean, both
-    by `mean_lower_bound`. found: int64 [k + 1], a histogram of how many of the k a query found,
-    rounded down, so that only perfect queries are in the last bin.
+    queries: how many count. excluded: those without exact neighbours (NaN).
+    standard_error: of the mean, NaN for fewer than 2 queries.
+    interval: two-sided, lower: one-sided bound of the mean, both by `mean_lower_bound`.
+    found: int64 [k + 1], a histogram of how many of the k a query found, rounded down, so that only
+        perfect queries are in the last bin.
     """
 
     queries: int

@@ -57,7 +57,8 @@ def rerank(
     stages = [Stage(*stage) for stage in stages]
     if not stages or any(a.dim >= b.dim for a, b in pairwise(stages)):
         raise RetrievalError(
-            f"stages {[s.dim for s in stages]}: expected one or more, each longer than the one before"
+            f"stages {[s.dim for s in stages]}: expected one or more, each longer than the one "
+            "before"
         )
     if any(not 1 <= stage.keep < 1 << 31 for stage in stages):
         raise RetrievalError(

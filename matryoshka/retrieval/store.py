@@ -50,7 +50,7 @@ OWN_FILES = re.compile(r"part-[0-9a-f]{8}|deleted-[0-9a-f]{8}\.bits|\.index\.jso
 
 
 def rows_key(manifest: Mapping[str, Any]) -> list[Any]:
-    """Identifies a set of rows: parts never change, and the bits of deleted rows have a checksum."""
+    """Identifies a set of rows: parts never change, and deleted rows have a checksum."""
     return [manifest["parts"], (manifest["deleted"] or {}).get("crc32")]
 
 
@@ -448,18 +448,17 @@ def merge_top_k(found: Sequence[Hits], k: int, queries: int, total: int) -> Hits
 
     total: larger than any id.
     """
+    if len(found) == 1:
+        return found[0]
     ids = np.full((queries, k * max(1, len(found))), -1, np.int64)
     scores = np.full(ids.shape, -np.inf, np.float32)
     for i, hits in enumerate(found):
         columns = slice(i * k, (i + 1) * k)
         ids[:, columns] = hits.ids
         scores[:, columns] = hits.scores
-    if len(found) > 1:
-        missing_last = np.where(ids < 0, total, ids)
-        order = np.lexsort((missing_last, -scores))[:, :k]
-        ids = np.take_along_axis(ids, order, 1)
-        scores = np.take_along_axis(scores, order, 1)
-    return Hits(ids, scores)
+    missing_last = np.where(ids < 0, total, ids)
+    order = np.lexsort((missing_last, -scores))[:, :k]
+    return Hits(np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1))
 
 
 def slice_bits(bits: np.ndarray, first: int, count: int) -> np.ndarray:

@@ -8,12 +8,12 @@
     return node;
   };
   const count = (n) => n.toLocaleString("en");
-  // A name from outside: broken behind a separator, or before its extension, rather than inside of it.
+  // Untrusted names: lines break after a separator or before the extension, not inside of words.
   const breakable = (name) => name.split(/(?<=[/_-])|(?<=[^/_-]{12})(?=\.[^./]{1,5}$)/).flatMap((part) => [make("wbr"), part]);
   const time = (ms) => `${Number(ms.toPrecision(2)).toLocaleString("en", { maximumFractionDigits: 6 })} ms`;
-  let about = null;   // what /api/index said
+  let info = null;    // the answer of /api/index
   let asked = null;   // {row} or {query, picture}
-  let choice = {};    // of the sliders
+  let choice = {};   // values of the sliders
 
   // Light and dark: the system's choice until the button is used.
   byId("theme").addEventListener("click", () => {
@@ -24,7 +24,7 @@
 
   // ------------------------------------------------------------ the server
 
-  const complain = (message) => {
+  const showError = (message) => {
     byId("error").textContent = message;
     byId("error").hidden = !message;
   };
@@ -44,7 +44,7 @@
 
   const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (text.endsWith(".") ? "" : ".");
 
-  // What is asked last counts: a new question of a kind breaks off the one before.
+  // Only the latest request of a kind counts: a new one aborts the one before.
   function latest(work) {
     let running = null;
     return async (...args) => {
@@ -52,9 +52,9 @@
       const mine = running = new AbortController();
       try {
         await work(mine.signal, ...args);
-        if (running === mine) complain("");
+        if (running === mine) showError("");
       } catch (error) {
-        if (error.name !== "AbortError" && running === mine) complain(error.message);
+        if (error.name !== "AbortError" && running === mine) showError(error.message);
       } finally {
         if (running === mine) running = null;
       }
@@ -66,35 +66,35 @@
     return new URLSearchParams({ ...who, ...choice, ...more });
   };
 
-  // ------------------------------------------------------------ what there is
+  // ------------------------------------------------------------ the index
 
-  async function learn(signal) {
-    about = await ask("/api/index", { signal });
-    const model = [about.model.arch, about.model.head.toUpperCase()].filter(Boolean).join(" ");
-    const classes = about.classes ? ` of ${count(about.classes)} classes` : "";
-    byId("title").textContent = about.name || "Search by prefix";
-    document.title = `${about.name || "Search"} – Matryoshka`;
-    byId("headline").replaceChildren(`${count(about.rows)} images${classes}, ${about.columns} dimensions${model ? `, ${model}` : ""}`,
-      ...(about.certificate ? `; ${about.certificate}` : "").split("`").map((text, i) => i % 2 ? make("code", "", text) : text));
-    byId("note").hidden = about.pictures;
-    byId("note").textContent = "The data set of the pictures is not where the index says: names are shown. "
-      + "Start the server with --data to have pictures.";
-    byId("recall-of").textContent = `recall@${about.neighbours}`;
-    byId("exact-of").textContent = ` search, ${about.columns} dimensions`;
-    byId("legend").textContent = `also among the ${about.neighbours} nearest by all ${about.columns} dimensions`;
-    byId("shortlist-of").textContent = `by ${about.shortlist.dim} dimensions`;
-    byId("nprobe-of").textContent = `of ${count(about.nprobe.high)}`;
-    byId("nprobe-row").hidden = !about.nprobe.high;
-    byId("rerank-row").hidden = about.rerank.dims.length < 2;
-    byId("rerank").max = about.rerank.dims.length - 1;
+  async function loadIndex(signal) {
+    info = await ask("/api/index", { signal });
+    const model = [info.model.arch, info.model.head.toUpperCase()].filter(Boolean).join(" ");
+    const classes = info.classes ? ` of ${count(info.classes)} classes` : "";
+    byId("title").textContent = info.name || "Search by prefix";
+    document.title = `${info.name || "Search"} – Matryoshka`;
+    byId("headline").replaceChildren(`${count(info.rows)} images${classes}, ${info.columns} dimensions${model ? `, ${model}` : ""}`,
+      ...(info.certificate ? `; ${info.certificate}` : "").split("`").map((text, i) => i % 2 ? make("code", "", text) : text));
+    byId("note").hidden = info.pictures;
+    byId("note").textContent = "The data set of the pictures was not found, so names are shown. "
+      + "Start the server with --data to give its path.";
+    byId("recall-of").textContent = `recall@${info.neighbours}`;
+    byId("exact-of").textContent = ` search, ${info.columns} dimensions`;
+    byId("legend").textContent = `also among the ${info.neighbours} nearest by all ${info.columns} dimensions`;
+    byId("shortlist-of").textContent = `by ${info.shortlist.dim} dimensions`;
+    byId("nprobe-of").textContent = `of ${count(info.nprobe.high)}`;
+    byId("nprobe-row").hidden = !info.nprobe.high;
+    byId("rerank-row").hidden = info.rerank.dims.length < 2;
+    byId("rerank").max = info.rerank.dims.length - 1;
     reset();
   }
 
   // ------------------------------------------------------------ sliders
 
   const scales = {
-    shortlist: () => [about.shortlist.low, about.shortlist.high],
-    nprobe: () => [1, Math.max(1, about.nprobe.high)],
+    shortlist: () => [info.shortlist.low, info.shortlist.high],
+    nprobe: () => [1, Math.max(1, info.nprobe.high)],
   };
   const round = (value) => {  // to two digits: 200 rather than 203
     const unit = 10 ** Math.max(0, Math.floor(Math.log10(value)) - 1);
@@ -102,50 +102,50 @@
   };
 
   function place(id) {
-    if (id === "rerank") return about.rerank.dims.indexOf(choice.rerank);
+    if (id === "rerank") return info.rerank.dims.indexOf(choice.rerank);
     const [low, high] = scales[id]();
     return high > low ? Math.round(100 * Math.log(choice[id] / low) / Math.log(high / low)) : 0;
   }
 
   function chosen(id) {
     const at = Number(byId(id).value);
-    if (id === "rerank") return about.rerank.dims[at];
+    if (id === "rerank") return info.rerank.dims[at];
     const [low, high] = scales[id]();
     return at >= 100 ? high : Math.min(high, Math.max(low, round(low * (high / low) ** (at / 100))));
   }
 
-  function say(id) {
+  function showValue(id) {
     const [value, unit] = { shortlist: [choice.shortlist, "rows"], nprobe: [choice.nprobe, "lists"], rerank: [choice.rerank, "dims"] }[id];
     byId(`${id}-value`).replaceChildren(count(value), make("small", "", ` ${unit}`));
     byId(id).setAttribute("aria-valuetext", `${count(value)} ${unit}`);
   }
 
   function reset() {
-    choice = { shortlist: about.shortlist.default, nprobe: about.nprobe.default, rerank: about.rerank.default };
+    choice = { shortlist: info.shortlist.default, nprobe: info.nprobe.default, rerank: info.rerank.default };
     for (const id of Object.keys(choice)) {
       byId(id).value = place(id);
-      say(id);
+      showValue(id);
     }
   }
 
   let waiting = 0;
   for (const id of ["shortlist", "nprobe", "rerank"]) {
     byId(id).addEventListener("input", () => {
-      if (!about) return;
+      if (!info) return;
       choice[id] = chosen(id);
-      say(id);
+      showValue(id);
       clearTimeout(waiting);
       waiting = setTimeout(adapt, 80);
     });
   }
-  byId("reset").addEventListener("click", () => { if (about) { reset(); adapt(); } });
+  byId("reset").addEventListener("click", () => { if (info) { reset(); adapt(); } });
 
   // ------------------------------------------------------------ searches
 
   const adapt = latest(async (signal) => {
     if (!asked) return;
     const found = await ask(`/api/adaptive?${parameters()}`, { signal });
-    if (found.version !== about.version) return search();
+    if (found.version !== info.version) return search();
     adaptive(found);
   });
 
@@ -155,8 +155,8 @@
     columns.setAttribute("aria-busy", "true");
     try {
       let found = await ask(`/api/neighbours?${parameters()}`, { signal });
-      if (found.version !== about.version) {  // the index has changed: other sliders, perhaps
-        await learn(signal);
+      if (found.version !== info.version) {  // the index has changed, and the sliders with it
+        await loadIndex(signal);
         found = await ask(`/api/neighbours?${parameters()}`, { signal });
       }
       show(found);
@@ -166,23 +166,23 @@
   });
 
   const begin = latest(async (signal) => {
-    await learn(signal);
+    await loadIndex(signal);
     const row = /^#row=(\d+)$/.exec(location.hash);
     if (row) return go({ row: Number(row[1]) }, false);
-    if (about.rows) go(await ask("/api/random", { signal }), false);
+    if (info.rows) go(await ask("/api/random", { signal }), false);
   });
 
   const random = latest(async (signal) => go(await ask("/api/random", { signal })));
 
   const upload = latest(async (signal, file) => {
-    if (!about) return;
-    if (file.size > about.max_upload) {
-      throw new Error(`The picture has ${(file.size / 2 ** 20).toFixed(1)} MB, more than ${about.max_upload / 2 ** 20}.`);
+    if (!info) return;
+    if (file.size > info.max_upload) {
+      throw new Error(`The picture has ${(file.size / 2 ** 20).toFixed(1)} MB, more than ${info.max_upload / 2 ** 20} MB.`);
     }
     byId("columns").setAttribute("aria-busy", "true");
     try {
       const { query } = await ask("/api/query", { method: "POST", body: file, signal });
-      go({ query, name: file.name, picture: URL.createObjectURL(file) });  // kept: one may come back to it
+      go({ query, name: file.name, picture: URL.createObjectURL(file) });  // not revoked: the history may return to it
     } catch (error) {
       byId("columns").removeAttribute("aria-busy");
       throw error;
@@ -199,17 +199,17 @@
   addEventListener("popstate", (event) => {
     const row = /^#row=(\d+)$/.exec(location.hash);
     asked = event.state || (row ? { row: Number(row[1]) } : asked);
-    if (asked && about) search();
+    if (asked && info) search();
   });
 
-  // ------------------------------------------------------------ what is shown
+  // ------------------------------------------------------------ the page
 
   const address = (row, size, version) => `/image/${row}?size=${size}&version=${version}`;
   const called = (hit) => hit.class || hit.name;
 
   // The query's tile: its picture, else its name.
-  function name_tile(name) {
-    const cut = name.length > 90 ? `…${name.slice(-90)}` : name;  // the end tells more
+  function showName(name) {
+    const cut = name.length > 90 ? `…${name.slice(-90)}` : name;  // the end of a path identifies it
     byId("empty").replaceChildren(...breakable(cut));
     byId("empty").hidden = !byId("picture").hidden;
     byId("drop").classList.add("full");
@@ -220,19 +220,19 @@
     const what = uploaded ? { class: asked.name || "your image", name: "" } : found.query;
     const picture = byId("picture"), said = byId("asked");
     picture.alt = `query: ${called(what)}`;
-    picture.hidden = !uploaded && !about.pictures;
+    picture.hidden = !uploaded && !info.pictures;
     if (!picture.hidden) picture.src = uploaded ? asked.picture : address(asked.row, 480, found.version);
     const title = make("b"), more = make("small"), row = uploaded ? "" : `row ${count(asked.row)}`;
     picture.dataset.name = uploaded ? what.class : what.name;
-    name_tile(picture.dataset.name);
-    const name = picture.hidden ? "" : what.name;  // else the tile has it
+    showName(picture.dataset.name);
+    const name = picture.hidden ? "" : what.name;  // else the tile shows it
     title.append(...breakable(what.class || name || row));
     if (what.class) more.append(...breakable([row, name === String(asked.row) ? "" : name].filter(Boolean).join(", ")));
     else if (name) more.append(row);
     said.replaceChildren(title, more);
 
     const columns = found.columns.map((column) => {
-      const node = column_of(`${column.dim}`, "dims", column, found.version);
+      const node = makeColumn(`${column.dim}`, "dims", column, found.version);
       node.dataset.dim = column.dim;
       return node;
     });
@@ -241,7 +241,7 @@
   }
 
   function adaptive({ adaptive: fast, version }) {
-    const node = column_of("Adaptive", "", fast, version);
+    const node = makeColumn("Adaptive", "", fast, version);
     node.classList.add("adaptive");
     const before = document.querySelector(".column.adaptive");
     if (before) before.replaceWith(node);
@@ -252,13 +252,13 @@
     byId("ratio").textContent = slow ? "slower" : `${fast.ratio >= 10 ? count(Math.round(fast.ratio)) : fast.ratio.toFixed(1)}×`;
     byId("ratio-of").replaceChildren(slow ? "than exact" : "the speed", make("span", "wide", slow ? " search" : " of exact search"));
     byId("slow").hidden = !slow;
-    byId("slow").textContent = about.nprobe.high ? "With these settings, all rows are searched in full as fast."
-      : "An index this small is searched in full as fast.";
+    byId("slow").textContent = info.nprobe.high ? "With these settings, exact search of all rows is as fast."
+      : "An index this small is searched exactly in the same time.";
     byId("setting").textContent = fast.setting;
     byId("said").textContent = `Adaptive search found ${fast.agree} of ${fast.of} in ${time(fast.ms)}.`;
   }
 
-  function column_of(title, unit, column, version) {
+  function makeColumn(title, unit, column, version) {
     const node = make("section", "column"), head = make("h3"), name = make("span", "", title);
     if (unit) name.append(make("small", "", ` ${unit}`));
     head.append(name);
@@ -268,7 +268,7 @@
     const list = make("ol");
     list.append(...column.hits.map((hit) => {
       const item = make("li");
-      item.append(hit_of(hit, version));
+      item.append(makeHit(hit, version));
       return item;
     }));
     node.append(head, share, list);
@@ -276,20 +276,20 @@
     return node;
   }
 
-  function hit_of(hit, version) {
-    const button = make("button", `hit${hit.agrees ? " agrees" : ""}${about.pictures ? "" : " bare"}`);
+  function makeHit(hit, version) {
+    const button = make("button", `hit${hit.agrees ? " agrees" : ""}${info.pictures ? "" : " bare"}`);
     button.type = "button";
     button.dataset.row = hit.row;
     button.title = hit.class ? `${hit.class}\n${hit.name}` : hit.name;
     const text = make("span"), name = make("span", hit.class ? "name" : "name alone");
-    const shown = make("bdi", "", hit.class ? hit.name.split("/").pop() : hit.name);  // the folder is the class, mostly
-    shown.dir = "ltr";  // .name is cut at its front: it runs the other way
+    const shown = make("bdi", "", hit.class ? hit.name.split("/").pop() : hit.name);  // the folder usually is the class
+    shown.dir = "ltr";  // .name is right-to-left, so that its front is cut
     name.append(shown);
     const tick = hit.agrees ? make("span", "tick", "✓") : null;
     if (tick) tick.setAttribute("aria-hidden", "true");
-    if (about.pictures) {
+    if (info.pictures) {
       const frame = make("span", "frame"), image = make("img");
-      image.alt = "";  // the text beside it says the same
+      image.alt = "";  // the text beside it has the name
       image.addEventListener("error", () => image.replaceWith("no picture"));
       image.src = address(hit.row, 128, version);
       frame.append(image);
@@ -303,7 +303,7 @@
     button.addEventListener("click", () => {
       go({ row: hit.row });
       scrollTo({ top: 0 });
-      byId("scroll").focus({ preventScroll: true });  // the button is gone
+      byId("scroll").focus({ preventScroll: true });  // the new page has other buttons
     });
     const mark = (on) => {
       for (const same of document.querySelectorAll(`.hit[data-row="${hit.row}"]`)) same.classList.toggle("same", on);
@@ -313,7 +313,7 @@
     return button;
   }
 
-  // ------------------------------------------------------------ pictures from outside
+  // ------------------------------------------------------------ uploads
 
   byId("random").addEventListener("click", random);
   byId("file").addEventListener("change", (event) => {
@@ -337,7 +337,7 @@
 
   byId("picture").addEventListener("error", () => {
     byId("picture").hidden = true;
-    name_tile(byId("picture").dataset.name);
+    showName(byId("picture").dataset.name);
   });
 
   // ------------------------------------------------------------ narrow screens
@@ -347,7 +347,7 @@
   narrow.addEventListener("change", fold);
   fold();
 
-  // Fades the side on which there are more columns.
+  // Fade the side that has more columns.
   const scroll = byId("scroll");
   const fade = () => {
     scroll.classList.toggle("before", scroll.scrollLeft > 1);

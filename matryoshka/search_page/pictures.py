@@ -1,7 +1,7 @@
 """Untrusted pictures: uploads of a browser, and images of an index's data sets.
 
-The checked decoder decodes both, and only pixels leave this module. Images of a data set are read by
-their number, only if they still have the name that the index knows.
+The checked decoder decodes both, and only pixels leave this module. Images of a data set are read
+by their number, only if they still have the name that the index knows.
 """
 
 from __future__ import annotations

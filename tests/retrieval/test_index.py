@@ -23,7 +23,7 @@ def _without_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
-def embed(folder, names, columns=24, seed=0, weights="ab" * 32, size=32, **more):
+def embed(folder, names, *, columns=24, seed=0, weights="ab" * 32, size=32, **more):
     """Embeddings of `names` as `matryoshka embed` writes them; their rows."""
     rows = np.random.default_rng(seed).random((len(names), columns), dtype=np.float32)
     meta = {

@@ -1,4 +1,4 @@
-"""Settings, and searches of every kind by them: against loops where the shortlist holds everything."""
+"""SearchParams, and searches by them against loops, where the shortlist holds every row."""
 
 import numpy as np
 import pytest

@@ -214,7 +214,7 @@ def test_the_native_module_refuses_what_does_not_fit():
     seed=st.integers(0, 50),
 )
 @settings(max_examples=80, deadline=None)
-def test_exact_search_against_loops(rows, queries, k, dim, at_once, seed):
+def test_exact_search_against_loops(*, rows, queries, k, dim, at_once, seed):
     """Rows of few values: equal rows, zero rows, and NaN."""
     rng = np.random.default_rng(seed)
     data = rng.integers(0, 2, (rows, 6)).astype(np.float32)

@@ -34,7 +34,7 @@ def searched(draw):
 
 @st.composite
 def two_lists(draw):
-    """(found int64 [Q, a], exact int64 [Q, b]): few different ids, so that many agree and repeat."""
+    """(found int64 [Q, a], exact int64 [Q, b]) of few different ids, so that many agree."""
     q = draw(st.integers(0, 4))
     element = st.integers(-1, 6) | st.just(2**62)
     return tuple(
@@ -343,7 +343,7 @@ def test_the_bound_is_close_with_many_queries():
 
 
 def test_the_luckiest_of_many_settings_needs_bonferroni():
-    """Of 200 settings of the same true recall the one with the highest bound is chosen, 40 times."""
+    """Of 200 settings of equal true recall the one with the highest bound wins, 40 times."""
     rng = np.random.default_rng(1)
     mean, tried, rounds = 0.9, 200, 40
     draws = rng.binomial(1, mean, (rounds, tried, 60)).astype(float)

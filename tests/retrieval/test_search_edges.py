@@ -138,7 +138,7 @@ def test_queries_of_long_shortlists_are_taken_a_few_at_a_time():
 # ---------------------------------------------------------------- lists that no InvertedFile makes
 
 
-def listed(probes, starts=(0, 64), sizes=(60, 50), ids=None, k=50, num_ids=128):
+def listed(probes, *, starts=(0, 64), sizes=(60, 50), ids=None, k=50, num_ids=128):
     codes = np.random.default_rng(13).integers(0, 128, (128, 8), dtype=np.uint8)
     packed = np.zeros(128 * 8, np.uint8)
     _native.pack(pool(1), codes, packed)
@@ -172,7 +172,7 @@ def test_lists_outside_of_the_codes():
         ((0, 63), (1, 1)),
     ):
         with pytest.raises(ValueError, match="outside of the packed codes"):
-            listed(np.zeros((1, 1)), starts, sizes)
+            listed(np.zeros((1, 1)), starts=starts, sizes=sizes)
     slots = np.arange(128)
     slots[7] = 128
     with pytest.raises(IndexError, match="row id out of range"):

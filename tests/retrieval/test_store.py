@@ -247,9 +247,8 @@ class Changes(RuleBasedStateMachine):
             ]
             expected = np.where(kept, cosines([row[1] for row in self.rows], query, d), -np.inf)
             before = asked.copy()
-            hits = index.search(
-                asked, k, setting, bits, None if only is None else np.array(only, np.int64)
-            )
+            allowed = None if only is None else np.array(only, np.int64)
+            hits = index.search(asked, setting, k=k, deleted=bits, only=allowed)
             check_hits(
                 hits.ids[0], hits.scores[0], expected.tolist(), [v[:d].tobytes() for v in vectors]
             )

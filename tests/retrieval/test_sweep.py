@@ -191,7 +191,7 @@ def run(folder, output, *options):
 
 
 def test_few_neighbours_lower_no_recall(folder, tmp_path):
-    """Ten are compared however few are written; a funnel that ends with five is held against five."""
+    """Ten are compared however few are written; of a funnel that ends with five, five."""
     results, ids = run(folder, tmp_path / "3", "--at=3")
     assert ids.shape == (60, 3)
     assert (results["exact"]["k"], len(results["exact"]["found"])) == (10, 11)
@@ -244,7 +244,7 @@ def test_results_are_never_those_of_other_arrays(folder, tmp_path, monkeypatch):
     ],
 )
 def test_options_that_would_not_count_are_refused(
-    folder, tmp_path, monkeypatch, capsys, options, words
+    *, folder, tmp_path, monkeypatch, capsys, options, words
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")

@@ -417,14 +417,14 @@ def test_without_the_extra_it_is_named(made, capsys, monkeypatch):
 
 
 def test_refusals_are_kept_for_seconds(made, tmp_path, monkeypatch):
-    """A data set that is mounted later is found; until then it is not looked for at every picture."""
+    """A data set that is mounted later is found; before, not every picture looks for it."""
     clock = [100.0]
     monkeypatch.setattr(pictures.time, "monotonic", lambda: clock[0])
     shown, about = Pictures(), {"path": str(tmp_path / "later")}
     for mounted in (False, True):
         if mounted:
             shutil.copytree(made / "photos" / "cat", tmp_path / "later" / "cat")
-        with pytest.raises(Refusal, match="not there"):
+        with pytest.raises(Refusal, match="does not exist"):
             shown.open(about)
     clock[0] += pictures.RETRY_SECONDS
     assert len(shown.open(about)) == 9
@@ -433,7 +433,7 @@ def test_refusals_are_kept_for_seconds(made, tmp_path, monkeypatch):
 def test_texts_of_refusals_are_kept():
     shown = Pictures()
     for _ in range(2):
-        with pytest.raises(Refusal, match="does not say") as error:
+        with pytest.raises(Refusal, match="has no path") as error:
             shown.open({})
         assert error.value.status == 404
     assert shown.place({"path": "here"}) == "here"

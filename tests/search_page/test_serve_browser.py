@@ -93,7 +93,7 @@ def watched(address):
 
 @pytest.fixture
 def page(watched):
-    """The page without a complaint; every test leaves it so, and has asked nobody but the server."""
+    """The page without an error; every test leaves it so, and sends requests to the server only."""
     watched.settle()
     del watched.said[:]
     yield watched.page
@@ -176,7 +176,7 @@ def test_sliders_change_recall_and_time_live_and_by_keyboard(watched, page, made
     asked = len(watched.asked)
     for label, text in (
         ("Shortlist", "10 rows"),
-        ("Lists looked at", "1 lists"),
+        ("Lists visited", "1 lists"),
         ("Re-ranked by", "8 dims"),
     ):
         slider = page.get_by_label(label)
@@ -304,7 +304,10 @@ def test_what_a_screen_shows_at_once(page, width, height):
     slider.wait_for()
 
 
-LONG = "a/long/way/down/to/the/last/of/all/folders/of_a_disk/with_a_name_that_never_ends/holidayinnorway.jpeg"
+LONG = (
+    "a/long/way/down/to/the/last/of/all/folders/of_a_disk/"
+    "with_a_name_that_never_ends/holidayinnorway.jpeg"
+)
 
 
 def test_without_pictures_names_are_shown_and_keep_their_ends(watched, page, changing):
@@ -328,14 +331,18 @@ def test_without_pictures_names_are_shown_and_keep_their_ends(watched, page, cha
         name = column.locator(".hit").nth(i).locator(".name")
         assert name.inner_text() == shown
         front, end = name.evaluate("""(node) => {
-            const outer = node.getBoundingClientRect(), inner = node.firstChild.getBoundingClientRect();
+            const outer = node.getBoundingClientRect();
+            const inner = node.firstChild.getBoundingClientRect();
             return [outer.left - inner.left, inner.right - outer.right]; }""")
         assert (front > 20) == cut
         assert end < 1
     assert page.locator("#empty").evaluate("node => node.scrollWidth <= node.clientWidth")
     extension = page.evaluate("""() => {
-        const text = [...document.getElementById("empty").childNodes].filter(n => n.nodeType === 3).pop();
-        const range = document.createRange(); range.setStart(text, text.length - 5); range.setEnd(text, text.length);
+        const nodes = [...document.getElementById("empty").childNodes];
+        const text = nodes.filter(n => n.nodeType === 3).pop();
+        const range = document.createRange();
+        range.setStart(text, text.length - 5);
+        range.setEnd(text, text.length);
         return new Set([...range.getClientRects()].map(box => box.top)).size; }""")
     assert extension == 1  # ".jpeg" is on one line
 
@@ -391,8 +398,9 @@ def test_an_upload_is_shown_as_the_model_sees_it(watched, page, tmp_path):
 
 
 def test_everything_has_a_name(page):
-    unnamed = page.evaluate("""() => [...document.querySelectorAll("button, input")].filter(
-        (node) => !(node.labels?.length || node.textContent.trim() || node.ariaLabel)).map((node) => node.outerHTML)""")
+    unnamed = page.evaluate("""() => [...document.querySelectorAll("button, input")]
+        .filter((node) => !(node.labels?.length || node.textContent.trim() || node.ariaLabel))
+        .map((node) => node.outerHTML)""")
     assert unnamed == []
     assert page.locator("img:not([alt])").count() == 0
     assert (

@@ -242,7 +242,7 @@ def test_a_folder_that_changed_since_shows_nothing_of_its_neighbours(made, tmp_p
     (folder / names[0]).write_bytes(b"\xff\xd8 no picture")
     assert "damaged" in said(image(0), 404)
     shutil.rmtree(folder)
-    assert "not there" in said(image(0), 404)
+    assert "not exist" in said(image(0), 404)
 
 
 def test_files_that_go_while_they_are_shown(made, tmp_path):
