@@ -275,7 +275,7 @@ def on_main(function: Callable[[], T], world: World) -> T:
     return result
 
 
-def share_buffers(module: torch.nn.Module, world: World) -> None:
+def broadcast_buffers(module: torch.nn.Module, world: World) -> None:
     """Rank 0's buffers on every rank: each has its own last update of the batch-norm statistics."""
     if world.size > 1:
         for buffer in module.buffers():

@@ -219,9 +219,9 @@ def _read_safetensors(path: Path) -> Contents:
                 raise CheckpointError(
                     f"{path}: a safetensors file, but not one of ours (no {FORMAT} metadata)"
                 )
-            prefix = (
-                "" if about["format"] == FORMAT else "model."
-            )  # beside the optimizer's state and more
+            # A training checkpoint also holds the optimizer's state and, for self-supervised
+            # methods, more networks; files written before it had the key hold a classifier.
+            prefix = "" if about["format"] == FORMAT else about.get("encoder", "model.")
             keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a dict)
             state = {key[len(prefix) :]: file.get_tensor(key) for key in keys}
         model = about["model"]

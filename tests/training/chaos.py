@@ -36,7 +36,7 @@ from sklearn.datasets import load_digits
 import matryoshka.evaluation.metrics
 from matryoshka.data import write_beton
 from matryoshka.training import snapshot
-from matryoshka.training.guard import Guard
+from matryoshka.training.guard import NonFiniteGuard
 
 PLACES = ("anywhere", "step", "all-reduce", "evaluation", "write", "fsync", "link", "rename")
 EPOCHS, TRAIN, VAL = 2, 130, 30
@@ -124,7 +124,7 @@ def killed_at(place: str, count: int, delay: float) -> None:
         write(descriptor, bytes(data)[: len(data) // 2])
 
     if place == "step":
-        wrap(Guard, "before_step")
+        wrap(NonFiniteGuard, "before_step")
     elif place == "all-reduce":
         wrap(
             torch.distributed,
@@ -223,7 +223,7 @@ def wait(children: list[int]) -> list[int]:
 def result(path: Path) -> tuple[str, list]:
     """(sha256 of all that the run ended with, what its log says of every epoch)."""
     saved = snapshot.read(path / "checkpoints" / "last.safetensors")
-    digest = hashlib.sha256(json.dumps(saved.about["progress"], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(saved.metadata["progress"], sort_keys=True).encode())
     for name, tensor in sorted(saved.tensors.items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())

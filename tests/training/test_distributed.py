@@ -26,13 +26,14 @@ import functools, os, sys, traceback, torch
 from types import SimpleNamespace
 from matryoshka import distributed
 from matryoshka.data import Loader, RandomResizedCrop, augment
-from matryoshka.training.guard import Guard
+from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.evaluation.metrics import PrefixAccuracy
 from matryoshka.models import ModelSpec, build
 from matryoshka.nested import nested_cross_entropy
 from matryoshka.evaluation.predict import predict
 from matryoshka.train import train_imagenet as program
 from matryoshka.training.state import TrainState
+from matryoshka.training.sums import Sums
 
 beton, val, out, batch, micro = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
 torch.set_num_threads(1)
@@ -55,9 +56,12 @@ def work():
         loader = Loader(beton, batch, image=RandomResizedCrop(32), drop_last=True, seed=7, **ranks)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        state = TrainState(model, optimizer, loader, scaler, torch.zeros(5).double(), {})
+        sums = Sums({"loss": (), "prefix_loss": (3,)}, world.device, torch.float64)
+        state = TrainState(
+            model=model, optimizer=optimizer, loader=loader, scaler=scaler, sums=sums, metadata={}
+        )
         weights = torch.tensor([2.0, 1.0, 1.0]).double()
-        loss_of = functools.partial(nested_cross_entropy, weights=weights, label_smoothing=0.1)
+        loss_fn = functools.partial(nested_cross_entropy, weights=weights, label_smoothing=0.1)
         cfg = SimpleNamespace(
             data=SimpleNamespace(mixup=0, cutmix=0, randaugment=0), training=SimpleNamespace(seed=1, batch_size=micro)
         )
@@ -65,15 +69,17 @@ def work():
         for k, b in enumerate(loader):
             order.append(b.index.tolist())
             if k == 0:
-                guard = Guard(model, world.device)
-                program.train_step(cfg, world, NoFloat(ddp), state, guard, "fp32", loss_of, b, 0.0)
+                program.train_step(
+                    b, 0.0, cfg=cfg, world=world, ddp=NoFloat(ddp), state=state, loss_fn=loss_fn,
+                    guard=NonFiniteGuard(model, world.device), precision="fp32",
+                )
         metric = PrefixAccuracy(model.dims)
         evaluation = Loader(val, 30, order="sequential", **ranks)
         evaluation.image = RandomResizedCrop(32)
         for p in predict(model.float(), evaluation):
             metric.update(p.logits, p.labels)
         gradient = torch.cat([p.grad.flatten() for p in model.double().parameters()]) if world.is_main else None
-        totals = distributed.sum_over_ranks(state.totals, world)
+        totals = distributed.sum_over_ranks(state.sums.totals, world)
         found = {"order": order, "accuracy": metric.compute(), "gradient": gradient, "totals": totals}
         torch.save(found, f"{out}.{world.size}.{world.rank}")
 
@@ -273,7 +279,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(tmp_path, dig
     )
     assert "2 x cpu" in out
     assert "2 epochs x 4 steps of 100 images" in out
-    assert "go on    after step 4, epoch 1" in out
+    assert "resume   after step 4, epoch 1" in out
     together = log_of(tmp_path / "run")
     assert [line["epoch"] for line in together] == [0, 1]
     assert together[0]["train_loss"] == alone[0]["train_loss"]

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from matryoshka.distributed import World
 from matryoshka.training import session
 from matryoshka.training.run_folder import RunLog, WandbError
-from matryoshka.training.state import Progress
+from matryoshka.training.state import LoopState
 
 
 def lines(path):
@@ -35,8 +35,8 @@ def board(path):
 
 def test_tensorboard_reads_the_scalars(tmp_path):
     log = RunLog(tmp_path / "run", {"a": 1}, "a: 1\n")
-    log.scalars({"loss": 2.5, "top_1/8": 62.5}, 10)
-    log.scalars({"loss": 1.25, "top_1/8": 75.0, "step/lr": 0.5}, 20)
+    log.write_scalars({"loss": 2.5, "top_1/8": 62.5}, 10)
+    log.write_scalars({"loss": 1.25, "top_1/8": 75.0, "step/lr": 0.5}, 20)
     log.close()
     assert board(tmp_path / "run") == {
         "loss": [(10, 2.5), (20, 1.25)],
@@ -49,15 +49,15 @@ def test_a_run_that_goes_on_drops_what_its_checkpoint_does_not_know(tmp_path):
     path = tmp_path / "run"
     log = RunLog(path, {}, "")
     for epoch in range(3):
-        log.event({"epoch": epoch, "train_loss": 3.0 - epoch})
-        log.scalars({"loss": 3.0 - epoch}, 10 * (epoch + 1))
-    log.note({"event": "skipped", "step": 12})
+        log.write_line({"epoch": epoch, "train_loss": 3.0 - epoch})
+        log.write_scalars({"loss": 3.0 - epoch}, 10 * (epoch + 1))
+    log.write_event({"event": "skipped", "step": 12})
     log.close()
     with open(path / "log", "a") as file:
         file.write('{"timestamp": 1, "epo')  # killed
-    log = RunLog(path, {}, "", going_on=(20, 2))
-    log.event({"epoch": 2, "train_loss": 0.5})
-    log.scalars({"loss": 0.5}, 30)
+    log = RunLog(path, {}, "", resumed_at=(20, 2))
+    log.write_line({"epoch": 2, "train_loss": 0.5})
+    log.write_scalars({"loss": 0.5}, 30)
     log.close()
     assert [(line["epoch"], line["train_loss"]) for line in lines(path / "log")] == [
         (0, 3.0),
@@ -127,10 +127,10 @@ def offline(monkeypatch):
 def test_wandb_has_what_was_logged(tmp_path, offline):
     path = tmp_path / "my run"
     log = RunLog(path, {"lr.lr": 0.5, "model.dims": [8, 16]}, "", wandb="project")
-    log.scalars({"step/loss": 4.0}, 3)
-    log.event({"current_lr": 0.1, "top_1_8": 0.625, "epoch": 0})
-    log.scalars({"loss": 2.5}, 10)
-    log.scalars({"loss": 3.5}, 7)  # after a rollback
+    log.write_scalars({"step/loss": 4.0}, 3)
+    log.write_line({"current_lr": 0.1, "top_1_8": 0.625, "epoch": 0})
+    log.write_scalars({"loss": 2.5}, 10)
+    log.write_scalars({"loss": 3.5}, 7)  # after a rollback
     log.close()
     found = records(path)
     assert history(found) == [
@@ -156,12 +156,12 @@ def test_wandb_has_what_was_logged(tmp_path, offline):
 
 def test_wandb_goes_on_with_the_run_of_this_folder(tmp_path, offline):
     ids = []
-    for path, going_on in (
+    for path, resumed_at in (
         (tmp_path / "run", None),
         (tmp_path / "run", (5, 1)),
         (tmp_path / "other" / "run", None),
     ):
-        RunLog(path, {}, "", going_on=going_on, wandb="project").close()
+        RunLog(path, {}, "", resumed_at=resumed_at, wandb="project").close()
         ids.append(next(r.run.run_id for r in records(path) if r.HasField("run")))
         shutil.rmtree(path / "wandb")
     assert ids[0] == ids[1] != ids[2]
@@ -177,7 +177,7 @@ def test_wandb_that_breaks_does_not_end_a_run(tmp_path, offline, monkeypatch, ca
     log = RunLog(tmp_path / "run", {}, "", wandb="project")
     monkeypatch.setattr(wandb.Run, call, broken)
     for step in (1, 2):
-        log.scalars({"loss": 1.0}, step)
+        log.write_scalars({"loss": 1.0}, step)
     log.close()
     monkeypatch.undo()
     wandb.finish()
@@ -205,26 +205,23 @@ def test_mistakes_with_wandb_are_one_line_and_leave_no_folder(tmp_path, offline,
 
 def test_a_session_hands_its_project_on(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(
-        session, "RunLog", lambda *args: given.append(args) or SimpleNamespace(note=lambda _: None)
-    )
-    state = SimpleNamespace(progress=Progress(), about={})
-    world, start = World(torch.device("cpu")), session.Start(tmp_path)
+
+    def run_log(*_, wandb, **__):
+        given.append(wandb)
+        return SimpleNamespace(write_event=lambda _: None)
+
+    monkeypatch.setattr(session, "RunLog", run_log)
+    loader = SimpleNamespace(batch_size=1)
+    state = SimpleNamespace(loop=LoopState(), metadata={}, loader=loader)
     for more in ({}, {"wandb": "project"}):
         session.Session(
             state,
             None,
-            world,
-            start,
-            {},
-            "",
-            keep_last=1,
-            every_steps=0,
-            every_minutes=0,
-            skip_limit=1,
-            hang_timeout=0,
-            say=print,
-            global_batch=1,
-            **more,
+            World(torch.device("cpu")),
+            session.ResumePoint(tmp_path),
+            options=session.SessionOptions(best_metric="top_1/8", **more),
+            config={},
+            config_yaml="",
+            print0=print,
         )
-    assert [args[-1] for args in given] == [None, "project"]
+    assert given == [None, "project"]

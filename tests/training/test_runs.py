@@ -34,13 +34,13 @@ def write(tmp_path, monkeypatch):
         clock.now = started
         path = tmp_path / "logs" / name
         run = RunLog(path, {"model.arch": "resnet18", "training.epochs": 3, **params}, "")
-        run.note({"event": "start", "step": 0})
+        run.write_event({"event": "start", "step": 0})
         for epoch, top1 in enumerate(epochs):
             clock.now += 60
             speed = {"images_per_s": 100.0 * (epoch + 1), "data_wait": 0.1 * (epoch + 1)}
-            run.event({"current_lr": 0.1, **top1, "train_loss": 1.0, "epoch": epoch} | speed)
+            run.write_line({"current_lr": 0.1, **top1, "train_loss": 1.0, "epoch": epoch} | speed)
         for event in events:
-            run.note({"event": event})
+            run.write_event({"event": event})
         run.close()
         age(path, written)
         return path
@@ -143,9 +143,9 @@ def test_a_run_that_goes_on_is_running(logs, capsys):
         logs / "asked",
         json.loads((logs / "asked" / "params.json").read_text()),
         "",
-        going_on=(5, 2),
+        resumed_at=(5, 2),
     )
-    run.note({"event": "go on"})
+    run.write_event({"event": "go on"})
     run.close()
     list_runs.main([str(logs / "asked"), "--json"])
     row = json.loads(capsys.readouterr().out)

@@ -17,9 +17,9 @@ from matryoshka.train import train_imagenet
 from matryoshka.checkpoint.model_file import load_model
 from matryoshka.distributed import World
 from matryoshka.training import session, snapshot
-from matryoshka.training.guard import Guard
+from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.optim import make_optimizer, parameter_groups
-from matryoshka.training.watch import REQUEUE, HangWatch, Vote
+from matryoshka.training.watch import REQUEUE, AnyRankFlags, HangWatch
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = World(torch.device("cpu"))
@@ -81,7 +81,7 @@ def test_signals_leave_a_checkpoint_and_the_run_goes_on(
     """SIGTERM inside an epoch, SIGUSR1 in an evaluation: status 75, then the same weights as if
     nothing had been.
     """
-    original, steps = Guard.before_step, []
+    original, steps = NonFiniteGuard.before_step, []
 
     def at_step(self):
         steps.append(0)
@@ -89,9 +89,9 @@ def test_signals_leave_a_checkpoint_and_the_run_goes_on(
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self)
 
-    monkeypatch.setattr(Guard, "before_step", at_step)
+    monkeypatch.setattr(NonFiniteGuard, "before_step", at_step)
     assert train_imagenet.main(options(digits, tmp_path, "run")) == REQUEUE
-    monkeypatch.setattr(Guard, "before_step", original)
+    monkeypatch.setattr(NonFiniteGuard, "before_step", original)
     predict = train_imagenet.predict
 
     def with_signal(*args):
@@ -104,8 +104,8 @@ def test_signals_leave_a_checkpoint_and_the_run_goes_on(
     monkeypatch.setattr(train_imagenet, "predict", predict)
     assert train_imagenet.main(again) == 0
     out = capsys.readouterr().out
-    assert "go on    after step 3, epoch 0" in out
-    assert "go on    after step 4, epoch 0" in out  # trained, not evaluated
+    assert "resume   after step 3, epoch 0" in out
+    assert "resume   after step 4, epoch 0" in out  # trained, not evaluated
     run = tmp_path / "run"
     assert [e["event"] for e in events(run)] == ["start", "stopped", "go on", "stopped", "go on"]
     assert losses(run) == losses(alone)
@@ -134,7 +134,7 @@ def test_what_resume_refuses(digits, tmp_path, alone, capsys):
     assert "no such run folder" in line(f"--training.resume={tmp_path / 'x'}", run="other")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "log").write_text("")
-    assert "no checkpoint" in line(f"--training.resume={tmp_path / 'bare'}", run="other")
+    assert "no valid checkpoint" in line(f"--training.resume={tmp_path / 'bare'}", run="other")
     assert "needs logging.run_id" in line("--training.resume=auto", run="")
 
 
@@ -155,7 +155,8 @@ def test_auto_begins_where_there_is_nothing_yet(digits, tmp_path, alone):
             )
             assert losses(tmp_path / name) == losses(alone)
         else:
-            assert session.find_start(tmp_path, name, "auto", {}) == session.Start(tmp_path / name)
+            point = session.resolve_run(tmp_path, name, "auto", {})
+            assert point == session.ResumePoint(tmp_path / name)
 
 
 def test_a_checkpoint_can_be_chosen(digits, tmp_path, alone, capsys):
@@ -172,7 +173,7 @@ def test_a_checkpoint_can_be_chosen(digits, tmp_path, alone, capsys):
         "--training.global_batch_size=100",
     ]
     assert train_imagenet.main(options(digits, tmp_path / "elsewhere", "other", *more)) == 0
-    assert "go on    after step 4, epoch 1" in capsys.readouterr().out
+    assert "resume   after step 4, epoch 1" in capsys.readouterr().out
     assert len(losses(tmp_path / "copy")) == 2
     assert losses(tmp_path / "copy")[0] == losses(alone)[0]
 
@@ -205,7 +206,7 @@ def poisoned(kind, monkeypatch, when):
         train_imagenet.nested_cross_entropy,
         train_imagenet.normalise,
     )
-    before_step = Guard.before_step
+    before_step = NonFiniteGuard.before_step
 
     def due():
         return when(calls[0])
@@ -228,7 +229,7 @@ def poisoned(kind, monkeypatch, when):
 
     monkeypatch.setattr(train_imagenet, "nested_cross_entropy", loss)
     monkeypatch.setattr(train_imagenet, "normalise", images)
-    monkeypatch.setattr(Guard, "before_step", step)
+    monkeypatch.setattr(NonFiniteGuard, "before_step", step)
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient", "input", "statistics"])
@@ -266,7 +267,8 @@ def test_many_in_a_row_go_back_with_a_lower_rate(digits, tmp_path, monkeypatch, 
     assert rates[7] < 0.2 * rates[3]
     assert len(losses(run)) == 2
     assert (
-        snapshot.read(run / "checkpoints" / "last.safetensors").about["progress"]["rollbacks"] == 1
+        snapshot.read(run / "checkpoints" / "last.safetensors").metadata["progress"]["rollbacks"]
+        == 1
     )
 
 
@@ -275,8 +277,8 @@ def test_a_run_that_cannot_be_saved_says_so(digits, tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as stop:
         train_imagenet.main(options(digits, tmp_path, "run", "--training.skip_limit=2"))
     assert stop.value.code == 2
-    assert "not finite again after 5 rollbacks; lower lr" in capsys.readouterr().err
-    assert snapshot.newest(tmp_path / "run" / "checkpoints")[0].about["step"] == 0
+    assert "still non-finite after 5 rollbacks; lower lr" in capsys.readouterr().err
+    assert snapshot.newest(tmp_path / "run" / "checkpoints")[0].metadata["step"] == 0
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -288,7 +290,7 @@ def test_a_skipped_step_changes_nothing(name):
     optimizer = make_optimizer(
         name, parameter_groups(model, 0.1, 0.0), 0.1, 0.9, torch.device("cpu")
     )
-    guard, row = Guard(model, torch.device("cpu"), clip=0.5), []
+    guard, skips = NonFiniteGuard(model, torch.device("cpu"), clip=0.5), []
     for bad in (False, True, True, False):
         before = {k: v.clone() for k, v in model.state_dict().items() if v.is_floating_point()}
         optimizer.zero_grad()
@@ -299,13 +301,15 @@ def test_a_skipped_step_changes_nothing(name):
             clipped = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
             assert clipped <= 0.5 + 1e-5
         guard.step(optimizer, skip)
-        row += [report.row for report in guard.after_step(0, loss.detach(), norm, skip)]
+        skips += [
+            report.consecutive_skips for report in guard.after_step(0, loss.detach(), norm, skip)
+        ]
         after = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
         assert all(torch.equal(before[k], after[k]) for k in after) == bad
-    assert row == [0, 1, 2, 0]
+    assert skips == [0, 1, 2, 0]
 
 
-# ---------------------------------------------------------------- hangs, votes, kills
+# ---------------------------------------------------------------- hangs, flags, kills
 
 
 HANG = """
@@ -358,10 +362,10 @@ def test_a_hang_leaves_the_stacks_of_all_ranks_and_ends(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_votes_of_one_process_count_at_once():
-    vote = Vote(2, CPU)
-    assert vote(True, False) == [True, False]
-    assert vote.finish() == [False, False]
+def test_flags_of_one_process_count_at_once():
+    flags = AnyRankFlags(2, CPU)
+    assert flags.exchange(True, False) == [True, False]
+    assert flags.finish() == [False, False]
 
 
 def test_runs_that_are_killed_end_like_one_that_is_not():

@@ -7,7 +7,7 @@ from matryoshka.train import train_imagenet
 
 from matryoshka import distributed
 from matryoshka.checkpoint.model_file import load_model
-from matryoshka.training.state import Ema
+from matryoshka.models.ema import Ema
 
 
 def train(digits, folder, run_id, *more):
