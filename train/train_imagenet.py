@@ -79,8 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def train(cfg: SimpleNamespace, world: World, *, loss=nested_cross_entropy) -> None:
-    """Run the training to its end, from its first step or from its last checkpoint."""
+def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_entropy) -> None:
+    """Run the training to its end, from its first step or from its last checkpoint.
+
+    loss: has the signature of nested_cross_entropy.
+    """
     t = cfg.training
     print0 = partial(print, flush=True) if world.is_main else lambda *_: None
     distributed.prepare(world.device, t.seed, t.deterministic)

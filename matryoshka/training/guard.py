@@ -45,7 +45,7 @@ class NonFiniteGuard:
         self.reset()
 
     def reset(self) -> None:
-        """Trust the model's current buffers and drop pending reports. Call after loading weights."""
+        """Accept the current buffers and drop pending reports; call after loading weights."""
         self._good_buffers = _flatten(self._buffers)
         self._skips.zero_()
         self._pending.clear()

@@ -1,4 +1,4 @@
-"""Signals and hangs: a stopped run leaves a checkpoint, a hung run leaves the stacks of its ranks."""
+"""Signals and hangs: a stopped run saves a checkpoint, a hung run the stacks of its ranks."""
 
 from __future__ import annotations
 

@@ -14,8 +14,11 @@ import pytest
 import torch
 from matryoshka.train import train_imagenet
 
+from matryoshka import config
 from matryoshka.checkpoint.model_file import load_model
 from matryoshka.distributed import World
+from matryoshka.models import NestedModel
+from matryoshka.nested import nested_cross_entropy
 from matryoshka.training import session, snapshot
 from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.optim import make_optimizer, parameter_groups
@@ -92,16 +95,17 @@ def test_signals_leave_a_checkpoint_and_the_run_goes_on(
     monkeypatch.setattr(NonFiniteGuard, "before_step", at_step)
     assert train_imagenet.main(options(digits, tmp_path, "run")) == REQUEUE
     monkeypatch.setattr(NonFiniteGuard, "before_step", original)
-    predict = train_imagenet.predict
+    forward = NestedModel.forward
 
-    def with_signal(*args):
-        os.kill(os.getpid(), signal.SIGUSR1)
-        yield from predict(*args)
+    def with_signal(self, images):
+        if not self.training:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return forward(self, images)
 
-    monkeypatch.setattr(train_imagenet, "predict", with_signal)
+    monkeypatch.setattr(NestedModel, "forward", with_signal)
     again = options(digits, tmp_path, "run", "--training.resume=auto")
     assert train_imagenet.main(again) == REQUEUE
-    monkeypatch.setattr(train_imagenet, "predict", predict)
+    monkeypatch.setattr(NestedModel, "forward", forward)
     assert train_imagenet.main(again) == 0
     out = capsys.readouterr().out
     assert "resume   after step 3, epoch 0" in out
@@ -200,24 +204,21 @@ def test_checkpoints_by_the_clock(digits, tmp_path):
 
 
 def poisoned(kind, monkeypatch, when):
-    """Damage one step after another: the loss, a gradient, the input, running statistics."""
-    calls, cross_entropy, normalise = (
-        [0],
-        train_imagenet.nested_cross_entropy,
-        train_imagenet.normalise,
-    )
-    before_step = NonFiniteGuard.before_step
+    """Damage some steps: the loss, a gradient, the input or running statistics.
 
-    def due():
-        return when(calls[0])
+    Returns the loss to train with.
+    """
+    calls = [0]
+    before_step, forward = NonFiniteGuard.before_step, NestedModel.forward
 
     def loss(*args, **kwargs):
-        total, each = cross_entropy(*args, **kwargs)
-        return (total * float("nan"), each) if kind == "loss" and due() else (total, each)
+        total, each = nested_cross_entropy(*args, **kwargs)
+        return (total * float("nan"), each) if kind == "loss" and when(calls[0]) else (total, each)
 
-    def images(batch, *args):
-        out = normalise(batch, *args)
-        return out * float("inf") if kind == "input" and due() else out
+    def with_input(self, images):
+        if kind == "input" and self.training and when(calls[0]):
+            images = images * float("inf")
+        return forward(self, images)
 
     def step(self):
         calls[0] += 1
@@ -227,9 +228,14 @@ def poisoned(kind, monkeypatch, when):
             self._buffers[0].fill_(float("nan"))
         return before_step(self)
 
-    monkeypatch.setattr(train_imagenet, "nested_cross_entropy", loss)
-    monkeypatch.setattr(train_imagenet, "normalise", images)
+    monkeypatch.setattr(NestedModel, "forward", with_input)
     monkeypatch.setattr(NonFiniteGuard, "before_step", step)
+    return loss
+
+
+def train(argv, loss):
+    """The program with another loss."""
+    train_imagenet.train(config.read(train_imagenet.SECTIONS, argv), CPU, loss=loss)
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient", "input", "statistics"])
@@ -237,8 +243,8 @@ def test_steps_that_are_not_finite(digits, tmp_path, monkeypatch, kind):
     """5 of 8 steps poisoned, of each of four kinds (20 in all): they are skipped and told; the run
     ends healthy.
     """
-    poisoned(kind, monkeypatch, lambda step: step in (0, 2, 3, 5, 6))
-    assert train_imagenet.main(options(digits, tmp_path, "run", "--training.batch_size=100")) == 0
+    loss = poisoned(kind, monkeypatch, lambda step: step in (0, 2, 3, 5, 6))
+    train(options(digits, tmp_path, "run", "--training.batch_size=100"), loss)
     run = tmp_path / "run"
     model = load_model(run / "model.safetensors")
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
@@ -248,13 +254,13 @@ def test_steps_that_are_not_finite(digits, tmp_path, monkeypatch, kind):
 
 
 def test_many_in_a_row_go_back_with_a_lower_rate(digits, tmp_path, monkeypatch, capsys):
-    poisoned("loss", monkeypatch, lambda step: 4 <= step < 7)
+    loss = poisoned("loss", monkeypatch, lambda step: 4 <= step < 7)
     more = [
         "--training.skip_limit=3",
         "--training.checkpoint_every_steps=3",
         "--logging.log_level=2",
     ]
-    assert train_imagenet.main(options(digits, tmp_path, "run", *more)) == 0
+    train(options(digits, tmp_path, "run", *more), loss)
     out, run = capsys.readouterr().out, tmp_path / "run"
     back = next(e for e in events(run) if e["event"] == "rolled back")
     assert (back["step"], back["to"]) == (6, 4)
@@ -272,12 +278,11 @@ def test_many_in_a_row_go_back_with_a_lower_rate(digits, tmp_path, monkeypatch, 
     )
 
 
-def test_a_run_that_cannot_be_saved_says_so(digits, tmp_path, monkeypatch, capsys):
-    poisoned("loss", monkeypatch, lambda step: True)
-    with pytest.raises(SystemExit) as stop:
-        train_imagenet.main(options(digits, tmp_path, "run", "--training.skip_limit=2"))
-    assert stop.value.code == 2
-    assert "still non-finite after 5 rollbacks; lower lr" in capsys.readouterr().err
+def test_a_run_that_cannot_be_saved_says_so(digits, tmp_path, monkeypatch):
+    loss = poisoned("loss", monkeypatch, lambda step: True)
+    with pytest.raises(session.Diverged, match="still non-finite after 5 rollbacks; lower lr") as e:
+        train(options(digits, tmp_path, "run", "--training.skip_limit=2"), loss)
+    assert e.value.user_error  # config.program prints it as one line, with status 2
     assert snapshot.newest(tmp_path / "run" / "checkpoints")[0].metadata["step"] == 0
 
 
