@@ -1,4 +1,4 @@
-"""Processes and devices: torchrun, collectives, precision. Collectives are no-ops on one process."""
+"""Processes and devices: torchrun, collectives (no-ops on one process), precision."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ def check_sets(train, val) -> None:
     check_classes(train, val)
     if train.num_classes < 2:
         raise ProbeError(
-            f"data.train_dataset={train.path}: contains one class, a probe needs two or more"
+            f"data.train_dataset={train.path}: contains only one class, a probe needs two or more"
         )
 
 

@@ -163,6 +163,16 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
         print0(f"note     {note}")
 
     # ---- loop ----
+    step = partial(
+        train_step,
+        cfg=cfg,
+        world=world,
+        ddp=ddp,
+        state=state,
+        guard=guard,
+        loss_fn=loss_fn,
+        precision=precision,
+    )
     session_options = SessionOptions(
         best_metric=f"top_1/{spec.dims[-1]}",
         keep_last=t.keep_last,
@@ -205,24 +215,17 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
                 train_loader.image = training_crop(cfg, resolution_at(epoch, cfg.resolution))
                 session.start_epoch()
                 model.train()
-                lr = current_lr()  # also for an epoch that was stopped before its evaluation
+                lr = (
+                    current_lr()
+                )  # logged if a resumed epoch has no steps left, only its evaluation
                 with EpochMeter(
                     train_loader, session, log_level=cfg.logging.log_level, print0=print0
                 ) as meter:
                     for batch in meter:
                         lr = current_lr()
-                        step_loss, norm, skipped = train_step(
-                            batch,
-                            lr,
-                            cfg=cfg,
-                            world=world,
-                            ddp=ddp,
-                            state=state,
-                            guard=guard,
-                            loss_fn=loss_fn,
-                            precision=precision,
-                        )
-                        meter.update(session.after_step(step_loss, norm, skipped), lr)
+                        step_loss, norm, skipped = step(batch, lr)
+                        reports = session.after_step(step_loss, norm, skipped)
+                        meter.update(reports, lr)
 
                 means = session.end_epoch()
                 metrics = {"loss": means["loss"], "lr": lr, **meter.metrics(means["images"])}

@@ -1,4 +1,4 @@
-"""What a run writes while it goes: lines, TensorBoard, Weights & Biases."""
+"""Logs of a run: JSON lines, TensorBoard, Weights & Biases."""
 
 import json
 import os
@@ -13,7 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from matryoshka.distributed import World
 from matryoshka.training import session
-from matryoshka.training.run_folder import RunLog, WandbError
+from matryoshka.training.run_folder import (
+    RunLog,
+    WandbError,
+    accuracy_metrics,
+    epoch_scalars,
+    log_line,
+)
 from matryoshka.training.state import LoopState
 
 
@@ -45,7 +51,7 @@ def test_tensorboard_reads_the_scalars(tmp_path):
     }
 
 
-def test_a_run_that_goes_on_drops_what_its_checkpoint_does_not_know(tmp_path):
+def test_a_resumed_run_drops_lines_after_its_checkpoint(tmp_path):
     path = tmp_path / "run"
     log = RunLog(path, {}, "")
     for epoch in range(3):
@@ -66,6 +72,30 @@ def test_a_run_that_goes_on_drops_what_its_checkpoint_does_not_know(tmp_path):
     ]
     assert [line["event"] for line in lines(path / "events.jsonl")] == ["skipped"]
     assert board(path)["loss"] == [(10, 3.0), (20, 2.0), (30, 0.5)]
+
+
+def test_metrics_under_the_names_of_log_and_tensorboard():
+    accuracy = {8: {"top1": 50.0, "top5": 75.0}, 16: {"top1": 60.0, "top5": 80.0}}
+    speed = {"images_per_s": 9.0, "data_wait": 0.5}
+    base = {"loss": 2.0, "lr": 0.1, "gradient_norm": 3.0, **speed, "loss/8": 2.5, "loss/16": 1.5}
+    assert log_line(base, 3) == {"current_lr": 0.1, "train_loss": 2.0, "epoch": 3, **speed}
+    assert epoch_scalars(base) == base
+
+    metrics = base | {"val_time": 7.0} | accuracy_metrics(accuracy)
+    metrics |= accuracy_metrics(accuracy, prefix="ema_")
+    line = log_line(metrics, 0)
+    assert list(line) == [
+        *("current_lr", "val_time"),
+        *("top_1_8", "top_1_16", "top_5_8", "top_5_16"),
+        *("ema_top_1_8", "ema_top_1_16", "ema_top_5_8", "ema_top_5_16"),
+        *("train_loss", "epoch", "images_per_s", "data_wait"),
+    ]
+    assert (line["top_1_8"], line["ema_top_5_16"]) == (0.5, 0.8), "fractions"
+    top1 = {"top_1/8": 50.0, "top_1/16": 60.0, "ema_top_1/8": 50.0, "ema_top_1/16": 60.0}
+    assert epoch_scalars(metrics) == base | top1, "percent"
+
+    single = log_line(base | {"val_time": 7.0} | accuracy_metrics({8: accuracy[8]}), 0)
+    assert (single["top_1"], single["top_5"]) == (0.5, 0.75), "upstream's keys of one prefix"
 
 
 # ---------------------------------------------------------------- Weights & Biases
@@ -154,7 +184,7 @@ def test_wandb_has_what_was_logged(tmp_path, offline):
     assert board(path)["loss"] == [(10, 2.5), (7, 3.5)]
 
 
-def test_wandb_goes_on_with_the_run_of_this_folder(tmp_path, offline):
+def test_wandb_resumes_the_run_of_this_folder(tmp_path, offline):
     ids = []
     for path, resumed_at in (
         (tmp_path / "run", None),
@@ -183,7 +213,7 @@ def test_wandb_that_breaks_does_not_end_a_run(tmp_path, offline, monkeypatch, ca
     wandb.finish()
     problems = lines(tmp_path / "run" / "events.jsonl")
     assert [(line["event"], "gone" in line["text"]) for line in problems] == [("problem", True)]
-    assert len(board(tmp_path / "run")["loss"]) == 2
+    assert len(board(tmp_path / "run")["loss"]) == 2, "TensorBoard must get both steps"
 
 
 def test_mistakes_with_wandb_are_one_line_and_leave_no_folder(tmp_path, offline, monkeypatch):

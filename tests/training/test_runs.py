@@ -138,7 +138,7 @@ def test_a_run_that_is_killed_is_read(logs, capsys):
     assert capsys.readouterr().out == TABLE.lstrip("\n")
 
 
-def test_a_run_that_goes_on_is_running(logs, capsys):
+def test_a_resumed_run_is_running(logs, capsys):
     run = RunLog(
         logs / "asked",
         json.loads((logs / "asked" / "params.json").read_text()),
@@ -215,7 +215,7 @@ def test_a_table_has_120_columns_at_most(write, tmp_path, capsys):
     write("short", time.time(), {"training.epochs": None}, [])
     list_runs.main([str(tmp_path / "logs")])
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 120
+    assert max(map(len, lines)) <= 120, "wider than the columns it may use"
     assert lines[2 if "x" in lines[2] else 3].startswith("20260101-")
     assert any(
         "xx-abcd " in line and " timm" in line and " mrl 8,12..2048 " in line for line in lines

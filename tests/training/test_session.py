@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, poisoned, or that hang; and what they go on with."""
+"""Runs that are stopped, killed, poisoned or hung, and how they resume."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def losses(run):
 
 @pytest.fixture(scope="module")
 def alone(digits, tmp_path_factory):
-    """A run that nobody disturbed."""
+    """An undisturbed run."""
     folder = tmp_path_factory.mktemp("alone")
     assert train_imagenet.main(options(digits, folder, "run")) == 0
     return folder / "run"
@@ -75,10 +75,10 @@ def test_a_training_checkpoint_is_a_model(alone):
     assert (model.classes, model.preprocessing) == (final.classes, final.preprocessing)
 
 
-# ---------------------------------------------------------------- stop and go on
+# ---------------------------------------------------------------- stop and resume
 
 
-def test_signals_leave_a_checkpoint_and_the_run_goes_on(
+def test_signals_leave_a_checkpoint_and_the_run_resumes(
     digits, tmp_path, alone, monkeypatch, capsys
 ):
     """SIGTERM inside an epoch, SIGUSR1 in an evaluation: status 75, then the same weights as if
@@ -122,7 +122,7 @@ def test_signals_leave_a_checkpoint_and_the_run_goes_on(
     assert losses(run) == losses(alone)
 
 
-def test_what_resume_refuses(digits, tmp_path, alone, capsys):
+def test_refusals_of_resume(digits, tmp_path, alone, capsys):
     def line(*more, run="run", folder=alone.parent):
         with pytest.raises(SystemExit) as stop:
             train_imagenet.main(options(digits, folder, run, *more))
@@ -142,7 +142,7 @@ def test_what_resume_refuses(digits, tmp_path, alone, capsys):
     assert "needs logging.run_id" in line("--training.resume=auto", run="")
 
 
-def test_auto_begins_where_there_is_nothing_yet(digits, tmp_path, alone):
+def test_auto_starts_a_run_without_checkpoint(digits, tmp_path, alone):
     """No folder, an empty one, one that was killed before its first checkpoint."""
     for name, files in (
         ("none", None),
@@ -164,8 +164,8 @@ def test_auto_begins_where_there_is_nothing_yet(digits, tmp_path, alone):
 
 
 def test_a_checkpoint_can_be_chosen(digits, tmp_path, alone, capsys):
-    """training.resume=<file>: later checkpoints and log lines give way; batch size and folder may
-    change.
+    """training.resume=<file>: later checkpoints and log lines are dropped; batch size and folder
+    may change.
     """
     shutil.copytree(alone, tmp_path / "copy")
     steps = sorted(
@@ -178,7 +178,7 @@ def test_a_checkpoint_can_be_chosen(digits, tmp_path, alone, capsys):
     ]
     assert train_imagenet.main(options(digits, tmp_path / "elsewhere", "other", *more)) == 0
     assert "resume   after step 4, epoch 1" in capsys.readouterr().out
-    assert len(losses(tmp_path / "copy")) == 2
+    assert len(losses(tmp_path / "copy")) == 2, "one line per epoch"
     assert losses(tmp_path / "copy")[0] == losses(alone)[0]
 
 
@@ -240,8 +240,8 @@ def train(argv, loss):
 
 @pytest.mark.parametrize("kind", ["loss", "gradient", "input", "statistics"])
 def test_steps_that_are_not_finite(digits, tmp_path, monkeypatch, kind):
-    """5 of 8 steps poisoned, of each of four kinds (20 in all): they are skipped and told; the run
-    ends healthy.
+    """5 of 8 steps poisoned, of each of four kinds (20 in all): they are skipped and reported;
+    the run ends healthy.
     """
     loss = poisoned(kind, monkeypatch, lambda step: step in (0, 2, 3, 5, 6))
     train(options(digits, tmp_path, "run", "--training.batch_size=100"), loss)
@@ -250,10 +250,10 @@ def test_steps_that_are_not_finite(digits, tmp_path, monkeypatch, kind):
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
     skipped = [e["step"] for e in events(run) if e["event"] == "skipped"]
     assert skipped == ([] if kind == "statistics" else [0, 2, 3, 5, 6])
-    assert all(np.isfinite(loss) and loss > 0 for loss in losses(run))
+    assert all(np.isfinite(loss) and loss > 0 for loss in losses(run)), losses(run)
 
 
-def test_many_in_a_row_go_back_with_a_lower_rate(digits, tmp_path, monkeypatch, capsys):
+def test_a_streak_of_skips_rolls_back_with_a_lower_rate(digits, tmp_path, monkeypatch, capsys):
     loss = poisoned("loss", monkeypatch, lambda step: 4 <= step < 7)
     more = [
         "--training.skip_limit=3",
@@ -270,15 +270,15 @@ def test_many_in_a_row_go_back_with_a_lower_rate(digits, tmp_path, monkeypatch, 
         for line in out.splitlines()
         if line.startswith("step ")
     }
-    assert rates[7] < 0.2 * rates[3]
-    assert len(losses(run)) == 2
+    assert rates[7] < 0.2 * rates[3], f"rates by step: {rates}"
+    assert len(losses(run)) == 2, "one line per epoch"
     assert (
         snapshot.read(run / "checkpoints" / "last.safetensors").metadata["progress"]["rollbacks"]
         == 1
     )
 
 
-def test_a_run_that_cannot_be_saved_says_so(digits, tmp_path, monkeypatch):
+def test_a_run_that_stays_non_finite_ends(digits, tmp_path, monkeypatch):
     loss = poisoned("loss", monkeypatch, lambda step: True)
     with pytest.raises(session.Diverged, match="still non-finite after 5 rollbacks; lower lr") as e:
         train(options(digits, tmp_path, "run", "--training.skip_limit=2"), loss)
@@ -304,7 +304,7 @@ def test_a_skipped_step_changes_nothing(name):
         norm, skip = guard.before_step()
         if not bad:  # clipped: the norm as it was is reported
             clipped = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-            assert clipped <= 0.5 + 1e-5
+            assert clipped <= 0.5 + 1e-5, f"norm after clipping to 0.5: {clipped}"
         guard.step(optimizer, skip)
         skips += [
             report.consecutive_skips for report in guard.after_step(0, loss.detach(), norm, skip)
@@ -359,7 +359,7 @@ def test_a_hang_leaves_the_stacks_of_all_ranks_and_ends(tmp_path):
         command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
     )
     assert done.stdout == "[1, 1]\n", done.stderr
-    assert time.monotonic() - start < 58
+    assert time.monotonic() - start < 58, "it was not the watch that ended them"
     assert "waits_for_nothing" in (tmp_path / "stacks" / "rank_1.txt").read_text()
     assert "all_reduce" in (tmp_path / "stacks" / "rank_0.txt").read_text()
     with HangWatch(tmp_path / "none", 0, 100.0) as watch:

@@ -89,7 +89,7 @@ def test_a_write_that_fails_leaves_the_last_good_one(tmp_path, monkeypatch, call
     snapshot.read(tmp_path / "last.safetensors")
     assert not list(tmp_path.glob(".*.tmp"))
     if call != "short" and left[0] <= 0:
-        assert len(problems) == 1
+        assert len(problems) == 1, problems
         assert "step 2 not written: No space" in problems[0]
     snapshots.save(3, tensors(3.0), {})  # and the next one works
     snapshots.wait()
