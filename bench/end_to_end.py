@@ -1,13 +1,12 @@
-"""A training step fed by our loader from a .beton, beside the same step on a batch that is on the
-device already.
+"""Compare a training step fed by our loader with the same step on a batch already on the device.
 
     python bench/end_to_end.py [--data FILE.beton | --photos FOLDER] [--arch rn50] [--res 224]
     [--batch 256]
 
-Without --data a file is written from photos (long side 500, quality 90), repeated until an epoch
-has enough batches. Both take turns, block by block, with the same weights. The first figure is the
-share of the synthetic speed that the loader leaves; the wait is the share of a block in which the
-training loop waits for a batch.
+Without --data, a file is written from photos (long side 500, quality 90), repeated until an epoch
+has enough batches. Both steps take turns, block by block, with the same weights. The first figure
+is the share of the synthetic speed that remains with the loader; the wait is the share of a block
+in which the training loop waits for a batch.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from matryoshka.data import ImageFolder, Loader, RandomResizedCrop, open_dataset
 from matryoshka.data.slots import Batch
 
 SYNTHETIC = "synthetic"
-EPOCH = 32  # batches of a file that is written here
+EPOCH = 32  # batches of an epoch, in a file written by this program
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,18 +91,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def written(folder: Path, photos: Path | None, images: int) -> Path:
-    """A .beton of so many photos, by repetition of a few hundred."""
+    """Write a .beton of `images` photos, which repeats a few hundred."""
     material = Material(folder / "material", photos, min(images, 200), with_ffcv=False)
-    source, path = Repeated(ImageFolder(material.folder), images), folder / "train.beton"
+    source = Repeated(ImageFolder(material.folder), images)
+    path = folder / "train.beton"
     write_beton(source, path, max_resolution=500, write_mode="jpg", transcode="fit")
     return path
 
 
 class Repeated:
-    """A source that begins again until it has `length` samples."""
+    """A source repeated until it has `length` samples."""
 
     def __init__(self, source: ImageFolder, length: int) -> None:
-        self.source, self.length, self.classes = source, length, source.classes
+        self.source = source
+        self.length = length
+        self.classes = source.classes
         self.labels = source.labels[torch.arange(length).numpy() % len(source)]
 
     def __len__(self) -> int:
@@ -124,7 +126,7 @@ def forever(loader: Loader) -> Generator[Batch]:
 def measured(
     args: argparse.Namespace, data: Path, threads: list[int], here: Machine
 ) -> tuple[list[dict], dict]:
-    """Rows for bench/results/, printed as lines, and what failed."""
+    """(rows for bench/results/, which are also printed, failures)."""
     dataset = open_dataset(data)
     dataset.preload()
     classes = max(args.classes, dataset.num_classes)
@@ -141,9 +143,8 @@ def measured(
         def run() -> int:
             torch.set_num_threads(here.threads)
             before = loader.wait
-            with closing(
-                forever(loader)
-            ) as batches:  # anew: nothing is decoded ahead in the others' turns
+            # A new iterator: nothing is decoded ahead during the turns of the others.
+            with closing(forever(loader)) as batches:
                 for batch in itertools.islice(batches, args.steps):
                     step(batch.images, batch.labels)
             finish(here.device)
@@ -171,8 +172,7 @@ def measured(
     case = f"{args.arch} {args.res} px x {args.batch}, {args.mode}"
     print(
         f"{case:28} {'of synthetic':>12} {'low-high':>11} {'images/s':>9} {'synthetic':>9} "
-        f"{'data wait':>9} "
-        f"{'CPU s/1000':>10} {'synthetic':>9}",
+        f"{'data wait':>9} {'CPU s/1000':>10} {'synthetic':>9}",
         flush=True,
     )
     rows = []
@@ -184,15 +184,15 @@ def measured(
             "feed": name,
             "arch": args.arch,
             "res": args.res,
-        }
-        row |= {
             "batch": args.batch,
             "mode": args.mode,
             "precision": here.precision,
             "loader": args.loader,
+            "workers": names[name],
+            "train_threads": here.threads,
+            "steps": args.steps,
         }
-        row |= {"workers": names[name], "train_threads": here.threads, "steps": args.steps}
-        pairs = zip(blocks[name], waits[name][1:], strict=True)  # the first block did not count
+        pairs = zip(blocks[name], waits[name][1:], strict=True)  # the first block is a warm-up
         row["data_wait"] = spread([wait / block.wall for block, wait in pairs])
         for feed, prefix in ((name, ""), (SYNTHETIC, "synthetic ")):
             if feed in blocks:
@@ -208,14 +208,14 @@ def measured(
 
 
 def print_line(name: str, row: dict) -> None:
-    share, low_high, other, cpu = "-", "", "-", "-"
+    share = other = cpu = "-"
+    low_high = ""
     if "of synthetic" in row:
         found = row["of synthetic"]
-        share, low_high = f"{found['median']:.1%}", f"{found['min']:.2f}-{found['max']:.2f}"
-        other, cpu = (
-            f"{row['synthetic images_per_s']['median']:.0f}",
-            f"{row['synthetic cpu_s_per_1000']:.2f}",
-        )
+        share = f"{found['median']:.1%}"
+        low_high = f"{found['min']:.2f}-{found['max']:.2f}"
+        other = f"{row['synthetic images_per_s']['median']:.0f}"
+        cpu = f"{row['synthetic cpu_s_per_1000']:.2f}"
     print(
         f"{name:28} {share:>12} {low_high:>11} {row['images_per_s']['median']:9.0f} {other:>9} "
         f"{row['data_wait']['median']:9.1%} {row['cpu_s_per_1000']:10.2f} {cpu:>9}",

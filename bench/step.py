@@ -1,15 +1,14 @@
-"""A training step of MRL and MRL-E beside that of a fixed feature (FF), with our head and loss and
-the paper's loops.
+"""Compare training steps of MRL, MRL-E and a fixed feature (FF), our head and the paper's loops.
 
     python bench/step.py [--arch rn18 rn50] [--res 160 224] [--batch 256] [--modes eager compiled]
     [--profile]
 
-A step is forward, cross-entropy of every prefix with label smoothing, backward and fused SGD. All
-kinds take turns, block by block, with a matrix product and a copy, the machine's peaks. On a GPU
-the clock is wall time, on a CPU the CPU time of all threads; `best` compares the fastest blocks,
-which a busy machine disturbs less than the median. First comes a table of head and loss alone,
-which decides `fused` of nested_logits. What does not fit into memory, does not compile or has no
-time left is named at the end.
+A step is a forward pass, the cross-entropy of every prefix with label smoothing, a backward pass
+and fused SGD. All kinds take turns, block by block, with a matrix product and a copy, which measure
+the machine's peaks. The clock is wall time on a GPU and the CPU time of all threads on a CPU;
+`best` compares the fastest blocks, which a busy machine disturbs less than the median. The first
+table measures head and loss alone and decides `fused` of nested_logits. Cases that do not fit into
+memory, do not compile or have no time left are listed at the end.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from functools import partial
 from statistics import median
 from typing import NamedTuple
 
-# GNU OpenMP's idle threads spin, which would count as CPU time; read when the library is loaded
+# GNU OpenMP's idle threads spin, which would count as CPU time; the library reads it when loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -46,7 +45,7 @@ from training import (
     synthetic,
 )
 
-GOAL = 1.02  # a step of MRL at most so many times as long as one of FF
+GOAL = 1.02  # time of an MRL step over an FF step, at most
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,29 +107,22 @@ def main(argv: list[str] | None = None) -> int:
     args.seconds = (0.4 if gpu else 0.6) if args.seconds is None else args.seconds
     args.blocks = args.blocks or (5 if gpu else 9)
     modes = args.modes or (["eager", "compiled"] if gpu else ["eager"])
-    arches = (
-        args.arch
-        if args.arch is not None
-        else ["rn50", "rn18", "rn101"]
-        if gpu
-        else ["rn18", "rn50"]
-    )
-    name = (
-        torch.cuda.get_device_name(here.device)
-        if here.device.type == "cuda"
-        else f"{here.threads} CPU threads"
-    )
+    arches = args.arch
+    if arches is None:
+        arches = ["rn50", "rn18", "rn101"] if gpu else ["rn18", "rn50"]
+    name = f"{here.threads} CPU threads"
+    if here.device.type == "cuda":
+        name = torch.cuda.get_device_name(here.device)
     print(
         f"{name}, {here.precision}, {args.classes} classes, torch {torch.__version__}", flush=True
     )
 
-    cases = [
-        Case(arch, res, batch, mode)
-        for mode, res, arch in itertools.product(
-            modes, args.res or ([224, 160, 192] if gpu else [64]), arches
-        )
-        for batch in args.batch or ([256, 512] if gpu else [32 if arch == "rn18" else 16])
-    ]
+    resolutions = args.res or ([224, 160, 192] if gpu else [64])
+    cases = []
+    for mode, res, arch in itertools.product(modes, resolutions, arches):
+        on_cpu = [32 if arch == "rn18" else 16]
+        for batch in args.batch or ([256, 512] if gpu else on_cpu):
+            cases.append(Case(arch, res, batch, mode))
     if args.profile:
         for case in cases:
             profile(case, args.classes, here)
@@ -141,10 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     if cases:
         print(
             f"{'time of a step over FF':28} {'MRL':>7} {'goal':>6} {'low-high':>11} {'best':>7} "
-            f"{'MRL-E':>7} "
-            f"{'official':>8} {'off. -E':>7}  {'FF':>8} {'MRL':>8} {'official':>8}  images/s  "
-            f"{'of matmul':>9} "
-            f"{'of copy':>8}",
+            f"{'MRL-E':>7} {'official':>8} {'off. -E':>7}  {'FF':>8} {'MRL':>8} {'official':>8}  "
+            f"images/s  {'of matmul':>9} {'of copy':>8}",
             flush=True,
         )
     for case in cases:
@@ -167,7 +157,7 @@ class Case(NamedTuple):
 
 
 class HeadCase(NamedTuple):
-    """alone: as a CUDA graph, so that launches take no time."""
+    """Head and loss alone. alone: as a CUDA graph, without the time of kernel launches."""
 
     kind: str
     width: int
@@ -180,10 +170,11 @@ class HeadCase(NamedTuple):
 
 
 class Report:
-    """Rows for bench/results/, written as they come, and what could not be measured."""
+    """Rows for bench/results/, written as they arrive, and the cases that were not measured."""
 
     def __init__(self, record: bool, deadline: float) -> None:
-        self.record, self.deadline = record, deadline
+        self.record = record
+        self.deadline = deadline
         self.failed: dict[str, str] = {}
 
     def late(self, name: str) -> bool:
@@ -197,7 +188,7 @@ class Report:
 
 
 def steps(case: Case, args: argparse.Namespace, here: Machine, report: Report) -> None:
-    """A line for a case: all kinds of step, in turns with the peaks."""
+    """Measure one case and print its line: all kinds of step, in turns with the peaks."""
     batch = synthetic(case.batch, case.res, args.classes, here)
     needs: dict[str, Asked] = {}
 
@@ -207,7 +198,7 @@ def steps(case: Case, args: argparse.Namespace, here: Machine, report: Report) -
         step.compile(case.mode)
         return repeated(here, lambda: step(*batch), case.batch, args.seconds)
 
-    # compiled code of other cases is no longer needed, and counts against a limit
+    # Compiled code of other cases is not needed any more, and counts against a limit.
     torch.compiler.reset()
     make: dict[str, Callable[[], Run]] = {kind: partial(prepare, kind) for kind in args.kinds}
     outcome = take_turns(make | peaks(here, args.seconds / 2), args.blocks)
@@ -215,32 +206,38 @@ def steps(case: Case, args: argparse.Namespace, here: Machine, report: Report) -
     report.failed |= {f"{name} ({case.name})": reason for name, reason in outcome.failed.items()}
     rows = []
     for kind in [kind for kind in args.kinds if kind in blocks]:
-        per_image = needs[kind].flops / case.batch, needs[kind].bytes / case.batch
+        per_image = {
+            MATMUL: needs[kind].flops / case.batch,
+            COPY: needs[kind].bytes / case.batch,
+        }
         row = {
             "bench": "step",
             "case": case.name,
             "kind": kind,
             **case._asdict(),
             "classes": args.classes,
+            "precision": here.precision,
+            "clock": clock,
+            "threads": here.threads,
+            "images_per_s": spread(speeds(blocks[kind], clock)),
+            "flops": per_image[MATMUL],
+            "bytes": per_image[COPY],
         }
-        row |= {"precision": here.precision, "clock": clock, "threads": here.threads}
-        row |= {"images_per_s": spread(speeds(blocks[kind], clock))}
-        row |= {"flops": per_image[0], "bytes": per_image[1]}
-        row |= {
-            f"of {peak}": share(blocks, kind, peak, per_image, clock)
-            for peak in (MATMUL, COPY)
-            if peak in blocks
-        }
-        row |= {peak: rate(blocks[peak], clock) for peak in (MATMUL, COPY) if peak in blocks}
+        reached = [peak for peak in (MATMUL, COPY) if peak in blocks]
+        for peak in reached:
+            # What the step's operators need of the peak, over what the peak gave in the same turn.
+            over_peak = median(ratios(blocks[kind], blocks[peak], clock))
+            row[f"of {peak}"] = per_image[peak] * over_peak
+        for peak in reached:
+            row[peak] = rate(blocks[peak], clock)
         if FF in blocks:
+            best = {name: max(speeds(blocks[name], clock)) for name in (FF, kind)}
             row["time / FF"] = spread(ratios(blocks[FF], blocks[kind], clock))
-            row["time / FF, best blocks"] = max(speeds(blocks[FF], clock)) / max(
-                speeds(blocks[kind], clock)
-            )
+            row["time / FF, best blocks"] = best[FF] / best[kind]
         rows.append(row)
     report.add(rows)
     print_line(case, rows)
-    forget(here)
+    free_memory(here)
 
 
 def print_line(case: Case, rows: list[dict]) -> None:
@@ -259,25 +256,22 @@ def print_line(case: Case, rows: list[dict]) -> None:
     low_high = mark = best = ""
     if MRL in by and FF in by:
         found = by[MRL]["time / FF"]
-        low_high, mark = (
-            f"{found['min']:.3f}-{found['max']:.3f}",
-            f"{GOAL:g}x" + "!" * (found["median"] > GOAL),
-        )
+        low_high = f"{found['min']:.3f}-{found['max']:.3f}"
+        mark = f"{GOAL:g}x"
+        if found["median"] > GOAL:
+            mark += "!"
         best = f"{by[MRL]['time / FF, best blocks']:.3f}x"
     of = [f"{shown[f'of {peak}']:.0%}" if f"of {peak}" in shown else "-" for peak in (MATMUL, COPY)]
     print(
         f"{case.name:28} {over(MRL):>7} {mark:>6} {low_high:>11} {best:>7} {over(MRL_E):>7} "
-        f"{over(OFFICIAL):>8} "
-        f"{over(OFFICIAL_E):>7}  {speed(FF):>8} {speed(MRL):>8} {speed(OFFICIAL):>8}  {'':8}  "
-        f"{of[0]:>9} {of[1]:>8}",
+        f"{over(OFFICIAL):>8} {over(OFFICIAL_E):>7}  {speed(FF):>8} {speed(MRL):>8} "
+        f"{speed(OFFICIAL):>8}  {'':8}  {of[0]:>9} {of[1]:>8}",
         flush=True,
     )
 
 
 def heads(args: argparse.Namespace, batches: list[int], here: Machine, report: Report) -> None:
-    """Head and loss alone, forward and backward: in one product, prefix by prefix, and with the
-    paper's loops.
-    """
+    """Print the table of head and loss alone: one product, prefix by prefix, the paper's loops."""
     print(
         f"{'head and loss, width x batch':28} {'fused over prefixes':>19} {'over official':>13} "
         f"{'prefixes over official':>22}  {'fused':>8} {'prefixes':>8} {'official':>8}  ms",
@@ -292,7 +286,7 @@ def heads(args: argparse.Namespace, batches: list[int], here: Machine, report: R
 
 
 def head(case: HeadCase, args: argparse.Namespace, here: Machine, report: Report) -> None:
-    """A line for a case: how many times as fast as another way a way is."""
+    """Measure one case and print its line: speed ratios between the three ways."""
 
     def prepare(kind: str, fused: bool | None) -> Run:
         call = head_call(kind, case.width, case.batch, args.classes, fused, here)
@@ -308,59 +302,52 @@ def head(case: HeadCase, args: argparse.Namespace, here: Machine, report: Report
     report.failed |= {f"{name} ({case.name})": reason for name, reason in failed.items()}
 
     def times(a: str, b: str) -> str:
-        return (
-            f"{median(ratios(blocks[a], blocks[b], clock)):.2f}x"
-            if {a, b} <= blocks.keys()
-            else "-"
-        )
+        if a not in blocks or b not in blocks:
+            return "-"
+        return f"{median(ratios(blocks[a], blocks[b], clock)):.2f}x"
 
-    ms = [
-        f"{1e3 / rate(blocks[way], clock):8.3f}" if way in blocks else f"{'-':>8}" for way in make
-    ]
+    ms = []
+    for way in make:
+        ms.append(f"{1e3 / rate(blocks[way], clock):8.3f}" if way in blocks else f"{'-':>8}")
     print(
         f"{case.name:28} {times('fused', 'prefixes'):>19} {times('fused', 'official'):>13} "
         f"{times('prefixes', 'official'):>22}  {' '.join(ms)}",
         flush=True,
     )
-    about = {"bench": "step", "case": "head and loss", **case._asdict(), "classes": args.classes}
-    about |= {"precision": here.precision, "clock": clock, "threads": here.threads}
-    report.add(
-        [
-            about | {"way": way, "per_s": spread(speeds(found, clock))}
-            for way, found in blocks.items()
-        ]
-    )
-    forget(here)
+    settings = {
+        "bench": "step",
+        "case": "head and loss",
+        **case._asdict(),
+        "classes": args.classes,
+        "precision": here.precision,
+        "clock": clock,
+        "threads": here.threads,
+    }
+    rows = []
+    for way, found in blocks.items():
+        rows.append(settings | {"way": way, "per_s": spread(speeds(found, clock))})
+    report.add(rows)
+    free_memory(here)
 
 
 def speeds(blocks: list[Block], clock: str) -> list[float]:
     return [block.images / getattr(block, clock) for block in blocks]
 
 
-def share(blocks: dict, kind: str, peak: str, per_image: tuple[float, float], clock: str) -> float:
-    """Of a peak of the machine: what the step's operators ask of it, over what it gave in the same
-    turn.
-    """
-    amount = per_image[0] if peak == MATMUL else per_image[1]
-    return amount * median(ratios(blocks[kind], blocks[peak], clock))
-
-
-def forget(here: Machine) -> None:
-    """Give memory back between cases."""
+def free_memory(here: Machine) -> None:
+    """Free memory between cases."""
     gc.collect()
     if here.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def profile(case: Case, classes: int, here: Machine) -> None:
-    """Where the time of a step goes: torch.profiler's table of three steps of MRL."""
+    """Print torch.profiler's table of three MRL steps."""
     from torch.profiler import ProfilerActivity
 
     torch.set_num_threads(here.threads)
-    batch, step = (
-        synthetic(case.batch, case.res, classes, here),
-        Step(MRL, case.arch, classes, here),
-    )
+    batch = synthetic(case.batch, case.res, classes, here)
+    step = Step(MRL, case.arch, classes, here)
     step.compile(case.mode)
     for _ in range(3):
         step(*batch)

@@ -1,9 +1,8 @@
-"""The training steps that are measured: a fixed feature, MRL and MRL-E, ours and with the paper's
-own loops.
+"""Training steps to measure: fixed feature, MRL and MRL-E, with our head and the paper's loops.
 
-Everything but head and loss is the same. The paper's head and loss are written anew from what its
-repository does (arXiv 2205.13147): a linear layer for every prefix, or slices of a single one, in a
-Python loop; a cross-entropy for every output; their weighted sum.
+All steps are equal except for head and loss. The paper's versions are rewritten from the behaviour
+of its repository (arXiv 2205.13147): one linear layer per prefix, or slices of a single one, in a
+Python loop; one cross-entropy per output; their weighted sum.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ SHORT = {
 
 
 class OfficialHead(nn.Module):
-    """features [B, D] -> a tuple of logits [B, C], one for each prefix."""
+    """features [B, D] -> a tuple of logits [B, C], one per prefix."""
 
     def __init__(self, dims: Sequence[int], classes: int, shared: bool) -> None:
         super().__init__()
@@ -83,9 +82,8 @@ class OurHead(NestedLinear):
     fused: bool | None = None
 
     def forward(self, features: Tensor) -> Tensor:
-        return nested_logits(
-            features, [(h.weight, h.bias) for h in self.heads], self.dims, self.fused
-        )  # type: ignore[misc]
+        heads: list = [(head.weight, head.bias) for head in self.heads]
+        return nested_logits(features, heads, self.dims, self.fused)
 
 
 class _Objective(nn.Module):
@@ -111,9 +109,7 @@ def objective(
 
 
 class Step:
-    """A training step as the trainer does it: images uint8 [B, H, W, 3] and labels [B] -> loss;
-    updates the weights.
-    """
+    """The trainer's step: images uint8 [B, H, W, 3] and labels [B] -> loss; updates the weights."""
 
     def __init__(self, kind: str, arch: str, classes: int, here: Machine) -> None:
         torch.manual_seed(0)
@@ -150,7 +146,7 @@ def synthetic(batch: int, size: int, classes: int, here: Machine) -> tuple[Tenso
 def head_call(
     kind: str, width: int, batch: int, classes: int, fused: bool | None, here: Machine
 ) -> Callable[[], None]:
-    """Forward and backward of head and loss alone, on features of the dtype that the trunk gives."""
+    """Forward and backward of head and loss alone, on features of the trunk's dtype."""
     torch.manual_seed(0)
     compute = objective(kind, nn.Identity(), width, classes, fused).to(here.device)
     features = torch.randn(batch, width, device=here.device).to(here.dtype).requires_grad_()
@@ -168,9 +164,7 @@ def head_call(
 
 
 def as_graph(call: Callable[[], None]) -> Callable[[], None]:
-    """The same work as one CUDA graph: the time of the device alone, which is what counts behind a
-    busy trunk.
-    """
+    """The same work as one CUDA graph, which takes device time only, as behind a busy trunk."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,4 +1,4 @@
-"""Processes and devices: torchrun's environment, rank helpers, precision. A no-op on one process."""
+"""Processes and devices: torchrun, collectives (no-ops on one process), precision."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-# status of a run that was asked to stop: EX_TEMPFAIL of sysexits.h, start the same command again
+# Exit status of a run that was stopped by a signal: EX_TEMPFAIL of sysexits.h, which job schedulers
+# read as "start the same command again".
 REQUEUE = 75
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 class DistributedError(ValueError):
-    """Processes or devices that cannot be had; the message names the option and the remedy."""
+    """Processes or devices that are not available; the message names the option and the remedy."""
 
     user_error = True
 
@@ -41,9 +42,7 @@ class DistConfig:
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: rank of `size`, local_rank of `local_size` on this machine, and its
-    device.
-    """
+    """This process: its device, its rank among `size`, its local rank on this machine."""
 
     device: torch.device
     rank: int = 0
@@ -61,24 +60,21 @@ def started_by_torchrun() -> bool:
 
 
 def check(distributed: bool | None, device: str) -> None:
-    """DistributedError for a combination of options, environment and hardware that cannot run.
+    """Raise DistributedError if options, environment and hardware do not fit each other.
 
-    distributed: None is undecided, which under torchrun means yes.
+    distributed: None means yes under torchrun, else no.
     """
     size = int(os.environ["WORLD_SIZE"]) if started_by_torchrun() else 1
     if size > 1 and distributed is False:
         raise DistributedError(
             f"training.distributed=0 under torchrun with {size} processes: each would train the "
-            "whole model on "
-            "its own; leave it out, or start one process"
+            "whole model on its own; leave it out, or start one process"
         )
     pick_device(device, 0)
 
 
 def processes_to_start(config: DistConfig, distributed: bool | None, device: str) -> int:
-    """How many processes this one shall start through torchrun's launcher; 1 when it can do the
-    work itself.
-    """
+    """Number of processes to start through torchrun's launcher; 1: this process does the work."""
     if started_by_torchrun() or not distributed:
         return 1
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
@@ -95,8 +91,9 @@ def processes_to_start(config: DistConfig, distributed: bool | None, device: str
 
 
 def launch(processes: int, config: DistConfig, script: str, argv: Sequence[str]) -> int:
-    """Run `script argv` in so many processes with torchrun's own launcher; the exit code of the
-    first to fail.
+    """Run `script argv` in several processes with torchrun's own launcher.
+
+    Returns 0, REQUEUE after a signal, or the exit code of the first process that failed.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -109,34 +106,32 @@ def launch(processes: int, config: DistConfig, script: str, argv: Sequence[str])
         run(parse_args([*rendezvous, f"--nproc-per-node={processes}", script, *argv]))
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode or 1
-    except SignalException:  # the processes were told, and have left a checkpoint
+    except SignalException:  # the processes have received it and saved a checkpoint
         return REQUEUE
     return 0
 
 
 def prepare(device: torch.device, seed: int, deterministic: bool) -> None:
-    """Seed, and the backends' choice between speed and the same numbers in every run."""
+    """Seed torch and select fast or deterministic kernels."""
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
     torch.backends.cudnn.deterministic = deterministic
     if deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS reads it when it is first used
+        # cuBLAS reads it at its first use and is not deterministic without it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
 
 
 def why_not_compile(device: torch.device) -> str | None:
-    """Tries torch.compile on a small network, forward and backward; the reason where it does not
-    work here.
+    """Try torch.compile on a small network, forward and backward; return the error, or None.
 
-    What is usually missing is a C++ compiler, Python's headers or Triton: everything else, too,
-    fails then.
+    The usual cause is a missing C++ compiler, missing Python headers or Triton, which would fail
+    for every network.
     """
     network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()).to(device)
     try:
         torch.compile(network)(torch.ones(2, 4, device=device)).sum().backward()
-    except Exception as error:  # of whatever kind: training can go on without
+    except Exception as error:  # of any kind: training works without compilation
         lines = [line for line in str(error).splitlines() if line.strip()]
         return f"torch.compile fails: {(lines or [type(error).__name__])[0]}"
     finally:
@@ -145,21 +140,19 @@ def why_not_compile(device: torch.device) -> str | None:
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
-    """auto: CUDA, else Apple's MPS, else CPU. DistributedError for a device that is not there."""
+    """Resolve "auto": CUDA, else Apple's MPS, else CPU. DistributedError for a missing device."""
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
     if name == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise DistributedError(
                 f"device=cuda: {torch.cuda.device_count()} GPUs are visible, process "
-                f"{local_rank} needs one; "
-                "use device=cpu or fewer processes"
+                f"{local_rank} needs one; use device=cpu or fewer processes"
             )
         return torch.device("cuda", local_rank)
     if name == "mps" and not torch.backends.mps.is_available():
@@ -169,20 +162,18 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[World]:
-    """This process's World; inside, the default process group exists where torchrun started more
-    than one.
-    """
+    """This process's World; inside the block, torchrun's processes have a default process group."""
     if not started_by_torchrun():
         yield World(pick_device(device, 0))
         return
     env = os.environ
     local_rank = int(env.get("LOCAL_RANK", 0))
     world = World(
-        pick_device(device, local_rank),
-        int(env["RANK"]),
-        int(env["WORLD_SIZE"]),
-        local_rank,
-        int(env.get("LOCAL_WORLD_SIZE", 1)),
+        device=pick_device(device, local_rank),
+        rank=int(env["RANK"]),
+        size=int(env["WORLD_SIZE"]),
+        local_rank=local_rank,
+        local_size=int(env.get("LOCAL_WORLD_SIZE", 1)),
     )
     store: dict[str, Any] = {}
     if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -203,31 +194,31 @@ def joined(device: str) -> Iterator[World]:
 
 
 def fresh_store(rank: int, size: int, patience: float = 900.0) -> Any:
-    """A part of the agents' store (a Store) that no earlier attempt has written to.
+    """A namespace of the agents' store (a Store) that no earlier attempt has written to.
 
-    Restarted workers get the store of the workers before them (torch 2.15: MASTER_PORT stays), find
-    the addresses of dead processes there and fail to connect. Nothing in the environment tells
-    attempts apart for all ranks, so rank 0 names this one, and hands the name to whoever answers to
-    a number that only this attempt's process knows.
+    Restarted workers inherit the store of their predecessors (torch 2.15 keeps MASTER_PORT), find
+    the addresses of dead processes in it and fail to connect. No environment variable identifies an
+    attempt on all ranks. Therefore rank 0 draws a name for this attempt and passes it to every rank
+    that publishes a number drawn by a process of this attempt. patience: seconds to wait for all.
     """
     from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    until = time.monotonic() + patience
+    deadline = time.monotonic() + patience
 
     def wait(ready: Callable[[], bool]) -> None:
         while not ready():
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"rank {rank} of {size}: the others have not joined after {patience:.0f} s"
+                    f"rank {rank} of {size}: other ranks have not joined after {patience:.0f} s"
                 )
             time.sleep(0.02)
 
     if rank:
-        me = secrets.token_hex(8)
-        store.set(f"hello/{rank}", me)
-        wait(lambda: store.check([f"name/{me}"]))
-        name = store.get(f"name/{me}").decode()
+        own = secrets.token_hex(8)
+        store.set(f"hello/{rank}", own)
+        wait(lambda: store.check([f"name/{own}"]))
+        name = store.get(f"name/{own}").decode()
         store.add(f"here/{name}", 1)
         wait(lambda: store.check([f"go/{name}"]))
         return PrefixStore(name, store)
@@ -235,9 +226,9 @@ def fresh_store(rank: int, size: int, patience: float = 900.0) -> Any:
     name = secrets.token_hex(8)
 
     def all_are_here() -> bool:
-        for other in range(
-            1, size
-        ):  # again and again: an earlier attempt's number is replaced when this one's comes
+        # Answer all numbers repeatedly: a number of an earlier attempt may still be in the store
+        # until this attempt's process replaces it.
+        for other in range(1, size):
             if store.check([f"hello/{other}"]):
                 store.set(f"name/{store.get(f'hello/{other}').decode()}", name)
         return store.add(f"here/{name}", 0) == size - 1
@@ -248,7 +239,7 @@ def fresh_store(rank: int, size: int, patience: float = 900.0) -> Any:
 
 
 def broadcast(value, world: World):
-    """Rank 0's (small, picklable) value on every rank."""
+    """Return rank 0's (small, picklable) value on every rank."""
     if world.size == 1:
         return value
     box = [value]
@@ -259,7 +250,7 @@ def broadcast(value, world: World):
 
 
 def on_main(function: Callable[[], T], world: World) -> T:
-    """Rank 0's result on every rank; where it raises an error for the user, every rank does."""
+    """Run on rank 0 only and return its result on every rank; a ValueError ends every rank."""
     if world.size == 1:
         return function()
     result: Any = None
@@ -275,15 +266,15 @@ def on_main(function: Callable[[], T], world: World) -> T:
     return result
 
 
-def share_buffers(module: torch.nn.Module, world: World) -> None:
-    """Rank 0's buffers on every rank: each has its own last update of the batch-norm statistics."""
+def broadcast_buffers(module: torch.nn.Module, world: World) -> None:
+    """Copy rank 0's buffers to every rank; batch-norm statistics differ between ranks."""
     if world.size > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def gather(values: list, world: World) -> list:
-    """The (small, picklable) values of all ranks in one list, on all ranks."""
+    """Return the (small, picklable) values of all ranks as one list, on all ranks."""
     if world.size == 1:
         return list(values)
     boxes: list = [None] * world.size
@@ -292,7 +283,7 @@ def gather(values: list, world: World) -> list:
 
 
 def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
-    """The elementwise sum over all ranks, on all ranks; `tensor` is left alone."""
+    """Return the elementwise sum over ranks, on all ranks; `tensor` is not changed."""
     tensor = tensor.detach().clone()
     if world.size > 1:
         dist.all_reduce(tensor)
@@ -300,7 +291,7 @@ def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
 
 
 def stack_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
-    """[ranks, *shape], on all ranks."""
+    """Return the tensors of all ranks, [ranks, *shape], on all ranks."""
     tensor = tensor.detach().clone()
     if world.size == 1:
         return tensor[None]
@@ -310,8 +301,9 @@ def stack_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """auto: bf16 on a GPU that has it, else fp16 there; fp32 on CPU and MPS. DistributedError for
-    fp16 on a CPU.
+    """Resolve "auto": bf16 on a GPU that supports it, fp16 on older ones, fp32 on CPU and MPS.
+
+    Raises DistributedError for fp16 on a CPU.
     """
     if name == "auto":
         if device.type != "cuda":
@@ -323,7 +315,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """torch.autocast for bf16 and fp16, nothing for fp32."""
+    """torch.autocast for bf16 and fp16, a null context for fp32."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)

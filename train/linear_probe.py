@@ -1,15 +1,15 @@
 """Nested linear classifiers on the frozen features of any model: the linear probe.
 
-    python linear_probe.py --model.path=runs/ff/model.safetensors --data.train_dataset=train.beton
-        \\ --data.val_dataset=val.beton
-    python linear_probe.py --model.path=torchvision:resnet50 --model.efficient=1 --probe.solver=sgd
-        ...
+    python linear_probe.py --model.path=runs/ff/model.safetensors \\
+        --data.train_dataset=train.beton --data.val_dataset=val.beton
+    python linear_probe.py --model.path=torchvision:resnet50 --model.efficient=1 \\
+        --probe.solver=sgd ...
 
-Features are computed once (central crop, no augmentation), then fitted: matryoshka/probe.py says
-what is minimised. Several probe.weight_decay: each is fitted to nine tenths of the training set,
-the best on the other tenth, for each prefix (MRL-E: for all), to the whole of it.
-<logging.folder>/<run id>/ gets model.safetensors (trunk and nested head: `matryoshka eval --path`
-reads it) and results.json. One process.
+Features are computed once (central crop, no augmentation); evaluation/probe.py documents the
+objective. With several values of probe.weight_decay, each is fitted to nine tenths of the training
+set; the best one on the other tenth, per prefix (MRL-E: for all prefixes together), is fitted to
+the whole set. <logging.folder>/<run id>/ receives results.json and model.safetensors (trunk and
+nested head; `matryoshka eval --path` reads it). Runs as one process.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -195,112 +196,128 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_sets(**sets)
     model = load_any(cfg.model.path, "model.path")
     dims = prefixes(cfg, model)
-    run.mkdir(
-        parents=True, exist_ok=True
-    )  # hours before it is needed, so that a place that cannot be written is known
-    probe_and_save(cfg, model, dims, sets, run, world.device)
+    # Hours before it is needed: a folder that cannot be written ends the program now.
+    run.mkdir(parents=True, exist_ok=True)
+    probe_and_save(cfg, model, dims, sets=sets, run=run, device=world.device)
     return 0
 
 
 def check_sets(train, val) -> None:
+    """Raise ConfigError or ProbeError for datasets that a classifier cannot be fitted to."""
     for option, dataset in (("data.train_dataset", train), ("data.val_dataset", val)):
         if not len(dataset):
-            raise config.ConfigError(f"{option}={dataset.path}: has no images")
+            raise config.ConfigError(f"{option}={dataset.path}: contains no images")
         if dataset.labels.min() < 0:
             raise config.ConfigError(
-                f"{option}={dataset.path}: has negative labels; write it again with sound ones"
+                f"{option}={dataset.path}: contains negative labels; write it again with labels "
+                "from 0"
             )
     check_classes(train, val)
     if train.num_classes < 2:
         raise ProbeError(
-            f"data.train_dataset={train.path}: has only one class, nothing to tell apart"
+            f"data.train_dataset={train.path}: contains only one class, a probe needs two or more"
         )
 
 
 def prefixes(cfg: SimpleNamespace, model: NestedModel) -> tuple[int, ...]:
+    """Prefix lengths to fit: model.dims, or powers of two up to the model's width."""
+    if cfg.model.dims is None:
+        return default_dims(model.width, shortest_prefix(cfg.model.nesting_start, model.width))
     try:
-        if cfg.model.dims is not None:
-            return check_dims(cfg.model.dims, model.width)
+        return check_dims(cfg.model.dims, model.width)
     except ValueError as error:
         raise config.ConfigError(f"model.dims: {error} ({model.spec.arch})") from None
-    return default_dims(model.width, shortest_prefix(cfg.model.nesting_start, model.width))
 
 
 def probe_and_save(
-    cfg, model: NestedModel, dims: tuple[int, ...], sets: dict, run: Path, device: torch.device
+    cfg: SimpleNamespace,
+    model: NestedModel,
+    dims: tuple[int, ...],
+    *,
+    sets: Mapping[str, Any],
+    run: Path,
+    device: torch.device,
 ) -> None:
-    train, num_classes = sets["train"], sets["train"].num_classes
-    say = lambda *words: print(*words, flush=True)  # noqa: E731
-    say(f"model    {cfg.model.path}: {model.spec.arch}, {model.width} features; dims {list(dims)}")
-    say(
-        f"data     {len(train):,} images, {num_classes} classes; {len(sets['val']):,} for "
-        "validation"
+    """Extract features, fit the classifiers, evaluate them and write the run folder."""
+    print_now = partial(print, flush=True)
+    train, val = sets["train"], sets["val"]
+    num_classes = train.num_classes
+    print_now(
+        f"model    {cfg.model.path}: {model.spec.arch}, {model.width} features; dims {list(dims)}"
     )
+    print_now(f"data     {len(train):,} images, {num_classes} classes; {len(val):,} for validation")
+
+    # ---- features ----
     model = model.to(device).to(memory_format=torch.channels_last)
     precision = distributed.pick_precision(cfg.model.precision, device)
     features, labels, seconds = {}, {}, {}
     for split, dataset in sets.items():
-        started = time.perf_counter()
-        features[split], labels[split] = extract(model, dataset, cfg, precision, device)
-        seconds[f"features_{split}"] = time.perf_counter() - started
-    rate = sum(map(len, sets.values())) / sum(seconds.values())
-    say(f"features {sum(seconds.values()):.1f} s, {rate:.0f} images/s, {device.type}, {precision}")
-    if absent := num_classes - len(torch.unique(labels["train"])):
-        say(f"note     {absent} of {num_classes} classes have no training image")
-
-    started = time.perf_counter()
-    probe, choice = solve(cfg, features["train"], labels["train"], dims, num_classes, device)
-    seconds["fit"] = time.perf_counter() - started
-    for decay, top1 in choice.items():
-        say(f"held out weight decay {decay:g}: top-1 {'  '.join(f'{v:.1f}' for v in top1)}")
-    say(
-        f"fit      {seconds['fit']:.1f} s, {cfg.probe.solver}, {solver_dtype(cfg, device)}".replace(
-            "torch.", ""
+        began = time.perf_counter()
+        features[split], labels[split] = extract(
+            model, dataset, cfg, precision=precision, device=device
         )
-    )
+        seconds[f"features_{split}"] = time.perf_counter() - began
+    total = sum(seconds.values())
+    rate = (len(train) + len(val)) / total
+    print_now(f"features {total:.1f} s, {rate:.0f} images/s, {device.type}, {precision}")
+    if missing := num_classes - len(torch.unique(labels["train"])):
+        print_now(f"note     {missing} of {num_classes} classes have no training image")
 
+    # ---- classifiers ----
+    began = time.perf_counter()
+    probe, held_out = solve(
+        cfg, features["train"], labels["train"], dims, num_classes=num_classes, device=device
+    )
+    seconds["fit"] = time.perf_counter() - began
+    for decay, top1 in held_out.items():
+        shown = "  ".join(f"{value:.1f}" for value in top1)
+        print_now(f"held out weight decay {decay:g}: top-1 {shown}")
+    dtype = str(solver_dtype(cfg, device)).removeprefix("torch.")
+    print_now(f"fit      {seconds['fit']:.1f} s, {cfg.probe.solver}, {dtype}")
+
+    # ---- evaluation ----
     head = probe.head()
     accuracy = evaluate(head, features["val"], labels["val"])
-    say(table(accuracy, probe))
+    print_now(table(accuracy, probe))
     if not all(probe.converged):
-        more = (
-            "probe.max_iter"
-            if cfg.probe.solver == "lbfgs"
-            else "probe.epochs, or take probe.solver=lbfgs"
-        )
-        say(f"note     not converged to probe.tolerance={cfg.probe.tolerance:g}; raise {more}")
-    model.head, model.classes = head, train.classes
+        remedy = "raise probe.max_iter"
+        if cfg.probe.solver == "sgd":
+            remedy = "raise probe.epochs, or use probe.solver=lbfgs"
+        print_now(f"note     not converged to probe.tolerance={cfg.probe.tolerance:g}; {remedy}")
+
+    # ---- files ----
+    model.head = head
+    model.classes = train.classes
     model.spec = replace(
         model.spec, num_classes=num_classes, dims=dims, efficient=cfg.model.efficient
     )
+    by_prefix = {}
+    for g, dim in enumerate(dims):
+        by_prefix[str(dim)] = accuracy[dim] | {
+            "loss": probe.loss[g],
+            "gradient": probe.gradient[g],
+            "converged": probe.converged[g],
+            "iterations": probe.iterations[g],
+            "weight_decay": probe.weight_decay[g],
+        }
+    held_out_by_decay = {}
+    for decay, top1 in held_out.items():
+        held_out_by_decay[str(decay)] = dict(zip(map(str, dims), top1, strict=True))
     results = {
-        "prefixes": {
-            str(d): accuracy[d]
-            | {
-                "loss": probe.loss[g],
-                "gradient": probe.gradient[g],
-                "converged": probe.converged[g],
-                "iterations": probe.iterations[g],
-                "weight_decay": probe.weight_decay[g],
-            }
-            for g, d in enumerate(dims)
-        },
-        "held_out_top1": {
-            str(decay): dict(zip(map(str, dims), top1, strict=True))
-            for decay, top1 in choice.items()
-        },
+        "prefixes": by_prefix,
+        "held_out_top1": held_out_by_decay,
         "checkpoint": cfg.model.path,
         "arch": model.spec.arch,
         "head": model.spec.head_name,
         "train": str(train.path),
-        "val": str(sets["val"].path),
+        "val": str(val.path),
         "n_train": len(train),
-        "n_val": len(sets["val"]),
+        "n_val": len(val),
         "classes": num_classes,
         "resolution": model.preprocessing.size,
         "crop_ratio": model.preprocessing.ratio,
         "precision": precision,
-        "seconds": {name: round(s, 3) for name, s in seconds.items()},
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "environment": environment(),
     }
     options = config.flat(cfg)
@@ -308,12 +325,13 @@ def probe_and_save(
     write_atomically(run / "config.yaml", config.to_yaml(cfg).encode())
     write_atomically(run / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     checkpoint.save_model(model, run / FINAL, options)
-    say(f"results  {run / 'results.json'}\nmodel    {run / FINAL}")
+    print_now(f"results  {run / 'results.json'}\nmodel    {run / FINAL}")
 
 
 def extract(
-    model: NestedModel, dataset, cfg, precision: str, device: torch.device
+    model: NestedModel, dataset, cfg: SimpleNamespace, *, precision: str, device: torch.device
 ) -> tuple[Tensor, Tensor]:
+    """(features [N, D], labels [N]) of a dataset, on the CPU."""
     crop = CenterCrop(model.preprocessing.size, model.preprocessing.ratio)
     loader = Loader(
         dataset,
@@ -326,31 +344,37 @@ def extract(
     bar = tqdm(
         loader, desc=dataset.path.name, leave=False, unit="batch", disable=not sys.stderr.isatty()
     )
-    features, labels = extract_features(model, bar, len(dataset), precision)
-    return features, labels
+    return extract_features(model, bar, len(dataset), precision)
 
 
-def solver_dtype(cfg, device: torch.device) -> torch.dtype:
-    single = cfg.probe.precision == "fp32" or (
-        cfg.probe.precision == "auto" and device.type == "mps"
-    )
-    return torch.float32 if single else torch.float64
+def solver_dtype(cfg: SimpleNamespace, device: torch.device) -> torch.dtype:
+    """fp64 unless fp32 is requested or the device, MPS, has nothing else."""
+    if cfg.probe.precision == "fp32":
+        return torch.float32
+    if cfg.probe.precision == "auto" and device.type == "mps":
+        return torch.float32
+    return torch.float64
 
 
 def solve(
-    cfg,
+    cfg: SimpleNamespace,
     features: Tensor,
     labels: Tensor,
     dims: tuple[int, ...],
+    *,
     num_classes: int,
     device: torch.device,
 ) -> tuple[Probe, dict[float, list[float]]]:
-    """(the classifiers, {weight decay: held-out top-1 % of every prefix}, empty where there was
-    nothing to choose).
+    """Choose the weight decays and fit the classifiers.
+
+    Returns (classifiers, {weight decay: held-out top-1 in percent of every prefix}); the second is
+    empty if there is only one weight decay.
     """
     p = cfg.probe
+    # Half of the free memory: the solver needs the rest. Otherwise features travel block by block
+    # in every pass.
     if device.type == "cuda" and features.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        features = features.to(device)  # else block by block, in every pass
+        features = features.to(device)
     options = {
         "solver": p.solver,
         "shared": cfg.model.efficient,
@@ -364,21 +388,20 @@ def solve(
         "dtype": solver_dtype(cfg, device),
     }
     decays: list[float] = [p.weight_decay[0]] * len(dims)
-    choice = {}
+    held_out = {}
     if len(p.weight_decay) > 1:
         decays, top1 = choose_weight_decay(
             features, labels, dims, num_classes, p.weight_decay, **options
         )
-        choice = dict(zip(p.weight_decay, top1, strict=True))
-    return fit(features, labels, dims, num_classes, decays, **options), choice
+        held_out = dict(zip(p.weight_decay, top1, strict=True))
+    return fit(features, labels, dims, num_classes, decays, **options), held_out
 
 
 @torch.inference_mode()
 def evaluate(head: NestedLinear, features: Tensor, labels: Tensor) -> dict[int, dict[str, float]]:
     """{prefix: {top1, top5}} in percent of the head as it is saved."""
-    from matryoshka.evaluation.accuracy import (
-        PrefixAccuracy,  # torchmetrics takes seconds to import: not before it is needed
-    )
+    # torchmetrics takes seconds to import: not before it is needed
+    from matryoshka.evaluation.accuracy import PrefixAccuracy
 
     metric = PrefixAccuracy(head.dims)
     for x, y in zip(features.split(1024), labels.split(1024), strict=True):
@@ -387,13 +410,14 @@ def evaluate(head: NestedLinear, features: Tensor, labels: Tensor) -> dict[int, 
 
 
 def table(accuracy: dict[int, dict[str, float]], probe: Probe) -> str:
+    """One aligned line per prefix: accuracy on the validation set and the state of the fit."""
     lines = ["prefix  top-1 %  top-5 %  train loss  weight decay  gradient  iterations  converged"]
-    for g, (d, row) in enumerate(accuracy.items()):
+    for g, (dim, row) in enumerate(accuracy.items()):
+        converged = "yes" if probe.converged[g] else "no"
         lines.append(
-            f"{d:6d}  {row['top1']:7.2f}  {row['top5']:7.2f}  {probe.loss[g]:10.4f}  "
-            f"{probe.weight_decay[g]:12g}  "
-            f"{probe.gradient[g]:8.1e}  {probe.iterations[g]:10d}  "
-            f"{'yes' if probe.converged[g] else 'no':>9}"
+            f"{dim:6d}  {row['top1']:7.2f}  {row['top5']:7.2f}  {probe.loss[g]:10.4f}  "
+            f"{probe.weight_decay[g]:12g}  {probe.gradient[g]:8.1e}  {probe.iterations[g]:10d}  "
+            f"{converged:>9}"
         )
     return "\n".join(lines)
 

@@ -1,15 +1,17 @@
-"""The training runs below some folders, as a table: the newest first.
+"""Table of the training runs below some folders, newest first.
 
     matryoshka runs trainlogs
     matryoshka runs trainlogs runs/demo --sort best
     matryoshka runs trainlogs --json
 
-epochs            that are done / of the run
-state             finished: its model is there; running: it wrote something in the last minutes; stopped: it was
-                  asked to, and goes on with --training.resume=auto; failed: it ended without a word
-short, long, at   top-1 % of the shortest and the longest prefix after the epoch in which the longest was best
-img/s, wait       medians over the epochs; wait: share of the time that was spent on waiting for data
-skips             steps without finite gradients / returns to an older checkpoint; shown where there are any
+epochs            done / of the run
+state             finished: its model exists; running: it wrote something in the last minutes;
+                  stopped: by a signal, resume it with --training.resume=auto; failed: it ended
+                  without a message
+short, long, at   top-1 % of the shortest and the longest prefix after the epoch in which the
+                  longest was best
+img/s, wait       medians over the epochs; wait: share of the time spent waiting for data
+skips             steps with non-finite gradients / rollbacks; the column is left out if all are 0
 """
 
 from __future__ import annotations
@@ -31,9 +33,9 @@ from matryoshka.report import Run, RunError, read_run, short_dims
 
 FINAL = "model.safetensors"
 COLUMNS = 120
-# seconds beyond its interval of checkpoints after which a run that writes nothing is not running
+# Seconds beyond the checkpoint interval after which a run that writes nothing has failed.
 QUIET = 300
-NAMED = 8  # folders that the last line names
+MAX_NAMED = 8  # folders named in the last line
 SORTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "date": lambda run: -datetime.fromisoformat(run["started"]).timestamp(),
     "best": lambda run: -max(list(run["top1"].values())[-1:], default=-1),
@@ -68,12 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not runs:
         why = f" ({left_out(others)})" if others else ""
         raise config.ConfigError(
-            f"{', '.join(args.folders)}: no run in it{why}; name the folder that "
-            "training wrote to (--logging.folder), or begin a run: matryoshka train"
+            f"{', '.join(args.folders)}: contains no run{why}; name the folder that training wrote "
+            "to (--logging.folder), or start a run: matryoshka train"
         )
-    rows = sorted(
-        sorted((facts(name, run) for name, run in runs), key=SORTS["date"]), key=SORTS[args.sort]
-    )
+    rows = [facts(name, run) for name, run in runs]
+    rows.sort(key=SORTS["date"])  # the order of rows that are equal by the other key
+    rows.sort(key=SORTS[args.sort])
     print("\n".join(map(json.dumps, rows)) if args.json else table(rows), flush=True)
     if others:
         print(left_out(others), file=sys.stderr if args.json else sys.stdout)
@@ -84,20 +86,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def collect(folders: Iterable[Path]) -> tuple[list[tuple[str, Run]], dict[Path, str]]:
-    """([(name, run)], {folder: why it is no run}); a name is the path below its folder, whole where
-    that is not one.
+    """([(name, run)], {folder: why it is not a run}).
+
+    A name is the path below its folder, or the whole path if several runs have that name.
     """
-    found, others, runs = {}, {}, []
+    found: dict[Path, tuple[str, Path]] = {}
+    others: dict[Path, str] = {}
+    runs = []
     for root in folders:
         if not root.is_dir():
             raise config.ConfigError(
-                f"{root}: no such folder; name the one that training wrote to (--logging.folder)"
+                f"{root}: folder not found; name the one that training wrote to (--logging.folder)"
             )
         paths, foreign = search(root)
         others |= foreign
         for path in paths:
             name = str(path.relative_to(root)) if path != root else path.resolve().name
-            found.setdefault(path.resolve(), (name, path))  # DIRs may overlap
+            # The given folders may contain each other.
+            found.setdefault(path.resolve(), (name, path))
     names = Counter(name for name, _ in found.values())
     for name, path in found.values():
         try:
@@ -110,16 +116,18 @@ def collect(folders: Iterable[Path]) -> tuple[list[tuple[str, Run]], dict[Path, 
 
 
 def search(root: Path) -> tuple[list[Path], dict[Path, str]]:
-    """(folders with a params.json, {folders that should have one, or below which there is none:
-    why}).
+    """(folders with a params.json, {other folder: why it is not a run}).
+
+    Other folders are those that look like a run, and those of `root` that contain no run.
     """
-    runs, others = [], {}
+    runs: list[Path] = []
+    others: dict[Path, str] = {}
     for name, below, files in os.walk(root):
         folder = Path(name)
         below[:] = sorted(n for n in below if not n.startswith("."))
         if "params.json" in files:
             runs.append(folder)
-            below.clear()
+            below.clear()  # a run contains no runs
         elif folder != root and {"log", "events.jsonl"} & set(files):
             others[folder] = "no params.json"
     if root not in runs:
@@ -135,8 +143,9 @@ def search(root: Path) -> tuple[list[Path], dict[Path, str]]:
 
 
 def left_out(others: Mapping[Path, str]) -> str:
-    shown = [f"{path} ({why})" for path, why in list(others.items())[:NAMED]]
-    more = [f"{len(others) - NAMED} more"] if len(others) > NAMED else []
+    """The line about folders that are not runs."""
+    shown = [f"{path} ({why})" for path, why in list(others.items())[:MAX_NAMED]]
+    more = [f"{len(others) - MAX_NAMED} more"] if len(others) > MAX_NAMED else []
     return printable(f"no runs: {', '.join(shown + more)}")
 
 
@@ -144,8 +153,9 @@ def left_out(others: Mapping[Path, str]) -> str:
 
 
 def facts(name: str, run: Run) -> dict[str, Any]:
-    """What a line of --json holds. top1: {prefix: %} at best_epoch; data_wait: 0 to 1; started: ISO
-    8601.
+    """The values of one run, as --json prints them.
+
+    top1: {prefix: %} at best_epoch; data_wait: 0 to 1; started: ISO 8601.
     """
     best_epoch, top1 = run.best()
     events = Counter(str(event.get("event")) for event in run.events)
@@ -169,6 +179,7 @@ def facts(name: str, run: Run) -> dict[str, Any]:
 
 
 def state(run: Run, now: float) -> str:
+    """finished, stopped, running or failed."""
     if (run.path / FINAL).exists():
         return "finished"
     if run.events and run.events[-1].get("event") == "stopped":
@@ -179,19 +190,18 @@ def state(run: Run, now: float) -> str:
 
 
 def last_write(folder: Path) -> float:
+    """Time of the last change below a run folder; 0 if it is empty."""
     times = []
     for path in (*folder.iterdir(), *folder.glob("checkpoints/*"), *folder.glob("tensorboard/*")):
         try:
             times.append(path.stat().st_mtime)
-        except OSError:  # a run that is going on removes and renames
+        except OSError:  # a running run deletes and renames files
             continue
     return max(times, default=0.0)
 
 
 def started(run: Run) -> datetime:
-    """The time of the first event; of runs without events what the log says, or the age of
-    params.json.
-    """
+    """Start of a run: from its first event, else from its log, else the age of params.json."""
     for values in (*run.events[:1], *run.epochs.values()):
         try:
             at = datetime.fromtimestamp(values["timestamp"] - values.get("relative_time", 0))
@@ -210,28 +220,33 @@ def middle(values: Iterable[float]) -> float | None:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Aligned text of at most COLUMNS columns: the widest names give way."""
+    """Aligned text of at most COLUMNS columns; long names are shortened."""
     cells = [row_text(row) for row in rows]
-    titles = [title for title in cells[0] if title != "skips" or any(row[title] for row in cells)]
-    width = {title: max(len(title), *(len(row[title]) for row in cells)) for title in titles}
-    kept = {"run": 20, "model": 8, "head": 16}  # they give way in this proportion
-    while (
-        sum(width.values()) + 2 * (len(titles) - 1) > COLUMNS
-        and max(width[name] for name in kept) > 8
-    ):
-        width[max(kept, key=lambda name: width[name] / kept[name])] -= 1
+    titles = list(cells[0])
+    if not any(row["skips"] for row in cells):
+        titles.remove("skips")
+    width = {}
+    for title in titles:
+        width[title] = max(len(title), *(len(row[title]) for row in cells))
+
+    # Shorten three columns in this proportion, none below 8 characters.
+    share = {"run": 20, "model": 8, "head": 16}
+    gaps = 2 * (len(titles) - 1)
+    while sum(width.values()) + gaps > COLUMNS and max(width[name] for name in share) > 8:
+        widest = max(share, key=lambda name: width[name] / share[name])
+        width[widest] -= 1
+
     lines = [line({title: title for title in titles}, width)]
     lines += [line(row, width) for row in cells]
     return "\n".join([" " * lines[0].index("short") + "top-1 %", *lines])
 
 
 def row_text(row: Mapping[str, Any]) -> dict[str, str]:
+    """{column: text} of a run."""
     top1 = list(row["top1"].values())
-    wait, speed, when = (
-        row["data_wait"],
-        row["images_per_s"],
-        datetime.fromisoformat(row["started"]),
-    )
+    wait = row["data_wait"]
+    speed = row["images_per_s"]
+    when = datetime.fromisoformat(row["started"])
     this_year = when.year == datetime.now().year
     texts = {
         "run": row["run"],
@@ -251,7 +266,7 @@ def row_text(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def line(row: Mapping[str, str], width: Mapping[str, int]) -> str:
-    """Text to the left, numbers to the right; what is too long loses its middle."""
+    """A line of the table: text left-aligned, numbers right-aligned, long text cut in its middle."""
     parts = []
     for title, columns in width.items():
         text = row[title]
@@ -263,7 +278,7 @@ def line(row: Mapping[str, str], width: Mapping[str, int]) -> str:
 
 
 def printable(text: str) -> str:
-    """A folder may be called anything; a line of ours stays a line."""
+    """Replace control characters, which the name of a folder may contain."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 

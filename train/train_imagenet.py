@@ -3,49 +3,60 @@
     python train_imagenet.py --config-file rn50_configs/rn50_40_epochs.yaml --model.mrl=1 \\
         --data.train_dataset=train_500_0.50_90.ffcv --data.val_dataset=val_500_uncompressed.ffcv
 
-Several GPUs: --training.distributed=1, or torchrun. Everything of the run goes to
-<logging.folder>/<run id>/; the model is model.safetensors there. A run that was stopped goes on
-with --training.resume=auto. `--help` lists all options.
+Several GPUs: --training.distributed=1, or torchrun. All outputs are in <logging.folder>/<run id>/;
+the model is model.safetensors. --training.resume=auto resumes a stopped run. `--help` lists all
+options.
 """
 
 from __future__ import annotations
 
-import contextlib
-import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from matryoshka import checkpoint, config, distributed
 from matryoshka.checkpoint.transfer import start_model
 from matryoshka.data import Loader
-from matryoshka.data.augment import mix, mixed_loss, normalise, rand_augment, step_rng
+from matryoshka.data.augment import mix, mixed_loss, normalise, rand_augment
+from matryoshka.data.loader import Batch
 from matryoshka.distributed import World
 from matryoshka.evaluation.predict import predict
 from matryoshka.models import NestedModel, model_spec
+from matryoshka.models.ema import Ema
 from matryoshka.nested import nested_cross_entropy
-from matryoshka.training.guard import Guard, Report
+from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.loaders import (
     make_loaders,
     resolution_at,
     training_crop,
     validation_loader,
 )
+from matryoshka.training.meter import EpochMeter
 from matryoshka.training.optim import lr_at, make_optimizer, parameter_groups, peak_epoch, peak_lr
 from matryoshka.training.options import SECTIONS, check, global_batch_size
-from matryoshka.training.run_folder import accuracy_keys, new_run_id
-from matryoshka.training.session import FINAL, Session, begin, launch_id
-from matryoshka.training.state import Ema, TrainState
+from matryoshka.training.run_folder import accuracy_metrics, new_run_id
+from matryoshka.training.session import (
+    FINAL,
+    Session,
+    SessionOptions,
+    launch_id,
+    resolve_run_on_all_ranks,
+)
+from matryoshka.training.state import TrainState
+from matryoshka.training.step import apply_gradients, begin_step, gradient_sync, micro_batches
+from matryoshka.training.sums import Sums
 from matryoshka.training.watch import Stopped
+
+# (logits [G, B, C], labels [B]) -> (scalar to minimise, detached loss per prefix [G])
+LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @config.program
@@ -68,315 +79,294 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ---------------------------------------------------------------- the loop
+def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_entropy) -> None:
+    """Run the training to its end, from its first step or from its last checkpoint.
 
-
-def train(cfg: SimpleNamespace, world: World) -> None:
-    """All of a run: from its first step, or from where it stopped."""
+    loss: has the signature of nested_cross_entropy.
+    """
     t = cfg.training
-    say = partial(print, flush=True) if world.is_main else lambda *_: None
+    print0 = partial(print, flush=True) if world.is_main else lambda *_: None
     distributed.prepare(world.device, t.seed, t.deterministic)
-    run_id = distributed.broadcast(
-        cfg.logging.run_id or launch_id() or new_run_id(cfg.model.arch.replace(":", "-")), world
-    )
-    options = config.flat(cfg)
-    start = begin(Path(cfg.logging.folder), run_id, t.resume, options, world)
-    if start.finished:
-        say(f"finished {start.path}: this run is done; its model is {start.path / FINAL}")
-        return
-    before = start.saved.about["global_batch"] if start.saved else None
-    train_loader, val_loader = make_loaders(cfg, world, global_batch_size(cfg, world.size, before))
-    dataset = train_loader.dataset
 
+    # ---- run folder ----
+    run_id = cfg.logging.run_id or launch_id() or new_run_id(cfg.model.arch.replace(":", "-"))
+    run_id = distributed.broadcast(run_id, world)
+    options = config.flat(cfg)
+    start = resolve_run_on_all_ranks(
+        Path(cfg.logging.folder), run_id, t.resume, options=options, world=world
+    )
+    if start.finished:
+        print0(f"finished {start.path}: this run is done; its model is {start.path / FINAL}")
+        return
+    resumed = start.checkpoint
+
+    # ---- data ----
+    # A resumed run keeps its global batch, also with another number of processes.
+    before = resumed.metadata["global_batch"] if resumed else None
+    global_batch = global_batch_size(cfg, world.size, before)
+    train_loader, val_loader = make_loaders(cfg, world, global_batch)
+    dataset = train_loader.dataset
+    steps = len(train_loader)
+
+    # ---- model ----
     spec = model_spec(cfg.model, dataset.num_classes, t.use_blurpool)
-    # The weights of a run that goes on come from its checkpoint.
-    wanted = replace(cfg.model, init=None, pretrained=False) if start.saved else cfg.model
-    model, notes = start_model(wanted, spec, dataset.classes)
-    if start.saved:
-        model.preprocessing = checkpoint.preprocessing_of(start.saved.about)
+    # The weights of a resumed run come from its checkpoint.
+    model_config = replace(cfg.model, init=None, pretrained=False) if resumed else cfg.model
+    model, notes = start_model(model_config, spec, dataset.classes)
+    if resumed:
+        model.preprocessing = checkpoint.preprocessing_of(resumed.metadata)
     model.preprocessing = replace(
         model.preprocessing, size=cfg.validation.resolution, ratio=cfg.validation.crop_ratio
     )
     model.classes = dataset.classes
     model = model.to(world.device).to(memory_format=torch.channels_last)
     if t.sync_bn:
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(
-            model
-        )  # in place: the model itself is no batch norm
+        # In place: the model itself is not a batch norm, only its layers are replaced.
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     ema = Ema(model, t.ema) if t.ema else None
     ddp = distribute(model, world)
     precision = distributed.pick_precision(t.precision, world.device)
-    peak = peak_lr(cfg.lr, train_loader.batch_size)
+
+    # ---- loss ----
+    weights = None  # of the prefixes; all 1
+    if cfg.model.relative_importance:
+        weights = torch.tensor(cfg.model.relative_importance, device=world.device)
+    loss_fn: LossFn = partial(loss, weights=weights, label_smoothing=t.label_smoothing)
+
+    # ---- optimizer ----
+    peak = peak_lr(cfg.lr, global_batch)
     groups = parameter_groups(model, t.weight_decay, t.bn_wd)
     state = TrainState(
-        model,
-        make_optimizer(t.optimizer, groups, peak, t.momentum, world.device),
-        train_loader,
-        torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
-        torch.zeros(
-            len(spec.dims) + 2, device=world.device
-        ),  # sum of loss, of each prefix's loss, images
-        checkpoint.describe(model),
-        ema,
+        model=model,
+        optimizer=make_optimizer(t.optimizer, groups, peak, t.momentum, world.device),
+        loader=train_loader,
+        scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
+        sums=Sums({"loss": (), "prefix_loss": (len(spec.dims),)}, world.device),
+        metadata=checkpoint.describe(model),
+        ema=ema,
     )
-    weights = cfg.model.relative_importance and torch.tensor(
-        cfg.model.relative_importance, device=world.device
-    )
-    guard = Guard(model, world.device, t.clip)
-    step_of = partial(
-        train_step,
-        cfg,
-        world,
-        ddp,
-        state,
-        guard,
-        precision,
-        partial(nested_cross_entropy, weights=weights, label_smoothing=t.label_smoothing),
-    )
+    guard = NonFiniteGuard(model, world.device, t.clip)
 
-    steps = len(train_loader)
-    say(f"run      {start.path}")
-    say(
+    # ---- summary ----
+    print0(f"run      {start.path}")
+    print0(
         f"data     {len(dataset):,} images, {dataset.num_classes} classes; "
         f"{len(val_loader.dataset):,} for validation"
     )
-    say(f"model    {spec.arch}, {spec.head_name}, dims {list(spec.dims)}")
-    say(
-        f"device   {world.size} x {world.device.type}, "
-        f"{precision}{compile_model(ddp, cfg, world.device)}"
+    print0(f"model    {spec.arch}, {spec.head_name}, dims {list(spec.dims)}")
+    compiled = compile_model(ddp, cfg, world.device)
+    print0(f"device   {world.size} x {world.device.type}, {precision}{compiled}")
+    print0(
+        f"steps    {t.epochs} epochs x {steps} steps of {global_batch} images, peak lr {peak:.4g}"
     )
-    say(
-        f"steps    {t.epochs} epochs x {steps} steps of {train_loader.batch_size} images, peak "
-        f"lr {peak:.4g}"
-    )
-    for note in (*start.notes, *notes, *notes_on(cfg)):
-        say(f"note     {note}")
+    for note in (*start.notes, *notes, *schedule_notes(cfg)):
+        print0(f"note     {note}")
 
+    # ---- loop ----
+    step = partial(
+        train_step,
+        cfg=cfg,
+        world=world,
+        ddp=ddp,
+        state=state,
+        guard=guard,
+        loss_fn=loss_fn,
+        precision=precision,
+    )
+    session_options = SessionOptions(
+        best_metric=f"top_1/{spec.dims[-1]}",
+        keep_last=t.keep_last,
+        checkpoint_every_steps=t.checkpoint_every_steps,
+        checkpoint_every_minutes=t.checkpoint_every_minutes,
+        skip_limit=t.skip_limit,
+        hang_timeout=t.hang_timeout,
+        wandb=cfg.logging.wandb,
+    )
     with Session(
         state,
         guard,
         world,
         start,
-        options,
-        config.to_yaml(cfg),
-        say=say,
-        global_batch=train_loader.batch_size,
-        keep_last=t.keep_last,
-        every_steps=t.checkpoint_every_steps,
-        every_minutes=t.checkpoint_every_minutes,
-        skip_limit=t.skip_limit,
-        hang_timeout=t.hang_timeout,
-        wandb=cfg.logging.wandb,
+        options=session_options,
+        config=options,
+        config_yaml=config.to_yaml(cfg),
+        print0=print0,
     ) as session:
-        if start.saved:
-            say(f"go on    after step {session.progress.step}, epoch {session.progress.epoch}")
-        while session.progress.epoch < t.epochs:
-            with session.rollback():
-                measured = train_epoch(cfg, session, state, step_of, peak)
-                end_epoch(cfg, session, state, val_loader, precision, world, measured, say)
+        if resumed:
+            print0(f"resume   after step {session.loop.step}, epoch {session.loop.epoch}")
+
+        def current_lr() -> float:
+            epoch = session.loop.step / steps  # fractional: the rate changes in every step
+            return session.lr_factor * lr_at(epoch, cfg.lr, peak, t.epochs)
+
+        def validate(model: NestedModel) -> tuple[dict[int, dict[str, float]], float]:
+            return evaluate(
+                model,
+                val_loader,
+                precision=precision,
+                tta=cfg.validation.lr_tta,
+                world=world,
+                interruptible=session.interruptible,
+            )
+
+        while session.loop.epoch < t.epochs:
+            with session.rollback():  # ends here if the session returns to an older checkpoint
+                epoch = session.loop.epoch
+                train_loader.crop = training_crop(cfg, resolution_at(epoch, cfg.resolution))
+                session.start_epoch()
+                model.train()
+                lr = (
+                    current_lr()
+                )  # logged if a resumed epoch has no steps left, only its evaluation
+                with EpochMeter(
+                    train_loader, session, log_level=cfg.logging.log_level, print0=print0
+                ) as meter:
+                    for batch in meter:
+                        lr = current_lr()
+                        step_loss, norm, skipped = step(batch, lr)
+                        reports = session.after_step(step_loss, norm, skipped)
+                        meter.update(reports, lr)
+
+                means = session.end_epoch()
+                metrics = {"loss": means["loss"], "lr": lr, **meter.metrics(means["images"])}
+                for dim, prefix_loss in zip(spec.dims, means["prefix_loss"], strict=True):
+                    metrics[f"loss/{dim}"] = prefix_loss
+                if cfg.logging.log_level > 0 or epoch == t.epochs - 1:
+                    accuracy, metrics["val_time"] = validate(model)
+                    metrics |= accuracy_metrics(accuracy)
+                    if ema is not None:
+                        accuracy, _ = validate(ema.module)
+                        metrics |= accuracy_metrics(accuracy, prefix="ema_")
+                print0(epoch_line(epoch, metrics, spec.dims))
+                session.log_epoch(metrics)
+                session.epoch_done(metrics)
+
+        # ---- final model ----
         if world.is_main:
             session.snapshots.wait()
             checkpoint.save_upstream(model, start.path / "final_weights.pt")
             if ema is not None:
-                checkpoint.save_model(ema.module, start.path / "model_ema.safetensors", options)  # type: ignore[arg-type]
-            checkpoint.save_model(
-                model, start.path / FINAL, options
-            )  # last: it says that the run is finished
-            draw(start.path, say)
-            say(f"model    {start.path / FINAL}")
-
-
-def train_epoch(
-    cfg, session: Session, state: TrainState[NestedModel], step_of, peak: float
-) -> dict[str, float]:
-    """The steps that are left of the epoch: seconds, of them waiting for data (wait), last lr,
-    median norm.
-    """
-    loader, epoch, steps = state.loader, session.progress.epoch, len(state.loader)
-    loader.crop = training_crop(cfg, resolution_at(epoch, cfg.resolution))
-    loader.load_state_dict(
-        loader.state_dict() | {"epoch": epoch, "batch": session.progress.step - epoch * steps}
-    )
-    state.model.train()
-    started, waited, norms = time.perf_counter(), loader.wait, []
-    lr = session.rate * lr_at(session.progress.step / steps, cfg.lr, peak, cfg.training.epochs)
-    with contextlib.closing(progress_bar(loader, session, cfg)) as bar:
-        for batch in bar:
-            lr = session.rate * lr_at(
-                session.progress.step / steps, cfg.lr, peak, cfg.training.epochs
-            )
-            loss, norm, skip = step_of(batch, lr)
-            reports = session.after_step(loss, norm, skip)
-            norms += [report.norm for report in reports]
-            report_steps(
-                bar, session, cfg, reports, lr, loader.wait - waited, time.perf_counter() - started
-            )
-    norm = statistics.median(norms or [0.0])
-    return {
-        "seconds": time.perf_counter() - started,
-        "wait": loader.wait - waited,
-        "lr": lr,
-        "norm": norm,
-    }
+                checkpoint.save_model(ema.module, start.path / "model_ema.safetensors", options)
+            # Last, because this file marks the run as finished.
+            checkpoint.save_model(model, start.path / FINAL, options)
+            draw_chart(start.path, print0)
+            print0(f"model    {start.path / FINAL}")
 
 
 def train_step(
-    cfg,
-    world: World,
-    ddp,
-    state: TrainState[NestedModel],
-    guard: Guard,
-    precision: str,
-    loss_of,
-    batch,
+    batch: Batch,
     lr: float,
+    *,
+    cfg: SimpleNamespace,
+    world: World,
+    ddp: nn.Module,
+    state: TrainState[NestedModel],
+    guard: NonFiniteGuard,
+    loss_fn: LossFn,
+    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One optimizer step on this rank's share of a global batch; 0-d (mean loss, gradient norm,
-    whether skipped).
+    """One optimizer step on this rank's part of a global batch.
 
-    DDP averages gradients over ranks; weighting the local mean by its share makes that the gradient
-    of the mean over the whole batch, also where the shares are uneven. Images that
-    data.on_error=skip left out count with a gradient of zero: the others keep their weight, and no
-    rank needs to know what the other ranks lost.
+    Returns (mean loss, gradient norm, whether the step was skipped), 0-d tensors on the device.
     """
-    data, t, step, scale = cfg.data, cfg.training, state.progress.step, state.model.preprocessing
-    rng = step_rng(t.seed, step, world.rank)
-    torch.manual_seed(
-        int(rng.integers(2**62))
-    )  # dropout and the like: a function of the step, also after a restart
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
-    state.optimizer.zero_grad(set_to_none=True)
-    sums = torch.zeros_like(state.totals)
-    n, size = len(batch.labels), t.batch_size
-    for first in range(0, n, size):
-        images, labels = batch.images[first : first + size], batch.labels[first : first + size]
+    data, t = cfg.data, cfg.training
+    scale = state.model.preprocessing
+    rng = begin_step(state, seed=t.seed, rank=world.rank)
+    # drop_last: every global batch is full
+    global_batch = state.loader.batch_size
+    for part in micro_batches(batch, t.batch_size, world=world, global_batch=global_batch):
+        images = part.images  # uint8 [B, H, W, 3]
         if data.randaugment:
             images = rand_augment(images, data.randaugment, rng)
-        mixed = mix(normalise(images, scale.mean, scale.std), labels, data.mixup, data.cutmix, rng)
-        last = first + size >= n
-        with contextlib.nullcontext() if last or world.size == 1 else ddp.no_sync():
+        images = normalise(images, scale.mean, scale.std)  # float [B, 3, H, W]
+        mixed = mix(images, part.labels, data.mixup, data.cutmix, rng)
+
+        with gradient_sync(ddp, part.sync):
             with distributed.autocast(images.device, precision):
-                logits = ddp(mixed.images)
-            loss, per_prefix = mixed_loss(loss_of, logits.float(), mixed)
-            share_of_batch = (
-                len(labels) * world.size / state.loader.batch_size
-            )  # drop_last: every global batch is full
-            state.scaler.scale(loss * share_of_batch).backward()
-        sums += torch.cat([loss.detach()[None], per_prefix, sums.new_ones(1)]) * len(labels)
+                logits = ddp(mixed.images)  # [G, B, C]
+            # The loss in float32: its sums lose too much in half precision.
+            loss, prefix_loss = mixed_loss(loss_fn, logits.float(), mixed)
+            state.backward(loss * part.loss_weight)
+        state.sums.add(images=len(part), loss=loss, prefix_loss=prefix_loss)
 
-    state.scaler.unscale_(state.optimizer)
-    norm, skip = guard.before_step()
-    if state.scaler.is_enabled():
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-    else:
-        guard.step(state.optimizer, skip)
-    if state.ema is not None:
-        state.ema.update(step)
-    state.totals += torch.where(skip, torch.zeros_like(sums), sums)
-    return sums[0] / n, norm, skip
+    mean_loss = state.sums.step_mean("loss")
+    norm, skipped = apply_gradients(state, guard, lr)
+    return mean_loss, norm, skipped
 
 
-def end_epoch(
-    cfg,
-    session: Session,
-    state: TrainState[NestedModel],
-    val_loader,
-    precision,
-    world,
-    measured,
-    say,
-) -> None:
-    """Evaluate, tell and log an epoch; its checkpoint."""
-    epoch, dims = session.progress.epoch, state.model.dims
-    *losses, images = session.end_epoch()
-    mean_loss, *prefix_losses = (value / max(images, 1) for value in losses)
-    seconds, lr = measured["seconds"], measured["lr"]
-    values, accuracy, averaged = {"current_lr": lr}, {}, {}
-    if cfg.logging.log_level > 0 or epoch == cfg.training.epochs - 1:
-        tta, watched = cfg.validation.lr_tta, session.watched
-        accuracy, val_time = validate(state.model, val_loader, precision, tta, world, watched)
-        values |= {"val_time": val_time, **accuracy_keys(accuracy)}
-        if state.ema is not None:
-            averaged, _ = validate(state.ema.module, val_loader, precision, tta, world, watched)
-            values |= {f"ema_{key}": value for key, value in accuracy_keys(averaged).items()}
-    shown = "  ".join(f"{d}: {a['top1']:.1f}" for d, a in accuracy.items()) or "not evaluated"
-    shown += "".join(f"  (average {a['top1']:.1f})" for d, a in averaged.items() if d == dims[-1])
-    speed = {"images_per_s": images / seconds, "data_wait": measured["wait"] / seconds}
-    say(
-        f"epoch {epoch:3d}  loss {mean_loss:.3f}  lr {lr:.3g}  {speed['images_per_s']:.0f} "
-        "images/s  "
-        f"wait {100 * speed['data_wait']:.0f} %  top-1 {shown}"
-    )
-    skipped = distributed.gather(state.loader.skipped, world) if cfg.data.on_error == "skip" else []
-    state.loader.skipped.clear()
-    if session.log:
-        session.log.event(values | {"train_loss": mean_loss, "epoch": epoch} | speed)
-        scalars = {"loss": mean_loss, "lr": lr, "gradient_norm": measured["norm"], **speed}
-        scalars |= {f"loss/{d}": value for d, value in zip(dims, prefix_losses, strict=True)}
-        scalars |= {f"top_1/{d}": a["top1"] for d, a in accuracy.items()}
-        scalars |= {f"ema_top_1/{d}": a["top1"] for d, a in averaged.items()}
-        session.log.scalars(scalars, session.progress.step)
-        for one in sorted(skipped):
-            session.log.skipped({"epoch": epoch} | one._asdict())
-    if skipped:
-        say(f"note     {len(skipped)} images were left out of this epoch, see skipped.jsonl")
-    session.epoch_is_done(accuracy[dims[-1]]["top1"] if accuracy else None)
+def evaluate(
+    model: NestedModel,
+    loader: Loader,
+    *,
+    precision: str,
+    tta: bool,
+    world: World,
+    interruptible: Callable[[Iterable], Iterable] = iter,
+) -> tuple[dict[int, dict[str, float]], float]:
+    """({dim: {top1, top5}} in percent over the validation images of all ranks, seconds)."""
+    # torchmetrics takes seconds to import: not before it is needed
+    from matryoshka.evaluation.accuracy import PrefixAccuracy
 
-
-def validate(
-    model: NestedModel, loader: Loader, precision: str, tta: bool, world: World, watched=iter
-) -> tuple[dict, float]:
-    """({dim: {top1, top5}} over all ranks' shares, seconds)."""
-    from matryoshka.evaluation.accuracy import (
-        PrefixAccuracy,  # torchmetrics takes seconds to import: not before it is needed
-    )
-
-    started = time.perf_counter()
-    distributed.share_buffers(model, world)  # all shards are judged by the model that rank 0 saves
+    began = time.perf_counter()
+    # Ranks have different batch-norm statistics: all evaluate the model that rank 0 saves.
+    distributed.broadcast_buffers(model, world)
     metric = PrefixAccuracy(model.dims).to(world.device)
-    for prediction in watched(predict(model, loader, precision, tta)):
+    for prediction in interruptible(predict(model, loader, precision, tta)):
         metric.update(prediction.logits, prediction.labels)
-    return metric.compute(), time.perf_counter() - started
+    return metric.compute(), time.perf_counter() - began
 
 
 def evaluate_checkpoint(cfg: SimpleNamespace, world: World) -> None:
-    """training.eval_only: the accuracy of every prefix of training.path on data.val_dataset."""
-    model = (
-        checkpoint.load_model(cfg.training.path)
-        .to(world.device)
-        .to(memory_format=torch.channels_last)
-    )
+    """training.eval_only: print the accuracy of every prefix of training.path."""
+    model = checkpoint.load_model(cfg.training.path)
+    model = model.to(world.device).to(memory_format=torch.channels_last)
     loader = validation_loader(cfg, world)
     model.check_classes(loader.dataset)
-    precision = distributed.pick_precision(cfg.training.precision, world.device)
-    accuracy, seconds = validate(model, loader, precision, cfg.validation.lr_tta, world)
+
+    accuracy, seconds = evaluate(
+        model,
+        loader,
+        precision=distributed.pick_precision(cfg.training.precision, world.device),
+        tta=cfg.validation.lr_tta,
+        world=world,
+    )
     if world.is_main:
         for dim, values in accuracy.items():
             print(f"{dim:6d}  top-1 {values['top1']:6.2f}  top-5 {values['top5']:6.2f}")
         print(f"{len(loader.dataset):,} images in {seconds:.1f} s")
 
 
-# ---------------------------------------------------------------- parts of it
-
-
-def distribute(model: NestedModel, world: World) -> torch.nn.Module:
-    """DDP where there is more than one process."""
-    if world.size == 1:
-        return model
-    return DistributedDataParallel(
-        model, device_ids=[world.device] if world.device.type == "cuda" else None
+def epoch_line(epoch: int, metrics: Mapping[str, float], dims: Sequence[int]) -> str:
+    """The line that is printed after an epoch."""
+    top1 = "not evaluated"
+    if f"top_1/{dims[-1]}" in metrics:
+        top1 = "  ".join(f"{dim}: {metrics[f'top_1/{dim}']:.1f}" for dim in dims)
+    if f"ema_top_1/{dims[-1]}" in metrics:
+        top1 += f"  (average {metrics[f'ema_top_1/{dims[-1]}']:.1f})"
+    return (
+        f"epoch {epoch:3d}  loss {metrics['loss']:.3f}  lr {metrics['lr']:.3g}  "
+        f"{metrics['images_per_s']:.0f} images/s  wait {100 * metrics['data_wait']:.0f} %  "
+        f"top-1 {top1}"
     )
 
 
-def compile_model(ddp: torch.nn.Module, cfg, device: torch.device) -> str:
-    """torch.compile of the forward and backward pass, where it is wanted and works; what to say of
-    it.
-    """
-    t = cfg.training
-    wanted = device.type == "cuda" and not t.deterministic if t.compile is None else t.compile
-    if not wanted:
+# ---------------------------------------------------------------- set-up and summary
+
+
+def distribute(model: NestedModel, world: World) -> nn.Module:
+    """Wrap the model in DDP if there are several processes."""
+    if world.size == 1:
+        return model
+    device_ids = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids)
+
+
+def compile_model(ddp: nn.Module, cfg: SimpleNamespace, device: torch.device) -> str:
+    """Compile the forward and backward pass if requested and possible; return a text about it."""
+    requested = cfg.training.compile
+    if requested is None:
+        requested = device.type == "cuda" and not cfg.training.deterministic
+    if not requested:
         return ""
     if reason := distributed.why_not_compile(device):
         return f", not compiled ({reason})"
@@ -384,71 +374,24 @@ def compile_model(ddp: torch.nn.Module, cfg, device: torch.device) -> str:
     return ", compiled"
 
 
-def draw(run: Path, say) -> None:
-    """The chart of a run that is safe already: whatever goes wrong is said, no more."""
+def schedule_notes(cfg: SimpleNamespace) -> list[str]:
+    """Notes on a learning-rate peak that lies beyond the run and was moved into it."""
+    name = "lr_peak_epoch" if cfg.lr.lr_schedule_type == "cyclic" else "warmup_epochs"
+    asked = getattr(cfg.lr, name)
+    actual = peak_epoch(cfg.lr, cfg.training.epochs)
+    if actual == asked:
+        return []
+    return [f"lr.{name}={asked} is beyond these {cfg.training.epochs} epochs: peak at {actual}"]
+
+
+def draw_chart(run: Path, print0: Callable[[str], None]) -> None:
+    """Draw the run's chart. Failures become a note: the model is already saved."""
     from matryoshka.report import plot_run  # matplotlib: 1 s
 
     try:
         plot_run(run, run / "accuracy.png")
     except Exception as error:
-        say(f"note     no chart of this run: {error}")
-
-
-def notes_on(cfg) -> list[str]:
-    turn, name = peak_epoch(cfg.lr, cfg.training.epochs), "warmup_epochs"
-    if cfg.lr.lr_schedule_type == "cyclic":
-        name = "lr_peak_epoch"
-    if turn != getattr(cfg.lr, name):
-        return [
-            f"lr.{name}={getattr(cfg.lr, name)} is beyond these {cfg.training.epochs} epochs: "
-            f"peak at {turn}"
-        ]
-    return []
-
-
-def progress_bar(loader: Loader, session: Session, cfg):
-    """A bar on a terminal; elsewhere the plain loader (a line per epoch is printed anyway)."""
-    shown = session.log is not None and sys.stderr.isatty()
-    first = session.progress.step - session.progress.epoch * len(loader)
-    return tqdm(
-        loader,
-        desc=f"epoch {session.progress.epoch}",
-        total=len(loader),
-        initial=first,
-        leave=False,
-        disable=not shown,
-        unit="step",
-    )
-
-
-def report_steps(
-    bar, session: Session, cfg, reports: list[Report], lr: float, waited: float, seconds: float
-) -> None:
-    """On a terminal: the bar. log_level 2: TensorBoard, and a line per step where there is no
-    terminal.
-    """
-    if session.log is None:
-        return
-    wait = waited / seconds
-    for step, loss, norm, _ in reports:
-        if not bar.disable and step % 10 == 0:
-            bar.set_postfix(
-                loss=f"{loss:.3f}", lr=f"{lr:.3g}", wait=f"{100 * wait:.0f}%", refresh=False
-            )
-        if cfg.logging.log_level > 1:
-            values = {
-                "step/loss": loss,
-                "step/lr": lr,
-                "step/gradient_norm": norm,
-                "step/data_wait": wait,
-            }
-            session.log.scalars(values, step)
-            if bar.disable:
-                print(
-                    f"step {step}  loss {loss:.3f}  lr {lr:.3g}  norm {norm:.3g}  wait "
-                    f"{100 * wait:.0f} %",
-                    flush=True,
-                )
+        print0(f"note     no chart of this run: {error}")
 
 
 if __name__ == "__main__":

@@ -159,7 +159,9 @@ def _read_safetensors(path: Path) -> Contents:
                     f"(no {FORMAT} metadata)"
                 )
             # A training checkpoint has the optimizer's tensors beside the model's.
-            prefix = "" if metadata["format"] == FORMAT else "model."
+            # A file without the key holds a classifier.
+            trained = metadata["format"] == TRAINING_FORMAT
+            prefix = metadata.get("encoder", "model.") if trained else ""
             keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a dict)
             state = {key[len(prefix) :]: file.get_tensor(key) for key in keys}
         model = metadata["model"]

@@ -1,9 +1,8 @@
-"""Steps whose gradient is not finite: skipped on the device, without waiting for it; many in a row
-are told.
+"""Skips steps with non-finite gradients without a device sync and reports long streaks.
 
-The same decision on every rank: it is made from the norm of the gradients after they were averaged.
-Running statistics of batch norm that are not finite, which the optimizer does not protect, go back
-to the last that were.
+Every rank decides the same, because the decision uses the gradient norm after DDP has averaged the
+gradients. Non-finite running statistics of batch norm, which the optimizer does not protect, are
+reset to their last finite values.
 """
 
 from __future__ import annotations
@@ -16,44 +15,44 @@ import torch
 from torch import Tensor, nn
 
 
-class Report(NamedTuple):
-    """One step's numbers, on the host. row: steps skipped in a row, this one included, 0 where it
-    was done.
+class StepReport(NamedTuple):
+    """Numbers of one step, on the host.
+
+    consecutive_skips: length of the streak of skipped steps that ends here; 0 if this step counted.
     """
 
     step: int
     loss: float
     norm: float
-    row: int
+    consecutive_skips: int
 
 
-class Guard:
-    """One for a run, made when the model is on its device.
+class NonFiniteGuard:
+    """Skip, clip and report the steps of one run. Create it when the model is on its device.
 
-    clip: the largest norm of a step's gradients; 0 for any. lag: steps after which a report reaches
-    the host (0 on a CPU: it is there at once).
+    clip: maximum gradient norm; 0 disables clipping. lag: steps until a report reaches the host
+    (0 on a CPU, where it is available at once).
     """
 
     def __init__(self, model: nn.Module, device: torch.device, clip: float = 0.0) -> None:
         self.clip = clip
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._buffers = [b for b in model.buffers() if b.is_floating_point()]
+        # Two steps later the copy to the host has finished: reading it does not stall the GPU.
         self.lag = 2 if device.type == "cuda" else 0
-        self._row = torch.zeros((), device=device)
+        self._skips = torch.zeros((), device=device)
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self.reset()
 
     def reset(self) -> None:
-        """After the model was loaded: its buffers are good, no report is due."""
-        self._good = _flat(self._buffers)
-        self._row.zero_()
+        """Accept the current buffers and drop pending reports; call after loading weights."""
+        self._good_buffers = _flatten(self._buffers)
+        self._skips.zero_()
         self._pending.clear()
 
     @torch.no_grad()
     def before_step(self) -> tuple[Tensor, Tensor]:
-        """(norm of the gradients, whether the step must be skipped as 0-d bool); clips them. After
-        backward.
-        """
+        """Clip the gradients; return (their norm before clipping, 0-d bool: skip this step)."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.clip:
@@ -62,28 +61,34 @@ class Guard:
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-        """optimizer.step() unless `skip`."""
-        if not skip.is_cuda or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        """Run optimizer.step() unless `skip`."""
+        skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if not skip.is_cuda or not skips_on_device:
             if not skip:
                 optimizer.step()
             return
-        # what a GradScaler tells fused optimizers: they skip on the device
-        optimizer.grad_scale, optimizer.found_inf = None, skip.float()  # type: ignore[attr-defined]
+
+        # A GradScaler passes these attributes to fused optimizers, which then skip on the device.
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
         try:
             optimizer.step()
         finally:
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def after_step(self, step: int, loss: Tensor, norm: Tensor, skip: Tensor) -> list[Report]:
-        """Mend the buffers, count; the reports that have arrived."""
+    def after_step(self, step: int, loss: Tensor, norm: Tensor, skip: Tensor) -> list[StepReport]:
+        """Repair the buffers, count the skips and return the reports that have arrived."""
         if self._buffers:
-            now = _flat(self._buffers)
-            bad = skip | ~torch.isfinite(now).all()
-            self._good = torch.where(bad, self._good, now)
-            _copy_from_flat(self._buffers, self._good)
-        self._row = torch.where(skip, self._row + 1, torch.zeros_like(self._row))
-        numbers, event = torch.stack([loss.float(), norm.float(), self._row]), None
+            current = _flatten(self._buffers)
+            bad = skip | ~torch.isfinite(current).all()
+            # torch.where instead of `if`: the host never waits for the device.
+            self._good_buffers = torch.where(bad, self._good_buffers, current)
+            _copy_from_flat(self._buffers, self._good_buffers)
+        self._skips = torch.where(skip, self._skips + 1, torch.zeros_like(self._skips))
+
+        numbers = torch.stack([loss.float(), norm.float(), self._skips])
+        event = None
         if numbers.is_cuda:
             numbers = numbers.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
@@ -91,22 +96,22 @@ class Guard:
         self._pending.append((step, numbers, event))
         return self._arrived(self.lag)
 
-    def finish(self) -> list[Report]:
-        """All reports that are still due: at the end of an epoch."""
+    def finish(self) -> list[StepReport]:
+        """Wait for all pending reports; call at the end of an epoch."""
         return self._arrived(0)
 
-    def _arrived(self, lag: int) -> list[Report]:
+    def _arrived(self, lag: int) -> list[StepReport]:
         reports = []
         while len(self._pending) > lag:
             step, numbers, event = self._pending.popleft()
             if event is not None:
                 event.synchronize()
-            loss, norm, row = numbers.tolist()
-            reports.append(Report(step, loss, norm, int(row)))
+            loss, norm, skips = numbers.tolist()
+            reports.append(StepReport(step, loss, norm, int(skips)))
         return reports
 
 
-def _flat(tensors: Iterable[Tensor]) -> Tensor:
+def _flatten(tensors: Iterable[Tensor]) -> Tensor:
     parts = [tensor.reshape(-1) for tensor in tensors]
     return torch.cat(parts) if parts else torch.zeros(0)
 
@@ -114,4 +119,5 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
 def _copy_from_flat(tensors: list[Tensor], flat: Tensor) -> None:
     parts = flat.split([tensor.numel() for tensor in tensors])
     views = [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
-    torch._foreach_copy_(tensors, views)  # pyright: ignore[reportPrivateImportUsage] (one launch for all of them)
+    # One kernel launch for all of them.
+    torch._foreach_copy_(tensors, views)  # pyright: ignore[reportPrivateImportUsage]

@@ -1,4 +1,4 @@
-"""Options and loaders of an ImageNet-style training run: what train_imagenet.py reads."""
+"""Data options and loaders of an ImageNet-style training run."""
 
 from __future__ import annotations
 
@@ -105,12 +105,10 @@ class ValidationConfig:
 
 
 def make_loaders(cfg: SimpleNamespace, world: World, global_batch: int) -> tuple[Loader, Loader]:
-    """The training loader (only full global batches) and the validation loader."""
-    native = (
-        {}
-        if cfg.data.loader == "ffcv"
-        else {"window_pages": cfg.data.window_pages, "on_error": cfg.data.on_error}
-    )
+    """Build the training loader (only full global batches) and the validation loader."""
+    native = {}  # options that FFCV's loader does not have
+    if cfg.data.loader == "native":
+        native = {"window_pages": cfg.data.window_pages, "on_error": cfg.data.on_error}
     train_loader = loader_class(cfg)(
         cfg.data.train_dataset,
         global_batch,
@@ -119,7 +117,7 @@ def make_loaders(cfg: SimpleNamespace, world: World, global_batch: int) -> tuple
         drop_last=True,
         seed=cfg.training.seed,
         **native,
-        **loader_place(cfg, world),
+        **loader_resources(cfg, world),
     )
     if cfg.data.in_memory and not cfg.data.resident:
         train_loader.dataset.preload()
@@ -127,20 +125,21 @@ def make_loaders(cfg: SimpleNamespace, world: World, global_batch: int) -> tuple
 
 
 def validation_loader(cfg: SimpleNamespace, world: World) -> Loader:
-    """Every image of the validation set once, over all ranks; one that cannot be decoded is always
-    an error.
+    """Build the loader that yields every validation image once, over all ranks.
+
+    An image that cannot be decoded is always an error.
     """
     return loader_class(cfg)(
         cfg.data.val_dataset,
         cfg.validation.batch_size * world.size,
         order="sequential",
         crop=CenterCrop(cfg.validation.resolution, cfg.validation.crop_ratio),
-        **loader_place(cfg, world),
+        **loader_resources(cfg, world),
     )
 
 
 def loader_class(cfg: SimpleNamespace) -> type[Loader]:
-    """Loader, or what has its interface: data.loader, data.resident."""
+    """The class with Loader's interface that data.loader and data.resident select."""
     if cfg.data.loader == "native":
         return ResidentLoader if cfg.data.resident else Loader
     from matryoshka.data.ffcv_backend import FFCVLoader
@@ -149,25 +148,25 @@ def loader_class(cfg: SimpleNamespace) -> type[Loader]:
 
 
 def training_order(cfg: SimpleNamespace, world: World) -> str:
-    """data.order without auto."""
+    """Resolve data.order=auto."""
     if cfg.data.order != "auto":
         return cfg.data.order
-    no_pages = cfg.data.in_memory or os.path.isdir(cfg.data.train_dataset)
-    if no_pages or (
-        cfg.data.loader == "ffcv" and world.size > 1
-    ):  # FFCV has quasi_random for one process alone
-        return "random"
+    if cfg.data.in_memory or os.path.isdir(cfg.data.train_dataset):
+        return "random"  # no pages to read in order
+    if cfg.data.loader == "ffcv" and world.size > 1:
+        return "random"  # FFCV supports quasi_random for one process only
     return "quasi_random"
 
 
-def loader_place(cfg: SimpleNamespace, world: World) -> dict:
+def loader_resources(cfg: SimpleNamespace, world: World) -> dict:
+    """Threads, device and rank of a loader; processes on one machine share its cores evenly."""
     threads = cfg.data.num_workers or max(1, available_cores() // world.local_size)
-    ranks = {"rank": world.rank, "world": world.size}
     return {
         "num_workers": threads,
         "device": world.device,
         "in_memory": cfg.data.in_memory,
-        **ranks,
+        "rank": world.rank,
+        "world": world.size,
     }
 
 
@@ -176,8 +175,9 @@ def training_crop(cfg: SimpleNamespace, resolution: int) -> RandomResizedCrop:
 
 
 def resolution_at(epoch: int, c: ResolutionConfig) -> int:
-    """Pixels of an epoch: min_res, then linear between the ramp's ends in multiples of 32, then
-    max_res.
+    """Training resolution of an epoch, in pixels.
+
+    min_res up to start_ramp, max_res from end_ramp on, between them linear in multiples of 32.
     """
     if epoch <= c.start_ramp:
         return c.min_res
@@ -188,7 +188,7 @@ def resolution_at(epoch: int, c: ResolutionConfig) -> int:
 
 
 def check_crops(cfg: SimpleNamespace) -> None:
-    """ConfigError for sizes, scales, ratios and probabilities that make no sense."""
+    """Raise ConfigError if a crop cannot be built from the options."""
     crop = "data.scale, data.ratio or data.flip"
     for options, make in (
         (f"resolution.min_res, {crop}", lambda: training_crop(cfg, cfg.resolution.min_res)),
@@ -205,7 +205,7 @@ def check_crops(cfg: SimpleNamespace) -> None:
 
 
 def check_loader(cfg: SimpleNamespace) -> None:
-    """An error for data.loader, data.order and what belongs to them, where they cannot work."""
+    """Raise ConfigError if data.loader and data.order do not fit the datasets or each other."""
     data = cfg.data
     if data.window_pages < 1:
         raise ConfigError(f"data.window_pages={data.window_pages}: expected 1 or more")
@@ -216,8 +216,7 @@ def check_loader(cfg: SimpleNamespace) -> None:
     ):
         raise ConfigError(
             f"data.order=quasi_random needs the pages of a .beton file, {data.train_dataset} is "
-            "a folder; "
-            "write a .beton of it, or take data.order=random"
+            "a folder; write a .beton of it, or use data.order=random"
         )
     if data.loader == "ffcv":
         from matryoshka.data.ffcv_backend import check_installed
@@ -225,8 +224,8 @@ def check_loader(cfg: SimpleNamespace) -> None:
         for name in ("resident", "window_pages", "on_error"):
             if getattr(data, name) != getattr(DataConfig, name):
                 raise ConfigError(
-                    f"data.{name}={getattr(data, name)} is for data.loader=native, FFCV does not "
-                    "have it"
+                    f"data.{name}={getattr(data, name)}: works with data.loader=native only; "
+                    "FFCV's loader does not support it"
                 )
         check_installed("data.loader=ffcv")
         for name in ("train_dataset", "val_dataset"):
@@ -234,17 +233,17 @@ def check_loader(cfg: SimpleNamespace) -> None:
             if path is not None and os.path.isdir(path):
                 raise ConfigError(
                     f"data.{name}={path}: is a folder, which data.loader=ffcv cannot read; "
-                    "write a .beton of it, or take data.loader=native"
+                    "write a .beton of it, or use data.loader=native"
                 )
 
 
 def check_classes(train_set, val_set) -> None:
-    """The two sets must agree on what a label means. ConfigError names both."""
+    """Raise ConfigError, which names both sets, if a label means different classes in them."""
     if train_set.classes and val_set.classes and train_set.classes != val_set.classes:
         raise ConfigError(
             f"{val_set.path}: its {val_set.num_classes} classes are not the "
-            f"{train_set.num_classes} of "
-            f"{train_set.path}; write both from folders with the same class folders"
+            f"{train_set.num_classes} of {train_set.path}; write both from folders with the same "
+            "class folders"
         )
     if val_set.num_classes > train_set.num_classes:
         raise ConfigError(

@@ -1,6 +1,4 @@
-"""Options of train_imagenet.py: section `training`, `logging`, and what can be checked before
-anything starts.
-"""
+"""Options of train_imagenet.py and the checks that run before any process starts."""
 
 from __future__ import annotations
 
@@ -172,25 +170,24 @@ SECTIONS = {
 
 
 def global_batch_size(cfg: SimpleNamespace, processes: int, before: int | None = None) -> int:
-    """Images per optimizer step. before: that of the checkpoint that the run goes on from, which
-    stays.
-    """
+    """Images per optimizer step. before: that of the checkpoint of a resumed run, which stays."""
     t = cfg.training
     size = before or t.global_batch_size or t.batch_size * processes * t.accumulate
     if t.global_batch_size and before and before != t.global_batch_size:
         raise config.ConfigError(
-            f"training.global_batch_size={t.global_batch_size}: the run that goes on has "
-            f"{before}; leave it out"
+            f"training.global_batch_size={t.global_batch_size}: the resumed run has {before}; "
+            "leave it out"
         )
     if size < processes:
         raise config.ConfigError(
-            f"training.global_batch_size={size} is less than one image for {processes} processes"
+            f"training.global_batch_size={size}: expected {processes} or more, one image for each "
+            "process"
         )
     return size
 
 
 def check(cfg: SimpleNamespace, processes: int) -> None:
-    """Whatever can be found out before `processes` are started, so that a mistake is one line."""
+    """Raise ConfigError for every mistake that can be found before `processes` start."""
     training, data = cfg.training, cfg.data
     if training.eval_only and training.path is None:
         raise config.ConfigError(
@@ -232,26 +229,22 @@ def check(cfg: SimpleNamespace, processes: int) -> None:
         and cfg.logging.run_id is None
         and not distributed.started_by_torchrun()
     ):
-        raise config.ConfigError("training.resume=auto needs logging.run_id, the run to go on with")
+        raise config.ConfigError("training.resume=auto needs logging.run_id, the run to resume")
     train_set, val_set = open_dataset(data.train_dataset), open_dataset(data.val_dataset)
     spec = model_spec(cfg.model, train_set.num_classes, training.use_blurpool)
-    if training.resume is None:  # a run that goes on has its weights
+    if training.resume is None:  # a resumed run has its weights
         r = cfg.resolution
-        sizes = {
-            resolution_at(epoch, r)
-            for epoch in (0, r.start_ramp, *range(r.start_ramp, r.end_ramp), r.end_ramp)
-        }
-        check_start(
-            cfg.model, spec, train_set.classes, sizes=sorted(sizes | {cfg.validation.resolution})
-        )
+        ramp = range(r.start_ramp, r.end_ramp + 1)
+        sizes = {resolution_at(epoch, r) for epoch in (0, r.start_ramp, *ramp, r.end_ramp)}
+        sizes.add(cfg.validation.resolution)
+        check_start(cfg.model, spec, train_set.classes, sizes=sorted(sizes))
     check_classes(train_set, val_set)
     check_mixing(cfg, spec)
     batch = global_batch_size(cfg, processes)
     if batch > len(train_set):
         raise config.ConfigError(
             f"training.batch_size={training.batch_size} makes global batches of {batch}, more "
-            "than the "
-            f"{len(train_set)} images of {train_set.path}; lower it"
+            f"than the {len(train_set)} images of {train_set.path}; lower it"
         )
 
 

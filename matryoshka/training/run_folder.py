@@ -1,6 +1,4 @@
-"""The run folder: one JSON line per event, TensorBoard, Weights & Biases if wanted, and what
-produced the run.
-"""
+"""Run folder: JSON lines, TensorBoard and Weights & Biases logs, options and environment."""
 
 from __future__ import annotations
 
@@ -20,37 +18,38 @@ from matryoshka.files import write_atomically
 
 
 class RunExists(ValueError):
-    """The run folder is there already: nothing of an earlier run is touched."""
+    """The run folder exists; nothing of the earlier run is changed."""
 
     user_error = True
 
     def __init__(self, path: Path) -> None:
         super().__init__(
-            f"{path}: this run exists; go on with it (--training.resume=auto), or choose another "
-            "--logging.run_id or "
-            "--logging.folder"
+            f"{path}: this run exists; resume it (--training.resume=auto), or choose another "
+            "--logging.run_id or --logging.folder"
         )
 
 
 class WandbError(ValueError):
-    """Weights & Biases cannot be used as it was asked for."""
+    """Weights & Biases is not available; the message names the remedy."""
 
     user_error = True
 
 
 def new_run_id(name: str) -> str:
-    """A folder name that sorts by time: 20260131-142501-resnet18-mrl-3fa2."""
+    """Return a folder name that sorts by time: 20260131-142501-resnet18-mrl-3fa2."""
     return f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}-{secrets.token_hex(2)}"
 
 
 class RunLog:
-    """A run folder: params.json (flat, upstream's format), config.yaml, env.json, log,
-    events.jsonl, tensorboard/.
+    """A run folder: params.json, config.yaml, env.json, log, events.jsonl, skipped.jsonl,
+    tensorboard/.
 
-    going_on: (step, epoch) of the checkpoint that the run goes on from; later lines are dropped.
-    None: a new run, which begins anew what was killed before its first checkpoint. wandb: project
-    of Weights & Biases to log to as well; the run has its folder's name there, and stays one run
-    there when it goes on. WandbError where that does not work; nothing is written then.
+    params: flat options, written in upstream's format. resumed_at: (step, epoch) of the checkpoint
+    that the run resumes from, which drops later lines; None starts a new run and removes what a run
+    killed before its first checkpoint has left. launch: name shared by the restarts of one
+    torchrun. wandb: project of Weights & Biases that receives the same numbers; the run has the
+    folder's name there and stays one run when it is resumed. Raises WandbError, before anything is
+    written, if that does not work.
     """
 
     def __init__(
@@ -58,40 +57,40 @@ class RunLog:
         path: Path,
         params: Mapping,
         config_yaml: str,
-        going_on: tuple[int, int] | None = None,
+        *,
+        resumed_at: tuple[int, int] | None = None,
         launch: str | None = None,
         wandb: str | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # 2 s to import: only where a run starts
 
         self.path = path
-        self._wandb = (
-            None if wandb is None else _start_wandb(wandb, path, params, going_on is not None)
-        )
+        resumed = resumed_at is not None
+        self._wandb = None if wandb is None else _start_wandb(wandb, path, params, resumed=resumed)
         self._wandb_names: set[str] = set()
+
         path.mkdir(parents=True, exist_ok=True)
+        env = environment() | {"launch": launch}
         (path / "params.json").write_text(json.dumps(dict(params), indent=1) + "\n")
         (path / "config.yaml").write_text(config_yaml)
-        (path / "env.json").write_text(
-            json.dumps(environment() | {"launch": launch}, indent=1) + "\n"
-        )
-        if going_on is None:
+        (path / "env.json").write_text(json.dumps(env, indent=1) + "\n")
+
+        if resumed_at is None:
             for name in ("log", "events.jsonl", "skipped.jsonl"):
                 (path / name).unlink(missing_ok=True)
             shutil.rmtree(path / "tensorboard", ignore_errors=True)
-        self._lines: dict[str, TextIO] = {}
-        self.cut(0 if going_on is None else going_on[1])
-        purge = None if going_on is None else going_on[0] + 1
-        self._board = SummaryWriter(str(path / "tensorboard"), purge_step=purge)
+        self._files: dict[str, TextIO] = {}
+        self.truncate(0 if resumed_at is None else resumed_at[1])
+        # TensorBoard hides the scalars of the steps that are trained again.
+        purge_step = None if resumed_at is None else resumed_at[0] + 1
+        self._board = SummaryWriter(str(path / "tensorboard"), purge_step=purge_step)
         self._start = time.time()
 
-    def cut(self, epoch: int) -> None:
-        """Drop the lines of `log` and skipped.jsonl from this epoch on, and a line that was not
-        finished.
-        """
-        for file in self._lines.values():
+    def truncate(self, epoch: int) -> None:
+        """Drop the lines of log and skipped.jsonl from `epoch` on, and unfinished lines."""
+        for file in self._files.values():
             file.close()
-        self._lines.clear()
+        self._files.clear()
         for name in ("log", "skipped.jsonl", "events.jsonl"):
             path = self.path / name
             if not path.exists():
@@ -101,46 +100,44 @@ class RunLog:
                 try:
                     values = json.loads(line)
                 except ValueError:
-                    break
+                    break  # the process was killed while it wrote this line
                 if name == "events.jsonl" or values.get("epoch", -1) < epoch:
                     kept.append(line)
             write_atomically(path, "".join(kept).encode())
 
     def _append(self, name: str, values: Mapping) -> None:
-        if name not in self._lines:
-            self._lines[name] = open(self.path / name, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (until close)
-        self._lines[name].write(json.dumps(values) + "\n")
+        if name not in self._files:
+            # Line-buffered: a kill loses at most the line that is being written.
+            file = open(self.path / name, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+            self._files[name] = file
+        self._files[name].write(json.dumps(values) + "\n")
 
-    def note(self, values: Mapping) -> None:
-        """Append to events.jsonl: starts, stops, skipped steps, rollbacks."""
-        self._append("events.jsonl", {"timestamp": time.time(), **values})
-
-    def skipped(self, values: Mapping) -> None:
-        """Append to skipped.jsonl: an image that was left out."""
-        self._append("skipped.jsonl", values)
-
-    def event(self, values: Mapping) -> None:
-        """Append one JSON line: upstream's `timestamp` and `relative_time` first, then `values` in
-        their order.
-        """
+    def write_line(self, values: Mapping) -> None:
+        """Append a line to `log`: upstream's `timestamp` and `relative_time`, then `values`."""
         now = time.time()
         self._append("log", {"timestamp": now, "relative_time": now - self._start, **values})
         if "epoch" in values:
-            self._send(
-                {f"epoch/{name}": v for name, v in values.items() if name != "epoch"},
-                "epoch",
-                values["epoch"],
-            )
+            by_epoch = {f"epoch/{name}": v for name, v in values.items() if name != "epoch"}
+            self._send(by_epoch, "epoch", values["epoch"])
 
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """TensorBoard scalars at an optimizer step."""
+    def write_event(self, values: Mapping) -> None:
+        """Append a line to events.jsonl: starts, stops, skipped steps, rollbacks."""
+        self._append("events.jsonl", {"timestamp": time.time(), **values})
+
+    def write_skipped(self, values: Mapping) -> None:
+        """Append a line to skipped.jsonl: an image that was left out."""
+        self._append("skipped.jsonl", values)
+
+    def write_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Write TensorBoard scalars at an optimizer step."""
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         self._send(values, "step", step)
 
     def _send(self, values: Mapping[str, float], axis: str, at: int) -> None:
-        """To Weights & Biases, over an axis of ours: its own never goes back, what follows a
-        rollback would be lost.
+        """Log to Weights & Biases over our own axis.
+
+        Its own step counter never decreases: it would drop everything that follows a rollback.
         """
         if self._wandb is None:
             return
@@ -154,24 +151,24 @@ class RunLog:
     def _wandb_may_fail(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of its own process, of its server: the training is worth more
+        except Exception as error:  # of its process or server: the training run is worth more
             self._wandb = None
-            self.note(
-                {"event": "problem", "text": f"no more logging to Weights & Biases: {error!r}"}
-            )
+            text = f"logging to Weights & Biases has stopped: {error!r}"
+            self.write_event({"event": "problem", "text": text})
 
     def close(self) -> None:
         if self._wandb is not None:
             with self._wandb_may_fail():
                 self._wandb.finish()
-        for file in self._lines.values():
+        for file in self._files.values():
             file.close()
         self._board.close()
 
 
-def _start_wandb(project: str, path: Path, params: Mapping, going_on: bool) -> Any:
-    """A run of Weights & Biases. Its id is kept in the folder: another folder of the same name is
-    another run.
+def _start_wandb(project: str, path: Path, params: Mapping, *, resumed: bool) -> Any:
+    """Start or resume a run of Weights & Biases.
+
+    Its id is kept in the run folder, so that another folder of the same name is another run.
     """
     try:
         import wandb
@@ -179,24 +176,24 @@ def _start_wandb(project: str, path: Path, params: Mapping, going_on: bool) -> A
         raise WandbError(
             f"logging.wandb={project}: wandb is not installed; `pip install wandb`"
         ) from None
-    new, kept = not path.exists() or not any(path.iterdir()), path / "wandb_id"
+
+    is_new = not path.exists() or not any(path.iterdir())
     path.mkdir(parents=True, exist_ok=True)
-    if not (going_on and kept.exists()):
-        write_atomically(
-            kept,
-            f"{re.sub('[^A-Za-z0-9_-]', '-', path.name)[:64]}-{secrets.token_hex(4)}\n".encode(),
-        )
+    id_file = path / "wandb_id"
+    if not (resumed and id_file.exists()):
+        name = re.sub("[^A-Za-z0-9_-]", "-", path.name)[:64]  # what an id of theirs may contain
+        write_atomically(id_file, f"{name}-{secrets.token_hex(4)}\n".encode())
     try:
         return wandb.init(
             project=project,
-            id=kept.read_text().strip(),
+            id=id_file.read_text().strip(),
             resume="allow",
             dir=str(path),
             config=dict(params),
             name=path.name,
         )
     except wandb.Error as error:
-        if new:
+        if is_new:
             shutil.rmtree(path, ignore_errors=True)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WandbError(
@@ -204,12 +201,43 @@ def _start_wandb(project: str, path: Path, params: Mapping, going_on: bool) -> A
         ) from None
 
 
-def accuracy_keys(prefixes: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-    """Upstream's log keys, as fractions: top_1, top_5 of one prefix; top_1_8 .. top_1_2048, top_5_8
-    .. of several.
+# ---------------------------------------------------------------- names of the metrics
+
+
+def accuracy_metrics(
+    accuracy: Mapping[int, Mapping[str, float]], prefix: str = ""
+) -> dict[str, float]:
+    """{dim: {top1, top5}} in percent as metrics: top_1/8, ..., top_5/8, ... in percent.
+
+    prefix: goes before every name, such as "ema_".
     """
-    keys = {}
-    for ours, theirs in (("top1", "top_1"), ("top5", "top_5")):
-        for dim, accuracy in prefixes.items():
-            keys[theirs if len(prefixes) == 1 else f"{theirs}_{dim}"] = accuracy[ours] / 100
-    return keys
+    metrics = {}
+    for key, name in (("top1", "top_1"), ("top5", "top_5")):
+        for dim, values in accuracy.items():
+            metrics[f"{prefix}{name}/{dim}"] = values[key]
+    return metrics
+
+
+def log_line(metrics: Mapping[str, float], epoch: int) -> dict[str, float]:
+    """An epoch's line of `log` under upstream's keys, accuracies as fractions.
+
+    One prefix has the keys top_1 and top_5, several have top_1_8, ..., top_5_8, ...
+    """
+    line: dict[str, float] = {"current_lr": metrics["lr"]}
+    if "val_time" in metrics:
+        line["val_time"] = metrics["val_time"]
+
+    several = sum(name.startswith("top_1/") for name in metrics) > 1
+    for name, percent in metrics.items():
+        kind, _, dim = name.partition("/")
+        if kind.removeprefix("ema_") in ("top_1", "top_5"):
+            line[f"{kind}_{dim}" if several else kind] = percent / 100
+
+    line |= {"train_loss": metrics["loss"], "epoch": epoch}
+    return line | {name: metrics[name] for name in ("images_per_s", "data_wait")}
+
+
+def epoch_scalars(metrics: Mapping[str, float]) -> dict[str, float]:
+    """An epoch's scalars for TensorBoard: all metrics but top-5 and the time of the evaluation."""
+    left_out = ("val_time", "top_5/", "ema_top_5/")
+    return {name: value for name, value in metrics.items() if not name.startswith(left_out)}

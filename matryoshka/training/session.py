@@ -1,13 +1,16 @@
-"""A training run from outside of its steps: start or go on, checkpoints, signals, rollbacks, hangs.
+"""Run lifecycle: resume, checkpoints, signals, rollback, hang detection.
 
-with Session(...) as session:
-    while session.progress.epoch < epochs:
-        with session.rollback():                # a rollback restores an older state and ends the block
+with Session(state, guard, world, resume_point, ...) as session:
+    while session.loop.epoch < epochs:
+        with session.rollback():            # a rollback restores an older state and ends the block
+            session.start_epoch()
             for batch in loader:
-                loss, norm, skip = train_step(...)
-                session.after_step(loss, norm, skip)
-            session.end_epoch()
-            ...
+                loss, norm, skipped = train_step(...)
+                session.after_step(loss, norm, skipped)
+            metrics = session.end_epoch()
+            metrics |= evaluate(...)
+            session.log_epoch(metrics)
+            session.epoch_done(metrics)
 """
 
 from __future__ import annotations
@@ -27,20 +30,18 @@ from torch import Tensor
 from matryoshka import distributed
 from matryoshka.distributed import World
 from matryoshka.training import snapshot
-from matryoshka.training.guard import Guard, Report
-from matryoshka.training.run_folder import RunExists, RunLog
-from matryoshka.training.snapshot import Saved, Snapshots
-from matryoshka.training.state import Progress, TrainState
-from matryoshka.training.watch import HangWatch, Stopped, StopSignal, Vote
+from matryoshka.training.guard import NonFiniteGuard, StepReport
+from matryoshka.training.run_folder import RunExists, RunLog, epoch_scalars, log_line
+from matryoshka.training.snapshot import Checkpoint, Snapshots
+from matryoshka.training.state import LoopState, TrainState
+from matryoshka.training.watch import AnyRankFlags, HangWatch, Stopped, StopSignal
 
 T = TypeVar("T")
 FINAL = "model.safetensors"
-CALM_STEPS, CALM_RATE = (
-    100,
-    0.1,
-)  # after a rollback: so many steps at this share of the learning rate
-MOST_ROLLBACKS = 5
-# Options that decide where and how fast a run goes on, not what it computes.
+ROLLBACK_LR_FACTOR = 0.1  # of the learning rate after a rollback ...
+ROLLBACK_LR_STEPS = 100  # ... for this many steps after the bad one
+MAX_ROLLBACKS = 5
+# Options that affect the place and the speed of a run, not its result.
 FREE = (
     "data.train_dataset",
     "data.val_dataset",
@@ -70,13 +71,13 @@ FREE = (
 
 
 class SessionError(ValueError):
-    """A run that cannot be gone on with; the message names the folder and the remedy."""
+    """A run that cannot be resumed; the message names the folder and the remedy."""
 
     user_error = True
 
 
 class Diverged(ValueError):
-    """Training that is not finite in spite of going back and of a lower learning rate."""
+    """Non-finite training in spite of rollbacks and a reduced learning rate."""
 
     user_error = True
 
@@ -86,78 +87,115 @@ class _RolledBack(Exception):
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a run folder says about how to begin. finished: there is nothing to do."""
+class ResumePoint:
+    """Where a run starts: in folder `path`, after `checkpoint`, if there is one.
+
+    finished: the run is complete. notes: damaged checkpoints that were passed over.
+    """
 
     path: Path
-    saved: Saved | None = None
+    checkpoint: Checkpoint | None = None
     finished: bool = False
     notes: tuple[str, ...] = ()
 
 
-# ---------------------------------------------------------------- how to begin
+@dataclass(frozen=True)
+class SessionOptions:
+    """Checkpoints and failure handling of a session.
+
+    best_metric: the metric whose highest value marks the best checkpoint. keep_last: step
+    checkpoints to keep. checkpoint_every_steps, checkpoint_every_minutes: checkpoints within an
+    epoch; 0: none. skip_limit: consecutive steps with non-finite gradients that cause a rollback.
+    hang_timeout: seconds without progress until the process ends; 0: never. wandb: project of
+    Weights & Biases.
+    """
+
+    best_metric: str
+    keep_last: int = 3
+    checkpoint_every_steps: int = 0
+    checkpoint_every_minutes: float = 10.0
+    skip_limit: int = 10
+    hang_timeout: float = 1800.0
+    wandb: str | None = None
+
+
+# ---------------------------------------------------------------- resume
 
 
 def launch_id() -> str | None:
-    """A name that every restart of one torchrun shares: its run id, with the agent's own number
-    where that is none.
+    """A name shared by all restarts of one torchrun; None without torchrun.
+
+    The name is torchrun's run id. If that is `none`, it is made from the agent process.
     """
     if not distributed.started_by_torchrun():
         return None
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     if name not in ("", "none"):
         return name
+
     agent = os.getppid()
     try:
-        started = (
-            Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[19]
-        )  # a number comes back, a time not
+        # Field 22, the start time: the system reuses process ids, but not at the same time.
+        stat = Path(f"/proc/{agent}/stat").read_text()
+        started = stat.rpartition(")")[2].split()[19]
     except OSError:
         started = "0"
     return f"torchrun-{agent}-{started}"
 
 
-def find_start(folder: Path, run_id: str, resume: str | None, options: Mapping[str, Any]) -> Start:
-    """What to begin with in `<folder>/<run_id>`; resume: auto, a run folder or a checkpoint in one,
-    or None.
+def resolve_run(
+    folder: Path, run_id: str, resume: str | None, options: Mapping[str, Any]
+) -> ResumePoint:
+    """Find where the run in `<folder>/<run_id>` starts.
 
-    A folder that the same torchrun has begun is a restart, which implies auto. RunExists without
-    resume; SessionError for a path that is no run, and where the options would give another result
-    than those of the run.
+    resume: "auto", a run folder, a checkpoint file in a run folder, or None. A folder created by
+    the same torchrun is a restart, which implies "auto". Raises RunExists if the folder is not
+    empty and resume is None, and SessionError if the path is not a run or if `options` would give
+    another result than the run's options.
     """
-    path, chosen = folder / run_id, None
+    path = folder / run_id
+    chosen = None  # the checkpoint file that the user named
     if resume not in (None, "auto"):
         given = Path(resume)
-        path, chosen = (given.parent.parent, given) if given.is_file() else (given, None)
+        if given.is_file():
+            path, chosen = given.parent.parent, given
+        else:
+            path = given
         if not path.is_dir():
             raise SessionError(f"training.resume={resume}: no such run folder or checkpoint")
+
     if not path.exists() or not any(path.iterdir()):
-        return Start(path)
+        return ResumePoint(path)
     if resume is None and not _is_restart(path):
         raise RunExists(path)
+
+    notes: list[str] = []
     if chosen is not None:
-        saved, notes = snapshot.read(chosen), []
+        checkpoint = snapshot.read(chosen)
     else:
-        saved, notes = snapshot.newest(path / "checkpoints")
-    if saved is None and resume not in (None, "auto"):
-        raise SessionError(f"training.resume={resume}: has no checkpoint that is whole")
-    if saved is not None:
-        check_options(saved, options)
-    return Start(path, saved, (path / FINAL).exists() and chosen is None, tuple(notes))
+        checkpoint, notes = snapshot.newest(path / "checkpoints")
+    if checkpoint is None and resume not in (None, "auto"):
+        raise SessionError(f"training.resume={resume}: contains no valid checkpoint")
+    if checkpoint is not None:
+        check_options(checkpoint, options)
+    # A chosen checkpoint continues a finished run from there.
+    finished = (path / FINAL).exists() and chosen is None
+    return ResumePoint(path, checkpoint, finished, tuple(notes))
 
 
-def begin(
-    folder: Path, run_id: str, resume: str | None, options: Mapping[str, Any], world: World
-) -> Start:
-    """`find_start` by rank 0, for all ranks."""
-    found: list[Start] = []
+def resolve_run_on_all_ranks(
+    folder: Path, run_id: str, resume: str | None, *, options: Mapping[str, Any], world: World
+) -> ResumePoint:
+    """`resolve_run` on rank 0, with the result on all ranks."""
+    found: list[ResumePoint] = []
 
-    def look() -> Start:
-        found.append(find_start(folder, run_id, resume, options))
-        return replace(found[0], saved=None)
+    def resolve() -> ResumePoint:
+        found.append(resolve_run(folder, run_id, resume, options))
+        return replace(found[0], checkpoint=None)  # tensors travel apart, without pickle
 
-    start = distributed.on_main(look, world)
-    return replace(start, saved=share(found[0].saved if found else None, world))
+    point = distributed.on_main(resolve, world)
+    checkpoint = broadcast_checkpoint(found[0].checkpoint if found else None, world)
+    return replace(point, checkpoint=checkpoint)
 
 
 def _is_restart(path: Path) -> bool:
@@ -170,281 +208,329 @@ def _is_restart(path: Path) -> bool:
         return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def check_options(saved: Saved, options: Mapping[str, Any]) -> None:
-    """SessionError that lists the options which decide about the result and differ from the run's."""
-    before = saved.about["config"]
+def check_options(checkpoint: Checkpoint, options: Mapping[str, Any]) -> None:
+    """Raise SessionError with the options that affect the result and differ from the run's."""
+    before = checkpoint.metadata["config"]
     now = json.loads(json.dumps(dict(options)))
-    names = [
-        name for name in {**before, **now} if name not in FREE and before.get(name) != now.get(name)
+    differences = [
+        f"{name} was {before.get(name)} and is {now.get(name)}"
+        for name in {**before, **now}
+        if name not in FREE and before.get(name) != now.get(name)
     ]
-    if names:
-        told = ", ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in names)
+    if differences:
         raise SessionError(
-            f"{saved.path}: cannot go on with other options: {told}; start another run for these"
+            f"{checkpoint.path}: cannot resume with other options: {', '.join(differences)}; "
+            "start a new run for these"
         )
 
 
-# ---------------------------------------------------------------- while it runs
+def broadcast_checkpoint(checkpoint: Checkpoint | None, world: World) -> Checkpoint | None:
+    """Rank 0's checkpoint on all ranks: only rank 0 needs access to the folder."""
+    if world.size == 1:
+        return checkpoint
+    header = None
+    if checkpoint is not None:
+        shapes = {name: (t.dtype, tuple(t.shape)) for name, t in checkpoint.tensors.items()}
+        header = (checkpoint.path, checkpoint.metadata, shapes)
+    header = distributed.broadcast(header, world)
+    if header is None:
+        return None
+
+    path, metadata, shapes = header
+    tensors = {}
+    for name, (dtype, shape) in shapes.items():
+        if checkpoint is not None:
+            tensor = checkpoint.tensors[name]
+        else:
+            tensor = torch.empty(shape, dtype=dtype)
+        tensor = tensor.to(world.device)  # NCCL sends device memory only
+        torch.distributed.broadcast(tensor, src=0)
+        tensors[name] = tensor.cpu()
+    return Checkpoint(path, metadata, tensors)
+
+
+# ---------------------------------------------------------------- the session
 
 
 class Session:
-    """One run, on every rank. progress: where it is; log: on rank 0, else None.
+    """One run, on every rank.
 
-    every_steps, every_minutes: checkpoints (0: none of these) beside those of the epochs' ends.
-    skip_limit: steps with non-finite gradients in a row after which the last checkpoint is loaded
-    again.
+    config: the flat options of the run; config_yaml: the same as text. print0: prints on rank 0.
+    loop: position of the run. log: the run folder on rank 0, None on other ranks.
     """
 
     def __init__(
         self,
         state: TrainState,
-        guard: Guard,
+        guard: NonFiniteGuard,
         world: World,
-        start: Start,
-        options: Mapping[str, Any],
-        config_yaml: str,
+        resume_point: ResumePoint,
         *,
-        keep_last: int,
-        every_steps: int,
-        every_minutes: float,
-        skip_limit: int,
-        hang_timeout: float,
-        say: Callable[[str], None],
-        global_batch: int,
-        wandb: str | None = None,
+        options: SessionOptions,
+        config: Mapping[str, Any],
+        config_yaml: str,
+        print0: Callable[[str], None],
     ) -> None:
-        self._state, self._guard, self._world, self._start, self._say = (
-            state,
-            guard,
-            world,
-            start,
-            say,
-        )
-        self._every_steps, self._every_seconds, self._skip_limit = (
-            every_steps,
-            60 * every_minutes,
-            skip_limit,
-        )
-        self.path = start.path
-        if start.saved is not None:
-            self._load(start.saved)
+        self._state = state
+        self._guard = guard
+        self._world = world
+        self._options = options
+        self._print0 = print0
+        self.path = resume_point.path
+        self._resumed = resume_point.checkpoint is not None
+        if resume_point.checkpoint is not None:
+            self._load(resume_point.checkpoint)
+
         self.log: RunLog | None = None
         if world.is_main:
-            going_on = None if start.saved is None else (self.progress.step, self.progress.epoch)
-            self.log = RunLog(self.path, options, config_yaml, going_on, launch_id(), wandb)
-            self.event(
-                "start" if going_on is None else "go on", step=self.progress.step, ranks=world.size
+            resumed_at = (self.loop.step, self.loop.epoch) if self._resumed else None
+            self.log = RunLog(
+                self.path,
+                config,
+                config_yaml,
+                resumed_at=resumed_at,
+                launch=launch_id(),
+                wandb=options.wandb,
             )
-        about = {"config": dict(options), "global_batch": global_batch, **state.about}
-        self.snapshots = Snapshots(self.path / "checkpoints", about, keep_last)
-        if world.is_main and start.saved is not None:
-            snapshot.forget_after(self.snapshots.folder, self.progress.step)
-            self.snapshots.adopt(start.saved)
+            kind = "go on" if self._resumed else "start"  # names of the events.jsonl format
+            self.event(kind, step=self.loop.step, ranks=world.size)
+
+        metadata = {
+            "config": dict(config),
+            "global_batch": state.loader.batch_size,
+            **state.metadata,
+        }
+        self.snapshots = Snapshots(self.path / "checkpoints", metadata, options.keep_last)
+        if world.is_main and resume_point.checkpoint is not None:
+            # Later checkpoints belong to a continuation that this one replaces.
+            snapshot.delete_after(self.snapshots.folder, self.loop.step)
+            self.snapshots.adopt(resume_point.checkpoint)
+
         self._signal = StopSignal()
-        self._vote = Vote(2, world)
-        self._watch = HangWatch(self.path / "stacks", world.rank, hang_timeout)
-        self._saved_at, self._epoch_totals, self._row = time.monotonic(), None, 0
+        self._flags = AnyRankFlags(2, world)  # stop, checkpoint
+        self._watch = HangWatch(self.path / "stacks", world.rank, options.hang_timeout)
+        self._saved_at = time.monotonic()
+        self._epoch_totals: Tensor | None = None  # of all ranks, once an epoch is trained
+        self._consecutive_skips = 0
 
     @property
-    def progress(self) -> Progress:
-        return self._state.progress
+    def loop(self) -> LoopState:
+        return self._state.loop
 
     @property
-    def rate(self) -> float:
-        """Factor of the learning rate: lower for a while after a rollback."""
-        return CALM_RATE if self.progress.step < self.progress.calm_until else 1.0
+    def lr_factor(self) -> float:
+        """Factor of the learning rate: reduced for some steps after a rollback."""
+        return ROLLBACK_LR_FACTOR if self.loop.step < self.loop.reduced_lr_until else 1.0
 
     def __enter__(self) -> Session:
         self._open = contextlib.ExitStack()
         self._open.enter_context(self._signal)
         self._open.enter_context(self._watch)
-        if self._start.saved is None:
-            self.save()  # a first one, to go back to
+        if not self._resumed:
+            self.save()  # step 0: a checkpoint to roll back to exists from the start
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         self.snapshots.wait()
-        self._tell_problems()
+        self._report_problems()
         if self.log is not None:
             self.log.close()
         self._open.close()
 
     def event(self, kind: str, **values: Any) -> None:
-        """A line in the run's events.jsonl."""
+        """Append a line to the run's events.jsonl."""
         if self.log is not None:
-            self.log.note({"event": kind, **values})
+            self.log.write_event({"event": kind, **values})
 
-    # -- steps
+    # -- steps and epochs
 
-    def after_step(self, loss: Tensor, norm: Tensor, skip: Tensor) -> list[Report]:
-        """The step is done: count it, write a checkpoint where one is due. The reports that have
-        arrived.
+    def start_epoch(self) -> None:
+        """Move the loader to the first step of the current epoch that is not done."""
+        loader = self._state.loader
+        batch = self.loop.step - self.loop.epoch * len(loader)
+        position = {"epoch": self.loop.epoch, "batch": batch}
+        loader.load_state_dict(loader.state_dict() | position)
 
-        Stopped when the run was asked to stop.
+    def after_step(self, loss: Tensor, norm: Tensor, skip: Tensor) -> list[StepReport]:
+        """Count the step and write a checkpoint if one is due; return the reports that arrived.
+
+        Raises Stopped if any rank received a stop signal.
         """
-        reports = self._guard.after_step(self.progress.step, loss, norm, skip)
-        self.progress.step += 1
+        reports = self._guard.after_step(self.loop.step, loss, norm, skip)
+        self.loop.step += 1
         self._watch.beat()
-        self._look_at(reports)
-        minutes = (
-            self._world.is_main and 0 < self._every_seconds < time.monotonic() - self._saved_at
-        )
-        stop, minutes = self._vote(self._signal.asked is not None, minutes)
-        if stop or minutes or (self._every_steps and self.progress.step % self._every_steps == 0):
+        self._handle_reports(reports)
+
+        # Ranks must agree at which step they save or stop: both gather tensors of all ranks.
+        every_steps = self._options.checkpoint_every_steps
+        stop, save = self._flags.exchange(self._signal.received is not None, self._minutes_passed())
+        if every_steps and self.loop.step % every_steps == 0:
+            save = True
+        if stop or save:
             self.save(always=stop)
         if stop:
             self._stop()
         return reports
 
-    def end_epoch(self) -> list[float]:
-        """The sums of the epoch over all ranks; what is still under way is waited for."""
-        self._look_at(self._guard.finish())
-        self._epoch_totals = distributed.stack_over_ranks(self._state.totals, self._world)
-        if self._vote.finish()[0]:
+    def _minutes_passed(self) -> bool:
+        """Whether rank 0, which writes, has not written for checkpoint_every_minutes."""
+        seconds = 60 * self._options.checkpoint_every_minutes
+        return self._world.is_main and 0 < seconds < time.monotonic() - self._saved_at
+
+    def end_epoch(self) -> dict[str, Any]:
+        """Wait for pending reports; return the epoch's means over all ranks (`Sums.means`)."""
+        self._handle_reports(self._guard.finish())
+        self._epoch_totals = distributed.stack_over_ranks(self._state.sums.totals, self._world)
+        if self._flags.finish()[0]:
             self.save(totals=self._epoch_totals, always=True)
             self._stop()
-        return self._epoch_totals.sum(0).tolist()
+        return self._state.sums.means(self._epoch_totals.sum(0))
 
-    def epoch_is_done(self, top1: float | None) -> None:
-        """Trained, evaluated, logged: count it and write a checkpoint, the best one where `top1` is
-        the highest.
-        """
-        best = top1 is not None and top1 > self.progress.best
-        if best and top1 is not None:
-            self.progress.best = top1
-        self.progress.epoch += 1
-        self._state.totals.zero_()
-        self.save(best=best)
-
-    def watched(self, items: Iterable[T]) -> Iterator[T]:
-        """The items of an evaluation; Stopped when the run was asked to stop meanwhile."""
-        for item in items:
+    def interruptible(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield the batches of an evaluation; raise Stopped once a stop signal was received."""
+        for batch in batches:
             self._watch.beat()
-            if self._signal.asked is not None:
+            if self._signal.received is not None:
                 self.save(totals=self._epoch_totals, always=True)
                 self._stop()
-            yield item
+            yield batch
+
+    def log_epoch(self, metrics: Mapping[str, float]) -> None:
+        """Write the epoch's metrics to the log and to TensorBoard; list the images left out.
+
+        metrics: names and values as `run_folder.log_line` and `epoch_scalars` expect them.
+        """
+        loader = self._state.loader
+        skipped = distributed.gather(getattr(loader, "skipped", []), self._world)
+        if skipped:
+            loader.skipped.clear()
+        if self.log is not None:
+            self.log.write_line(log_line(metrics, self.loop.epoch))
+            self.log.write_scalars(epoch_scalars(metrics), self.loop.step)
+            for sample in sorted(skipped):
+                self.log.write_skipped({"epoch": self.loop.epoch} | sample._asdict())
+        if skipped:
+            self._print0(
+                f"note     {len(skipped)} images were left out of this epoch, see skipped.jsonl"
+            )
+
+    def epoch_done(self, metrics: Mapping[str, float]) -> None:
+        """Count the epoch and write its checkpoint; the best one if best_metric is a new maximum.
+
+        An epoch without best_metric in its metrics was not evaluated and is never the best.
+        """
+        value = metrics.get(self._options.best_metric)
+        is_best = value is not None and value > self.loop.best
+        if value is not None and is_best:
+            self.loop.best = value
+        self.loop.epoch += 1
+        self._state.sums.reset()
+        self.save(best=is_best)
+
+    # -- checkpoints
 
     def save(self, best: bool = False, totals: Tensor | None = None, always: bool = False) -> None:
-        """Begin a checkpoint of the state as it is; on all ranks, unless `totals` are given.
+        """Start writing a checkpoint of the current state. Collective unless `totals` are given.
 
-        Not while steps are skipped, unless `always`: what is wrong with them may be wrong with the
-        weights.
+        Skipped while gradients are non-finite, because the weights may be corrupt too; `always`
+        overrides this.
         """
-        if self._row and not always:
+        if self._consecutive_skips and not always:
             return
         if totals is None:
-            totals = distributed.stack_over_ranks(self._state.totals, self._world)
+            totals = distributed.stack_over_ranks(self._state.sums.totals, self._world)
         self._saved_at = time.monotonic()
         if self._world.is_main:
-            self.snapshots.save(
-                self.progress.step, self._state.tensors(totals), self._state.values(), best=best
-            )
-            self._tell_problems()
+            tensors = self._state.tensors(totals)
+            self.snapshots.save(self.loop.step, tensors, self._state.values(), best=best)
+            self._report_problems()
 
-    def _tell_problems(self) -> None:
+    def _report_problems(self) -> None:
         for problem in self.snapshots.problems():
-            self._say(f"note     {problem}")
+            self._print0(f"note     {problem}")
             self.event("problem", text=problem)
 
     def _stop(self) -> None:
         self.snapshots.wait()
-        self._tell_problems()
-        self.event("stopped", step=self.progress.step, signal=self._signal.asked)
-        self._say(
-            f"stopped  after step {self.progress.step}; the same command with "
-            "--training.resume=auto goes on"
+        self._report_problems()
+        self.event("stopped", step=self.loop.step, signal=self._signal.received)
+        self._print0(
+            f"stopped  after step {self.loop.step}; resume with the same command and "
+            "--training.resume=auto"
         )
-        raise Stopped(f"{self.path}: stopped after step {self.progress.step}")
+        raise Stopped(f"{self.path}: stopped after step {self.loop.step}")
 
     # -- rollbacks
 
-    def _look_at(self, reports: list[Report]) -> None:
-        for report in reports:
-            self._row = report.row
-            if not report.row:
-                continue
-            self.event("skipped", step=report.step, loss=repr(report.loss), norm=repr(report.norm))
-            if report.row == 1:
-                self._say(
-                    f"note     step {report.step} skipped: loss {report.loss:.4g}, gradient norm "
-                    f"{report.norm:.4g}"
-                )
-            if report.row >= self._skip_limit:
-                self._roll_back(report.step)
-
-    def _roll_back(self, step: int) -> None:
-        rollbacks = self.progress.rollbacks + 1
-        if rollbacks > MOST_ROLLBACKS:
-            raise Diverged(
-                f"step {step}: not finite again after {MOST_ROLLBACKS} rollbacks; lower lr.lr or "
-                "lr.lr_per_256, "
-                "or use bf16"
-            )
-        self.snapshots.wait()
-        saved = None
-        if self._world.is_main:
-            saved, _ = snapshot.newest(self.snapshots.folder)
-        saved = share(saved, self._world)
-        if saved is None:
-            raise Diverged(
-                f"step {step}: not finite, and there is no checkpoint to go back to; lower lr.lr"
-            )
-        self._load(saved)
-        if self._world.is_main:
-            snapshot.forget_after(self.snapshots.folder, self.progress.step)
-            if self.log is not None:
-                self.log.cut(self.progress.epoch)
-        self.progress.rollbacks, self.progress.calm_until = rollbacks, step + CALM_STEPS
-        self._vote.finish()
-        self.event(
-            "rolled back", step=step, to=self.progress.step, calm_until=self.progress.calm_until
-        )
-        self._say(
-            f"note     {self._skip_limit} steps in a row are not finite: back to step "
-            f"{self.progress.step}, "
-            f"learning rate x {CALM_RATE} until step {self.progress.calm_until}"
-        )
-        raise _RolledBack
-
-    def _load(self, saved: Saved) -> None:
-        try:
-            self._state.restore(
-                saved.tensors, saved.about["progress"], self._world.rank, self._world.size
-            )
-        except (RuntimeError, KeyError) as error:
-            raise SessionError(
-                f"{saved.path}: does not fit this run: {str(error).splitlines()[0]}"
-            ) from None
-        self._guard.reset()
-        self._row = 0
-
     @contextlib.contextmanager
     def rollback(self) -> Iterator[None]:
-        """A block that ends early when the run goes back to an older state."""
+        """A block that ends early if the session rolls back to an older checkpoint."""
         with contextlib.suppress(_RolledBack):
             yield
 
+    def _handle_reports(self, reports: list[StepReport]) -> None:
+        for report in reports:
+            self._consecutive_skips = report.consecutive_skips
+            if not report.consecutive_skips:
+                continue
+            # repr: JSON has no nan and no inf
+            self.event("skipped", step=report.step, loss=repr(report.loss), norm=repr(report.norm))
+            if report.consecutive_skips == 1:
+                self._print0(
+                    f"note     step {report.step} skipped: loss {report.loss:.4g}, gradient norm "
+                    f"{report.norm:.4g}"
+                )
+            if report.consecutive_skips >= self._options.skip_limit:
+                self._roll_back(report.step)
 
-def share(saved: Saved | None, world: World) -> Saved | None:
-    """Rank 0's checkpoint on all ranks: only rank 0 needs to reach the folder."""
-    if world.size == 1:
-        return saved
-    told = None
-    if saved is not None:
-        told = (
-            saved.path,
-            saved.about,
-            {k: (v.dtype, tuple(v.shape)) for k, v in saved.tensors.items()},
+    def _roll_back(self, step: int) -> None:
+        rollbacks = self.loop.rollbacks + 1
+        if rollbacks > MAX_ROLLBACKS:
+            raise Diverged(
+                f"step {step}: still non-finite after {MAX_ROLLBACKS} rollbacks; lower lr.lr or "
+                "lr.lr_per_256, or use bf16"
+            )
+
+        self.snapshots.wait()
+        checkpoint = None
+        if self._world.is_main:
+            checkpoint, _ = snapshot.newest(self.snapshots.folder)
+        checkpoint = broadcast_checkpoint(checkpoint, self._world)
+        if checkpoint is None:
+            raise Diverged(
+                f"step {step}: non-finite, and no checkpoint exists to roll back to; lower lr.lr"
+            )
+
+        self._load(checkpoint)
+        if self._world.is_main:
+            snapshot.delete_after(self.snapshots.folder, self.loop.step)
+            if self.log is not None:
+                self.log.truncate(self.loop.epoch)
+        # Loading has restored older values of these two.
+        self.loop.rollbacks = rollbacks
+        self.loop.reduced_lr_until = step + ROLLBACK_LR_STEPS
+        self._flags.finish()  # flags of a step that is undone
+        self.event(
+            "rolled back", step=step, to=self.loop.step, calm_until=self.loop.reduced_lr_until
         )
-    told = distributed.broadcast(told, world)
-    if told is None:
-        return None
-    path, about, shapes = told
-    tensors = {}
-    for name, (dtype, shape) in shapes.items():
-        tensor = saved.tensors[name] if saved is not None else torch.empty(shape, dtype=dtype)
-        tensor = tensor.to(world.device)
-        torch.distributed.broadcast(tensor, src=0)
-        tensors[name] = tensor.cpu()
-    return Saved(path, about, tensors)
+        self._print0(
+            f"note     {self._options.skip_limit} consecutive steps are not finite: back to step "
+            f"{self.loop.step}, learning rate x {ROLLBACK_LR_FACTOR} until step "
+            f"{self.loop.reduced_lr_until}"
+        )
+        raise _RolledBack
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        try:
+            self._state.restore(
+                checkpoint.tensors,
+                checkpoint.metadata["progress"],
+                self._world.rank,
+                self._world.size,
+            )
+        except (RuntimeError, KeyError) as error:
+            raise SessionError(
+                f"{checkpoint.path}: does not fit this run: {str(error).splitlines()[0]}"
+            ) from None
+        self._guard.reset()
+        self._consecutive_skips = 0

@@ -1,13 +1,12 @@
-"""Training checkpoints: all that a run needs to go on as if it had never stopped, safetensors +
-JSON, no pickle.
+"""Training checkpoints for exact resume: safetensors + JSON, no pickle, written in the background.
 
-    snapshots = Snapshots(run / "checkpoints", about={...}, keep_last=3)
-    snapshots.save(step, tensors, progress)     # copies, then writes in the background
-    saved = newest(run / "checkpoints")         # Saved(path, about, tensors), or None
+    snapshots = Snapshots(run / "checkpoints", metadata={...}, keep_last=3)
+    snapshots.save(step, tensors, progress)          # copies, then writes in a thread
+    checkpoint, notes = newest(run / "checkpoints")  # Checkpoint(path, metadata, tensors), or None
 
-`step_N.safetensors` are the last few, `last` the newest of them and `best` the most accurate (hard
-links). A file has its name only when it is whole and on the disk; its checksum is tested when it is
-read.
+`step_N.safetensors` are the latest few, `last` is the newest of them and `best` the most accurate
+one (hard links). A file gets its name only after it is complete and flushed to disk; reading
+verifies its checksum.
 """
 
 from __future__ import annotations
@@ -46,39 +45,39 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A checkpoint that was read: `about` as it was saved, tensors on the CPU."""
+class Checkpoint:
+    """A checkpoint as read from a file; tensors are on the CPU."""
 
     path: Path
-    about: dict[str, Any]
+    metadata: dict[str, Any]
     tensors: dict[str, Tensor]
 
 
-class _Arena:
-    """Tensors side by side in one block of host memory, pinned where they come from a GPU."""
+class _HostCopy:
+    """Tensors side by side in one block of host memory, pinned if they come from a GPU."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.shape = _shape(tensors)
+        self.layout = _layout(tensors)
         self.entries: dict[str, dict] = {}
-        # The widest numbers first: safetensors allows no holes, and so every view is aligned.
+        # Widest dtypes first: safetensors forbids gaps, and this order aligns every view.
         self._names = sorted(tensors, key=lambda name: -tensors[name].element_size())
         end = 0
         for name in self._names:
-            tensor, begin = tensors[name], end
+            tensor = tensors[name]
+            begin = end
             end += tensor.numel() * tensor.element_size()
-            about = {
+            self.entries[name] = {
                 "dtype": _NAMES[tensor.dtype],
                 "shape": list(tensor.shape),
                 "data_offsets": [begin, end],
             }
-            self.entries[name] = about
         on_gpu = any(tensor.is_cuda for tensor in tensors.values())
         self.block = torch.empty(end, dtype=torch.uint8, pin_memory=on_gpu)
         self._views = [_view(self.block, self.entries[name]) for name in self._names]
         self.event = torch.cuda.Event() if on_gpu else None
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Queued behind the work of the current stream; `wait` for it before the block is read."""
+        """Queue the copy on the current stream; call `wait` before the block is read."""
         for view, name in zip(self._views, self._names, strict=True):
             view.copy_(tensors[name].detach(), non_blocking=True)
         if self.event is not None:
@@ -88,8 +87,8 @@ class _Arena:
         if self.event is not None:
             self.event.synchronize()
 
-    def poisoned(self) -> str | None:
-        """The first tensor that is not finite."""
+    def first_non_finite(self) -> str | None:
+        """Name of the first tensor with a nan or an inf."""
         for name, view in zip(self._names, self._views, strict=True):
             if view.is_floating_point() and not torch.isfinite(view).all():
                 return name
@@ -101,23 +100,25 @@ def _view(block: Tensor, entry: Mapping[str, Any]) -> Tensor:
     return block[begin:end].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
 
 
-def _shape(tensors: Mapping[str, Tensor]) -> list:
+def _layout(tensors: Mapping[str, Tensor]) -> list:
     return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
 
 
 class Snapshots:
     """Writes the checkpoints of one run, one at a time, from a thread.
 
-    folder: made when the first one is written. about: what does not change in a run; goes into
-    every file. keep_last: so many step_N stay. waited: seconds for which `save` has kept its
-    caller, the longest of them. A write that fails (disk full) leaves the older ones as they were
-    and is told by `problems`; training goes on.
+    folder: created with the first checkpoint. metadata: constant over the run, part of every file.
+    keep_last: number of step_N files to keep. blocked: the longest time in seconds for which `save`
+    has blocked its caller. A failed write (disk full) leaves older checkpoints unchanged and is
+    reported by `problems()`; training continues.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any], keep_last: int) -> None:
-        self.folder, self.keep_last, self.waited = folder, keep_last, 0.0
-        self._about = dict(about)
-        self._arena: _Arena | None = None
+    def __init__(self, folder: Path, metadata: Mapping[str, Any], keep_last: int) -> None:
+        self.folder = folder
+        self.keep_last = keep_last
+        self.blocked = 0.0
+        self._metadata = dict(metadata)
+        self._copy: _HostCopy | None = None
         self._thread: threading.Thread | None = None
         self._problems: list[str] = []
 
@@ -129,111 +130,104 @@ class Snapshots:
         *,
         best: bool = False,
     ) -> None:
-        """Copy the tensors as they are now, and write them as step `step` in the background. Waits
-        for an earlier one.
+        """Copy the tensors and write them as step `step` in the background.
 
-        progress: plain values that change from one checkpoint to the next. best: is the most
-        accurate so far, too.
+        Waits for an earlier write. progress: JSON values that change between checkpoints. best:
+        this is also the most accurate checkpoint so far.
         """
         self.wait()
         start = time.perf_counter()
-        if self._arena is None or self._arena.shape != _shape(tensors):
-            self._arena = _Arena(tensors)
-        self._arena.fill(tensors)
-        about = json.dumps(
-            self._about | {"format": FORMAT, "step": step, "best": best, "progress": dict(progress)}
-        )
+        if self._copy is None or self._copy.layout != _layout(tensors):
+            self._copy = _HostCopy(tensors)
+        self._copy.fill(tensors)
+        metadata = {
+            **self._metadata,
+            "format": FORMAT,
+            "step": step,
+            "best": best,
+            "progress": dict(progress),
+        }
         self._thread = threading.Thread(
-            target=self._write, args=(step, about, best), name="matryoshka-snapshot"
+            target=self._write, args=(step, json.dumps(metadata), best), name="matryoshka-snapshot"
         )
         self._thread.start()
-        self.waited = max(self.waited, time.perf_counter() - start)
+        self.blocked = max(self.blocked, time.perf_counter() - start)
 
-    def adopt(self, saved: Saved) -> None:
-        """The run goes on from here: finish what its writer may have left undone, the other names
-        of the file.
-        """
-        if saved.path.stem.startswith("step_"):
-            _name(saved.path, saved.about["best"])
+    def adopt(self, checkpoint: Checkpoint) -> None:
+        """Resume from here: make the links that a killed writer may have left out."""
+        if checkpoint.path.stem.startswith("step_"):
+            _link_names(checkpoint.path, checkpoint.metadata["best"])
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Wait until no checkpoint is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def problems(self) -> list[str]:
-        """What went wrong since the last call, one line each."""
-        told, self._problems = self._problems, []
-        return told
+        """Return the problems since the last call, one line each."""
+        problems = self._problems
+        self._problems = []
+        return problems
 
-    def _write(self, step: int, about: str, best: bool) -> None:
-        arena = self._arena
-        assert arena is not None
+    def _write(self, step: int, metadata: str, best: bool) -> None:
+        """Write one file; runs in the thread, which must not raise."""
+        copy = self._copy
+        assert copy is not None
+        failed = f"checkpoint of step {step} not written"
         try:
-            arena.wait()
-            if poisoned := arena.poisoned():
-                self._problems.append(
-                    f"checkpoint of step {step} not written: {poisoned} is not finite"
-                )
+            copy.wait()
+            if name := copy.first_non_finite():
+                self._problems.append(f"{failed}: {name} is not finite")
                 return
-            data = memoryview(arena.block.numpy())  # pyright: ignore[reportArgumentType]
-            header = json.dumps(
-                {
-                    "__metadata__": {"matryoshka": about, "crc32": f"{zlib.crc32(data):08x}"},
-                    **arena.entries,
-                }
-            ).encode()
-            header += b" " * (-len(header) % 8)
+
+            data = memoryview(copy.block.numpy())  # pyright: ignore[reportArgumentType]
+            own = {"matryoshka": metadata, "crc32": f"{zlib.crc32(data):08x}"}
+            header = json.dumps({"__metadata__": own, **copy.entries}).encode()
+            header += b" " * (-len(header) % 8)  # safetensors aligns the data to 8 bytes
+
             path = self.folder / f"step_{step}.safetensors"
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, len(header).to_bytes(8, "little"), header, data)
-            _name(path, best)
+            _link_names(path, best)
             for old in _steps(self.folder)[self.keep_last :]:
                 old.unlink(missing_ok=True)
         except OSError as error:
-            self._problems.append(
-                f"checkpoint of step {step} not written: {error.strerror or error}"
-            )
-        except Exception as error:  # a thread's exception would be lost
-            self._problems.append(
-                f"checkpoint of step {step} not written: {type(error).__name__}: {error}"
-            )
+            self._problems.append(f"{failed}: {error.strerror or error}")
+        except Exception as error:  # an exception of a thread would be lost
+            self._problems.append(f"{failed}: {type(error).__name__}: {error}")
 
 
-def _name(path: Path, best: bool) -> None:
+def _link_names(path: Path, best: bool) -> None:
     for name in ("best", "last") if best else ("last",):
         _link(path, path.with_name(f"{name}.safetensors"))
 
 
 def _link(path: Path, name: Path) -> None:
-    """`name` becomes another name of `path`, at once; a copy where the file system has no hard
-    links.
-    """
+    """Make `name` another name of `path`, atomically; a copy if the system has no hard links."""
     temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
         os.link(path, temporary)
         os.replace(temporary, name)
-    except PermissionError:  # what FAT, some network volumes and containers answer
+    except PermissionError:  # FAT, some network volumes, some containers
         write_atomically(name, path.read_bytes())
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _steps(folder: Path) -> list[Path]:
-    """step_N files, the newest first."""
-    found = [
-        (int(m[1]), path)
-        for path in folder.glob("step_*.safetensors")
-        if (m := re.fullmatch(r"step_(\d+)\.safetensors", path.name))
-    ]
+    """step_N files, newest first."""
+    found = []
+    for path in folder.glob("step_*.safetensors"):
+        if match := re.fullmatch(r"step_(\d+)\.safetensors", path.name):
+            found.append((int(match[1]), path))
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def forget_after(folder: Path, step: int) -> None:
-    """Remove checkpoints of later steps, which a run that goes on writes anew, and what killed
-    writers left.
+def delete_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of later steps, which a resumed run writes again, and stale temporary
+    files of killed writers.
     """
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
@@ -242,59 +236,48 @@ def forget_after(folder: Path, step: int) -> None:
             path.unlink(missing_ok=True)
 
 
-def newest(folder: Path) -> tuple[Saved | None, list[str]]:
-    """(the newest checkpoint that is whole, what is wrong with those that are newer)."""
-    notes = []
-    for path in _steps(folder):
-        try:
-            return read(path), notes
-        except CheckpointError as error:
-            notes.append(str(error))
+def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Newest valid checkpoint, and why newer ones were rejected."""
+    candidates = _steps(folder)
     last = folder / "last.safetensors"
     if last.exists():
+        candidates.append(last)
+    notes = []
+    for path in candidates:
         try:
-            return read(last), notes
+            return read(path), notes
         except CheckpointError as error:
             notes.append(str(error))
     return None, notes
 
 
-def about(path: Path) -> dict[str, Any]:
-    """What a training checkpoint says about itself; its tensors are not read. CheckpointError if it
-    is none.
-    """
+def read(path: Path) -> Checkpoint:
+    """Read a training checkpoint. Raises CheckpointError if it is not one, or damaged."""
     try:
         with open(path, "rb") as file:
-            return json.loads(_header(path, file)["__metadata__"]["matryoshka"])
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _header(path: Path, file) -> dict[str, Any]:
-    try:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size)) if size < 1 << 26 else None
-        told = json.loads(header["__metadata__"]["matryoshka"])  # type: ignore[index]
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not a whole training checkpoint") from error
-    if told.get("format") != FORMAT or header is None:
-        raise CheckpointError(f"{path}: not a training checkpoint (no {FORMAT} metadata)")
-    return header
-
-
-def read(path: Path) -> Saved:
-    """A training checkpoint. CheckpointError where it is none, or not whole."""
-    try:
-        with open(path, "rb") as file:
-            header = _header(path, file)
+            header = _read_header(path, file)
             data = bytearray(file.read())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    meta = header.pop("__metadata__")
-    if f"{zlib.crc32(data):08x}" != meta.get("crc32"):
-        raise CheckpointError(f"{path}: its checksum is wrong; it is damaged")
-    whole = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    # copies: aligned as libraries expect it (torch.set_rng_state crashes otherwise), each free to
-    # live on alone
-    tensors = {name: _view(whole, entry).clone() for name, entry in header.items()}
-    return Saved(path, json.loads(meta["matryoshka"]), tensors)
+
+    own = header.pop("__metadata__")
+    if f"{zlib.crc32(data):08x}" != own.get("crc32"):
+        raise CheckpointError(f"{path}: damaged: its checksum does not match its contents")
+    block = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    # Clones are aligned as libraries expect it (torch.set_rng_state crashes otherwise), and each
+    # can be freed alone.
+    tensors = {name: _view(block, entry).clone() for name, entry in header.items()}
+    return Checkpoint(path, json.loads(own["matryoshka"]), tensors)
+
+
+def _read_header(path: Path, file) -> dict[str, Any]:
+    try:
+        size = int.from_bytes(file.read(8), "little")
+        # A damaged size must not allocate more than 64 MiB.
+        header = json.loads(file.read(size)) if size < 1 << 26 else None
+        metadata = json.loads(header["__metadata__"]["matryoshka"])  # type: ignore[index]
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not a complete training checkpoint") from error
+    if metadata.get("format") != FORMAT or header is None:
+        raise CheckpointError(f"{path}: not a training checkpoint (no {FORMAT} metadata)")
+    return header

@@ -1,8 +1,7 @@
-"""Everything that a training step reads or changes, as named tensors and plain values, and back."""
+"""Everything that a training step reads or changes, as named tensors and JSON values, and back."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
@@ -11,90 +10,102 @@ import torch
 from torch import Tensor, nn
 
 from matryoshka.data.loader import Loader
+from matryoshka.models.ema import Ema
+from matryoshka.training.sums import Sums
 
 M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
-class Progress:
-    """Where a run is. step: optimizer steps; epoch: epochs that are trained, evaluated and logged.
+class LoopState:
+    """Position of a run.
 
-    best: highest top-1 of the longest prefix, in percent. rollbacks: returns to an older
-    checkpoint, so far. calm_until: the step up to which the learning rate is lowered after a
-    rollback.
+    step: optimizer steps done. epoch: epochs trained, evaluated and logged. best: highest value of
+    the session's best_metric so far. rollbacks: returns to an older checkpoint so far.
+    reduced_lr_until: step until which the learning rate stays reduced after a rollback.
     """
 
     step: int = 0
     epoch: int = 0
     best: float = -1.0
     rollbacks: int = 0
-    calm_until: int = 0
+    reduced_lr_until: int = 0
 
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        values["calm_until"] = values.pop("reduced_lr_until")  # the checkpoint format's older name
+        return values
 
-class Ema(Generic[M]):
-    """Exponential moving average of a model's weights; its buffers are copied.
-
-    The decay grows to `decay` from (1 + step) / (10 + step), so that a short run forgets its start.
-    """
-
-    def __init__(self, model: M, decay: float) -> None:
-        self.decay = decay
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        self._average: list[Tensor] = list(self.module.parameters())
-        self._source: list[Tensor] = list(model.parameters())
-        self._buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """After optimizer step number `step` (from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._average, self._source, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
-        for mine, theirs in self._buffers:
-            mine.copy_(theirs)
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> LoopState:
+        return cls(
+            step=values["step"],
+            epoch=values["epoch"],
+            best=values["best"],
+            rollbacks=values["rollbacks"],
+            reduced_lr_until=values["calm_until"],
+        )
 
 
 class TrainState(Generic[M]):
-    """What a checkpoint holds of a run.
+    """Contents of a training checkpoint.
 
-    totals: the sums of the epoch so far, on this rank. about: what rebuilds the model
-    (checkpoint.describe).
+    model: a module whose state_dict holds everything that is trained or carried along as tensors;
+        a method with target networks or queues keeps them as submodules and buffers.
+    sums: the epoch's sums of losses and images on this rank.
+    metadata: rebuilds the model without the program (checkpoint.describe).
+    encoder: path of the encoder within `model`, with a final dot ("online."); "" if `model` is the
+        encoder itself. checkpoint.load_model opens the encoder of any checkpoint by it.
     """
 
     def __init__(
         self,
+        *,
         model: M,
         optimizer: torch.optim.Optimizer,
         loader: Loader,
         scaler: torch.amp.GradScaler,
-        totals: Tensor,
-        about: Mapping[str, Any],
+        sums: Sums,
+        metadata: Mapping[str, Any],
         ema: Ema[M] | None = None,
+        encoder: str = "",
     ) -> None:
         self.model: M = model
-        self.optimizer, self.loader, self.scaler = optimizer, loader, scaler
-        self.totals, self.about, self.ema = totals, dict(about), ema
-        self.progress = Progress()
+        self.optimizer = optimizer
+        self.loader = loader
+        self.scaler = scaler
+        self.sums = sums
+        self.ema = ema
+        self.metadata = {**metadata, "encoder": f"model.{encoder}"}
+        self.loop = LoopState()
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of `loss`, scaled for fp16 where the run uses it."""
+        self.scaler.scale(loss).backward()
 
     def tensors(self, totals: Tensor) -> dict[str, Tensor]:
-        """Names and tensors, not copied. totals: `self.totals` of all ranks, [ranks, ...]."""
-        found = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        """All tensors by name, not copied. totals: `sums.totals` of all ranks, [ranks, ...]."""
+        named = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         if self.ema is not None:
-            found |= {f"ema.{name}": value for name, value in self.ema.module.state_dict().items()}
+            for name, value in self.ema.module.state_dict().items():
+                named[f"ema.{name}"] = value
         for index, values in self.optimizer.state_dict()["state"].items():
-            found |= {
-                f"optimizer.{index}.{k}": v for k, v in values.items() if isinstance(v, Tensor)
-            }
-        return found | {"totals": totals, "rng": torch.get_rng_state()}
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    named[f"optimizer.{index}.{key}"] = value
+        named["totals"] = totals
+        named["rng"] = torch.get_rng_state()
+        return named
 
     def values(self) -> dict[str, Any]:
-        """The rest, as JSON holds it."""
+        """Everything that is not a tensor, as JSON values."""
         optimizer = self.optimizer.state_dict()
-        numbers = {
-            str(index): {k: v for k, v in values.items() if not isinstance(v, Tensor)}
-            for index, values in optimizer["state"].items()
-        }
+        numbers = {}
+        for index, values in optimizer["state"].items():
+            plain = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
+            numbers[str(index)] = plain
         return {
-            **asdict(self.progress),
+            **self.loop.to_json(),
             "loader": self.loader.state_dict(),
             "scaler": self.scaler.state_dict(),
             "optimizer": {"numbers": numbers, "param_groups": optimizer["param_groups"]},
@@ -107,34 +118,35 @@ class TrainState(Generic[M]):
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        """Be as `tensors` and `values` were. RuntimeError or StateError where they do not fit."""
+        """Load what `tensors` and `values` returned.
 
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {
-                name[len(prefix) :]: v for name, v in tensors.items() if name.startswith(prefix)
-            }
-
-        self.model.load_state_dict(part("model."))
+        Raises RuntimeError, KeyError or StateError if they do not fit this model, optimizer or
+        loader.
+        """
+        self.model.load_state_dict(_without_prefix(tensors, "model."))
         if self.ema is not None:
-            self.ema.module.load_state_dict(part("ema."))
-        state: dict[int, dict[str, Any]] = {
-            int(i): dict(v) for i, v in values["optimizer"]["numbers"].items()
-        }
-        for name, value in part("optimizer.").items():
+            self.ema.module.load_state_dict(_without_prefix(tensors, "ema."))
+
+        state: dict[int, dict[str, Any]] = {}
+        for index, numbers in values["optimizer"]["numbers"].items():
+            state[int(index)] = dict(numbers)
+        for name, value in _without_prefix(tensors, "optimizer.").items():
             index, key = name.split(".", 1)
             state.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict(
-            {"state": state, "param_groups": values["optimizer"]["param_groups"]}
-        )
+        param_groups = values["optimizer"]["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": param_groups})
+
         self.loader.load_state_dict(values["loader"])
         if values["scaler"]:
             self.scaler.load_state_dict(values["scaler"])
-        totals = tensors["totals"].to(self.totals.device)
-        if (
-            len(totals) == ranks
-        ):  # the same sums in the same order: the log is the same to the last digit
-            self.totals.copy_(totals[rank])
-        else:
-            self.totals.copy_(totals.sum(0)) if rank == 0 else self.totals.zero_()
+        self.sums.restore(tensors["totals"], rank=rank, ranks=ranks)
         torch.set_rng_state(tensors["rng"].cpu())
-        self.progress = Progress(**{key: values[key] for key in asdict(Progress())})
+        self.loop = LoopState.from_json(values)
+
+
+def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }

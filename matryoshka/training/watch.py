@@ -1,6 +1,4 @@
-"""Signals and hangs: a run that is asked to stop leaves a checkpoint; one that hangs leaves the
-stacks of its ranks.
-"""
+"""Signals and hangs: a stopped run saves a checkpoint, a hung run the stacks of its ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(Exception):
-    """The run was asked to stop and can go on later; ends the program with status REQUEUE."""
+    """The run received a stop signal and can be resumed; the program exits with status REQUEUE."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -31,72 +29,76 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """SIGTERM and SIGUSR1 while it is entered: the first sets `asked`, a second ends the process at
-    once.
+    """Handles SIGTERM and SIGUSR1 inside a `with` block.
+
+    The first signal sets `received` to its name; a second one ends the process at once.
     """
 
     def __init__(self) -> None:
-        self.asked: str | None = None
-        self._before: dict[int, object] = {}
+        self.received: str | None = None
+        self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
+        # Python allows signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._received) for number in SIGNALS}
+            for number in SIGNALS:
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def _received(self, number: int, _: FrameType | None) -> None:
-        if self.asked is not None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None:
             os._exit(128 + number)
-        self.asked = signal.Signals(number).name
+        self.received = signal.Signals(number).name
 
 
-class Vote:
-    """What any rank wants, known to all ranks at the same step: one step later, without waiting for
-    the others.
+class AnyRankFlags:
+    """All-reduces boolean requests asynchronously; results arrive one step late.
 
-    wishes: how many yes-or-no questions. The votes travel over gloo, beside the gradients.
+    count: number of flags. A flag is true on all ranks if any rank raised it. The all-reduce runs
+    over gloo, beside the gradients, so that no rank waits for another one in the training step.
     """
 
-    def __init__(self, wishes: int, world: World) -> None:
-        self._alone = world.size == 1
-        self._group: Any = None if self._alone else dist.new_group(backend="gloo")
-        self._cast = torch.zeros(wishes, dtype=torch.uint8)
+    def __init__(self, count: int, world: World) -> None:
+        self._single = world.size == 1
+        self._group: Any = None if self._single else dist.new_group(backend="gloo")
+        self._flags = torch.zeros(count, dtype=torch.uint8)
         self._work: dist.Work | None = None
 
-    def __call__(self, *wishes: bool) -> list[bool]:
-        """Cast this step's votes; the result of the last ones (with one process: of these)."""
-        if self._alone:
-            return list(wishes)
+    def exchange(self, *flags: bool) -> list[bool]:
+        """Send this step's flags; return the result of the previous call (one process: of this)."""
+        if self._single:
+            return list(flags)
         if self._work is not None:
             self._work.wait()
-        decided = self._cast.tolist()
-        self._cast = torch.tensor(wishes, dtype=torch.uint8)
-        self._work = dist.all_reduce(self._cast, dist.ReduceOp.MAX, self._group, async_op=True)
-        return [bool(value) for value in decided]
+        result = self._flags.tolist()
+        self._flags = torch.tensor(flags, dtype=torch.uint8)
+        self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, self._group, async_op=True)
+        return [bool(value) for value in result]
 
     def finish(self) -> list[bool]:
-        """The result of the last votes."""
+        """Wait for the last exchange and return its result."""
         if self._work is not None:
             self._work.wait()
             self._work = None
-        decided, self._cast = self._cast.tolist(), torch.zeros_like(self._cast)
-        return [bool(value) for value in decided]
+        result = self._flags.tolist()
+        self._flags = torch.zeros_like(self._flags)
+        return [bool(value) for value in result]
 
 
 class HangWatch:
-    """Ends this process with status 1, its stacks in `<folder>/rank_<n>.txt`, when `beat` stays
-    away for `seconds`.
+    """Ends the process with status 1 if `beat` is not called for `seconds`; 0 disables it.
 
-    faulthandler's timer is a thread of C: it also fires when Python's lock is never given back. 0
-    seconds: off.
+    The stacks of all threads are written to `<folder>/rank_<n>.txt`. faulthandler's timer is a C
+    thread: it also fires if the GIL is never released.
     """
 
     def __init__(self, folder: Path, rank: int, seconds: float) -> None:
-        self._seconds, self._armed = seconds, 0.0
+        self._seconds = seconds
+        self._armed_at = 0.0
         self._path = folder / f"rank_{rank}.txt"
         self._file = None
 
@@ -108,19 +110,21 @@ class HangWatch:
         return self
 
     def beat(self) -> None:
-        """Progress was made."""
+        """Record progress: restart the timer."""
+        if self._file is None:
+            return
         now = time.monotonic()
-        if (
-            self._file is not None and now - self._armed > self._seconds / 20
-        ):  # arming starts a thread: 50 us
+        # Arming starts a thread, which takes 50 us: not in every step.
+        if now - self._armed_at > self._seconds / 20:
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._file)
-            self._armed = now
+            self._armed_at = now
 
     def __exit__(self, *_) -> None:
-        if self._file is not None:
-            faulthandler.cancel_dump_traceback_later()
-            self._file.close()
-            if not self._path.stat().st_size:
-                self._path.unlink()
-                with contextlib.suppress(OSError):  # other ranks' files are still there
-                    self._path.parent.rmdir()
+        if self._file is None:
+            return
+        faulthandler.cancel_dump_traceback_later()
+        self._file.close()
+        if not self._path.stat().st_size:
+            self._path.unlink()
+            with contextlib.suppress(OSError):  # not empty: other ranks' files are in it
+                self._path.parent.rmdir()

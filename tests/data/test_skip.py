@@ -25,8 +25,9 @@ from matryoshka.data.augment import Preprocessing
 from matryoshka.data.slots import Batch
 from matryoshka.distributed import World
 from matryoshka.nested import nested_cross_entropy
-from matryoshka.training.guard import Guard
+from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.state import TrainState
+from matryoshka.training.sums import Sums
 
 BROKEN = (7, 130, 131, 399)
 
@@ -146,7 +147,7 @@ def test_the_gradient_is_that_of_the_images_that_are_left_over_the_whole_batch()
     model.preprocessing, model.no_sync = Preprocessing(), contextlib.nullcontext
     plain = SimpleNamespace(mixup=0, cutmix=0, randaugment=0)
     cfg = SimpleNamespace(data=plain, training=SimpleNamespace(seed=0, batch_size=3))
-    loss_of = functools.partial(nested_cross_entropy, weights=None, label_smoothing=0.0)
+    loss_fn = functools.partial(nested_cross_entropy, weights=None, label_smoothing=0.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     world = World(torch.device("cpu"), 0, 2)
 
@@ -154,9 +155,25 @@ def test_the_gradient_is_that_of_the_images_that_are_left_over_the_whole_batch()
         batch = Batch(images[which], labels[which], torch.tensor(which))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         loader = SimpleNamespace(batch_size=global_size)
-        state = TrainState(model, optimizer, loader, scaler, torch.zeros(3), {})
-        guard = Guard(model, world.device)
-        train_imagenet.train_step(cfg, world, model, state, guard, "fp32", loss_of, batch, 0.0)
+        state = TrainState(
+            model=model,
+            optimizer=optimizer,
+            loader=loader,
+            scaler=scaler,
+            sums=Sums({"loss": (), "prefix_loss": (1,)}, world.device),
+            metadata={},
+        )
+        train_imagenet.train_step(
+            batch,
+            0.0,
+            cfg=cfg,
+            world=world,
+            ddp=model,
+            state=state,
+            guard=NonFiniteGuard(model, world.device),
+            loss_fn=loss_fn,
+            precision="fp32",
+        )
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     by_ddp = (gradient([0, 2, 3], 8, world) + gradient([4, 5, 6, 7], 8, world)) / 2

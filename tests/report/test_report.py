@@ -56,7 +56,7 @@ MRL = {"model.arch": "resnet18", "model.mrl": 1}
 def write_run(path, params, epochs):
     log = RunLog(path, params, "")
     for epoch, values in enumerate(epochs):
-        log.event(
+        log.write_line(
             {"current_lr": 0.5 / (epoch + 1), **values, "train_loss": 4.0 - epoch, "epoch": epoch}
         )
     log.close()

@@ -1,13 +1,12 @@
-"""Kills training runs with SIGKILL, again and again, and compares what they end with to a run that
-was left alone.
+"""Kills training runs with SIGKILL repeatedly and compares their results to an undisturbed run.
 
     python tests/training/chaos.py --kills 200            # half of them with two processes
 
-Every run is started again until it is done, as torchrun does it; then weights, optimizer, RNG and
-progress of its last checkpoint must have the sha256 of the uninterrupted run, and its log the same
-lines. Where a process is killed: at any moment (a timer), inside a step, an all-reduce, an
-evaluation, or at a write, fsync, link or rename of a checkpoint. Children are forks of this
-process, which has imported everything: a restart takes a second instead of ten.
+Every run is restarted until it is done, as torchrun does it. Weights, optimizer, RNG and progress of
+its last checkpoint must have the sha256 of the uninterrupted run, and its log must have the same
+lines. A process is killed at any moment (a timer), inside a step, an all-reduce or an evaluation,
+or at a write, fsync, link or rename of a checkpoint. Children are forks of this process, which has
+imported everything: a restart takes one second instead of ten.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from sklearn.datasets import load_digits
 import matryoshka.evaluation.accuracy
 from matryoshka.data import write_beton
 from matryoshka.training import snapshot
-from matryoshka.training.guard import Guard
+from matryoshka.training.guard import NonFiniteGuard
 
 PLACES = ("anywhere", "step", "all-reduce", "evaluation", "write", "fsync", "link", "rename")
 EPOCHS, TRAIN, VAL = 2, 130, 30
@@ -90,9 +89,7 @@ def options(folder: Path, run_id: str) -> list[str]:
 
 
 def killed_at(place: str, count: int, delay: float) -> None:
-    """Make this process end with SIGKILL at the `count`-th call at a place, or after `delay`
-    seconds anywhere.
-    """
+    """Arrange that this process is killed at the `count`-th call at a place, or after `delay` s."""
 
     def end() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -124,7 +121,7 @@ def killed_at(place: str, count: int, delay: float) -> None:
         write(descriptor, bytes(data)[: len(data) // 2])
 
     if place == "step":
-        wrap(Guard, "before_step")
+        wrap(NonFiniteGuard, "before_step")
     elif place == "all-reduce":
         wrap(
             torch.distributed,
@@ -177,7 +174,7 @@ def child(
 def run(
     folder: Path, run_id: str, ranks: int, kills: int, rng: random.Random, seconds: float
 ) -> tuple[Counter, float]:
-    """One run, killed so often; (where it was killed, seconds of its last attempt)."""
+    """One run with `kills` kills; (where it was killed, seconds of its last attempt)."""
     places: Counter[str] = Counter()
     argv, out, attempt = options(folder, run_id), folder / f"{run_id}.txt", 0
     while True:
@@ -208,7 +205,7 @@ def run(
 
 
 def wait(children: list[int]) -> list[int]:
-    """Exit codes; when one process is gone with an error, the others are killed, as torchrun does."""
+    """Exit codes; after the first error the other processes are killed, as torchrun does."""
     codes: dict[int, int] = {}
     while len(codes) < len(children):
         pid, status = os.wait()
@@ -221,9 +218,9 @@ def wait(children: list[int]) -> list[int]:
 
 
 def result(path: Path) -> tuple[str, list]:
-    """(sha256 of all that the run ended with, what its log says of every epoch)."""
+    """(sha256 of the final checkpoint, the results of every epoch in the log)."""
     saved = snapshot.read(path / "checkpoints" / "last.safetensors")
-    digest = hashlib.sha256(json.dumps(saved.about["progress"], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(saved.metadata["progress"], sort_keys=True).encode())
     for name, tensor in sorted(saved.tensors.items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -273,9 +270,9 @@ def main(argv: list[str] | None = None) -> int:
                         flush=True,
                     )
                 shutil.rmtree(folder / "runs" / run_id)
-    told = ", ".join(f"{n} {place}" for place, n in sorted(total.items()))
+    kinds = ", ".join(f"{n} {place}" for place, n in sorted(total.items()))
     print(
-        f"{sum(total.values())} kills ({told}) in {time.perf_counter() - start:.0f} s; runs that "
+        f"{sum(total.values())} kills ({kinds}) in {time.perf_counter() - start:.0f} s; runs that "
         f"differ: {wrong}"
     )
     return int(wrong > 0)

@@ -26,13 +26,14 @@ import functools, os, sys, traceback, torch
 from types import SimpleNamespace
 from matryoshka import distributed
 from matryoshka.data import Loader, RandomResizedCrop, augment
-from matryoshka.training.guard import Guard
+from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.evaluation.accuracy import PrefixAccuracy
 from matryoshka.models import ModelSpec, build
 from matryoshka.nested import nested_cross_entropy
 from matryoshka.evaluation.predict import predict
 from matryoshka.train import train_imagenet as program
 from matryoshka.training.state import TrainState
+from matryoshka.training.sums import Sums
 
 beton, val, out, batch, micro = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
 torch.set_num_threads(1)
@@ -55,9 +56,12 @@ def work():
         loader = Loader(beton, batch, crop=RandomResizedCrop(32), drop_last=True, seed=7, **ranks)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        state = TrainState(model, optimizer, loader, scaler, torch.zeros(5).double(), {})
+        sums = Sums({"loss": (), "prefix_loss": (3,)}, world.device, torch.float64)
+        state = TrainState(
+            model=model, optimizer=optimizer, loader=loader, scaler=scaler, sums=sums, metadata={}
+        )
         weights = torch.tensor([2.0, 1.0, 1.0]).double()
-        loss_of = functools.partial(nested_cross_entropy, weights=weights, label_smoothing=0.1)
+        loss_fn = functools.partial(nested_cross_entropy, weights=weights, label_smoothing=0.1)
         cfg = SimpleNamespace(
             data=SimpleNamespace(mixup=0, cutmix=0, randaugment=0), training=SimpleNamespace(seed=1, batch_size=micro)
         )
@@ -65,15 +69,17 @@ def work():
         for k, b in enumerate(loader):
             order.append(b.index.tolist())
             if k == 0:
-                guard = Guard(model, world.device)
-                program.train_step(cfg, world, NoFloat(ddp), state, guard, "fp32", loss_of, b, 0.0)
+                program.train_step(
+                    b, 0.0, cfg=cfg, world=world, ddp=NoFloat(ddp), state=state, loss_fn=loss_fn,
+                    guard=NonFiniteGuard(model, world.device), precision="fp32",
+                )
         metric = PrefixAccuracy(model.dims)
         evaluation = Loader(val, 30, order="sequential", **ranks)
         evaluation.crop = RandomResizedCrop(32)
         for p in predict(model.float(), evaluation):
             metric.update(p.logits, p.labels)
         gradient = torch.cat([p.grad.flatten() for p in model.double().parameters()]) if world.is_main else None
-        totals = distributed.sum_over_ranks(state.totals, world)
+        totals = distributed.sum_over_ranks(state.sums.totals, world)
         found = {"order": order, "accuracy": metric.compute(), "gradient": gradient, "totals": totals}
         torch.save(found, f"{out}.{world.size}.{world.rank}")
 
@@ -133,15 +139,16 @@ def test_processes_see_one_order_and_compute_one_gradient(tmp_path, digits, batc
         for w in worlds
     }
     alone = results[1][0]
-    assert len(alone["order"]) == 400 // batch
-    assert alone["gradient"].abs().max() > 1e-3
-    assert alone["totals"][-1] == batch
-    for ranks in results.values():
+    assert len(alone["order"]) == 400 // batch, "full global batches of an epoch"
+    assert alone["gradient"].abs().max() > 1e-3, "a vanishing gradient proves nothing"
+    assert alone["totals"][-1] == batch, "images of the one step"
+    for world, ranks in results.items():
         joined = [[i for r in ranks for i in r["order"][k]] for k in range(len(alone["order"]))]
         assert joined == alone["order"]
         difference = (alone["gradient"] - ranks[0]["gradient"]).abs().max().item()
-        assert difference <= 1e-10, difference
-        assert torch.allclose(ranks[0]["totals"], alone["totals"], rtol=1e-12)
+        assert difference <= 1e-10, f"{world} ranks: gradients differ by {difference}"
+        totals = ranks[0]["totals"]
+        assert torch.allclose(totals, alone["totals"], rtol=1e-12), f"{world} ranks: {totals}"
         assert all(r["accuracy"] == alone["accuracy"] for r in ranks)
 
 
@@ -196,7 +203,7 @@ def test_three_ways_to_two_processes_end_with_the_same_weights(tmp_path, digits)
     for d, accuracy in alone.items():
         assert log_of(tmp_path / "own")[-1][f"top_1_{d}"] == pytest.approx(
             accuracy["top1"] / 100, abs=1e-9
-        ), d
+        ), f"top-1 of prefix {d}: the log against the saved model"
 
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
         "OMP_NUM_THREADS": "1"
@@ -223,7 +230,7 @@ def test_three_ways_to_two_processes_end_with_the_same_weights(tmp_path, digits)
     try:
         deadline = time.monotonic() + 200
         while not list(run.glob("checkpoints/step_[3-9]*")):
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline, "no third checkpoint within 200 s"
             assert [agent.poll() for agent in agents] == [None, None], (
                 tmp_path / "agent0.txt"
             ).read_text()[-3000:]
@@ -252,7 +259,7 @@ def test_three_ways_to_two_processes_end_with_the_same_weights(tmp_path, digits)
         ), name
 
 
-def test_another_number_of_processes_goes_on_with_the_same_batches(tmp_path, digits, capsys):
+def test_another_number_of_processes_resumes_with_the_same_batches(tmp_path, digits, capsys):
     """One process, then two of smaller batches: the global batch stays, the finished epoch is not
     trained again.
     """
@@ -273,13 +280,13 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(tmp_path, dig
     )
     assert "2 x cpu" in out
     assert "2 epochs x 4 steps of 100 images" in out
-    assert "go on    after step 4, epoch 1" in out
+    assert "resume   after step 4, epoch 1" in out
     together = log_of(tmp_path / "run")
     assert [line["epoch"] for line in together] == [0, 1]
     assert together[0]["train_loss"] == alone[0]["train_loss"]
-    assert together[1]["train_loss"] == pytest.approx(
-        alone[1]["train_loss"], rel=0.2
-    )  # batch norm sees parts
+    assert together[1]["train_loss"] == pytest.approx(alone[1]["train_loss"], rel=0.2), (
+        "batch norm sees parts of the batch, more must not change"
+    )
 
 
 def log_of(run):
@@ -300,7 +307,7 @@ def test_a_users_mistake_in_a_launched_run_is_one_line(tmp_path, digits):
         command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 2
-    assert done.stderr.count("error:") == 1
+    assert done.stderr.count("error:") == 1, done.stderr
     assert "training.batch_size" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "x").exists()

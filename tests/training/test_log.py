@@ -1,4 +1,4 @@
-"""What a run writes while it goes: lines, TensorBoard, Weights & Biases."""
+"""Logs of a run: JSON lines, TensorBoard, Weights & Biases."""
 
 import json
 import os
@@ -13,8 +13,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from matryoshka.distributed import World
 from matryoshka.training import session
-from matryoshka.training.run_folder import RunLog, WandbError
-from matryoshka.training.state import Progress
+from matryoshka.training.run_folder import (
+    RunLog,
+    WandbError,
+    accuracy_metrics,
+    epoch_scalars,
+    log_line,
+)
+from matryoshka.training.state import LoopState
 
 
 def lines(path):
@@ -35,8 +41,8 @@ def board(path):
 
 def test_tensorboard_reads_the_scalars(tmp_path):
     log = RunLog(tmp_path / "run", {"a": 1}, "a: 1\n")
-    log.scalars({"loss": 2.5, "top_1/8": 62.5}, 10)
-    log.scalars({"loss": 1.25, "top_1/8": 75.0, "step/lr": 0.5}, 20)
+    log.write_scalars({"loss": 2.5, "top_1/8": 62.5}, 10)
+    log.write_scalars({"loss": 1.25, "top_1/8": 75.0, "step/lr": 0.5}, 20)
     log.close()
     assert board(tmp_path / "run") == {
         "loss": [(10, 2.5), (20, 1.25)],
@@ -45,19 +51,19 @@ def test_tensorboard_reads_the_scalars(tmp_path):
     }
 
 
-def test_a_run_that_goes_on_drops_what_its_checkpoint_does_not_know(tmp_path):
+def test_a_resumed_run_drops_lines_after_its_checkpoint(tmp_path):
     path = tmp_path / "run"
     log = RunLog(path, {}, "")
     for epoch in range(3):
-        log.event({"epoch": epoch, "train_loss": 3.0 - epoch})
-        log.scalars({"loss": 3.0 - epoch}, 10 * (epoch + 1))
-    log.note({"event": "skipped", "step": 12})
+        log.write_line({"epoch": epoch, "train_loss": 3.0 - epoch})
+        log.write_scalars({"loss": 3.0 - epoch}, 10 * (epoch + 1))
+    log.write_event({"event": "skipped", "step": 12})
     log.close()
     with open(path / "log", "a") as file:
         file.write('{"timestamp": 1, "epo')  # killed
-    log = RunLog(path, {}, "", going_on=(20, 2))
-    log.event({"epoch": 2, "train_loss": 0.5})
-    log.scalars({"loss": 0.5}, 30)
+    log = RunLog(path, {}, "", resumed_at=(20, 2))
+    log.write_line({"epoch": 2, "train_loss": 0.5})
+    log.write_scalars({"loss": 0.5}, 30)
     log.close()
     assert [(line["epoch"], line["train_loss"]) for line in lines(path / "log")] == [
         (0, 3.0),
@@ -66,6 +72,30 @@ def test_a_run_that_goes_on_drops_what_its_checkpoint_does_not_know(tmp_path):
     ]
     assert [line["event"] for line in lines(path / "events.jsonl")] == ["skipped"]
     assert board(path)["loss"] == [(10, 3.0), (20, 2.0), (30, 0.5)]
+
+
+def test_metrics_under_the_names_of_log_and_tensorboard():
+    accuracy = {8: {"top1": 50.0, "top5": 75.0}, 16: {"top1": 60.0, "top5": 80.0}}
+    speed = {"images_per_s": 9.0, "data_wait": 0.5}
+    base = {"loss": 2.0, "lr": 0.1, "gradient_norm": 3.0, **speed, "loss/8": 2.5, "loss/16": 1.5}
+    assert log_line(base, 3) == {"current_lr": 0.1, "train_loss": 2.0, "epoch": 3, **speed}
+    assert epoch_scalars(base) == base
+
+    metrics = base | {"val_time": 7.0} | accuracy_metrics(accuracy)
+    metrics |= accuracy_metrics(accuracy, prefix="ema_")
+    line = log_line(metrics, 0)
+    assert list(line) == [
+        *("current_lr", "val_time"),
+        *("top_1_8", "top_1_16", "top_5_8", "top_5_16"),
+        *("ema_top_1_8", "ema_top_1_16", "ema_top_5_8", "ema_top_5_16"),
+        *("train_loss", "epoch", "images_per_s", "data_wait"),
+    ]
+    assert (line["top_1_8"], line["ema_top_5_16"]) == (0.5, 0.8), "fractions"
+    top1 = {"top_1/8": 50.0, "top_1/16": 60.0, "ema_top_1/8": 50.0, "ema_top_1/16": 60.0}
+    assert epoch_scalars(metrics) == base | top1, "percent"
+
+    single = log_line(base | {"val_time": 7.0} | accuracy_metrics({8: accuracy[8]}), 0)
+    assert (single["top_1"], single["top_5"]) == (0.5, 0.75), "upstream's keys of one prefix"
 
 
 # ---------------------------------------------------------------- Weights & Biases
@@ -127,10 +157,10 @@ def offline(monkeypatch):
 def test_wandb_has_what_was_logged(tmp_path, offline):
     path = tmp_path / "my run"
     log = RunLog(path, {"lr.lr": 0.5, "model.dims": [8, 16]}, "", wandb="project")
-    log.scalars({"step/loss": 4.0}, 3)
-    log.event({"current_lr": 0.1, "top_1_8": 0.625, "epoch": 0})
-    log.scalars({"loss": 2.5}, 10)
-    log.scalars({"loss": 3.5}, 7)  # after a rollback
+    log.write_scalars({"step/loss": 4.0}, 3)
+    log.write_line({"current_lr": 0.1, "top_1_8": 0.625, "epoch": 0})
+    log.write_scalars({"loss": 2.5}, 10)
+    log.write_scalars({"loss": 3.5}, 7)  # after a rollback
     log.close()
     found = records(path)
     assert history(found) == [
@@ -154,14 +184,14 @@ def test_wandb_has_what_was_logged(tmp_path, offline):
     assert board(path)["loss"] == [(10, 2.5), (7, 3.5)]
 
 
-def test_wandb_goes_on_with_the_run_of_this_folder(tmp_path, offline):
+def test_wandb_resumes_the_run_of_this_folder(tmp_path, offline):
     ids = []
-    for path, going_on in (
+    for path, resumed_at in (
         (tmp_path / "run", None),
         (tmp_path / "run", (5, 1)),
         (tmp_path / "other" / "run", None),
     ):
-        RunLog(path, {}, "", going_on=going_on, wandb="project").close()
+        RunLog(path, {}, "", resumed_at=resumed_at, wandb="project").close()
         ids.append(next(r.run.run_id for r in records(path) if r.HasField("run")))
         shutil.rmtree(path / "wandb")
     assert ids[0] == ids[1] != ids[2]
@@ -177,13 +207,13 @@ def test_wandb_that_breaks_does_not_end_a_run(tmp_path, offline, monkeypatch, ca
     log = RunLog(tmp_path / "run", {}, "", wandb="project")
     monkeypatch.setattr(wandb.Run, call, broken)
     for step in (1, 2):
-        log.scalars({"loss": 1.0}, step)
+        log.write_scalars({"loss": 1.0}, step)
     log.close()
     monkeypatch.undo()
     wandb.finish()
     problems = lines(tmp_path / "run" / "events.jsonl")
     assert [(line["event"], "gone" in line["text"]) for line in problems] == [("problem", True)]
-    assert len(board(tmp_path / "run")["loss"]) == 2
+    assert len(board(tmp_path / "run")["loss"]) == 2, "TensorBoard must get both steps"
 
 
 def test_mistakes_with_wandb_are_one_line_and_leave_no_folder(tmp_path, offline, monkeypatch):
@@ -205,26 +235,23 @@ def test_mistakes_with_wandb_are_one_line_and_leave_no_folder(tmp_path, offline,
 
 def test_a_session_hands_its_project_on(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(
-        session, "RunLog", lambda *args: given.append(args) or SimpleNamespace(note=lambda _: None)
-    )
-    state = SimpleNamespace(progress=Progress(), about={})
-    world, start = World(torch.device("cpu")), session.Start(tmp_path)
+
+    def run_log(*_, wandb, **__):
+        given.append(wandb)
+        return SimpleNamespace(write_event=lambda _: None)
+
+    monkeypatch.setattr(session, "RunLog", run_log)
+    loader = SimpleNamespace(batch_size=1)
+    state = SimpleNamespace(loop=LoopState(), metadata={}, loader=loader)
     for more in ({}, {"wandb": "project"}):
         session.Session(
             state,
             None,
-            world,
-            start,
-            {},
-            "",
-            keep_last=1,
-            every_steps=0,
-            every_minutes=0,
-            skip_limit=1,
-            hang_timeout=0,
-            say=print,
-            global_batch=1,
-            **more,
+            World(torch.device("cpu")),
+            session.ResumePoint(tmp_path),
+            options=session.SessionOptions(best_metric="top_1/8", **more),
+            config={},
+            config_yaml="",
+            print0=print,
         )
-    assert [args[-1] for args in given] == [None, "project"]
+    assert given == [None, "project"]

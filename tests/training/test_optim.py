@@ -65,11 +65,11 @@ def test_schedules_equal_the_formulas(kind, epochs, warmup, length, ratio, place
 def test_the_warm_up_is_continuous_and_reaches_the_peak(kind, warmup, epochs):
     options = LrConfig(lr_schedule_type=kind, warmup_epochs=warmup)
     end = peak_epoch(options, epochs)
-    assert end == (warmup if warmup < epochs else (epochs - 1) // 2)
+    assert end == (warmup if warmup < epochs else (epochs - 1) // 2), "epoch of the peak"
     if end < options.step_length or kind != "step":
         assert lr_at(end, options, 2.0, epochs) == 2.0
     ramp = [lr_at(end * k / 100, options, 2.0, epochs) for k in range(100)] if end else []
-    assert all(0 < b - a < 0.021 for a, b in pairwise(ramp))
+    assert all(0 < b - a < 0.021 for a, b in pairwise(ramp)), f"not an even ramp: {ramp}"
     assert not end or (
         ramp[0] == pytest.approx(2e-4) and lr_at(end - 1e-9, options, 2.0, epochs) > 2 - 1e-6
     )
@@ -79,7 +79,7 @@ def test_cosine_ends_at_zero_and_stays_there():
     cosine = LrConfig(lr_schedule_type="cosine", warmup_epochs=2)
     rates = [lr_at(e / 7, cosine, 1.5, 20) for e in range(14, 142)]
     assert rates[0] == 1.5
-    assert all(a > b for a, b in pairwise(rates[:127]))
+    assert all(a > b for a, b in pairwise(rates[:127])), f"does not fall: {rates}"
     assert rates[126] == lr_at(20.5, cosine, 1.5, 20) == 0
 
 
@@ -243,7 +243,7 @@ def test_muon_steps_are_orthogonal_and_all_else_follows_adamw(decay):
     run(model, optimizer, range(1, 6), lr=0.02)
     want = expected("adamw", decay, 0.25, 0.9, lr=0.02)
     others = [key for key in before if key not in ("conv.weight", "hidden.weight")]
-    assert len(others) == 7  # of the norm layer, the hidden bias, the classifiers
+    assert len(others) == 7, list(others)  # of the norm layer, the hidden bias, the classifiers
     for key in others:
         np.testing.assert_allclose(values(model)[key], want[key], rtol=0, atol=1e-9, err_msg=key)
 

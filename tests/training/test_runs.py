@@ -34,13 +34,13 @@ def write(tmp_path, monkeypatch):
         clock.now = started
         path = tmp_path / "logs" / name
         run = RunLog(path, {"model.arch": "resnet18", "training.epochs": 3, **params}, "")
-        run.note({"event": "start", "step": 0})
+        run.write_event({"event": "start", "step": 0})
         for epoch, top1 in enumerate(epochs):
             clock.now += 60
             speed = {"images_per_s": 100.0 * (epoch + 1), "data_wait": 0.1 * (epoch + 1)}
-            run.event({"current_lr": 0.1, **top1, "train_loss": 1.0, "epoch": epoch} | speed)
+            run.write_line({"current_lr": 0.1, **top1, "train_loss": 1.0, "epoch": epoch} | speed)
         for event in events:
-            run.note({"event": event})
+            run.write_event({"event": event})
         run.close()
         age(path, written)
         return path
@@ -138,14 +138,14 @@ def test_a_run_that_is_killed_is_read(logs, capsys):
     assert capsys.readouterr().out == TABLE.lstrip("\n")
 
 
-def test_a_run_that_goes_on_is_running(logs, capsys):
+def test_a_resumed_run_is_running(logs, capsys):
     run = RunLog(
         logs / "asked",
         json.loads((logs / "asked" / "params.json").read_text()),
         "",
-        going_on=(5, 2),
+        resumed_at=(5, 2),
     )
-    run.note({"event": "go on"})
+    run.write_event({"event": "go on"})
     run.close()
     list_runs.main([str(logs / "asked"), "--json"])
     row = json.loads(capsys.readouterr().out)
@@ -215,7 +215,7 @@ def test_a_table_has_120_columns_at_most(write, tmp_path, capsys):
     write("short", time.time(), {"training.epochs": None}, [])
     list_runs.main([str(tmp_path / "logs")])
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 120
+    assert max(map(len, lines)) <= 120, "wider than the columns it may use"
     assert lines[2 if "x" in lines[2] else 3].startswith("20260101-")
     assert any(
         "xx-abcd " in line and " timm" in line and " mrl 8,12..2048 " in line for line in lines

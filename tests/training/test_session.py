@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, poisoned, or that hang; and what they go on with."""
+"""Runs that are stopped, killed, poisoned or hung, and how they resume."""
 
 import json
 import os
@@ -14,12 +14,15 @@ import pytest
 import torch
 from matryoshka.train import train_imagenet
 
+from matryoshka import config
 from matryoshka.checkpoint.model_file import load_model
 from matryoshka.distributed import World
+from matryoshka.models import NestedModel
+from matryoshka.nested import nested_cross_entropy
 from matryoshka.training import session, snapshot
-from matryoshka.training.guard import Guard
+from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.optim import make_optimizer, parameter_groups
-from matryoshka.training.watch import REQUEUE, HangWatch, Vote
+from matryoshka.training.watch import REQUEUE, AnyRankFlags, HangWatch
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = World(torch.device("cpu"))
@@ -55,7 +58,7 @@ def losses(run):
 
 @pytest.fixture(scope="module")
 def alone(digits, tmp_path_factory):
-    """A run that nobody disturbed."""
+    """An undisturbed run."""
     folder = tmp_path_factory.mktemp("alone")
     assert train_imagenet.main(options(digits, folder, "run")) == 0
     return folder / "run"
@@ -72,16 +75,16 @@ def test_a_training_checkpoint_is_a_model(alone):
     assert (model.classes, model.preprocessing) == (final.classes, final.preprocessing)
 
 
-# ---------------------------------------------------------------- stop and go on
+# ---------------------------------------------------------------- stop and resume
 
 
-def test_signals_leave_a_checkpoint_and_the_run_goes_on(
+def test_signals_leave_a_checkpoint_and_the_run_resumes(
     digits, tmp_path, alone, monkeypatch, capsys
 ):
     """SIGTERM inside an epoch, SIGUSR1 in an evaluation: status 75, then the same weights as if
     nothing had been.
     """
-    original, steps = Guard.before_step, []
+    original, steps = NonFiniteGuard.before_step, []
 
     def at_step(self):
         steps.append(0)
@@ -89,23 +92,24 @@ def test_signals_leave_a_checkpoint_and_the_run_goes_on(
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self)
 
-    monkeypatch.setattr(Guard, "before_step", at_step)
+    monkeypatch.setattr(NonFiniteGuard, "before_step", at_step)
     assert train_imagenet.main(options(digits, tmp_path, "run")) == REQUEUE
-    monkeypatch.setattr(Guard, "before_step", original)
-    predict = train_imagenet.predict
+    monkeypatch.setattr(NonFiniteGuard, "before_step", original)
+    forward = NestedModel.forward
 
-    def with_signal(*args):
-        os.kill(os.getpid(), signal.SIGUSR1)
-        yield from predict(*args)
+    def with_signal(self, images):
+        if not self.training:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return forward(self, images)
 
-    monkeypatch.setattr(train_imagenet, "predict", with_signal)
+    monkeypatch.setattr(NestedModel, "forward", with_signal)
     again = options(digits, tmp_path, "run", "--training.resume=auto")
     assert train_imagenet.main(again) == REQUEUE
-    monkeypatch.setattr(train_imagenet, "predict", predict)
+    monkeypatch.setattr(NestedModel, "forward", forward)
     assert train_imagenet.main(again) == 0
     out = capsys.readouterr().out
-    assert "go on    after step 3, epoch 0" in out
-    assert "go on    after step 4, epoch 0" in out  # trained, not evaluated
+    assert "resume   after step 3, epoch 0" in out
+    assert "resume   after step 4, epoch 0" in out  # trained, not evaluated
     run = tmp_path / "run"
     assert [e["event"] for e in events(run)] == ["start", "stopped", "go on", "stopped", "go on"]
     assert losses(run) == losses(alone)
@@ -118,7 +122,7 @@ def test_signals_leave_a_checkpoint_and_the_run_goes_on(
     assert losses(run) == losses(alone)
 
 
-def test_what_resume_refuses(digits, tmp_path, alone, capsys):
+def test_refusals_of_resume(digits, tmp_path, alone, capsys):
     def line(*more, run="run", folder=alone.parent):
         with pytest.raises(SystemExit) as stop:
             train_imagenet.main(options(digits, folder, run, *more))
@@ -134,11 +138,11 @@ def test_what_resume_refuses(digits, tmp_path, alone, capsys):
     assert "no such run folder" in line(f"--training.resume={tmp_path / 'x'}", run="other")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "log").write_text("")
-    assert "no checkpoint" in line(f"--training.resume={tmp_path / 'bare'}", run="other")
+    assert "no valid checkpoint" in line(f"--training.resume={tmp_path / 'bare'}", run="other")
     assert "needs logging.run_id" in line("--training.resume=auto", run="")
 
 
-def test_auto_begins_where_there_is_nothing_yet(digits, tmp_path, alone):
+def test_auto_starts_a_run_without_checkpoint(digits, tmp_path, alone):
     """No folder, an empty one, one that was killed before its first checkpoint."""
     for name, files in (
         ("none", None),
@@ -155,12 +159,13 @@ def test_auto_begins_where_there_is_nothing_yet(digits, tmp_path, alone):
             )
             assert losses(tmp_path / name) == losses(alone)
         else:
-            assert session.find_start(tmp_path, name, "auto", {}) == session.Start(tmp_path / name)
+            point = session.resolve_run(tmp_path, name, "auto", {})
+            assert point == session.ResumePoint(tmp_path / name)
 
 
 def test_a_checkpoint_can_be_chosen(digits, tmp_path, alone, capsys):
-    """training.resume=<file>: later checkpoints and log lines give way; batch size and folder may
-    change.
+    """training.resume=<file>: later checkpoints and log lines are dropped; batch size and folder
+    may change.
     """
     shutil.copytree(alone, tmp_path / "copy")
     steps = sorted(
@@ -172,8 +177,8 @@ def test_a_checkpoint_can_be_chosen(digits, tmp_path, alone, capsys):
         "--training.global_batch_size=100",
     ]
     assert train_imagenet.main(options(digits, tmp_path / "elsewhere", "other", *more)) == 0
-    assert "go on    after step 4, epoch 1" in capsys.readouterr().out
-    assert len(losses(tmp_path / "copy")) == 2
+    assert "resume   after step 4, epoch 1" in capsys.readouterr().out
+    assert len(losses(tmp_path / "copy")) == 2, "one line per epoch"
     assert losses(tmp_path / "copy")[0] == losses(alone)[0]
 
 
@@ -199,24 +204,21 @@ def test_checkpoints_by_the_clock(digits, tmp_path):
 
 
 def poisoned(kind, monkeypatch, when):
-    """Damage one step after another: the loss, a gradient, the input, running statistics."""
-    calls, cross_entropy, normalise = (
-        [0],
-        train_imagenet.nested_cross_entropy,
-        train_imagenet.normalise,
-    )
-    before_step = Guard.before_step
+    """Damage some steps: the loss, a gradient, the input or running statistics.
 
-    def due():
-        return when(calls[0])
+    Returns the loss to train with.
+    """
+    calls = [0]
+    before_step, forward = NonFiniteGuard.before_step, NestedModel.forward
 
     def loss(*args, **kwargs):
-        total, each = cross_entropy(*args, **kwargs)
-        return (total * float("nan"), each) if kind == "loss" and due() else (total, each)
+        total, each = nested_cross_entropy(*args, **kwargs)
+        return (total * float("nan"), each) if kind == "loss" and when(calls[0]) else (total, each)
 
-    def images(batch, *args):
-        out = normalise(batch, *args)
-        return out * float("inf") if kind == "input" and due() else out
+    def with_input(self, images):
+        if kind == "input" and self.training and when(calls[0]):
+            images = images * float("inf")
+        return forward(self, images)
 
     def step(self):
         calls[0] += 1
@@ -226,34 +228,39 @@ def poisoned(kind, monkeypatch, when):
             self._buffers[0].fill_(float("nan"))
         return before_step(self)
 
-    monkeypatch.setattr(train_imagenet, "nested_cross_entropy", loss)
-    monkeypatch.setattr(train_imagenet, "normalise", images)
-    monkeypatch.setattr(Guard, "before_step", step)
+    monkeypatch.setattr(NestedModel, "forward", with_input)
+    monkeypatch.setattr(NonFiniteGuard, "before_step", step)
+    return loss
+
+
+def train(argv, loss):
+    """The program with another loss."""
+    train_imagenet.train(config.read(train_imagenet.SECTIONS, argv), CPU, loss=loss)
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient", "input", "statistics"])
 def test_steps_that_are_not_finite(digits, tmp_path, monkeypatch, kind):
-    """5 of 8 steps poisoned, of each of four kinds (20 in all): they are skipped and told; the run
-    ends healthy.
+    """5 of 8 steps poisoned, of each of four kinds (20 in all): they are skipped and reported;
+    the run ends healthy.
     """
-    poisoned(kind, monkeypatch, lambda step: step in (0, 2, 3, 5, 6))
-    assert train_imagenet.main(options(digits, tmp_path, "run", "--training.batch_size=100")) == 0
+    loss = poisoned(kind, monkeypatch, lambda step: step in (0, 2, 3, 5, 6))
+    train(options(digits, tmp_path, "run", "--training.batch_size=100"), loss)
     run = tmp_path / "run"
     model = load_model(run / "model.safetensors")
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
     skipped = [e["step"] for e in events(run) if e["event"] == "skipped"]
     assert skipped == ([] if kind == "statistics" else [0, 2, 3, 5, 6])
-    assert all(np.isfinite(loss) and loss > 0 for loss in losses(run))
+    assert all(np.isfinite(loss) and loss > 0 for loss in losses(run)), losses(run)
 
 
-def test_many_in_a_row_go_back_with_a_lower_rate(digits, tmp_path, monkeypatch, capsys):
-    poisoned("loss", monkeypatch, lambda step: 4 <= step < 7)
+def test_a_streak_of_skips_rolls_back_with_a_lower_rate(digits, tmp_path, monkeypatch, capsys):
+    loss = poisoned("loss", monkeypatch, lambda step: 4 <= step < 7)
     more = [
         "--training.skip_limit=3",
         "--training.checkpoint_every_steps=3",
         "--logging.log_level=2",
     ]
-    assert train_imagenet.main(options(digits, tmp_path, "run", *more)) == 0
+    train(options(digits, tmp_path, "run", *more), loss)
     out, run = capsys.readouterr().out, tmp_path / "run"
     back = next(e for e in events(run) if e["event"] == "rolled back")
     assert (back["step"], back["to"]) == (6, 4)
@@ -263,20 +270,20 @@ def test_many_in_a_row_go_back_with_a_lower_rate(digits, tmp_path, monkeypatch, 
         for line in out.splitlines()
         if line.startswith("step ")
     }
-    assert rates[7] < 0.2 * rates[3]
-    assert len(losses(run)) == 2
+    assert rates[7] < 0.2 * rates[3], f"rates by step: {rates}"
+    assert len(losses(run)) == 2, "one line per epoch"
     assert (
-        snapshot.read(run / "checkpoints" / "last.safetensors").about["progress"]["rollbacks"] == 1
+        snapshot.read(run / "checkpoints" / "last.safetensors").metadata["progress"]["rollbacks"]
+        == 1
     )
 
 
-def test_a_run_that_cannot_be_saved_says_so(digits, tmp_path, monkeypatch, capsys):
-    poisoned("loss", monkeypatch, lambda step: True)
-    with pytest.raises(SystemExit) as stop:
-        train_imagenet.main(options(digits, tmp_path, "run", "--training.skip_limit=2"))
-    assert stop.value.code == 2
-    assert "not finite again after 5 rollbacks; lower lr" in capsys.readouterr().err
-    assert snapshot.newest(tmp_path / "run" / "checkpoints")[0].about["step"] == 0
+def test_a_run_that_stays_non_finite_ends(digits, tmp_path, monkeypatch):
+    loss = poisoned("loss", monkeypatch, lambda step: True)
+    with pytest.raises(session.Diverged, match="still non-finite after 5 rollbacks; lower lr") as e:
+        train(options(digits, tmp_path, "run", "--training.skip_limit=2"), loss)
+    assert e.value.user_error  # config.program prints it as one line, with status 2
+    assert snapshot.newest(tmp_path / "run" / "checkpoints")[0].metadata["step"] == 0
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -288,7 +295,7 @@ def test_a_skipped_step_changes_nothing(name):
     optimizer = make_optimizer(
         name, parameter_groups(model, 0.1, 0.0), 0.1, 0.9, torch.device("cpu")
     )
-    guard, row = Guard(model, torch.device("cpu"), clip=0.5), []
+    guard, skips = NonFiniteGuard(model, torch.device("cpu"), clip=0.5), []
     for bad in (False, True, True, False):
         before = {k: v.clone() for k, v in model.state_dict().items() if v.is_floating_point()}
         optimizer.zero_grad()
@@ -297,15 +304,17 @@ def test_a_skipped_step_changes_nothing(name):
         norm, skip = guard.before_step()
         if not bad:  # clipped: the norm as it was is reported
             clipped = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-            assert clipped <= 0.5 + 1e-5
+            assert clipped <= 0.5 + 1e-5, f"norm after clipping to 0.5: {clipped}"
         guard.step(optimizer, skip)
-        row += [report.row for report in guard.after_step(0, loss.detach(), norm, skip)]
+        skips += [
+            report.consecutive_skips for report in guard.after_step(0, loss.detach(), norm, skip)
+        ]
         after = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
         assert all(torch.equal(before[k], after[k]) for k in after) == bad
-    assert row == [0, 1, 2, 0]
+    assert skips == [0, 1, 2, 0]
 
 
-# ---------------------------------------------------------------- hangs, votes, kills
+# ---------------------------------------------------------------- hangs, flags, kills
 
 
 HANG = """
@@ -350,7 +359,7 @@ def test_a_hang_leaves_the_stacks_of_all_ranks_and_ends(tmp_path):
         command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
     )
     assert done.stdout == "[1, 1]\n", done.stderr
-    assert time.monotonic() - start < 58
+    assert time.monotonic() - start < 58, "it was not the watch that ended them"
     assert "waits_for_nothing" in (tmp_path / "stacks" / "rank_1.txt").read_text()
     assert "all_reduce" in (tmp_path / "stacks" / "rank_0.txt").read_text()
     with HangWatch(tmp_path / "none", 0, 100.0) as watch:
@@ -358,10 +367,10 @@ def test_a_hang_leaves_the_stacks_of_all_ranks_and_ends(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_votes_of_one_process_count_at_once():
-    vote = Vote(2, CPU)
-    assert vote(True, False) == [True, False]
-    assert vote.finish() == [False, False]
+def test_flags_of_one_process_count_at_once():
+    flags = AnyRankFlags(2, CPU)
+    assert flags.exchange(True, False) == [True, False]
+    assert flags.finish() == [False, False]
 
 
 def test_runs_that_are_killed_end_like_one_that_is_not():

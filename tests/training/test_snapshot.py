@@ -42,7 +42,11 @@ def test_a_checkpoint_is_safetensors_and_comes_back(tmp_path):
         "step_3.safetensors",
     ]
     saved, notes = snapshot.newest(tmp_path / "c")
-    assert (notes, saved.about["progress"], saved.about["config"]) == ([], {"step": 20}, {"a": 1})
+    assert (notes, saved.metadata["progress"], saved.metadata["config"]) == (
+        [],
+        {"step": 20},
+        {"a": 1},
+    )
     with safe_open(
         tmp_path / "c" / "last.safetensors", "pt"
     ) as file:  # the real library reads the same
@@ -52,9 +56,9 @@ def test_a_checkpoint_is_safetensors_and_comes_back(tmp_path):
             assert torch.equal(saved.tensors[name], expected)
             assert torch.equal(file.get_tensor(name), expected)
             assert saved.tensors[name].dtype == tensor.dtype
-    assert snapshot.read(tmp_path / "c" / "best.safetensors").about["progress"] == {"step": 2}
-    snapshot.forget_after(tmp_path / "c", 3)
-    assert snapshot.newest(tmp_path / "c")[0].about["step"] == 3
+    assert snapshot.read(tmp_path / "c" / "best.safetensors").metadata["progress"] == {"step": 2}
+    snapshot.delete_after(tmp_path / "c", 3)
+    assert snapshot.newest(tmp_path / "c")[0].metadata["step"] == 3
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "replace", "link", "short"])
@@ -80,16 +84,16 @@ def test_a_write_that_fails_leaves_the_last_good_one(tmp_path, monkeypatch, call
     problems = snapshots.problems()
     saved, notes = snapshot.newest(tmp_path)
     assert notes == []
-    assert saved.about["step"] in ((2,) if call == "short" else (1, 2))
-    assert torch.equal(saved.tensors["model.w"], tensors(float(saved.about["step"]))["model.w"])
+    assert saved.metadata["step"] in ((2,) if call == "short" else (1, 2))
+    assert torch.equal(saved.tensors["model.w"], tensors(float(saved.metadata["step"]))["model.w"])
     snapshot.read(tmp_path / "last.safetensors")
     assert not list(tmp_path.glob(".*.tmp"))
     if call != "short" and left[0] <= 0:
-        assert len(problems) == 1
+        assert len(problems) == 1, problems
         assert "step 2 not written: No space" in problems[0]
     snapshots.save(3, tensors(3.0), {})  # and the next one works
     snapshots.wait()
-    assert snapshot.newest(tmp_path)[0].about["step"] == 3
+    assert snapshot.newest(tmp_path)[0].metadata["step"] == 3
 
 
 def test_a_full_disk(tmp_path):
@@ -108,7 +112,7 @@ def test_a_full_disk(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, before)
     assert "step 2 not written" in snapshots.problems()[0]
-    assert snapshot.newest(tmp_path)[0].about["step"] == 1
+    assert snapshot.newest(tmp_path)[0].metadata["step"] == 1
 
 
 def test_poisoned_states_are_not_written(tmp_path):
@@ -131,7 +135,7 @@ def test_damaged_checkpoints_are_passed_over_and_named(tmp_path):
     flipped.write_bytes(flipped.read_bytes()[:-5] + b"\x07" + flipped.read_bytes()[-4:])
     other.write_bytes(b"<html>not found</html>")
     saved, notes = snapshot.newest(tmp_path)
-    assert saved.about["step"] == 1
+    assert saved.metadata["step"] == 1
     assert [str(p) in note for p, note in zip((cut, flipped, other), notes, strict=True)] == [
         True
     ] * 3

@@ -1,4 +1,4 @@
-"""Options of train_imagenet: each changes what it says."""
+"""Options of train_imagenet.py: each has its documented effect."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from matryoshka.train import train_imagenet
 
 from matryoshka import distributed
 from matryoshka.checkpoint.model_file import load_model
-from matryoshka.training.state import Ema
+from matryoshka.models.ema import Ema
 
 
 def train(digits, folder, run_id, *more):
@@ -85,15 +85,15 @@ def test_the_same_seed_gives_the_same_weights(digits, tmp_path, plain):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_what_a_step_is_made_of(digits, tmp_path, capsys):
+def test_images_per_step(digits, tmp_path, capsys):
     """100 images: steps per epoch and images per step, as the options say."""
-    for more, told in (
+    for more, text in (
         ([], "5 steps of 20 images"),
         (["--training.accumulate=2"], "2 steps of 40 images"),
         (["--training.global_batch_size=33"], "3 steps of 33 images"),
     ):
-        train(digits, tmp_path, f"run{len(told)}{told[0]}", *more)
-        assert told in capsys.readouterr().out
+        train(digits, tmp_path, f"run{len(text)}{text[0]}", *more)
+        assert text in capsys.readouterr().out
 
 
 def test_the_average_of_weights_follows_its_formula(digits, tmp_path, capsys):
@@ -122,7 +122,7 @@ def test_weights_and_biases_hears_of_a_run(digits, tmp_path, monkeypatch):
     assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
 
 
-def test_compilation_is_tried_and_told(digits, tmp_path, capsys, monkeypatch):
+def test_compilation_is_tried_and_reported(digits, tmp_path, capsys, monkeypatch):
     compiled = []
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__)
