@@ -76,7 +76,7 @@ format: setup-dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
-# clang-tidy over the native code, with the checks in .clang-tidy (two minutes)
+# clang-tidy over the native code, with the checks in .clang-tidy (two CPU minutes)
 TIDY := build/tidy
 tidy: setup-dev
 	@$(UV) cmake ninja 'nanobind>=3.0' clang-tidy==23.1.4

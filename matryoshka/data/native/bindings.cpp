@@ -81,7 +81,8 @@ NewArray<T> new_array(std::initializer_list<size_t> shape) {
 }
 
 template <class Function>
-nb::object crop_rows(Vector<int32_t> width, Vector<int32_t> height, Function crop_of) {
+nb::object crop_rows(const Vector<int32_t>& width, const Vector<int32_t>& height,
+                     Function crop_of) {
   require(width.shape(0) == height.shape(0), "width and height differ in length");
   auto [rows, array] = new_array<int32_t>({width.shape(0), 5});
   {
@@ -201,7 +202,7 @@ nb::bytes transcode(nb::handle data, int tile) {
   return run_writer([&](JpegWriter& w) { return w.transcode(buffer.bytes(), tile); });
 }
 
-nb::object resize(Pixels image, int64_t height, int64_t width) {
+nb::object resize(const Pixels& image, int64_t height, int64_t width) {
   const int in_height = as_side(image.shape(0));
   const int in_width = as_side(image.shape(1));
   require(height >= 1 && width >= 1, "height and width must be at least 1");

@@ -32,6 +32,7 @@ void emit_message(j_common_ptr info, int level) {
       if (marker < JPEG_RST0 || marker > JPEG_RST0 + 7) return;
       break;
     }
+    default: break;
   }
   jpeg_fail(info, Status::corrupt);
 }

@@ -122,7 +122,7 @@ std::vector<std::string> kernel_names() {
   return names;
 }
 
-void pack_codes(Pool& pool, const Matrix<uint8_t>& codes, MutableVector<uint8_t> packed) {
+void pack_codes(Pool& pool, const Matrix<uint8_t>& codes, const MutableVector<uint8_t>& packed) {
   const size_t rows = codes.shape(0);
   const size_t dim = codes.shape(1);
   require_code_dim(dim);
@@ -131,7 +131,7 @@ void pack_codes(Pool& pool, const Matrix<uint8_t>& codes, MutableVector<uint8_t>
   pack(pool, codes.data(), rows, dim / kChunk, packed.data());
 }
 
-void pack_bit_rows(const Matrix<uint64_t>& bits, MutableVector<uint64_t> packed) {
+void pack_bit_rows(const Matrix<uint64_t>& bits, const MutableVector<uint64_t>& packed) {
   const size_t rows = bits.shape(0);
   const size_t words = bits.shape(1);
   require(words >= 1, "bits: expected at least one word per row");

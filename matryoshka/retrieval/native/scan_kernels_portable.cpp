@@ -33,7 +33,8 @@ size_t scan_codes(const uint8_t* codes, size_t first, size_t end, size_t chunks,
                   const int8_t* const* queries, size_t count, HitBuffer* const* hits) {
   for (; first < end && has_room(hits, count); first += kBlock) {
     for (size_t at = 0; at < count * kBlock; at += kGroup) {
-      const size_t q = at / kBlock, group = at % kBlock;
+      const size_t q = at / kBlock;
+      const size_t group = at % kBlock;
       int32_t scores[kGroup] = {};
       const uint8_t* chunk = codes + (first + group) * chunks * kChunk;
       for (size_t c = 0; c < chunks; ++c, chunk += kGroup * kChunk) {
@@ -62,7 +63,8 @@ size_t scan_bits(const uint64_t* bits, size_t first, size_t end, size_t words,
                  const uint64_t* const* queries, size_t count, HitBuffer* const* hits) {
   for (; first < end && has_room(hits, count); first += kBlock) {
     for (size_t at = 0; at < count * kBlock; at += kBitGroup) {
-      const size_t q = at / kBlock, group = at % kBlock;
+      const size_t q = at / kBlock;
+      const size_t group = at % kBlock;
       int32_t scores[kBitGroup] = {};
       const uint64_t* word = bits + (first + group) * words;
       for (size_t w = 0; w < words; ++w)

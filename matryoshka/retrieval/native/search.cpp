@@ -79,10 +79,13 @@ class TopK {
     const size_t n = std::min(k_, hits_.count);
     if (n < hits_.count) select(n);  // then sort: twice as fast as std::partial_sort
     std::sort(hits_.keys, hits_.keys + n, std::greater<uint64_t>());
-    for (size_t i = 0; i < k_; ++i) {
-      ids[i] = i < n ? static_cast<int64_t>(key_row(hits_.keys[i])) : -1;
-      scores[i] = i < n ? key_score(hits_.keys[i]) : kLowest;
+    for (size_t i = 0; i < n; ++i) {
+      const uint64_t key = hits_.keys[i];  // NOLINT(clang-analyzer-security.ArrayBound): n <= count
+      ids[i] = static_cast<int64_t>(key_row(key));
+      scores[i] = key_score(key);
     }
+    std::fill(ids + n, ids + k_, -1);
+    std::fill(scores + n, scores + k_, kLowest);
   }
 
  private:
