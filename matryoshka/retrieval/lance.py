@@ -229,7 +229,8 @@ class Record:
         texts, paths = list(numbers.classes), list(numbers.sources)
         known = {_path(source): source for source in self.data}
         data = []
-        for path in (paths[i] for i in used):
+        for i in used:
+            path = paths[i]
             data.append(known.get(path, {"path": path} if path else {}))
         return IndexRows(
             rows,
@@ -261,7 +262,8 @@ class _Numbers:
 
 def _known(numbers: dict[str, int], texts: Iterable[str]) -> np.ndarray:
     """The number of each text, int64, followed by -1; new texts get the next numbers."""
-    return np.array([*(numbers.setdefault(text, len(numbers)) for text in texts), -1], np.int64)
+    found = [numbers.setdefault(text, len(numbers)) for text in texts]
+    return np.array([*found, -1], np.int64)
 
 
 def _numbered(numbers: dict[str, int], column: Any) -> np.ndarray:

@@ -236,7 +236,7 @@ class SearchParams:
     def mflops(self, database_size: int) -> float:
         """Million operations per query by the paper's formula (ranking_metrics.mflops).
 
-        It counts an exhaustive shortlist, whatever the index.
+        It counts an exhaustive shortlist for every index.
         """
         examined = [self.k, *(stage.keep for stage in self.stages)]
         stages = zip(self.stages, examined, strict=False)

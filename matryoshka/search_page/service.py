@@ -139,12 +139,14 @@ class Service:
         """
         index = index or self._opened.index
         found = dict[str, str | None]()
-        for source in [source for part in index.parts for source in part.data]:
-            try:
-                self._pictures.open(source)
-                found[self._pictures.place(source)] = None
-            except Refusal as error:
-                found.setdefault(self._pictures.place(source), str(error))
+        for part in index.parts:
+            for source in part.data:
+                place = self._pictures.place(source)
+                try:
+                    self._pictures.open(source)
+                    found[place] = None
+                except Refusal as error:
+                    found.setdefault(place, str(error))
         return found
 
     def random_row(self) -> int:

@@ -39,7 +39,7 @@ def test_exhaustive_search_and_funnel_against_the_cpus(device, n, k, block, seed
             found = searcher.search(queries, SearchParams("exact", 8, k), deleted=deleted)
             expected = exact_search(rows, queries, 8, k, deleted=deleted)
             np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
-            assert set(found.ids[found.ids >= 0].tolist()) <= set(range(n))
+            assert set(found.ids[found.ids >= 0].tolist()) <= set(range(n)), "ids out of range"
             # shortlists that hold everything: rounding in the first part decides nothing
             setting = SearchParams("exact", 8, n, (Stage(16, n), Stage(32, k)))
             found, expected = (

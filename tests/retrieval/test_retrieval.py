@@ -247,8 +247,8 @@ def test_exact_search_against_loops(*, rows, queries, k, dim, at_once, seed):
 def test_a_scan_finds_what_an_exact_prefix_finds(dim, dtype):
     data, asked = nested(5000, 96, 1).astype(dtype), nested(40, 96, 2)
     hits, truth = PrefixScan.build(data, dim).search(asked, 50), exact_search(data, asked, dim, 50)
-    assert overlap(hits.ids, truth.ids) > 0.9
-    assert overlap(hits.ids, truth.ids[:, :10]) > 0.95
+    assert overlap(hits.ids, truth.ids) > 0.9, "7-bit codes: the 50 best overlap too little"
+    assert overlap(hits.ids, truth.ids[:, :10]) > 0.95, "7-bit codes lose exact neighbours"
     own = [
         [cosine(data[i], asked[q], dim) for i in row] for q, row in enumerate(hits.ids[:5].tolist())
     ]
@@ -259,7 +259,9 @@ def test_a_scan_finds_what_an_exact_prefix_finds(dim, dtype):
 def test_binary_codes_find_neighbours():
     data, asked = nested(5000, 256, 1), nested(40, 256, 2)
     hits, truth = BinaryScan.build(data, 256).search(asked, 200), exact_search(data, asked, 256, 10)
-    assert overlap(hits.ids, truth.ids) > 0.6  # chance: 0.04
+    assert overlap(hits.ids, truth.ids) > 0.6, (
+        "bits: the 10 best are not in the shortlist"
+    )  # chance: 0.04
     above = unit(data, 256) > np.median(unit(data, 256), axis=0)
     mine = unit(asked[:1], 256)[0] > np.median(unit(data, 256), axis=0)
     differ = (above != mine).sum(1)
@@ -284,7 +286,7 @@ def test_an_inverted_file_of_all_lists_is_the_scan():
         for i in file.ids[s : s + m]
     }
     assert all(len({lists[i] for i in row if i >= 0}) <= 2 for row in few.ids.tolist())
-    assert overlap(few.ids, whole.ids[:, :10]) > 0.8
+    assert overlap(few.ids, whole.ids[:, :10]) > 0.8, "2 lists lose too many neighbours"
 
 
 @pytest.mark.parametrize("make", ["scan", "bits", "lists"])

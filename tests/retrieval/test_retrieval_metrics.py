@@ -235,7 +235,7 @@ def test_the_distribution_is_counted(number, share):
             <= summary.mean
             <= summary.interval[1] + 1e-12
             <= 1 + 1e-12
-        )
+        ), "the bounds are not in order"
     else:
         assert (summary.interval, summary.lower) == ((0, 1), 0)
     expected = (
@@ -277,10 +277,14 @@ def test_the_bound_is_where_the_wealth_says(values, confidence, tried):
     stakes = [Fraction(1)]
     while stakes[-1] > math.sqrt(8 * math.log(needed) / len(values)):
         stakes.append(stakes[-1] / 2)
-    assert 0 <= bound <= values.mean()
-    assert wealth(values, Fraction(bound) + Fraction(1, 10**9), stakes) < needed * (1 + 1e-9)
+    assert 0 <= bound <= values.mean(), "the bound is not between 0 and the mean"
+    assert wealth(values, Fraction(bound) + Fraction(1, 10**9), stakes) < needed * (1 + 1e-9), (
+        "the bound could be higher"
+    )
     if bound:
-        assert wealth(values, Fraction(bound), stakes) >= needed * (1 - 1e-9)
+        assert wealth(values, Fraction(bound), stakes) >= needed * (1 - 1e-9), (
+            "the bound is too high"
+        )
 
 
 @st.composite
@@ -307,7 +311,7 @@ def test_the_bound_holds_exactly(parts, confidence):
             known[values] = metrics.mean_lower_bound(np.array(values), confidence)
         if known[values] > mean + 1e-12:
             wrong += math.prod(p for _, p in outcome)
-    assert wrong <= 1 - confidence + 1e-12
+    assert wrong <= 1 - confidence + 1e-12, f"the bound is wrong for {wrong:.4f} of the samples"
 
 
 def cliff(rng, size):
@@ -323,10 +327,14 @@ def test_the_bound_covers_where_the_normal_one_does_not():
     samples = cliff(np.random.default_rng(0), (300, 300))
     summaries = [metrics.summarise_recall(sample, 10) for sample in samples]
     normal = np.array([s.mean - 1.645 * s.standard_error for s in summaries])
-    assert (normal > MEAN_CLIFF).mean() > 0.2
-    assert np.mean([s.lower > MEAN_CLIFF for s in summaries]) <= 0.05
-    assert np.mean([not s.interval[0] <= MEAN_CLIFF <= s.interval[1] for s in summaries]) <= 0.05
-    assert np.mean([s.lower for s in summaries]) > MEAN_CLIFF - 0.02
+    assert (normal > MEAN_CLIFF).mean() > 0.2, "the normal bound is expected to fail here"
+    assert np.mean([s.lower > MEAN_CLIFF for s in summaries]) <= 0.05, (
+        "the one-sided bound fails too often"
+    )
+    assert np.mean([not s.interval[0] <= MEAN_CLIFF <= s.interval[1] for s in summaries]) <= 0.05, (
+        "the interval fails too often"
+    )
+    assert np.mean([s.lower for s in summaries]) > MEAN_CLIFF - 0.02, "the bound is too loose"
 
 
 def test_the_bound_is_close_with_many_queries():
@@ -335,10 +343,12 @@ def test_the_bound_is_close_with_many_queries():
     """
     for seed in range(5):
         summary = metrics.summarise_recall(cliff(np.random.default_rng(seed), 10_000), 10)
-        assert summary.mean - 3.5 * summary.standard_error < summary.lower < MEAN_CLIFF
+        assert summary.mean - 3.5 * summary.standard_error < summary.lower < MEAN_CLIFF, (
+            "the lower bound is out of its range"
+        )
     perfect = metrics.mean_lower_bound(np.ones(10_000))
-    assert (
-        1 - 5 / 10_000 < perfect < 1 - 3 / 10_000
+    assert 1 - 5 / 10_000 < perfect < 1 - 3 / 10_000, (
+        f"share of perfect queries: {perfect}"
     )  # no miss at all cannot show less than -ln(.05) / n
 
 
@@ -353,12 +363,16 @@ def test_the_luckiest_of_many_settings_needs_bonferroni():
     chosen = [
         [metrics.summarise_recall(x, 10, 0.5, m).lower > mean for x in best] for m in (1, tried)
     ]
-    assert np.mean(chosen[0]) > 0.9
-    assert np.mean(chosen[1]) <= 0.5
+    assert np.mean(chosen[0]) > 0.9, "without the correction the luckiest is expected to be wrong"
+    assert np.mean(chosen[1]) <= 0.5, "the corrected bound is wrong too often"
     x = cliff(rng, 2000)
     bounds = [metrics.summarise_recall(x, 10, bonferroni=m) for m in (1, 10, 100)]
-    assert bounds[0].lower > bounds[1].lower > bounds[2].lower
-    assert bounds[0].interval[1] < bounds[1].interval[1] < bounds[2].interval[1]
+    assert bounds[0].lower > bounds[1].lower > bounds[2].lower, (
+        "lower bounds do not fall with the number of settings"
+    )
+    assert bounds[0].interval[1] < bounds[1].interval[1] < bounds[2].interval[1], (
+        "upper bounds do not rise with the number of settings"
+    )
     half = metrics.mean_lower_bound(x, 0.975), 1 - metrics.mean_lower_bound(1 - x, 0.975)
     assert bounds[0].interval == same(half)
     assert bounds[2].lower == same(metrics.mean_lower_bound(x, 0.9995))

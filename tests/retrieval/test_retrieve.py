@@ -75,8 +75,8 @@ def test_exact_search_and_all_of_its_numbers(data, capsys):
     )
     expected = [exact(rows, query, D, 20) for query in queries]
     assert (ids.dtype, ids.shape, distances.dtype) == (np.int64, (Q, 20), np.float32)
-    assert (
-        np.mean(ids != [e[0] for e in expected]) < 0.002
+    assert np.mean(ids != [e[0] for e in expected]) < 0.002, (
+        "ids differ from the loop's by more than float32 ties"
     )  # float32: neighbours of nearly the same distance
     np.testing.assert_allclose(distances, [e[1] for e in expected], atol=1e-5)
     scores = {k: [] for k in (1, 5, 20)}
@@ -106,10 +106,12 @@ def test_exact_search_and_all_of_its_numbers(data, capsys):
         results["exact"]["perfect"],
         results["exact"]["queries"],
     ) == (1, 1, 50)
-    assert 0.5 < results["exact"]["lower"] < 1
-    assert results["speed"]["batches"]["7"]["median"] > 0
-    assert results["speed"]["latency_ms"]["p50"] <= results["speed"]["latency_ms"]["p99"]
-    assert results["memory"]["peak_bytes"] > 1e7
+    assert 0.5 < results["exact"]["lower"] < 1, "the lower bound of 50 perfect queries"
+    assert results["speed"]["batches"]["7"]["median"] > 0, "no speed"
+    assert results["speed"]["latency_ms"]["p50"] <= results["speed"]["latency_ms"]["p99"], (
+        "percentiles out of order"
+    )
+    assert results["memory"]["peak_bytes"] > 1e7, "the peak is less than Python needs"
     said = capsys.readouterr().out
     assert "3 queries without a row of their class" in said
     assert "queries/s" in said
@@ -221,7 +223,7 @@ def test_a_sweep_certifies_what_holds_on_other_queries(data, tmp_path, capsys):
     swept = json.loads((tmp_path / "out/sweep.json").read_text())
     won = swept["certificate"]
     assert (won["queries"], won["settings_tried"]) == (700, len(swept["settings"]))
-    assert won["lower"] >= 0.95
+    assert won["lower"] >= 0.95, "the certificate misses its target"
     assert f"options:     {won['options']}" in said
     assert (tmp_path / "out/frontier.png").read_bytes()[:4] == b"\x89PNG"
     rates = [one["rate"] for one in swept["frontier"]]
@@ -249,7 +251,7 @@ def test_a_sweep_certifies_what_holds_on_other_queries(data, tmp_path, capsys):
             [len(set(a) & set(b.tolist())) / 10 for a, b in zip(ids.tolist(), truth, strict=True)]
         )
         >= 0.95
-    )
+    ), "the certified recall does not hold on new queries"
 
 
 def test_a_sweep_without_enough_queries_says_how_many(data, capsys):
@@ -274,7 +276,9 @@ def test_a_sweep_without_enough_queries_says_how_many(data, capsys):
     assert "these are all " in said
     tried = len(json.loads((folder / "few/sweep.json").read_text())["settings"])
     bound = summarise_recall(np.ones(needed), 1, bonferroni=tried).lower
-    assert bound >= 0.99 > summarise_recall(np.ones(needed - 1), 1, bonferroni=tried).lower
+    assert bound >= 0.99 > summarise_recall(np.ones(needed - 1), 1, bonferroni=tried).lower, (
+        "one query fewer would be enough, or one more is needed"
+    )
     assert json.loads((folder / "few/sweep.json").read_text())["certificate"] is None
 
 
@@ -297,7 +301,9 @@ def test_an_index_is_searched_and_takes_over_what_the_sweep_found(data, tmp_path
     assert retrieve.main([*args, "--sweep", "--target-recall=0.8", "--choose"]) == 0
     chosen = Index(tmp_path / "index")
     swept = json.loads((tmp_path / "out/sweep.json").read_text())
-    assert chosen.manifest["certificate"]["lower"] == swept["certificate"]["lower"] >= 0.8
+    assert chosen.manifest["certificate"]["lower"] == swept["certificate"]["lower"] >= 0.8, (
+        "the index has another certificate than the sweep"
+    )
     assert chosen.params.as_dict() == swept["certificate"]["setting"]
     assert chosen.search(queries.astype(np.float32), k=10).ids.shape == (Q, 10)
     capsys.readouterr()
@@ -321,7 +327,9 @@ def test_frontier_and_certificate_by_hand():
     assert certified([a, b, c, d], 0.93) is b
     assert certified([a, b, c, d], 0.95) is d
     assert certified([a, b, c], 0.96) is None
-    assert queries_needed(0.99, 1) < queries_needed(0.99, 100) < queries_needed(0.999, 100)
+    assert queries_needed(0.99, 1) < queries_needed(0.99, 100) < queries_needed(0.999, 100), (
+        "more settings or a higher target need more queries"
+    )
 
 
 def test_the_grid_fits_the_data():
@@ -332,11 +340,11 @@ def test_the_grid_fits_the_data():
             rows=rows,
             neighbours=min(10, rows),
         )
-        assert len(settings) == len(set(settings)) > 0
+        assert len(settings) == len(set(settings)) > 0, "the grid is empty or has duplicates"
         for setting in settings:
-            assert setting.dim <= columns
-            assert setting.results >= min(10, rows)
-            assert setting.k <= rows
+            assert setting.dim <= columns, f"{setting}: longer than the rows"
+            assert setting.results >= min(10, rows), f"{setting}: fewer results than neighbours"
+            assert setting.k <= rows, f"{setting}: more than the database has"
             assert setting.stages[-1].dim == columns
             assert setting.index != "binary" or setting.dim % 64 == 0
 

@@ -70,7 +70,7 @@ def test_classes_go_by_name_whatever_the_database_is():
     same = [results(name, "--at=5")["classes"] for name in ("db", "x.index")]
     assert same[0]["excluded"] == same[1]["excluded"] == (labels[400:] == order[4]).sum()
     assert same[0]["top1"] == pytest.approx(same[1]["top1"], abs=0.02)
-    assert same[0]["top1"] > 0.5
+    assert same[0]["top1"] > 0.5, "classes are not matched by name"
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ def test_recall_is_of_queries_at_random():
         assert len(set(chosen[-1])) == 40
         assert exact.shape == (40, 10)
     assert chosen[0] == chosen[2] != chosen[1]
-    assert max(chosen[0]) > 80
-    assert min(chosen[0]) < 40
+    assert max(chosen[0]) > 80, "queries are not drawn from the whole range"
+    assert min(chosen[0]) < 40, "queries are not drawn from the whole range"
 
 
 def test_results_do_not_replace_embeddings_or_an_index(capsys):

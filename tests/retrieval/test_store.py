@@ -62,11 +62,11 @@ def check_hits(ids, scores, expected, stored):
     np.testing.assert_allclose(scores[: len(found)], [expected[i] for i in found], atol=3e-5)
     last = {}
     for i in found:
-        assert last.get(stored[i], -1) < i
+        assert last.get(stored[i], -1) < i, "equal rows are not ordered by id"
         last[stored[i]] = i
     for i, value in enumerate(expected):  # of equal rows, the first ones
         if value > -np.inf and stored[i] in last and i not in found:
-            assert i > last[stored[i]]
+            assert i > last[stored[i]], "an equal row with a lower id is missing"
 
 
 # ---------------------------------------------------------------- any order of changes
@@ -297,7 +297,9 @@ def test_parts_of_any_size_are_one_index(tmp_path, lists):
                         hits.scores[q], np.sort(expected)[::-1][:k], atol=1e-3
                     )
                     best = [i for i in np.argsort(-expected)[:k].tolist() if expected[i] > -np.inf]
-                    assert len(set(best) ^ set(hits.ids[q].tolist()) - {-1}) <= 2  # float16
+                    assert len(set(best) ^ set(hits.ids[q].tolist()) - {-1}) <= 2, (
+                        "more than one neighbour differs"
+                    )  # float16
     index.warm()
     np.testing.assert_array_equal(index.search(asked, k=10).ids, out[10, None].ids)
     np.testing.assert_array_equal(
@@ -326,7 +328,7 @@ def test_few_lists_and_narrow_filters(tmp_path, monkeypatch):
     full = index.search(
         asked, few, k=5, only=only
     )  # up to MAX_EXACT_FILTER_ROWS rows: compared in full
-    assert len(only) <= MAX_EXACT_FILTER_ROWS
+    assert len(only) <= MAX_EXACT_FILTER_ROWS, "the filter is too long to be compared in full"
     assert full.ids.tolist() == truth
     monkeypatch.setattr(store, "MAX_EXACT_FILTER_ROWS", 0)  # more: 2 lists of 50 become all of them
     assert index.search(asked, few, k=5, only=only).ids.tolist() == truth
@@ -392,7 +394,7 @@ def test_rows_are_stored_as_far_as_their_largest_number_allows(values):
             assert not out.any()
             continue
         scale = 2.0 ** (9 - np.frexp(top)[1])
-        assert 256 <= np.abs(out).max() <= 512
+        assert 256 <= np.abs(out).max() <= 512, "the largest number is not scaled to 256 .. 512"
         np.testing.assert_allclose(out, row * scale, rtol=2**-11, atol=2**-25)
 
 

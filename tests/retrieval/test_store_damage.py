@@ -45,7 +45,7 @@ def use(index, settings=SETTINGS):
     """Asks for all that an index says."""
     for setting in settings:
         hits = index.search(ASKED, setting, k=5)
-        assert hits.ids.max() < index.total
+        assert hits.ids.max() < index.total, "ids out of range"
     index.find(["photos/1", "more/70", "none"])
     for row in range(0, index.total, 5):
         index.name(row)
@@ -132,7 +132,7 @@ def test_every_file_damaged_anywhere(sound, monkeypatch, mapped, times):
         for content in sizes[: times + 1]:
             assert check(sound, file, content)  # a wrong size is always found
             tried += 1
-    assert tried > (200 if times > 1 else 100)
+    assert tried > (200 if times > 1 else 100), f"only {tried} damages were tried"
     use(Index(sound)).verify()
 
 
@@ -205,7 +205,7 @@ def test_json_that_is_whole_but_wrong(sound):
                     refused += 1
         finally:
             path.write_bytes(good)
-    assert refused > 50
+    assert refused > 50, f"only {refused} damages were refused"
     use(Index(sound))
 
 

@@ -250,9 +250,11 @@ def test_stopped_at_every_step(tmp_path, what):
     said = [survives(one, what, old, new) for one in left]
     done = said.index(new)
     assert said == [old] * done + [new] * (len(said) - done)  # once new, never old again
-    assert done >= {"delete": 2, "choose": 2}.get(what, 20)
+    assert done >= {"delete": 2, "choose": 2}.get(what, 20), f"only {done} kills hit a change"
     if what in ("build", "replace", "delete", "compact"):
-        assert len(said) > done + 1  # also stopped while it swept
+        assert len(said) > done + 1, (
+            "no kill hit the removal of old files"
+        )  # also stopped while it swept
 
 
 @pytest.mark.parametrize("what", CHANGES)
@@ -269,8 +271,8 @@ def test_killed(tmp_path, server, what):
         assert status == -signal.SIGKILL
         step += {"add": 33, "replace": 33, "compact": 33}.get(what, 17)
     assert said[-1] == new
-    assert sum(one == old for one in said) >= 3
-    assert len(said) > 4
+    assert sum(one == old for one in said) >= 3, "too few kills left the old index"
+    assert len(said) > 4, "the kills hit too few different moments"
 
 
 def test_readers_meanwhile(tmp_path, server):
@@ -301,10 +303,10 @@ def test_readers_meanwhile(tmp_path, server):
                 / np.linalg.norm(vectors, axis=1)
                 / np.linalg.norm(own, axis=1)
             )
-            assert cosines.min() > 0.9999
+            assert cosines.min() > 0.9999, "a hit has another cosine than its vector"
             np.testing.assert_allclose(cosines_of(own, asked), hits.scores, atol=1e-3)
     assert finished.result() == 0
-    assert len(seen) > 5
+    assert len(seen) > 5, f"the reader saw only {len(seen)} states"
     only_what_is_named(tmp_path)
 
 
@@ -399,7 +401,7 @@ def test_folders_of_other_things_stay_as_they_are(tmp_path):
     (index / "part-1").mkdir()
     (index / "notes.txt").write_bytes(b"")
     built(index, random_rows(4), overwrite=True)
-    assert {"part-1", "notes.txt"} < set(os.listdir(index))
+    assert {"part-1", "notes.txt"} < set(os.listdir(index)), "files of others were removed"
 
 
 def test_a_disk_that_fills_leaves_the_index_as_it_was(tmp_path, monkeypatch):
@@ -426,7 +428,7 @@ def test_a_disk_that_fills_leaves_the_index_as_it_was(tmp_path, monkeypatch):
         assert "No space left" in words
         assert len(Index(tmp_path)) == 5 + ("has changed" in words)
         assert ("is unchanged" in words) != ("has changed" in words)
-    assert step > 10
+    assert step > 10, f"only {step} file operations failed"
     assert len(Index(tmp_path)) == 6
     only_what_is_named(tmp_path)
 
@@ -456,4 +458,4 @@ def test_many_parts_do_not_run_out_of_open_files(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     index = Index(tmp_path)
     assert len(index.parts) == 21
-    assert len(os.listdir("/proc/self/fd")) <= before + 21
+    assert len(os.listdir("/proc/self/fd")) <= before + 21, "files stay open"

@@ -116,4 +116,4 @@ def test_the_index_of_before_is_closed_when_that_of_after_is_opened(tmp_path, mo
         ):
             most = 0
             change()
-            assert most <= one * parts
+            assert most <= one * parts, f"{most} maps are open, one part has {one}"

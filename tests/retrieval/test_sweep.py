@@ -78,7 +78,7 @@ def test_the_options_of_every_setting_select_it(folder):
         text = setting.as_options(seed=3)
         selected = retrieve.resolve_params(parsed(folder, *text.split()), table).params
         assert ("--seed 3" in text) == (setting.index == "ivf")
-        assert selected.stages[-1].keep >= 10
+        assert selected.stages[-1].keep >= 10, "the last stage keeps too few"
         last = Stage(selected.stages[-1].dim, 10)
         again = (selected.index, selected.dim, selected.k, (*selected.stages[:-1], last))
         assert again == (setting.index, setting.dim, setting.k, setting.stages)
@@ -195,7 +195,7 @@ def test_few_neighbours_lower_no_recall(folder, tmp_path):
     results, ids = run(folder, tmp_path / "3", "--at=3")
     assert ids.shape == (60, 3)
     assert (results["exact"]["k"], len(results["exact"]["found"])) == (10, 11)
-    assert results["exact"]["recall"] > 0.9
+    assert results["exact"]["recall"] > 0.9, "recall of the default search"
     results, ids = run(
         folder, tmp_path / "5", "--funnel=32,128", "--funnel-k=5", "--index=exact", "--at=5"
     )
@@ -204,7 +204,7 @@ def test_few_neighbours_lower_no_recall(folder, tmp_path):
         [len(set(a) & set(b)) / 5 for a, b in zip(ids.tolist(), truth.tolist(), strict=True)]
     )
     assert (results["exact"]["k"], results["exact"]["recall"]) == (5, pytest.approx(shared))
-    assert 0 < shared < 1
+    assert 0 < shared < 1, "the funnel should lose some, and not all"
 
 
 def test_more_than_the_database_has(folder, tmp_path, capsys):
@@ -285,4 +285,4 @@ def test_bounds_hold_for_all_settings_together():
         many.recall.lower
         == summarise_recall(recall_against_exact(found, exact), 10, bonferroni=50).lower
     )
-    assert many.recall.lower < one.recall.lower - 1e-3
+    assert many.recall.lower < one.recall.lower - 1e-3, "the corrected bound is not lower"

@@ -168,7 +168,7 @@ def test_the_fast_search_is_the_indexs_and_its_recall_is_counted(tmp_path):
             hits = index.search(query[None], found.params(choice), k=10)
             assert fast.ids.tolist() == hits.ids[0].tolist()
             seen.add(share)
-    assert len(seen) > 3  # not all the same
+    assert len(seen) > 3, f"recalls {seen}: the choices should differ"  # not all the same
     everything = comparison.Choice(10**9, 10**9, 10**9)
     assert found.clipped(everything) == comparison.Choice(2000, 50, 40)
     assert found.clipped(comparison.Choice(-5, -5, -5)) == comparison.Choice(10, 1, 12)
@@ -187,7 +187,7 @@ def test_sliders_change_the_fast_search_alone(client):
     assert (few["shortlist"], few["rerank"], few["of"]) == (10, 8, 10)
     assert (
         few["agree"] == len(exact & {hit["row"] for hit in few["hits"]}) == 10 * few["recall"] < 10
-    )
+    ), "agreeing rows are miscounted"
     best = client.get("/api/adaptive", params=asked | {"shortlist": 10**12, "rerank": 512}).json()[
         "adaptive"
     ]
@@ -195,7 +195,7 @@ def test_sliders_change_the_fast_search_alone(client):
     assert [hit["row"] for hit in best["hits"]] == [
         hit["row"] for hit in whole["columns"][-1]["hits"]
     ]
-    assert min(best["ms"], best["exact_ms"], best["ratio"]) > 0
+    assert min(best["ms"], best["exact_ms"], best["ratio"]) > 0, "times must be positive"
 
 
 def test_evil_names_are_plain_values(client):
@@ -368,7 +368,7 @@ def test_it_says_what_is_missing_and_who_can_see_it(made, tmp_path, capsys, monk
         out = capsys.readouterr().out
         assert all(word in out for word in words), out
         assert absent not in out
-        assert len(out.strip().splitlines()) <= 3
+        assert len(out.strip().splitlines()) <= 3, out
     assert [address[0] for _, address in started] == ["127.0.0.1"] * 3 + ["0.0.0.0"]
     assert all(address[1] > 0 for _, address in started)
 

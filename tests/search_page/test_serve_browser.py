@@ -146,7 +146,7 @@ def test_it_starts_with_a_row_and_its_neighbours_at_every_prefix(watched, page):
         "images => images.map(i => i.naturalWidth)"
     )
     assert len(widths) == 1 + 10 * len(titles)
-    assert min(widths) > 20
+    assert min(widths) > 20, "a column is not visible"
     assert page.locator("#note").is_hidden()
     texts = "".join(page.locator(".hit").all_inner_texts())
     assert EVIL in texts or watched.page.locator(".hit").count() < 40  # as text
@@ -185,13 +185,15 @@ def test_sliders_change_recall_and_time_live_and_by_keyboard(watched, page, made
         assert slider.get_attribute("aria-valuetext") == text
     page.locator("#setting", has_text="ivf 8 nprobe 1 k 10 -> 8").wait_for()
     watched.settle()
-    assert 0 <= int(watched.text("#recall").split()[0]) < 10
+    assert 0 <= int(watched.text("#recall").split()[0]) < 10, "the smallest search should lose some"
     assert watched.text("#recall") == watched.text(".column.adaptive .share")
     assert re.fullmatch(r"[\d.,]+ ms", watched.text("#time"))
     assert re.fullmatch(r"[\d.,]+\u00d7|slower", watched.text("#ratio"))
     assert columns == [column.inner_text() for column in page.locator(".column[data-dim]").all()]
     searches = [url for url in watched.asked[asked:] if "/api/" in url]
-    assert 1 <= len(searches) <= 3  # moves that follow each other closely are one
+    assert 1 <= len(searches) <= 3, (
+        f"{len(searches)} searches for one drag of a slider"
+    )  # moves that follow each other closely are one
     assert all("/api/adaptive?" in url for url in searches)
     page.locator("#reset").click()
     page.locator("#setting", has_text=before["setting"]).wait_for()
@@ -231,7 +233,7 @@ def test_what_is_no_picture_is_said(watched, page, made):
     page.locator("#error", has_text="not a JPEG").wait_for()
     watched.upload("large.png", bytes(17 << 20))
     page.locator("#error", has_text="more than 16").wait_for()
-    assert page.locator(".hit").count() > 0
+    assert page.locator(".hit").count() > 0, "the error replaced the neighbours"
     uploaded(watched, made, 3)
     assert page.locator("#error").is_hidden()
     assert len([text for text in watched.said if "415" in text]) == 1  # the browser's own line
@@ -244,16 +246,16 @@ def test_light_dark_narrow(watched, page, made, tmp_path):
     def brightness(name):
         page.screenshot(path=tmp_path / f"{name}.png", full_page=True)
         pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")).astype(float)
-        assert pixels.std() > 10  # something is on it
+        assert pixels.std() > 10, "the picture is blank"  # something is on it
         return pixels.mean()
 
-    assert brightness("light") > 128
+    assert brightness("light") > 128, "the light page is dark"
     page.locator("#theme").click()
-    assert brightness("button") < 128
+    assert brightness("button") < 128, "the button did not darken the page"
     page.locator("#theme").click()
     page.evaluate("delete document.documentElement.dataset.theme")
     page.emulate_media(color_scheme="dark", reduced_motion="reduce")
-    assert brightness("dark") < 128
+    assert brightness("dark") < 128, "the dark page is light"
     assert page.locator("#columns").evaluate(
         "node => getComputedStyle(node).transitionProperty"
     ) in ("none", "all")
@@ -282,7 +284,7 @@ def test_what_a_screen_shows_at_once(page, width, height):
     assert page.evaluate("document.documentElement.scrollWidth") == width
     for at in range(2):  # neighbours of the fast search, and of the first prefix
         hit = page.locator(".column").nth(at).locator(".hit").nth(1).bounding_box()
-        assert hit["y"] + hit["height"] < height
+        assert hit["y"] + hit["height"] < height, "the second hit is below the fold"
     narrow = width < 400
     summary, slider = page.locator("#tuning summary"), page.get_by_label("Shortlist")
     slider.wait_for(state="hidden" if narrow else "visible")
@@ -291,7 +293,9 @@ def test_what_a_screen_shows_at_once(page, width, height):
         summary.click()
         assert slider.is_visible()
         third = page.locator(".column").nth(2).bounding_box()
-        assert third["x"] < width < third["x"] + third["width"]  # the next column is there, in part
+        assert third["x"] < width < third["x"] + third["width"], (
+            "the third column should be cut by the edge"
+        )  # the next column is there, in part
         places = (
             ("0", ".after:not(.before)"),
             ("node.scrollWidth / 4", ".before.after"),
@@ -335,7 +339,7 @@ def test_without_pictures_names_are_shown_and_keep_their_ends(watched, page, cha
             const inner = node.firstChild.getBoundingClientRect();
             return [outer.left - inner.left, inner.right - outer.right]; }""")
         assert (front > 20) == cut
-        assert end < 1
+        assert end < 1, "the end of the name is cut"
     assert page.locator("#empty").evaluate("node => node.scrollWidth <= node.clientWidth")
     extension = page.evaluate("""() => {
         const nodes = [...document.getElementById("empty").childNodes];
@@ -394,7 +398,7 @@ def test_an_upload_is_shown_as_the_model_sees_it(watched, page, tmp_path):
     shown = np.asarray(Image.open(tmp_path / "shown.png").convert("RGB")).astype(int)
     row = shown[len(shown) // 2]
     left, right = row[len(row) // 4], row[3 * len(row) // 4]
-    assert left[0] - left[2] > 150 < right[2] - right[0]
+    assert left[0] - left[2] > 150 < right[2] - right[0], "the picture is not shown as it is stored"
 
 
 def test_everything_has_a_name(page):

@@ -97,7 +97,7 @@ def test_queries_are_forgotten_and_keys_cannot_be_guessed(made, photo, monkeypat
     third = few.post("/api/query", content=file.getvalue()).json()["query"]
     for key, status in ((first, 200), (third, 200), (second, 404), ("0", 404), ("", 404)):
         assert few.get("/api/neighbours", params={"query": key}).status_code == status
-    assert min(map(len, (first, second, third))) >= 16
+    assert min(map(len, (first, second, third))) >= 16, "keys are short enough to guess"
     assert "row" in said(few.get("/api/neighbours"), 400)
     assert "row" in said(few.get("/api/neighbours", params={"row": 1, "query": first}), 400)
 
@@ -141,7 +141,7 @@ def test_pictures_are_small_jpegs_of_the_rows_image(made, client):
             there = np.asarray(own.convert("RGB").resize(image.size, Image.Resampling.BOX)).astype(
                 float
             )
-            assert np.abs(np.asarray(image) - there).mean() < 12
+            assert np.abs(np.asarray(image) - there).mean() < 12, "another picture"
     version = client.get("/api/index").json()["version"]
     kept = client.get("/image/0", params={"version": version}).headers["cache-control"]
     assert "immutable" in kept
@@ -274,7 +274,9 @@ def test_pictures_of_a_beton(made, tmp_path, photo, mode):
         writer.build(batch_of(tmp_path / "e"))
     shown, service = client_of(made, tmp_path / "b.index")
     with Image.open(io.BytesIO(shown.get("/image/4").content)) as image:
-        assert np.abs(np.asarray(image).astype(int) - photo(50, 40, seed=11)).mean() < 12
+        assert np.abs(np.asarray(image).astype(int) - photo(50, 40, seed=11)).mean() < 12, (
+            "another picture"
+        )
     assert shown.get("/api/index").json()["pictures"] is True
     other = tmp_path / "other.beton"  # as many images, others
     write_beton(source, other, write_mode=mode, max_resolution=20, names=mode == "raw")
