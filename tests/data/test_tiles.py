@@ -108,13 +108,13 @@ markers = st.one_of(
 
 @settings(max_examples=400, deadline=None)
 @given(
-    st.integers(1, 200) | st.integers(1, 40),
-    st.integers(1, 120) | st.integers(1, 40),
-    st.sampled_from(list(SAMPLINGS)),
-    markers,
-    st.integers(0, 2**32),
-    st.sampled_from([95, 50, 10]),
-    st.booleans(),
+    width=st.integers(1, 200) | st.integers(1, 40),
+    height=st.integers(1, 120) | st.integers(1, 40),
+    sampling=st.sampled_from(list(SAMPLINGS)),
+    options=markers,
+    seed=st.integers(0, 2**32),
+    quality=st.sampled_from([95, 50, 10]),
+    progressive=st.booleans(),
 )
 def test_crops_are_those_of_the_whole_image(
     *, width, height, sampling, options, seed, quality, progressive
