@@ -18,7 +18,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matryoshka import config as room
+from matryoshka.config import files as room
 from matryoshka.config import ConfigError, flat, program, read, to_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
