@@ -41,20 +41,14 @@ from matryoshka.checkpoint.published import load_any
 from matryoshka.data import CenterCrop, Loader, open_dataset
 from matryoshka.environment import environment
 from matryoshka.evaluation.neighbours import knn_accuracy, nearest, nearest_class_mean
+from matryoshka.evaluation.options import METHODS
+from matryoshka.evaluation.options import baselines_parser as parser
 from matryoshka.evaluation.predict import extract_features
 from matryoshka.evaluation.probe import fit
 from matryoshka.files import write_atomically
 from matryoshka.models import ModelError, NestedModel
-from matryoshka.nested import check_dims, default_dims, nested_logits
+from matryoshka.nested import default_dims, nested_logits
 
-METHODS = ("linear", "1nn", "ncm", "svd", "svd-1nn", "rand-fs", "rand-lp")
-LIMITS = {
-    "batch_size": (1, 65536),
-    "workers": (0, 1024),
-    "draws": (1, 9999),
-    "seed": (0, 2**63 - 1),
-    "weight_decay": (0, 1e9),
-}
 NEED_CLASSES, NEED_ONE_HEAD = ("linear", "svd", "svd-1nn"), ("svd", "svd-1nn")
 
 
@@ -88,64 +82,11 @@ class Task:
         return {"device": self.device, "dtype": self.dtype}
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="baselines.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument(
-        "--path",
-        required=True,
-        help="a .safetensors or .pt file, torchvision:NAME[.WEIGHTS] or timm:NAME",
-    )
-    p.add_argument(
-        "--train-data",
-        required=True,
-        help="the database: a .beton file or a folder of class folders",
-    )
-    p.add_argument("--val-data", required=True, help="the queries")
-    p.add_argument(
-        "--dims",
-        help="e.g. 8,64,512; default: the checkpoint's, or powers of two up to its one width",
-    )
-    p.add_argument("--only", help=f"some of {','.join(METHODS)}")
-    p.add_argument("--shots", default="1,3,5,7,9", help="of ncm")
-    p.add_argument("--ways", type=int, help="of ncm: classes in a draw; default: all")
-    p.add_argument("--draws", type=int, default=5, help="of what is random")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--weight-decay", type=float, default=1e-4, help="of rand-lp")
-    p.add_argument("--mrl", action="store_true", help="an upstream checkpoint trained with MRL")
-    p.add_argument("--efficient", action="store_true", help="with --mrl: MRL-E")
-    p.add_argument("--rep_size", type=int, help="width of an upstream fixed-feature checkpoint")
-    p.add_argument(
-        "--old_ckpt",
-        action="store_true",
-        help="an upstream checkpoint with the keys of its first release",
-    )
-    p.add_argument("--workers", type=int, default=0, help="decoding threads; default: all cores")
-    p.add_argument("--batch-size", type=int, default=256)
-    p.add_argument("--device", default="auto", choices=distributed.DEVICES)
-    p.add_argument(
-        "--precision", default="fp32", choices=distributed.PRECISIONS, help="of the trunk"
-    )
-    p.add_argument(
-        "--output", default="baselines.json", help="the results as JSON; default: baselines.json"
-    )
-    return p
-
-
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     check(args)
-    args.shots = numbers("--shots", args.shots)
-    wanted = METHODS if args.only is None else tuple(args.only.split(","))
-    if unknown := [method for method in wanted if method not in METHODS]:
-        raise config.ConfigError(
-            f"--only {args.only}: {unknown[0]!r} is unknown; known: {', '.join(METHODS)}"
-        )
+    wanted = args.only or METHODS
     train, val = open_dataset(args.train_data), open_dataset(args.val_data)
     check_sets(train, val)
     model = load_any(
@@ -228,30 +169,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
+    """ConfigError for more than one process, and for a place that is not writable."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise config.ConfigError("baselines.py runs as one process; start it without torchrun")
-    for option, (low, high) in LIMITS.items():
-        if not low <= (value := getattr(args, option)) <= high:  # nor NaN
-            raise config.ConfigError(
-                f"--{option.replace('_', '-')} {value}: expected {low} to {int(high)}"
-            )
     if Path(args.output).is_dir():
         raise config.ConfigError(f"--output {args.output}: is a folder; give the name of a file")
     if not Path(args.output).resolve().parent.is_dir():
         raise config.ConfigError(
             f"--output {args.output}: its folder does not exist; make it first"
         )
-
-
-def numbers(option: str, text: str) -> tuple[int, ...]:
-    """Strictly increasing numbers from 1 on."""
-    try:
-        values = tuple(int(word) for word in text.split(","))
-        return check_dims(values, max(values))
-    except ValueError:
-        raise config.ConfigError(
-            f"{option} {text}: expected increasing numbers with commas, such as 1,8,64"
-        ) from None
 
 
 def check_sets(train, val) -> None:
@@ -287,10 +213,11 @@ def columns(args: argparse.Namespace, model: NestedModel) -> tuple[int, ...]:
     width = model.dims[-1]
     if args.dims is None:
         return model.dims if len(model.dims) > 1 else default_dims(width, min(8, width))
-    dims = numbers("--dims", args.dims)
+    dims = args.dims
     if dims[-1] > width:
+        shown = ",".join(map(str, dims))
         raise config.ConfigError(
-            f"--dims {args.dims}: go beyond the feature width {width} of {args.path}"
+            f"--dims {shown}: go beyond the feature width {width} of {args.path}"
         )
     return dims
 

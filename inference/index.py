@@ -18,7 +18,6 @@ it. docs/retrieval.md has the rest.
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from argparse import Namespace
@@ -30,6 +29,7 @@ import numpy as np
 
 from matryoshka import config
 from matryoshka.embeddings.reading import AGAIN, META, EmbeddingError, open_embeddings
+from matryoshka.retrieval.options import index_parser as parser
 from matryoshka.retrieval.store import MANIFEST, Index
 from matryoshka.retrieval.store_writer import Batch, Writer
 
@@ -38,74 +38,9 @@ CROWDED = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="index.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
-
-    def action(name: str, text: str) -> argparse.ArgumentParser:
-        one = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
-        if name != "record":
-            one.add_argument("index", metavar="DIR", help="folder of the index")
-        one.add_argument("--threads", type=int, default=0, help="default: all cores")
-        return one
-
-    build = action("build", "a new index of embeddings")
-    add = action("add", "more embeddings of the same model")
-    record = action("record", "embeddings as a LanceDB table")
-    sync = action("sync", "make an index, or bring it to what a LanceDB table holds")
-    for one in (record, sync):
-        one.add_argument(
-            "--lancedb", required=True, metavar="URI", help="folder or address of the database"
-        )
-        one.add_argument("--table", default="embeddings", help="default: embeddings")
-    record.add_argument("--overwrite", action="store_true", help="replace a table of this name")
-    sync.add_argument(
-        "--shortlist-dim", type=int, metavar="D", help="of a new index; default: 64, or all"
-    )
-    for one in (build, add, record):
-        one.add_argument(
-            "--embeddings", required=True, metavar="DIR", help="what `matryoshka embed` wrote"
-        )
-        one.add_argument("--prefix", default="", help="put before every name")
-    build.add_argument(
-        "--shortlist-dim", type=int, metavar="D", help="of the codes; default: 64, or all"
-    )
-    build.add_argument(
-        "--lists", type=int, help="of the inverted file; default: about 4 x sqrt(rows)"
-    )
-    build.add_argument("--seed", type=int, default=0, help="of k-means")
-    build.add_argument(
-        "--overwrite", action="store_true", help="replace the index in DIR once this one is whole"
-    )
-    add.add_argument(
-        "--replace", action="store_true", help="rows of the same names are deleted in the same step"
-    )
-    delete = action("delete", "rows by name")
-    delete.add_argument("names", nargs="*", metavar="NAME")
-    delete.add_argument("--names-from", type=Path, metavar="FILE", help="one name a line, UTF-8")
-    delete.add_argument(
-        "--missing-ok", action="store_true", help="pass over names that the index does not have"
-    )
-    action("compact", "make one part of all rows that are not deleted, with lists for all of them")
-    info = action("info", "what an index holds")
-    info.add_argument("--verify", action="store_true", help="read all of it and compare checksums")
-    return p
-
-
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if not 0 <= args.threads <= 1024:
-        raise config.ConfigError("--threads: expected 0 to 1024")
-    for option in ("shortlist_dim", "lists"):
-        value = getattr(args, option, None)
-        if value is not None and value < 1:
-            raise config.ConfigError(f"--{option.replace('_', '-')} {value}: expected 1 or more")
     actions = {
         "build": build,
         "add": add,
@@ -119,8 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build(args: Namespace) -> int:
-    if not 0 <= args.seed < 1 << 31:
-        raise config.ConfigError("--seed: expected 0 to 2147483647")
     batch, started = read(args), time.perf_counter()
     if (args.shortlist_dim or 0) > batch.rows.shape[1]:
         raise config.ConfigError(

@@ -15,9 +15,7 @@ model.safetensors needs no further flag. Upstream's .pt files take upstream's fl
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -40,113 +38,13 @@ from matryoshka.data.subset import Subset
 from matryoshka.environment import environment
 from matryoshka.evaluation import analysis
 from matryoshka.evaluation.imagenet_sets import Labelling, match
+from matryoshka.evaluation.options import eval_parser as parser
 from matryoshka.evaluation.predict import predict
 from matryoshka.evaluation.retrieval_arrays import retrieval
 from matryoshka.evaluation.saved_arrays import KINDS, Collected, file_names, write_array
 from matryoshka.files import write_atomically
 from matryoshka.models import NestedModel, with_prefixes
 from matryoshka.report.tables import accuracy_table
-
-PREPROCESSING = ("checkpoint", "upstream", "ffcv")
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="pytorch_inference.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument(
-        "--path",
-        required=True,
-        help="model.safetensors, upstream's final_weights.pt, or as a baseline "
-        "torchvision:NAME[.WEIGHTS] or timm:NAME",
-    )
-    p.add_argument(
-        "--dataset",
-        default="V1",
-        help=f"one of {', '.join(FOLDERS)}; default V1, the validation set of ImageNet-1K",
-    )
-    p.add_argument(
-        "--ood",
-        metavar="DATA",
-        help="images of none of the model's classes (a .beton, a folder of folders): how well "
-        "the confidence tells "
-        "them from those of the data set; --dataset O does so for ImageNet-O",
-    )
-    p.add_argument(
-        "--data-root",
-        default=os.environ.get("IMAGENET_DIR", "../../IMAGENET"),
-        help="folder that holds the dataset's folder (val, "
-        "imagenetv2-matched-frequency-format-val, imagenet-a, "
-        "imagenet-r or imagenet-r_, sketch); or itself a .beton file or a folder of class "
-        "folders, such as another "
-        "imagenetv2-*; default: $IMAGENET_DIR, else upstream's ../../IMAGENET",
-    )
-    p.add_argument("--mrl", action="store_true", help="an upstream checkpoint trained with MRL")
-    p.add_argument("--efficient", action="store_true", help="with --mrl: MRL-E")
-    p.add_argument("--rep_size", type=int, help="width of an upstream fixed-feature checkpoint")
-    p.add_argument(
-        "--old_ckpt",
-        action="store_true",
-        help="an upstream checkpoint with the keys of its first release",
-    )
-    p.add_argument(
-        "--nesting-list",
-        metavar="D,D,...",
-        help="prefixes to evaluate: some of an MRL checkpoint's, or any lengths of an MRL-E "
-        "checkpoint; default: all",
-    )
-    p.add_argument("--tta", action="store_true", help="add the logits of the mirror image")
-    p.add_argument(
-        "--preprocessing",
-        default="checkpoint",
-        choices=PREPROCESSING,
-        help=f"upstream: shorter side resized to {RESIZE} by Pillow, central {CROP} pixels; "
-        "ffcv: central crop of "
-        "224/256 of the shorter side, resized by area to the checkpoint's size; default: as the "
-        "checkpoint says",
-    )
-    p.add_argument("--resolution", type=int, help="pixels; default: as the checkpoint says")
-    p.add_argument("--workers", type=int, default=0, help="decoding threads; default: all cores")
-    p.add_argument("--batch-size", type=int, default=256, help="images per process")
-    p.add_argument("--device", default="auto", choices=distributed.DEVICES)
-    p.add_argument("--precision", default="fp32", choices=distributed.PRECISIONS)
-    p.add_argument(
-        "--output", help="also write the table as JSON to this file; arrays go to its folder"
-    )
-    for kind in KINDS:
-        p.add_argument(
-            f"--save_{kind}",
-            action="store_true",
-            help="write them to a .npy file, here or beside --output",
-        )
-    p.add_argument(
-        "--retrieval",
-        action="store_true",
-        help="write features instead, as upstream does: of queries and database of --dataset 1K, "
-        "V2 or 4K",
-    )
-    p.add_argument(
-        "--retrieval_array_path",
-        default="",
-        metavar="PREFIX",
-        help="before those files' names; a folder ends with /",
-    )
-    p.add_argument(
-        "--random_sample_dim",
-        type=int,
-        default=4_202_000,
-        metavar="N",
-        help="--retrieval: so many images at most",
-    )
-    p.add_argument(
-        "--upstream_names",
-        action="store_true",
-        help="--save_*: upstream's file names and .pth format",
-    )
-    return p
 
 
 class Outcome(NamedTuple):
@@ -192,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load_any(args.path, **flags, old_ckpt=args.old_ckpt)
     head = model.spec.head_name
     if args.nesting_list is not None:
-        with_prefixes(model, prefix_lengths(args.nesting_list))
+        with_prefixes(model, args.nesting_list)
     labelling = match(name, dataset, model)
     data = selected(dataset, labelling)
     kinds = [kind for kind in KINDS if getattr(args, f"save_{kind}")]
@@ -277,15 +175,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(args: Namespace) -> None:
-    if args.batch_size < 1 or args.workers < 0:
-        raise config.ConfigError("--batch-size must be 1 or more, --workers 0 or more")
-    if not 0 <= args.workers <= 1024 or (
-        args.resolution is not None and not 1 <= args.resolution <= 8192
-    ):
-        raise config.ConfigError("--workers must be at most 1024, --resolution 1 to 8192")
+    """ConfigError for options that contradict each other, and for a place that is not writable."""
     if args.resolution is not None and args.preprocessing == "upstream":
         raise config.ConfigError(
-            f"--resolution {args.resolution}: --preprocessing upstream is of {CROP} pixels"
+            f"--resolution {args.resolution}: --preprocessing upstream always takes {CROP} pixels"
         )
     place = Path(args.output or "results.json").resolve().parent
     if not place.is_dir():
@@ -301,15 +194,6 @@ def check(args: Namespace) -> None:
             raise config.ConfigError(
                 f"--output: cannot write to {place}: {error.strerror}"
             ) from None
-
-
-def prefix_lengths(text: str) -> list[int]:
-    try:
-        return [int(d) for d in text.split(",")]
-    except ValueError:
-        raise config.ConfigError(
-            f"--nesting-list {text}: expected lengths with commas, such as 8,64,512"
-        ) from None
 
 
 def selected(

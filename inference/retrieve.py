@@ -16,7 +16,6 @@ can become its default, with --choose. docs/retrieval.md has the rest.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -39,7 +38,7 @@ from matryoshka.embeddings.reading import META, WORK
 from matryoshka.files import write_atomically
 from matryoshka.retrieval import RetrievalError, Searcher, Setting, Stage
 from matryoshka.retrieval import metrics as m
-from matryoshka.retrieval.pipeline import INDEXES
+from matryoshka.retrieval.options import retrieve_parser as parser
 from matryoshka.retrieval.store import MANIFEST
 from matryoshka.retrieval.tables import Table, notes, open_pair, open_table
 
@@ -50,68 +49,8 @@ SINGLE, FEWEST = 1000, 200  # queries, one by one, for the latency; where they t
 TURNS = 5
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="retrieve.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    where = "what `matryoshka embed` wrote, an array NAME-X.npy (with labels in NAME-y.npy)"
-    p.add_argument("--database", required=True, metavar="DIR", help=f"{where}, or an index")
-    p.add_argument("--queries", required=True, metavar="DIR", help=where)
-    p.add_argument("--output", required=True, metavar="DIR", help="folder of the results")
-    p.add_argument("--overwrite", action="store_true", help="replace results in it")
-    p.add_argument(
-        "--index",
-        help=f"{', '.join(INDEXES)}; a sweep takes several, with commas. Default: scan; of an "
-        "index without any of the "
-        "options down to --funnel-k: its own search",
-    )
-    p.add_argument("--shortlist-dim", type=int, help="default: 64, or all; of hnsw and binary, too")
-    p.add_argument("--k", type=int, help="length of the shortlist; default: 200, as in the paper")
-    p.add_argument("--rerank-dim", type=int, help="default: all; 0: the shortlist is the result")
-    p.add_argument("--nprobe", type=int, help="ivf: lists that are looked at; default: 32")
-    p.add_argument("--ef", type=int, help="hnsw: efSearch; default: 200")
-    p.add_argument(
-        "--funnel", metavar="D,D,...", help="prefixes, rising: the first of the shortlist"
-    )
-    p.add_argument("--funnel-k", metavar="K,K,...", help="how many rows each but the last hands on")
-    p.add_argument(
-        "--at",
-        metavar="K,K,...",
-        help="of the metrics; default: 10,25,50,100, of an index's own search 10; the largest is "
-        "written",
-    )
-    p.add_argument(
-        "--truth",
-        type=int,
-        default=2000,
-        help="queries that are compared with exact search; 0: none",
-    )
-    p.add_argument("--batches", default="1,32,1000", metavar="B,B,...", help="for queries/s")
-    p.add_argument("--no-speed", action="store_true", help="measure no speed")
-    p.add_argument("--sweep", action="store_true", help="try many settings instead of one")
-    p.add_argument("--target-recall", type=float, help="of the sweep; default: 0.99")
-    p.add_argument(
-        "--choose",
-        action="store_true",
-        help="with --sweep: make the fastest the default of an index",
-    )
-    p.add_argument("--threads", type=int, default=0, help="default: all cores")
-    p.add_argument(
-        "--seed", type=int, default=0, help="of k-means and of the queries that are drawn"
-    )
-    return p
-
-
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["serve"]:
-        from matryoshka.inference import serve  # pyright: ignore[reportMissingImports]
-
-        return serve.main(argv[1:])
     args = parser().parse_args(argv)
     check(args)
     if args.threads:
@@ -131,36 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(args: Namespace) -> None:
-    """ConfigError for options that do not go together; turns lists of numbers into such."""
-    for name in ("at", "batches", "funnel", "funnel_k"):
-        if getattr(args, name) is not None:
-            setattr(args, name, numbers(f"--{name.replace('_', '-')}", getattr(args, name)))
+    """ConfigError for options that contradict each other."""
     if (args.funnel is None) != (args.funnel_k is None):
         raise config.ConfigError("--funnel and --funnel-k: give both, one k less than prefixes")
     if args.funnel and not (args.k is args.shortlist_dim is args.rerank_dim is None):
         raise config.ConfigError(
-            "--funnel says all prefixes and k: leave out --k, --shortlist-dim and --rerank-dim"
+            "--funnel gives all prefixes and k: leave out --k, --shortlist-dim and --rerank-dim"
         )
-    for name, least in (
-        ("k", 1),
-        ("shortlist_dim", 1),
-        ("rerank_dim", 0),
-        ("nprobe", 1),
-        ("ef", 1),
-        ("truth", 0),
-    ):
-        value = getattr(args, name)
-        if value is not None and not least <= value < 1 << 31:
-            raise config.ConfigError(
-                f"--{name.replace('_', '-')} {value}: expected {least} or more, below 2^31"
-            )
-    if not 0 <= args.threads <= 1024:
-        raise config.ConfigError("--threads: expected 0 to 1024")
-    if not 0 <= args.seed < 1 << 31:
-        raise config.ConfigError(f"--seed {args.seed}: expected 0 to {(1 << 31) - 1}")
-    for name in (args.index or "").split(",") if args.index else []:
-        if name not in INDEXES:
-            raise config.ConfigError(f"--index {name}: unknown; known: {', '.join(INDEXES)}")
     if args.funnel:
         try:
             Setting.funnel(args.index or "scan", args.funnel, args.funnel_k)
@@ -192,10 +108,6 @@ def check(args: Namespace) -> None:
         )
     if args.sweep and not args.truth:
         raise config.ConfigError("--sweep measures recall: --truth must be 1 or more")
-    if args.target_recall is not None and not 0 < args.target_recall <= 1:
-        raise config.ConfigError(
-            f"--target-recall {args.target_recall}: expected a number above 0, up to 1"
-        )
     if (args.choose or args.target_recall is not None) and not args.sweep:
         raise config.ConfigError(
             f"--{'choose' if args.choose else 'target-recall'}: goes with --sweep"
@@ -215,18 +127,6 @@ def check(args: Namespace) -> None:
     done = output / ("sweep.json" if args.sweep else "results.json")
     if done.exists() and not args.overwrite:
         raise config.ConfigError(f"{done}: exists; choose another --output, or add --overwrite")
-
-
-def numbers(option: str, text: str) -> list[int]:
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) < 1:
-        raise config.ConfigError(
-            f"{option} {text}: expected numbers from 1, with commas between them"
-        )
-    return found
 
 
 def wanted(args: Namespace, database: Table) -> Setting:

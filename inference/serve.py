@@ -11,7 +11,6 @@ The index may be changed meanwhile.
 
 from __future__ import annotations
 
-import argparse
 import ipaddress
 import os
 import shlex
@@ -38,48 +37,14 @@ from matryoshka.embeddings.reading import trunk_sha256
 from matryoshka.evaluation.embedding import fingerprint
 from matryoshka.models import NestedModel
 from matryoshka.retrieval.store import Index
+from matryoshka.search_page.options import serve_parser as parser
 
 ANY = ("0.0.0.0", "::", "")
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="retrieve.py serve",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("index", metavar="DIR", help="folder of the index")
-    p.add_argument(
-        "--model",
-        metavar="FILE",
-        help="that made the index; default: where the index says that it is",
-    )
-    p.add_argument(
-        "--data",
-        action="append",
-        metavar="PATH",
-        help="the data set of the pictures, where it has moved; of an index of several: once for "
-        "each, in their order",
-    )
-    p.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on; default: 127.0.0.1, this computer only",
-    )
-    p.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any free one")
-    p.add_argument(
-        "--max-upload-mb", type=float, default=16.0, help="of an image that is dropped; default: 16"
-    )
-    p.add_argument("--device", default="auto", choices=distributed.DEVICES)
-    p.add_argument("--threads", type=int, default=0, help="default: all cores")
-    return p
 
 
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    check(args)
     search_page, uvicorn = required()
     index = Index(args.index, args.threads)
     replaced = moved(index, args.data)
@@ -109,23 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check(args: Namespace) -> None:
-    if not 0 <= args.port <= 65535:
-        raise config.ConfigError(f"--port {args.port}: expected 0 to 65535")
-    if not 0 < args.max_upload_mb <= 1024:
-        raise config.ConfigError(
-            f"--max-upload-mb {args.max_upload_mb:g}: expected more than 0, at most 1024"
-        )
-    if not 0 <= args.threads <= 1024:
-        raise config.ConfigError("--threads: expected 0 to 1024")
-
-
 def required() -> tuple[Any, Any]:
     """(matryoshka.search_page, uvicorn)"""
     try:
         import uvicorn
 
         from matryoshka import search_page
+        from matryoshka.search_page import make_app  # noqa: F401 - needs fastapi
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn"):
             raise

@@ -8,45 +8,92 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
+from typing import NamedTuple
 
 from matryoshka import __version__, config
 
-PROGRAMS = {  # subcommand: (module with main(argv), what it does)
-    "write": ("matryoshka.train.write_imagenet", "image folder -> .beton"),
-    "data": (
-        "matryoshka.train.check_data",
-        "info, verify: what is in a .beton, and whether it is sound",
+
+class Program(NamedTuple):
+    """A subcommand: the module with main(argv), what it does, and its options.
+
+    options: `module:function`; the function gives a parser. Checking them first answers `--help`
+    and a mistyped option before the program imports torch, which takes two seconds. None: the
+    program itself imports quickly.
+    """
+
+    module: str
+    text: str
+    options: str | None = None
+
+
+PROGRAMS = {
+    "write": Program("matryoshka.train.write_imagenet", "image folder -> .beton"),
+    "data": Program(
+        "matryoshka.train.check_data", "info, verify: content and integrity of a .beton"
     ),
-    "train": ("matryoshka.train.train_imagenet", "train MRL, MRL-E or a fixed feature"),
-    "runs": ("matryoshka.train.list_runs", "table of the training runs in a folder"),
-    "probe": ("matryoshka.train.linear_probe", "nested classifiers on a frozen backbone"),
-    "eval": ("matryoshka.inference.pytorch_inference", "accuracy of every prefix of a checkpoint"),
-    "embed": ("matryoshka.inference.embed", "a data set's embeddings as memory-mapped arrays"),
-    "index": (
+    "train": Program(
+        "matryoshka.train.train_imagenet",
+        "train MRL, MRL-E or a fixed feature",
+        "matryoshka.training.options:parser",
+    ),
+    "runs": Program("matryoshka.train.list_runs", "table of the training runs in a folder"),
+    "probe": Program(
+        "matryoshka.train.linear_probe",
+        "nested classifiers on a frozen backbone",
+        "matryoshka.evaluation.probe_options:parser",
+    ),
+    "eval": Program(
+        "matryoshka.inference.pytorch_inference",
+        "accuracy of every prefix of a checkpoint",
+        "matryoshka.evaluation.options:eval_parser",
+    ),
+    "embed": Program(
+        "matryoshka.inference.embed",
+        "a data set's embeddings as memory-mapped arrays",
+        "matryoshka.evaluation.options:embed_parser",
+    ),
+    "index": Program(
         "matryoshka.inference.index",
         "embeddings as an index on disk: build, add, delete, compact, info",
+        "matryoshka.retrieval.options:index_parser",
     ),
-    "retrieve": (
+    "retrieve": Program(
         "matryoshka.inference.retrieve",
         "nearest neighbours, measured; serve: a page to try an index",
+        "matryoshka.retrieval.options:retrieve_parser",
     ),
-    "analyze": (
+    "analyze": Program(
         "matryoshka.inference.analyze",
         "cascades, oracle, superclasses, calibration of saved predictions",
+        "matryoshka.evaluation.options:analyze_parser",
     ),
-    "gradcam": ("matryoshka.inference.gradcam", "where every prefix looks: heat maps of images"),
-    "baselines": (
+    "gradcam": Program(
+        "matryoshka.inference.gradcam",
+        "Grad-CAM heat maps of every prefix",
+        "matryoshka.evaluation.options:gradcam_parser",
+    ),
+    "baselines": Program(
         "matryoshka.inference.baselines",
         "1-NN, class means, SVD, random features of a checkpoint",
+        "matryoshka.evaluation.options:baselines_parser",
     ),
-    "report": ("matryoshka.inference.report", "one HTML page that shows a model"),
+    "report": Program("matryoshka.inference.report", "one HTML page that shows a model"),
+}
+# Commands of two words.
+ROUTES = {
+    ("retrieve", "serve"): Program(
+        "matryoshka.inference.serve",
+        "a page to try an index",
+        "matryoshka.search_page.options:serve_parser",
+    ),
 }
 
 
 def usage() -> str:
-    rows = {"demo": "the whole path on handwritten digits, a few minutes on a CPU"}
-    rows |= {name: text for name, (_, text) in PROGRAMS.items()}
+    rows = {"demo": "the whole pipeline on handwritten digits, a few minutes on a CPU"}
+    rows |= {name: program.text for name, program in PROGRAMS.items()}
     lines = "\n".join(f"  {name:10} {text}" for name, text in rows.items())
     head = "usage: matryoshka COMMAND [options]      (COMMAND --help lists its options)"
     return f"{head}\n\n{lines}\n\nmatryoshka {__version__}"
@@ -64,13 +111,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "demo":
         return demo(rest)
     if command not in PROGRAMS:
-        print(f"error: unknown command {command!r}\n\n{usage()}", file=sys.stderr)
+        near = get_close_matches(command, ["demo", *PROGRAMS], n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        print(f"error: unknown command {command!r}{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     return run(command, rest)
 
 
+@config.program
 def run(command: str, argv: Sequence[str]) -> int:
-    return importlib.import_module(PROGRAMS[command][0]).main(argv) or 0
+    """Run a subcommand; its exit status."""
+    program = PROGRAMS[command]
+    if route := ROUTES.get((command, argv[0] if argv else "")):
+        program, argv = route, argv[1:]
+    if program.options is not None:
+        module, _, parser = program.options.partition(":")
+        getattr(importlib.import_module(module), parser)().parse_args(argv)
+    return importlib.import_module(program.module).main(argv) or 0
 
 
 # Digits are not photos: no mirror images, mild crops, small pictures; a full-frame central crop to

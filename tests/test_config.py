@@ -18,8 +18,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matryoshka.config import files as room
 from matryoshka.config import ConfigError, flat, program, read, to_yaml
+from matryoshka.config import files as room
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -33,6 +33,7 @@ from matryoshka.distributed import World
 from matryoshka.evaluation.predict import predict
 from matryoshka.models import NestedModel, model_spec
 from matryoshka.nested import nested_cross_entropy
+from matryoshka.training.checks import check, global_batch_size
 from matryoshka.training.guard import Guard, Report
 from matryoshka.training.loaders import (
     make_loaders,
@@ -41,7 +42,7 @@ from matryoshka.training.loaders import (
     validation_loader,
 )
 from matryoshka.training.optim import lr_at, make_optimizer, parameter_groups, peak_epoch, peak_lr
-from matryoshka.training.options import SECTIONS, check, global_batch_size
+from matryoshka.training.options import SECTIONS, parser
 from matryoshka.training.run_folder import accuracy_keys, new_run_id
 from matryoshka.training.session import FINAL, Session, begin, launch_id
 from matryoshka.training.state import Ema, TrainState
@@ -51,9 +52,7 @@ from matryoshka.training.watch import Stopped
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    cfg = config.read(
-        SECTIONS, argv, prog="train_imagenet.py", description=(__doc__ or "").split("\n", 1)[0]
-    )
+    cfg = parser().parse_args(argv)
     processes = distributed.processes_to_start(
         cfg.dist, cfg.training.distributed, cfg.training.device
     )
@@ -80,7 +79,8 @@ def train(cfg: SimpleNamespace, world: World) -> None:
         cfg.logging.run_id or launch_id() or new_run_id(cfg.model.arch.replace(":", "-")), world
     )
     options = config.flat(cfg)
-    start = begin(Path(cfg.logging.folder), run_id, t.resume, options, world)
+    neutral = config.neutral_options(SECTIONS)
+    start = begin(Path(cfg.logging.folder), run_id, t.resume, options, world, neutral=neutral)
     if start.finished:
         say(f"finished {start.path}: this run is done; its model is {start.path / FINAL}")
         return

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -44,8 +44,11 @@ def save_model(model: NestedModel, path: str | Path, config: Mapping | None = No
 
 def describe(model: NestedModel) -> dict:
     """What rebuilds a model, beside its weights, as JSON holds it."""
+    spec = asdict(model.spec)
+    if not spec["arch_options"]:
+        del spec["arch_options"]  # so that files without any keep their bytes
     return {
-        "model": asdict(model.spec),
+        "model": spec,
         "preprocessing": asdict(model.preprocessing),
         "classes": model.classes,
     }
@@ -135,10 +138,11 @@ def read(
 
 def _problem(contents: Contents) -> str | None:
     """What no model can be built from."""
-    (arch, num_classes, dims, efficient, blurpool), shown = (
-        astuple(contents.spec),
-        contents.preprocessing,
-    )
+    spec, shown = contents.spec, contents.preprocessing
+    arch, num_classes, dims = spec.arch, spec.num_classes, spec.dims
+    efficient, blurpool, options = spec.efficient, spec.blurpool, spec.arch_options
+    if not (isinstance(options, dict) and all(isinstance(key, str) for key in options)):
+        return f"its arch_options are {options!r}"
     if not (isinstance(arch, str) and isinstance(efficient, bool) and isinstance(blurpool, bool)):
         return f"its arch, efficient and blurpool are {arch!r}, {efficient!r} and {blurpool!r}"
     if type(num_classes) is not int or num_classes < 1:

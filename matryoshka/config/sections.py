@@ -109,7 +109,9 @@ def _values(
         key = f"{name}.{field.name}"
         param = params[key]
         if param.required and key not in given:
-            errors.append(f"{key} is required: {param.desc}" if param.desc else f"{key} is required")
+            errors.append(
+                f"{key} is required: {param.desc}" if param.desc else f"{key} is required"
+            )
             continue
         value, source = given.get(key, (param.default, "by default"))
         try:

@@ -25,7 +25,8 @@ import torch
 from matryoshka.data import _native
 from matryoshka.data.crops import EVALUATION_CROP, CenterCrop, Crop, PadCrop, RandomResizedCrop
 from matryoshka.data.layout import BetonError, Samples
-from matryoshka.data.order import ORDERS, batches, epoch_order, num_batches
+from matryoshka.data.options import ON_ERROR, ORDERS
+from matryoshka.data.order import batches, epoch_order, num_batches
 from matryoshka.data.pages import ImageFeed, MapFeed, PagedFile, PageFeed, page_numbers
 from matryoshka.data.reader import BetonFile
 from matryoshka.data.slots import Batch, HostSlots, PinnedSlots
@@ -34,8 +35,6 @@ from matryoshka.data.state import check_state
 from matryoshka.environment import available_cores
 
 __all__ = ["Batch", "CenterCrop", "Loader", "PadCrop", "RandomResizedCrop", "Skipped"]
-
-ON_ERROR = ("error", "skip")
 
 
 class Skipped(NamedTuple):

@@ -29,7 +29,6 @@ from matryoshka.embeddings.writing import Plan, RowWriter, Unfinished
 from matryoshka.environment import git_state
 from matryoshka.models import ModelError, NestedModel
 
-PREPROCESSING = ("checkpoint", "upstream", "ffcv")
 FLUSH_SECONDS = (
     20.0  # at most so much work, and the batches being written, is done again after a kill
 )
@@ -38,13 +37,10 @@ LOOKED_AT = 64  # images whose bytes are part of a data set's fingerprint
 
 
 def check(args: Any) -> None:
-    if args.batch_size < 1 or not 0 <= args.workers <= 1024:
-        raise config.ConfigError("--batch-size must be 1 or more, --workers 0 to 1024")
-    if args.resolution is not None and not 1 <= args.resolution <= 8192:
-        raise config.ConfigError(f"--resolution {args.resolution}: expected 1 to 8192")
+    """ConfigError for options that contradict each other."""
     if args.resolution is not None and args.preprocessing == "upstream":
         raise config.ConfigError(
-            f"--resolution {args.resolution}: --preprocessing upstream is of {CROP} pixels"
+            f"--resolution {args.resolution}: --preprocessing upstream always takes {CROP} pixels"
         )
 
 

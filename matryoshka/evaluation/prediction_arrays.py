@@ -16,9 +16,9 @@ import torch
 
 from matryoshka.data.imagenet import CLASSES, wnids
 from matryoshka.evaluation.analysis import top_confidence
+from matryoshka.evaluation.options import SCORES
 
 MAX_CLASSES = 10_000_000
-SCORES = ("logits", "softmax", "predictions")  # the first that is there is used
 
 
 class ArrayError(ValueError):
@@ -105,12 +105,7 @@ def from_files(given: Mapping[str, Any]) -> Arrays:
         raise ArrayError(
             "give --results, or one of --logits, --softmax and --predictions with --gt and --dims"
         )
-    try:
-        dims = [int(d) for d in given["dims"].split(",")]
-    except ValueError:
-        raise ArrayError(
-            f"--dims {given['dims']}: expected lengths with commas, such as 8,16,32"
-        ) from None
+    dims = list(given["dims"])
     about = {"scores": given[kinds[0]], "gt": given["gt"]}
     return _checked(kinds[0], Path(given[kinds[0]]), Path(given["gt"]), dims, None, about)
 

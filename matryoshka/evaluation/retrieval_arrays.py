@@ -68,10 +68,6 @@ def retrieval(args: Any, tell: Callable[[str], None]) -> int:
         raise config.ConfigError(
             f"--{given[0].replace('nesting_list', 'nesting-list')} is not for --retrieval"
         )
-    if args.random_sample_dim < 1:
-        raise config.ConfigError(
-            f"--random_sample_dim {args.random_sample_dim}: expected 1 or more"
-        )
     stem = args.retrieval_array_path
     folder = Path(f"{stem}X").parent
     if not folder.is_dir():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -20,91 +20,8 @@ from torch import Tensor, nn
 from matryoshka.data import CenterCrop, read_images
 from matryoshka.data.augment import Preprocessing, normalise
 from matryoshka.models.blurpool import apply_blurpool
+from matryoshka.models.options import ModelConfig, ModelError, ModelSpec
 from matryoshka.nested import NestedLinear, check_dims, default_dims
-
-__all__ = [
-    "BACKBONES",
-    "TIMM",
-    "ModelConfig",
-    "ModelError",
-    "ModelSpec",
-    "NestedModel",
-    "build",
-    "model_spec",
-    "with_prefixes",
-]
-
-
-class ModelError(ValueError):
-    """A model option that cannot be met; the message names the option and the remedy."""
-
-    user_error = True
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Section `model`."""
-
-    arch: str = field(
-        default="resnet18",
-        metadata={"help": "backbone: a ResNet by its torchvision name, or timm:NAME"},
-    )
-    pretrained: bool = field(
-        default=False, metadata={"help": "short for model.init=torchvision:<arch>, or timm:"}
-    )
-    init: str | None = field(
-        default=None,
-        metadata={
-            "help": "start weights: a checkpoint (.safetensors, .pt), "
-            "torchvision:NAME[.WEIGHTS], timm:NAME"
-        },
-    )
-    freeze: str = field(
-        default="",
-        metadata={
-            "help": "stages that keep their start weights: trunk, or e.g. stem,layer1,layer2 or "
-            "patch_embed"
-        },
-    )
-    mrl: bool = field(default=False, metadata={"help": "MRL: one classifier per prefix"})
-    efficient: bool = field(
-        default=False, metadata={"help": "MRL-E: one classifier sliced per prefix; wins over mrl"}
-    )
-    nesting_start: int = field(
-        default=3, metadata={"help": "the shortest prefix is 2^nesting_start"}
-    )
-    fixed_feature: int = field(
-        default=0,
-        metadata={"help": "baseline: width of the feature that is classified; 0 is the trunk's"},
-    )
-    dims: tuple[int, ...] | None = field(
-        default=None,
-        metadata={
-            "help": "prefix lengths, e.g. 8,12,512; unset: powers of two from 2^nesting_start to "
-            "the width"
-        },
-    )
-    relative_importance: tuple[float, ...] | None = field(
-        default=None, metadata={"help": "loss weight of each prefix; unset: all 1"}
-    )
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """All that is needed to rebuild a model without its training config."""
-
-    arch: str
-    num_classes: int
-    dims: tuple[int, ...]
-    efficient: bool = False
-    blurpool: bool = False
-
-    @property
-    def head_name(self) -> str:
-        """`mrl`, `mrl-e` or `ff<width>`."""
-        if len(self.dims) == 1:
-            return f"ff{self.dims[0]}"
-        return "mrl-e" if self.efficient else "mrl"
 
 
 class NestedModel(nn.Module):
@@ -215,10 +132,10 @@ class NestedModel(nn.Module):
         return self.encode(torch.from_numpy(images), truncate_dim, normalize)
 
 
-def _torchvision_resnet(name: str, weights: str | None) -> tuple[nn.Module, int]:
+def _torchvision_resnet(name: str, weights: str | None, **options: Any) -> tuple[nn.Module, int]:
     import torchvision  # 2 to 5 s, which `--help` and a mistyped option should not take
 
-    trunk = torchvision.models.get_model(name)
+    trunk = torchvision.models.get_model(name, **options)
     if weights is not None:
         published = torchvision.models.get_model_weights(name)[weights]
         # get_model(weights=...) would unpickle whatever is in the file
@@ -226,7 +143,7 @@ def _torchvision_resnet(name: str, weights: str | None) -> tuple[nn.Module, int]
     return _without_classifier(trunk)
 
 
-def _resnet10(weights: str | None) -> tuple[nn.Module, int]:
+def _resnet10(weights: str | None, **options: Any) -> tuple[nn.Module, int]:
     """One basic block per stage (4.9 M parameters): for small images and machines without a GPU."""
     if weights is not None:
         raise ModelError(
@@ -234,7 +151,7 @@ def _resnet10(weights: str | None) -> tuple[nn.Module, int]:
         )
     from torchvision.models.resnet import BasicBlock, ResNet
 
-    return _without_classifier(ResNet(BasicBlock, [1, 1, 1, 1]))
+    return _without_classifier(ResNet(BasicBlock, [1, 1, 1, 1], **options))
 
 
 def _without_classifier(resnet: nn.Module) -> tuple[nn.Module, int]:
@@ -244,7 +161,7 @@ def _without_classifier(resnet: nn.Module) -> tuple[nn.Module, int]:
     return resnet, classifier.in_features
 
 
-def _timm_model(name: str, weights: str | None) -> tuple[nn.Module, int]:
+def _timm_model(name: str, weights: str | None, **options: Any) -> tuple[nn.Module, int]:
     """A model of timm without its classifier. weights: its name, with the tag of published weights
     or without.
 
@@ -259,7 +176,7 @@ def _timm_model(name: str, weights: str | None) -> tuple[nn.Module, int]:
         hint = f" (did you mean {TIMM}{near[0]}?)" if near else ""
         raise ModelError(f"{option} is unknown to timm {timm.__version__}{hint}")
     make: Callable[..., Any] = partial(
-        timm.create_model, weights or name, pretrained=weights is not None, num_classes=0
+        timm.create_model, weights or name, pretrained=weights is not None, num_classes=0, **options
     )
     try:
         fixed = getattr(timm.models.get_pretrained_cfg(name), "fixed_input_size", False)
@@ -304,14 +221,17 @@ RESNETS = (  # torchvision's, all of them
         "wide_resnet101_2",
     ),
 )
-BACKBONES: dict[str, Callable[[str | None], tuple[nn.Module, int]]] = {
+BACKBONES: dict[str, Callable[..., tuple[nn.Module, int]]] = {
     "resnet10": _resnet10,
     **{name: partial(_torchvision_resnet, name) for name in RESNETS},
 }
 
 
-def backbone(arch: str, weights: str | None = None) -> tuple[nn.Module, int]:
-    """(trunk, feature width) by name. ModelError for an unknown name or weights that cannot be had."""
+def backbone(arch: str, weights: str | None = None, **options: Any) -> tuple[nn.Module, int]:
+    """(trunk, feature width) by name; options: further keywords of the builder.
+
+    ModelError for an unknown name or weights that cannot be had.
+    """
     if arch.startswith(TIMM):
         make = partial(_timm_model, arch.removeprefix(TIMM))
     elif arch in BACKBONES:
@@ -324,9 +244,9 @@ def backbone(arch: str, weights: str | None = None) -> tuple[nn.Module, int]:
             f"{TIMM}NAME"
         )
     if weights is None:
-        return make(None)
+        return make(None, **options)
     try:
-        return make(weights)
+        return make(weights, **options)
     except ModelError:
         raise
     except (
@@ -410,7 +330,7 @@ def build(spec: ModelSpec, weights: str | None = None) -> NestedModel:
     A name is torchvision's, such as IMAGENET1K_V2, or timm's for the model, such as
     resnet18.a1_in1k.
     """
-    trunk, width = backbone(spec.arch, weights)
+    trunk, width = backbone(spec.arch, weights, **spec.arch_options)
     head = NestedLinear(check_dims(spec.dims, width), spec.num_classes, spec.efficient)
     if spec.blurpool:
         apply_blurpool(trunk)

@@ -1,0 +1,70 @@
+"""Options and specification of a model, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from matryoshka.config import option
+
+
+class ModelError(ValueError):
+    """A model option that cannot be met; the message names the option and the remedy."""
+
+    user_error = True
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Section `model`."""
+
+    arch: str = option("resnet18", help="backbone: a ResNet by its torchvision name, or timm:NAME")
+    pretrained: bool = option(
+        False, help="short for model.init=torchvision:<arch>, or timm: for a model of timm"
+    )
+    init: str | None = option(
+        None,
+        help="initial weights: a checkpoint (.safetensors, .pt), torchvision:NAME[.WEIGHTS], "
+        "timm:NAME",
+    )
+    freeze: str = option(
+        "",
+        help="stages that keep their initial weights: trunk, or e.g. stem,layer1,layer2 or "
+        "patch_embed",
+    )
+    mrl: bool = option(False, help="MRL: one classifier per prefix")
+    efficient: bool = option(False, help="MRL-E: one classifier sliced per prefix; wins over mrl")
+    nesting_start: int = option(3, help="the shortest prefix is 2^nesting_start", low=0)
+    fixed_feature: int = option(
+        0, help="baseline: width of the classified feature; 0: the backbone's width", low=0
+    )
+    dims: tuple[int, ...] | None = option(
+        None,
+        help="prefix lengths, e.g. 8,12,512; unset: powers of two from 2^nesting_start to the "
+        "width",
+    )
+    relative_importance: tuple[float, ...] | None = option(
+        None, help="loss weight of each prefix; unset: all 1"
+    )
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """All that is needed to rebuild a model without its training config.
+
+    arch_options: further keywords of the backbone's builder, as JSON holds them.
+    """
+
+    arch: str
+    num_classes: int
+    dims: tuple[int, ...]
+    efficient: bool = False
+    blurpool: bool = False
+    arch_options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def head_name(self) -> str:
+        """`mrl`, `mrl-e` or `ff<width>`."""
+        if len(self.dims) == 1:
+            return f"ff{self.dims[0]}"
+        return "mrl-e" if self.efficient else "mrl"

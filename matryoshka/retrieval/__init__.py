@@ -17,12 +17,19 @@ NaN or infinity are never found; equal scores go by rising id; where fewer than 
 -1. Source: Kusupati et al., arXiv 2205.13147, section 4.3.1 and appendix E.
 """
 
-from matryoshka.retrieval.exact import exact_search
-from matryoshka.retrieval.hits import Hits, RetrievalError
-from matryoshka.retrieval.ivf import InvertedFile
-from matryoshka.retrieval.pipeline import Searcher, Setting
+from typing import TYPE_CHECKING
+
+from matryoshka import lazy
+
+# not lazily: the module of this name would hide the function
 from matryoshka.retrieval.rerank import Stage, rerank
-from matryoshka.retrieval.scan import BinaryScan, PrefixScan
+
+if TYPE_CHECKING:
+    from matryoshka.retrieval.exact import exact_search
+    from matryoshka.retrieval.hits import Hits, RetrievalError
+    from matryoshka.retrieval.ivf import InvertedFile
+    from matryoshka.retrieval.pipeline import Searcher, Setting
+    from matryoshka.retrieval.scan import BinaryScan, PrefixScan
 
 __all__ = [
     "BinaryScan",
@@ -36,3 +43,14 @@ __all__ = [
     "exact_search",
     "rerank",
 ]
+
+__getattr__ = lazy.attribute(
+    __name__,
+    {
+        "exact": ("exact_search",),
+        "hits": ("Hits", "RetrievalError"),
+        "ivf": ("InvertedFile",),
+        "pipeline": ("Searcher", "Setting"),
+        "scan": ("BinaryScan", "PrefixScan"),
+    },
+)

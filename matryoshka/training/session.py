@@ -16,7 +16,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from matryoshka import distributed
+from matryoshka.config import check_name
 from matryoshka.distributed import World
 from matryoshka.training import snapshot
 from matryoshka.training.guard import Guard, Report
@@ -40,33 +41,6 @@ CALM_STEPS, CALM_RATE = (
     0.1,
 )  # after a rollback: so many steps at this share of the learning rate
 MOST_ROLLBACKS = 5
-# Options that decide where and how fast a run goes on, not what it computes.
-FREE = (
-    "data.train_dataset",
-    "data.val_dataset",
-    "data.num_workers",
-    "data.in_memory",
-    "validation.batch_size",
-    "training.batch_size",
-    "training.accumulate",
-    "training.global_batch_size",
-    "training.distributed",
-    "training.device",
-    "training.resume",
-    "training.checkpoint_every_steps",
-    "training.checkpoint_every_minutes",
-    "training.keep_last",
-    "training.hang_timeout",
-    "training.skip_limit",
-    "training.compile",
-    "logging.folder",
-    "logging.run_id",
-    "logging.log_level",
-    "logging.wandb",
-    "dist.world_size",
-    "dist.address",
-    "dist.port",
-)
 
 
 class SessionError(ValueError):
@@ -117,14 +91,25 @@ def launch_id() -> str | None:
     return f"torchrun-{agent}-{started}"
 
 
-def find_start(folder: Path, run_id: str, resume: str | None, options: Mapping[str, Any]) -> Start:
+def find_start(
+    folder: Path,
+    run_id: str,
+    resume: str | None,
+    options: Mapping[str, Any],
+    *,
+    neutral: Collection[str] = (),
+) -> Start:
     """What to begin with in `<folder>/<run_id>`; resume: auto, a run folder or a checkpoint in one,
     or None.
 
     A folder that the same torchrun has begun is a restart, which implies auto. RunExists without
     resume; SessionError for a path that is no run, and where the options would give another result
-    than those of the run.
+    than those of the run. neutral: names of options that may differ, see `config.neutral_options`.
     """
+    try:
+        check_name(run_id)
+    except ValueError as error:
+        raise SessionError(f"logging.run_id={run_id!r}: {error}") from None
     path, chosen = folder / run_id, None
     if resume not in (None, "auto"):
         given = Path(resume)
@@ -142,18 +127,24 @@ def find_start(folder: Path, run_id: str, resume: str | None, options: Mapping[s
     if saved is None and resume not in (None, "auto"):
         raise SessionError(f"training.resume={resume}: has no checkpoint that is whole")
     if saved is not None:
-        check_options(saved, options)
+        check_options(saved, options, neutral)
     return Start(path, saved, (path / FINAL).exists() and chosen is None, tuple(notes))
 
 
 def begin(
-    folder: Path, run_id: str, resume: str | None, options: Mapping[str, Any], world: World
+    folder: Path,
+    run_id: str,
+    resume: str | None,
+    options: Mapping[str, Any],
+    world: World,
+    *,
+    neutral: Collection[str] = (),
 ) -> Start:
     """`find_start` by rank 0, for all ranks."""
     found: list[Start] = []
 
     def look() -> Start:
-        found.append(find_start(folder, run_id, resume, options))
+        found.append(find_start(folder, run_id, resume, options, neutral=neutral))
         return replace(found[0], saved=None)
 
     start = distributed.on_main(look, world)
@@ -170,12 +161,17 @@ def _is_restart(path: Path) -> bool:
         return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def check_options(saved: Saved, options: Mapping[str, Any]) -> None:
-    """SessionError that lists the options which decide about the result and differ from the run's."""
+def check_options(saved: Saved, options: Mapping[str, Any], neutral: Collection[str]) -> None:
+    """SessionError listing options that affect the result and differ from the run's.
+
+    neutral: the names of options that do not affect it.
+    """
     before = saved.about["config"]
     now = json.loads(json.dumps(dict(options)))
     names = [
-        name for name in {**before, **now} if name not in FREE and before.get(name) != now.get(name)
+        name
+        for name in {**before, **now}
+        if name not in neutral and before.get(name) != now.get(name)
     ]
     if names:
         told = ", ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in names)
