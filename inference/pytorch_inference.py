@@ -38,10 +38,11 @@ from matryoshka.data.subset import Subset
 from matryoshka.environment import environment
 from matryoshka.evaluation import analysis
 from matryoshka.evaluation.imagenet_sets import Labelling, match
+from matryoshka.evaluation.options import KINDS
 from matryoshka.evaluation.options import eval_parser as parser
 from matryoshka.evaluation.predict import predict
 from matryoshka.evaluation.retrieval_arrays import retrieval
-from matryoshka.evaluation.saved_arrays import KINDS, Collected, file_names, write_array
+from matryoshka.evaluation.saved_arrays import Collected, file_names, write_array
 from matryoshka.files import write_atomically
 from matryoshka.models import NestedModel, with_prefixes
 from matryoshka.report.tables import accuracy_table

@@ -1,4 +1,4 @@
-"""Options of processes, devices and threads, without torch: programs import them to read options."""
+"""Options of processes, devices and threads, without torch."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ class Option(Checker):
 
     def check_typed(self, typed: Any) -> None:
         """The same for a value that has its type already, such as a dataclass's attribute."""
-        if typed is None and self.optional:
+        if typed is None:
             return
         items = typed if self.is_tuple else (typed,)
         if self.nonempty and not items:
@@ -183,7 +183,7 @@ class Option(Checker):
                 names = [str(choice) for choice in self.choices]
                 hint = did_you_mean(str(item), names)
                 raise ValueError(f"expected one of {', '.join(names)}{hint}")
-            if item is not None and str(self.range) and item not in self.range:
+            if item not in self.range:
                 shown = list(items) if self.is_tuple else item
                 raise OutOfRange(shown, f"expected {self.range}")
         if self.rule is not None:

@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 def program(main: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a program's `main(argv=None)`: print what a user can correct as `error: ...`, exit 2.
+    """Decorate a program's `main(argv=None)`: errors of the user become `error: ...` and status 2.
 
     These are exceptions whose class has `user_error = True`, and OSErrors that name a file; with
     MATRYOSHKA_TRACEBACK=1 in the environment they propagate. An interrupt exits with status 130. A

@@ -161,7 +161,8 @@ def embed_parser() -> FlagParser:
         "embed.py",
         "Embeddings of a data set as memory-mapped arrays, with labels, names and provenance, in "
         "one folder.\n\n"
-        "    matryoshka embed --path model.safetensors --data train.beton --output embeddings/train\n"
+        "    matryoshka embed --path model.safetensors --data train.beton --output "
+        "embeddings/train\n"
         "    torchrun --nproc-per-node=8 inference/embed.py --path ... --data ... --output ...\n\n"
         "A killed run resumes when it is started again with the same options. "
         "docs/retrieval.md describes the files.",

@@ -4,7 +4,7 @@ comparison.py  one query: exact at each prefix, and the index's fast search
 pictures.py    uploads and pictures of data sets, decoded and checked
 service.py     answers: the index, the model, what was asked before
 app.py         the same over HTTP, and access control
-page.html, style.css, behaviour.js, icon.svg: what the browser gets; nothing comes from anywhere else
+page.html, style.css, behaviour.js, icon.svg: the files that a browser gets; it loads no others
 
 Needs fastapi (the extra [serve]). The program is inference/serve.py.
 """

@@ -41,8 +41,8 @@ def serve_parser() -> FlagParser:
         "    matryoshka retrieve serve photos.index\n"
         "    matryoshka retrieve serve photos.index --model model.safetensors --data photos "
         "--port 8080\n\n"
-        "Only this computer can open it unless --host allows others; there are no passwords. If the "
-        "embedded data set is no longer there, the page shows names. The index may change "
+        "Only this computer can open it unless --host allows others; there are no passwords. If "
+        "the embedded data set no longer exists, the page shows names. The index may change "
         "meanwhile.",
         ServeOptions,
         DeviceOptions,
