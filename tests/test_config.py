@@ -451,13 +451,13 @@ class Limits:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("clip=-1", "s.clip=-1.0: expected 0 or more"),
-        ("ema=2", "s.ema=2.0: expected 0 to 1"),
-        ("learn=0", "s.learn=0.0: expected more than 0, less than 1"),
-        ("recall=0", "s.recall=0.0: expected more than 0, at most 1"),
+        ("clip=-1", "s.clip=-1: expected 0 or more"),
+        ("ema=2", "s.ema=2: expected 0 to 1"),
+        ("learn=0", "s.learn=0: expected more than 0, less than 1"),
+        ("recall=0", "s.recall=0: expected more than 0, at most 1"),
         ("decays=1,-1", "s.decays=[1.0, -1.0]: expected 0 or more"),
-        ("decays=", "s.decays=[]: expected one value or more"),
-        ("only=ncm,svd-1n", "expected one of svd-1nn, ncm (did you mean 'svd-1nn'?)"),
+        ("decays=", "s.decays=[]: expected one or more values, each 0 or more"),
+        ("only=ncm,svd-1n", "'svd-1n' is unknown; known: svd-1nn, ncm (did you mean 'svd-1nn'?)"),
         ("run_id=../x", "no / or \\, no leading dot"),
     ],
 )
@@ -569,11 +569,13 @@ def test_flags_are_the_papers():
         (["--path=x", "--batch-size=0"], "--batch-size 0: expected 1 or more"),
         (["--path=x", "--batch-size", "-1"], "--batch-size -1: expected 1 or more"),
         (["--path=x", "--batch-size=two"], "--batch-size two: expected int"),
-        (["--path=x", "--dims=8,x"], "--dims 8,x: expected int,... or none"),
+        (["--path=x", "--dims=8,x"], "--dims 8,x: expected int,..."),
         (["--path=x", "--dims=8,0"], "--dims 8,0: expected 1 or more"),
         (["--path=x", "--device=cup"], "--device cup: expected one of auto, cpu"),
         (["--path=x", "loose"], "unexpected argument 'loose'"),
-        (["--path=x", "--rep_size=\x1b[2J"], "--rep_size '\\x1b[2J': expected int or none"),
+        (["--path=x", "--rep_size=\x1b[2J"], "--rep_size '\\x1b[2J': expected int"),
+        (["--path=x", "--rep_size=none"], "--rep_size none: expected int"),
+        (["--path=x", "--dims="], "--dims '': expected one or more values, each 1 or more"),
     ],
 )
 def test_a_mistake_in_flags_is_one_line(argv, message, capsys):

@@ -205,7 +205,7 @@ def _reading(field: Field, option: Option) -> dict[str, Any]:
 def _typed(field: Field, option: Option, value: Any) -> Any:
     """A value from the command line in its type. ConfigError names the flag, value and range."""
     try:
-        return option.check(value)
+        return option.check_flag(value)
     except ValueError as error:
         shown = value if isinstance(value, str) else " ".join(value)
         if not shown.isprintable() or not shown:

@@ -144,12 +144,14 @@ class Option(Checker):
         self.nonempty: bool = metadata.get("nonempty", False)
         self.rule: Callable[[Any], None] | None = metadata.get("check")
 
-    def help(self) -> str:
-        """The type: `int`, `float,float`, `int,... or none`."""
+    def kind(self) -> str:
+        """The type: `int`, `float,float`, `int,...`."""
         text = ",".join(item.__name__ for item in self.items)
-        if self.any_length:
-            text += ",..."
-        return f"{text} or none" if self.optional else text
+        return f"{text},..." if self.any_length else text
+
+    def help(self) -> str:
+        """The type with its words for None: `int,... or none`."""
+        return f"{self.kind()} or none" if self.optional else self.kind()
 
     def facts(self) -> list[str]:
         """What the help says beside type and default: choices and range."""
@@ -164,10 +166,17 @@ class Option(Checker):
         """The typed value. ValueError whose text is the reason; OutOfRange for a number."""
         if self.optional and str(value).strip().lower() in NONE:
             return None
+        return self._typed(value, self.help())
+
+    def check_flag(self, value: object) -> object:
+        """The same for a flag, which is left out to mean None: `--title none` is a title."""
+        return self._typed(value, self.kind())
+
+    def _typed(self, value: object, expected: str) -> object:
         try:
             typed = self._tuple(value) if self.is_tuple else _scalar(self.items[0], value)
         except (ValueError, OverflowError):
-            raise ValueError(f"expected {self.help()}") from None
+            raise ValueError(f"expected {expected}") from None
         self.check_typed(typed)
         return typed
 
@@ -177,11 +186,14 @@ class Option(Checker):
             return
         items = typed if self.is_tuple else (typed,)
         if self.nonempty and not items:
-            raise OutOfRange(list(items), "expected one value or more")
+            facts = ", each ".join(["expected one or more values", *self.facts()])
+            raise OutOfRange(list(items), facts)
         for item in items:
             if self.choices and item not in self.choices:
                 names = [str(choice) for choice in self.choices]
                 hint = did_you_mean(str(item), names)
+                if self.is_tuple:
+                    raise ValueError(f"{item!r} is unknown; known: {', '.join(names)}{hint}")
                 raise ValueError(f"expected one of {', '.join(names)}{hint}")
             if item not in self.range:
                 shown = list(items) if self.is_tuple else item

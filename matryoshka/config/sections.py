@@ -119,7 +119,8 @@ def _values(
         except OutOfRange as error:
             # the number itself; the place only where it is not in front of the user
             where = "" if source == _COMMAND_LINE else f" {source}"
-            errors.append(f"{key}={error.value}{where}: {error}")
+            number = str(error.value).removesuffix(".0")
+            errors.append(f"{key}={number}{where}: {error}")
         except ValueError as error:
             errors.append(f"{key}={show(value)} {source}: {error}")
     return values
