@@ -601,7 +601,7 @@ def test_help_of_flags(capsys, monkeypatch):
     with pytest.raises(SystemExit, match=r"^0$"):
         PLACES.parse_args(["-h"])
     out = capsys.readouterr().out
-    assert out.startswith("usage: index.py DIR NAME [options]\n\nDeletes.\n")
+    assert out.startswith("usage: index.py DIR NAME ... [options]\n\nDeletes.\n")
     assert "images [default 256; 1 or more]" in out
     assert "[default auto; one of auto, cpu]" in out
 

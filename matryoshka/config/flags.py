@@ -120,8 +120,13 @@ class FlagParser:
 
     def help_text(self) -> str:
         """Usage, description and a row for every option."""
-        places = [_label(field) for field, _ in self._options.values() if _is_positional(field)]
-        rows = [("", self._description), ("", "arguments and options" if places else "options")]
+        places = [
+            f"{_label(field)} ..." if option.is_tuple else _label(field)
+            for field, option in self._options.values()
+            if _is_positional(field)
+        ]
+        heading = "arguments and options" if places else "options"
+        rows = [("", self._description.strip()), ("", heading)]
         rows += [_row(field, option) for field, option in self._options.values()]
         return help_text(" ".join([self.prog, *places, "[options]"]), [*rows, HELP])
 
@@ -161,7 +166,7 @@ class CommandParser:
 
     def help_text(self) -> str:
         """Usage, description and a row for every subcommand."""
-        rows = [("", self._description), ("", f"{self._dest}s")]
+        rows = [("", self._description.strip()), ("", f"{self._dest}s")]
         rows += [(name, text) for name, (text, _) in self._commands.items()]
         usage = f"{self._prog} {self._dest.upper()} [options]      (--help after it lists them)"
         return help_text(usage, [*rows, HELP])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
 from collections.abc import Sequence
 
 Row = tuple[str, str]  # (option, explanation); a row without an option is a heading
+EXAMPLE = 4  # indentation of an example's command
 
 
 def help_text(usage: str, rows: Sequence[Row]) -> str:
@@ -28,9 +30,14 @@ def help_text(usage: str, rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _wrapped(paragraph: str, width: int) -> list[str]:
-    """A paragraph's lines; an indented one is an example."""
-    indent = paragraph[: len(paragraph) - len(paragraph.lstrip())]
-    return textwrap.wrap(paragraph, width, subsequent_indent=indent + " " * 4 * bool(indent)) or [
-        ""
-    ]
+def _wrapped(line: str, width: int) -> list[str]:
+    """A line of a description, wrapped with the indentation that its kind needs."""
+    indent = len(line) - len(line.lstrip())
+    row = re.match(r"\S+(, \S+)*\s{2,}(?=\S)", line)
+    if row is not None:
+        hanging = row.end()  # a row of a table: below its second column
+    elif indent == EXAMPLE:
+        hanging = 2 * EXAMPLE
+    else:
+        hanging = indent
+    return textwrap.wrap(line, width, subsequent_indent=" " * hanging) or [""]
