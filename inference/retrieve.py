@@ -79,7 +79,7 @@ def check(args: Namespace) -> None:
         )
     if args.funnel:
         try:
-            Setting.funnel(args.index or "scan", args.funnel, args.funnel_k)
+            Setting.funnel(args.index or "scan", list(args.funnel), list(args.funnel_k))
         except RetrievalError as error:
             raise config.ConfigError(f"--funnel, --funnel-k: {error}") from None
     first = args.funnel[0] if args.funnel else args.shortlist_dim
