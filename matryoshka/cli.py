@@ -1,4 +1,4 @@
-"""The command `matryoshka`: one name for all programs, and the demo, a short sequence of them."""
+"""The command `matryoshka`: runs every program by name, and the demo."""
 
 from __future__ import annotations
 
@@ -130,8 +130,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     return importlib.import_module(program.module).main(argv) or 0
 
 
-# Digits are not photos: no mirror images, mild crops, small pictures; a full-frame central crop to
-# evaluate.
+# Digits are not photos: no mirror images, mild crops, small images, and evaluation on whole images.
 DEMO_OPTIONS = [
     "--model.arch=resnet10",
     "--training.epochs=8",
@@ -154,8 +153,9 @@ DEMO_BASELINES = (8, 512)
 
 @config.program
 def demo(argv: Sequence[str]) -> int:
-    """Digits as an image folder -> .beton -> MRL training -> accuracy of every prefix, beside
-    others -> a page.
+    """Handwritten digits: image folder -> .beton -> training -> accuracy of every prefix -> report.
+
+    Baselines are models trained for one width alone.
     """
     from matryoshka.data.sources import write_digits_folder
     from matryoshka.files import write_atomically
@@ -234,7 +234,7 @@ def demo(argv: Sequence[str]) -> int:
 
     mrl = folder / "mrl"
     model = f"--path={mrl / 'model.safetensors'}"
-    step("5/6  what the predictions tell; other uses of the embedding; where the prefixes look")
+    step("5/6  analyses of the predictions, baselines, Grad-CAM")
     run("analyze", [f"--results={mrl / 'results.json'}"])
     run(
         "baselines",
@@ -249,7 +249,7 @@ def demo(argv: Sequence[str]) -> int:
         "gradcam",
         [model, f"--data={folder}/val.beton", f"--output={mrl / 'gradcam'}", "--images=4"],
     )
-    step("6/6  one page of all of it")
+    step("6/6  HTML report")
     results = [str(folder / name / "results.json") for name in runs]
     run(
         "report",

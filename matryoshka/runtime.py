@@ -27,7 +27,7 @@ class RuntimeOptions(DeviceOptions):
     )
     batch_size: int = option(256, help="images per process", low=1, high=65536)
     precision: str = option(
-        "fp32", help="of the backbone; auto: bf16 or fp16 on CUDA", choices=PRECISIONS
+        "fp32", help="precision of the backbone; auto: bf16 or fp16 on CUDA", choices=PRECISIONS
     )
 
 

@@ -20,6 +20,7 @@ from matryoshka.evaluation import options as evaluation
 from matryoshka.models import ModelSpec, build
 from matryoshka.retrieval import options as retrieval
 from matryoshka.retrieval import pipeline
+from matryoshka.training import session
 
 ROOT = Path(__file__).resolve().parents[1]
 LAZY = ["checkpoint", "data", "embeddings", "models", "retrieval", "search_page"]
@@ -106,6 +107,13 @@ def test_options_that_a_resumed_run_may_change():
         "dist.address",
         "dist.port",
     }
+
+
+@pytest.mark.parametrize("run_id", ["../elsewhere", "a/b", ".hidden", ""])
+def test_a_run_id_stays_in_its_folder(tmp_path, run_id):
+    """Also one that comes from torchrun's environment."""
+    with pytest.raises(session.SessionError, match=r"logging\.run_id=.*no leading dot"):
+        session.find_start(tmp_path, run_id, None, {})
 
 
 def test_options_of_a_backbone_are_kept_in_the_file(tmp_path):

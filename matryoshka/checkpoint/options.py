@@ -18,7 +18,7 @@ class CheckpointOptions:
     mrl: bool = option(False, help="an upstream checkpoint trained with MRL")
     efficient: bool = option(False, help="with --mrl: MRL-E")
     rep_size: int | None = option(
-        None, help="width of an upstream fixed-feature checkpoint", flag="--rep_size"
+        None, help="width of an upstream fixed-feature checkpoint", flag="--rep_size", low=1
     )
     old_ckpt: bool = option(
         False, help="an upstream checkpoint with the keys of its first release", flag="--old_ckpt"

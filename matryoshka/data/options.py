@@ -41,8 +41,12 @@ class WriteOptions:
         help="copy JPEGs losslessly; fit: if stored as jpg; always: also instead of raw",
         choices=TRANSCODE,
     )
-    subset: int = option(-1, help="number of samples to store, evenly over the classes; -1: all")
-    seed: int = option(0, help="of the subset and of proportion's choices", low=0, high=MAX_SEED)
+    subset: int = option(
+        -1, help="number of samples to store, evenly over the classes; -1: all", low=-1
+    )
+    seed: int = option(
+        0, help="seed of the subset and of proportion's choices", low=0, high=MAX_SEED
+    )
     exif_rotate: bool = option(False, help="rotate photos by their EXIF tag before storing them")
     names: bool = option(False, help="keep every original file name in the side file")
 

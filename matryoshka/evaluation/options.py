@@ -245,7 +245,7 @@ class BaselineOptions:
     shots: tuple[int, ...] = option(
         (1, 3, 5, 7, 9), help="ncm: images per class", low=1, nonempty=True, check=increasing
     )
-    ways: int | None = option(None, help="ncm: classes in a draw; unset: all")
+    ways: int | None = option(None, help="ncm: classes in a draw; unset: all", low=2)
     draws: int = option(5, help="number of random draws", low=1, high=9999)
     seed: int = option(0, help="seed of the draws", low=0, high=MAX_SEED)
     weight_decay: float = option(1e-4, help="weight decay of rand-lp", low=0, high=1e9)

@@ -24,12 +24,13 @@ class FrozenConfig:
         None,
         help="prefix lengths, e.g. 8,12,512; unset: powers of two from 2^nesting_start to the "
         "width",
+        low=1,
     )
     nesting_start: int = option(3, help="the shortest prefix is 2^nesting_start", low=0)
     efficient: bool = option(False, help="MRL-E: one classifier sliced per prefix")
     device: str = option("auto", help="auto: CUDA, else MPS, else CPU", choices=DEVICES)
     precision: str = option(
-        "fp32", help="of the backbone; auto: bf16 or fp16 on CUDA", choices=PRECISIONS
+        "fp32", help="precision of the backbone; auto: bf16 or fp16 on CUDA", choices=PRECISIONS
     )
 
 
@@ -68,7 +69,9 @@ class ProbeConfig:
     )
     batch_size: int = option(1024, help="sgd: images per step", low=1)
     precision: str = option(
-        "auto", help="of the solver; auto: fp64, on MPS fp32", choices=("auto", "fp64", "fp32")
+        "auto",
+        help="precision of the solver; auto: fp64, on MPS fp32",
+        choices=("auto", "fp64", "fp32"),
     )
     seed: int = option(0, help="seed of the held-out tenth and of sgd", low=0, high=MAX_SEED)
 

@@ -42,9 +42,10 @@ class ModelConfig:
         None,
         help="prefix lengths, e.g. 8,12,512; unset: powers of two from 2^nesting_start to the "
         "width",
+        low=1,
     )
     relative_importance: tuple[float, ...] | None = option(
-        None, help="loss weight of each prefix; unset: all 1"
+        None, help="loss weight of each prefix; unset: all 1", low=0
     )
 
 

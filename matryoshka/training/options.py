@@ -23,8 +23,8 @@ class ResolutionConfig:
 
     min_res: int = option(160, help="pixels up to start_ramp", low=1, high=MAX_IMAGE_SIZE)
     max_res: int = option(160, help="pixels from end_ramp on", low=1, high=MAX_IMAGE_SIZE)
-    start_ramp: int = option(0, help="epoch at which images start to grow")
-    end_ramp: int = option(0, help="epoch from which images have max_res")
+    start_ramp: int = option(0, help="epoch at which images start to grow", low=0)
+    end_ramp: int = option(0, help="epoch from which images have max_res", low=0)
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,10 @@ class DataConfig:
         choices=ON_ERROR,
     )
     flip: float = option(0.5, help="probability of a horizontal flip", low=0, high=1)
-    scale: tuple[float, float] = option((0.08, 1.0), help="crop area, share of the image: low,high")
-    ratio: tuple[float, float] = option((3 / 4, 4 / 3), help="crop aspect ratio: low,high")
+    scale: tuple[float, float] = option(
+        (0.08, 1.0), help="crop area, share of the image: low,high", above=0, high=1
+    )
+    ratio: tuple[float, float] = option((3 / 4, 4 / 3), help="crop aspect ratio: low,high", above=0)
     mixup: float = option(
         0.0, help="alpha of mixup; with cutmix, each for half of the batches; 0: off", low=0
     )
@@ -242,6 +244,7 @@ class LoggingConfig:
     log_level: int = option(
         1,
         help="0: evaluate once, at the end; 1: after every epoch; 2: also log steps",
+        low=0,
         affects_result=False,
     )
     wandb: str | None = option(
