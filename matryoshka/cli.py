@@ -92,6 +92,7 @@ ROUTES = {
 
 
 def usage() -> str:
+    """The list of subcommands."""
     rows = {"demo": "the whole pipeline on handwritten digits, a few minutes on a CPU"}
     rows |= {name: program.text for name, program in PROGRAMS.items()}
     lines = "\n".join(f"  {name:10} {text}" for name, text in rows.items())
@@ -100,6 +101,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point of the command `matryoshka`; its exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -162,62 +164,54 @@ def demo(argv: Sequence[str]) -> int:
     from matryoshka.report.tables import accuracy_table, plot_accuracy
 
     if len(argv) > 1 or any(a.startswith("-") for a in argv):
-        print(
-            "usage: matryoshka demo [FOLDER]      (default: runs/demo; an earlier demo there is "
-            "replaced)"
-        )
+        print("usage: matryoshka demo [FOLDER]      (default: runs/demo; replaces an earlier demo)")
         return 0 if argv[0] in ("-h", "--help") else 2
     started = time.perf_counter()
     folder = Path(argv[0] if argv else "runs/demo")
-    runs = {"mrl": ["--model.mrl=1"]} | {
-        f"ff{d}": [f"--model.fixed_feature={d}"] for d in DEMO_BASELINES
-    }
+    runs = {"mrl": ["--model.mrl=1"]}
+    for width in DEMO_BASELINES:
+        runs[f"ff{width}"] = [f"--model.fixed_feature={width}"]
     for name in ("images", *runs):
         shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
 
+    # ---- data ----
     step("1/6  handwritten digits as an image folder", folder / "images")
     write_digits_folder(folder / "images")
     step("2/6  image folder -> .beton")
     for split in ("train", "val"):
-        run(
-            "write",
-            [
-                f"--cfg.data_dir={folder / 'images' / split}",
-                f"--cfg.write_path={folder / split}.beton",
-                "--cfg.write_mode=jpg",
-                "--cfg.max_resolution=64",
-                "--cfg.jpeg_quality=95",
-            ],
-        )
+        options = [
+            f"--cfg.data_dir={folder / 'images' / split}",
+            f"--cfg.write_path={folder / split}.beton",
+            "--cfg.write_mode=jpg",
+            "--cfg.max_resolution=64",
+            "--cfg.jpeg_quality=95",
+        ]
+        run("write", options)
+
+    # ---- training ----
     data = [f"--data.train_dataset={folder}/train.beton", f"--data.val_dataset={folder}/val.beton"]
-    results = {}
     for name, model in runs.items():
         step(f"3/6  train {name}", folder / name)
-        run(
-            "train",
-            [
-                *DEMO_OPTIONS,
-                *model,
-                *data,
-                f"--logging.folder={folder}",
-                f"--logging.run_id={name}",
-            ],
-        )
+        place = [f"--logging.folder={folder}", f"--logging.run_id={name}"]
+        run("train", [*DEMO_OPTIONS, *model, *data, *place])
+
+    # ---- evaluation ----
     step("4/6  accuracy of every prefix on the held-out digits")
+    results = {}
     for name in runs:
         output = folder / name / "results.json"
-        run(
-            "eval",
-            [
-                f"--path={folder / name / 'model.safetensors'}",
-                f"--data-root={folder}/val.beton",
-                f"--output={output}",
-                *(["--save_logits", "--save_gt"] if name == "mrl" else []),
-            ],
-        )
+        options = [
+            f"--path={folder / name / 'model.safetensors'}",
+            f"--data-root={folder}/val.beton",
+            f"--output={output}",
+        ]
+        if name == "mrl":
+            options += ["--save_logits", "--save_gt"]  # for the analyses
+        run("eval", options)
         results[name] = json.loads(output.read_text())
 
+    # the widths of the baselines show their accuracy beside MRL's
     prefixes = {int(d): values for d, values in results["mrl"]["prefixes"].items()}
     for width in DEMO_BASELINES:
         baseline = results[f"ff{width}"]["prefixes"][str(width)]
@@ -232,50 +226,36 @@ def demo(argv: Sequence[str]) -> int:
         folder / "accuracy.png", prefixes, f"Handwritten digits, {images} held-out images", images
     )
 
+    # ---- analyses and report ----
     mrl = folder / "mrl"
     model = f"--path={mrl / 'model.safetensors'}"
     step("5/6  analyses of the predictions, baselines, Grad-CAM")
     run("analyze", [f"--results={mrl / 'results.json'}"])
-    run(
-        "baselines",
-        [
-            model,
-            f"--train-data={folder}/train.beton",
-            f"--val-data={folder}/val.beton",
-            f"--output={mrl / 'baselines.json'}",
-        ],
-    )
-    run(
-        "gradcam",
-        [model, f"--data={folder}/val.beton", f"--output={mrl / 'gradcam'}", "--images=4"],
-    )
+    sets = [f"--train-data={folder}/train.beton", f"--val-data={folder}/val.beton"]
+    run("baselines", [model, *sets, f"--output={mrl / 'baselines.json'}"])
+    maps = f"--output={mrl / 'gradcam'}"
+    run("gradcam", [model, f"--data={folder}/val.beton", maps, "--images=4"])
     step("6/6  HTML report")
-    results = [str(folder / name / "results.json") for name in runs]
-    run(
-        "report",
-        [
-            f"--run={mrl}",
-            "--results",
-            *results,
-            "--title=Handwritten digits",
-            f"--output={folder / 'report.html'}",
-        ],
-    )
+    files = [str(folder / name / "results.json") for name in runs]
+    page = [f"--output={folder / 'report.html'}", "--title=Handwritten digits"]
+    run("report", [f"--run={mrl}", "--results", *files, *page])
 
     step(f"done in {time.perf_counter() - started:.0f} s")
     print(accuracy_table(prefixes))
     print("FF: a separate model trained for that width alone\n")
-    for what, where in (
-        ("results", "results.json"),
-        ("plot", "accuracy.png"),
-        ("model", "mrl/model.safetensors"),
-        ("report", "report.html"),  # the last line: what to open
-    ):
-        print(f"{what:8} {folder / where}")
+    outputs = {
+        "results": "results.json",
+        "plot": "accuracy.png",
+        "model": "mrl/model.safetensors",
+        "report": "report.html",  # the last line: what to open
+    }
+    for kind, file in outputs.items():
+        print(f"{kind:8} {folder / file}")
     return 0
 
 
 def step(title: str, where: Path | None = None) -> None:
+    """Print the heading of a step."""
     print(f"\n== {title}{f' -> {where}' if where else ''}", flush=True)
 
 

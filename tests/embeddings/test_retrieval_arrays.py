@@ -16,6 +16,7 @@ from matryoshka.data import ImageFolder, write_beton
 from matryoshka.data.augment import Preprocessing
 from matryoshka.data.imagenet import ImageNetError
 from matryoshka.evaluation import retrieval_arrays
+from matryoshka.evaluation.options import eval_parser
 from matryoshka.evaluation.saved_arrays import write_array
 from matryoshka.models import ModelSpec, build
 
@@ -202,9 +203,7 @@ def test_a_kill_before_the_arrays_are_published_computes_nothing_again(
         ({"dataset": "4K"}, ImageNetError, "imagenet4k_queries.beton"),
         ({"tta": True}, ConfigError, "--tta"),
         ({"nesting_list": "8"}, ConfigError, "--nesting-list"),
-        ({"random_sample_dim": 0}, ConfigError, "--random_sample_dim 0"),
         ({"prefix": "/nowhere/at/all/"}, ConfigError, "/nowhere/at/all does not exist"),
-        ({"batch_size": 0}, ConfigError, "--batch-size"),
         ({"resolution": 64, "preprocessing": "upstream"}, ConfigError, "--resolution 64"),
     ],
 )
@@ -214,3 +213,9 @@ def test_mistakes_name_the_option(root, imagenet_checkpoint, tmp_path, more, err
             arguments(imagenet_checkpoint, root, **{"prefix": f"{tmp_path}/", **more}), print
         )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--random_sample_dim", "--batch-size"])
+def test_numbers_out_of_range_are_refused_by_the_parser(option):
+    with pytest.raises(ConfigError, match=f"^{option} 0: expected 1 "):
+        eval_parser().parse_args(["--path=x", "--retrieval", f"{option}=0"])
