@@ -12,13 +12,13 @@ and agreement.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,9 @@ import numpy as np
 from matryoshka import config
 from matryoshka.evaluation import analysis, superclasses
 from matryoshka.evaluation.cascade import GRID, cascade, certify, certify_held_out, split_indices
+from matryoshka.evaluation.options import ANALYSES, SCORES
+from matryoshka.evaluation.options import analyze_parser as parser
 from matryoshka.evaluation.prediction_arrays import (
-    SCORES,
     ArrayError,
     PredictionArrays,
     from_files,
@@ -35,7 +36,6 @@ from matryoshka.evaluation.prediction_arrays import (
 )
 from matryoshka.files import write_atomically
 
-ANALYSES = ("cascade", "oracle", "superclasses", "trends", "calibration", "agreement")
 NEED_SCORES = ("cascade", "calibration")
 # Images that a temperature is fitted on: one parameter needs no more, and Newton's method computes
 # the softmax of all of them in each iteration.
@@ -52,52 +52,13 @@ class Answers:
     correct: np.ndarray
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="analyze.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("--results", help="results.json of an evaluation that saved arrays")
-    for kind in SCORES:
-        p.add_argument(
-            f"--{kind}", help="the array itself, .npy or upstream's .pth, in place of --results"
-        )
-    p.add_argument("--gt", help="its labels")
-    p.add_argument("--dims", help="its prefix lengths, with commas")
-    p.add_argument("--only", default=",".join(ANALYSES), help="some of %(default)s")
-    p.add_argument("--splits", type=int, default=30, help="random splits of the images, default 30")
-    p.add_argument(
-        "--learn", type=float, default=0.2, help="share that thresholds are learned on, default 0.2"
-    )
-    p.add_argument("--seed", type=int, default=0, help="of the splits")
-    p.add_argument(
-        "--epsilon",
-        default="0.5,1,2",
-        help="certified cascades: accuracy in points that may be lost, default 0.5,1,2",
-    )
-    p.add_argument(
-        "--delta",
-        type=float,
-        default=0.05,
-        help="with which probability more may be lost, default 0.05",
-    )
-    p.add_argument("--bins", type=int, default=analysis.BINS, help="of confidence, default 15")
-    p.add_argument("--superclasses", metavar="LEVEL", help=superclasses.LEVELS)
-    p.add_argument(
-        "--output", help="file to write; default: analysis.json beside the results, else here"
-    )
-    return p
-
-
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     requested, epsilons = check(args)
     started = time.perf_counter()
     arrays = from_results(args.results) if args.results else from_files(vars(args))
-    explicit = args.only != parser().get_default("only")
+    explicit = args.only != ANALYSES
     analyses = possible_analyses(requested, arrays, args.learn, explicit)
     output = Path(args.output) if args.output else Path(args.results or "").parent / "analysis.json"
     if not output.resolve().parent.is_dir():
@@ -142,33 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ---------------------------------------------------------------- options
 
 
-def check(args: argparse.Namespace) -> tuple[list[str], list[float]]:
-    """(analyses, epsilons in points)."""
-    wanted = args.only.split(",")
+def check(args: SimpleNamespace) -> tuple[list[str], list[float]]:
+    """(analyses, epsilons in points). ConfigError for arrays given twice."""
     if args.results and (both := [k for k in (*SCORES, "gt", "dims") if getattr(args, k)]):
         raise config.ConfigError(
             f"--results {args.results}: names its own arrays; drop --{both[0]}, or --results"
         )
-    if unknown := [name for name in wanted if name not in ANALYSES]:
-        raise config.ConfigError(f"--only {unknown[0]}: unknown; known: {', '.join(ANALYSES)}")
-    try:
-        epsilons = [float(text) for text in args.epsilon.split(",")]
-    except ValueError:
-        epsilons = []
-    if not epsilons or not all(0 < e < 100 for e in epsilons):
-        raise config.ConfigError(
-            f"--epsilon {args.epsilon}: expected points between 0 and 100, such as 0.5,1"
-        )
-    for name, good in (
-        ("splits", args.splits > 0),
-        ("learn", 0 < args.learn < 1),
-        ("delta", 0 < args.delta < 1),
-        ("bins", 0 < args.bins <= 1000),
-        ("seed", args.seed >= 0),
-    ):
-        if not good:
-            raise config.ConfigError(f"--{name} {getattr(args, name)}: out of range, see --help")
-    return wanted, epsilons
+    return list(args.only), list(args.epsilon)
 
 
 def possible_analyses(
@@ -229,7 +170,7 @@ def by_dim(arrays: PredictionArrays, values: Sequence) -> dict[str, Any]:
 
 
 def analyze_cascade(
-    answers: Answers, args: argparse.Namespace, epsilons: Sequence[float]
+    answers: Answers, args: SimpleNamespace, epsilons: Sequence[float]
 ) -> dict[str, Any]:
     arrays = answers.arrays
     n = len(arrays.labels)
@@ -280,9 +221,7 @@ def analyze_cascade(
     }
 
 
-def analyze_certificate(
-    answers: Answers, args: argparse.Namespace, points: float
-) -> dict[str, Any]:
+def analyze_certificate(answers: Answers, args: SimpleNamespace, points: float) -> dict[str, Any]:
     """A certificate from all images, and how certificates from one half hold on the other half.
 
     points: epsilon in percentage points.
@@ -416,7 +355,7 @@ def analyze_classes(answers: Answers) -> dict[str, Any]:
     return {"trends": counts, "per_class": rows}
 
 
-def analyze_calibration(answers: Answers, args: argparse.Namespace) -> dict[str, Any]:
+def analyze_calibration(answers: Answers, args: SimpleNamespace) -> dict[str, Any]:
     """Calibration on all images; temperatures are fitted on some and evaluated on the others."""
     arrays, confidence, correct = answers.arrays, answers.confidence, answers.correct
     n = len(arrays.labels)

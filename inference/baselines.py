@@ -21,7 +21,6 @@ a separate model for each width; here, FF<width> rows show prefixes of one model
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -29,6 +28,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -45,74 +45,18 @@ from matryoshka.evaluation.baseline_methods import (
     BaselineInputs,
     Split,
 )
+from matryoshka.evaluation.options import baselines_parser as parser
 from matryoshka.evaluation.predict import extract_features
 from matryoshka.files import write_atomically
 from matryoshka.models import ModelError, NestedModel
-from matryoshka.nested import check_dims, default_dims
-
-LIMITS = {
-    "batch_size": (1, 65536),
-    "workers": (0, 1024),
-    "draws": (1, 9999),
-    "seed": (0, 2**63 - 1),
-    "weight_decay": (0, 1e9),
-}
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="baselines.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument(
-        "--path",
-        required=True,
-        help="a .safetensors or .pt file, torchvision:NAME[.WEIGHTS] or timm:NAME",
-    )
-    p.add_argument(
-        "--train-data",
-        required=True,
-        help="the database: a .beton file or a folder of class folders",
-    )
-    p.add_argument("--val-data", required=True, help="the queries")
-    p.add_argument(
-        "--dims",
-        help="e.g. 8,64,512; default: the checkpoint's, or powers of two up to its one width",
-    )
-    p.add_argument("--only", help=f"some of {','.join(METHODS)}")
-    p.add_argument("--shots", default="1,3,5,7,9", help="of ncm")
-    p.add_argument("--ways", type=int, help="of ncm: classes in a draw; default: all")
-    p.add_argument("--draws", type=int, default=5, help="of what is random")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--weight-decay", type=float, default=1e-4, help="of rand-lp")
-    p.add_argument("--mrl", action="store_true", help="an upstream checkpoint trained with MRL")
-    p.add_argument("--efficient", action="store_true", help="with --mrl: MRL-E")
-    p.add_argument("--rep_size", type=int, help="width of an upstream fixed-feature checkpoint")
-    p.add_argument(
-        "--old_ckpt",
-        action="store_true",
-        help="an upstream checkpoint with the keys of its first release",
-    )
-    p.add_argument("--workers", type=int, default=0, help="decoding threads; default: all cores")
-    p.add_argument("--batch-size", type=int, default=256)
-    p.add_argument("--device", default="auto", choices=distributed.DEVICES)
-    p.add_argument(
-        "--precision", default="fp32", choices=distributed.PRECISIONS, help="of the trunk"
-    )
-    p.add_argument(
-        "--output", default="baselines.json", help="the results as JSON; default: baselines.json"
-    )
-    return p
+from matryoshka.nested import default_dims
 
 
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     check(args)
-    shots = increasing_numbers("--shots", args.shots)
-    requested = requested_methods(args.only)
+    requested = [method for method in METHODS if args.only is None or method in args.only]
 
     # ---- model and data ----
     train, val = open_dataset(args.train_data), open_dataset(args.val_data)
@@ -144,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dims=dims,
         train=splits["train"],
         val=splits["val"],
-        shots=shots,
+        shots=args.shots,
         ways=args.ways,
         draws=args.draws,
         seed=args.seed,
@@ -207,44 +151,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ---------------------------------------------------------------- checks
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: SimpleNamespace) -> None:
+    """ConfigError for more than one process, and for a place that is not writable."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise config.ConfigError("baselines.py runs as one process; start it without torchrun")
-    for option, (low, high) in LIMITS.items():
-        if not low <= (value := getattr(args, option)) <= high:  # nor NaN
-            raise config.ConfigError(
-                f"--{option.replace('_', '-')} {value}: expected {low} to {int(high)}"
-            )
     if Path(args.output).is_dir():
         raise config.ConfigError(f"--output {args.output}: is a folder; give the name of a file")
     if not Path(args.output).resolve().parent.is_dir():
         raise config.ConfigError(
             f"--output {args.output}: its folder does not exist; make it first"
         )
-
-
-def increasing_numbers(option: str, text: str) -> tuple[int, ...]:
-    """Parse strictly increasing numbers of 1 or more."""
-    try:
-        values = tuple(int(word) for word in text.split(","))
-        return check_dims(values, max(values))
-    except ValueError:
-        raise config.ConfigError(
-            f"{option} {text}: expected increasing numbers with commas, such as 1,8,64"
-        ) from None
-
-
-def requested_methods(only: str | None) -> list[str]:
-    """The methods of --only, in the order of METHODS; all of them by default."""
-    if only is None:
-        return list(METHODS)
-    requested = only.split(",")
-    for method in requested:
-        if method not in METHODS:
-            raise config.ConfigError(
-                f"--only {only}: {method!r} is unknown; known: {', '.join(METHODS)}"
-            )
-    return [method for method in METHODS if method in requested]
 
 
 def check_datasets(train, val) -> None:
@@ -273,15 +189,16 @@ def check_datasets(train, val) -> None:
         )
 
 
-def prefixes_to_evaluate(args: argparse.Namespace, model: NestedModel) -> tuple[int, ...]:
+def prefixes_to_evaluate(args: SimpleNamespace, model: NestedModel) -> tuple[int, ...]:
     """--dims, or the model's prefixes, or powers of two up to the width of a fixed feature."""
     width = model.dims[-1]
     if args.dims is None:
         return model.dims if len(model.dims) > 1 else default_dims(width, min(8, width))
-    dims = increasing_numbers("--dims", args.dims)
+    dims = args.dims
     if dims[-1] > width:
+        shown = ",".join(map(str, dims))
         raise config.ConfigError(
-            f"--dims {args.dims}: larger than the feature width {width} of {args.path}"
+            f"--dims {shown}: larger than the feature width {width} of {args.path}"
         )
     return dims
 
@@ -308,7 +225,7 @@ def applies(method: str, model: NestedModel, datasets: Sequence, requested: bool
 
 
 def extract_split(
-    model: NestedModel, dataset, args: argparse.Namespace, precision: str, device: torch.device
+    model: NestedModel, dataset, args: SimpleNamespace, precision: str, device: torch.device
 ) -> Split:
     """The features that the classifiers see; on the device if they fit half its free memory."""
     crop = CenterCrop(model.preprocessing.size, model.preprocessing.ratio)

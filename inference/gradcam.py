@@ -19,7 +19,6 @@ unknown or not a class of the model}}}.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import re
@@ -28,6 +27,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,77 +43,17 @@ from matryoshka.data.sources import EXTENSIONS
 from matryoshka.data.subset import Subset
 from matryoshka.evaluation.heat_maps import Layer, find_layer, heat_maps
 from matryoshka.evaluation.montage import Cell, montage
+from matryoshka.evaluation.options import gradcam_parser as parser
 from matryoshka.files import write_atomically
 from matryoshka.models import NestedModel
 
 BATCH = 16
 COARSE = 4  # positions along a side; a map with fewer localises little
-FORMATS = ("png", "jpg")
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="gradcam.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument(
-        "--path",
-        required=True,
-        help="model.safetensors, upstream's final_weights.pt, or as a baseline "
-        "torchvision:NAME[.WEIGHTS] or timm:NAME",
-    )
-    p.add_argument("--mrl", action="store_true", help="an upstream checkpoint trained with MRL")
-    p.add_argument("--efficient", action="store_true", help="with --mrl: MRL-E")
-    p.add_argument("--rep_size", type=int, help="width of an upstream fixed-feature checkpoint")
-    p.add_argument(
-        "--old_ckpt",
-        action="store_true",
-        help="an upstream checkpoint with the keys of its first release",
-    )
-    p.add_argument(
-        "--data",
-        required=True,
-        help=".beton file, folder of class folders, folder of images, or image",
-    )
-    p.add_argument(
-        "--output",
-        required=True,
-        metavar="DIR",
-        help="folder for the pictures; made where it is missing",
-    )
-    p.add_argument("--images", type=int, default=20, help="how many images at most; default 20")
-    p.add_argument(
-        "--dims", metavar="D,D,...", help="prefixes to show; default: all of the checkpoint's"
-    )
-    p.add_argument(
-        "--target",
-        default="predicted",
-        metavar="predicted|label|INDEX",
-        help="the class whose logit is explained: each prefix's own prediction (default), the "
-        "true one, or a number",
-    )
-    p.add_argument(
-        "--layer",
-        help="module of the backbone that maps are made of, e.g. layer3; default: the last that "
-        "has a map",
-    )
-    p.add_argument("--device", default="auto", choices=distributed.DEVICES)
-    p.add_argument("--format", default="png", choices=FORMATS)
-    return p
 
 
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.images < 1:
-        raise config.ConfigError(f"--images {args.images}: must be 1 or more")
-    if args.target not in ("predicted", "label") and not args.target.isdecimal():
-        raise config.ConfigError(
-            f"--target {args.target}: expected predicted, label, or the number of a class"
-        )
-
     # ---- model, images, what to explain ----
     model = load_any(
         args.path,
@@ -226,22 +166,17 @@ def parse_target_class(target: str, num_classes: int) -> int | None:
     return number
 
 
-def chosen_prefixes(text: str | None, dims: tuple[int, ...]) -> list[int]:
-    """The prefixes of --dims; all of the model's by default."""
-    if text is None:
+def chosen_prefixes(requested: tuple[int, ...] | None, dims: tuple[int, ...]) -> list[int]:
+    """The requested prefixes of a model, increasing; all of them for None."""
+    if requested is None:
         return list(dims)
-    try:
-        requested = sorted({int(d) for d in text.split(",")})
-    except ValueError:
+    asked = sorted(set(requested))
+    if unknown := [d for d in asked if d not in dims]:
+        shown = ",".join(map(str, requested))
         raise config.ConfigError(
-            f"--dims {text}: expected prefix lengths with commas, such as 8,64,512"
-        ) from None
-    for d in requested:
-        if d not in dims:
-            raise config.ConfigError(
-                f"--dims {text}: the model has no prefix {d}, only {list(dims)}"
-            )
-    return requested
+            f"--dims {shown}: the model has no prefix {unknown[0]}, but {list(dims)}"
+        )
+    return asked
 
 
 # ---------------------------------------------------------------- images
@@ -374,7 +309,7 @@ def true_class_name(
 # ---------------------------------------------------------------- output
 
 
-def announce(args: argparse.Namespace, model: NestedModel, layer: Layer) -> None:
+def announce(args: SimpleNamespace, model: NestedModel, layer: Layer) -> None:
     for note in model.notes:
         print(f"note: {note}")
     print(

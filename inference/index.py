@@ -17,18 +17,18 @@ docs/retrieval.md.
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from matryoshka import config
 from matryoshka.embeddings.reading import AGAIN, META, EmbeddingError, open_embeddings
+from matryoshka.retrieval.options import index_parser as parser
 from matryoshka.retrieval.store import MANIFEST, Index
 from matryoshka.retrieval.store_writer import IndexRows, Writer
 
@@ -36,74 +36,9 @@ from matryoshka.retrieval.store_writer import IndexRows, Writer
 COMPACT_SHARE = 0.2
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="index.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
-
-    def action(name: str, text: str) -> argparse.ArgumentParser:
-        one = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
-        if name != "record":
-            one.add_argument("index", metavar="DIR", help="folder of the index")
-        one.add_argument("--threads", type=int, default=0, help="default: all cores")
-        return one
-
-    build = action("build", "a new index of embeddings")
-    add = action("add", "more embeddings of the same model")
-    record = action("record", "embeddings as a LanceDB table")
-    sync = action("sync", "make an index, or bring it to what a LanceDB table holds")
-    for one in (record, sync):
-        one.add_argument(
-            "--lancedb", required=True, metavar="URI", help="folder or address of the database"
-        )
-        one.add_argument("--table", default="embeddings", help="default: embeddings")
-    record.add_argument("--overwrite", action="store_true", help="replace a table of this name")
-    sync.add_argument(
-        "--shortlist-dim", type=int, metavar="D", help="of a new index; default: 64, or all"
-    )
-    for one in (build, add, record):
-        one.add_argument(
-            "--embeddings", required=True, metavar="DIR", help="what `matryoshka embed` wrote"
-        )
-        one.add_argument("--prefix", default="", help="put before every name")
-    build.add_argument(
-        "--shortlist-dim", type=int, metavar="D", help="of the codes; default: 64, or all"
-    )
-    build.add_argument(
-        "--lists", type=int, help="of the inverted file; default: about 4 x sqrt(rows)"
-    )
-    build.add_argument("--seed", type=int, default=0, help="of k-means")
-    build.add_argument(
-        "--overwrite", action="store_true", help="replace the index in DIR once this one is whole"
-    )
-    add.add_argument(
-        "--replace", action="store_true", help="rows of the same names are deleted in the same step"
-    )
-    delete = action("delete", "rows by name")
-    delete.add_argument("names", nargs="*", metavar="NAME")
-    delete.add_argument("--names-from", type=Path, metavar="FILE", help="one name a line, UTF-8")
-    delete.add_argument(
-        "--missing-ok", action="store_true", help="pass over names that the index does not have"
-    )
-    action("compact", "make one part of all rows that are not deleted, with lists for all of them")
-    info = action("info", "what an index holds")
-    info.add_argument("--verify", action="store_true", help="read all of it and compare checksums")
-    return p
-
-
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if not 0 <= args.threads <= 1024:
-        raise config.ConfigError("--threads: expected 0 to 1024")
-    for option in ("shortlist_dim", "lists"):
-        value = getattr(args, option, None)
-        if value is not None and value < 1:
-            raise config.ConfigError(f"--{option.replace('_', '-')} {value}: expected 1 or more")
     actions = {
         "build": build,
         "add": add,
@@ -116,9 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return actions[args.action](args)
 
 
-def build(args: Namespace) -> int:
-    if not 0 <= args.seed < 1 << 31:
-        raise config.ConfigError("--seed: expected 0 to 2147483647")
+def build(args: SimpleNamespace) -> int:
     batch = read_embeddings(args)
     started = time.perf_counter()
     if (args.shortlist_dim or 0) > batch.rows.shape[1]:
@@ -140,7 +73,7 @@ def build(args: Namespace) -> int:
     return 0
 
 
-def add(args: Namespace) -> int:
+def add(args: SimpleNamespace) -> int:
     batch = read_embeddings(args)
     with existing(args) as writer:
         before = len(Index(args.index))
@@ -152,7 +85,7 @@ def add(args: Namespace) -> int:
     return 0
 
 
-def delete(args: Namespace) -> int:
+def delete(args: SimpleNamespace) -> int:
     names = list(args.names)
     if args.names_from:
         try:
@@ -170,7 +103,7 @@ def delete(args: Namespace) -> int:
     return 0
 
 
-def compact(args: Namespace) -> int:
+def compact(args: SimpleNamespace) -> int:
     started = time.perf_counter()
     with existing(args) as writer:
         index = writer.compact()
@@ -178,7 +111,7 @@ def compact(args: Namespace) -> int:
     return 0
 
 
-def info(args: Namespace) -> int:
+def info(args: SimpleNamespace) -> int:
     started = time.perf_counter()
     index = Index(args.index, args.threads)
     opened = 1000 * (time.perf_counter() - started)
@@ -189,7 +122,7 @@ def info(args: Namespace) -> int:
     return 0
 
 
-def record(args: Namespace) -> int:
+def record(args: SimpleNamespace) -> int:
     from matryoshka.retrieval.lance import Record
 
     made = Record.create(args.lancedb, args.table, read_embeddings(args), args.overwrite)
@@ -197,7 +130,7 @@ def record(args: Namespace) -> int:
     return 0
 
 
-def sync(args: Namespace) -> int:
+def sync(args: SimpleNamespace) -> int:
     from matryoshka.retrieval.lance import Record
 
     change = Record(args.lancedb, args.table).sync(
@@ -208,14 +141,14 @@ def sync(args: Namespace) -> int:
     return 0
 
 
-def existing(args: Namespace) -> Writer:
+def existing(args: SimpleNamespace) -> Writer:
     """A writer for an index that exists; only `build` creates a folder."""
     if not (Path(args.index) / MANIFEST).exists():
         Index(args.index)  # raises before Writer creates the folder and a lock
     return Writer(args.index, args.threads)
 
 
-def read_embeddings(args: Namespace) -> IndexRows:
+def read_embeddings(args: SimpleNamespace) -> IndexRows:
     """Embeddings as rows to add.
 
     Relative paths of model and data set become absolute, because the index may be opened from

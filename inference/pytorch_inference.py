@@ -14,16 +14,14 @@ over their 200 classes. --retrieval writes features of queries and database inst
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,16 +39,18 @@ from matryoshka.data.imagenet import (
     find_dataset,
     find_imagenet_o,
 )
-from matryoshka.data.resized_images import CROP, RESIZE, ResizedImages
+from matryoshka.data.resized_images import ResizedImages
 from matryoshka.data.subset import Subset
 from matryoshka.environment import environment
 from matryoshka.evaluation import analysis
 from matryoshka.evaluation.embedding import EmbeddingJob, EmbeddingOptions
 from matryoshka.evaluation.imagenet_sets import LabelMapping, match
+from matryoshka.evaluation.options import KINDS, EvalOptions
+from matryoshka.evaluation.options import eval_parser as parser
 from matryoshka.evaluation.predict import predict
-from matryoshka.evaluation.preprocessing import PREPROCESSING, set_preprocessing
+from matryoshka.evaluation.preprocessing import set_preprocessing
 from matryoshka.evaluation.retrieval_arrays import array_path, open_splits, sample, write_arrays
-from matryoshka.evaluation.saved_arrays import KINDS, ArrayCollector, file_names, write_array
+from matryoshka.evaluation.saved_arrays import ArrayCollector, file_names, write_array
 from matryoshka.files import write_atomically
 from matryoshka.models import NestedModel, with_prefixes
 from matryoshka.report.tables import accuracy_table
@@ -66,105 +66,6 @@ NOT_FOR_RETRIEVAL = (
     "upstream_names",
     *(f"save_{kind}" for kind in KINDS),
 )
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="pytorch_inference.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument(
-        "--path",
-        required=True,
-        help="model.safetensors, upstream's final_weights.pt, or as a baseline "
-        "torchvision:NAME[.WEIGHTS] or timm:NAME",
-    )
-    p.add_argument(
-        "--dataset",
-        default="V1",
-        help=f"one of {', '.join(FOLDERS)}; default V1, the validation set of ImageNet-1K",
-    )
-    p.add_argument(
-        "--ood",
-        metavar="DATA",
-        help="images of none of the model's classes (a .beton, a folder of folders): how well "
-        "the confidence tells "
-        "them from those of the data set; --dataset O does so for ImageNet-O",
-    )
-    p.add_argument(
-        "--data-root",
-        default=os.environ.get("IMAGENET_DIR", "../../IMAGENET"),
-        help="folder that holds the dataset's folder (val, "
-        "imagenetv2-matched-frequency-format-val, imagenet-a, "
-        "imagenet-r or imagenet-r_, sketch); or itself a .beton file or a folder of class "
-        "folders, such as another "
-        "imagenetv2-*; default: $IMAGENET_DIR, else upstream's ../../IMAGENET",
-    )
-    p.add_argument("--mrl", action="store_true", help="an upstream checkpoint trained with MRL")
-    p.add_argument("--efficient", action="store_true", help="with --mrl: MRL-E")
-    p.add_argument("--rep_size", type=int, help="width of an upstream fixed-feature checkpoint")
-    p.add_argument(
-        "--old_ckpt",
-        action="store_true",
-        help="an upstream checkpoint with the keys of its first release",
-    )
-    p.add_argument(
-        "--nesting-list",
-        metavar="D,D,...",
-        help="prefixes to evaluate: some of an MRL checkpoint's, or any lengths of an MRL-E "
-        "checkpoint; default: all",
-    )
-    p.add_argument("--tta", action="store_true", help="add the logits of the mirror image")
-    p.add_argument(
-        "--preprocessing",
-        default="checkpoint",
-        choices=PREPROCESSING,
-        help=f"upstream: shorter side resized to {RESIZE} by Pillow, central {CROP} pixels; "
-        "ffcv: central crop of "
-        "224/256 of the shorter side, resized by area to the checkpoint's size; default: as the "
-        "checkpoint says",
-    )
-    p.add_argument("--resolution", type=int, help="pixels; default: as the checkpoint says")
-    p.add_argument("--workers", type=int, default=0, help="decoding threads; default: all cores")
-    p.add_argument("--batch-size", type=int, default=256, help="images per process")
-    p.add_argument("--device", default="auto", choices=distributed.DEVICES)
-    p.add_argument("--precision", default="fp32", choices=distributed.PRECISIONS)
-    p.add_argument(
-        "--output", help="also write the table as JSON to this file; arrays go to its folder"
-    )
-    for kind in KINDS:
-        p.add_argument(
-            f"--save_{kind}",
-            action="store_true",
-            help="write them to a .npy file, here or beside --output",
-        )
-    p.add_argument(
-        "--retrieval",
-        action="store_true",
-        help="write features instead, as upstream does: of queries and database of --dataset 1K, "
-        "V2 or 4K",
-    )
-    p.add_argument(
-        "--retrieval_array_path",
-        default="",
-        metavar="PREFIX",
-        help="before those files' names; a folder ends with /",
-    )
-    p.add_argument(
-        "--random_sample_dim",
-        type=int,
-        default=4_202_000,
-        metavar="N",
-        help="--retrieval: so many images at most",
-    )
-    p.add_argument(
-        "--upstream_names",
-        action="store_true",
-        help="--save_*: upstream's file names and .pth format",
-    )
-    return p
 
 
 @config.program
@@ -197,19 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ---------------------------------------------------------------- options
 
 
-def check(args: Namespace) -> None:
-    """ConfigError for option values that are out of range or contradict each other."""
-    if args.batch_size < 1 or args.workers < 0:
-        raise config.ConfigError("--batch-size must be 1 or more, --workers 0 or more")
-    if not 0 <= args.workers <= 1024 or (
-        args.resolution is not None and not 1 <= args.resolution <= 8192
-    ):
-        raise config.ConfigError("--workers must be at most 1024, --resolution 1 to 8192")
-    if args.random_sample_dim < 1:
-        raise config.ConfigError(
-            f"--random_sample_dim {args.random_sample_dim}: expected 1 or more"
-        )
-    default = parser().get_default("random_sample_dim")
+def check(args: SimpleNamespace) -> None:
+    """ConfigError for options that contradict each other, and for a place that is not writable."""
+    default = EvalOptions.random_sample_dim
     if not args.retrieval and (args.retrieval_array_path or args.random_sample_dim != default):
         raise config.ConfigError(
             "--retrieval_array_path and --random_sample_dim are for --retrieval; add it"
@@ -217,7 +108,7 @@ def check(args: Namespace) -> None:
     check_output(args)
 
 
-def check_output(args: Namespace) -> None:
+def check_output(args: SimpleNamespace) -> None:
     """ConfigError if the results cannot be written: before hours of work, not after."""
     folder = Path(args.output or "results.json").resolve().parent
     if not folder.is_dir():
@@ -242,7 +133,7 @@ def check_output(args: Namespace) -> None:
 class Request:
     """Everything that the options name, opened and checked."""
 
-    args: Namespace
+    args: SimpleNamespace
     model: NestedModel
     head: str  # of the checkpoint; --nesting-list may leave one prefix of an MRL model
     name: str  # of the data set, a key of FOLDERS
@@ -254,7 +145,7 @@ class Request:
     folder: Path  # of these arrays
 
 
-def resolve(args: Namespace) -> Request:
+def resolve(args: SimpleNamespace) -> Request:
     """Open the data sets and the model. Errors for contradictory options, before any forward
     pass.
     """
@@ -270,7 +161,7 @@ def resolve(args: Namespace) -> Request:
     model = load(args)
     head = model.spec.head_name
     if args.nesting_list is not None:
-        with_prefixes(model, prefix_lengths(args.nesting_list))
+        with_prefixes(model, args.nesting_list)
     mapping = match(name, dataset, model)
 
     kinds = [kind for kind in KINDS if getattr(args, f"save_{kind}")]
@@ -292,7 +183,7 @@ def resolve(args: Namespace) -> Request:
     )
 
 
-def load(args: Namespace) -> NestedModel:
+def load(args: SimpleNamespace) -> NestedModel:
     """The model of --path with the preprocessing of the options."""
     model = load_any(
         args.path,
@@ -303,15 +194,6 @@ def load(args: Namespace) -> NestedModel:
     )
     set_preprocessing(model, args.preprocessing, args.resolution)
     return model
-
-
-def prefix_lengths(text: str) -> list[int]:
-    try:
-        return [int(d) for d in text.split(",")]
-    except ValueError:
-        raise config.ConfigError(
-            f"--nesting-list {text}: expected comma-separated lengths such as 8,64,512"
-        ) from None
 
 
 def labelled_images(dataset: BetonFile | ImageFolder, mapping: LabelMapping) -> Data:
@@ -531,7 +413,7 @@ def speed(results: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- --retrieval
 
 
-def write_retrieval_arrays(args: Namespace) -> int:
+def write_retrieval_arrays(args: SimpleNamespace) -> int:
     """Upstream's --retrieval: features of the queries, then of the database, as arrays.
 
     A data set with more than --random_sample_dim images is sampled, in every run alike. Resumes

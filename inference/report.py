@@ -11,11 +11,11 @@ other checkpoints on the same images as models to compare with. The page needs n
 
 from __future__ import annotations
 
-import argparse
 import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,41 +49,40 @@ class ReportError(ValueError):
     user_error = True
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="report.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """What the page shows."""
+
+    run: str | None = config.option(
+        None,
+        help=f"run folder; {', '.join(FILES)} and gradcam/ in it are used unless given",
+        metavar="DIR",
     )
-    p.add_argument(
-        "--run",
-        help=f"run folder; {', '.join(FILES)} and gradcam/ in it are used where they are not given",
+    results: tuple[str, ...] = config.option(
+        (), help="results.json of evaluations", metavar="FILE ...", words=True
     )
-    p.add_argument(
-        "--results", nargs="+", default=[], metavar="FILE", help="results.json of evaluations"
+    analysis: str | None = config.option(None, help="analysis.json of the subject", metavar="FILE")
+    baselines: str | None = config.option(
+        None, help="baselines.json of the subject", metavar="FILE"
     )
-    p.add_argument("--analysis", metavar="FILE", help="analysis.json of the subject")
-    p.add_argument("--baselines", metavar="FILE", help="baselines.json of the subject")
-    p.add_argument("--gradcam", metavar="DIR", help="folder that matryoshka gradcam wrote")
-    p.add_argument(
-        "--samples",
-        type=int,
-        default=16,
-        help="images to show with their predictions, default 16; 0: none",
+    gradcam: str | None = config.option(
+        None, help="folder that matryoshka gradcam wrote", metavar="DIR"
     )
-    p.add_argument("--seed", type=int, default=0, help="of their choice")
-    p.add_argument("--title", help="default: the model and its data set")
-    p.add_argument("--output", help="default: report.html in the run folder, else here")
-    return p
+    samples: int = config.option(16, help="images to show with their predictions; 0: none", low=0)
+    seed: int = config.option(0, help="seed of their choice", low=0)
+    title: str | None = config.option(None, help="unset: the model and its data set")
+    output: str | None = config.option(
+        None, help="unset: report.html in the run folder, else here", metavar="FILE"
+    )
+
+
+def parser() -> config.FlagParser:
+    return config.flat_parser("report.py", __doc__ or "", ReportOptions)
 
 
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.samples < 0 or args.seed < 0:
-        raise config.ConfigError("--samples and --seed must be 0 or more")
-
     # ---- which files ----
     run = training_run(args.run)
     in_run = files_in_run(args.run)

@@ -16,17 +16,16 @@ index`; --choose then makes the result of the sweep its default. See docs/retrie
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
 import resource
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # Two spinning thread pools compete for the cores: a third of the speed is lost. Read at import.
@@ -41,7 +40,8 @@ from matryoshka.embeddings.reading import META, WORK
 from matryoshka.files import write_atomically
 from matryoshka.retrieval import Engine, SearchParams, sweep_report
 from matryoshka.retrieval import ranking_metrics as metrics
-from matryoshka.retrieval.params import INDEXES, SearchOptions
+from matryoshka.retrieval.options import retrieve_parser as parser
+from matryoshka.retrieval.params import SearchOptions
 from matryoshka.retrieval.store import MANIFEST
 from matryoshka.retrieval.store_writer import Writer
 from matryoshka.retrieval.sweep import (
@@ -66,61 +66,6 @@ SINGLE_QUERIES = 1000  # for the latency
 MIN_SINGLE_QUERIES = 200  # if they take more than 10 s
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="retrieve.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    where = "what `matryoshka embed` wrote, an array NAME-X.npy (with labels in NAME-y.npy)"
-    p.add_argument("--database", required=True, metavar="DIR", help=f"{where}, or an index")
-    p.add_argument("--queries", required=True, metavar="DIR", help=where)
-    p.add_argument("--output", required=True, metavar="DIR", help="folder of the results")
-    p.add_argument("--overwrite", action="store_true", help="replace results in it")
-    p.add_argument(
-        "--index",
-        help=f"{', '.join(INDEXES)}; a sweep takes several, with commas. Default: scan; of an "
-        "index without any of the "
-        "options down to --funnel-k: its own search",
-    )
-    p.add_argument("--shortlist-dim", type=int, help="default: 64, or all; of hnsw and binary, too")
-    p.add_argument("--k", type=int, help="length of the shortlist; default: 200, as in the paper")
-    p.add_argument("--rerank-dim", type=int, help="default: all; 0: the shortlist is the result")
-    p.add_argument("--nprobe", type=int, help="ivf: lists that are looked at; default: 32")
-    p.add_argument("--ef", type=int, help="hnsw: efSearch; default: 200")
-    p.add_argument(
-        "--funnel", metavar="D,D,...", help="prefixes, rising: the first of the shortlist"
-    )
-    p.add_argument("--funnel-k", metavar="K,K,...", help="how many rows each but the last hands on")
-    p.add_argument(
-        "--at",
-        metavar="K,K,...",
-        help="of the metrics; default: 10,25,50,100, of an index's own search 10; the largest is "
-        "written",
-    )
-    p.add_argument(
-        "--truth",
-        type=int,
-        default=2000,
-        help="queries that are compared with exact search; 0: none",
-    )
-    p.add_argument("--batches", default="1,32,1000", metavar="B,B,...", help="for queries/s")
-    p.add_argument("--no-speed", action="store_true", help="measure no speed")
-    p.add_argument("--sweep", action="store_true", help="try many settings instead of one")
-    p.add_argument("--target-recall", type=float, help="of the sweep; default: 0.99")
-    p.add_argument(
-        "--choose",
-        action="store_true",
-        help="with --sweep: make the fastest the default of an index",
-    )
-    p.add_argument("--threads", type=int, default=0, help="default: all cores")
-    p.add_argument(
-        "--seed", type=int, default=0, help="of k-means and of the queries that are drawn"
-    )
-    return p
-
-
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
@@ -142,47 +87,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ---------------------------------------------------------------- options
 
 
-def check(args: Namespace) -> None:
-    """ConfigError for options that are out of range, or exclude each other."""
-    for name in ("at", "batches"):
-        int_list(f"--{name}", getattr(args, name))
-    for name, least in (
-        ("k", 1),
-        ("shortlist_dim", 1),
-        ("rerank_dim", 0),
-        ("nprobe", 1),
-        ("ef", 1),
-        ("truth", 0),
-    ):
-        value = getattr(args, name)
-        if value is not None and not least <= value < 1 << 31:
-            raise config.ConfigError(
-                f"--{name.replace('_', '-')} {value}: expected {least} or more, below 2^31"
-            )
-    if not 0 <= args.threads <= 1024:
-        raise config.ConfigError("--threads: expected 0 to 1024")
-    if not 0 <= args.seed < 1 << 31:
-        raise config.ConfigError(f"--seed {args.seed}: expected 0 to {(1 << 31) - 1}")
-    for name in args.index.split(",") if args.index else []:
-        if name not in INDEXES:
-            raise config.ConfigError(f"--index {name}: unknown; known: {', '.join(INDEXES)}")
-
+def check(args: SimpleNamespace) -> None:
+    """ConfigError for options that contradict each other, and for a bad --output."""
     search_options(args).check()
     if args.sweep:
         check_sweep(args)
     elif args.index and "," in args.index:
         raise config.ConfigError(f"--index {args.index}: expected one; --sweep takes several")
-    if args.target_recall is not None and not 0 < args.target_recall <= 1:
-        raise config.ConfigError(
-            f"--target-recall {args.target_recall}: expected more than 0, at most 1"
-        )
     if (args.choose or args.target_recall is not None) and not args.sweep:
         option = "--choose" if args.choose else "--target-recall"
         raise config.ConfigError(f"{option}: works with --sweep only")
     check_output(Path(args.output), args.sweep, args.overwrite)
 
 
-def check_sweep(args: Namespace) -> None:
+def check_sweep(args: SimpleNamespace) -> None:
     """ConfigError for options that a sweep chooses or measures by itself."""
     single = {
         "--k": args.k,
@@ -218,20 +136,7 @@ def check_output(output: Path, sweep: bool, overwrite: bool) -> None:
         raise config.ConfigError(f"{done}: exists; choose another --output, or add --overwrite")
 
 
-def int_list(option: str, text: str | None) -> list[int] | None:
-    """Numbers from 1, separated by commas; None for None. ConfigError."""
-    if text is None:
-        return None
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) < 1:
-        raise config.ConfigError(f"{option} {text}: expected numbers from 1, separated by commas")
-    return found
-
-
-def search_options(args: Namespace) -> SearchOptions:
+def search_options(args: SimpleNamespace) -> SearchOptions:
     """The options that select a search."""
     return SearchOptions(
         index=args.index,
@@ -240,8 +145,8 @@ def search_options(args: Namespace) -> SearchOptions:
         rerank_dim=args.rerank_dim,
         nprobe=args.nprobe,
         ef=args.ef,
-        funnel=int_list("--funnel", args.funnel),
-        funnel_k=int_list("--funnel-k", args.funnel_k),
+        funnel=list(args.funnel) if args.funnel else None,
+        funnel_k=list(args.funnel_k) if args.funnel_k else None,
     )
 
 
@@ -256,10 +161,10 @@ class Request:
     longest: int = 0
 
 
-def resolve_params(args: Namespace, database: Table) -> Request:
+def resolve_params(args: SimpleNamespace, database: Table) -> Request:
     """The search that the options select, clipped to the database's rows and columns."""
     options = search_options(args)
-    at = int_list("--at", args.at)
+    at = list(args.at) if args.at else None
     own = database.index
     if own is not None and not options.given:
         at = at or [RECALL_K]
@@ -281,7 +186,7 @@ def resolve_params(args: Namespace, database: Table) -> Request:
 # ---------------------------------------------------------------- a single search
 
 
-def run_single(args: Namespace, database: Table, queries: Table) -> int:
+def run_single(args: SimpleNamespace, database: Table, queries: Table) -> int:
     """Search with one set of parameters, measure it, write the results."""
     request = resolve_params(args, database)
     params = request.params
@@ -336,8 +241,7 @@ def run_single(args: Namespace, database: Table, queries: Table) -> int:
         recall = metrics.recall_against_exact(found[:, :k], exact[:, :k])
         results["exact"] = report_recall(metrics.summarise_recall(recall, k), k)
     if not args.no_speed:
-        batches = int_list("--batches", args.batches) or []
-        results["speed"] = report_speed(engine, params, queries, batches)
+        results["speed"] = report_speed(engine, params, queries, args.batches)
     results["memory"] = report_memory(engine.memory_bytes)
 
     # ---- files; results.json comes last, and never describes other arrays ----
@@ -488,7 +392,7 @@ def report_memory(index_bytes: int) -> dict[str, Any]:
 # ---------------------------------------------------------------- a sweep
 
 
-def run_sweep(args: Namespace, database: Table, queries: Table) -> int:
+def run_sweep(args: SimpleNamespace, database: Table, queries: Table) -> int:
     """Measure many searches; write the frontier and the certificate."""
     target = args.target_recall or 0.99
     candidates = sweep_candidates(args, database)
@@ -506,7 +410,7 @@ def run_sweep(args: Namespace, database: Table, queries: Table) -> int:
 
     # ---- measurements ----
     engine = database.engine(args.threads, args.seed)
-    batch = min(max(int_list("--batches", args.batches) or [1]), len(asked))
+    batch = min(max(args.batches), len(asked))
 
     def search(part: np.ndarray, params: SearchParams) -> np.ndarray:
         return engine.search(part, params).ids[:, : exact.shape[1]]
@@ -560,7 +464,7 @@ def run_sweep(args: Namespace, database: Table, queries: Table) -> int:
     return 0
 
 
-def sweep_candidates(args: Namespace, database: Table) -> list[SearchParams]:
+def sweep_candidates(args: SimpleNamespace, database: Table) -> list[SearchParams]:
     """The parameters to try; an index on disk has codes of one kind and length only."""
     names = tuple(args.index.split(",")) if args.index else SWEPT_INDEXES
     dims = (args.shortlist_dim,) if args.shortlist_dim else ()
@@ -599,7 +503,9 @@ def sweep_candidates(args: Namespace, database: Table) -> list[SearchParams]:
     return found
 
 
-def choose(args: Namespace, database: Table, chosen: Measured, certificate: dict[str, Any]) -> None:
+def choose(
+    args: SimpleNamespace, database: Table, chosen: Measured, certificate: dict[str, Any]
+) -> None:
     """Make the certified search the default of the index."""
     assert database.index is not None  # sweep_candidates checks it
     summary = sweep_report.certificate_summary(chosen, certificate["queries"])

@@ -10,13 +10,12 @@ change while the server runs.
 
 from __future__ import annotations
 
-import argparse
 import ipaddress
 import os
 import shlex
 import socket
-from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 # Two spinning thread pools compete for the cores: a third of the speed is lost. Read at import.
@@ -36,48 +35,14 @@ from matryoshka.embeddings.reading import trunk_sha256
 from matryoshka.evaluation.embedding import fingerprint
 from matryoshka.models import NestedModel
 from matryoshka.retrieval.store import Index
+from matryoshka.search_page.options import serve_parser as parser
 
 ANY_ADDRESS = ("0.0.0.0", "::", "")  # --host values that listen on all interfaces
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="retrieve.py serve",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("index", metavar="DIR", help="folder of the index")
-    p.add_argument(
-        "--model",
-        metavar="FILE",
-        help="that made the index; default: where the index says that it is",
-    )
-    p.add_argument(
-        "--data",
-        action="append",
-        metavar="PATH",
-        help="the data set of the pictures, where it has moved; of an index of several: once for "
-        "each, in their order",
-    )
-    p.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on; default: 127.0.0.1, this computer only",
-    )
-    p.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any free one")
-    p.add_argument(
-        "--max-upload-mb", type=float, default=16.0, help="of an image that is dropped; default: 16"
-    )
-    p.add_argument("--device", default="auto", choices=distributed.DEVICES)
-    p.add_argument("--threads", type=int, default=0, help="default: all cores")
-    return p
 
 
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    check(args)
     search_page, uvicorn = import_server()
     index = Index(args.index, args.threads)
     replaced = moved_data_sets(index, args.data)
@@ -111,23 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check(args: Namespace) -> None:
-    if not 0 <= args.port <= 65535:
-        raise config.ConfigError(f"--port {args.port}: expected 0 to 65535")
-    if not 0 < args.max_upload_mb <= 1024:
-        raise config.ConfigError(
-            f"--max-upload-mb {args.max_upload_mb:g}: expected more than 0, at most 1024"
-        )
-    if not 0 <= args.threads <= 1024:
-        raise config.ConfigError("--threads: expected 0 to 1024")
-
-
 def import_server() -> tuple[Any, Any]:
     """matryoshka.search_page and uvicorn. ConfigError without the extra [serve]."""
     try:
         import uvicorn
 
         from matryoshka import search_page
+        from matryoshka.search_page import make_app  # noqa: F401 - needs fastapi
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn"):
             raise
@@ -175,7 +130,7 @@ def open_socket(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def load(args: Namespace, index: Index) -> NestedModel:
+def load(args: SimpleNamespace, index: Index) -> NestedModel:
     """The index's model, on its device.
 
     ConfigError, RetrievalError or CheckpointError if it is missing, another model, or damaged.
@@ -226,7 +181,9 @@ def hosts(host: str) -> list[str]:
     return [f"[{host}]" if ":" in host else host]
 
 
-def announce(args: Namespace, index: Index, service: Any, server_socket: socket.socket) -> None:
+def announce(
+    args: SimpleNamespace, index: Index, service: Any, server_socket: socket.socket
+) -> None:
     """Print the index, notes about missing pictures and open access, and the address."""
     places = service.places()
     usable = [place for place, reason in places.items() if reason is None]

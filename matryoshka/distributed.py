@@ -7,37 +7,24 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from matryoshka.runtime import DistConfig
+
 T = TypeVar("T")
 # Exit status of a run that was stopped by a signal: EX_TEMPFAIL of sysexits.h, which job schedulers
 # read as "start the same command again".
 REQUEUE = 75
-DEVICES = ("auto", "cuda", "mps", "cpu")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 class DistributedError(ValueError):
     """Processes or devices that are not available; the message names the option and the remedy."""
 
     user_error = True
-
-
-@dataclass(frozen=True)
-class DistConfig:
-    """Section `dist`: used only with training.distributed=1 and without torchrun, whose environment
-    wins.
-    """
-
-    world_size: int = field(
-        default=0, metadata={"help": "processes to start; 0: one for each visible GPU, else 1"}
-    )
-    address: str = field(default="localhost", metadata={"help": "rendezvous host"})
-    port: int = field(default=0, metadata={"help": "rendezvous port; 0: any free one"})
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The machine and the code that a result comes from: versions, commit, hardware."""
+"""Provenance of a result: versions, commit, hardware."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def environment() -> dict:
-    """Versions, code state and hardware."""
-    import torch  # seconds, which `available_cores` and `git_state` can do without
+    """Versions, commit and hardware, as JSON holds them (env.json)."""
+    import torch  # here: it takes seconds, and the other functions do not need it
 
     names = ("torch", "torchvision", "torchmetrics", "numpy", "pillow", "safetensors")
     # The distribution has another name on PyPI; the key in run folders stays.
@@ -34,6 +34,7 @@ def environment() -> dict:
 
 
 def _version(name: str) -> str | None:
+    """Version of an installed distribution; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -41,7 +42,7 @@ def _version(name: str) -> str | None:
 
 
 def git_state() -> dict | None:
-    """{"commit": .., "dirty": bool} of the source tree; None where it is not a checkout."""
+    """{"commit": .., "dirty": bool} of the source tree; None outside a git checkout."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
@@ -58,6 +59,7 @@ def git_state() -> dict | None:
 
 
 def _cpu_name() -> str:
+    """Model name of the CPU; platform.processor() is empty on most Linux systems."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -1,5 +1,5 @@
-"""config.py: fastargs' syntax without the 14 defects of fastargs 1.2.0, files, messages, round
-trips.
+"""config/: fastargs' syntax without the 14 defects of fastargs 1.2.0, files, messages, round trips,
+ranges, flags.
 """
 
 from __future__ import annotations
@@ -18,8 +18,20 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matryoshka import config as room
-from matryoshka.config import ConfigError, flat, program, read, to_yaml
+from matryoshka.config import (
+    ConfigError,
+    check_fields,
+    check_name,
+    command_parser,
+    flat,
+    flat_parser,
+    neutral_options,
+    option,
+    program,
+    read,
+    to_yaml,
+)
+from matryoshka.config import files as room
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -421,6 +433,204 @@ def test_program_is_quiet_when_its_reader_goes_away():
         child.stdout.close()
         assert (child.stderr.read(), child.wait()) == (b"", 141)
 
+
+# ---------------------------------------------------------------- ranges
+
+
+@dataclass(frozen=True)
+class Limits:
+    clip: float = option(0.0, help="largest norm", low=0)
+    ema: float = option(0.0, low=0, high=1, affects_result=False)
+    learn: float = option(0.2, above=0, below=1)
+    recall: float | None = option(None, above=0, high=1)
+    decays: tuple[float, ...] = option((1e-4,), low=0, nonempty=True)
+    only: tuple[str, ...] = option(("ncm",), choices=("svd-1nn", "ncm"))
+    run_id: str | None = option(None, check=check_name)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("clip=-1", "s.clip=-1: expected 0 or more"),
+        ("ema=2", "s.ema=2: expected 0 to 1"),
+        ("learn=0", "s.learn=0: expected more than 0, less than 1"),
+        ("recall=0", "s.recall=0: expected more than 0, at most 1"),
+        ("decays=1,-1", "s.decays=[1.0, -1.0]: expected 0 or more"),
+        ("decays=", "s.decays=[]: expected one or more values, each 0 or more"),
+        ("only=ncm,svd-1n", "'svd-1n' is unknown; known: svd-1nn, ncm (did you mean 'svd-1nn'?)"),
+        ("run_id=../x", "no / or \\, no leading dot"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_range(argument, message, file):
+    with pytest.raises(ConfigError) as raised:
+        read({"s": Limits}, [f"--s.{argument}"])
+    (line,) = str(raised.value).splitlines()
+    assert message in line
+    name, _, value = argument.partition("=")
+    path = file(json.dumps({f"s.{name}": value}), ".json")
+    with pytest.raises(ConfigError, match=f"in file {re.escape(path)}: "):
+        read({"s": Limits}, ["-C", path])
+
+
+def test_ranges_are_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        read({"s": Limits}, ["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "largest norm [float; default 0.0; 0 or more]" in out
+    assert "[float; default 0.2; more than 0, less than 1]" in out
+
+
+def test_objects_made_in_python_are_checked_too():
+    check_fields(Limits())
+    with pytest.raises(ValueError, match=r"^s\.ema=2: expected 0 to 1$"):
+        check_fields(Limits(ema=2), "s")
+
+
+def test_options_that_do_not_affect_the_result():
+    assert neutral_options({"s": Limits}) == {"s.ema"}
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".x", "a/b", "/a", "a\\b", "a\0b", "a\nb", "x" * 201, "é" * 101]
+)
+def test_a_name_that_would_leave_its_folder(name):
+    with pytest.raises(ValueError, match="no leading dot"):
+        check_name(name)
+
+
+def test_names_of_files():
+    for name in ("a", "run 1", "Šärka", "2026-11-29_10-00", "x" * 200):
+        check_name(name)
+
+
+# ---------------------------------------------------------------- flags
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    path: str = option(help="the checkpoint")
+    mrl: bool = option(False, help="with MRL")
+    rep_size: int | None = option(None, flag="--rep_size", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    batch_size: int = option(256, help="images", low=1)
+    device: str = option("auto", choices=("auto", "cpu"))
+    dims: tuple[int, ...] | None = option(None, low=1, nonempty=True)
+    results: tuple[str, ...] = option((), words=True)
+    data: tuple[str, ...] | None = option(None, repeat=True)
+    names_from: Path | None = option(None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    index: str = option(help="the index", metavar="DIR", positional=True)
+    names: tuple[str, ...] = option((), metavar="NAME", positional=True)
+
+
+FLAGS = flat_parser("eval.py", "Evaluates.", Weights, Work)
+PLACES = flat_parser("index.py", "Deletes.", Place, Work)
+
+
+def test_flags_are_the_papers():
+    args = FLAGS.parse_args(
+        [
+            *("--path", "a b", "--mrl", "--rep_size=8", "--batch-size", "2", "--dims", "8,16"),
+            *("--results", "x", "y,z", "--data", "p", "--data=q", "--names-from", "n.txt"),
+        ]
+    )
+    assert (args.path, args.mrl, args.rep_size, args.batch_size) == ("a b", True, 8, 2)
+    assert (args.dims, args.results, args.data) == ((8, 16), ("x", "y,z"), ("p", "q"))
+    assert args.names_from == Path("n.txt")
+    defaults = vars(FLAGS.parse_args(["--path=a"]))
+    assert defaults == {
+        "path": "a",
+        "mrl": False,
+        "rep_size": None,
+        "batch_size": 256,
+        "device": "auto",
+        "dims": None,
+        "results": (),
+        "data": None,
+        "names_from": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--pth", "x"], "unknown option '--pth' (did you mean '--path'?)"),
+        (["--path=x", "--rep-size=1"], "unknown option '--rep-size' (did you mean '--rep_size'?)"),
+        (["--pat=x"], "unknown option '--pat' (did you mean '--path'?)"),  # no abbreviations
+        ([], "--path is required: the checkpoint"),
+        (["--path"], "--path: a value is missing"),
+        (["--path=x", "--mrl=1"], "--mrl is a switch: it takes no value"),
+        (["--path=x", "--batch-size=0"], "--batch-size 0: expected 1 or more"),
+        (["--path=x", "--batch-size", "-1"], "--batch-size -1: expected 1 or more"),
+        (["--path=x", "--batch-size=two"], "--batch-size two: expected int"),
+        (["--path=x", "--dims=8,x"], "--dims 8,x: expected int,..."),
+        (["--path=x", "--dims=8,0"], "--dims 8,0: expected 1 or more"),
+        (["--path=x", "--device=cup"], "--device cup: expected one of auto, cpu"),
+        (["--path=x", "loose"], "unexpected argument 'loose'"),
+        (["--path=x", "--rep_size=\x1b[2J"], "--rep_size '\\x1b[2J': expected int"),
+        (["--path=x", "--rep_size=none"], "--rep_size none: expected int"),
+        (["--path=x", "--dims="], "--dims '': expected one or more values, each 1 or more"),
+    ],
+)
+def test_a_mistake_in_flags_is_one_line(argv, message, capsys):
+    main = program(FLAGS.parse_args)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(argv)
+    out = capsys.readouterr()
+    (line,) = out.err.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert out.out == ""
+
+
+def test_positional_arguments():
+    args = PLACES.parse_args(["--batch-size", "2", "d", "--device=cpu", "a,b", "--", "--c"])
+    assert (args.index, args.names, args.batch_size) == ("d", ("a,b", "--c"), 2)
+    assert PLACES.parse_args(["d", "-1"]).names == ("-1",)
+    with pytest.raises(ConfigError, match=r"^DIR is required: the index$"):
+        PLACES.parse_args([])
+
+
+def test_help_of_flags(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit, match=r"^0$"):
+        PLACES.parse_args(["-h"])
+    out = capsys.readouterr().out
+    assert out.startswith("usage: index.py DIR NAME ... [options]\n\nDeletes.\n")
+    assert "images [default 256; 1 or more]" in out
+    assert "[default auto; one of auto, cpu]" in out
+
+
+def test_subcommands(capsys):
+    parser = command_parser(
+        "index.py", "An index.", "action", {"build": ("Builds.", [Place]), "info": ("", [Weights])}
+    )
+    args = parser.parse_args(["build", "d"])
+    assert vars(args) == {"index": "d", "names": (), "action": "build"}
+    for argv, message in (
+        ([], "action is required: one of build, info"),
+        (["buld"], "action 'buld': expected one of build, info (did you mean 'build'?)"),
+        (["info", "--pth=x"], "unknown option '--pth' (did you mean '--path'?)"),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            parser.parse_args(argv)
+        assert str(raised.value) == message
+    with pytest.raises(SystemExit, match=r"^0$"):
+        parser.parse_args(["--help"])
+    assert "build" in capsys.readouterr().out
+
+
+def test_an_option_declared_twice_is_a_bug():
+    with pytest.raises(TypeError, match="path is declared twice"):
+        flat_parser("x", "", Weights, Weights)
+
+
+# ---------------------------------------------------------------- recipes
 
 RAMPS = {16: (11, 13), 24: (17, 20), 32: (23, 27), 40: (29, 34), 56: (41, 48), 88: (65, 76)}
 

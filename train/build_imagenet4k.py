@@ -21,7 +21,6 @@ the end, so twice the space is needed.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -29,10 +28,11 @@ import os
 import re
 import shutil
 import sys
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,9 +41,9 @@ from tqdm import tqdm
 from matryoshka import config
 from matryoshka.data import BetonError, BetonFile, write_beton
 from matryoshka.data.layout import PageWriter, page_size_for
+from matryoshka.data.options import MAX_RESOLUTION, MAX_SEED, TRANSCODE, WriteOptions
 from matryoshka.data.reader import manifest_path, printable
 from matryoshka.data.sources import EXTENSIONS, decode_image
-from matryoshka.data.writer import WriteOptions
 from matryoshka.files import AtomicFile, write_atomically
 
 QUERIES = "imagenet4k_queries.beton"
@@ -63,67 +63,44 @@ class BuildError(ValueError):
     user_error = True
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="build_imagenet4k.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """What is drawn, and how it is stored."""
+
+    data: str = config.option(
+        help="ImageNet-21K: one folder of images per WordNet id", metavar="DIR"
     )
-    p.add_argument(
-        "--data",
-        required=True,
-        metavar="DIR",
-        help="ImageNet-21K: one folder of images per WordNet id",
-    )
-    p.add_argument(
-        "--classes", required=True, metavar="FILE", help="the list of classes, IDtoClass.txt"
-    )
-    p.add_argument(
-        "--output",
-        required=True,
-        metavar="DIR",
-        help="folder of the files, made where it is missing",
-    )
-    p.add_argument("--database-per-class", type=int, default=1000, metavar="N")
-    p.add_argument("--queries-per-class", type=int, default=50, metavar="N")
-    p.add_argument("--seed", type=int, default=0, help="of the draw")
-    p.add_argument(
-        "--leave-out-small",
-        action="store_true",
+    classes: str = config.option(help="the list of classes, IDtoClass.txt", metavar="FILE")
+    output: str = config.option(help="folder of the files, created if missing", metavar="DIR")
+    database_per_class: int = config.option(1000, help="images per class in the database", low=1)
+    queries_per_class: int = config.option(50, help="images per class among the queries", low=1)
+    seed: int = config.option(0, help="seed of the draw", low=0, high=MAX_SEED)
+    leave_out_small: bool = config.option(
+        False,
         help="leave out, and list, classes that are missing or have too few readable images; "
         "default: an error",
     )
-    p.add_argument("--max-resolution", type=int, default=500, help="longest side in pixels")
-    p.add_argument(
-        "--write-mode", default="jpg", choices=("jpg", "raw"), help="how images are stored"
+    max_resolution: int = config.option(
+        500, help="longest side in pixels", low=1, high=MAX_RESOLUTION
     )
-    p.add_argument("--jpeg-quality", type=int, default=90)
-    p.add_argument(
-        "--transcode",
-        default="never",
-        choices=("never", "fit", "always"),
-        help="copy JPEGs losslessly",
+    write_mode: str = config.option("jpg", help="how images are stored", choices=("jpg", "raw"))
+    jpeg_quality: int = config.option(90, help="JPEG quality", low=1, high=100)
+    transcode: str = config.option("never", help="copy JPEGs losslessly", choices=TRANSCODE)
+    names: bool = config.option(
+        False, help="also keep the file names in the side files of the .beton files"
     )
-    p.add_argument(
-        "--names", action="store_true", help="also keep the file names in the .beton's side files"
-    )
-    p.add_argument("--workers", type=int, default=0, help="threads; default: all cores")
-    p.add_argument("--overwrite", action="store_true", help="replace files of other options")
-    return p
+    workers: int = config.option(0, help="threads; 0: all cores", low=0, high=1024)
+    overwrite: bool = config.option(False, help="replace files of other options")
+
+
+def parser() -> config.FlagParser:
+    return config.flat_parser("build_imagenet4k.py", __doc__ or "", BuildOptions)
 
 
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    for option, least in (("database_per_class", 1), ("queries_per_class", 1), ("workers", 0)):
-        value = getattr(args, option)
-        if value < least:
-            flag = f"--{option.replace('_', '-')}"
-            raise config.ConfigError(f"{flag} {value}: expected {least} or more")
-    if not 0 <= args.seed < 1 << 64:
-        raise config.ConfigError(f"--seed {args.seed}: expected 0 to {(1 << 64) - 1}")
-    WriteOptions(**store_options(args))  # validates them before any work
+    WriteOptions(**store_options(args))  # raises for options that contradict each other
     output = Path(args.output)
     wnids = read_classes(Path(args.classes))
     plan = {
@@ -195,7 +172,7 @@ def read_classes(file: Path) -> list[str]:
     return sorted(wnids)
 
 
-def list_images(data: Path, wnids: list[str], args: Namespace) -> dict[str, list[str]]:
+def list_images(data: Path, wnids: list[str], args: SimpleNamespace) -> dict[str, list[str]]:
     """File names of every class, sorted; [] for classes that are left out."""
     if not data.is_dir():
         raise BuildError(f"--data {data}: no such folder")
@@ -277,7 +254,7 @@ def must_match(where: Path, stored: Any, plan: dict) -> None:
             )
 
 
-def store_options(args: Namespace) -> dict[str, Any]:
+def store_options(args: SimpleNamespace) -> dict[str, Any]:
     return {
         key: getattr(args, key)
         for key in ("max_resolution", "write_mode", "jpeg_quality", "transcode")
@@ -301,7 +278,9 @@ class ClassImages:
         return self._names[index]
 
 
-def write_class(parts: Path, data: Path, wnid: str, names: list[str], args: Namespace) -> None:
+def write_class(
+    parts: Path, data: Path, wnid: str, names: list[str], args: SimpleNamespace
+) -> None:
     """Write both parts of one class, then the record that they are complete.
 
     Without enough images, only write the record that the class is left out. Unreadable images are
@@ -335,7 +314,7 @@ def write_class(parts: Path, data: Path, wnid: str, names: list[str], args: Name
     )
 
 
-def write_part(path: Path, images: ClassImages, args: Namespace) -> set[str]:
+def write_part(path: Path, images: ClassImages, args: SimpleNamespace) -> set[str]:
     """Write one part; return the names of unreadable images, without which the part is valid."""
     try:
         manifest = write_beton(images, path, num_workers=args.workers, **store_options(args))

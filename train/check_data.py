@@ -9,7 +9,6 @@ Exit status: 0 all samples are sound, 1 some are broken (they are listed), 2 the
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import textwrap
@@ -17,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,26 +48,35 @@ COUNTS = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="matryoshka data",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(frozen=True, kw_only=True)
+class FileOptions:
+    """What is looked at."""
+
+    path: str = config.option(
+        help="a .beton file; verify also takes a folder of class folders",
+        metavar="FILE",
+        positional=True,
     )
-    commands = p.add_subparsers(dest="command", required=True, metavar="info|verify")
-    info = commands.add_parser(
-        "info", help="fields, sizes, classes, how images are stored", allow_abbrev=False
+    json: bool = config.option(False, help="print JSON")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(FileOptions):
+    """How it is verified."""
+
+    workers: int = config.option(0, help="threads; 0: all cores", low=0, high=1024)
+
+
+def parser() -> config.CommandParser:
+    return config.command_parser(
+        "matryoshka data",
+        __doc__ or "",
+        "command",
+        {
+            "info": ("Show fields, sizes, classes, and how images are stored.", [FileOptions]),
+            "verify": ("Decode everything and list what is broken.", [VerifyOptions]),
+        },
     )
-    info.add_argument("path", metavar="FILE", help="a .beton file")
-    verify = commands.add_parser(
-        "verify", help="decode everything and list what is broken", allow_abbrev=False
-    )
-    verify.add_argument("path", metavar="FILE", help="a .beton file, or a folder of class folders")
-    verify.add_argument("--workers", type=int, default=0, help="threads; default: all cores")
-    for command in (info, verify):
-        command.add_argument("--json", action="store_true", help="print JSON")
-    return p
 
 
 @config.program
@@ -78,8 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             facts = describe(data)
         print(json.dumps(facts, indent=1) if args.json else info_text(facts))
         return 0
-    if args.workers < 0:
-        raise config.ConfigError(f"--workers {args.workers}: expected 0 (all cores) or more")
     found = verify_all(open_dataset(args.path), args.workers or available_cores())
     print(json.dumps(found, indent=1) if args.json else verify_text(found))
     return 1 if found["broken"] else 0

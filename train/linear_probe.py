@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,10 +32,11 @@ from tqdm import tqdm
 from matryoshka import checkpoint, config, distributed
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data import CenterCrop, Loader, open_dataset
-from matryoshka.distributed import DEVICES, PRECISIONS, World
+from matryoshka.distributed import World
 from matryoshka.environment import environment
 from matryoshka.evaluation.predict import extract_features
-from matryoshka.evaluation.probe import SOLVERS, Probe, ProbeError, choose_weight_decay, fit
+from matryoshka.evaluation.probe import Probe, ProbeError, choose_weight_decay, fit
+from matryoshka.evaluation.probe_options import parser
 from matryoshka.files import write_atomically
 from matryoshka.models import NestedModel, shortest_prefix
 from matryoshka.nested import NestedLinear, check_dims, default_dims
@@ -43,144 +44,11 @@ from matryoshka.training.loaders import check_classes
 from matryoshka.training.run_folder import new_run_id
 
 FINAL = "model.safetensors"
-MAX_THREADS = 1024  # of the decoder's pool
-MAX_SEED = 2**63 - 1
-
-
-@dataclass(frozen=True)
-class FrozenConfig:
-    """Section `model`."""
-
-    path: str = field(
-        metadata={
-            "help": "whose trunk: a checkpoint (.safetensors, .pt), torchvision:NAME[.WEIGHTS], "
-            "timm:NAME"
-        }
-    )
-    dims: tuple[int, ...] | None = field(
-        default=None,
-        metadata={
-            "help": "prefix lengths, e.g. 8,12,512; unset: powers of two from 2^nesting_start to "
-            "the width"
-        },
-    )
-    nesting_start: int = field(
-        default=3, metadata={"help": "the shortest prefix is 2^nesting_start"}
-    )
-    efficient: bool = field(
-        default=False, metadata={"help": "MRL-E: one classifier sliced per prefix"}
-    )
-    device: str = field(
-        default="auto", metadata={"help": "auto: CUDA, else MPS, else CPU", "choices": DEVICES}
-    )
-    precision: str = field(
-        default="fp32",
-        metadata={"help": "of the trunk; auto: bf16/fp16 on CUDA", "choices": PRECISIONS},
-    )
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Section `data`."""
-
-    train_dataset: str = field(metadata={"help": ".beton/.ffcv file or image folder"})
-    val_dataset: str = field(metadata={"help": ".beton/.ffcv file or image folder"})
-    num_workers: int = field(default=0, metadata={"help": "decoding threads; 0: all cores"})
-    batch_size: int = field(default=256, metadata={"help": "images per forward pass"})
-
-    def __post_init__(self) -> None:
-        between(self, "data", num_workers=(0, MAX_THREADS), batch_size=(1, 1 << 16))
-
-
-@dataclass(frozen=True)
-class ProbeConfig:
-    """Section `probe`."""
-
-    solver: str = field(
-        default="lbfgs",
-        metadata={
-            "help": "lbfgs: full batch, to the tolerance; sgd: mini-batches",
-            "choices": SOLVERS,
-        },
-    )
-    weight_decay: tuple[float, ...] = field(
-        default=(1e-5, 1e-4, 1e-3),
-        metadata={"help": "one, or several to choose from on a held-out tenth"},
-    )
-    max_iter: int = field(default=1000, metadata={"help": "of lbfgs, at most"})
-    tolerance: float = field(
-        default=1e-4,
-        metadata={"help": "of the gradient's largest entry, as a share of that at zero weights"},
-    )
-    epochs: int = field(default=20, metadata={"help": "of sgd"})
-    lr: float | None = field(
-        default=None, metadata={"help": "of sgd; unset: 1 / the curvature, for each prefix"}
-    )
-    batch_size: int = field(default=1024, metadata={"help": "of sgd"})
-    precision: str = field(
-        default="auto",
-        metadata={
-            "help": "of the solver; auto: fp64, on MPS fp32",
-            "choices": ("auto", "fp64", "fp32"),
-        },
-    )
-    seed: int = field(default=0, metadata={"help": "of the held-out tenth, and of sgd"})
-
-    def __post_init__(self) -> None:
-        between(
-            self,
-            "probe",
-            max_iter=(1, None),
-            epochs=(1, None),
-            batch_size=(1, None),
-            seed=(0, MAX_SEED),
-        )
-        if self.tolerance <= 0:
-            raise ValueError(
-                f"probe.tolerance={self.tolerance:g}: expected more than 0, such as 1e-4"
-            )
-        if not self.weight_decay or min(self.weight_decay) < 0:
-            raise ValueError(
-                f"probe.weight_decay={list(self.weight_decay)}: expected numbers of 0 or more"
-            )
-        if self.lr is not None and self.lr <= 0:
-            raise ValueError(f"probe.lr={self.lr}: expected more than 0, or none")
-
-
-@dataclass(frozen=True)
-class LoggingConfig:
-    """Section `logging`."""
-
-    folder: str = field(default="trainlogs", metadata={"help": "parent of the run folder"})
-    run_id: str | None = field(
-        default=None, metadata={"help": "name of the run folder; unset: time, probe, 4 digits"}
-    )
-
-
-SECTIONS = {
-    "model": FrozenConfig,
-    "data": DataConfig,
-    "probe": ProbeConfig,
-    "logging": LoggingConfig,
-}
-
-
-def between(section: Any, name: str, **limits: tuple[int, int | None]) -> None:
-    """ValueError for the first option outside of its (lowest, highest) value."""
-    for option, (low, high) in limits.items():
-        value = getattr(section, option)
-        if value < low or (high is not None and value > high):
-            raise ValueError(
-                f"{name}.{option}={value}: expected {low} "
-                f"{'or more' if high is None else f'to {high}'}"
-            )
 
 
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
-    cfg = config.read(
-        SECTIONS, argv, prog="linear_probe.py", description=(__doc__ or "").split("\n", 1)[0]
-    )
+    cfg = parser().parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise config.ConfigError("linear_probe.py runs as one process; start it without torchrun")
     world = World(distributed.pick_device(cfg.model.device, 0))

@@ -16,13 +16,13 @@ skips             steps with non-finite gradients / rollbacks; the column is lef
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from statistics import median
@@ -43,24 +43,23 @@ SORTS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="matryoshka runs",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(frozen=True, kw_only=True)
+class RunsOptions:
+    """Which runs, and how they are shown."""
+
+    folders: tuple[str, ...] = config.option(
+        help="a folder of run folders, or a run folder",
+        metavar="DIR",
+        positional=True,
     )
-    p.add_argument(
-        "folders", metavar="DIR", nargs="+", help="a folder of run folders, or a run folder"
+    sort: str = config.option(
+        "date", help="newest, most accurate or alphabetically first", choices=SORTS
     )
-    p.add_argument(
-        "--sort",
-        choices=SORTS,
-        default="date",
-        help="newest, most accurate or alphabetically first",
-    )
-    p.add_argument("--json", action="store_true", help="print a line of JSON for each run")
-    return p
+    json: bool = config.option(False, help="print a line of JSON for each run")
+
+
+def parser() -> config.FlagParser:
+    return config.flat_parser("matryoshka runs", __doc__ or "", RunsOptions)
 
 
 @config.program

@@ -32,6 +32,7 @@ from matryoshka.evaluation.predict import predict
 from matryoshka.models import NestedModel, model_spec
 from matryoshka.models.ema import Ema
 from matryoshka.nested import nested_cross_entropy
+from matryoshka.training.checks import check, global_batch_size
 from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.loaders import (
     make_loaders,
@@ -41,7 +42,7 @@ from matryoshka.training.loaders import (
 )
 from matryoshka.training.meter import EpochMeter
 from matryoshka.training.optim import lr_at, make_optimizer, parameter_groups, peak_epoch, peak_lr
-from matryoshka.training.options import SECTIONS, check, global_batch_size
+from matryoshka.training.options import SECTIONS, parser
 from matryoshka.training.run_folder import accuracy_metrics, new_run_id
 from matryoshka.training.session import (
     FINAL,
@@ -62,9 +63,7 @@ LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    cfg = config.read(
-        SECTIONS, argv, prog="train_imagenet.py", description=(__doc__ or "").split("\n", 1)[0]
-    )
+    cfg = parser().parse_args(argv)
     processes = distributed.processes_to_start(
         cfg.dist, cfg.training.distributed, cfg.training.device
     )
@@ -93,7 +92,12 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
     run_id = distributed.broadcast(run_id, world)
     options = config.flat(cfg)
     start = resolve_run_on_all_ranks(
-        Path(cfg.logging.folder), run_id, t.resume, options=options, world=world
+        Path(cfg.logging.folder),
+        run_id,
+        t.resume,
+        options=options,
+        neutral=config.neutral_options(SECTIONS),
+        world=world,
     )
     if start.finished:
         print0(f"finished {start.path}: this run is done; its model is {start.path / FINAL}")

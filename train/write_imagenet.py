@@ -12,7 +12,7 @@ import time
 
 from tqdm import tqdm
 
-from matryoshka.config import program, read
+from matryoshka.config import SectionParser, program, section_parser
 from matryoshka.data import BetonError, Digits, ImageFolder, WriterConfig, write_beton
 from matryoshka.data.reader import manifest_path
 
@@ -23,6 +23,11 @@ LISTS = {  # of the manifest
     "damaged": "damaged, but readable",
     "broken": "LEFT OUT, not readable",
 }
+
+
+def parser() -> SectionParser:
+    description = (__doc__ or "").partition("\n")[0]
+    return section_parser("write_imagenet.py", description, {"cfg": WriterConfig})
 
 
 def open_source(cfg: WriterConfig) -> ImageFolder | Digits:
@@ -77,12 +82,7 @@ def summary(manifest: dict, path: str, seconds: float) -> str:
 
 @program
 def main(argv=None):
-    cfg = read(
-        {"cfg": WriterConfig},
-        argv,
-        prog="write_imagenet.py",
-        description=(__doc__ or "").partition("\n")[0],
-    ).cfg
+    cfg = parser().parse_args(argv).cfg
     source = open_source(cfg)
     start = time.perf_counter()
     with tqdm(total=None, unit=" images", disable=None, file=sys.stderr) as bar:

@@ -1,19 +1,26 @@
 """Model files: the only connection between training and everything after it."""
 
-from matryoshka.checkpoint.contents import FORMAT, TRAINING_FORMAT, CheckpointError, Contents
-from matryoshka.checkpoint.model_file import (
-    describe,
-    load_model,
-    preprocessing_of,
-    read,
-    save_model,
-)
-from matryoshka.checkpoint.upstream import from_upstream, save_upstream, to_upstream
+from typing import TYPE_CHECKING
+
+from matryoshka import lazy
+
+if TYPE_CHECKING:
+    from matryoshka.checkpoint.contents import FORMAT, TRAINING_FORMAT, CheckpointError, Contents
+    from matryoshka.checkpoint.model_file import (
+        describe,
+        load_model,
+        preprocessing_of,
+        read,
+        save_model,
+    )
+    from matryoshka.checkpoint.options import CheckpointOptions
+    from matryoshka.checkpoint.upstream import from_upstream, save_upstream, to_upstream
 
 __all__ = [
     "FORMAT",
     "TRAINING_FORMAT",
     "CheckpointError",
+    "CheckpointOptions",
     "Contents",
     "describe",
     "from_upstream",
@@ -24,3 +31,13 @@ __all__ = [
     "save_upstream",
     "to_upstream",
 ]
+
+__getattr__ = lazy.attribute(
+    __name__,
+    {
+        "contents": ("FORMAT", "TRAINING_FORMAT", "CheckpointError", "Contents"),
+        "model_file": ("describe", "load_model", "preprocessing_of", "read", "save_model"),
+        "options": ("CheckpointOptions",),
+        "upstream": ("from_upstream", "save_upstream", "to_upstream"),
+    },
+)

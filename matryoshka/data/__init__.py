@@ -2,17 +2,19 @@
 
 from typing import TYPE_CHECKING
 
-from matryoshka.data.crops import CenterCrop, PadCrop, RandomResizedCrop
-from matryoshka.data.images import read_images
-from matryoshka.data.layout import BetonError
-from matryoshka.data.reader import BetonFile
-from matryoshka.data.sources import Digits, ImageFolder, open_dataset
-from matryoshka.data.state import StateError
-from matryoshka.data.writer import WriterConfig, write_beton
+from matryoshka import lazy
 
 if TYPE_CHECKING:
+    from matryoshka.data.crops import CenterCrop, PadCrop, RandomResizedCrop
+    from matryoshka.data.images import read_images
+    from matryoshka.data.layout import BetonError
     from matryoshka.data.loader import Batch, Loader
+    from matryoshka.data.options import WriterConfig
+    from matryoshka.data.reader import BetonFile
     from matryoshka.data.resident import ResidentLoader
+    from matryoshka.data.sources import Digits, ImageFolder, open_dataset
+    from matryoshka.data.state import StateError
+    from matryoshka.data.writer import write_beton
 
 __all__ = [
     "Batch",
@@ -32,15 +34,18 @@ __all__ = [
     "write_beton",
 ]
 
-
-def __getattr__(name: str):
-    # the loader imports torch, which takes seconds that writing and inspecting files can do without
-    if name in ("Batch", "Loader"):
-        from matryoshka.data import loader
-
-        return getattr(loader, name)
-    if name == "ResidentLoader":
-        from matryoshka.data.resident import ResidentLoader
-
-        return ResidentLoader
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy.attribute(
+    __name__,
+    {
+        "crops": ("CenterCrop", "PadCrop", "RandomResizedCrop"),
+        "images": ("read_images",),
+        "layout": ("BetonError",),
+        "loader": ("Batch", "Loader"),
+        "options": ("WriterConfig",),
+        "reader": ("BetonFile",),
+        "resident": ("ResidentLoader",),
+        "sources": ("Digits", "ImageFolder", "open_dataset"),
+        "state": ("StateError",),
+        "writer": ("write_beton",),
+    },
+)

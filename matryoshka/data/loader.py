@@ -26,7 +26,8 @@ from matryoshka.data import _native
 from matryoshka.data.crops import EVALUATION_CROP, CenterCrop, Crop, PadCrop, RandomResizedCrop
 from matryoshka.data.dataset import Dataset
 from matryoshka.data.layout import BetonError, Samples
-from matryoshka.data.order import ORDERS, batches, epoch_order, num_batches
+from matryoshka.data.options import ON_ERROR, ORDERS
+from matryoshka.data.order import batches, epoch_order, num_batches
 from matryoshka.data.pages import Feed
 from matryoshka.data.slots import Batch, HostSlots, PinnedSlots
 from matryoshka.data.sources import open_dataset
@@ -34,8 +35,6 @@ from matryoshka.data.state import check_state
 from matryoshka.environment import available_cores
 
 __all__ = ["Batch", "CenterCrop", "Loader", "PadCrop", "RandomResizedCrop", "Skipped"]
-
-ON_ERROR = ("error", "skip")
 
 
 class Skipped(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-ORDERS = ("random", "quasi_random", "sequential")
+from matryoshka.data.options import ORDERS
 
 
 def epoch_order(

@@ -16,115 +16,24 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from matryoshka.data import _native, layout
 from matryoshka.data.layout import BetonError
+from matryoshka.data.options import WriteOptions
 from matryoshka.data.reader import manifest_path
 from matryoshka.data.sources import _exif_orientation, decode_image, upright
 from matryoshka.environment import available_cores
 from matryoshka.files import AtomicFile
 
-MODES = ("proportion", "jpg", "raw", "smart")
-# Lossless copies of baseline JPEGs within max_resolution. Photos are stored at about q96, so copies
-# take twice the bytes of re-encoding at quality 90, and twice the time to decode.
-TRANSCODE = ("never", "fit", "always")
-MAX_RESOLUTION = 26_754  # the largest square whose pixels fit into the largest page
 # Several chunks are in memory at a time: chunks of large raw images are limited to this size.
 _CHUNK_BYTES = 16 << 20
 # Errors of one file, which is then left out; any other OSError (a failing disk) ends the write.
 _UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError)
-
-
-def _option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    return field(
-        default=default, metadata={"help": help} | ({"choices": choices} if choices else {})
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class WriteOptions:
-    """What decides the bytes of a .beton, besides its source. BetonError for values that make no
-    sense.
-    """
-
-    max_resolution: int = field(
-        metadata={"help": "longest side in pixels; larger images are reduced to it"}
-    )
-    write_mode: str = _option(
-        "smart", "how images are stored; proportion and smart decide per image", MODES
-    )
-    compress_probability: float | None = _option(
-        None, "share stored as jpg, only for proportion (0.5)"
-    )
-    smart_threshold: int | None = _option(
-        None, "only for smart: jpg above this many raw bytes; unset: all raw"
-    )
-    jpeg_quality: float = _option(90, "1 to 100")
-    transcode: str = _option(
-        "never", "copy JPEGs losslessly; fit: if stored as jpg; always: also for raw", TRANSCODE
-    )
-    subset: int = _option(-1, "store this many samples, evenly over the classes; -1: all")
-    seed: int = _option(0, "of the subset and of proportion's choices")
-    exif_rotate: bool = _option(False, "turn photos upright by their EXIF tag before storing them")
-    names: bool = _option(False, "keep every original file name in the side file")
-
-    def __post_init__(self) -> None:
-        mode = self.write_mode
-        probability = self.compress_probability
-        threshold = self.smart_threshold
-        wrong = []
-        for name, choices in (("write_mode", MODES), ("transcode", TRANSCODE)):
-            if getattr(self, name) not in choices:
-                wrong.append(f"{name}={getattr(self, name)}: expected one of {', '.join(choices)}")
-        if probability is not None and mode != "proportion":
-            wrong.append(
-                f"compress_probability={probability} is for write_mode=proportion, not "
-                f"write_mode={mode}"
-            )
-        if threshold is not None and mode != "smart":
-            wrong.append(
-                f"smart_threshold={threshold} is for write_mode=smart, not write_mode={mode}"
-            )
-        for name, low, high in (
-            ("max_resolution", 1, MAX_RESOLUTION),
-            ("compress_probability", 0, 1),
-            ("smart_threshold", 0, float("inf")),
-            ("jpeg_quality", 1, 100),
-            ("seed", 0, 2**64 - 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                wrong.append(f"{name}={value}: expected {low} to {high}")
-        if wrong:
-            raise BetonError("; ".join(wrong))
-
-
-@dataclass(frozen=True, kw_only=True)
-class WriterConfig(WriteOptions):
-    """The section `cfg` of write_imagenet.py."""
-
-    write_path: str = field(
-        metadata={"help": "the .beton to write; an old one is replaced once this is whole"}
-    )
-    dataset: str = _option(
-        "imagenet", "imagenet: any folder of class folders; digits", ("imagenet", "digits")
-    )
-    split: str | None = _option(
-        None, "part of digits; the part of a folder is data_dir's", ("train", "val")
-    )
-    data_dir: str | None = _option(None, "the folder that holds the class folders")
-    num_workers: int = _option(0, "threads, 0: all cores; does not change the file")
-    chunk_size: int = _option(100, "most samples per unit of work; does not change the file")
-    writer: str = _option("native", "ffcv: FFCV's own writer, for comparison", ("native", "ffcv"))
-
-    def options(self) -> dict:
-        """The part that write_beton takes as keywords."""
-        return {f.name: getattr(self, f.name) for f in fields(WriteOptions)}
 
 
 class Source(Protocol):

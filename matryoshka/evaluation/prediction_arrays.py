@@ -17,9 +17,9 @@ import torch
 
 from matryoshka.data.imagenet import CLASSES, wnids
 from matryoshka.evaluation.analysis import top_confidence
+from matryoshka.evaluation.options import SCORES
 
 MAX_CLASSES = 10_000_000
-SCORES = ("logits", "softmax", "predictions")  # in order of preference
 METADATA = ("checkpoint", "arch", "head", "dataset", "data", "tta", "precision")
 
 
@@ -119,18 +119,12 @@ def from_files(options: Mapping[str, Any]) -> PredictionArrays:
         raise ArrayError(
             "give --results, or one of --logits, --softmax and --predictions with --gt and --dims"
         )
-    try:
-        dims = [int(d) for d in options["dims"].split(",")]
-    except ValueError:
-        raise ArrayError(
-            f"--dims {options['dims']}: expected lengths with commas, such as 8,16,32"
-        ) from None
     kind = kinds[0]
     return _open(
         kind,
         Path(options[kind]),
         Path(options["gt"]),
-        dims=dims,
+        dims=list(options["dims"]),
         class_names=None,
         metadata={"scores": options[kind], "gt": options["gt"]},
     )

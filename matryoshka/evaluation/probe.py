@@ -28,9 +28,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from matryoshka.evaluation.probe_options import SOLVERS
 from matryoshka.nested import Head, NestedLinear, check_dims, nested_cross_entropy, nested_logits
 
-SOLVERS = ("lbfgs", "sgd")
 _TILE = 1 << 25  # numbers in the largest intermediate: 256 MB of float64
 CURVATURE_SAMPLE = 4096  # images on which SGD estimates the largest curvature
 

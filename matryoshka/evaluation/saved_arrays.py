@@ -24,8 +24,6 @@ from matryoshka.distributed import World, gather
 from matryoshka.evaluation.predict import Prediction
 from matryoshka.files import write_atomically
 
-KINDS = ("logits", "softmax", "predictions", "gt")
-
 # ---------------------------------------------------------------- names of files
 
 

@@ -1,6 +1,6 @@
 """Backbones with a nested head: `build(ModelSpec)` -> NestedModel.
 
-options.py      ModelConfig (section `model`) and ModelSpec, which rebuilds a model
+options.py      ModelConfig (section `model`) and ModelSpec, which rebuilds a model; without torch
 model.py        NestedModel, build, with_prefixes, model_spec
 backbones.py    BACKBONES: trunks by name; start here to add one
 resnets.py      torchvision's ResNets and a ResNet-10
@@ -8,17 +8,22 @@ timm_models.py  `timm:NAME`
 blurpool.py     anti-aliased strided convolutions
 """
 
-from matryoshka.models.backbones import BACKBONES, backbone
-from matryoshka.models.model import (
-    NestedModel,
-    build,
-    model_spec,
-    shortest_prefix,
-    with_prefixes,
-)
+from typing import TYPE_CHECKING
+
+from matryoshka import lazy
 from matryoshka.models.options import ModelConfig, ModelError, ModelSpec
-from matryoshka.models.resnets import RESNETS
-from matryoshka.models.timm_models import TIMM, import_timm, one_line
+
+if TYPE_CHECKING:
+    from matryoshka.models.backbones import BACKBONES, backbone
+    from matryoshka.models.model import (
+        NestedModel,
+        build,
+        model_spec,
+        shortest_prefix,
+        with_prefixes,
+    )
+    from matryoshka.models.resnets import RESNETS
+    from matryoshka.models.timm_models import TIMM, import_timm, one_line
 
 __all__ = [
     "BACKBONES",
@@ -36,3 +41,13 @@ __all__ = [
     "shortest_prefix",
     "with_prefixes",
 ]
+
+__getattr__ = lazy.attribute(
+    __name__,
+    {
+        "backbones": ("BACKBONES", "backbone"),
+        "model": ("NestedModel", "build", "model_spec", "shortest_prefix", "with_prefixes"),
+        "resnets": ("RESNETS",),
+        "timm_models": ("TIMM", "import_timm", "one_line"),
+    },
+)

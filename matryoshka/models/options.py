@@ -1,9 +1,11 @@
-"""Model options (section `model`) and the description that rebuilds a model."""
+"""Options and specification of a model, without torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+
+from matryoshka.config import option
 
 
 class ModelError(ValueError):
@@ -16,60 +18,50 @@ class ModelError(ValueError):
 class ModelConfig:
     """Section `model`."""
 
-    arch: str = field(
-        default="resnet18",
-        metadata={"help": "backbone: a ResNet by its torchvision name, or timm:NAME"},
+    arch: str = option("resnet18", help="backbone: a ResNet by its torchvision name, or timm:NAME")
+    pretrained: bool = option(
+        False, help="short for model.init=torchvision:<arch>, or timm: for a model of timm"
     )
-    pretrained: bool = field(
-        default=False, metadata={"help": "short for model.init=torchvision:<arch>, or timm:"}
+    init: str | None = option(
+        None,
+        help="initial weights: a checkpoint (.safetensors, .pt), torchvision:NAME[.WEIGHTS], "
+        "timm:NAME",
     )
-    init: str | None = field(
-        default=None,
-        metadata={
-            "help": "start weights: a checkpoint (.safetensors, .pt), "
-            "torchvision:NAME[.WEIGHTS], timm:NAME"
-        },
+    freeze: str = option(
+        "",
+        help="stages that keep their initial weights: trunk, or e.g. stem,layer1,layer2 or "
+        "patch_embed",
     )
-    freeze: str = field(
-        default="",
-        metadata={
-            "help": "stages that keep their start weights: trunk, or e.g. stem,layer1,layer2 or "
-            "patch_embed"
-        },
+    mrl: bool = option(False, help="MRL: one classifier per prefix")
+    efficient: bool = option(False, help="MRL-E: one classifier sliced per prefix; wins over mrl")
+    nesting_start: int = option(3, help="the shortest prefix is 2^nesting_start", low=0)
+    fixed_feature: int = option(
+        0, help="baseline: width of the classified feature; 0: the backbone's width", low=0
     )
-    mrl: bool = field(default=False, metadata={"help": "MRL: one classifier per prefix"})
-    efficient: bool = field(
-        default=False, metadata={"help": "MRL-E: one classifier sliced per prefix; wins over mrl"}
+    dims: tuple[int, ...] | None = option(
+        None,
+        help="prefix lengths, e.g. 8,12,512; unset: powers of two from 2^nesting_start to the "
+        "width",
+        low=1,
     )
-    nesting_start: int = field(
-        default=3, metadata={"help": "the shortest prefix is 2^nesting_start"}
-    )
-    fixed_feature: int = field(
-        default=0,
-        metadata={"help": "baseline: width of the feature that is classified; 0 is the trunk's"},
-    )
-    dims: tuple[int, ...] | None = field(
-        default=None,
-        metadata={
-            "help": "prefix lengths, e.g. 8,12,512; unset: powers of two from 2^nesting_start to "
-            "the width"
-        },
-    )
-    relative_importance: tuple[float, ...] | None = field(
-        default=None, metadata={"help": "loss weight of each prefix; unset: all 1"}
+    relative_importance: tuple[float, ...] | None = option(
+        None, help="loss weight of each prefix; unset: all 1", low=0
     )
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """All that is needed to rebuild a model without its training config."""
+    """All that is needed to rebuild a model without its training config.
+
+    arch_options: further keywords of the backbone's builder, as JSON holds them.
+    """
 
     arch: str
     num_classes: int
     dims: tuple[int, ...]
     efficient: bool = False
     blurpool: bool = False
-    arch_options: dict[str, Any] = field(default_factory=dict)
+    arch_options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def head_name(self) -> str:

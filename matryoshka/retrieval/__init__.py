@@ -20,13 +20,20 @@ cosine 0. Rows with NaN or infinity are never found. Rows of equal score are ord
 results have id -1. Source: Kusupati et al., arXiv 2205.13147, section 4.3.1 and appendix E.
 """
 
-from matryoshka.retrieval.exact import exact_search
-from matryoshka.retrieval.hits import Hits, RetrievalError
-from matryoshka.retrieval.ivf import InvertedFile
-from matryoshka.retrieval.params import SearchParams
-from matryoshka.retrieval.pipeline import Engine, Searcher
+from typing import TYPE_CHECKING
+
+from matryoshka import lazy
+
+# not lazily: the module of this name would hide the function
 from matryoshka.retrieval.rerank import Stage, rerank
-from matryoshka.retrieval.scan import BinaryScan, PrefixScan
+
+if TYPE_CHECKING:
+    from matryoshka.retrieval.exact import exact_search
+    from matryoshka.retrieval.hits import Hits, RetrievalError
+    from matryoshka.retrieval.ivf import InvertedFile
+    from matryoshka.retrieval.params import SearchParams
+    from matryoshka.retrieval.pipeline import Engine, Searcher
+    from matryoshka.retrieval.scan import BinaryScan, PrefixScan
 
 __all__ = [
     "BinaryScan",
@@ -41,3 +48,15 @@ __all__ = [
     "exact_search",
     "rerank",
 ]
+
+__getattr__ = lazy.attribute(
+    __name__,
+    {
+        "exact": ("exact_search",),
+        "hits": ("Hits", "RetrievalError"),
+        "ivf": ("InvertedFile",),
+        "params": ("SearchParams",),
+        "pipeline": ("Engine", "Searcher"),
+        "scan": ("BinaryScan", "PrefixScan"),
+    },
+)

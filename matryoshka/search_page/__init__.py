@@ -9,8 +9,18 @@ page.html, style.css, behaviour.js, icon.svg: all that the browser loads
 Needs fastapi (the extra [serve]). inference/serve.py is the program.
 """
 
-from matryoshka.search_page.app import make_app
-from matryoshka.search_page.pictures import Pictures, Refusal
-from matryoshka.search_page.service import Service
+from typing import TYPE_CHECKING
+
+from matryoshka import lazy
+
+if TYPE_CHECKING:
+    from matryoshka.search_page.app import make_app
+    from matryoshka.search_page.pictures import Pictures, Refusal
+    from matryoshka.search_page.service import Service
 
 __all__ = ["Pictures", "Refusal", "Service", "make_app"]
+
+__getattr__ = lazy.attribute(
+    __name__,
+    {"app": ("make_app",), "pictures": ("Pictures", "Refusal"), "service": ("Service",)},
+)

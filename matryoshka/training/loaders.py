@@ -1,9 +1,8 @@
-"""Data options and loaders of an ImageNet-style training run."""
+"""Loaders of an ImageNet-style training run, from its options."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import cast
 
@@ -11,97 +10,9 @@ import numpy as np
 
 from matryoshka.config import ConfigError
 from matryoshka.data import CenterCrop, Loader, RandomResizedCrop, ResidentLoader
-from matryoshka.data.loader import ON_ERROR
-from matryoshka.data.order import ORDERS
 from matryoshka.distributed import World
 from matryoshka.environment import available_cores
-
-
-@dataclass(frozen=True)
-class ResolutionConfig:
-    """Section `resolution`: training images grow from min_res to max_res between two epochs."""
-
-    min_res: int = field(default=160, metadata={"help": "pixels up to start_ramp"})
-    max_res: int = field(default=160, metadata={"help": "pixels from end_ramp on"})
-    start_ramp: int = field(default=0, metadata={"help": "epoch"})
-    end_ramp: int = field(default=0, metadata={"help": "epoch"})
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Section `data`."""
-
-    train_dataset: str | None = field(
-        default=None, metadata={"help": ".beton/.ffcv file or image folder"}
-    )
-    val_dataset: str | None = field(
-        default=None, metadata={"help": ".beton/.ffcv file or image folder"}
-    )
-    loader: str = field(
-        default="native",
-        metadata={"help": "ffcv: FFCV's own loader, for comparison", "choices": ("native", "ffcv")},
-    )
-    num_workers: int = field(
-        default=0, metadata={"help": "decoding threads per process; 0: all cores, shared fairly"}
-    )
-    in_memory: bool = field(
-        default=True,
-        metadata={
-            "help": "1: read the training file into the page cache first; 0: read through a "
-            "bounded buffer"
-        },
-    )
-    order: str = field(
-        default="auto",
-        metadata={
-            "help": "of training; auto: random; with in_memory=0 and a .beton quasi_random, "
-            "which reads whole pages",
-            "choices": ("auto", *ORDERS),
-        },
-    )
-    window_pages: int = field(
-        default=128,
-        metadata={"help": "pages (8 MB each) that quasi_random mixes and, with in_memory=0, holds"},
-    )
-    resident: bool = field(
-        default=False,
-        metadata={"help": "keep both sets on the device, decoded; for small images of one size"},
-    )
-    on_error: str = field(
-        default="error",
-        metadata={
-            "help": "a training image that cannot be decoded: stop, or skip it and list it in "
-            "skipped.jsonl",
-            "choices": ON_ERROR,
-        },
-    )
-    flip: float = field(default=0.5, metadata={"help": "probability of a horizontal flip"})
-    scale: tuple[float, float] = field(
-        default=(0.08, 1.0), metadata={"help": "crop area, share of the image: low,high"}
-    )
-    ratio: tuple[float, float] = field(
-        default=(3 / 4, 4 / 3), metadata={"help": "crop aspect ratio: low,high"}
-    )
-    mixup: float = field(
-        default=0.0, metadata={"help": "alpha of mixup; with cutmix, either by halves; 0: none"}
-    )
-    cutmix: float = field(default=0.0, metadata={"help": "alpha of CutMix; 0: none"})
-    randaugment: float = field(
-        default=0.0,
-        metadata={"help": "magnitude of RandAugment, 0 (none) to 10; 2 operations an image"},
-    )
-
-
-@dataclass(frozen=True)
-class ValidationConfig:
-    """Section `validation`."""
-
-    batch_size: int = field(default=512, metadata={"help": "images per process"})
-    resolution: int = field(default=224, metadata={"help": "pixels of the central crop"})
-    crop_ratio: float = field(
-        default=224 / 256, metadata={"help": "side of the crop / shorter side of the image"}
-    )
-    lr_tta: bool = field(default=True, metadata={"help": "add the logits of the mirror image"})
+from matryoshka.training.options import DataConfig, ResolutionConfig
 
 
 def make_loaders(cfg: SimpleNamespace, world: World, global_batch: int) -> tuple[Loader, Loader]:
@@ -207,8 +118,6 @@ def check_crops(cfg: SimpleNamespace) -> None:
 def check_loader(cfg: SimpleNamespace) -> None:
     """Raise ConfigError if data.loader and data.order do not fit the datasets or each other."""
     data = cfg.data
-    if data.window_pages < 1:
-        raise ConfigError(f"data.window_pages={data.window_pages}: expected 1 or more")
     if (
         data.order == "quasi_random"
         and data.train_dataset is not None

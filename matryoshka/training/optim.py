@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,62 +11,13 @@ import torch
 from torch import nn
 
 from matryoshka.nested import NestedLinear
-
-OPTIMIZERS = ("sgd", "adamw", "lars", "muon")
+from matryoshka.training.options import OPTIMIZERS, LrConfig
 
 
 class OptimError(ValueError):
     """An optimizer that is not available; the message names the option and the remedy."""
 
     user_error = True
-
-
-@dataclass(frozen=True)
-class LrConfig:
-    """Section `lr`."""
-
-    lr: float | None = field(
-        default=None, metadata={"help": "peak rate; unset: lr_per_256 x global batch / 256"}
-    )
-    lr_per_256: float = field(
-        default=0.125, metadata={"help": "peak rate per 256 images of the global batch"}
-    )
-    lr_schedule_type: str = field(
-        default="cyclic",
-        metadata={
-            "help": "shape over the run",
-            "choices": ("step", "cyclic", "constant", "cosine"),
-        },
-    )
-    lr_peak_epoch: int = field(default=2, metadata={"help": "cyclic: epoch of the highest rate"})
-    warmup_epochs: float = field(
-        default=0.0,
-        metadata={
-            "help": "step, constant, cosine: epochs from 1e-4 x the peak rate to the peak, linear"
-        },
-    )
-    step_ratio: float = field(default=0.1, metadata={"help": "step: factor at each step"})
-    step_length: int = field(default=30, metadata={"help": "step: epochs between two steps"})
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "lr_per_256", "lr_peak_epoch", "warmup_epochs", "step_ratio"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"lr.{name}={value}: expected 0 or more")
-        if self.step_length < 1:
-            raise ValueError(f"lr.step_length={self.step_length}: expected 1 or more")
-        if self.warmup_epochs and self.lr_schedule_type == "cyclic":
-            raise ValueError(
-                f"lr.warmup_epochs={self.warmup_epochs}: the ramp of lr.lr_schedule_type=cyclic "
-                "is its warm-up; "
-                "give lr.lr_peak_epoch"
-            )
-        if self.warmup_epochs > self.step_length and self.lr_schedule_type == "step":
-            raise ValueError(
-                f"lr.warmup_epochs={self.warmup_epochs}: longer than "
-                f"lr.step_length={self.step_length}; "
-                "the first step would fall into the warm-up"
-            )
 
 
 def peak_lr(config: LrConfig, global_batch: int) -> float:

@@ -1,136 +1,232 @@
-"""Options of train_imagenet.py and the checks that run before any process starts."""
+"""Options of train_imagenet.py, without torch.
+
+checks.py checks them against each other, the data and the machine.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+from dataclasses import dataclass
 
-from matryoshka import config, distributed
-from matryoshka.checkpoint.transfer import check_start
-from matryoshka.data import open_dataset
-from matryoshka.distributed import DEVICES, PRECISIONS, DistConfig
-from matryoshka.models import ModelConfig, ModelSpec, model_spec
-from matryoshka.training.loaders import (
-    DataConfig,
-    ResolutionConfig,
-    ValidationConfig,
-    check_classes,
-    check_crops,
-    check_loader,
-    resolution_at,
-)
-from matryoshka.training.optim import OPTIMIZERS, LrConfig
+from matryoshka import config
+from matryoshka.config import check_fields, check_name, option
+from matryoshka.data.options import ON_ERROR, ORDERS
+from matryoshka.models.options import ModelConfig
+from matryoshka.runtime import DEVICES, MAX_THREADS, PRECISIONS, DistConfig
+
+OPTIMIZERS = ("sgd", "adamw", "lars", "muon")
+MAX_IMAGE_SIZE = 16384  # pixels of a side, as the crops allow
+
+
+@dataclass(frozen=True)
+class ResolutionConfig:
+    """Section `resolution`: training images grow from min_res to max_res between two epochs."""
+
+    min_res: int = option(160, help="pixels up to start_ramp", low=1, high=MAX_IMAGE_SIZE)
+    max_res: int = option(160, help="pixels from end_ramp on", low=1, high=MAX_IMAGE_SIZE)
+    start_ramp: int = option(0, help="epoch at which images start to grow", low=0)
+    end_ramp: int = option(0, help="epoch from which images have max_res", low=0)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Section `data`."""
+
+    train_dataset: str | None = option(
+        None, help=".beton/.ffcv file or image folder", affects_result=False
+    )
+    val_dataset: str | None = option(
+        None, help=".beton/.ffcv file or image folder", affects_result=False
+    )
+    loader: str = option(
+        "native", help="ffcv: FFCV's own loader, for comparison", choices=("native", "ffcv")
+    )
+    num_workers: int = option(
+        0,
+        help="decoding threads per process; 0: all cores, divided among the processes",
+        low=0,
+        high=MAX_THREADS,
+        affects_result=False,
+    )
+    in_memory: bool = option(
+        True,
+        help="1: read the training file into the page cache first; 0: read through a bounded "
+        "buffer",
+        affects_result=False,
+    )
+    order: str = option(
+        "auto",
+        help="order of training images; auto: random; with in_memory=0 and a .beton quasi_random, "
+        "which reads whole pages",
+        choices=("auto", *ORDERS),
+    )
+    window_pages: int = option(
+        128,
+        help="pages (8 MB each) that quasi_random mixes and, with in_memory=0, holds",
+        low=1,
+    )
+    resident: bool = option(
+        False, help="keep both sets on the device, decoded; for small images of one size"
+    )
+    on_error: str = option(
+        "error",
+        help="a training image that cannot be decoded: stop, or skip it and list it in "
+        "skipped.jsonl",
+        choices=ON_ERROR,
+    )
+    flip: float = option(0.5, help="probability of a horizontal flip", low=0, high=1)
+    scale: tuple[float, float] = option(
+        (0.08, 1.0), help="crop area, share of the image: low,high", above=0, high=1
+    )
+    ratio: tuple[float, float] = option((3 / 4, 4 / 3), help="crop aspect ratio: low,high", above=0)
+    mixup: float = option(
+        0.0, help="alpha of mixup; with cutmix, each for half of the batches; 0: off", low=0
+    )
+    cutmix: float = option(0.0, help="alpha of CutMix; 0: off", low=0)
+    randaugment: float = option(
+        0.0,
+        help="magnitude of RandAugment on the paper's scale, 2 operations per image; 0: off",
+        low=0,
+        high=10,
+    )
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Section `validation`."""
+
+    batch_size: int = option(512, help="images per process", low=1, affects_result=False)
+    resolution: int = option(224, help="pixels of the central crop", low=1, high=MAX_IMAGE_SIZE)
+    crop_ratio: float = option(
+        224 / 256, help="side of the crop / shorter side of the image", above=0, high=1
+    )
+    lr_tta: bool = option(True, help="add the logits of the mirror image")
+
+
+@dataclass(frozen=True)
+class LrConfig:
+    """Section `lr`."""
+
+    lr: float | None = option(None, help="peak rate; unset: lr_per_256 x global batch / 256", low=0)
+    lr_per_256: float = option(0.125, help="peak rate per 256 images of the global batch", low=0)
+    lr_schedule_type: str = option(
+        "cyclic", help="shape over the run", choices=("step", "cyclic", "constant", "cosine")
+    )
+    lr_peak_epoch: int = option(2, help="cyclic: epoch of the highest rate", low=0)
+    warmup_epochs: float = option(
+        0.0,
+        help="step, constant, cosine: epochs from 1e-4 x the peak rate to the peak, linear",
+        low=0,
+    )
+    step_ratio: float = option(0.1, help="step: factor at each step", low=0)
+    step_length: int = option(30, help="step: epochs between two steps", low=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "lr")
+        if self.warmup_epochs and self.lr_schedule_type == "cyclic":
+            raise ValueError(
+                f"lr.warmup_epochs={self.warmup_epochs}: the ramp of lr.lr_schedule_type=cyclic "
+                "is its warm-up; give lr.lr_peak_epoch"
+            )
+        if self.warmup_epochs > self.step_length and self.lr_schedule_type == "step":
+            raise ValueError(
+                f"lr.warmup_epochs={self.warmup_epochs}: longer than "
+                f"lr.step_length={self.step_length}; the first step would fall into the warm-up"
+            )
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """Section `training`."""
 
-    eval_only: bool = field(
-        default=False, metadata={"help": "evaluate training.path instead of training"}
+    eval_only: bool = option(False, help="evaluate training.path instead of training")
+    path: str | None = option(None, help="checkpoint for eval_only")
+    batch_size: int = option(
+        512, help="largest batch per process and forward pass", low=1, affects_result=False
     )
-    path: str | None = field(default=None, metadata={"help": "checkpoint for eval_only"})
-    batch_size: int = field(
-        default=512, metadata={"help": "images per process and forward pass, at most"}
+    accumulate: int = option(
+        1, help="forward passes per optimizer step", low=1, affects_result=False
     )
-    accumulate: int = field(default=1, metadata={"help": "forward passes per optimizer step"})
-    global_batch_size: int = field(
-        default=0,
-        metadata={"help": "images per optimizer step; 0: batch_size x processes x accumulate"},
+    global_batch_size: int = option(
+        0,
+        help="images per optimizer step; 0: batch_size x processes x accumulate",
+        low=0,
+        affects_result=False,
     )
-    optimizer: str = field(default="sgd", metadata={"help": "optimizer", "choices": OPTIMIZERS})
-    momentum: float = field(default=0.9, metadata={"help": "of SGD, LARS and Muon; beta1 of AdamW"})
-    weight_decay: float = field(default=4e-5, metadata={"help": "of all but norm layers"})
-    bn_wd: float = field(
-        default=0.0, metadata={"help": "weight decay of norm layers, found by their type"}
+    optimizer: str = option("sgd", help="optimizer", choices=OPTIMIZERS)
+    momentum: float = option(
+        0.9, help="momentum of SGD, LARS and Muon; beta1 of AdamW", low=0, high=1
     )
-    clip: float = field(
-        default=0.0, metadata={"help": "largest norm of the gradients of a step; 0: any"}
+    weight_decay: float = option(4e-5, help="weight decay of all but norm layers", low=0)
+    bn_wd: float = option(0.0, help="weight decay of norm layers, found by their type", low=0)
+    clip: float = option(
+        0.0, help="largest gradient norm of a step, longer ones are scaled; 0: no limit", low=0
     )
-    ema: float = field(
-        default=0.0,
-        metadata={"help": "decay of an average of the weights, evaluated, too; 0: none"},
+    ema: float = option(
+        0.0,
+        help="decay of an exponential moving average of the weights, also evaluated; 0: off",
+        low=0,
+        high=1,
     )
-    sync_bn: bool = field(
-        default=False, metadata={"help": "batch norm over all processes (GPUs only)"}
+    sync_bn: bool = option(False, help="batch norm over all processes (GPUs only)")
+    epochs: int = option(30, help="passes over the training set", low=1)
+    label_smoothing: float = option(0.1, help="label smoothing of the loss", low=0, high=1)
+    distributed: bool | None = option(
+        None,
+        help="1: start the processes of section dist; under torchrun 1 is implied, 0 an error",
+        affects_result=False,
     )
-    epochs: int = field(default=30, metadata={"help": "passes over the training set"})
-    label_smoothing: float = field(default=0.1, metadata={"help": "of the cross-entropy"})
-    distributed: bool | None = field(
-        default=None,
-        metadata={
-            "help": "1: start the processes of section dist; under torchrun 1 is implied, 0 an "
-            "error"
-        },
+    use_blurpool: bool = option(False, help="anti-aliased strided convolutions")
+    seed: int = option(0, help="seed of weights, sample order, crops and augmentations", low=0)
+    deterministic: bool = option(
+        False, help="the same weights in every run, slower: no compilation, no autotuning"
     )
-    use_blurpool: bool = field(
-        default=False, metadata={"help": "anti-aliased strided convolutions"}
+    precision: str = option(
+        "auto", help="auto: bf16 or fp16 on CUDA, else fp32", choices=PRECISIONS
     )
-    seed: int = field(
-        default=0, metadata={"help": "of weights, sample order, crops and augmentations"}
+    compile: bool | None = option(None, help="torch.compile; unset: on CUDA", affects_result=False)
+    device: str = option(
+        "auto", help="auto: CUDA, else MPS, else CPU", choices=DEVICES, affects_result=False
     )
-    deterministic: bool = field(
-        default=False,
-        metadata={"help": "the same weights in every run, slower: no compilation, no autotuning"},
+    resume: str | None = option(
+        None,
+        help="auto: resume logging.run_id from its last checkpoint; or a run folder, or a "
+        "checkpoint in one",
+        affects_result=False,
     )
-    precision: str = field(
-        default="auto",
-        metadata={"help": "auto: bf16 or fp16 on CUDA, else fp32", "choices": PRECISIONS},
+    checkpoint_every_steps: int = option(
+        0,
+        help="steps between two checkpoints; 0: only those of epochs and minutes",
+        low=0,
+        affects_result=False,
     )
-    compile: bool | None = field(default=None, metadata={"help": "torch.compile; unset: on CUDA"})
-    device: str = field(
-        default="auto", metadata={"help": "auto: CUDA, else MPS, else CPU", "choices": DEVICES}
+    checkpoint_every_minutes: float = option(
+        10.0,
+        help="minutes between two checkpoints within an epoch; 0: off",
+        low=0,
+        affects_result=False,
     )
-    resume: str | None = field(
-        default=None,
-        metadata={
-            "help": "auto: go on with logging.run_id where it stopped; or a run folder, or a "
-            "checkpoint in one"
-        },
+    keep_last: int = option(
+        3, help="number of checkpoints to keep, beside the best one", low=1, affects_result=False
     )
-    checkpoint_every_steps: int = field(
-        default=0,
-        metadata={"help": "steps between two checkpoints; 0: only those of epochs and minutes"},
+    skip_limit: int = option(
+        10,
+        help="consecutive steps without a finite gradient before a rollback to the last checkpoint",
+        low=1,
+        affects_result=False,
     )
-    checkpoint_every_minutes: float = field(
-        default=10.0, metadata={"help": "minutes between two checkpoints within an epoch; 0: none"}
-    )
-    keep_last: int = field(default=3, metadata={"help": "checkpoints to keep, beside the best one"})
-    skip_limit: int = field(
-        default=10,
-        metadata={
-            "help": "steps without a finite gradient in a row: then back to the last checkpoint"
-        },
-    )
-    hang_timeout: float = field(
-        default=1800.0,
-        metadata={
-            "help": "seconds without progress: then stacks are saved and the run ends; 0: never"
-        },
+    hang_timeout: float = option(
+        1800.0,
+        help="seconds without progress before the run saves its stacks and ends; 0: never",
+        low=0,
+        affects_result=False,
     )
 
     def __post_init__(self) -> None:
-        for name in ("momentum", "weight_decay", "bn_wd", "label_smoothing", "clip", "ema"):
-            value = getattr(self, name)
-            if value < 0 or (name in ("momentum", "label_smoothing", "ema") and value > 1):
-                raise ValueError(f"training.{name}={value}: out of range")
-        for name in ("batch_size", "accumulate", "epochs", "keep_last", "skip_limit"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name}={getattr(self, name)}: expected 1 or more")
-        for name in (
-            "global_batch_size",
-            "seed",
-            "checkpoint_every_steps",
-            "checkpoint_every_minutes",
-            "hang_timeout",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"training.{name}={getattr(self, name)}: expected 0 or more")
         if self.global_batch_size and self.accumulate != 1:
             raise ValueError(
                 f"training.accumulate={self.accumulate} and "
                 f"training.global_batch_size={self.global_batch_size}: "
-                "give one, either follows from the other"
+                "give one, the other follows from it"
             )
 
 
@@ -138,22 +234,23 @@ class TrainingConfig:
 class LoggingConfig:
     """Section `logging`."""
 
-    folder: str = field(default="trainlogs", metadata={"help": "parent of the run folder"})
-    run_id: str | None = field(
-        default=None,
-        metadata={
-            "help": "name of the run folder; unset: torchrun's run id, or time, model, 4 digits"
-        },
+    folder: str = option("trainlogs", help="parent of the run folder", affects_result=False)
+    run_id: str | None = option(
+        None,
+        help="name of the run folder; unset: torchrun's run id, or time, model, 4 digits",
+        check=check_name,
+        affects_result=False,
     )
-    log_level: int = field(
-        default=1,
-        metadata={"help": "0: evaluate once, at the end; 1: after every epoch; 2: also log steps"},
+    log_level: int = option(
+        1,
+        help="0: evaluate once, at the end; 1: after every epoch; 2: also log steps",
+        low=0,
+        affects_result=False,
     )
-    wandb: str | None = field(
-        default=None,
-        metadata={
-            "help": "project of Weights & Biases to log to as well (WANDB_MODE=offline: a folder)"
-        },
+    wandb: str | None = option(
+        None,
+        help="project of Weights & Biases to log to as well (WANDB_MODE=offline: a folder)",
+        affects_result=False,
     )
 
 
@@ -169,96 +266,10 @@ SECTIONS = {
 }
 
 
-def global_batch_size(cfg: SimpleNamespace, processes: int, before: int | None = None) -> int:
-    """Images per optimizer step. before: that of the checkpoint of a resumed run, which stays."""
-    t = cfg.training
-    size = before or t.global_batch_size or t.batch_size * processes * t.accumulate
-    if t.global_batch_size and before and before != t.global_batch_size:
-        raise config.ConfigError(
-            f"training.global_batch_size={t.global_batch_size}: the resumed run has {before}; "
-            "leave it out"
-        )
-    if size < processes:
-        raise config.ConfigError(
-            f"training.global_batch_size={size}: expected {processes} or more, one image for each "
-            "process"
-        )
-    return size
-
-
-def check(cfg: SimpleNamespace, processes: int) -> None:
-    """Raise ConfigError for every mistake that can be found before `processes` start."""
-    training, data = cfg.training, cfg.data
-    if training.eval_only and training.path is None:
-        raise config.ConfigError(
-            "training.eval_only=1 needs training.path, the checkpoint to evaluate"
-        )
-    needed = [("data.val_dataset", data.val_dataset)]
-    if not training.eval_only:
-        needed.append(("data.train_dataset", data.train_dataset))
-    for name, value in needed:
-        if value is None:
-            raise config.ConfigError(f"{name} is required: a .beton file or an image folder")
-    if cfg.validation.batch_size < 1:
-        raise config.ConfigError(
-            f"validation.batch_size={cfg.validation.batch_size}: expected 1 or more"
-        )
-    if data.num_workers < 0:
-        raise config.ConfigError(f"data.num_workers={data.num_workers}: expected 0 or more")
-    check_crops(cfg)
-    check_loader(cfg)
-    distributed.check(training.distributed, training.device)
-    device = distributed.pick_device(training.device, 0)
-    distributed.pick_precision(training.precision, device)
-    if training.sync_bn and device.type != "cuda":
-        raise config.ConfigError(
-            f"training.sync_bn=1 needs GPUs, the device is {device.type}; leave it out"
-        )
-    if training.deterministic and training.compile:
-        raise config.ConfigError(
-            "training.compile=1 and training.deterministic=1: compiled code is not; leave one out"
-        )
-    if training.eval_only:
-        return
-    if training.path is not None:
-        raise config.ConfigError(
-            "training.path is the checkpoint for training.eval_only=1; leave it out to train"
-        )
-    if (
-        training.resume == "auto"
-        and cfg.logging.run_id is None
-        and not distributed.started_by_torchrun()
-    ):
-        raise config.ConfigError("training.resume=auto needs logging.run_id, the run to resume")
-    train_set, val_set = open_dataset(data.train_dataset), open_dataset(data.val_dataset)
-    spec = model_spec(cfg.model, train_set.num_classes, training.use_blurpool)
-    if training.resume is None:  # a resumed run has its weights
-        r = cfg.resolution
-        ramp = range(r.start_ramp, r.end_ramp + 1)
-        sizes = {resolution_at(epoch, r) for epoch in (0, r.start_ramp, *ramp, r.end_ramp)}
-        sizes.add(cfg.validation.resolution)
-        check_start(cfg.model, spec, train_set.classes, sizes=sorted(sizes))
-    check_classes(train_set, val_set)
-    check_mixing(cfg, spec)
-    batch = global_batch_size(cfg, processes)
-    if batch > len(train_set):
-        raise config.ConfigError(
-            f"training.batch_size={training.batch_size} makes global batches of {batch}, more "
-            f"than the {len(train_set)} images of {train_set.path}; lower it"
-        )
-
-
-def check_mixing(cfg: SimpleNamespace, spec: ModelSpec) -> None:
-    for name in ("mixup", "cutmix", "randaugment"):
-        if getattr(cfg.data, name) < 0:
-            raise config.ConfigError(
-                f"data.{name}={getattr(cfg.data, name)}: expected 0 (off) or more"
-            )
-    if cfg.data.randaugment > 10:
-        raise config.ConfigError(
-            f"data.randaugment={cfg.data.randaugment}: expected 0 (off) to 10, the paper's scale"
-        )
-    if spec.num_classes < 2 and (cfg.data.mixup or cfg.data.cutmix):
-        raise config.ConfigError(
-            "data.mixup and data.cutmix mix classes, the training set has only one"
-        )
+def parser() -> config.SectionParser:
+    """The options of train_imagenet.py."""
+    return config.section_parser(
+        "train_imagenet.py",
+        "Train a nested (MRL, MRL-E) or fixed-feature model on two .beton files or image folders.",
+        SECTIONS,
+    )

@@ -19,7 +19,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from matryoshka import distributed
+from matryoshka.config import check_name
 from matryoshka.distributed import World
 from matryoshka.training import snapshot
 from matryoshka.training.guard import NonFiniteGuard, StepReport
@@ -41,33 +42,6 @@ FINAL = "model.safetensors"
 ROLLBACK_LR_FACTOR = 0.1  # of the learning rate after a rollback ...
 ROLLBACK_LR_STEPS = 100  # ... for this many steps after the bad one
 MAX_ROLLBACKS = 5
-# Options that affect the place and the speed of a run, not its result.
-FREE = (
-    "data.train_dataset",
-    "data.val_dataset",
-    "data.num_workers",
-    "data.in_memory",
-    "validation.batch_size",
-    "training.batch_size",
-    "training.accumulate",
-    "training.global_batch_size",
-    "training.distributed",
-    "training.device",
-    "training.resume",
-    "training.checkpoint_every_steps",
-    "training.checkpoint_every_minutes",
-    "training.keep_last",
-    "training.hang_timeout",
-    "training.skip_limit",
-    "training.compile",
-    "logging.folder",
-    "logging.run_id",
-    "logging.log_level",
-    "logging.wandb",
-    "dist.world_size",
-    "dist.address",
-    "dist.port",
-)
 
 
 class SessionError(ValueError):
@@ -144,15 +118,25 @@ def launch_id() -> str | None:
 
 
 def resolve_run(
-    folder: Path, run_id: str, resume: str | None, options: Mapping[str, Any]
+    folder: Path,
+    run_id: str,
+    resume: str | None,
+    options: Mapping[str, Any],
+    *,
+    neutral: Collection[str] = (),
 ) -> ResumePoint:
     """Find where the run in `<folder>/<run_id>` starts.
 
     resume: "auto", a run folder, a checkpoint file in a run folder, or None. A folder created by
     the same torchrun is a restart, which implies "auto". Raises RunExists if the folder is not
     empty and resume is None, and SessionError if the path is not a run or if `options` would give
-    another result than the run's options.
+    another result than the run's options. neutral: names of options that may differ, see
+    `config.neutral_options`.
     """
+    try:
+        check_name(run_id)
+    except ValueError as error:
+        raise SessionError(f"logging.run_id={run_id!r}: {error}") from None
     path = folder / run_id
     chosen = None  # the checkpoint file that the user named
     if resume not in (None, "auto"):
@@ -177,20 +161,26 @@ def resolve_run(
     if checkpoint is None and resume not in (None, "auto"):
         raise SessionError(f"training.resume={resume}: contains no valid checkpoint")
     if checkpoint is not None:
-        check_options(checkpoint, options)
+        check_options(checkpoint, options, neutral)
     # A chosen checkpoint continues a finished run from there.
     finished = (path / FINAL).exists() and chosen is None
     return ResumePoint(path, checkpoint, finished, tuple(notes))
 
 
 def resolve_run_on_all_ranks(
-    folder: Path, run_id: str, resume: str | None, *, options: Mapping[str, Any], world: World
+    folder: Path,
+    run_id: str,
+    resume: str | None,
+    *,
+    options: Mapping[str, Any],
+    neutral: Collection[str] = (),
+    world: World,
 ) -> ResumePoint:
     """`resolve_run` on rank 0, with the result on all ranks."""
     found: list[ResumePoint] = []
 
     def resolve() -> ResumePoint:
-        found.append(resolve_run(folder, run_id, resume, options))
+        found.append(resolve_run(folder, run_id, resume, options, neutral=neutral))
         return replace(found[0], checkpoint=None)  # tensors travel apart, without pickle
 
     point = distributed.on_main(resolve, world)
@@ -208,14 +198,19 @@ def _is_restart(path: Path) -> bool:
         return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def check_options(checkpoint: Checkpoint, options: Mapping[str, Any]) -> None:
-    """Raise SessionError with the options that affect the result and differ from the run's."""
+def check_options(
+    checkpoint: Checkpoint, options: Mapping[str, Any], neutral: Collection[str]
+) -> None:
+    """Raise SessionError with the options that affect the result and differ from the run's.
+
+    neutral: names of the options that do not affect it.
+    """
     before = checkpoint.metadata["config"]
     now = json.loads(json.dumps(dict(options)))
     differences = [
         f"{name} was {before.get(name)} and is {now.get(name)}"
         for name in {**before, **now}
-        if name not in FREE and before.get(name) != now.get(name)
+        if name not in neutral and before.get(name) != now.get(name)
     ]
     if differences:
         raise SessionError(

@@ -10,9 +10,11 @@ from oracles import one_by_one
 from PIL import Image
 
 from matryoshka.checkpoint.model_file import load_model, save_model
+from matryoshka.config import ConfigError
 from matryoshka.data import ImageFolder, write_beton
 from matryoshka.data.augment import Preprocessing
 from matryoshka.evaluation import retrieval_arrays
+from matryoshka.evaluation.options import eval_parser
 from matryoshka.evaluation.saved_arrays import write_array
 from matryoshka.models import ModelSpec, build
 
@@ -200,3 +202,9 @@ def test_mistakes_name_the_option(root, imagenet_checkpoint, tmp_path, capsys, *
     line = refused(arguments(imagenet_checkpoint, root, f"{tmp_path}/", *more), capsys)
     assert all(word in line for word in words), line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--random_sample_dim", "--batch-size"])
+def test_numbers_out_of_range_are_refused_by_the_parser(option):
+    with pytest.raises(ConfigError, match=f"^{option} 0: expected 1 "):
+        eval_parser().parse_args(["--path=x", "--retrieval", f"{option}=0"])

@@ -500,7 +500,7 @@ def test_the_target_decides_what_is_explained(checkpoint, raw, tmp_path, monkeyp
         (["--data={tmp}/bad"], ["bad", "none of its images"]),
         (["--images=0"], ["--images 0"]),
         (["--dims=8,16"], ["--dims", "no prefix 16", "[8, 64, 512]"]),
-        (["--dims=8;16"], ["--dims 8;16", "8,64,512"]),
+        (["--dims=8;16"], ["--dims 8;16", "expected int,..."]),
         (["--target=3"], ["--target 3", "0 to 2"]),
         (["--target=ant"], ["--target ant", "predicted, label"]),
         (["--target=label", "--data={tmp}/bad"], ["--target label", "0.png", "--target predicted"]),

@@ -355,7 +355,7 @@ MISTAKES = [
     (["--k=0"], "--k 0"),
     (["--at=0"], "--at 0"),
     (["--at=1,x"], "--at 1,x"),
-    (["--index=tree"], "--index tree: unknown"),
+    (["--index=tree"], "--index tree: 'tree' is unknown"),
     (["--index=scan,ivf"], "--sweep takes several"),
     (["--shortlist-dim=97"], "--shortlist-dim 97: "),
     (["--rerank-dim=97"], "db has 96 dimensions"),
@@ -374,7 +374,7 @@ MISTAKES = [
     (["--sweep", "--truth=0"], "--truth must be 1"),
     (["--choose"], "works with --sweep"),
     (["--sweep", "--choose"], "is not an index"),
-    (["--target-recall=2"], "--target-recall 2.0"),
+    (["--target-recall=2"], "--target-recall 2: expected more than 0, at most 1"),
     (["--threads=-1"], "--threads"),
 ]
 

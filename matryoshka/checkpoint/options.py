@@ -1,0 +1,25 @@
+"""Options that name a checkpoint, as the papers' programs have them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from matryoshka.config import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """Arguments of `load_any`. The flags but --path are for upstream's .pt files alone."""
+
+    path: str = option(
+        help="model.safetensors, upstream's final_weights.pt, or a published baseline: "
+        "torchvision:NAME[.WEIGHTS], timm:NAME",
+    )
+    mrl: bool = option(False, help="an upstream checkpoint trained with MRL")
+    efficient: bool = option(False, help="with --mrl: MRL-E")
+    rep_size: int | None = option(
+        None, help="width of an upstream fixed-feature checkpoint", flag="--rep_size", low=1
+    )
+    old_ckpt: bool = option(
+        False, help="an upstream checkpoint with the keys of its first release", flag="--old_ckpt"
+    )

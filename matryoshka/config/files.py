@@ -1,0 +1,130 @@
+"""YAML and JSON files of options."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from matryoshka.config.options import ConfigError, did_you_mean, show
+
+Given = dict[str, tuple[object, str]]  # option -> (value as written, where)
+
+MAX_FILE_BYTES = 1 << 20
+MAX_FILE_VALUES = 10_000
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class _Pairs(list[tuple[str, object]]):
+    """A mapping as written: in order, duplicates included."""
+
+
+class _Yaml(yaml.SafeLoader):
+    """Loader that refuses aliases and very many values, which expand a small file without bound."""
+
+    count = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.count += 1
+        if self.check_event(yaml.AliasEvent) or self.count > MAX_FILE_VALUES:
+            problem = f"aliases, and more than {MAX_FILE_VALUES} values, are not supported"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
+def read_file(name: str, options: Collection[str], errors: list[str]) -> Given:
+    """The options that a file gives; its errors are appended to `errors`."""
+    try:
+        path, content = _open(name)
+        found = _parse(path, content, options)
+    except (ConfigError, OSError) as error:
+        errors.append(str(error))
+        return {}
+    given, seen, source = Given(), set(), f"in file {path}"
+    sections = {key.partition(".")[0] for key in options}
+    for key, value in found:
+        is_section = isinstance(value, _Pairs)
+        if key in seen:
+            errors.append(f"duplicate key {show(key)} {source}")
+        elif key in options:
+            given[key] = value, source
+        elif key not in sections and not (value and is_section):
+            errors.append(f"unknown option {show(key)} {source}{did_you_mean(key, options)}")
+        elif key in sections and not (value is None or is_section):
+            errors.append(f"{key}={show(value)} {source}: expected a section of options")
+        seen.add(key)
+    return given
+
+
+def _open(name: str) -> tuple[str, bytes]:
+    """Path and content of a config file, looked up in three places."""
+    root = [_PACKAGE.parent] if (_PACKAGE.parent / "pyproject.toml").is_file() else []
+    tried = [folder / name for folder in (Path(), *root, _PACKAGE / "configs")]
+    for place in tried:
+        with (
+            contextlib.suppress(FileNotFoundError, NotADirectoryError),
+            open(place, "rb") as handle,
+        ):
+            return str(place), handle.read(MAX_FILE_BYTES + 1)
+    places = ", ".join(dict.fromkeys(map(os.path.abspath, tried)))
+    raise ConfigError(f"config file {show(name)} was not found (tried {places})")
+
+
+def _parse(path: str, content: bytes, options: Collection[str]) -> list[tuple[str, object]]:
+    """(dotted key, value) pairs of a file; a value is text, None, a list, _Pairs or, in JSON, a
+    bool.
+    """
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
+    line, text = 1, ""
+    try:
+        text = content.decode("utf-8-sig")
+        if path.lower().endswith(".json"):
+            # numbers stay text here, too: the option's own type decides
+            as_text: dict[str, Any] = {"parse_int": str, "parse_float": str, "parse_constant": str}
+            tree = json.loads(text, object_pairs_hook=_Pairs, **as_text)
+        else:
+            tree = _plain(yaml.compose(text, _Yaml))
+        found = list(_walk(tree, options)) if isinstance(tree, _Pairs) else []
+        if (tree is None or isinstance(tree, _Pairs)) and len(found) <= MAX_FILE_VALUES:
+            return found
+        problem = f"expected options, not {show(tree)}"
+        if found:
+            problem = f"more than {MAX_FILE_VALUES} values"
+    except yaml.MarkedYAMLError as error:
+        line, problem = error.problem_mark.line + 1 if error.problem_mark else 1, error.problem
+    except yaml.reader.ReaderError as error:
+        line, problem = text.count("\n", 0, error.position) + 1, error.reason
+    except json.JSONDecodeError as error:
+        line, problem = error.lineno, error.msg
+    except UnicodeDecodeError as error:
+        line, problem = content.count(b"\n", 0, error.start) + 1, "not UTF-8 text"
+    except RecursionError:
+        problem = "nested too deeply"
+    raise ConfigError(f"{path}, line {line}: {problem}")
+
+
+def _plain(node: yaml.Node | None) -> object:
+    """A YAML node as _Pairs, lists and text.
+
+    Scalars stay text, so that a value means the same in a file and as an argument (YAML 1.1 reads
+    010 as 8).
+    """
+    if isinstance(node, yaml.MappingNode):
+        return _Pairs((str(_plain(key)), _plain(value)) for key, value in node.value)
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item) for item in node.value]
+    return None if node is None or node.tag == "tag:yaml.org,2002:null" else node.value
+
+
+def _walk(tree: _Pairs, options: Collection[str], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(dotted key, value) of every section and option, in order; descends into sections only."""
+    for key, value in tree:
+        yield prefix + key, value
+        if isinstance(value, _Pairs) and prefix + key not in options:
+            yield from _walk(value, options, f"{prefix}{key}.")

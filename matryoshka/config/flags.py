@@ -1,0 +1,239 @@
+"""Options as plain flags, as the papers' programs have them: `--path x --mrl --rep_size 64`.
+
+argparse splits the command line; declarations, checks, messages and help are config's, so that an
+unknown flag, a bad value and a missing flag are one line each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+from matryoshka.config.layout import Row, help_text
+from matryoshka.config.options import (
+    ConfigError,
+    Option,
+    default_of,
+    did_you_mean,
+    options_of,
+    show,
+)
+
+HELP: Row = ("-h, --help", "print this text and exit")
+METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+def flat_parser(prog: str, description: str, *groups: type) -> FlagParser:
+    """A parser of the options of several dataclasses; field names must differ.
+
+    A field `batch_size` is the flag `--batch-size` unless it declares another one. Booleans are
+    switches, tuples are lists with commas.
+    """
+    return FlagParser(prog, description, groups)
+
+
+def command_parser(
+    prog: str, description: str, dest: str, commands: Mapping[str, tuple[str, Sequence[type]]]
+) -> CommandParser:
+    """A parser of subcommands: {name: (help, dataclasses)}; `args.<dest>` is the name."""
+    return CommandParser(prog, description, dest, commands)
+
+
+class FlagParser:
+    """See `flat_parser`."""
+
+    def __init__(self, prog: str, description: str, groups: Sequence[type]) -> None:
+        self.prog = prog
+        self._description = description
+        self._options: dict[str, tuple[Field, Option]] = {}
+        for group in groups:
+            for name, declared in options_of(group).items():
+                if name in self._options:
+                    raise TypeError(f"{prog}: option {name} is declared twice")
+                self._options[name] = declared
+        self._words = _Words(prog=prog, add_help=False, allow_abbrev=False)
+        self._words.add_argument("-h", "--help", action="store_true")
+        for name, (field, option) in self._options.items():
+            if not field.metadata.get("positional"):
+                self._words.add_argument(_label(field), dest=name, **_reading(field, option))
+
+    def get_default(self, name: str) -> Any:
+        """The default of an option; None for a required one."""
+        default = default_of(self._options[name][0])
+        return None if default is MISSING else default
+
+    def parse_args(self, argv: Sequence[str] | None = None) -> SimpleNamespace:
+        """The typed options. ConfigError, one line, for the first error; `--help` exits."""
+        argv = list(sys.argv[1:] if argv is None else argv)
+        found, rest = self._words.parse_known_args(argv)
+        if found.help:
+            print(self.help_text(), flush=True)
+            raise SystemExit(0)
+        given = {name: value for name, value in vars(found).items() if value is not None}
+        del given["help"]
+        given |= self._positionals(self._loose_words(rest))
+        args = SimpleNamespace()
+        for name, (field, option) in self._options.items():
+            default = default_of(field)
+            if name in given:
+                setattr(args, name, _typed(field, option, given[name]))
+            elif default is not MISSING:
+                setattr(args, name, default)
+            else:
+                text = field.metadata.get("help", "")
+                raise ConfigError(f"{_label(field)} is required" + (f": {text}" if text else ""))
+        return args
+
+    def _loose_words(self, rest: Sequence[str]) -> list[str]:
+        """The words without a flag; ConfigError for an unknown flag among them."""
+        words, after_dashes = [], False
+        for word in rest:
+            if word == "--" and not after_dashes:
+                after_dashes = True
+                continue
+            is_number = word[1:2].isdigit()
+            if word.startswith("-") and word != "-" and not (after_dashes or is_number):
+                flag = word.partition("=")[0]
+                known = [_label(f) for f, _ in self._options.values() if not _is_positional(f)]
+                hint = did_you_mean(flag, [*known, "--help"])
+                raise ConfigError(f"unknown option {show(flag)}{hint}")
+            words.append(word)
+        return words
+
+    def _positionals(self, words: list[str]) -> dict[str, Any]:
+        """Loose words by option: one each in order; a tuple takes all that are left."""
+        given: dict[str, Any] = {}
+        for name, (field, option) in self._options.items():
+            if not _is_positional(field) or not words:
+                continue
+            if option.is_tuple:
+                given[name], words = words, []
+            else:
+                given[name], words = words[0], words[1:]
+        if words:
+            raise ConfigError(f"unexpected argument {show(words[0])}")
+        return given
+
+    def help_text(self) -> str:
+        """Usage, description and a row for every option."""
+        places = [
+            f"{_label(field)} ..." if option.is_tuple else _label(field)
+            for field, option in self._options.values()
+            if _is_positional(field)
+        ]
+        heading = "arguments and options" if places else "options"
+        rows = [("", self._description.strip()), ("", heading)]
+        rows += [_row(field, option) for field, option in self._options.values()]
+        return help_text(" ".join([self.prog, *places, "[options]"]), [*rows, HELP])
+
+
+class CommandParser:
+    """See `command_parser`."""
+
+    def __init__(
+        self,
+        prog: str,
+        description: str,
+        dest: str,
+        commands: Mapping[str, tuple[str, Sequence[type]]],
+    ) -> None:
+        self._prog = prog
+        self._description = description
+        self._dest = dest
+        self._commands = commands
+
+    def parse_args(self, argv: Sequence[str] | None = None) -> SimpleNamespace:
+        """The typed options of the subcommand that the first word names."""
+        argv = list(sys.argv[1:] if argv is None else argv)
+        names = ", ".join(self._commands)
+        if argv[:1] in (["-h"], ["--help"]):
+            print(self.help_text(), flush=True)
+            raise SystemExit(0)
+        if not argv:
+            raise ConfigError(f"{self._dest} is required: one of {names}")
+        name, rest = argv[0], argv[1:]
+        if name not in self._commands:
+            hint = did_you_mean(name, list(self._commands))
+            raise ConfigError(f"{self._dest} {show(name)}: expected one of {names}{hint}")
+        text, groups = self._commands[name]
+        args = FlagParser(f"{self._prog} {name}", text, groups).parse_args(rest)
+        setattr(args, self._dest, name)
+        return args
+
+    def help_text(self) -> str:
+        """Usage, description and a row for every subcommand."""
+        rows = [("", self._description.strip()), ("", f"{self._dest}s")]
+        rows += [(name, text) for name, (text, _) in self._commands.items()]
+        usage = f"{self._prog} {self._dest.upper()} [options]      (--help after it lists them)"
+        return help_text(usage, [*rows, HELP])
+
+
+class _Words(argparse.ArgumentParser):
+    """Splits a command line into flags and values; errors are ConfigErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        # argparse: "argument --path: expected one argument"
+        flag, _, problem = message.removeprefix("argument ").partition(": ")
+        if problem.startswith("expected"):
+            raise ConfigError(f"{flag}: a value is missing")
+        if problem.startswith("ignored explicit argument"):
+            raise ConfigError(f"{flag} is a switch: it takes no value")
+        raise ConfigError(message)
+
+
+def _is_positional(field: Field) -> bool:
+    return bool(field.metadata.get("positional"))
+
+
+def _label(field: Field) -> str:
+    """What messages call an option: its flag, or a positional argument's metavar."""
+    if _is_positional(field):
+        return field.metadata.get("metavar") or field.name.upper()
+    return field.metadata.get("flag") or "--" + field.name.replace("_", "-")
+
+
+def _reading(field: Field, option: Option) -> dict[str, Any]:
+    """argparse's keywords for a flag."""
+    if option.items == (bool,) and not option.is_tuple:
+        return {"action": "store_true", "default": None}
+    if field.metadata.get("repeat"):
+        return {"action": "append"}
+    if field.metadata.get("words"):
+        return {"nargs": "+"}
+    return {}
+
+
+def _typed(field: Field, option: Option, value: Any) -> Any:
+    """A value from the command line in its type. ConfigError names the flag, value and range."""
+    try:
+        return option.check_flag(value)
+    except ValueError as error:
+        shown = value if isinstance(value, str) else " ".join(value)
+        if not shown.isprintable() or not shown:
+            shown = show(shown)
+        raise ConfigError(f"{_label(field)} {shown}: {error}") from None
+
+
+def _row(field: Field, option: Option) -> Row:
+    """The help of one option."""
+    head, kind = _label(field), option.items[0]
+    is_switch = kind is bool and not option.is_tuple
+    if not _is_positional(field) and not is_switch:
+        metavar = field.metadata.get("metavar") or METAVARS.get(kind, "FILE")
+        if option.is_tuple and not field.metadata.get("metavar"):
+            metavar = f"{metavar},..."
+        head = f"{head} {metavar}"
+    default = default_of(field)
+    facts = []
+    if default is MISSING:
+        facts.append("required")
+    elif not is_switch and default not in (None, "", ()):
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        facts.append(f"default {shown}")
+    facts += option.facts()
+    text = field.metadata.get("help", "")
+    return head, f"{text} [{'; '.join(facts)}]".strip() if facts else text

@@ -1,0 +1,97 @@
+"""Options of reading and writing data sets, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from matryoshka.config import check_fields, option
+from matryoshka.data.layout import BetonError
+
+ORDERS = ("random", "quasi_random", "sequential")
+ON_ERROR = ("error", "skip")  # what a loader does with an image that cannot be decoded
+MODES = ("proportion", "jpg", "raw", "smart")
+# copies only baseline JPEGs within max_resolution; about twice the bytes of quality 90
+TRANSCODE = ("never", "fit", "always")
+MAX_RESOLUTION = 26_754  # the largest square whose pixels fit into the largest page
+MAX_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteOptions:
+    """What decides the bytes of a .beton besides its source. BetonError for illegal values."""
+
+    max_resolution: int = option(
+        help="longest side in pixels; larger images are reduced to it", low=1, high=MAX_RESOLUTION
+    )
+    write_mode: str = option(
+        "smart",
+        help="how images are stored; proportion and smart decide per image",
+        choices=MODES,
+    )
+    compress_probability: float | None = option(
+        None, help="share stored as jpg, only for proportion (0.5)", low=0, high=1
+    )
+    smart_threshold: int | None = option(
+        None, help="only for smart: jpg above this number of raw bytes; unset: all raw", low=0
+    )
+    jpeg_quality: float = option(90, help="JPEG quality", low=1, high=100)
+    transcode: str = option(
+        "never",
+        help="copy JPEGs losslessly; fit: if stored as jpg; always: also instead of raw",
+        choices=TRANSCODE,
+    )
+    subset: int = option(
+        -1, help="number of samples to store, evenly over the classes; -1: all", low=-1
+    )
+    seed: int = option(
+        0, help="seed of the subset and of proportion's choices", low=0, high=MAX_SEED
+    )
+    exif_rotate: bool = option(False, help="rotate photos by their EXIF tag before storing them")
+    names: bool = option(False, help="keep every original file name in the side file")
+
+    def __post_init__(self) -> None:
+        try:
+            check_fields(self)
+        except ValueError as error:
+            raise BetonError(str(error)) from None
+        for name, mode in (("compress_probability", "proportion"), ("smart_threshold", "smart")):
+            value = getattr(self, name)
+            if value is not None and self.write_mode != mode:
+                raise BetonError(
+                    f"{name}={value} is for write_mode={mode}, not write_mode={self.write_mode}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriterConfig(WriteOptions):
+    """Section `cfg` of write_imagenet.py."""
+
+    write_path: str = option(
+        help="the .beton to write; an old one is replaced once the new one is complete"
+    )
+    dataset: str = option(
+        "imagenet",
+        help="imagenet: any folder of class folders; digits",
+        choices=("imagenet", "digits"),
+    )
+    split: str | None = option(
+        None, help="part of digits; for a folder, data_dir decides", choices=("train", "val")
+    )
+    data_dir: str | None = option(None, help="the folder that holds the class folders")
+    num_workers: int = option(
+        0, help="threads, 0: all cores; does not change the file", low=0, affects_result=False
+    )
+    chunk_size: int = option(
+        100,
+        help="largest number of samples per unit of work; does not change the file",
+        low=1,
+        affects_result=False,
+    )
+    writer: str = option(
+        "native", help="ffcv: FFCV's own writer, for comparison", choices=("native", "ffcv")
+    )
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of write_beton."""
+        return {f.name: getattr(self, f.name) for f in fields(WriteOptions)}

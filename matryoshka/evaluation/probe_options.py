@@ -1,0 +1,103 @@
+"""Options of linear_probe.py, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from matryoshka import config
+from matryoshka.config import check_name, option
+from matryoshka.runtime import DEVICES, MAX_THREADS, PRECISIONS
+
+SOLVERS = ("lbfgs", "sgd")
+MAX_SEED = 2**63 - 1  # torch's generators
+
+
+@dataclass(frozen=True)
+class FrozenConfig:
+    """Section `model`."""
+
+    path: str = option(
+        help="model whose backbone is used: a checkpoint (.safetensors, .pt), "
+        "torchvision:NAME[.WEIGHTS], timm:NAME"
+    )
+    dims: tuple[int, ...] | None = option(
+        None,
+        help="prefix lengths, e.g. 8,12,512; unset: powers of two from 2^nesting_start to the "
+        "width",
+        low=1,
+    )
+    nesting_start: int = option(3, help="the shortest prefix is 2^nesting_start", low=0)
+    efficient: bool = option(False, help="MRL-E: one classifier sliced per prefix")
+    device: str = option("auto", help="auto: CUDA, else MPS, else CPU", choices=DEVICES)
+    precision: str = option(
+        "fp32", help="precision of the backbone; auto: bf16 or fp16 on CUDA", choices=PRECISIONS
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Section `data`."""
+
+    train_dataset: str = option(help=".beton/.ffcv file or image folder")
+    val_dataset: str = option(help=".beton/.ffcv file or image folder")
+    num_workers: int = option(0, help="decoding threads; 0: all cores", low=0, high=MAX_THREADS)
+    batch_size: int = option(256, help="images per forward pass", low=1, high=65536)
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Section `probe`."""
+
+    solver: str = option(
+        "lbfgs", help="lbfgs: full batch, to the tolerance; sgd: mini-batches", choices=SOLVERS
+    )
+    weight_decay: tuple[float, ...] = option(
+        (1e-5, 1e-4, 1e-3),
+        help="one value, or several to choose from on a held-out tenth",
+        low=0,
+        nonempty=True,
+    )
+    max_iter: int = option(1000, help="lbfgs: largest number of iterations", low=1)
+    tolerance: float = option(
+        1e-4,
+        help="lbfgs: largest entry of the gradient, as a share of that at zero weights",
+        above=0,
+    )
+    epochs: int = option(20, help="sgd: epochs", low=1)
+    lr: float | None = option(
+        None, help="sgd: learning rate; unset: 1 / the curvature, for each prefix", above=0
+    )
+    batch_size: int = option(1024, help="sgd: images per step", low=1)
+    precision: str = option(
+        "auto",
+        help="precision of the solver; auto: fp64, on MPS fp32",
+        choices=("auto", "fp64", "fp32"),
+    )
+    seed: int = option(0, help="seed of the held-out tenth and of sgd", low=0, high=MAX_SEED)
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Section `logging`."""
+
+    folder: str = option("trainlogs", help="parent of the run folder")
+    run_id: str | None = option(
+        None, help="name of the run folder; unset: time, probe, 4 digits", check=check_name
+    )
+
+
+SECTIONS = {
+    "model": FrozenConfig,
+    "data": DataConfig,
+    "probe": ProbeConfig,
+    "logging": LoggingConfig,
+}
+
+
+def parser() -> config.SectionParser:
+    """The options of linear_probe.py."""
+    return config.section_parser(
+        "linear_probe.py",
+        "Nested linear classifiers on the frozen features of any model: the linear probe.",
+        SECTIONS,
+    )

@@ -1,0 +1,56 @@
+"""Options of processes, devices and threads, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from matryoshka.config import option
+
+DEVICES = ("auto", "cuda", "mps", "cpu")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+MAX_THREADS = 1024  # of a native pool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """Where a model runs."""
+
+    device: str = option("auto", help="auto: CUDA, else MPS, else CPU", choices=DEVICES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeOptions(DeviceOptions):
+    """Where and how a model runs over a data set."""
+
+    workers: int = option(
+        0, help="decoding threads per process; 0: all cores", low=0, high=MAX_THREADS
+    )
+    batch_size: int = option(256, help="images per process", low=1, high=65536)
+    precision: str = option(
+        "fp32", help="precision of the backbone; auto: bf16 or fp16 on CUDA", choices=PRECISIONS
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreadOptions:
+    """Threads of the retrieval kernels."""
+
+    threads: int = option(0, help="0: all cores", low=0, high=MAX_THREADS)
+
+
+@dataclass(frozen=True)
+class DistConfig:
+    """Section `dist`: used only with training.distributed=1 and without torchrun, whose environment
+    wins.
+    """
+
+    world_size: int = option(
+        0,
+        help="processes to start; 0: one for each visible GPU, else 1",
+        low=0,
+        affects_result=False,
+    )
+    address: str = option("localhost", help="rendezvous host", affects_result=False)
+    port: int = option(
+        0, help="rendezvous port; 0: any free one", low=0, high=65535, affects_result=False
+    )

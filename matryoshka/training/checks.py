@@ -1,0 +1,93 @@
+"""Checks of a training run's options before any process starts, so that a mistake is one line."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from matryoshka import config, distributed
+from matryoshka.checkpoint.transfer import check_start
+from matryoshka.data import open_dataset
+from matryoshka.models import ModelSpec, model_spec
+from matryoshka.training.loaders import check_classes, check_crops, check_loader, resolution_at
+
+
+def global_batch_size(cfg: SimpleNamespace, processes: int, before: int | None = None) -> int:
+    """Images per optimizer step. before: the resumed checkpoint's value, which takes precedence."""
+    t = cfg.training
+    size = before or t.global_batch_size or t.batch_size * processes * t.accumulate
+    if t.global_batch_size and before and before != t.global_batch_size:
+        raise config.ConfigError(
+            f"training.global_batch_size={t.global_batch_size}: the resumed run has "
+            f"{before}; leave it out"
+        )
+    if size < processes:
+        raise config.ConfigError(
+            f"training.global_batch_size={size} is less than one image for {processes} processes"
+        )
+    return size
+
+
+def check(cfg: SimpleNamespace, processes: int) -> None:
+    """ConfigError, or another error for the user, for options that cannot work together here."""
+    training, data = cfg.training, cfg.data
+    if training.eval_only and training.path is None:
+        raise config.ConfigError(
+            "training.eval_only=1 needs training.path, the checkpoint to evaluate"
+        )
+    needed = [("data.val_dataset", data.val_dataset)]
+    if not training.eval_only:
+        needed.append(("data.train_dataset", data.train_dataset))
+    for name, value in needed:
+        if value is None:
+            raise config.ConfigError(f"{name} is required: a .beton file or an image folder")
+    check_crops(cfg)
+    check_loader(cfg)
+    distributed.check(training.distributed, training.device)
+    device = distributed.pick_device(training.device, 0)
+    distributed.pick_precision(training.precision, device)
+    if training.sync_bn and device.type != "cuda":
+        raise config.ConfigError(
+            f"training.sync_bn=1 needs GPUs, the device is {device.type}; leave it out"
+        )
+    if training.deterministic and training.compile:
+        raise config.ConfigError(
+            "training.compile=1 and training.deterministic=1: compiled code is not deterministic; "
+            "leave one out"
+        )
+    if training.eval_only:
+        return
+    if training.path is not None:
+        raise config.ConfigError(
+            "training.path is the checkpoint for training.eval_only=1; leave it out to train"
+        )
+    if (
+        training.resume == "auto"
+        and cfg.logging.run_id is None
+        and not distributed.started_by_torchrun()
+    ):
+        raise config.ConfigError("training.resume=auto needs logging.run_id, the run to resume")
+    train_set, val_set = open_dataset(data.train_dataset), open_dataset(data.val_dataset)
+    spec = model_spec(cfg.model, train_set.num_classes, training.use_blurpool)
+    if training.resume is None:  # a resumed run takes its weights from its checkpoint
+        # every image size of the run, which a transformer may be unable to take
+        ramp = cfg.resolution
+        epochs = {0, *range(ramp.start_ramp, ramp.end_ramp), ramp.start_ramp, ramp.end_ramp}
+        sizes = {resolution_at(epoch, ramp) for epoch in epochs} | {cfg.validation.resolution}
+        check_start(cfg.model, spec, train_set.classes, sizes=sorted(sizes))
+    check_classes(train_set, val_set)
+    check_mixing(cfg, spec)
+    batch = global_batch_size(cfg, processes)
+    if batch > len(train_set):
+        raise config.ConfigError(
+            f"training.batch_size={training.batch_size} makes global batches of {batch}, more "
+            "than the "
+            f"{len(train_set)} images of {train_set.path}; lower it"
+        )
+
+
+def check_mixing(cfg: SimpleNamespace, spec: ModelSpec) -> None:
+    """ConfigError for mixing the images of a single class."""
+    if spec.num_classes < 2 and (cfg.data.mixup or cfg.data.cutmix):
+        raise config.ConfigError(
+            "data.mixup and data.cutmix mix classes, the training set has only one"
+        )

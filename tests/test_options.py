@@ -1,0 +1,131 @@
+"""Declarations of all programs: quick to read, complete, and equal to what they name elsewhere."""
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from matryoshka.inference import baselines
+from matryoshka.train import train_imagenet
+from safetensors import safe_open
+
+from matryoshka import cli, config
+from matryoshka.checkpoint import load_model, save_model
+from matryoshka.embeddings import reading
+from matryoshka.evaluation import analysis
+from matryoshka.evaluation import options as evaluation
+from matryoshka.models import ModelSpec, build
+from matryoshka.retrieval import options as retrieval
+from matryoshka.retrieval import pipeline
+from matryoshka.training import session
+
+ROOT = Path(__file__).resolve().parents[1]
+LAZY = ["checkpoint", "data", "embeddings", "models", "retrieval", "search_page"]
+PROGRAMS = {**cli.PROGRAMS, **{" ".join(words): p for words, p in cli.ROUTES.items()}}
+
+
+@pytest.mark.parametrize("name", [name for name, p in PROGRAMS.items() if p.options])
+def test_options_are_read_without_torch(name):
+    """Otherwise a typo is answered after seconds."""
+    module, _, parser = PROGRAMS[name].options.partition(":")
+    code = (
+        f"import sys; from {module} import {parser}; {parser}(); "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'scipy', 'matplotlib', 'PIL')))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
+
+
+@pytest.mark.parametrize("name", [name for name, p in PROGRAMS.items() if not p.options])
+def test_programs_without_separate_options_import_no_torch(name):
+    code = f"import sys, {PROGRAMS[name].module}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_mistyped_option_of_a_command_is_one_line(name, capsys):
+    """And it is answered before a required option is asked for."""
+    argv = {"index": ["index", "info"], "data": ["data", "verify"]}.get(name, name.split())
+    with pytest.raises(SystemExit, match=r"^2$"):
+        cli.main([*argv, "--no-such-option=1"])
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("error: unknown option")
+    assert "no-such-option" in first
+
+
+@pytest.mark.parametrize("wing", LAZY)
+def test_lazy_names_exist_and_agree_with_those_for_type_checkers(wing):
+    package = importlib.import_module(f"matryoshka.{wing}")
+    tree = ast.parse(Path(package.__file__).read_text())
+    imported = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("matryoshka.")
+        for alias in node.names
+    }
+    assert imported == set(package.__all__)
+    for name in package.__all__:
+        assert getattr(package, name).__class__.__name__ != "module"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = package.nothing
+
+
+def test_names_that_are_declared_without_their_modules():
+    assert tuple(pipeline.INDEXES) == retrieval.INDEXES
+    assert reading.DTYPES == evaluation.DTYPES
+    assert tuple(baselines.COMPUTE) == evaluation.METHODS
+    assert evaluation.analyze_parser().get_default("bins") == analysis.BINS
+
+
+def test_options_that_a_resumed_run_may_change():
+    neutral = config.neutral_options(train_imagenet.SECTIONS)
+    assert neutral == {
+        "data.train_dataset",
+        "data.val_dataset",
+        "data.num_workers",
+        "data.in_memory",
+        "validation.batch_size",
+        "training.batch_size",
+        "training.accumulate",
+        "training.global_batch_size",
+        "training.distributed",
+        "training.device",
+        "training.resume",
+        "training.checkpoint_every_steps",
+        "training.checkpoint_every_minutes",
+        "training.keep_last",
+        "training.hang_timeout",
+        "training.skip_limit",
+        "training.compile",
+        "logging.folder",
+        "logging.run_id",
+        "logging.log_level",
+        "logging.wandb",
+        "dist.world_size",
+        "dist.address",
+        "dist.port",
+    }
+
+
+@pytest.mark.parametrize("run_id", ["../elsewhere", "a/b", ".hidden", ""])
+def test_a_run_id_stays_in_its_folder(tmp_path, run_id):
+    """Also one that comes from torchrun's environment."""
+    with pytest.raises(session.SessionError, match=r"logging\.run_id=.*no leading dot"):
+        session.find_start(tmp_path, run_id, None, {})
+
+
+def test_options_of_a_backbone_are_kept_in_the_file(tmp_path):
+    def metadata(path):
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["matryoshka"])["model"]
+
+    plain, wide = tmp_path / "plain.safetensors", tmp_path / "wide.safetensors"
+    save_model(build(ModelSpec("resnet10", 3, (8,))), plain)
+    assert "arch_options" not in metadata(plain)  # as in files from before there were any
+    spec = ModelSpec("resnet10", 3, (8,), arch_options={"zero_init_residual": True})
+    save_model(build(spec), wide)
+    assert metadata(wide)["arch_options"] == {"zero_init_residual": True}
+    assert load_model(wide).spec == spec
+    assert load_model(plain).spec.arch_options == {}
