@@ -4,14 +4,21 @@ import io
 
 from PIL import Image
 
-KINDS = {"444": {"subsampling": 0}, "422": {"subsampling": 1}, "420": {"subsampling": 2}}
+KINDS = {  # options of Pillow's encoder
+    "444": {"subsampling": 0},
+    "422": {"subsampling": 1},
+    "420": {"subsampling": 2},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_blocks": 2},
+    "grey": {"mode": "L"},
+    "grey progressive": {"mode": "L", "progressive": True},
+}
 
 
 def jpeg(pixels, kind="420", quality=90):
-    file, options = (
-        io.BytesIO(),
-        {"mode": "RGB", "quality": quality} | KINDS.get(kind, {"mode": kind}),
-    )
+    """A JPEG of `pixels`. kind: one of KINDS, or a mode of Pillow."""
+    file = io.BytesIO()
+    options = {"mode": "RGB", "quality": quality} | KINDS.get(kind, {"mode": kind})
     Image.fromarray(pixels).convert(options.pop("mode")).save(file, "JPEG", **options)
     return file.getvalue()
 

@@ -43,8 +43,6 @@ MESSAGES += ["unsupported colour space (CMYK)", "image too large", "not a baseli
     NOT_BASELINE,
 ) = range(len(MESSAGES))
 JPG, RAW = 0, 1
-KINDS |= {"progressive": {"progressive": True}, "restarts": {"restart_marker_blocks": 2}}
-KINDS |= {"grey": {"mode": "L"}, "grey progressive": {"mode": "L", "progressive": True}}
 POOL = _native.Pool(2)
 
 
