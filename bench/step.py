@@ -289,7 +289,7 @@ def head(case: HeadCase, args: argparse.Namespace, here: Machine, report: Report
     """Measure one case and print its line: speed ratios between the three ways."""
 
     def prepare(kind: str, fused: bool | None) -> Run:
-        call = head_call(kind, case.width, case.batch, args.classes, fused, here)
+        call = head_call(kind, case.width, case.batch, classes=args.classes, fused=fused, here=here)
         return repeated(here, as_graph(call) if case.alone else call, 1, args.seconds / 4)
 
     make: dict[str, Callable[[], Run]] = {

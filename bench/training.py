@@ -144,7 +144,7 @@ def synthetic(batch: int, size: int, classes: int, here: Machine) -> tuple[Tenso
 
 
 def head_call(
-    kind: str, width: int, batch: int, classes: int, fused: bool | None, here: Machine
+    kind: str, width: int, batch: int, *, classes: int, fused: bool | None, here: Machine
 ) -> Callable[[], None]:
     """Forward and backward of head and loss alone, on features of the trunk's dtype."""
     torch.manual_seed(0)

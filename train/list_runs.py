@@ -265,7 +265,7 @@ def row_text(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def line(row: Mapping[str, str], width: Mapping[str, int]) -> str:
-    """A line of the table: text left-aligned, numbers right-aligned, long text cut in its middle."""
+    """A line of the table: text left-aligned, numbers right-aligned, long text shortened."""
     parts = []
     for title, columns in width.items():
         text = row[title]
