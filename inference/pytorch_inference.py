@@ -45,7 +45,7 @@ from matryoshka.environment import environment
 from matryoshka.evaluation import analysis
 from matryoshka.evaluation.embedding import EmbeddingJob, EmbeddingOptions
 from matryoshka.evaluation.imagenet_sets import LabelMapping, match
-from matryoshka.evaluation.options import KINDS, EvalOptions
+from matryoshka.evaluation.options import KINDS, SaveOptions
 from matryoshka.evaluation.options import eval_parser as parser
 from matryoshka.evaluation.predict import predict
 from matryoshka.evaluation.preprocessing import set_preprocessing
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(args: SimpleNamespace) -> None:
     """ConfigError for options that contradict each other, and for a place that is not writable."""
-    default = EvalOptions.random_sample_dim
+    default = SaveOptions.random_sample_dim
     if not args.retrieval and (args.retrieval_array_path or args.random_sample_dim != default):
         raise config.ConfigError(
             "--retrieval_array_path and --random_sample_dim are for --retrieval; add it"
