@@ -7,14 +7,13 @@ from dataclasses import replace
 from matryoshka.data.resized_images import CROP, RESIZE
 from matryoshka.models import ModelError, NestedModel
 
-# checkpoint: central crop and size of the checkpoint
-# upstream:   shorter side resized to 256 by Pillow, central 224 pixels (data/resized_images.py)
-# ffcv:       central crop of 224/256 of the shorter side, resized by area to the checkpoint's size
-PREPROCESSING = ("checkpoint", "upstream", "ffcv")
-
 
 def set_preprocessing(model: NestedModel, name: str, resolution: int | None = None) -> None:
-    """Set `model.preprocessing` to a name of PREPROCESSING, with `resolution` pixels if given.
+    """Set `model.preprocessing` to a name of options.PREPROCESSING.
+
+    checkpoint: central crop and size of the checkpoint, or `resolution` pixels
+    upstream:   shorter side resized to 256 by Pillow, central 224 pixels (data/resized_images.py)
+    ffcv:       central crop of 224/256 of the shorter side, resized by area to the same size
 
     Mean and std remain those of the checkpoint. ModelError for a resolution with upstream, whose
     crop has a fixed size.

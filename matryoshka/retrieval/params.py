@@ -10,10 +10,10 @@ from typing import Any
 
 from matryoshka.config import ConfigError
 from matryoshka.retrieval.hits import RetrievalError, check_k
+from matryoshka.retrieval.options import INDEXES
 from matryoshka.retrieval.ranking_metrics import mflops
 from matryoshka.retrieval.rerank import Stage
 
-INDEXES = ("exact", "scan", "ivf", "binary", "hnsw")
 PREFIX_CACHE_DIMS = 256  # dimensions that are copied to memory where random access is fast
 
 # Defaults of `matryoshka retrieve`; 200 is the shortlist of the paper, section 4.3.1.
