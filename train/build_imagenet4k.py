@@ -65,7 +65,7 @@ class BuildError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """What is drawn, and how it is stored."""
+    """Options of the draw and of the files."""
 
     data: str = config.option(
         help="ImageNet-21K: one folder of images per WordNet id", metavar="DIR"
@@ -203,6 +203,7 @@ def is_image(entry: os.DirEntry) -> bool:
 
 def drawn(names: list[str], wnid: str, seed: int) -> list[str]:
     """Shuffle a class's files: a pure function of its sorted names, its id and the seed."""
+    # The id is part of the key: the draw of a class does not depend on the other classes.
     key = np.array([seed, int(wnid[1:])], np.uint64)
     stream = np.random.Philox(key=key).random_raw(len(names))  # NumPy guarantees this stream
     return [names[i] for i in np.argsort(stream, kind="stable")]
@@ -229,8 +230,8 @@ def prepare(parts: Path, plan: dict, overwrite: bool) -> None:
     elif stored != plan:
         shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir(parents=True, exist_ok=True)
-    for left in parts.glob(".*.tmp"):  # left by a process that was killed
-        left.unlink(missing_ok=True)
+    for leftover in parts.glob(".*.tmp"):  # of a process that was killed
+        leftover.unlink(missing_ok=True)
     write_atomically(parts / PLAN, json.dumps(plan).encode())
 
 
@@ -242,14 +243,15 @@ def read_json(data: bytes) -> Any:
         return {}
 
 
-def must_match(where: Path, stored: Any, plan: dict) -> None:
+def must_match(path: Path, stored: Any, plan: dict) -> None:
     stored = stored if isinstance(stored, dict) else {}
     for key, value in plan.items():
         if stored.get(key) != value:
             option = key.replace("_", "-")
-            before, now = str(stored.get(key))[:20], str(value)[:20]
+            before = str(stored.get(key))[:20]
+            now = str(value)[:20]
             raise BuildError(
-                f"{where}: was made with --{option} {before}, not {now}; choose another --output, "
+                f"{path}: was made with --{option} {before}, not {now}; choose another --output, "
                 "or add --overwrite"
             )
 
@@ -265,8 +267,10 @@ class ClassImages:
     """Some images of one class, as a source of write_beton."""
 
     def __init__(self, data: Path, wnid: str, names: Sequence[str]) -> None:
-        self._folder, self._names = data / wnid, names
-        self.classes, self.labels = [wnid], np.zeros(len(names), np.int64)
+        self._folder = data / wnid
+        self._names = names
+        self.classes = [wnid]
+        self.labels = np.zeros(len(names), np.int64)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -303,12 +307,15 @@ def write_class(
             part = parts / f"{wnid}.{kind}.beton"
             broken = write_part(part, ClassImages(data, wnid, chosen), args)
             if not broken:
-                record[kind], left = chosen, left[count:]
+                record[kind] = chosen
+                left = left[count:]
                 break
+            # Draw again without them; the part that was just written is replaced.
             unreadable += sorted(broken)
             left = [name for name in left if name not in broken]
     if not names:
         record = {"wnid": wnid, "left_out": "too few readable images"}
+    # Last: a class without this record is written again after a kill.
     write_atomically(
         parts / f"{wnid}.json", json.dumps(record | {"unreadable": unreadable}).encode()
     )
@@ -415,7 +422,8 @@ def copy(part: BetonFile, pages: PageWriter, label: int) -> None:
     """Append the stored bytes of all images of a part, without decoding them."""
     (samples,) = part.fetch(np.arange(len(part)))
     for i in range(len(part)):
-        start, size = int(samples.offset[i]), int(samples.size[i])
+        start = int(samples.offset[i])
+        size = int(samples.size[i])
         stored = np.ascontiguousarray(samples.data[start : start + size]).data
         pages.add(
             stored, int(samples.mode[i]), int(samples.width[i]), int(samples.height[i]), label

@@ -109,7 +109,9 @@ class PadCrop:
 
     def shift(self, images: np.ndarray, windows: np.ndarray) -> None:
         """Replace `images`, uint8 [B, size, size, 3], by the `windows` of their padded versions."""
-        size, edge = self.size, self.padding
+        size = self.size
+        edge = self.padding
+        # One padded buffer serves all images: only its centre changes, the border stays black.
         padded = np.zeros((size + 2 * edge, size + 2 * edge, 3), np.uint8)
         for image, (x, y, _, _, flip) in zip(images, windows.tolist(), strict=True):
             padded[edge : edge + size, edge : edge + size] = image

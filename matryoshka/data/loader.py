@@ -146,7 +146,7 @@ class Loader:
         self.crop = crop
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
-            # the loading thread has a current device of its own, which may be another one
+            # The current device is a property of the thread; the loading thread may have another.
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.seed = seed
         self.drop_last = drop_last
@@ -159,6 +159,7 @@ class Loader:
         self.skipped: list[Skipped] = []
         self.epoch = 0
         self._pool = _native.Pool(num_workers or available_cores())
+        # Copies on the default stream would wait for the training step that is running there.
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __len__(self) -> int:
@@ -198,6 +199,7 @@ class Loader:
     @property
     def _identity(self) -> dict[str, Any]:
         """Everything that decides which sample is in which batch."""
+        # With another window, quasi_random has another order; the other orders ignore it.
         window = {"window_pages": self.window_pages} if self.order == "quasi_random" else {}
         return {
             "seed": self.seed,
@@ -217,6 +219,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, first = self._next
+        # Set at once, not at the end: an abandoned epoch must not repeat.
         self._next = epoch + 1, 0
         self._position = _Position(epoch, first)
         return self._run(self._position, self.crop)
@@ -232,6 +235,8 @@ class Loader:
         with closing(self._start_epoch(slices, epoch, crop)) as loading:
             while loaded := next(loading, None):
                 self.wait += time.perf_counter() - start
+                # Advanced before the batch is handed out: a state that is saved while the consumer
+                # works on this batch continues after it.
                 position.batch = loaded.number + 1
                 self.skipped += loaded.skipped
                 if len(loaded.batch.labels):
@@ -244,7 +249,8 @@ class Loader:
                     )
                 start = time.perf_counter()
             self.wait += time.perf_counter() - start
-        position.epoch, position.batch = epoch + 1, 0
+        position.epoch = epoch + 1
+        position.batch = 0
 
     def _rank_batches(self, epoch: int, first: int) -> list[tuple[int, np.ndarray]]:
         """(number of the global batch, this rank's sample indices), from batch `first` on."""
@@ -302,10 +308,12 @@ class Loader:
         """
         status = np.empty(len(images), np.uint8)
         for samples in parts:
-            rows, crops = samples.rows, crops_of(samples)
+            rows = samples.rows
+            crops = crops_of(samples)
             if isinstance(rows, slice):  # a view: decoded in place
                 status[rows] = self._decode(samples, crops, images[rows], exact)
             else:
+                # Indexing with an array makes a copy, into which decoding would be lost.
                 scattered = np.empty((len(rows), *images.shape[1:]), np.uint8)
                 status[rows] = self._decode(samples, crops, scattered, exact)
                 images[rows] = scattered
@@ -343,7 +351,7 @@ class Loader:
 
 
 class _Epoch:
-    """The running part of one epoch: batches in order, decoded ahead on a thread of its own.
+    """The running part of one epoch: batches in order, decoded ahead on a separate thread.
 
     `next` gives the next LoadedBatch, `close` ends the threads. slices: (number of the global
     batch, sample indices).
@@ -387,7 +395,8 @@ class _Epoch:
 
     def _load(self, position: int, indices: np.ndarray) -> tuple[Batch, Any, list[Skipped]]:
         """One batch, on the epoch's thread: read, crop, decode, start the copy to the device."""
-        loader, crop = self._loader, self._crop
+        loader = self._loader
+        crop = self._crop
 
         def crops_of(samples: Samples) -> np.ndarray:
             rows = indices[samples.rows]
@@ -404,6 +413,7 @@ class _Epoch:
         if status.any():
             skipped = loader._failed(indices, status, self._unreadable)
             good = np.flatnonzero(status == 0)
+            # Compacted to the front: a batch is one contiguous piece, which `send` copies at once.
             images[: len(good)] = images[good]
             indices = indices[good]
         batch, sent = self._slots.send(images, loader.dataset.labels[indices], indices.copy())

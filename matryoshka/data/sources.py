@@ -83,14 +83,14 @@ def decode_image(data: bytes) -> Decoded:
                 )
         except ValueError as error:
             damage = str(error)
-        return _decode_with_pillow(data)._replace(
-            content="JPEG", damage=damage
-        )  # Pillow may say MPO
+        # Pillow's name may be MPO, for a JPEG with further pictures behind the first.
+        return _decode_with_pillow(data)._replace(content="JPEG", damage=damage)
     return _decode_with_pillow(data)
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Apply an EXIF orientation, 1 to 8, to pixels uint8 [H, W, 3]."""
+    # EXIF 2.3, tag 0x0112: 5 to 8 swap rows and columns; 2, 3, 6, 7 and 3, 4, 7, 8 mirror them.
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -158,6 +158,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
             values = np.asarray(image.crop((0, top, width, min(top + rows, height))))
             if values.min() < 0 or values.max() > 0xFFFF:
                 raise ValueError("32-bit pixels have no defined range")
+            # 65535 = 257 * 255: the largest 16-bit value becomes the largest 8-bit value.
             out[top : top + rows] = (values // 257)[:, :, None]
         return out
     image.info.pop("transparency", None)  # dropped in any case; Pillow warns about a palette's
@@ -190,11 +191,11 @@ class ImageFolder:
         self._names: list[str] = []
         counts = []
         for name in self.classes:
-            found = sorted(_images(self.path / name))
-            if not found:
-                raise BetonError(f"{self.path / name}: holds no images ({' '.join(EXTENSIONS)})")
-            self._names += [os.path.join(name, folder, file) for folder, file in found]
-            counts.append(len(found))
+            images = sorted(_images(self.path / name))
+            if not images:
+                raise BetonError(f"{self.path / name}: has no images ({' '.join(EXTENSIONS)})")
+            self._names += [os.path.join(name, folder, file) for folder, file in images]
+            counts.append(len(images))
         self.labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
 
     def __len__(self) -> int:

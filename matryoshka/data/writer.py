@@ -155,6 +155,7 @@ def select_subset(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
     """
     if n == -1:
         return np.arange(len(labels))
+    # The raw stream, which NumPy guarantees across versions, as in order.py.
     shuffled = np.argsort(np.random.Philox(key=seed).random_raw(len(labels)), kind="stable")
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     _, first, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
@@ -179,6 +180,7 @@ def _encode_all(
         try:
             for start in range(0, len(indices), chunk):
                 window.append(pool.submit(encode_chunk, indices[start : start + chunk].tolist()))
+                # Two chunks beyond the workers' keep them busy while this thread writes.
                 if len(window) > workers + 2:
                     yield from window.popleft().result()
             while window:
@@ -223,10 +225,14 @@ def _encode(source: Source, index: int, options: WriteOptions) -> _Stored:
         notes.append(("resized", ""))
         pixels = _native.resize(pixels, height, width)
     if _stored_as_jpg(options, pixels.nbytes, index):
-        payload, mode = _native.encode(pixels, int(options.jpeg_quality)), layout.JPG
+        payload = _native.encode(pixels, int(options.jpeg_quality))
+        mode = layout.JPG
     else:
-        payload, mode = np.ascontiguousarray(pixels).reshape(-1).data, layout.RAW
-    return _Stored(index, payload, mode, width, height, tuple(notes))
+        payload = np.ascontiguousarray(pixels).reshape(-1).data
+        mode = layout.RAW
+    return _Stored(
+        index, payload=payload, mode=mode, width=width, height=height, notes=tuple(notes)
+    )
 
 
 def _transcoded(data: bytes, index: int, options: WriteOptions) -> _Stored | None:
@@ -235,8 +241,8 @@ def _transcoded(data: bytes, index: int, options: WriteOptions) -> _Stored | Non
     """
     try:
         width, height, components = _native.jpeg_size(data)
-        turned = _exif_orientation(data) != 1
-        if max(width, height) > options.max_resolution or (turned and options.exif_rotate):
+        is_turned = _exif_orientation(data) != 1
+        if max(width, height) > options.max_resolution or (is_turned and options.exif_rotate):
             return None
         if options.transcode == "fit" and not _stored_as_jpg(options, 3 * width * height, index):
             return None
@@ -246,10 +252,16 @@ def _transcoded(data: bytes, index: int, options: WriteOptions) -> _Stored | Non
     notes = []
     if components == 1:
         notes.append(("grayscale", ""))
-    if turned:
+    if is_turned:
         notes.append(("exif_orientation", ""))
     return _Stored(
-        index, payload, layout.JPG, width, height, notes=tuple(notes), source_bytes=len(data)
+        index,
+        payload=payload,
+        mode=layout.JPG,
+        width=width,
+        height=height,
+        notes=tuple(notes),
+        source_bytes=len(data),
     )
 
 
@@ -261,6 +273,7 @@ def reduced_size(height: int, width: int, max_resolution: int) -> tuple[int, int
 
 def _stored_as_jpg(options: WriteOptions, raw_bytes: int, index: int) -> bool:
     if options.write_mode == "proportion":
+        # A hash of the index, not a stream: the choice must not depend on the order of threads.
         share = options.compress_probability
         return share is not None and _uniform(options.seed, index) < share
     if options.write_mode == "smart":  # without a threshold everything is raw, as in FFCV
@@ -287,7 +300,8 @@ class _Manifest:
     """The record of how samples were stored; independent of time, machine and threads."""
 
     def __init__(self, source: Source, options: WriteOptions) -> None:
-        self._source, self._options = source, options
+        self._source = source
+        self._options = options
         self._names: list[str] = []
         self._counts: dict[str, int] = dict.fromkeys(
             ("jpg", "raw", "resized", "grayscale", "exif_orientation"), 0

@@ -161,15 +161,17 @@ class Record:
             numbers = _Numbers(index)
             seen = np.zeros(0 if index is None else index.total, bool)
             replaced = 0
+            # Changed vectors go through a file: all of a large table may differ. In the index's
+            # folder, because /tmp may be in memory.
             with tempfile.TemporaryFile(dir=folder) as file:
                 kept: list[_Block] = []
                 for block in self._blocks(numbers):
                     changed = np.ones(len(block.names), bool)
                     if index is not None:
-                        there = index.find(block.names)
-                        seen[there[there >= 0]] = True
-                        changed = ~_same(index, numbers, there, block)
-                        replaced += int((changed & (there >= 0)).sum())
+                        stored = index.find(block.names)
+                        seen[stored[stored >= 0]] = True
+                        changed = ~_same(index, numbers, stored, block)
+                        replaced += int((changed & (stored >= 0)).sum())
                     rows = np.flatnonzero(changed)
                     file.write(block.rows[rows].tobytes())
                     kept.append(_select(block, rows))
@@ -185,9 +187,10 @@ class Record:
                 raise RetrievalError(
                     f"{self.uri}: table {self.name!r} is empty; an index needs rows"
                 )
-            gone = np.flatnonzero(~seen)
-            gone = gone[~index.is_deleted(gone)]
-            names = [index.name(int(row)) for row in gone]
+            # Rows of the index that the table does not have any more.
+            unseen = np.flatnonzero(~seen)
+            unseen = unseen[~index.is_deleted(unseen)]
+            names = [index.name(int(row)) for row in unseen]
             index = None
             if names:
                 writer.delete(names)
@@ -207,12 +210,12 @@ class Record:
                     "number of each image in its source, or 0"
                 )
             yield _Block(
-                block["id"].to_pylist(),
-                np.asarray(block["label"].fill_null(-1), np.int64),
-                _numbered(numbers.classes, block["class"]),
-                _numbered(numbers.sources, block["source"].fill_null("")),
-                items,
-                to_float16(rows),
+                names=block["id"].to_pylist(),
+                labels=np.asarray(block["label"].fill_null(-1), np.int64),
+                classes=_numbered(numbers.classes, block["class"]),
+                sources=_numbered(numbers.sources, block["source"].fill_null("")),
+                items=items,
+                rows=to_float16(rows),
             )
 
     def _batch(self, kept: Sequence[_Block], rows: np.ndarray, numbers: _Numbers) -> IndexRows:
@@ -226,7 +229,8 @@ class Record:
         # Labels of this part: its named classes, then labels without a name, as in merge_classes.
         unnamed = np.where(labels < 0, labels, labels + len(named))
         labels = np.where(classes >= 0, np.searchsorted(named, classes), unnamed)
-        texts, paths = list(numbers.classes), list(numbers.sources)
+        texts = list(numbers.classes)
+        paths = list(numbers.sources)
         known = {_path(source): source for source in self.data}
         data = []
         for i in used:
@@ -308,23 +312,24 @@ def _path(source: Mapping[str, Any]) -> str:
     return str(source.get("path", ""))
 
 
-def _same(index: Index, numbers: _Numbers, rows: np.ndarray, found: _Block) -> np.ndarray:
+def _same(index: Index, numbers: _Numbers, rows: np.ndarray, block: _Block) -> np.ndarray:
     """Whether rows of the index (-1: unknown) equal the block's, bool [n]; vectors bit by bit."""
     same = np.zeros(len(rows), bool)
     for part, (classes, sources) in zip(index.parts, numbers.parts, strict=True):
-        mine = np.flatnonzero((rows >= part.first) & (rows < part.first + part.count))
-        at = rows[mine] - part.first
+        inside = np.flatnonzero((rows >= part.first) & (rows < part.first + part.count))
+        at = rows[inside] - part.first
         last = len(classes) - 1
         label = part.labels[at]
         origin = part.origins[at]
         named = (label >= 0) & (label < last)
         unnamed = np.where(label < 0, label, label - last)  # see Record._batch
-        same[mine] = (
-            (part.rows[at].view(np.uint16) == found.rows[mine].view(np.uint16)).all(1)
-            & (classes[np.where(named, label, last)] == found.classes[mine])
-            & (named | (unnamed == found.labels[mine]))
-            & (sources[np.minimum(origin[:, 0], len(sources) - 1)] == found.sources[mine])
-            & (origin[:, 1] == found.items[mine])
+        # Vectors as bits, because NaN would differ from itself and be replaced at every sync.
+        same[inside] = (
+            (part.rows[at].view(np.uint16) == block.rows[inside].view(np.uint16)).all(1)
+            & (classes[np.where(named, label, last)] == block.classes[inside])
+            & (named | (unnamed == block.labels[inside]))
+            & (sources[np.minimum(origin[:, 0], len(sources) - 1)] == block.sources[inside])
+            & (origin[:, 1] == block.items[inside])
         )
     return same
 
@@ -332,10 +337,10 @@ def _same(index: Index, numbers: _Numbers, rows: np.ndarray, found: _Block) -> n
 def _select(block: _Block, rows: np.ndarray) -> _Block:
     """Some rows of a block, without their vectors."""
     return _Block(
-        [block.names[i] for i in rows.tolist()],
-        block.labels[rows],
-        block.classes[rows],
-        block.sources[rows],
-        block.items[rows],
-        block.rows[:0],
+        names=[block.names[i] for i in rows.tolist()],
+        labels=block.labels[rows],
+        classes=block.classes[rows],
+        sources=block.sources[rows],
+        items=block.items[rows],
+        rows=block.rows[:0],
     )

@@ -77,7 +77,7 @@ class Index:
                 return
             except FileNotFoundError as error:
                 if not (self.path / MANIFEST).is_file():
-                    raise RetrievalError(f"{self.path}: {_absent(self.path)}") from None
+                    raise RetrievalError(f"{self.path}: {_why_not_an_index(self.path)}") from None
                 # A writer may compact between the reading of the manifest and the opening of its
                 # files, which are gone then; the next attempt reads the new manifest.
                 if attempt == 4:
@@ -131,7 +131,8 @@ class Index:
 
     def _stored_bits(self) -> np.ndarray:
         """The bitmap of deleted rows, from its file."""
-        bits, entry = empty_bits(self.total), self.manifest["deleted"]
+        bits = empty_bits(self.total)
+        entry = self.manifest["deleted"]
         if not entry:
             return bits
         stored = (self.path / entry["file"]).read_bytes()
@@ -152,10 +153,10 @@ class Index:
 
         None if it was never measured.
         """
-        found = self.manifest["certificate"]
-        if not found:
+        certificate = self.manifest["certificate"]
+        if not certificate:
             return None
-        return found, found.get("rows_of") == rows_key(self.manifest)
+        return certificate, certificate.get("rows_of") == rows_key(self.manifest)
 
     def is_current(self) -> bool:
         """Whether the index on disk is still the same; opening it again takes milliseconds."""
@@ -361,8 +362,9 @@ class Index:
         for part in self.parts:
             rows = part.rows_named(names, hashes)
             rows = np.where(rows >= 0, rows + part.first, -1)
-            gone = (rows >= 0) & self.is_deleted(rows)
-            found = np.where((rows >= 0) & ~gone, rows, found)
+            # A replaced row is deleted in its old part; the name is then in a later one.
+            is_live = (rows >= 0) & ~self.is_deleted(rows)
+            found = np.where(is_live, rows, found)
         return found
 
     def is_deleted(self, rows: np.ndarray) -> np.ndarray:
@@ -405,8 +407,8 @@ class RowSubset:
         numbers = self._rows[part]
         out = np.empty((len(numbers), self.shape[1]), np.float16)
         for stored in self._index.parts:
-            mine = (numbers >= stored.first) & (numbers < stored.first + stored.count)
-            out[mine] = stored.rows[numbers[mine] - stored.first]
+            inside = (numbers >= stored.first) & (numbers < stored.first + stored.count)
+            out[inside] = stored.rows[numbers[inside] - stored.first]
         return out
 
 
@@ -456,6 +458,7 @@ def merge_top_k(found: Sequence[Hits], k: int, queries: int, total: int) -> Hits
         columns = slice(i * k, (i + 1) * k)
         ids[:, columns] = hits.ids
         scores[:, columns] = hits.scores
+    # lexsort's last key comes first: by falling score, then by rising id.
     missing_last = np.where(ids < 0, total, ids)
     order = np.lexsort((missing_last, -scores))[:, :k]
     return Hits(np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1))
@@ -466,6 +469,7 @@ def slice_bits(bits: np.ndarray, first: int, count: int) -> np.ndarray:
     word = first // 64
     shift = first % 64
     words = -(-count // 64)
+    # A part may start inside a word: each word is joined from two neighbours.
     out = bits[word : word + words] >> np.uint64(shift)
     if shift:
         above = bits[word + 1 : word + 1 + words] << np.uint64(64 - shift)
@@ -475,7 +479,7 @@ def slice_bits(bits: np.ndarray, first: int, count: int) -> np.ndarray:
     return out
 
 
-def _absent(path: Path) -> str:
+def _why_not_an_index(path: Path) -> str:
     """Why a path is not an index, with the remedy."""
     if not path.is_dir():
         return "no such index; `matryoshka index build` makes one"

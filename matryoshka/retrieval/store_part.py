@@ -61,7 +61,7 @@ def read_checked(path: Path) -> dict[str, Any]:
 
 
 def name_hash(name: str) -> int:
-    """64 bits of a name, by which rows are found; equal hashes are told apart by the names."""
+    """64 bits of a name, by which rows are found; the names distinguish equal hashes."""
     encoded = name.encode("utf-8", "surrogatepass")
     return int.from_bytes(blake2b(encoded, digest_size=8).digest(), "little")
 
@@ -83,8 +83,8 @@ class Part:
             n = int(self.metadata["rows"])
             lists = int(self.metadata["lists"])
             self._files = {
-                str(name): (int(f["bytes"]), int(f["crc32"]))
-                for name, f in self.metadata["files"].items()
+                str(name): (int(entry["bytes"]), int(entry["crc32"]))
+                for name, entry in self.metadata["files"].items()
             }
             self.classes: list[str] | None = self.metadata["classes"]
             self.data: list[dict[str, Any]] = self.metadata["data"]
@@ -147,6 +147,7 @@ class Part:
         size, crc = self._files.get(name, (-1, 0))
         if shape == (-1,):
             shape = (size // item,)
+        # dtype=object: Python integers, which do not overflow.
         if size != int(np.prod(shape, dtype=object)) * item:
             raise self.damaged(name)
         if os.stat(path).st_size != size:
@@ -171,11 +172,11 @@ class Part:
         if read_checked(self.folder / PART) != self.metadata:
             raise self.damaged(PART)
         for name, (_, crc) in self._files.items():
-            found = 0
+            actual = 0
             with (self.folder / name).open("rb") as file:
                 while block := file.read(1 << 22):
-                    found = zlib.crc32(block, found)
-            if found != crc:
+                    actual = zlib.crc32(block, actual)
+            if actual != crc:
                 raise self.damaged(name)
 
     def name(self, row: int) -> str:
@@ -195,10 +196,11 @@ class Part:
         hashes: name_hash of each name.
         """
         found = np.full(len(names), -1, np.int64)
-        place = np.searchsorted(self._hashes, hashes)
-        candidates = self._hashes[np.minimum(place, self.count - 1)] == hashes
+        first = np.searchsorted(self._hashes, hashes)
+        candidates = self._hashes[np.minimum(first, self.count - 1)] == hashes
         for i in np.flatnonzero(candidates).tolist():
-            for at in range(int(place[i]), self.count):
+            # Different names with equal hashes follow each other.
+            for at in range(int(first[i]), self.count):
                 if self._hashes[at] != hashes[i]:
                     break
                 row = int(self._hashed[at])

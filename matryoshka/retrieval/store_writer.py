@@ -162,13 +162,15 @@ class Writer:
             )
         self._check(batch)
         index.check_model(batch.model["weights_sha256"], "the embeddings")
+        # As JSON has it: tuples are lists there.
         prepared = json.loads(json.dumps(batch.preprocessing))
         if prepared != index.preprocessing:
             differences = []
             for key in {**index.preprocessing, **prepared}:
-                there, here = index.preprocessing.get(key), prepared.get(key)
-                if there != here:
-                    differences.append(f"{key} {there} there, {here} here")
+                stored = index.preprocessing.get(key)
+                new = prepared.get(key)
+                if stored != new:
+                    differences.append(f"{key} {stored} there, {new} here")
             raise RetrievalError(
                 f"{self.path}: its images have another preprocessing ({', '.join(differences)}); "
                 "embed these in the same way"
@@ -178,10 +180,10 @@ class Writer:
                 f"{self.path}: has {index.columns} dimensions, the embeddings {batch.rows.shape[1]}"
             )
         self._check_unique(batch.names)
-        there = index.find(batch.names)
-        if (there >= 0).any() and not replace:
-            first = batch.names[int((there >= 0).argmax())]
-            more = (there >= 0).sum() - 1
+        replaced = index.find(batch.names)
+        if (replaced >= 0).any() and not replace:
+            first = batch.names[int((replaced >= 0).argmax())]
+            more = (replaced >= 0).sum() - 1
             others = f", and {more} more of these names" if more else ""
             raise RetrievalError(
                 f"{self.path}: already has {first!r}{others}; --replace replaces them, --prefix "
@@ -191,7 +193,7 @@ class Writer:
         bits = _extended(index.deleted, index.total + len(batch.rows))
         del index  # closes its files before those of the next one are opened
         part = self._write_part(batch, manifest["dim"], 0, manifest["seed"])
-        set_bits(bits, there[there >= 0])
+        set_bits(bits, replaced[replaced >= 0])
         return self._publish(manifest, [*manifest["parts"], part], bits)
 
     def delete(self, names: Sequence[str], missing_ok: bool = False) -> Index:
@@ -249,6 +251,7 @@ class Writer:
         )
         manifest = index.manifest
         name = self._write_part(batch, manifest["dim"], manifest["lists"], manifest["seed"])
+        # All that hold the old parts' memory maps, before the new index opens its own.
         del index, part, batch, rows
         return self._publish(manifest, [name], None)
 
@@ -264,7 +267,8 @@ class Writer:
         had other rows or codes, and for params that the index cannot search with.
         """
         index = self._opened()
-        manifest, bits = index.manifest, index.deleted
+        manifest = index.manifest
+        bits = index.deleted
         if measured is not None and _search_key(measured) != _search_key(manifest):
             raise RetrievalError(
                 f"{self.path}: has changed since it was measured; start the sweep again"
@@ -318,7 +322,7 @@ class Writer:
 
     def _write_part(self, batch: IndexRows, dim: int, lists: int, seed: int) -> str:
         """Write all files of a part and sync them; returns its name."""
-        n, columns = len(batch.rows), batch.rows.shape[1]
+        n, columns = batch.rows.shape
         needed = n * (2 * columns + dim + 64)  # 64: an estimate for names, labels, hashes
         free = shutil.disk_usage(self.path).free
         if needed > free:
@@ -333,6 +337,7 @@ class Writer:
             files.write(
                 "rows.f16", (to_float16(batch.rows[i : i + CHUNK]) for i in range(0, n, CHUNK))
             )
+            # Codes are computed from the stored float16 rows, which searches re-rank by.
             rows = np.memmap(folder / "rows.f16", np.float16, "r", shape=(n, columns)).view(
                 np.ndarray
             )
@@ -367,7 +372,7 @@ class Writer:
             }
             _durable(folder / PART, with_checksum(metadata))
             sync_folder(folder)
-        except BaseException as error:
+        except BaseException as error:  # Ctrl-C as well
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
                 raise RetrievalError(
@@ -409,8 +414,8 @@ class Writer:
     def _sweep(self, manifest: Mapping[str, Any]) -> None:
         """Remove files of a writer (OWN_FILES) that this manifest does not name."""
         named = set(manifest.get("parts", ()))
-        if entry := manifest.get("deleted"):
-            named.add(entry["file"])
+        if manifest.get("deleted"):
+            named.add(manifest["deleted"]["file"])
         for file in self.path.iterdir():
             if OWN_FILES.fullmatch(file.name) and file.name not in named:
                 if file.is_dir():
@@ -432,7 +437,8 @@ class _Files:
             for block in blocks:
                 data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
                 file.write(data)
-                size, crc = size + len(data), zlib.crc32(data, crc)
+                size += len(data)
+                crc = zlib.crc32(data, crc)
             file.flush()
             os.fsync(file.fileno())
         self.written[name] = {"bytes": size, "crc32": crc}

@@ -113,6 +113,7 @@ def make_app(
         nonlocal uploads
         if uploads >= MAX_CONCURRENT_UPLOADS:
             raise Refusal(503, "too many uploads at once; try again in a moment")
+        # Without a lock: no `await` is between the check and the addition.
         uploads += 1
         try:
             data = await body(request, max_upload)
@@ -180,6 +181,7 @@ async def body(request: Request, most: int) -> bytes:
     """The request's body. Refusal as soon as it exceeds `most` bytes."""
     too_large = Refusal(413, f"the picture has more than {most / (1 << 20):g} MB")
     try:
+        # Before anything is read; the header may be absent or wrong, so the bytes count as well.
         if int(request.headers.get("content-length", 0)) > most:
             raise too_large
         data = bytearray()
@@ -250,6 +252,7 @@ class SameOriginGuard:
         if len(hosts) != 1 or not self._known(hosts[0].lower()):
             return "the server does not have this address; open the one that it printed"
         refusal = "pages of other sites may not send requests to this server"
+        # A link on another page may open this page, which then sends requests of its own.
         is_link = scope["method"] == "GET" and scope["path"] == "/"
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not is_link:
             return refusal
@@ -260,10 +263,10 @@ class SameOriginGuard:
 
     def _known(self, host: str) -> bool:
         """Whether a Host header names this server; any port is accepted."""
-        found = HOST.fullmatch(host)
-        if found is None:
+        matched = HOST.fullmatch(host)
+        if matched is None:
             return False
-        name = found[1]
+        name = matched[1]
         if name in self._hosts:
             return True
         try:
