@@ -211,9 +211,9 @@ def print_line(name: str, row: dict) -> None:
     share = other = cpu = "-"
     low_high = ""
     if "of synthetic" in row:
-        found = row["of synthetic"]
-        share = f"{found['median']:.1%}"
-        low_high = f"{found['min']:.2f}-{found['max']:.2f}"
+        relative = row["of synthetic"]
+        share = f"{relative['median']:.1%}"
+        low_high = f"{relative['min']:.2f}-{relative['max']:.2f}"
         other = f"{row['synthetic images_per_s']['median']:.0f}"
         cpu = f"{row['synthetic cpu_s_per_1000']:.2f}"
     print(

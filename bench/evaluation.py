@@ -88,6 +88,7 @@ def prefixes(arch: str, args: argparse.Namespace, here: Machine) -> dict:
     """Ratio of times, MRL over FF: forward pass and accuracy of every prefix, for one repeated
     batch.
     """
+    # One trunk for both kinds, so that they differ in head and accuracy only.
     torch.manual_seed(0)
     shared = build(ModelSpec(ARCHS.get(arch, arch), args.classes, (8,)))
     images = torch.randint(
@@ -111,7 +112,7 @@ def prefixes(arch: str, args: argparse.Namespace, here: Machine) -> dict:
     dims = default_dims(shared.width)
     made = {"MRL": lambda: kind(dims), "FF": lambda: kind(dims[-1:])}
     blocks = take_turns(made, args.blocks).blocks
-    # FF's rate over MRL's is MRL's time over FF's
+    # FF's rate over MRL's is MRL's time over FF's.
     times = ratios(blocks["FF"], blocks["MRL"], here.clock)
     row = {
         "case": "prefixes",
@@ -167,7 +168,8 @@ def loop(args: argparse.Namespace, here: Machine) -> dict:
 
             def run() -> int:
                 torch.set_num_threads(here.threads)
-                before, started = loader.wait, time.perf_counter()
+                before = loader.wait
+                started = time.perf_counter()
                 metric = PrefixAccuracy((8,)).to(here.device)
                 for prediction in predict(model, loader, "fp32"):
                     metric.update(prediction.logits, prediction.labels % 10)
@@ -214,6 +216,7 @@ def analysis(args: argparse.Namespace) -> dict:
             logits[g, part] = 1.6 * rows
         logits.flush()
         np.save(folder / "gt.npy", labels)
+        # A process of its own, whose peak memory the system then reports.
         command = [
             *(sys.executable, "-m", "matryoshka.cli", "analyze"),
             f"--logits={folder / 'logits.npy'}",

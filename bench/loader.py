@@ -151,11 +151,9 @@ class Table:
                 clock: spread([b.images / getattr(b, clock) for b in blocks[name]])
                 for clock in ("cpu", "wall")
             }
-            row |= {
-                f"ratio of {us}": round(ratio(blocks[us], blocks[name]), 3)
-                for us in ours
-                if name not in ours
-            }
+            if name not in ours:
+                for us in ours:
+                    row[f"ratio of {us}"] = round(ratio(blocks[us], blocks[name]), 3)
             self.rows.append(row)
             if name not in (*ours, BARE):
                 both = blocks[OURS], blocks[name]

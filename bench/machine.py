@@ -1,4 +1,4 @@
-"""Device, clock and peak rates of the machine, and the work that a training step requests."""
+"""Device, clock and peak rates of the machine, and the work of a training step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from matryoshka.distributed import pick_device, pick_precision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MATMUL, COPY = "matmul", "copy"
+MATMUL = "matmul"
+COPY = "copy"
 
 
 class Machine(NamedTuple):
@@ -36,9 +37,9 @@ class Machine(NamedTuple):
 
 
 def machine(device: str, precision: str, threads: int) -> Machine:
-    found = pick_device(device, 0)
+    picked = pick_device(device, 0)
     torch.backends.cudnn.benchmark = True
-    return Machine(found, pick_precision(precision, found), threads)
+    return Machine(picked, pick_precision(precision, picked), threads)
 
 
 def finish(device: torch.device) -> None:
@@ -59,7 +60,8 @@ def repeated(here: Machine, call: Callable[[], object], amount: int, seconds: fl
         finish(here.device)
         return times * amount
 
-    block(2)  # compilation, choice of kernels
+    # Compilation and choice of kernels, then one block to find how many fit into `seconds`.
+    block(2)
     start = time.perf_counter()
     block(1)
     times = max(1, round(seconds / (time.perf_counter() - start)))
@@ -77,29 +79,31 @@ def peaks(here: Machine, seconds: float) -> dict[str, Callable[[], Run]]:
         return repeated(here, lambda: torch.mm(a, b, out=out), 2 * n**3, seconds / 2)
 
     def copy() -> Run:
-        source = torch.ones(
-            2**30 if gpu else 2**26, device=here.device
-        )  # 4 GiB or 256 MiB: no cache holds it
+        # 4 GiB or 256 MiB: no cache holds it.
+        source = torch.ones(2**30 if gpu else 2**26, device=here.device)
         target = torch.empty_like(source)
         return repeated(here, lambda: target.copy_(source), 2 * source.nbytes, seconds / 2)
 
     return {MATMUL: product, COPY: copy}
 
 
-class Asked(NamedTuple):
+class Work(NamedTuple):
     """Work of a call. bytes: inputs and outputs of every operator, as if run one by one."""
 
     flops: int
     bytes: int
 
 
-def asked(call: Callable[[], object]) -> Asked:
+def work_of(call: Callable[[], object]) -> Work:
+    """Run `call` once and count its work."""
     with FlopCounterMode(display=False) as flops, _Traffic() as traffic:
         call()
-    return Asked(flops.get_total_flops(), traffic.bytes)
+    return Work(flops.get_total_flops(), traffic.bytes)
 
 
 class _Traffic(TorchDispatchMode):
+    """Counts the bytes of all operators' inputs and outputs; views move none."""
+
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0

@@ -48,6 +48,8 @@ def cpu_seconds() -> float:
 
 def _cpu_of(pid: int | None) -> float:
     try:
+        # After the name, which is in parentheses and may contain spaces: utime and stime are the
+        # 12th and 13th of the remaining fields (proc(5)).
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:  # it has just ended
         return 0.0
@@ -90,7 +92,7 @@ def take_turns(make: Mapping[str, Callable[[], Run]], blocks: int, limit: float 
                 yield
         except Missing as error:
             outcome.failed[name] = f"missing: {error}"
-        except Exception as error:  # of any kind: the others continue
+        except Exception as error:  # of any type: the others continue
             outcome.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         if name in outcome.failed:
             runs.pop(name, None)
@@ -103,7 +105,8 @@ def take_turns(make: Mapping[str, Callable[[], Run]], blocks: int, limit: float 
         for name, run in list(runs.items()):
             torch.set_num_threads(1)  # FFCV changes it
             with noted(name):
-                cpu, wall = cpu_seconds(), time.perf_counter()
+                cpu = cpu_seconds()
+                wall = time.perf_counter()
                 images = run()
                 done = Block(images, cpu_seconds() - cpu, time.perf_counter() - wall)
                 if block:
@@ -118,6 +121,7 @@ def rate(blocks: list[Block], clock: str = "cpu") -> float:
 
 def ratio(ours: list[Block], theirs: list[Block], clock: str = "cpu") -> float:
     """Our speed divided by theirs, the median over turns."""
+    # Turn by turn: both blocks of a turn see the same load of the machine.
     pairs = zip(ours, theirs, strict=True)
     return statistics.median(
         (a.images / getattr(a, clock)) / (b.images / getattr(b, clock)) for a, b in pairs

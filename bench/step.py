@@ -28,7 +28,7 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from machine import COPY, MATMUL, Asked, Machine, asked, finish, machine, peaks, ratios, repeated
+from machine import COPY, MATMUL, Machine, Work, finish, machine, peaks, ratios, repeated, work_of
 from measure import Block, Run, rate, take_turns
 from record import append, spread
 from training import (
@@ -190,19 +190,21 @@ class Report:
 def steps(case: Case, args: argparse.Namespace, here: Machine, report: Report) -> None:
     """Measure one case and print its line: all kinds of step, in turns with the peaks."""
     batch = synthetic(case.batch, case.res, args.classes, here)
-    needs: dict[str, Asked] = {}
+    needs: dict[str, Work] = {}
 
     def prepare(kind: str) -> Run:
         step = Step(kind, case.arch, args.classes, here)
-        needs[kind] = asked(lambda: step(*batch))
+        # Counted before compilation, which hides the operators.
+        needs[kind] = work_of(lambda: step(*batch))
         step.compile(case.mode)
         return repeated(here, lambda: step(*batch), case.batch, args.seconds)
 
-    # Compiled code of other cases is not needed any more, and counts against a limit.
+    # Compiled code of earlier cases is not needed any more, and counts against a limit.
     torch.compiler.reset()
     make: dict[str, Callable[[], Run]] = {kind: partial(prepare, kind) for kind in args.kinds}
     outcome = take_turns(make | peaks(here, args.seconds / 2), args.blocks)
-    blocks, clock = outcome.blocks, here.clock
+    blocks = outcome.blocks
+    clock = here.clock
     report.failed |= {f"{name} ({case.name})": reason for name, reason in outcome.failed.items()}
     rows = []
     for kind in [kind for kind in args.kinds if kind in blocks]:

@@ -20,13 +20,12 @@ from matryoshka.models import backbone
 from matryoshka.nested import NestedLinear, default_dims, nested_cross_entropy, nested_logits
 from matryoshka.training.optim import parameter_groups
 
-FF, MRL, MRL_E, OFFICIAL, OFFICIAL_E = KINDS = (
-    "FF",
-    "MRL",
-    "MRL-E",
-    "official MRL",
-    "official MRL-E",
-)
+FF = "FF"
+MRL = "MRL"
+MRL_E = "MRL-E"
+OFFICIAL = "official MRL"
+OFFICIAL_E = "official MRL-E"
+KINDS = (FF, MRL, MRL_E, OFFICIAL, OFFICIAL_E)
 MODES = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}  # torch.compile's
 SMOOTHING = 0.1
 SHORT = {
@@ -43,7 +42,8 @@ class OfficialHead(nn.Module):
 
     def __init__(self, dims: Sequence[int], classes: int, shared: bool) -> None:
         super().__init__()
-        self.dims, self.shared = tuple(dims), shared
+        self.dims = tuple(dims)
+        self.shared = shared
         self.heads = nn.ModuleList(
             nn.Linear(d, classes) for d in (self.dims[-1:] if shared else self.dims)
         )
@@ -91,7 +91,9 @@ class _Objective(nn.Module):
 
     def __init__(self, trunk: nn.Module, head: nn.Module, loss: nn.Module) -> None:
         super().__init__()
-        self.trunk, self.head, self.loss = trunk, head, loss
+        self.trunk = trunk
+        self.head = head
+        self.loss = loss
 
     def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
         return self.loss(self.head(self.trunk(inputs)), labels)
@@ -165,6 +167,7 @@ def head_call(
 
 def as_graph(call: Callable[[], None]) -> Callable[[], None]:
     """The same work as one CUDA graph, which takes device time only, as behind a busy trunk."""
+    # CUDA graphs need a few runs on a side stream first (torch.cuda.CUDAGraph's documentation).
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
