@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, on_gpu, on_cpu in (("res", 224, 64), ("batch", 256, 32), ("steps", 40, 4)):
         setattr(args, name, getattr(args, name) or (on_gpu if gpu else on_cpu))
 
+    # ---- data and measurements ----
     with tempfile.TemporaryDirectory() as scratch:
         data = args.data
         if data is None:
@@ -95,6 +96,7 @@ def written(folder: Path, photos: Path | None, images: int) -> Path:
     material = Material(folder / "material", photos, min(images, 200), with_ffcv=False)
     source = Repeated(ImageFolder(material.folder), images)
     path = folder / "train.beton"
+    # The photos are small enough: copying avoids a second lossy compression.
     write_beton(source, path, max_resolution=500, write_mode="jpg", transcode="fit")
     return path
 
@@ -128,6 +130,7 @@ def measured(
 ) -> tuple[list[dict], dict]:
     """(rows for bench/results/, which are also printed, failures)."""
     dataset = open_dataset(data)
+    # The disk is not measured.
     dataset.preload()
     classes = max(args.classes, dataset.num_classes)
     step = Step(MRL, args.arch, classes, here)
@@ -165,6 +168,7 @@ def measured(
 
         return run
 
+    # ---- measurements ----
     names = {f"loader, {n or 'all'} threads": n for n in threads}
     make: dict[str, Callable[[], Run]] = {SYNTHETIC: on_device}
     make |= {name: partial(fed, name, workers) for name, workers in names.items()}
@@ -175,6 +179,7 @@ def measured(
         f"{'data wait':>9} {'CPU s/1000':>10} {'synthetic':>9}",
         flush=True,
     )
+    # ---- rows ----
     rows = []
     blocks = outcome.blocks
     for name in [name for name in names if name in blocks]:

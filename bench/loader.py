@@ -296,6 +296,7 @@ def opening(folder: Path, samples: int, blocks: int, chosen: list[str], table: T
     path = folder / "many.beton"
     write_many(path, samples)
     rivals = ["FFCV"] if "FFCV" in chosen else []
+    # A separate process, which imports the two readers only.
     program = [sys.executable, Path(__file__).with_name("opening.py"), path, str(blocks), *rivals]
     try:
         done = subprocess.run(program, capture_output=True, text=True, timeout=600, check=True)

@@ -118,7 +118,7 @@ def rates(searches: dict[str, Search], queries: np.ndarray, args: argparse.Names
                     first = done * 7 % max(1, len(queries) - batch + 1)
                     search(queries[first : first + batch])
                     done += batch
-                if turn:
+                if turn:  # the first one warms up
                     found[name].setdefault(batch, []).append(done / (time.perf_counter() - started))
     return found
 
@@ -249,6 +249,8 @@ def pipelines(data: Data, args: argparse.Namespace) -> list[dict]:
     columns = rows.shape[1]
     threads = args.threads
     middle = min(PREFIX_CACHE_DIMS, columns // 2)
+
+    # ---- indexes ----
     cache = build_prefix_cache(rows, middle)
     started = time.perf_counter()
     scan = PrefixScan.build(rows, 64, threads)
@@ -261,6 +263,7 @@ def pipelines(data: Data, args: argparse.Namespace) -> list[dict]:
     points = np.concatenate([unit(rows[i : i + 65_536], 64) for i in range(0, len(rows), 65_536)])
     sq8 = faiss_file(points, len(file.starts))
 
+    # ---- searches: ours, faiss', the paper's ----
     def then(search: Search, *stages: Stage) -> Search:
         def run(q: np.ndarray) -> np.ndarray:
             return rerank(rows, q, search(q), stages, prefix_cache=cache, num_threads=threads).ids
@@ -312,6 +315,7 @@ def pipelines(data: Data, args: argparse.Namespace) -> list[dict]:
     if "graphs" in args.only:
         searches |= graphs(points, lambda search: then(search, many, full), args)
     searches |= upstream(rows)
+    # ---- measurements ----
     exact = exact_rate(rows, queries)
     print(
         f"exact, {columns} dims: {exact:.1f} q/s (faiss, flat, batch {min(1000, len(queries))})",
@@ -350,6 +354,7 @@ def pipelines(data: Data, args: argparse.Namespace) -> list[dict]:
                 "x exact": speed[name] / exact,
             }
         )
+    # ---- the fastest, and speed-ups over others ----
     ours = [name for name in searches if name.startswith(("int8", "bits", "IVF"))]
     for bound in BOUNDS:
         certain = [name for name in ours if lower[name] >= bound]
@@ -378,6 +383,7 @@ def faiss_file(points: np.ndarray, lists: int) -> Any:
     index = faiss.IndexIVFScalarQuantizer(
         quantizer, 64, lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
     )
+    # 64 training points per list, as InvertedFile.
     index.train(points[:: max(1, len(points) // (64 * lists))])
     index.add(points)
     return index

@@ -117,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{name}, {here.precision}, {args.classes} classes, torch {torch.__version__}", flush=True
     )
 
+    # ---- cases ----
     resolutions = args.res or ([224, 160, 192] if gpu else [64])
     cases = []
     for mode, res, arch in itertools.product(modes, resolutions, arches):
@@ -127,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         for case in cases:
             profile(case, args.classes, here)
         return 0
+    # ---- measurements ----
     report = Report(not args.no_record, time.monotonic() + args.limit)
     if args.widths:
         heads(args, args.head_batch or [16, 64, 256] + [1024] * gpu, here, report)
@@ -208,6 +210,7 @@ def steps(case: Case, args: argparse.Namespace, here: Machine, report: Report) -
     report.failed |= {f"{name} ({case.name})": reason for name, reason in outcome.failed.items()}
     rows = []
     for kind in [kind for kind in args.kinds if kind in blocks]:
+        # Work per image, by the peak that limits it.
         per_image = {
             MATMUL: needs[kind].flops / case.batch,
             COPY: needs[kind].bytes / case.batch,

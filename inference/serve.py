@@ -138,6 +138,7 @@ def load(args: SimpleNamespace, index: Index) -> NestedModel:
     ConfigError, RetrievalError or CheckpointError if it is missing, another model, or damaged.
     """
     name = args.model or str(index.model.get("file") or "")
+    # PREFIXES: published models (torchvision:NAME, ...), which are not files.
     if not name.startswith(PREFIXES) and not os.path.isfile(name):
         source = "" if args.model else f", which made {args.index}"
         raise config.ConfigError(
@@ -171,6 +172,7 @@ def encoder(
         ) from None
 
     def encode(pixels: np.ndarray) -> np.ndarray:
+        # The two ways in which `matryoshka embed` prepares images.
         if preprocessing.get("name") == "upstream":
             square = resize_and_crop(Image.fromarray(pixels))
         else:

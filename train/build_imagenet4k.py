@@ -185,6 +185,7 @@ def list_images(data: Path, wnids: list[str], args: SimpleNamespace) -> dict[str
         except (FileNotFoundError, NotADirectoryError):
             names = []
         images[wnid] = names
+    # All classes are checked before anything is written: building takes long.
     small = [f"{wnid} ({len(names)})" for wnid, names in images.items() if len(names) < needed]
     if len(small) == len(wnids) or (small and not args.leave_out_small):
         remedy = "unpack them, or add --leave-out-small"
@@ -365,6 +366,7 @@ def assemble(output: Path, wnids: list[str], plan: dict) -> Summary:
         raise BuildError(
             f"{output}: every one of the {len(wnids)} classes has too few readable images"
         )
+    # In the folder of parts: the output gets complete files only.
     queries = join(parts / QUERIES, "queries", map(record, kept), kept, plan)
     database = join(parts / DATABASE, "database", map(record, kept), kept, plan)
     with AtomicFile(parts / MANIFEST) as file:
@@ -384,6 +386,7 @@ def assemble(output: Path, wnids: list[str], plan: dict) -> Summary:
 
 def join(path: Path, kind: str, records: Iterable[dict], wnids: list[str], plan: dict) -> int:
     """Write `path` and its side file from the parts of one kind; return the number of images."""
+    # The number of records is needed first, because they come before the pages.
     total = len(wnids) * plan[f"{kind}_per_class"]
     side: dict[str, Any] = {"counts": Counter()} | {key: [] for key in LISTS}
     if plan["names"]:

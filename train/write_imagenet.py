@@ -85,6 +85,7 @@ def main(argv=None):
     cfg = parser().parse_args(argv).cfg
     source = open_source(cfg)
     start = time.perf_counter()
+    # disable=None: no bar if stderr is not a terminal.
     with tqdm(total=None, unit=" images", disable=None, file=sys.stderr) as bar:
 
         def progress(done: int, total: int) -> None:

@@ -155,6 +155,7 @@ class PageWriter:
         size = len(payload)
         if size > self._page_size:
             raise ValueError(f"{size} bytes do not fit into a page of {self._page_size}")
+        # A sample must not cross the end of a page: the rest of this page stays zeros.
         if self._used + size > self._page_size:
             self._close_page()
         pointer = self._page_at + self._used

@@ -157,7 +157,7 @@ class Loader:
         self.on_error = on_error
         self.wait = 0.0
         self.skipped: list[Skipped] = []
-        self.epoch = 0
+        self.epoch = 0  # the setter: also sets `_next` and `_position`
         self._pool = _native.Pool(num_workers or available_cores())
         # Copies on the default stream would wait for the training step that is running there.
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -242,6 +242,7 @@ class Loader:
                 if len(loaded.batch.labels):
                     yield loaded.batch
                 elif self.drop_last:
+                    # Training: a rank with fewer batches would leave the others waiting for it.
                     first = loaded.skipped[0]
                     raise BetonError(
                         f"{self.dataset.path}: none of the {len(loaded.skipped)} images of a batch "
@@ -271,6 +272,7 @@ class Loader:
             world=self.world,
             first=first,
         )
+        # Where ranks outnumber the samples of the last batch, the slices of some are empty.
         return [(number, indices) for number, indices in enumerate(slices, first) if len(indices)]
 
     def _start_epoch(
@@ -378,6 +380,7 @@ class _Epoch:
         return self
 
     def __next__(self) -> LoadedBatch:
+        # One more than `prefetch`: the batch that is returned below is among them.
         while len(self._ahead) <= self._loader.prefetch and self._next < len(self._slices):
             number, indices = self._slices[self._next]
             self._ahead.append((number, self._executor.submit(self._load, self._next, indices)))
@@ -416,5 +419,6 @@ class _Epoch:
             # Compacted to the front: a batch is one contiguous piece, which `send` copies at once.
             images[: len(good)] = images[good]
             indices = indices[good]
+        # A copy: on a CPU the tensor shares the array's memory, which is a view of the epoch's order.
         batch, sent = self._slots.send(images, loader.dataset.labels[indices], indices.copy())
         return batch, sent, skipped

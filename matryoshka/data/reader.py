@@ -107,6 +107,7 @@ class BetonFile:
 
     def pages(self) -> np.ndarray:
         """The page that holds each sample's image, int64 [N]."""
+        # A region never crosses the end of a page (_checked): its first byte decides.
         shift = np.uint64(self.page_size.bit_length() - 1)
         return (self.offset >> shift).astype(np.int64)
 
@@ -141,6 +142,7 @@ class BetonFile:
         def fail(reason: str) -> NoReturn:
             raise self._error(f"field {name!r}: {reason}")
 
+        # Built on demand: training reads images and labels only, which need no table.
         if self._by_position is None:
             self._by_position = fields.Regions(self._regions())
         column = fields.Column(self._data, self._by_position, records, samples, fail)
@@ -204,6 +206,7 @@ class BetonFile:
                     raise self._error(
                         f"is not a .beton file: {size} bytes are fewer than its header"
                     )
+                # The map stays valid after the file is closed.
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise self._error(error.strerror or str(error)) from error
@@ -431,6 +434,7 @@ class BetonFile:
         if not isinstance(manifest, dict):
             raise BetonError(f"{path}: is not a JSON object")
         self.manifest = manifest
+        # The side file may have been left from another .beton of the same name.
         for key, actual in (("num_samples", len(self)), ("num_bytes", self._size)):
             if manifest.get(key, actual) != actual:
                 raise BetonError(

@@ -40,6 +40,7 @@ class ResidentLoader(Loader):
 
     def _decode_dataset(self) -> None:
         n = len(self.dataset)
+        # Chunk by chunk: the host never holds all decoded pixels.
         chunks = [np.arange(i, min(i + _CHUNK, n)) for i in range(0, n, _CHUNK)]
         feed, unreadable = self._feed(chunks)
         shape = None  # height, width
@@ -108,7 +109,7 @@ class ResidentLoader(Loader):
     def _without_broken(self, indices: np.ndarray) -> tuple[np.ndarray, list[Skipped]]:
         """The indices of readable images, and the records of the others."""
         if not self._broken:
-            return indices.copy(), []
+            return indices.copy(), []  # on a CPU the tensor shares its memory
         broken = np.array([i in self._broken for i in indices.tolist()])
         return indices[~broken], [self._broken[i] for i in indices[broken].tolist()]
 

@@ -240,7 +240,7 @@ class ImageFolder:
                 unreadable[index] = str(error)
                 return _Stored()
 
-        # reads wait for the disk and Pillow releases the GIL: threads help both
+        # Reads wait for the disk and Pillow releases the GIL: threads help both.
         with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1)), "matryoshka-folder") as readers:
             stored = list(readers.map(stored_or_nothing, indices.tolist()))
         size = np.array([len(image.data) for image in stored], np.uint64)
@@ -315,6 +315,7 @@ class Digits:
         everything = np.arange(len(labels))
         train, val = train_test_split(everything, test_size=0.2, random_state=0, stratify=labels)
         self._positions = np.sort(train if split == "train" else val)
+        # Grey levels 0 to 16 become 0 to 255.
         self._images = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         self.classes = [str(digit) for digit in range(10)]
         self.labels = labels[self._positions].astype(np.int64)

@@ -46,6 +46,7 @@ class Subset:
         return None
 
     def fingerprint(self) -> int:
+        # Another selection is another dataset for a loader's state.
         return zlib.crc32(self.indices.tobytes(), self.dataset.fingerprint())
 
     def preload(self) -> None:

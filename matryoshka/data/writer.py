@@ -113,6 +113,7 @@ def write_beton(
         num_bytes = pages.finish()
         content = manifest.content(pages.count, num_bytes)
         side.append(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+        # Both on the disk before either gets its name.
         file.flush()
         side.flush()
         side.publish()  # first: a .beton must never be seen with the class names of an older one
@@ -185,7 +186,7 @@ def _encode_all(
                     yield from window.popleft().result()
             while window:
                 yield from window.popleft().result()
-        finally:
+        finally:  # also when the consumer stops early or Ctrl-C interrupts it
             pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -242,6 +243,7 @@ def _transcoded(data: bytes, index: int, options: WriteOptions) -> _Stored | Non
     try:
         width, height, components = _native.jpeg_size(data)
         is_turned = _exif_orientation(data) != 1
+        # Resizing and rotating need pixels.
         if max(width, height) > options.max_resolution or (is_turned and options.exif_rotate):
             return None
         if options.transcode == "fit" and not _stored_as_jpg(options, 3 * width * height, index):
@@ -303,6 +305,7 @@ class _Manifest:
         self._source = source
         self._options = options
         self._names: list[str] = []
+        # From 0, so that the manifest lists every count.
         self._counts: dict[str, int] = dict.fromkeys(
             ("jpg", "raw", "resized", "grayscale", "exif_orientation"), 0
         )

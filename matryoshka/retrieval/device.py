@@ -30,9 +30,8 @@ class DeviceSearcher:
         if not len(rows):
             raise RetrievalError("database: is empty; a search needs rows")
         self.device = torch.device(device)
-        self.rows = torch.empty(
-            rows.shape, dtype=torch.from_numpy(np.empty(0, rows.dtype)).dtype, device=self.device
-        )
+        dtype = torch.from_numpy(np.empty(0, rows.dtype)).dtype  # torch's name of NumPy's type
+        self.rows = torch.empty(rows.shape, dtype=dtype, device=self.device)
         # Block by block: a memory map of 5 GB would otherwise be in host memory as well.
         for first in range(0, len(rows), ROWS):
             self.rows[first : first + ROWS] = torch.from_numpy(

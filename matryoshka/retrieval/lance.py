@@ -108,6 +108,7 @@ class Record:
         )
         sources = [_path(source) for source in data] or [""]
 
+        # Block by block: the table may be larger than memory.
         def blocks() -> Iterator[Any]:
             for first in range(0, len(batch.rows), BATCH_ROWS):
                 last = min(first + BATCH_ROWS, len(batch.rows))
@@ -198,6 +199,7 @@ class Record:
 
     def _blocks(self, numbers: _Numbers) -> Iterator[_Block]:
         """The table's rows, BATCH_ROWS at a time. RetrievalError for items beyond 32 bits."""
+        # Rows that other tools added may lack values: null becomes -1, "" or 0.
         for block in self.table.search().select(COLUMNS).to_batches(batch_size=BATCH_ROWS):
             vectors = block["vector"]
             items = np.asarray(block["item"].fill_null(0), np.int64)

@@ -177,6 +177,7 @@ class Index:
 
     def check_params(self, params: SearchParams) -> None:
         """RetrievalError for params that need codes or dimensions that the index does not have."""
+        # `search(queries, 10)` is a likely mistake: the error names k=.
         if not isinstance(params, SearchParams):
             raise RetrievalError(
                 f"params: is a {type(params).__name__}, expected "
@@ -236,6 +237,7 @@ class Index:
             compare_all = allowed <= MAX_EXACT_FILTER_ROWS and params.index != "exact"
             params = self._params_for_filter(params, allowed)
 
+        # Parts are independent indexes: row ids of each count from its first row.
         found = []
         for part in self.parts:
             bits = slice_bits(excluded, part.first, part.count)
@@ -286,6 +288,7 @@ class Index:
     def _compare_all(self, part: Part, queries: np.ndarray, k: int, excluded: np.ndarray) -> Hits:
         """Exact cosines of all rows of a part that are not excluded."""
         rows = np.flatnonzero(~get_bits(excluded, 0, part.count))
+        # All queries have the same candidates; broadcast_to makes no copies.
         candidates = np.broadcast_to(rows, (len(queries), len(rows)))
         stages = [Stage(self.columns, k)]
         return rerank(part.rows, queries, candidates, stages, num_threads=self.num_threads)
@@ -344,6 +347,7 @@ class Index:
         """The data set of a row, as embed described it, and the number of its image there."""
         part, local = self._locate(row)
         source, item = part.origins[local].tolist()
+        # origins.u32 may be too large for a checksum when the part is opened.
         if source >= len(part.data):
             raise part.damaged("origins.u32")
         return part.data[source], item
@@ -355,6 +359,7 @@ class Index:
 
     def find(self, names: Sequence[str]) -> np.ndarray:
         """The row of each name, int64; -1 for unknown and deleted ones."""
+        # A string is a sequence of names as well, of one character each.
         if isinstance(names, str):
             raise TypeError(f"find takes several names: find([{names!r}])")
         hashes = np.array([name_hash(name) for name in names], np.uint64)

@@ -42,6 +42,7 @@ REBUILD = "build the index again: matryoshka index build --overwrite"
 
 def with_checksum(metadata: Mapping[str, Any]) -> bytes:
     """JSON whose first line has the checksum of the rest, for `read_checked`."""
+    # The result is still JSON, which other programs can read.
     rest = json.dumps(metadata, sort_keys=True, indent=1).removeprefix("{\n").encode() + b"\n"
     return b'{"crc32": %d,\n' % zlib.crc32(rest) + rest
 
@@ -62,6 +63,7 @@ def read_checked(path: Path) -> dict[str, Any]:
 
 def name_hash(name: str) -> int:
     """64 bits of a name, by which rows are found; the names distinguish equal hashes."""
+    # Not Python's hash(), which differs between processes.
     encoded = name.encode("utf-8", "surrogatepass")
     return int.from_bytes(blake2b(encoded, digest_size=8).digest(), "little")
 
@@ -154,7 +156,7 @@ class Part:
             raise RetrievalError(
                 f"{path}: has {os.stat(path).st_size} bytes instead of {size}; {REBUILD}"
             )
-        if not size:
+        if not size:  # an empty file cannot be mapped
             return np.zeros(shape, dtype)
         if size >= MMAP_MIN_BYTES:
             with path.open("rb") as file:
@@ -162,6 +164,7 @@ class Part:
             array = np.frombuffer(area, dtype).reshape(shape)
         else:
             array = np.frombuffer(path.read_bytes(), dtype).reshape(shape)
+        # A checksum reads the whole file: opening a large index must not.
         is_checked = name not in MAYBE_LARGE or size < MMAP_MIN_BYTES
         if is_checked and zlib.crc32(array.reshape(-1).view(np.uint8).data) != crc:
             raise self.damaged(name)

@@ -92,6 +92,7 @@ class Writer:
         except OSError as error:
             raise RetrievalError(f"{self.path}: {error.strerror}; choose another folder") from None
         try:
+            # The system releases the lock when the process ends, even by a kill.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._lock)
@@ -193,6 +194,7 @@ class Writer:
         bits = _extended(index.deleted, index.total + len(batch.rows))
         del index  # closes its files before those of the next one are opened
         part = self._write_part(batch, manifest["dim"], 0, manifest["seed"])
+        # The same step publishes the new part and deletes the replaced rows.
         set_bits(bits, replaced[replaced >= 0])
         return self._publish(manifest, [*manifest["parts"], part], bits)
 
@@ -228,6 +230,7 @@ class Writer:
             raise RetrievalError(
                 f"{self.path}: all rows are deleted; add rows, or remove the folder"
             )
+        # Before copying: a damaged row would get a valid checksum in the new part.
         index.verify()
         live = np.flatnonzero(~index.is_deleted(np.arange(index.total)))
         classes, labels = merge_classes(index, live)
@@ -466,6 +469,7 @@ def _write_names(files: _Files, names: Sequence[str]) -> None:
 
     files.write("names.utf8", encoded())
     files.array("name_ends.i64", lengths.cumsum())
+    # In the order of the hashes: `Part.rows_named` finds a name by bisection.
     order = np.argsort(hashes, kind="stable")
     files.array("name_hashes.u64", hashes[order])
     files.array("name_rows.u32", order.astype(np.uint32))
@@ -481,6 +485,7 @@ def to_float16(rows: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
         largest = np.abs(rows).max(1)
         _, exponent = np.frexp(np.where(np.isfinite(largest) & (largest > 0), largest, 1))
+        # frexp: largest = m * 2^exponent with 0.5 <= m < 1, so that m * 2^9 is 256 to 512.
         scaled = np.ldexp(rows, 9 - exponent[:, None])
         scaled[~np.isfinite(largest)] = np.nan
         return scaled.astype(np.float16)

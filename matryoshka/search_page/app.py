@@ -41,12 +41,14 @@ MAX_CONCURRENT_UPLOADS = 4  # more are refused, because each may hold MAX_UPLOAD
 WORKERS = 4  # concurrent searches, and concurrent pictures; more requests wait
 UPLOAD_TIMEOUT = 30.0  # seconds
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "[::1]"))
+# A fixed list: no request can name another file.
 STATIC = {
     "page.html": "text/html",
     "style.css": "text/css",
     "behaviour.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }
+# The page loads scripts, styles and data from this server only. blob: shows an upload.
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -57,6 +59,7 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]/@]+)(:\d{1,5})?")
+# Answers never have a traceback, which contains paths of this machine.
 INTERNAL_ERROR = "the server failed; see its output"
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -67,6 +67,7 @@ class Comparison:
         self.dims = sorted({d for d in known if isinstance(d, int) and 0 < d < columns} | {columns})
         self.lists = max((part.metadata["lists"] for part in index.parts), default=0)
         self.rerank_dims = [d for d in self.dims if d >= index.dim]
+        # Rows that exact search compares, by part: it has no list of deleted rows.
         self._live = []
         for part in index.parts:
             rows = np.arange(part.first, part.first + part.count)
@@ -161,6 +162,7 @@ def recall(found: Column, truth: Column) -> float:
 
 def _best(ids: np.ndarray, scores: np.ndarray, leave_out: int) -> tuple[np.ndarray, np.ndarray]:
     """The NEIGHBOURS best, ties by rising id, without missing rows and `leave_out`."""
+    # lexsort's last key comes first: by falling score, then by rising id.
     order = np.lexsort((ids, -scores))
     order = order[(ids[order] >= 0) & (ids[order] != leave_out)][:NEIGHBOURS]
     return ids[order], scores[order]

@@ -283,6 +283,7 @@ class Service:
     def _shown(self, index: Index, row: int) -> dict[str, Any]:
         """Name and class of a row as JSON; names come from files and may hold anything."""
         class_name = index.class_name(row)
+        # ImageNet's class folders have WordNet ids: show the class's English name.
         if class_name is not None and WNID.fullmatch(class_name):
             class_name = name_of(class_name)
         return {

@@ -172,7 +172,7 @@ MISTAKES = {
     "too many threads": (["info", "x", "--threads", "5000"], "--threads"),
     "negative threads": (["info", "x", "--threads", "-1"], "--threads"),
     "no embeddings": (["build", "y", "--embeddings", "nothing"], "nothing: no such folder"),
-    "an empty folder": (["build", "y", "--embeddings", "empty"], "empty: holds no embeddings"),
+    "an empty folder": (["build", "y", "--embeddings", "empty"], "empty: has no embeddings"),
     "a folder of other things": (
         ["build", "other", "--embeddings", "photos"],
         "other: contains .*folder of its own",
