@@ -396,14 +396,14 @@ def verify_beton(
         crops = whole_images(samples.width, samples.height)
         status = _native.decode_batch(
             pool,
-            samples.data,
-            samples.offset,
-            samples.size,
-            samples.mode,
-            samples.width,
-            samples.height,
-            crops,
-            out[:n],
+            data=samples.data,
+            offset=samples.offset,
+            size=samples.size,
+            mode=samples.mode,
+            width=samples.width,
+            height=samples.height,
+            crops=crops,
+            out=out[:n],
         )
         for k in np.flatnonzero(status).tolist():
             report(int(indices[k]), _native.status_message(int(status[k])))

@@ -44,7 +44,14 @@ class RandomResizedCrop:
     ) -> np.ndarray:
         """int32 [B, 5] rows (x, y, w, h, flip)."""
         return _native.random_crops(
-            width, height, index, seed, epoch, self.scale, self.ratio, self.flip
+            width,
+            height,
+            index=index,
+            seed=seed,
+            epoch=epoch,
+            scale=self.scale,
+            ratio=self.ratio,
+            flip=self.flip,
         )
 
 
@@ -104,7 +111,14 @@ class PadCrop:
         # a fixed area and ratio, with which the general function always draws size x size windows
         area = (self.size / (self.size + 2 * self.padding)) ** 2
         return _native.random_crops(
-            side, side, index, seed, epoch, (area, area), (1.0, 1.0), self.flip
+            side,
+            side,
+            index=index,
+            seed=seed,
+            epoch=epoch,
+            scale=(area, area),
+            ratio=(1.0, 1.0),
+            flip=self.flip,
         )
 
     def shift(self, images: np.ndarray, windows: np.ndarray) -> None:

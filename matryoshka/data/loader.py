@@ -327,15 +327,15 @@ class Loader:
         """Fill `images` with the samples' crops; status uint8 [n], 0 where it worked."""
         return _native.decode_batch(
             self._pool,
-            samples.data,
-            samples.offset,
-            samples.size,
-            samples.mode,
-            samples.width,
-            samples.height,
-            crops,
-            images,
-            exact,
+            data=samples.data,
+            offset=samples.offset,
+            size=samples.size,
+            mode=samples.mode,
+            width=samples.width,
+            height=samples.height,
+            crops=crops,
+            out=images,
+            exact=exact,
         )
 
     def _failed(

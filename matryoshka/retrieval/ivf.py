@@ -139,16 +139,16 @@ class InvertedFile:
         signed, scale, offset = self.codec.queries(prefixes)
         ids, scores = _native.search_lists(
             pool(self.num_threads),
-            self.packed,
-            self.starts,
-            self.sizes,
-            self.ids,
-            self.count,
-            signed,
-            probes,
-            k,
-            excluded_bits(self.bad, deleted),
-            kernels,
+            packed=self.packed,
+            starts=self.starts,
+            sizes=self.sizes,
+            ids=self.ids,
+            num_ids=self.count,
+            queries=signed,
+            probes=probes,
+            k=k,
+            deleted=excluded_bits(self.bad, deleted),
+            kernels=kernels,
         )
         return mask_missing(ids, scores * scale[:, None] + offset[:, None], prefixes)
 

@@ -142,12 +142,12 @@ class PrefixScan:
         signed, scale, offset = self.codec.queries(prefixes)
         ids, scores = _native.search_codes(
             pool(self.num_threads),
-            self.packed,
-            self.count,
-            signed,
-            k,
-            excluded_bits(self.bad, deleted),
-            kernels,
+            packed=self.packed,
+            count=self.count,
+            queries=signed,
+            k=k,
+            deleted=excluded_bits(self.bad, deleted),
+            kernels=kernels,
         )
         return mask_missing(ids, scores * scale[:, None] + offset[:, None], prefixes)
 
@@ -209,12 +209,12 @@ class BinaryScan:
         prefixes = unit(queries, self.dim)
         ids, scores = _native.search_bits(
             pool(self.num_threads),
-            self.packed,
-            self.count,
-            _above(prefixes, self.medians),
-            k,
-            excluded_bits(self.bad, deleted),
-            kernels,
+            packed=self.packed,
+            count=self.count,
+            queries=_above(prefixes, self.medians),
+            k=k,
+            deleted=excluded_bits(self.bad, deleted),
+            kernels=kernels,
         )
         return mask_missing(ids, 1 + scores * np.float32(2 / self.dim), prefixes)
 
