@@ -108,7 +108,7 @@ def batch(rows: np.ndarray, names) -> IndexRows:
 
 
 def searched(folder: Path, args: argparse.Namespace) -> dict:
-    """Measurements of this process, which does nothing else."""
+    """Measurements of searches; run in a process that does nothing else."""
     opening = []
     for _ in range(10):
         started = time.perf_counter()

@@ -36,7 +36,8 @@ class Machine(NamedTuple):
         return DTYPES[self.precision]
 
 
-def machine(device: str, precision: str, threads: int) -> Machine:
+def current_machine(device: str, precision: str, threads: int) -> Machine:
+    """The device and precision that the trainer would choose."""
     picked = pick_device(device, 0)
     torch.backends.cudnn.benchmark = True
     return Machine(picked, pick_precision(precision, picked), threads)
@@ -50,14 +51,14 @@ def finish(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def repeated(here: Machine, call: Callable[[], object], amount: int, seconds: float) -> Run:
+def repeated(machine: Machine, call: Callable[[], object], amount: int, seconds: float) -> Run:
     """A block of calls that takes about `seconds`; each call counts as `amount`."""
 
     def block(times: int) -> int:
-        torch.set_num_threads(here.threads)
+        torch.set_num_threads(machine.threads)
         for _ in range(times):
             call()
-        finish(here.device)
+        finish(machine.device)
         return times * amount
 
     # Compilation and choice of kernels, then one block to find how many fit into `seconds`.
@@ -68,21 +69,21 @@ def repeated(here: Machine, call: Callable[[], object], amount: int, seconds: fl
     return lambda: block(times)
 
 
-def peaks(here: Machine, seconds: float) -> dict[str, Callable[[], Run]]:
+def peaks(machine: Machine, seconds: float) -> dict[str, Callable[[], Run]]:
     """Peak rates, measured like competitors: FLOPs of a square matrix product, bytes of a copy."""
-    gpu = here.device.type != "cpu"
+    gpu = machine.device.type != "cpu"
 
     def product() -> Run:
         n = 8192 if gpu else 1024
-        a, b = (torch.randn(n, n, device=here.device).to(here.dtype) for _ in range(2))
+        a, b = (torch.randn(n, n, device=machine.device).to(machine.dtype) for _ in range(2))
         out = torch.empty_like(a)
-        return repeated(here, lambda: torch.mm(a, b, out=out), 2 * n**3, seconds / 2)
+        return repeated(machine, lambda: torch.mm(a, b, out=out), 2 * n**3, seconds / 2)
 
     def copy() -> Run:
         # 4 GiB or 256 MiB: no cache holds it.
-        source = torch.ones(2**30 if gpu else 2**26, device=here.device)
+        source = torch.ones(2**30 if gpu else 2**26, device=machine.device)
         target = torch.empty_like(source)
-        return repeated(here, lambda: target.copy_(source), 2 * source.nbytes, seconds / 2)
+        return repeated(machine, lambda: target.copy_(source), 2 * source.nbytes, seconds / 2)
 
     return {MATMUL: product, COPY: copy}
 

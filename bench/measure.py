@@ -39,11 +39,11 @@ class Outcome(NamedTuple):
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of its children, living and gone."""
-    # active_children() also reaps ended children, which RUSAGE_CHILDREN then counts
-    alive = sum(_cpu_of(child.pid) for child in multiprocessing.active_children())
-    gone = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + gone.ru_utime + gone.ru_stime + alive
+    """CPU time of this process and of its children, running and ended."""
+    # active_children() also reaps ended children, which RUSAGE_CHILDREN then counts.
+    running = sum(_cpu_of(child.pid) for child in multiprocessing.active_children())
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime + running
 
 
 def _cpu_of(pid: int | None) -> float:

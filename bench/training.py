@@ -113,12 +113,12 @@ def objective(
 class Step:
     """The trainer's step: images uint8 [B, H, W, 3] and labels [B] -> loss; updates the weights."""
 
-    def __init__(self, kind: str, arch: str, classes: int, here: Machine) -> None:
+    def __init__(self, kind: str, arch: str, classes: int, machine: Machine) -> None:
         torch.manual_seed(0)
         trunk, width = backbone(SHORT.get(arch, arch))
-        self.here = here
+        self.machine = machine
         model = objective(kind, trunk, width, classes).to(
-            here.device, memory_format=torch.channels_last
+            machine.device, memory_format=torch.channels_last
         )  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(
             parameter_groups(model, 5e-5, 0), lr=0.01, momentum=0.9, fused=True
@@ -132,33 +132,33 @@ class Step:
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         inputs = normalise(images)
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.here.device, self.here.precision):
+        with autocast(self.machine.device, self.machine.precision):
             loss = self.compute(inputs, labels)
         loss.backward()
         self.optimizer.step()
         return loss.detach()
 
 
-def synthetic(batch: int, size: int, classes: int, here: Machine) -> tuple[Tensor, Tensor]:
+def synthetic(batch: int, size: int, classes: int, machine: Machine) -> tuple[Tensor, Tensor]:
     """A batch on the device: images uint8 [B, size, size, 3], labels [B]."""
-    images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=here.device)
-    return images, torch.randint(0, classes, (batch,), device=here.device)
+    images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=machine.device)
+    return images, torch.randint(0, classes, (batch,), device=machine.device)
 
 
 def head_call(
-    kind: str, width: int, batch: int, *, classes: int, fused: bool | None, here: Machine
+    kind: str, width: int, batch: int, *, classes: int, fused: bool | None, machine: Machine
 ) -> Callable[[], None]:
     """Forward and backward of head and loss alone, on features of the trunk's dtype."""
     torch.manual_seed(0)
-    compute = objective(kind, nn.Identity(), width, classes, fused).to(here.device)
-    features = torch.randn(batch, width, device=here.device).to(here.dtype).requires_grad_()
-    labels = torch.randint(0, classes, (batch,), device=here.device)
+    compute = objective(kind, nn.Identity(), width, classes, fused).to(machine.device)
+    features = torch.randn(batch, width, device=machine.device).to(machine.dtype).requires_grad_()
+    labels = torch.randint(0, classes, (batch,), device=machine.device)
     leaves = [features, *compute.parameters()]
 
     def call() -> None:
         for leaf in leaves:
             leaf.grad = None
-        with autocast(here.device, here.precision):
+        with autocast(machine.device, machine.precision):
             loss = compute(features, labels)
         loss.backward()
 

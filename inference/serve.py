@@ -4,7 +4,7 @@
     matryoshka retrieve serve photos.index --model runs/demo/mrl/model.safetensors --data photos
 
 The server listens on this computer only, unless --host is given; it has no passwords. The page
-shows small pictures from the embedded data set, or names if the data set is gone. The index may
+shows small pictures from the embedded data set, or names if the data set is missing. The index may
 change while the server runs.
 """
 

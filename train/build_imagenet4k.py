@@ -6,8 +6,8 @@ the database, one with the queries.
 --data contains one folder of images per class, named by its WordNet id (n00005787). --classes is
 the list of the paper's repository, one `00005787-n -> benthos: definition` per line. Of each class,
 50 images become queries and 1,000 the database, drawn with --seed from its files in sorted order;
-images that no decoder can read are skipped. The paper did not publish the program of its own draw,
-so results differ slightly from the paper's.
+images that no decoder can read are skipped. The paper's program for the draw is not published, so
+results differ slightly from the paper's.
 
     imagenet4k_queries.beton      labels are ranks of the sorted WordNet ids; a .json beside each
     imagenet4k_database.beton

@@ -335,7 +335,7 @@ def _smooth(images: Tensor) -> Tensor:
 
 
 def _torchvision(name: str, images: Tensor) -> Tensor:
-    # imported here: it takes seconds, which programs without RandAugment should not spend
+    # Imported on use: it takes seconds, which programs without RandAugment should not spend.
     from torchvision.transforms.v2 import functional
 
     return getattr(functional, name)(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -1,4 +1,4 @@
-"""Values of the fields of a .beton beside the image: numbers, bytes, JSON, arrays.
+"""Values of the other fields of a .beton: numbers, bytes, JSON, arrays.
 
 `BetonFile.field` calls these functions. Descriptors, records and the allocation table are not
 trusted: they are compared with each other before a byte is read.

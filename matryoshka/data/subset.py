@@ -15,7 +15,7 @@ from matryoshka.data.sources import ImageFolder
 class Subset:
     """The samples `indices` (int64 [n], any order) of an opened dataset, as a dataset.
 
-    Labels keep their meaning: classes and num_classes are those of `dataset`, which has to stay
+    Labels keep their meaning: classes and num_classes are those of `dataset`, which must stay
     open. A subset has no pages: it is always read through `dataset.fetch`.
     """
 

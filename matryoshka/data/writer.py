@@ -237,7 +237,7 @@ def _encode(source: Source, index: int, options: WriteOptions) -> _Stored:
 
 
 def _transcoded(data: bytes, index: int, options: WriteOptions) -> _Stored | None:
-    """The coefficients of a source JPEG, with restart markers added; None if the image has to be
+    """The coefficients of a source JPEG, with restart markers added; None if the image must be
     decoded.
     """
     try:

@@ -1,4 +1,4 @@
-"""A LanceDB table as the system of record of an index: edit and filter there, search here.
+"""A LanceDB table as the system of record of an index: edit and filter it, search the index.
 
     record = Record.create("photos.lance", "photos", batch)      # columns: see COLUMNS
     record.table.add_columns({"licence": "'CC0'"})               # any edit of LanceDB
@@ -138,15 +138,15 @@ class Record:
         database.create_table(name, pa.RecordBatchReader.from_batches(schema, blocks()), mode=mode)
         return cls(uri, name)
 
-    def names(self, where: str) -> list[str]:
+    def names(self, condition: str) -> list[str]:
         """Names of the rows that an SQL filter selects. RetrievalError for an invalid filter."""
         try:
-            found = self.table.search().where(where).select(["id"]).to_batches()
-            return [name for block in found for name in block["id"].to_pylist()]
+            batches = self.table.search().where(condition).select(["id"]).to_batches()
+            return [name for block in batches for name in block["id"].to_pylist()]
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise RetrievalError(
-                f"{self.uri}: table {self.name!r}: filter {where!r}: {reason}"
+                f"{self.uri}: table {self.name!r}: filter {condition!r}: {reason}"
             ) from None
 
     def sync(self, folder: str | Path, num_threads: int = 0, dim: int = 0) -> Change:
@@ -188,7 +188,7 @@ class Record:
                 raise RetrievalError(
                     f"{self.uri}: table {self.name!r} is empty; an index needs rows"
                 )
-            # Rows of the index that the table does not have any more.
+            # Rows of the index that the table no longer has.
             unseen = np.flatnonzero(~seen)
             unseen = unseen[~index.is_deleted(unseen)]
             names = [index.name(int(row)) for row in unseen]

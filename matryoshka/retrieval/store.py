@@ -79,7 +79,7 @@ class Index:
                 if not (self.path / MANIFEST).is_file():
                     raise RetrievalError(f"{self.path}: {_why_not_an_index(self.path)}") from None
                 # A writer may compact between the reading of the manifest and the opening of its
-                # files, which are gone then; the next attempt reads the new manifest.
+                # files, which no longer exist then; the next attempt reads the new manifest.
                 if attempt == 4:
                     raise RetrievalError(f"{error.filename}: is missing; {REBUILD}") from None
             except OSError as error:
@@ -470,7 +470,7 @@ def merge_top_k(found: Sequence[Hits], k: int, queries: int, total: int) -> Hits
 
 
 def slice_bits(bits: np.ndarray, first: int, count: int) -> np.ndarray:
-    """The bits of rows first .. first + count as a bitmap of their own."""
+    """The bits of rows first .. first + count as a separate bitmap."""
     word = first // 64
     shift = first % 64
     words = -(-count // 64)

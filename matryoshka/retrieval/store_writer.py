@@ -85,7 +85,7 @@ class Writer:
                 for name in os.listdir(self.path):
                     if name != LOCK and not OWN_FILES.fullmatch(name):
                         raise RetrievalError(
-                            f"{self.path}: contains {name}; an index needs a folder of its own"
+                            f"{self.path}: contains {name}; an index needs an empty folder"
                         )
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -171,7 +171,7 @@ class Writer:
                 stored = index.preprocessing.get(key)
                 new = prepared.get(key)
                 if stored != new:
-                    differences.append(f"{key} {stored} there, {new} here")
+                    differences.append(f"{key} {stored} in the index, {new} in the embeddings")
             raise RetrievalError(
                 f"{self.path}: its images have another preprocessing ({', '.join(differences)}); "
                 "embed these in the same way"
@@ -451,7 +451,7 @@ class _Files:
 
 
 def _write_names(files: _Files, names: Sequence[str]) -> None:
-    """Names as one text, where each ends, and their hashes in order with the rows."""
+    """Write the names as one text, the end of each, and their sorted hashes with the rows."""
     lengths = np.zeros(len(names), np.int64)
     hashes = np.zeros(len(names), np.uint64)
 

@@ -108,18 +108,18 @@ def _arrays(path: Path) -> Table:
         # The native code reads consecutive float16 or float32.
         rows = np.ascontiguousarray(rows, np.float16 if rows.dtype == np.float16 else np.float32)
     labels = None
-    beside = path.with_name(path.name.removesuffix("-X.npy") + "-y.npy")
-    if path.name.endswith("-X.npy") and beside.exists():
-        stored = _read(beside).reshape(-1)
+    labels_file = path.with_name(path.name.removesuffix("-X.npy") + "-y.npy")
+    if path.name.endswith("-X.npy") and labels_file.exists():
+        stored = _read(labels_file).reshape(-1)
         labels = stored.astype(np.int64)
         if len(labels) != len(rows) or not np.array_equal(labels, stored):
             raise RetrievalError(
-                f"{beside}: is {stored.dtype} {list(stored.shape)}, expected integer labels of "
+                f"{labels_file}: is {stored.dtype} {list(stored.shape)}, expected integer labels of "
                 f"{len(rows)} rows"
             )
         if stored.dtype == np.float16 and len(labels) and labels.max() >= MAX_EXACT_FLOAT16:
             raise RetrievalError(
-                f"{beside}: float16 labels up to {labels.max()} cannot tell classes above "
+                f"{labels_file}: float16 labels up to {labels.max()} cannot tell classes above "
                 f"{MAX_EXACT_FLOAT16} apart; make the arrays again with pytorch_inference.py "
                 "--retrieval"
             )

@@ -79,10 +79,10 @@ def make_app(
     """
     # Without FastAPI's documentation pages, which load scripts from a CDN.
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    here = Path(__file__).parent
-    files = {name: (here / name).read_bytes() for name in STATIC}
+    folder = Path(__file__).parent
+    files = {name: (folder / name).read_bytes() for name in STATIC}
     searches = CapacityLimiter(WORKERS)
-    pictures = CapacityLimiter(WORKERS)  # of their own: they must not wait for searches
+    pictures = CapacityLimiter(WORKERS)  # a separate limit: they must not wait for searches
     uploads = 0
 
     async def work(
