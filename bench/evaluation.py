@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--no-record", action="store_true", help="do not append to bench/results/")
     args = p.parse_args(argv)
     machine = current_machine(args.device, args.precision, args.threads)
+
+    # ---- measurements ----
     rows = []
     if "prefixes" in args.only:
         rows += [prefixes(arch, args, machine) for arch in args.arch]
@@ -171,6 +173,7 @@ def loop(args: argparse.Namespace, machine: Machine) -> dict:
                 before = loader.wait
                 started = time.perf_counter()
                 metric = PrefixAccuracy((8,)).to(machine.device)
+                # % 10: the free trunk's head has 10 classes.
                 for prediction in predict(model, loader, "fp32"):
                     metric.update(prediction.logits, prediction.labels % 10)
                 finish(machine.device)

@@ -109,6 +109,7 @@ def batch(rows: np.ndarray, names) -> IndexRows:
 
 def searched(folder: Path, args: argparse.Namespace) -> dict:
     """Measurements of searches; run in a process that does nothing else."""
+    # ---- opening ----
     opening = []
     for _ in range(10):
         started = time.perf_counter()
@@ -118,16 +119,18 @@ def searched(folder: Path, args: argparse.Namespace) -> dict:
         np.lib.format.open_memmap(args.work / f"{name}_{args.rows}_{args.truth}.npy", "r")
         for name in ("queries", "truth")
     )
+    # ---- searches in batches ----
     index.warm()
     size = min(1000, len(queries))
     rates = []
     found = []
-    for turn in range(4):
+    for turn in range(4):  # the first one warms up
         started = time.perf_counter()
         ids = [index.search(queries[i : i + size], k=K).ids for i in range(0, len(queries), size)]
         if turn:
             rates.append(len(queries) / (time.perf_counter() - started))
         found = ids
+    # ---- single queries ----
     single = []
     for i in range(min(2000, len(queries))):
         started = time.perf_counter()

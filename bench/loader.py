@@ -220,6 +220,8 @@ def loading(
     """Measure one of CASES."""
     case = CASES[name]
     batch = 8 * BATCH if case.crop == "pad" else BATCH  # small images
+
+    # ---- competitors ----
     task = peers.Task(case.crop, case.size, batch, m, getattr(m, case.file))
     make: dict[str, Callable[[], Run]] = {OURS: partial(peers.ours, task, threads)}
     theirs = m.ffcv if case.file == "jpg" else None  # FFCV reads what FFCV wrote
@@ -229,11 +231,15 @@ def loading(
         if rival in chosen:
             extra = {"file": theirs} if rival == "FFCV" else {}
             make[rival] = partial(RIVALS[rival], task, threads, **extra)
+
+    # ---- measurements ----
     limit = name == "RRC 224" and threads == 1  # the case for the physical limit
     if limit:
         make[BARE] = partial(peers.bare_decode, m.jpg)
     outcome = take_turns(make, blocks)
     table.add(name, threads, outcome, case.goal, size=case.size, kB=round(kilobytes(task.file), 1))
+
+    # ---- bytes that must be decoded, per second: ours, and libjpeg-turbo alone ----
     if limit and {OURS, BARE} <= set(outcome.blocks):
         with BetonFile(m.jpg) as data:
             needed, stored = mean_needed(data, case.size)

@@ -98,9 +98,11 @@ def take_turns(make: Mapping[str, Callable[[], Run]], blocks: int, limit: float 
             runs.pop(name, None)
             outcome.blocks.pop(name)
 
+    # ---- preparation ----
     for name, prepare in make.items():
         with noted(name):
             runs[name] = prepare()
+    # ---- turns ----
     for block in range(blocks + 1):
         for name, run in list(runs.items()):
             torch.set_num_threads(1)  # FFCV changes it
@@ -109,7 +111,7 @@ def take_turns(make: Mapping[str, Callable[[], Run]], blocks: int, limit: float 
                 wall = time.perf_counter()
                 images = run()
                 done = Block(images, cpu_seconds() - cpu, time.perf_counter() - wall)
-                if block:
+                if block:  # the first one warms up
                     outcome.blocks[name].append(done)
     return outcome
 

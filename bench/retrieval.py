@@ -82,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         f"{data.name}: {len(data.rows):,} x {data.rows.shape[1]}, {machine['kernels']}, "
         f"{args.threads} threads"
     )
+
+    # ---- measurements ----
     found = []
     if "scans" in args.only:
         found += scans(data, args)
@@ -139,6 +141,7 @@ def scans(data: Data, args: argparse.Namespace) -> list[dict]:
     columns = rows.shape[1]
     k = min(200, len(rows))
     out = []
+    # ---- int8 codes ----
     for dim in (16, 32, 64):
         prefixes = huge_page_zeros((len(rows), dim), np.float32)
         for first in range(0, len(rows), 65_536):
@@ -157,6 +160,7 @@ def scans(data: Data, args: argparse.Namespace) -> list[dict]:
             flat.search(prefixes_of_queries, k)[1],
             args,
         )
+    # ---- bits ----
     for dim in (d for d in (64, 256, 512) if d <= columns):
         bits = BinaryScan.build(rows, dim, args.threads)
 
@@ -286,7 +290,7 @@ def pipelines(data: Data, args: argparse.Namespace) -> list[dict]:
             lambda q: bits.search(q, 800).ids, Stage(64, 120), few, full
         ),
     }
-    # speed-ups to report: over one step of re-ranking, and over faiss
+    # Speed-ups to report: over one step of re-ranking, and over faiss.
     funnels = {
         f"int8-64 k200 -> {middle} -> {columns}": scanned,
         f"bits-256 k800 -> 64 -> {middle} -> {columns}": counted,

@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--turns", type=int, default=3)
     p.add_argument("--no-record", action="store_true", help="do not append to bench/results/")
     args = p.parse_args(argv)
+
+    # ---- data and ground truth ----
     torch.manual_seed(0)
     make = maker(torch.device(args.device))
     rows = np.concatenate([make(min(20_000, args.rows - i)) for i in range(0, args.rows, 20_000)])
@@ -54,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     exact = DeviceSearcher(rows.astype(np.float32), args.device)
     truth = exact.search(queries[:2000], SearchParams("exact", WIDTH, K)).ids
     del exact  # 10 GB of device memory
+
+    # ---- searches ----
     searcher = DeviceSearcher(rows, args.device)
     out = []
     for params in SEARCHES:

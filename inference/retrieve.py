@@ -333,6 +333,7 @@ def report_speed(
 
     Wall time. Batches move through the queries, because repeated ones would be in the cache.
     """
+    # ---- batches ----
     pool = np.asarray(queries.rows[: max(10 * max(batches), SINGLE_QUERIES)], np.float32)
     rates = {}
     for batch in sorted({min(b, len(pool)) for b in batches}):
@@ -352,6 +353,7 @@ def report_speed(
             "max": max(turns),
         }
 
+    # ---- single queries ----
     milliseconds = []
     begun = time.perf_counter()
     for i in range(min(SINGLE_QUERIES, len(pool))):

@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     WriteOptions(**store_options(args))  # raises for options that contradict each other
     output = Path(args.output)
     wnids = read_classes(Path(args.classes))
+    # Everything that decides the files: a resumed run must have the same values.
     plan = {
         "database_per_class": args.database_per_class,
         "queries_per_class": args.queries_per_class,
@@ -119,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         shutil.rmtree(output / PARTS, ignore_errors=True)  # left by a kill just before the end
         print(f"{output}: finished already")
         return 0
+
+    # ---- class by class ----
     images = list_images(Path(args.data), wnids, args)
     parts = output / PARTS
     prepare(parts, plan, args.overwrite)
@@ -128,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for wnid in tqdm(images, leave=False, unit="class", disable=not sys.stderr.isatty()):
         if not (parts / f"{wnid}.json").exists():
             write_class(parts, Path(args.data), wnid, images[wnid], args)
+
+    # ---- the two files ----
     summary = assemble(output, wnids, plan)
     print(
         f"{summary.classes:,} classes: {summary.queries:,} queries, {summary.database:,} images "

@@ -130,7 +130,7 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
     frame = None
     while data[:2] == SOI and at + 4 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
-        if marker == 0xFF:  # a fill byte
+        if marker == 0xFF:  # a fill byte (T.81, B.1.1.2)
             at += 1
             continue
         length = int.from_bytes(data[at + 2 : at + 4], "big")
@@ -330,6 +330,7 @@ def info_text(facts: dict[str, Any]) -> str:
     if facts["options"]:
         options = {k: v for k, v in facts["options"].items() if v is not None}
         rows.append(("written with", printable(", ".join(f"{k}={v}" for k, v in options.items()))))
+    # Counts and lists of the side file, without those that are zero or of another type.
     noticed = [
         f"{facts['counts'][k]:,} {text}"
         for k, text in COUNTS.items()

@@ -36,6 +36,7 @@ def epoch_order(
     """
     if kind == "sequential":
         return np.arange(n, dtype=np.int64)
+    # A counter-based generator: its key is the whole state, so a resumed epoch needs no other.
     stream = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
     if kind == "random":
         return _argsort(stream.random_raw(n))

@@ -205,6 +205,7 @@ def _encode(source: Source, index: int, options: WriteOptions) -> _Stored:
     except ValueError as error:
         return _Stored(index, notes=(("broken", str(error)),))
 
+    # ---- properties of the file, for the manifest ----
     pixels = image.pixels
     notes = []
     if image.grayscale:
@@ -220,6 +221,7 @@ def _encode(source: Source, index: int, options: WriteOptions) -> _Stored:
         if options.exif_rotate:
             pixels = upright(pixels, image.orientation)
 
+    # ---- size and storage ----
     height, width = pixels.shape[:2]
     if max(height, width) > options.max_resolution:
         height, width = reduced_size(height, width, options.max_resolution)

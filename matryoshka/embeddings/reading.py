@@ -167,6 +167,7 @@ def matched_labels(labels: np.ndarray, queries: Classes, database: Classes) -> n
         from matryoshka.data.imagenet import wnids  # imports torch
 
         query_names = [wnids()[int(name)] for name in query_names]
+    # -1 for classes that the database lacks: their queries have no relevant rows.
     label_of_name = {name: label for label, name in enumerate(database_names)}
     matched = np.array([label_of_name.get(name, -1) for name in query_names], np.int64)
     if (matched < 0).all():

@@ -132,6 +132,7 @@ class InvertedFile:
         if nprobe < 1:
             raise RetrievalError(f"nprobe={nprobe}: expected 1 or more lists")
         prefixes = unit(queries, self.dim)
+        # By 7-bit codes as well: 16 us for the 32 nearest of 4,096 centroids (bench/NOTES.md).
         nearest = self.centroids.search_unit(
             prefixes, min(nprobe, len(self.starts)), kernels=kernels
         )

@@ -97,6 +97,7 @@ class Part:
         self.count = n
         self.prefix_cache: np.ndarray | None = None
 
+        # ---- rows, labels, names ----
         self.rows = self._map("rows.f16", np.float16, (n, columns))
         self.labels = self._map("labels.i64", np.int64, (n,))
         self.origins = self._map("origins.u32", np.uint32, (n, 2))
@@ -104,6 +105,7 @@ class Part:
         self._names = self._map("names.utf8", np.uint8, (-1,))
         self._hashes = self._map("name_hashes.u64", np.uint64, (n,))
         self._hashed = self._map("name_rows.u32", np.uint32, (n,))
+        # ---- codes for the shortlist ----
         codec = Codec(*self._map("codec.f32", np.float32, (2, dim)))
         bad = self._map("bad.u64", np.uint64, (len(empty_bits(n)),))
 

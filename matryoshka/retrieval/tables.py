@@ -172,6 +172,7 @@ def notes(database: Table, queries: Table) -> list[str]:
     metadata = queries.embeddings.meta
     if database.index is not None:
         preprocessing = database.index.preprocessing
+        # By name, because an index may hold several data sets, or a part of one.
         is_same = bool((database.index.find(queries.embeddings.ids[:50]) >= 0).any())
     elif database.embeddings is not None:
         database_metadata = database.embeddings.meta

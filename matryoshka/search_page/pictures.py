@@ -137,6 +137,7 @@ class Pictures:
         name: the index's name of it, which may have a prefix.
         """
         data = self.open(source)
+        # endswith: `matryoshka index add --prefix` puts a text before the name.
         if not 0 <= number < len(data) or not name.endswith(_name(data, number)):
             raise Refusal(404, "the data set has changed since the index was made")
         try:
