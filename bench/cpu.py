@@ -11,7 +11,10 @@ def blas_kernels() -> dict[str, str]:
     Its version of 2021 treats newer CPUs as a Pentium 4: 62 instead of 273 GFLOP/s on a Xeon with
     AVX-512.
     """
-    about = Path("/proc/cpuinfo")
-    flags = about.read_text() if about.exists() else ""
-    kind = "SkylakeX" if " avx512bw " in flags else "Haswell" if " avx2 " in flags else ""
-    return {"OPENBLAS_CORETYPE": kind} if kind else {}
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    if " avx512bw " in flags:
+        return {"OPENBLAS_CORETYPE": "SkylakeX"}
+    if " avx2 " in flags:
+        return {"OPENBLAS_CORETYPE": "Haswell"}
+    return {}

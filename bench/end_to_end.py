@@ -25,7 +25,7 @@ from statistics import median
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in step.py
 
 import torch
-from machine import Machine, finish, machine, ratios
+from machine import Machine, current_machine, finish, ratios
 from material import Material
 from measure import Run, take_turns
 from record import append, spread
@@ -72,17 +72,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     p.add_argument("--no-record", action="store_true", help="do not append to bench/results/")
     args = p.parse_args(argv)
-    here = machine(args.device, args.precision, args.train_threads)
-    gpu = here.device.type != "cpu"
+    machine = current_machine(args.device, args.precision, args.train_threads)
+    gpu = machine.device.type != "cpu"
     args.arch = args.arch or ("rn50" if gpu else "rn18")
     for name, on_gpu, on_cpu in (("res", 224, 64), ("batch", 256, 32), ("steps", 40, 4)):
         setattr(args, name, getattr(args, name) or (on_gpu if gpu else on_cpu))
 
+    # ---- data and measurements ----
     with tempfile.TemporaryDirectory() as scratch:
         data = args.data
         if data is None:
             data = written(Path(scratch), args.photos, args.images or EPOCH * args.batch)
-        rows, failed = measured(args, data, args.threads or [0 if gpu else 1], here)
+        rows, failed = measured(args, data, args.threads or [0 if gpu else 1], machine)
         for name, reason in failed.items():
             print(f"not measured: {name}: {reason}")
         if rows and not args.no_record:
@@ -95,6 +96,7 @@ def written(folder: Path, photos: Path | None, images: int) -> Path:
     material = Material(folder / "material", photos, min(images, 200), with_ffcv=False)
     source = Repeated(ImageFolder(material.folder), images)
     path = folder / "train.beton"
+    # The photos are small enough: copying avoids a second lossy compression.
     write_beton(source, path, max_resolution=500, write_mode="jpg", transcode="fit")
     return path
 
@@ -124,47 +126,54 @@ def forever(loader: Loader) -> Generator[Batch]:
 
 
 def measured(
-    args: argparse.Namespace, data: Path, threads: list[int], here: Machine
+    args: argparse.Namespace, data: Path, threads: list[int], machine: Machine
 ) -> tuple[list[dict], dict]:
     """(rows for bench/results/, which are also printed, failures)."""
     dataset = open_dataset(data)
+    # The disk is not measured.
     dataset.preload()
     classes = max(args.classes, dataset.num_classes)
-    step = Step(MRL, args.arch, classes, here)
+    step = Step(MRL, args.arch, classes, machine)
     step.compile(args.mode)
     waits: dict[str, list[float]] = {}
 
     def fed(name: str, workers: int) -> Run:
         crop = RandomResizedCrop(args.res)
         loader = Loader(
-            dataset, args.batch, crop=crop, num_workers=workers, device=here.device, drop_last=True
+            dataset,
+            args.batch,
+            crop=crop,
+            num_workers=workers,
+            device=machine.device,
+            drop_last=True,
         )
 
         def run() -> int:
-            torch.set_num_threads(here.threads)
+            torch.set_num_threads(machine.threads)
             before = loader.wait
             # A new iterator: nothing is decoded ahead during the turns of the others.
             with closing(forever(loader)) as batches:
                 for batch in itertools.islice(batches, args.steps):
                     step(batch.images, batch.labels)
-            finish(here.device)
+            finish(machine.device)
             waits.setdefault(name, []).append(loader.wait - before)
             return args.steps * args.batch
 
         return run
 
     def on_device() -> Run:
-        batch = synthetic(args.batch, args.res, classes, here)
+        batch = synthetic(args.batch, args.res, classes, machine)
 
         def run() -> int:
-            torch.set_num_threads(here.threads)
+            torch.set_num_threads(machine.threads)
             for _ in range(args.steps):
                 step(*batch)
-            finish(here.device)
+            finish(machine.device)
             return args.steps * args.batch
 
         return run
 
+    # ---- measurements ----
     names = {f"loader, {n or 'all'} threads": n for n in threads}
     make: dict[str, Callable[[], Run]] = {SYNTHETIC: on_device}
     make |= {name: partial(fed, name, workers) for name, workers in names.items()}
@@ -175,6 +184,7 @@ def measured(
         f"{'data wait':>9} {'CPU s/1000':>10} {'synthetic':>9}",
         flush=True,
     )
+    # ---- rows ----
     rows = []
     blocks = outcome.blocks
     for name in [name for name in names if name in blocks]:
@@ -186,10 +196,10 @@ def measured(
             "res": args.res,
             "batch": args.batch,
             "mode": args.mode,
-            "precision": here.precision,
+            "precision": machine.precision,
             "loader": args.loader,
             "workers": names[name],
-            "train_threads": here.threads,
+            "train_threads": machine.threads,
             "steps": args.steps,
         }
         pairs = zip(blocks[name], waits[name][1:], strict=True)  # the first block is a warm-up
@@ -211,9 +221,9 @@ def print_line(name: str, row: dict) -> None:
     share = other = cpu = "-"
     low_high = ""
     if "of synthetic" in row:
-        found = row["of synthetic"]
-        share = f"{found['median']:.1%}"
-        low_high = f"{found['min']:.2f}-{found['max']:.2f}"
+        relative = row["of synthetic"]
+        share = f"{relative['median']:.1%}"
+        low_high = f"{relative['min']:.2f}-{relative['max']:.2f}"
         other = f"{row['synthetic images_per_s']['median']:.0f}"
         cpu = f"{row['synthetic cpu_s_per_1000']:.2f}"
     print(

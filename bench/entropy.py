@@ -27,6 +27,7 @@ def needed_parts(stream: bytes, crop: tuple[int, int, int, int]) -> list[tuple[i
     bottom = min(height - 1, y + h - 1 + MARGIN) // unit_h
     left = max(0, x - MARGIN) // unit_w
     right = min(width - 1, x + w - 1 + MARGIN) // unit_w
+    # Huffman codes have no index: without markers, decoding starts at the top left.
     if not interval:
         return [(start, start + round((len(stream) - start) * (bottom + 1) / rows))]
     edges = [start, *(match.start() for match in _RESTART.finditer(stream, start)), len(stream)]

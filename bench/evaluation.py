@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from machine import Machine, finish, machine, ratios, repeated
+from machine import Machine, current_machine, finish, ratios, repeated
 from material import Material
 from measure import OURS, Run, rate, take_turns
 from record import append, spread
@@ -71,12 +71,14 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--only", nargs="+", choices=CASES, default=CASES)
     p.add_argument("--no-record", action="store_true", help="do not append to bench/results/")
     args = p.parse_args(argv)
-    here = machine(args.device, args.precision, args.threads)
+    machine = current_machine(args.device, args.precision, args.threads)
+
+    # ---- measurements ----
     rows = []
     if "prefixes" in args.only:
-        rows += [prefixes(arch, args, here) for arch in args.arch]
+        rows += [prefixes(arch, args, machine) for arch in args.arch]
     if "loop" in args.only:
-        rows.append(loop(args, here))
+        rows.append(loop(args, machine))
     if "analysis" in args.only:
         rows.append(analysis(args))
     if not args.no_record:
@@ -84,35 +86,36 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def prefixes(arch: str, args: argparse.Namespace, here: Machine) -> dict:
+def prefixes(arch: str, args: argparse.Namespace, machine: Machine) -> dict:
     """Ratio of times, MRL over FF: forward pass and accuracy of every prefix, for one repeated
     batch.
     """
+    # One trunk for both kinds, so that they differ in head and accuracy only.
     torch.manual_seed(0)
     shared = build(ModelSpec(ARCHS.get(arch, arch), args.classes, (8,)))
     images = torch.randint(
-        0, 256, (args.batch, args.res, args.res, 3), dtype=torch.uint8, device=here.device
+        0, 256, (args.batch, args.res, args.res, 3), dtype=torch.uint8, device=machine.device
     )
-    labels = torch.randint(0, args.classes, (args.batch,), device=here.device)
-    batch = Batch(images, labels, torch.arange(args.batch, device=here.device))
+    labels = torch.randint(0, args.classes, (args.batch,), device=machine.device)
+    batch = Batch(images, labels, torch.arange(args.batch, device=machine.device))
 
     def kind(dims: tuple[int, ...]) -> Run:
         spec = ModelSpec(shared.spec.arch, args.classes, dims)
         model = NestedModel(shared.trunk, NestedLinear(dims, args.classes), shared.width, spec)
-        model = model.to(here.device).to(memory_format=torch.channels_last)
-        metric = PrefixAccuracy(dims).to(here.device)
+        model = model.to(machine.device).to(memory_format=torch.channels_last)
+        metric = PrefixAccuracy(dims).to(machine.device)
 
         def call() -> None:
-            for prediction in predict(model, [batch], here.precision):
+            for prediction in predict(model, [batch], machine.precision):
                 metric.update(prediction.logits, prediction.labels)
 
-        return repeated(here, call, args.batch, args.seconds)
+        return repeated(machine, call, args.batch, args.seconds)
 
     dims = default_dims(shared.width)
     made = {"MRL": lambda: kind(dims), "FF": lambda: kind(dims[-1:])}
     blocks = take_turns(made, args.blocks).blocks
-    # FF's rate over MRL's is MRL's time over FF's
-    times = ratios(blocks["FF"], blocks["MRL"], here.clock)
+    # FF's rate over MRL's is MRL's time over FF's.
+    times = ratios(blocks["FF"], blocks["MRL"], machine.clock)
     row = {
         "case": "prefixes",
         "arch": arch,
@@ -120,10 +123,10 @@ def prefixes(arch: str, args: argparse.Namespace, here: Machine) -> dict:
         "batch": args.batch,
         "classes": args.classes,
         "dims": list(dims),
-        "precision": here.precision,
-        "threads": here.threads,
+        "precision": machine.precision,
+        "threads": machine.threads,
         "time / FF": spread(times),
-        "images/s": rate(blocks["MRL"], here.clock),
+        "images/s": rate(blocks["MRL"], machine.clock),
     }
     print(
         f"{len(dims)} prefixes over one, {arch} {args.res} px x {args.batch}: "
@@ -141,7 +144,7 @@ class FreeTrunk(nn.Module):
         return images[:, :, 0, 0].mean(1, keepdim=True).expand(-1, 8).contiguous()
 
 
-def loop(args: argparse.Namespace, here: Machine) -> dict:
+def loop(args: argparse.Namespace, machine: Machine) -> dict:
     """Rate of evaluation with a free trunk over that of the loader alone; the rest is the loop's
     cost.
     """
@@ -152,10 +155,10 @@ def loop(args: argparse.Namespace, here: Machine) -> dict:
             "order": "sequential",
             "crop": CenterCrop(224),
             "num_workers": 1,
-            "device": here.device,
+            "device": machine.device,
         }
         model = NestedModel(FreeTrunk(), NestedLinear((8,), 10), 8, ModelSpec("free", 10, (8,)))
-        model = model.to(here.device)
+        model = model.to(machine.device)
         waited: list[float] = []
 
         def alone() -> Run:
@@ -166,12 +169,14 @@ def loop(args: argparse.Namespace, here: Machine) -> dict:
             loader = Loader(path, 64, **options)
 
             def run() -> int:
-                torch.set_num_threads(here.threads)
-                before, started = loader.wait, time.perf_counter()
-                metric = PrefixAccuracy((8,)).to(here.device)
+                torch.set_num_threads(machine.threads)
+                before = loader.wait
+                started = time.perf_counter()
+                metric = PrefixAccuracy((8,)).to(machine.device)
+                # % 10: the free trunk's head has 10 classes.
                 for prediction in predict(model, loader, "fp32"):
                     metric.update(prediction.logits, prediction.labels % 10)
-                finish(here.device)
+                finish(machine.device)
                 waited.append((loader.wait - before) / (time.perf_counter() - started))
                 return int(metric.count)
 
@@ -181,7 +186,7 @@ def loop(args: argparse.Namespace, here: Machine) -> dict:
     shares = ratios(blocks[OURS], blocks["loader"], "wall")
     row = {
         "case": "loop",
-        "threads": here.threads,
+        "threads": machine.threads,
         "of the loader": spread(shares),
         "waiting": spread(waited[1:]),
         "images/s": rate(blocks[OURS], "wall"),
@@ -214,6 +219,7 @@ def analysis(args: argparse.Namespace) -> dict:
             logits[g, part] = 1.6 * rows
         logits.flush()
         np.save(folder / "gt.npy", labels)
+        # A separate process, whose peak memory the system then reports.
         command = [
             *(sys.executable, "-m", "matryoshka.cli", "analyze"),
             f"--logits={folder / 'logits.npy'}",

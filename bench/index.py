@@ -36,7 +36,8 @@ class Names(Sequence[str]):
     """Names like those of ImageNet's files."""
 
     def __init__(self, count: int, prefix: str = "") -> None:
-        self._count, self._prefix = count, prefix
+        self._count = count
+        self._prefix = prefix
 
     def __len__(self) -> int:
         return self._count
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         started = time.perf_counter()
         writer.build(batch(rows, Names(len(rows))), overwrite=True)
         row["build s"] = time.perf_counter() - started
+    # A new process: the memory and the warm caches of the build must not count.
     child = subprocess.run(
         [
             sys.executable,
@@ -101,11 +103,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def batch(rows: np.ndarray, names) -> IndexRows:
     model = {"weights_sha256": "synthetic", "file": "none"}
-    return IndexRows(rows, names, np.arange(len(rows)) // 1300, model, {})
+    labels = np.arange(len(rows)) // 1300  # images per class, as in ImageNet-1K
+    return IndexRows(rows, names, labels, model, preprocessing={})
 
 
 def searched(folder: Path, args: argparse.Namespace) -> dict:
-    """Measurements of this process, which does nothing else."""
+    """Measurements of searches; run in a process that does nothing else."""
+    # ---- opening ----
     opening = []
     for _ in range(10):
         started = time.perf_counter()
@@ -115,15 +119,18 @@ def searched(folder: Path, args: argparse.Namespace) -> dict:
         np.lib.format.open_memmap(args.work / f"{name}_{args.rows}_{args.truth}.npy", "r")
         for name in ("queries", "truth")
     )
+    # ---- searches in batches ----
     index.warm()
     size = min(1000, len(queries))
-    rates, found = [], []
-    for turn in range(4):
+    rates = []
+    found = []
+    for turn in range(4):  # the first one warms up
         started = time.perf_counter()
         ids = [index.search(queries[i : i + size], k=K).ids for i in range(0, len(queries), size)]
         if turn:
             rates.append(len(queries) / (time.perf_counter() - started))
         found = ids
+    # ---- single queries ----
     single = []
     for i in range(min(2000, len(queries))):
         started = time.perf_counter()

@@ -151,11 +151,9 @@ class Table:
                 clock: spread([b.images / getattr(b, clock) for b in blocks[name]])
                 for clock in ("cpu", "wall")
             }
-            row |= {
-                f"ratio of {us}": round(ratio(blocks[us], blocks[name]), 3)
-                for us in ours
-                if name not in ours
-            }
+            if name not in ours:
+                for us in ours:
+                    row[f"ratio of {us}"] = round(ratio(blocks[us], blocks[name]), 3)
             self.rows.append(row)
             if name not in (*ours, BARE):
                 both = blocks[OURS], blocks[name]
@@ -222,6 +220,8 @@ def loading(
     """Measure one of CASES."""
     case = CASES[name]
     batch = 8 * BATCH if case.crop == "pad" else BATCH  # small images
+
+    # ---- competitors ----
     task = peers.Task(case.crop, case.size, batch, m, getattr(m, case.file))
     make: dict[str, Callable[[], Run]] = {OURS: partial(peers.ours, task, threads)}
     theirs = m.ffcv if case.file == "jpg" else None  # FFCV reads what FFCV wrote
@@ -231,11 +231,15 @@ def loading(
         if rival in chosen:
             extra = {"file": theirs} if rival == "FFCV" else {}
             make[rival] = partial(RIVALS[rival], task, threads, **extra)
+
+    # ---- measurements ----
     limit = name == "RRC 224" and threads == 1  # the case for the physical limit
     if limit:
         make[BARE] = partial(peers.bare_decode, m.jpg)
     outcome = take_turns(make, blocks)
     table.add(name, threads, outcome, case.goal, size=case.size, kB=round(kilobytes(task.file), 1))
+
+    # ---- bytes that must be decoded, per second: ours, and libjpeg-turbo alone ----
     if limit and {OURS, BARE} <= set(outcome.blocks):
         with BetonFile(m.jpg) as data:
             needed, stored = mean_needed(data, case.size)
@@ -298,6 +302,7 @@ def opening(folder: Path, samples: int, blocks: int, chosen: list[str], table: T
     path = folder / "many.beton"
     write_many(path, samples)
     rivals = ["FFCV"] if "FFCV" in chosen else []
+    # A separate process, which imports the two readers only.
     program = [sys.executable, Path(__file__).with_name("opening.py"), path, str(blocks), *rivals]
     try:
         done = subprocess.run(program, capture_output=True, text=True, timeout=600, check=True)

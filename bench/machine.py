@@ -1,4 +1,4 @@
-"""Device, clock and peak rates of the machine, and the work that a training step requests."""
+"""Device, clock and peak rates of the machine, and the work of a training step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from matryoshka.distributed import pick_device, pick_precision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MATMUL, COPY = "matmul", "copy"
+MATMUL = "matmul"
+COPY = "copy"
 
 
 class Machine(NamedTuple):
@@ -35,10 +36,11 @@ class Machine(NamedTuple):
         return DTYPES[self.precision]
 
 
-def machine(device: str, precision: str, threads: int) -> Machine:
-    found = pick_device(device, 0)
+def current_machine(device: str, precision: str, threads: int) -> Machine:
+    """The device and precision that the trainer would choose."""
+    picked = pick_device(device, 0)
     torch.backends.cudnn.benchmark = True
-    return Machine(found, pick_precision(precision, found), threads)
+    return Machine(picked, pick_precision(precision, picked), threads)
 
 
 def finish(device: torch.device) -> None:
@@ -49,57 +51,60 @@ def finish(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def repeated(here: Machine, call: Callable[[], object], amount: int, seconds: float) -> Run:
+def repeated(machine: Machine, call: Callable[[], object], amount: int, seconds: float) -> Run:
     """A block of calls that takes about `seconds`; each call counts as `amount`."""
 
     def block(times: int) -> int:
-        torch.set_num_threads(here.threads)
+        torch.set_num_threads(machine.threads)
         for _ in range(times):
             call()
-        finish(here.device)
+        finish(machine.device)
         return times * amount
 
-    block(2)  # compilation, choice of kernels
+    # Compilation and choice of kernels, then one block to find how many fit into `seconds`.
+    block(2)
     start = time.perf_counter()
     block(1)
     times = max(1, round(seconds / (time.perf_counter() - start)))
     return lambda: block(times)
 
 
-def peaks(here: Machine, seconds: float) -> dict[str, Callable[[], Run]]:
+def peaks(machine: Machine, seconds: float) -> dict[str, Callable[[], Run]]:
     """Peak rates, measured like competitors: FLOPs of a square matrix product, bytes of a copy."""
-    gpu = here.device.type != "cpu"
+    gpu = machine.device.type != "cpu"
 
     def product() -> Run:
         n = 8192 if gpu else 1024
-        a, b = (torch.randn(n, n, device=here.device).to(here.dtype) for _ in range(2))
+        a, b = (torch.randn(n, n, device=machine.device).to(machine.dtype) for _ in range(2))
         out = torch.empty_like(a)
-        return repeated(here, lambda: torch.mm(a, b, out=out), 2 * n**3, seconds / 2)
+        return repeated(machine, lambda: torch.mm(a, b, out=out), 2 * n**3, seconds / 2)
 
     def copy() -> Run:
-        source = torch.ones(
-            2**30 if gpu else 2**26, device=here.device
-        )  # 4 GiB or 256 MiB: no cache holds it
+        # 4 GiB or 256 MiB: no cache holds it.
+        source = torch.ones(2**30 if gpu else 2**26, device=machine.device)
         target = torch.empty_like(source)
-        return repeated(here, lambda: target.copy_(source), 2 * source.nbytes, seconds / 2)
+        return repeated(machine, lambda: target.copy_(source), 2 * source.nbytes, seconds / 2)
 
     return {MATMUL: product, COPY: copy}
 
 
-class Asked(NamedTuple):
+class Work(NamedTuple):
     """Work of a call. bytes: inputs and outputs of every operator, as if run one by one."""
 
     flops: int
     bytes: int
 
 
-def asked(call: Callable[[], object]) -> Asked:
+def work_of(call: Callable[[], object]) -> Work:
+    """Run `call` once and count its work."""
     with FlopCounterMode(display=False) as flops, _Traffic() as traffic:
         call()
-    return Asked(flops.get_total_flops(), traffic.bytes)
+    return Work(flops.get_total_flops(), traffic.bytes)
 
 
 class _Traffic(TorchDispatchMode):
+    """Counts the bytes of all operators' inputs and outputs; views move none."""
+
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0

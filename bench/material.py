@@ -33,16 +33,15 @@ class Material:
         self.folder = self.root / "photos"
         self._prepare()
         data = ImageFolder(self.folder)
-        self.jpg, self.raw, self.small = (
-            self.root / f"{name}.beton" for name in ("jpg", "raw", "small")
-        )
+        self.jpg = self.root / "jpg.beton"
+        self.raw = self.root / "raw.beton"
+        self.small = self.root / "small.beton"
         write_beton(data, self.jpg, max_resolution=500, write_mode="jpg", jpeg_quality=90)
         write_beton(data, self.raw, max_resolution=256, write_mode="raw")
-        self.pieces = (
-            _pieces(data, 16 * self.images)
-            if self.small_photos is None
-            else _small(self.small_photos)
-        )
+        if self.small_photos is None:
+            self.pieces = _pieces(data, 16 * self.images)
+        else:
+            self.pieces = _small(self.small_photos)
         write_beton(_Pieces(self.pieces), self.small, max_resolution=SMALL, write_mode="raw")
         self.ffcv = self.root / "ffcv.beton"
         if not self.with_ffcv:
@@ -59,6 +58,7 @@ class Material:
         if self.photos is None:
             whole = [Image.fromarray(image) for image in load_sample_images().images]
             sources = []
+            # Ten pieces of each photo, so that more than two files differ.
             for image in whole:
                 for k in range(10):
                     sources.append(image.crop((8 * k, 4 * k, 540 + 8 * k, 380 + 4 * k)))
@@ -70,7 +70,8 @@ class Material:
                 Image.open(data.path / data.name(i)).convert("RGB") for i in range(len(data))
             ]
         for i in range(-(-self.images // len(sources)) * len(sources)):
-            image, stored = sources[i % len(sources)], original[i % len(sources)]
+            image = sources[i % len(sources)]
+            stored = original[i % len(sources)]
             name = f"{CLASSES[i % 2]}/{i:05d}.jpg"
             for folder in (self.originals, self.folder):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,8 @@ class _Pieces:
     """A source of small images."""
 
     def __init__(self, pixels: np.ndarray) -> None:
-        self.pixels, self.classes = pixels, CLASSES
+        self.pixels = pixels
+        self.classes = CLASSES
         self.labels = np.arange(len(pixels)) % 2
 
     def __len__(self) -> int:
@@ -128,22 +130,29 @@ def kilobytes(path: Path) -> float:
 def write_many(path: Path, samples: int) -> None:
     """Write a .beton of `samples` images of 50 kB that are holes: only metadata is on the disk."""
     record = layout.record_dtype([layout.IMAGE, layout.INT])
-    page, size = layout.DEFAULT_PAGE, 50_000
+    page = layout.DEFAULT_PAGE
+    size = 50_000
     fields = np.array(
         [(layout.IMAGE, b"image", b""), (layout.INT, b"label", b"")], layout.DESCRIPTOR
     )
     first = layout.align(layout.HEADER.itemsize + fields.nbytes + samples * record.itemsize, page)
     index = np.arange(samples, dtype=np.uint64)
-    a_page = page // size
-    pointer = first + index // a_page * page + index % a_page * size
-    records, table = np.zeros(samples, record), np.zeros(samples, layout.TABLE_ROW)
-    records["f0"]["width"], records["f0"]["height"], records["f0"]["pointer"] = 500, 375, pointer
+    per_page = page // size  # a sample never crosses the end of a page
+    pointer = first + index // per_page * page + index % per_page * size
+    records = np.zeros(samples, record)
+    records["f0"]["width"] = 500
+    records["f0"]["height"] = 375
+    records["f0"]["pointer"] = pointer
     records["f1"] = index % 1000
-    table["sample"], table["pointer"], table["size"] = index, pointer, size
-    end = first + -(-samples // a_page) * page
+    table = np.zeros(samples, layout.TABLE_ROW)
+    table["sample"] = index
+    table["pointer"] = pointer
+    table["size"] = size
+    end = first + -(-samples // per_page) * page
     header = np.array((layout.VERSION, 2, page, samples, end), layout.HEADER)
     with open(path, "wb") as file:
         for part in (header, fields, records):
             file.write(part.tobytes())
+        # The pages are never written: the file system stores the gap as a hole.
         file.seek(end)
         file.write(table.tobytes())

@@ -39,15 +39,17 @@ class Outcome(NamedTuple):
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of its children, living and gone."""
-    # active_children() also reaps ended children, which RUSAGE_CHILDREN then counts
-    alive = sum(_cpu_of(child.pid) for child in multiprocessing.active_children())
-    gone = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + gone.ru_utime + gone.ru_stime + alive
+    """CPU time of this process and of its children, running and ended."""
+    # active_children() also reaps ended children, which RUSAGE_CHILDREN then counts.
+    running = sum(_cpu_of(child.pid) for child in multiprocessing.active_children())
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime + running
 
 
 def _cpu_of(pid: int | None) -> float:
     try:
+        # After the name, which is in parentheses and may contain spaces: utime and stime are the
+        # 12th and 13th of the remaining fields (proc(5)).
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:  # it has just ended
         return 0.0
@@ -90,23 +92,26 @@ def take_turns(make: Mapping[str, Callable[[], Run]], blocks: int, limit: float 
                 yield
         except Missing as error:
             outcome.failed[name] = f"missing: {error}"
-        except Exception as error:  # of any kind: the others continue
+        except Exception as error:  # of any type: the others continue
             outcome.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         if name in outcome.failed:
             runs.pop(name, None)
             outcome.blocks.pop(name)
 
+    # ---- preparation ----
     for name, prepare in make.items():
         with noted(name):
             runs[name] = prepare()
+    # ---- turns ----
     for block in range(blocks + 1):
         for name, run in list(runs.items()):
             torch.set_num_threads(1)  # FFCV changes it
             with noted(name):
-                cpu, wall = cpu_seconds(), time.perf_counter()
+                cpu = cpu_seconds()
+                wall = time.perf_counter()
                 images = run()
                 done = Block(images, cpu_seconds() - cpu, time.perf_counter() - wall)
-                if block:
+                if block:  # the first one warms up
                     outcome.blocks[name].append(done)
     return outcome
 
@@ -118,6 +123,7 @@ def rate(blocks: list[Block], clock: str = "cpu") -> float:
 
 def ratio(ours: list[Block], theirs: list[Block], clock: str = "cpu") -> float:
     """Our speed divided by theirs, the median over turns."""
+    # Turn by turn: both blocks of a turn see the same load of the machine.
     pairs = zip(ours, theirs, strict=True)
     return statistics.median(
         (a.images / getattr(a, clock)) / (b.images / getattr(b, clock)) for a, b in pairs

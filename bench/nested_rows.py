@@ -19,7 +19,8 @@ import numpy as np
 from matryoshka.embeddings.reading import open_embeddings
 from matryoshka.retrieval import exact_search
 
-WIDTH, K = 2048, 10
+WIDTH = 2048
+K = 10  # exact neighbours of a query
 BLOCK = 10_000  # points per random generator
 
 
@@ -54,14 +55,18 @@ def prepared(args: argparse.Namespace) -> Data:
         rows = open_embeddings(args.database).X.astype(np.float16)
         queries = open_embeddings(args.queries).X[: args.truth].astype(np.float32)
         return Data(rows, queries, neighbours(rows, queries), args.database.name)
-    stored, asked, known = (
+    rows_file, queries_file, truth_file = (
         args.work / f"{name}_{args.rows}_{args.truth}.npy" for name in ("rows", "queries", "truth")
     )
-    if not known.exists():
+    # The ground truth is written last: if it exists, the other files are complete.
+    if not truth_file.exists():
         print(f"making {args.rows:,} rows", flush=True)
-        generate(stored, asked, rows=args.rows, queries=args.truth, threads=args.threads)
-        np.save(known, neighbours(np.lib.format.open_memmap(stored, "r"), np.load(asked)))
-    rows, queries, truth = (np.lib.format.open_memmap(path, "r") for path in (stored, asked, known))
+        generate(rows_file, queries_file, rows=args.rows, queries=args.truth, threads=args.threads)
+        rows = np.lib.format.open_memmap(rows_file, "r")
+        np.save(truth_file, neighbours(rows, np.load(queries_file)))
+    rows, queries, truth = (
+        np.lib.format.open_memmap(path, "r") for path in (rows_file, queries_file, truth_file)
+    )
     return Data(rows, queries, truth, "synthetic")
 
 
@@ -76,7 +81,7 @@ def neighbours(rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
 
 
 def generate(
-    stored: Path, asked: Path, *, rows: int, queries: int, seed: int = 0, threads: int = 2
+    rows_file: Path, queries_file: Path, *, rows: int, queries: int, seed: int = 0, threads: int = 2
 ) -> None:
     """Write rows and queries as .npy files.
 
@@ -84,6 +89,7 @@ def generate(
     any order.
     """
     rng = np.random.default_rng(seed)
+    # The variance falls with the position, as a nested loss orders the dimensions.
     scale = ((1 + np.arange(WIDTH) / 16) ** -0.6).astype(np.float32)
     parents = rng.standard_normal((50, WIDTH), dtype=np.float32)
     classes = parents[rng.integers(0, 50, 1000)] + 0.8 * rng.standard_normal(
@@ -101,26 +107,25 @@ def generate(
         raw *= noise[:, None]
         raw += classes[c]
         # The centre of a sub-cluster is a function of its number: 64,000 would take 0.5 GB.
-        for mine in np.split(order, np.flatnonzero(np.diff(sub[order])) + 1):
-            raw[mine] += 0.5 * np.random.default_rng((seed, 2, sub[mine[0]])).standard_normal(
-                WIDTH, dtype=np.float32
-            )
+        for members in np.split(order, np.flatnonzero(np.diff(sub[order])) + 1):
+            centre_rng = np.random.default_rng((seed, 2, sub[members[0]]))
+            raw[members] += 0.5 * centre_rng.standard_normal(WIDTH, dtype=np.float32)
         raw *= scale
         return np.log1p(np.exp(raw, out=raw), out=raw)
 
     def fill(out: np.ndarray, first_block: int) -> None:
-        def one(first: int) -> None:
+        def fill_block(first: int) -> None:
             part = out[first : first + BLOCK]
             part[:] = points(first_block + first // BLOCK, len(part))
 
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(one, range(0, len(out), BLOCK)))
+            list(pool.map(fill_block, range(0, len(out), BLOCK)))
 
-    temporary = stored.with_suffix(".tmp")
+    temporary = rows_file.with_suffix(".tmp")
     out = np.lib.format.open_memmap(temporary, "w+", np.float16, (rows, WIDTH))
     whole = np.empty((queries, WIDTH), np.float32)
     fill(out, 0)
     fill(whole, -(-rows // BLOCK))
     out.flush()
-    np.save(asked, whole)
-    os.replace(temporary, stored)
+    np.save(queries_file, whole)
+    os.replace(temporary, rows_file)

@@ -21,16 +21,16 @@ from pathlib import Path
 from matryoshka.data import BetonFile
 
 
-def openers(wanted: list[str]) -> dict[str, Callable[[str], object]]:
-    found: dict[str, Callable[[str], object]] = {"matryoshka": BetonFile}
-    if "FFCV" not in wanted:
-        return found
+def openers(peers: list[str]) -> dict[str, Callable[[str], object]]:
+    ours: dict[str, Callable[[str], object]] = {"matryoshka": BetonFile}
+    if "FFCV" not in peers:
+        return ours
     try:
         from ffcv.memory_managers import OSCacheManager
         from ffcv.reader import Reader
     except ImportError:
-        return found
-    return found | {"FFCV": lambda path: OSCacheManager(Reader(path))}
+        return ours
+    return ours | {"FFCV": lambda path: OSCacheManager(Reader(path))}
 
 
 def resident() -> int:
@@ -46,14 +46,17 @@ def peak() -> int:
 
 
 def main(argv: list[str]) -> int:
-    path, turns = argv[0], int(argv[1])
+    path = argv[0]
+    turns = int(argv[1])
     for _ in range(turns):
         for name, opener in openers(argv[2:]).items():
+            # A fork for each opening, because memory that was freed still counts for its peak.
             if os.fork():
                 os.wait()
                 continue
             before = resident()
-            cpu, wall = time.process_time(), time.perf_counter()
+            cpu = time.process_time()
+            wall = time.perf_counter()
             opened = opener(path)
             row = {
                 "peer": name,

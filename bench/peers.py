@@ -48,10 +48,10 @@ class Task(NamedTuple):
 def need(*modules: str) -> None:
     for module in modules:
         try:
-            found = find_spec(module)
+            is_installed = find_spec(module) is not None
         except ModuleNotFoundError:  # of its parent package
-            found = None
-        if found is None:
+            is_installed = False
+        if not is_installed:
             raise Missing(f"{module} is not installed ({INSTALL})")
 
 
@@ -106,7 +106,7 @@ def ffcv(task: Task, threads: int, file: Path | None = None) -> Run:
         epoch = iter(loader)
         images = 0
         while True:
-            # FFCV waits for ever if its thread has died
+            # FFCV waits forever if its thread has died
             while epoch.output_queue.empty() and epoch.is_alive():
                 epoch.join(0.002)
             if epoch.output_queue.empty():
@@ -197,7 +197,8 @@ class _InMemory(torch.utils.data.Dataset):
     """torchvision's CIFAR10, without its download."""
 
     def __init__(self, pixels: np.ndarray, transform: Callable) -> None:
-        self.pixels, self.transform = pixels, transform
+        self.pixels = pixels
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -235,6 +236,7 @@ def simplejpeg_cv2(task: Task, threads: int) -> Run:
     import cv2
     import simplejpeg
 
+    # The thread pool below has the parallelism; OpenCV's own threads would add to it.
     cv2.setNumThreads(0)
     data = ImageFolder(task.material.folder)
     out = np.empty((task.batch, task.size, task.size, 3), np.uint8)
@@ -270,7 +272,8 @@ def random_crop(width: int, height: int) -> tuple[int, int, int, int, bool]:
     for _ in range(10):
         area = width * height * random.uniform(0.08, 1)
         aspect = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        w = round((area * aspect) ** 0.5)
+        h = round((area / aspect) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
             return (
                 random.randint(0, width - w),

@@ -60,7 +60,8 @@ def number(value: float) -> str:
 def measured(value: float | Row) -> str:
     """A number, or the median of repeated measurements with their lowest and highest value."""
     if isinstance(value, dict):
-        low, high = number(value["min"]), number(value["max"])
+        low = number(value["min"])
+        high = number(value["max"])
         return f"{number(value['median'])} ({low} to {high})"
     return number(value)
 

@@ -82,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         f"{data.name}: {len(data.rows):,} x {data.rows.shape[1]}, {machine['kernels']}, "
         f"{args.threads} threads"
     )
+
+    # ---- measurements ----
     found = []
     if "scans" in args.only:
         found += scans(data, args)
@@ -89,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
         found += reranking(data, args)
     if "pipelines" in args.only:
         found += pipelines(data, args)
-    peak, own = status("VmHWM") / 1e9, status("RssAnon") / 1e9
+    peak = status("VmHWM") / 1e9
+    own = status("RssAnon") / 1e9
     print(
         f"peak memory {peak:.1f} GB, of which {own:.1f} GB not backed by files "
         "(including peers' indexes)"
@@ -111,12 +114,13 @@ def rates(searches: dict[str, Search], queries: np.ndarray, args: argparse.Names
     for batch in sorted({min(batch, len(queries)) for batch in BATCHES}):
         for turn in range(args.turns + 1):
             for name, search in searches.items():
-                done, started = 0, time.perf_counter()
+                done = 0
+                started = time.perf_counter()
                 while done == 0 or time.perf_counter() - started < args.seconds:
                     first = done * 7 % max(1, len(queries) - batch + 1)
                     search(queries[first : first + batch])
                     done += batch
-                if turn:
+                if turn:  # the first one warms up
                     found[name].setdefault(batch, []).append(done / (time.perf_counter() - started))
     return found
 
@@ -133,15 +137,19 @@ def scans(data: Data, args: argparse.Namespace) -> list[dict]:
     """k = 200 in one prefix, ours over faiss' flat indexes."""
     import faiss
 
-    rows, columns = data.rows, data.rows.shape[1]
-    out, k = [], min(200, len(rows))
+    rows = data.rows
+    columns = rows.shape[1]
+    k = min(200, len(rows))
+    out = []
+    # ---- int8 codes ----
     for dim in (16, 32, 64):
         prefixes = huge_page_zeros((len(rows), dim), np.float32)
         for first in range(0, len(rows), 65_536):
             prefixes[first : first + 65_536] = unit(rows[first : first + 65_536], dim)
-        ours, flat = PrefixScan.build(rows, dim, args.threads), faiss.IndexFlatIP(dim)
+        ours = PrefixScan.build(rows, dim, args.threads)
+        flat = faiss.IndexFlatIP(dim)
         flat.add(prefixes)
-        asked = unit(data.queries, dim)
+        prefixes_of_queries = unit(data.queries[:500], dim)
         out += compared(
             f"int8 scan, {dim} dims",
             {
@@ -149,9 +157,10 @@ def scans(data: Data, args: argparse.Namespace) -> list[dict]:
                 "faiss FlatIP": lambda q, flat=flat, dim=dim: flat.search(unit(q, dim), k)[1],
             },
             data.queries,
-            flat.search(asked[:500], k)[1],
+            flat.search(prefixes_of_queries, k)[1],
             args,
         )
+    # ---- bits ----
     for dim in (d for d in (64, 256, 512) if d <= columns):
         bits = BinaryScan.build(rows, dim, args.threads)
 
@@ -202,7 +211,8 @@ def compared(
 
 def reranking(data: Data, args: argparse.Namespace) -> list[dict]:
     """Re-ranking of 200 candidates of an int8 scan, one thread: in one step, and in two."""
-    rows, columns = data.rows, data.rows.shape[1]
+    rows = data.rows
+    columns = rows.shape[1]
     queries = np.ascontiguousarray(data.queries[:1000])
     candidates = PrefixScan.build(rows, 64, args.threads).search(queries, min(200, len(rows))).ids
     middle = min(PREFIX_CACHE_DIMS, columns // 2)
@@ -221,7 +231,8 @@ def reranking(data: Data, args: argparse.Namespace) -> list[dict]:
             ).ids
             if turn:
                 seconds[name].append(1e6 * (time.perf_counter() - started) / len(queries))
-    truth, out = data.truth[: len(queries)], []
+    truth = data.truth[: len(queries)]
+    out = []
     for name in ways:
         recall = float(recall_against_exact(found[name], truth).mean())
         case = f"re-rank of {candidates.shape[1]} x {columns}, {name}"
@@ -237,12 +248,18 @@ def reranking(data: Data, args: argparse.Namespace) -> list[dict]:
 
 def pipelines(data: Data, args: argparse.Namespace) -> list[dict]:
     """Shortlists and re-ranking to the whole width; exact search for scale."""
-    rows, queries, columns, t = data.rows, data.queries, data.rows.shape[1], args.threads
+    rows = data.rows
+    queries = data.queries
+    columns = rows.shape[1]
+    threads = args.threads
     middle = min(PREFIX_CACHE_DIMS, columns // 2)
+
+    # ---- indexes ----
     cache = build_prefix_cache(rows, middle)
     started = time.perf_counter()
-    scan, bits = PrefixScan.build(rows, 64, t), BinaryScan.build(rows, 256, t)
-    file = InvertedFile.build(rows, 64, lists=args.lists, num_threads=t)
+    scan = PrefixScan.build(rows, 64, threads)
+    bits = BinaryScan.build(rows, 256, threads)
+    file = InvertedFile.build(rows, 64, lists=args.lists, num_threads=threads)
     print(
         f"built in {time.perf_counter() - started:.0f} s: int8-64, 256 bits, {len(file.starts)} "
         "lists of int8-64"
@@ -250,11 +267,18 @@ def pipelines(data: Data, args: argparse.Namespace) -> list[dict]:
     points = np.concatenate([unit(rows[i : i + 65_536], 64) for i in range(0, len(rows), 65_536)])
     sq8 = faiss_file(points, len(file.starts))
 
+    # ---- searches: ours, faiss', the paper's ----
     def then(search: Search, *stages: Stage) -> Search:
-        return lambda q: rerank(rows, q, search(q), stages, prefix_cache=cache, num_threads=t).ids
+        def run(q: np.ndarray) -> np.ndarray:
+            return rerank(rows, q, search(q), stages, prefix_cache=cache, num_threads=threads).ids
 
-    full, few, many = Stage(columns, K), Stage(middle, 25), Stage(middle, 40)
-    scanned, counted = f"int8-64 k200 -> {columns}", f"bits-256 k800 -> {columns}"
+        return run
+
+    full = Stage(columns, K)
+    few = Stage(middle, 25)
+    many = Stage(middle, 40)
+    scanned = f"int8-64 k200 -> {columns}"
+    counted = f"bits-256 k800 -> {columns}"
     searches: dict[str, Search] = {
         f"int8-64 k100 -> {columns}": then(lambda q: scan.search(q, 100).ids, full),
         scanned: then(lambda q: scan.search(q, 200).ids, full),
@@ -266,11 +290,12 @@ def pipelines(data: Data, args: argparse.Namespace) -> list[dict]:
             lambda q: bits.search(q, 800).ids, Stage(64, 120), few, full
         ),
     }
+    # Speed-ups to report: over one step of re-ranking, and over faiss.
     funnels = {
         f"int8-64 k200 -> {middle} -> {columns}": scanned,
         f"bits-256 k800 -> 64 -> {middle} -> {columns}": counted,
-    }  # over one step
-    rivals = {}  # over faiss
+    }
+    rivals = {}
     for probes, k, keep in FILES:
 
         def listed(
@@ -283,15 +308,18 @@ def pipelines(data: Data, args: argparse.Namespace) -> list[dict]:
             return sq8.search(unit(q, 64), k)[1]
 
         early = Stage(middle, keep)
-        name, rival = (
-            f"{index} np{probes} k{k} -> {middle} -> {columns}" for index in ("IVF int8-64", PEER)
-        )
-        searches[f"IVF int8-64 np{probes} k{k} -> {columns}"] = then(listed, full)
-        searches[name], searches[rival] = then(listed, early, full), then(theirs, early, full)
-        funnels[name], rivals[name] = f"IVF int8-64 np{probes} k{k} -> {columns}", rival
+        one_step = f"IVF int8-64 np{probes} k{k} -> {columns}"
+        name = f"IVF int8-64 np{probes} k{k} -> {middle} -> {columns}"
+        rival = f"{PEER} np{probes} k{k} -> {middle} -> {columns}"
+        searches[one_step] = then(listed, full)
+        searches[name] = then(listed, early, full)
+        searches[rival] = then(theirs, early, full)
+        funnels[name] = one_step
+        rivals[name] = rival
     if "graphs" in args.only:
         searches |= graphs(points, lambda search: then(search, many, full), args)
     searches |= upstream(rows)
+    # ---- measurements ----
     exact = exact_rate(rows, queries)
     print(
         f"exact, {columns} dims: {exact:.1f} q/s (faiss, flat, batch {min(1000, len(queries))})",
@@ -304,14 +332,16 @@ def pipelines(data: Data, args: argparse.Namespace) -> list[dict]:
     out: list[dict] = [{"case": "exact", "q/s": exact}]
     measured = rates(searches, queries, args)
     batch = max(measured[scanned])
-    lower, speed = {}, {}
+    lower = {}
+    speed = {}
     for name, search in searches.items():
         ids = np.concatenate(
             [search(queries[i : i + 1000]) for i in range(0, len(data.truth), 1000)]
         )
         summary = summarise_recall(recall_against_exact(ids, data.truth), K)
         by_batch = {str(b): spread(values) for b, values in measured[name].items()}
-        lower[name], speed[name] = summary.lower, by_batch[str(batch)]["median"]
+        lower[name] = summary.lower
+        speed[name] = by_batch[str(batch)]["median"]
         print(
             f"{name:58} {summary.mean:9.4f} {summary.lower:8.4f} "
             + " ".join(f"{row['median']:8,.0f}" for row in by_batch.values())
@@ -328,10 +358,12 @@ def pipelines(data: Data, args: argparse.Namespace) -> list[dict]:
                 "x exact": speed[name] / exact,
             }
         )
+    # ---- the fastest, and speed-ups over others ----
     ours = [name for name in searches if name.startswith(("int8", "bits", "IVF"))]
     for bound in BOUNDS:
-        if sure := [name for name in ours if lower[name] >= bound]:
-            best = max(sure, key=speed.__getitem__)
+        certain = [name for name in ours if lower[name] >= bound]
+        if certain:
+            best = max(certain, key=speed.__getitem__)
             times = f"{speed[best]:,.0f} q/s, {speed[best] / exact:.0f}x exact"
             print(f"fastest with recall of at least {bound}: {best}: {times}", flush=True)
     for what, pairs in (
@@ -355,6 +387,7 @@ def faiss_file(points: np.ndarray, lists: int) -> Any:
     index = faiss.IndexIVFScalarQuantizer(
         quantizer, 64, lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
     )
+    # 64 training points per list, as InvertedFile.
     index.train(points[:: max(1, len(points) // (64 * lists))])
     index.add(points)
     return index
@@ -366,7 +399,8 @@ def graphs(
     """Graphs of the 64-d prefixes, with our re-ranking: the paper's HNSW32, and usearch's."""
     import faiss
 
-    k, started = min(200, len(points)), time.perf_counter()
+    k = min(200, len(points))
+    started = time.perf_counter()
     graph = faiss.IndexHNSWFlat(64, 32)
     graph.add(points)
     print(f"built in {time.perf_counter() - started:.0f} s: faiss HNSW32", flush=True)
@@ -396,9 +430,10 @@ def graphs(
 
 
 def upstream(rows: np.ndarray) -> dict[str, Search]:
-    """The paper's notebooks, from their description: faiss' flat L2 index of the first 16
-    dimensions, 200 neighbours, put in order by the distance of longer normalised prefixes, in
-    NumPy, one query after the other.
+    """The paper's notebooks, rewritten from their description.
+
+    faiss' flat L2 index of the first 16 dimensions finds 200 neighbours. NumPy sorts them by the
+    distance of longer normalised prefixes, one query after the other.
     """
     import faiss
 
@@ -411,16 +446,15 @@ def upstream(rows: np.ndarray) -> dict[str, Search]:
         out = np.empty((len(q), K), np.int64)
         for i, shortlist in enumerate(flat.search(unit(q, 16), min(200, len(rows)))[1]):
             kept = shortlist
-            for dim, looked_at in stages:
-                kept = kept[:looked_at]
+            for dim, examined in stages:
+                kept = kept[:examined]
                 distance = ((unit(rows[kept], dim) - unit(q[i : i + 1], dim)) ** 2).sum(1)
                 kept = kept[np.argsort(distance, kind="stable")]
             out[i] = kept[:K]
         return out
 
-    funnel = [
-        (dim, k) for dim, k in ((32, 200), (64, 100), (128, 50), (256, 25)) if dim < columns
-    ] + [(columns, K)]
+    funnel = [(dim, k) for dim, k in ((32, 200), (64, 100), (128, 50), (256, 25)) if dim < columns]
+    funnel.append((columns, K))
     return {
         f"upstream: FlatL2 16 k200 -> {columns} (NumPy)": lambda q: search(q, [(columns, 200)]),
         "upstream: FlatL2 16 -> funnel 200,100,50,25,10 (NumPy)": lambda q: search(q, funnel),
@@ -428,23 +462,28 @@ def upstream(rows: np.ndarray) -> dict[str, Search]:
 
 
 def exact_rate(rows: np.ndarray, queries: np.ndarray) -> float:
-    """Queries per second of faiss' flat search of whole float32 rows. Block by block, as all of
-    them take 10 GB; making a block is not counted, so that it is what IndexFlatIP would do.
+    """Queries per second of faiss' flat search of whole float32 rows.
+
+    Searches block by block, because all rows take 10 GB. The time to make a block does not count:
+    the rest is the work of IndexFlatIP.
     """
     import faiss
 
-    asked, seconds = unit(queries[:1000], rows.shape[1]), 0.0
+    sample = unit(queries[:1000], rows.shape[1])
+    seconds = 0.0
     for first in range(0, len(rows), 65_536):
         block = unit(rows[first : first + 65_536], rows.shape[1])
         started = time.perf_counter()
-        faiss.knn(asked, block, min(K, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+        faiss.knn(sample, block, min(K, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
         seconds += time.perf_counter() - started
-    return len(asked) / seconds
+    return len(sample) / seconds
 
 
 def status(key: str) -> int:
-    """Bytes: VmHWM, the most memory at once (getrusage would count the parent's before exec);
-    RssAnon, what belongs to no file now.
+    """Bytes of a field of /proc/self/status.
+
+    VmHWM: peak memory (getrusage would count the parent's before exec). RssAnon: present memory
+    that is not backed by a file.
     """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):

@@ -22,7 +22,8 @@ from matryoshka.retrieval import SearchParams, Stage
 from matryoshka.retrieval.device import DeviceSearcher
 from matryoshka.retrieval.ranking_metrics import recall_against_exact, summarise_recall
 
-WIDTH, K = 2048, 10
+WIDTH = 2048
+K = 10
 SEARCHES = (
     SearchParams("exact", WIDTH, 40, (Stage(WIDTH, K),)),
     SearchParams("exact", 64, 200, (Stage(WIDTH, K),)),
@@ -43,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--turns", type=int, default=3)
     p.add_argument("--no-record", action="store_true", help="do not append to bench/results/")
     args = p.parse_args(argv)
+
+    # ---- data and ground truth ----
     torch.manual_seed(0)
     make = maker(torch.device(args.device))
     rows = np.concatenate([make(min(20_000, args.rows - i)) for i in range(0, args.rows, 20_000)])
@@ -50,15 +53,16 @@ def main(argv: list[str] | None = None) -> int:
         [make(min(20_000, args.queries - i)) for i in range(0, args.queries, 20_000)]
     )
     queries = queries.astype(np.float32)
-    asked = queries[:2000]
-    truth = (
-        DeviceSearcher(rows.astype(np.float32), args.device)
-        .search(asked, SearchParams("exact", WIDTH, K))
-        .ids
-    )
-    searcher, out = DeviceSearcher(rows, args.device), []
+    exact = DeviceSearcher(rows.astype(np.float32), args.device)
+    truth = exact.search(queries[:2000], SearchParams("exact", WIDTH, K)).ids
+    del exact  # 10 GB of device memory
+
+    # ---- searches ----
+    searcher = DeviceSearcher(rows, args.device)
+    out = []
     for params in SEARCHES:
-        rates, ids = [], truth
+        rates = []
+        ids = truth
         for turn in range(args.turns + 1):
             started = time.perf_counter()
             ids = searcher.search(queries, params).ids  # on the CPU, so all work is done

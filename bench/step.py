@@ -28,7 +28,18 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from machine import COPY, MATMUL, Asked, Machine, asked, finish, machine, peaks, ratios, repeated
+from machine import (
+    COPY,
+    MATMUL,
+    Machine,
+    Work,
+    current_machine,
+    finish,
+    peaks,
+    ratios,
+    repeated,
+    work_of,
+)
 from measure import Block, Run, rate, take_turns
 from record import append, spread
 from training import (
@@ -102,21 +113,23 @@ def main(argv: list[str] | None = None) -> int:
     )
     p.add_argument("--no-record", action="store_true", help="do not append to bench/results/")
     args = p.parse_args(argv)
-    here = machine(args.device, args.precision, args.threads)
-    gpu = here.device.type != "cpu"
+    machine = current_machine(args.device, args.precision, args.threads)
+    gpu = machine.device.type != "cpu"
     args.seconds = (0.4 if gpu else 0.6) if args.seconds is None else args.seconds
     args.blocks = args.blocks or (5 if gpu else 9)
     modes = args.modes or (["eager", "compiled"] if gpu else ["eager"])
     arches = args.arch
     if arches is None:
         arches = ["rn50", "rn18", "rn101"] if gpu else ["rn18", "rn50"]
-    name = f"{here.threads} CPU threads"
-    if here.device.type == "cuda":
-        name = torch.cuda.get_device_name(here.device)
+    name = f"{machine.threads} CPU threads"
+    if machine.device.type == "cuda":
+        name = torch.cuda.get_device_name(machine.device)
     print(
-        f"{name}, {here.precision}, {args.classes} classes, torch {torch.__version__}", flush=True
+        f"{name}, {machine.precision}, {args.classes} classes, torch {torch.__version__}",
+        flush=True,
     )
 
+    # ---- cases ----
     resolutions = args.res or ([224, 160, 192] if gpu else [64])
     cases = []
     for mode, res, arch in itertools.product(modes, resolutions, arches):
@@ -125,11 +138,12 @@ def main(argv: list[str] | None = None) -> int:
             cases.append(Case(arch, res, batch, mode))
     if args.profile:
         for case in cases:
-            profile(case, args.classes, here)
+            profile(case, args.classes, machine)
         return 0
+    # ---- measurements ----
     report = Report(not args.no_record, time.monotonic() + args.limit)
     if args.widths:
-        heads(args, args.head_batch or [16, 64, 256] + [1024] * gpu, here, report)
+        heads(args, args.head_batch or [16, 64, 256] + [1024] * gpu, machine, report)
     if cases:
         print(
             f"{'time of a step over FF':28} {'MRL':>7} {'goal':>6} {'low-high':>11} {'best':>7} "
@@ -139,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     for case in cases:
         if not report.late(case.name):
-            steps(case, args, here, report)
+            steps(case, args, machine, report)
     for what, reason in report.failed.items():
         print(f"not measured: {what}: {reason}")
     return 0
@@ -187,25 +201,28 @@ class Report:
             append("step", rows)
 
 
-def steps(case: Case, args: argparse.Namespace, here: Machine, report: Report) -> None:
+def steps(case: Case, args: argparse.Namespace, machine: Machine, report: Report) -> None:
     """Measure one case and print its line: all kinds of step, in turns with the peaks."""
-    batch = synthetic(case.batch, case.res, args.classes, here)
-    needs: dict[str, Asked] = {}
+    batch = synthetic(case.batch, case.res, args.classes, machine)
+    needs: dict[str, Work] = {}
 
     def prepare(kind: str) -> Run:
-        step = Step(kind, case.arch, args.classes, here)
-        needs[kind] = asked(lambda: step(*batch))
+        step = Step(kind, case.arch, args.classes, machine)
+        # Counted before compilation, which hides the operators.
+        needs[kind] = work_of(lambda: step(*batch))
         step.compile(case.mode)
-        return repeated(here, lambda: step(*batch), case.batch, args.seconds)
+        return repeated(machine, lambda: step(*batch), case.batch, args.seconds)
 
-    # Compiled code of other cases is not needed any more, and counts against a limit.
+    # Compiled code of earlier cases is not needed again, and counts against a limit.
     torch.compiler.reset()
     make: dict[str, Callable[[], Run]] = {kind: partial(prepare, kind) for kind in args.kinds}
-    outcome = take_turns(make | peaks(here, args.seconds / 2), args.blocks)
-    blocks, clock = outcome.blocks, here.clock
+    outcome = take_turns(make | peaks(machine, args.seconds / 2), args.blocks)
+    blocks = outcome.blocks
+    clock = machine.clock
     report.failed |= {f"{name} ({case.name})": reason for name, reason in outcome.failed.items()}
     rows = []
     for kind in [kind for kind in args.kinds if kind in blocks]:
+        # Work per image, by the peak that limits it.
         per_image = {
             MATMUL: needs[kind].flops / case.batch,
             COPY: needs[kind].bytes / case.batch,
@@ -216,9 +233,9 @@ def steps(case: Case, args: argparse.Namespace, here: Machine, report: Report) -
             "kind": kind,
             **case._asdict(),
             "classes": args.classes,
-            "precision": here.precision,
+            "precision": machine.precision,
             "clock": clock,
-            "threads": here.threads,
+            "threads": machine.threads,
             "images_per_s": spread(speeds(blocks[kind], clock)),
             "flops": per_image[MATMUL],
             "bytes": per_image[COPY],
@@ -237,7 +254,7 @@ def steps(case: Case, args: argparse.Namespace, here: Machine, report: Report) -
         rows.append(row)
     report.add(rows)
     print_line(case, rows)
-    free_memory(here)
+    free_memory(machine)
 
 
 def print_line(case: Case, rows: list[dict]) -> None:
@@ -270,27 +287,29 @@ def print_line(case: Case, rows: list[dict]) -> None:
     )
 
 
-def heads(args: argparse.Namespace, batches: list[int], here: Machine, report: Report) -> None:
+def heads(args: argparse.Namespace, batches: list[int], machine: Machine, report: Report) -> None:
     """Print the table of head and loss alone: one product, prefix by prefix, the paper's loops."""
     print(
         f"{'head and loss, width x batch':28} {'fused over prefixes':>19} {'over official':>13} "
         f"{'prefixes over official':>22}  {'fused':>8} {'prefixes':>8} {'official':>8}  ms",
         flush=True,
     )
-    graphs = (False, True) if here.device.type == "cuda" else (False,)
+    graphs = (False, True) if machine.device.type == "cuda" else (False,)
     for kind in (MRL, MRL_E):
         for width, batch, alone in itertools.product(args.widths, batches, graphs):
             case = HeadCase(kind, width, batch, alone)
             if not report.late(case.name):
-                head(case, args, here, report)
+                head(case, args, machine, report)
 
 
-def head(case: HeadCase, args: argparse.Namespace, here: Machine, report: Report) -> None:
+def head(case: HeadCase, args: argparse.Namespace, machine: Machine, report: Report) -> None:
     """Measure one case and print its line: speed ratios between the three ways."""
 
     def prepare(kind: str, fused: bool | None) -> Run:
-        call = head_call(kind, case.width, case.batch, classes=args.classes, fused=fused, here=here)
-        return repeated(here, as_graph(call) if case.alone else call, 1, args.seconds / 4)
+        call = head_call(
+            kind, case.width, case.batch, classes=args.classes, fused=fused, machine=machine
+        )
+        return repeated(machine, as_graph(call) if case.alone else call, 1, args.seconds / 4)
 
     make: dict[str, Callable[[], Run]] = {
         "fused": partial(prepare, case.kind, True),
@@ -298,7 +317,7 @@ def head(case: HeadCase, args: argparse.Namespace, here: Machine, report: Report
         "official": partial(prepare, OFFICIAL if case.kind == MRL else OFFICIAL_E, None),
     }
     blocks, failed = take_turns(make, args.blocks)
-    clock = here.clock
+    clock = machine.clock
     report.failed |= {f"{name} ({case.name})": reason for name, reason in failed.items()}
 
     def times(a: str, b: str) -> str:
@@ -319,46 +338,46 @@ def head(case: HeadCase, args: argparse.Namespace, here: Machine, report: Report
         "case": "head and loss",
         **case._asdict(),
         "classes": args.classes,
-        "precision": here.precision,
+        "precision": machine.precision,
         "clock": clock,
-        "threads": here.threads,
+        "threads": machine.threads,
     }
     rows = []
     for way, found in blocks.items():
         rows.append(settings | {"way": way, "per_s": spread(speeds(found, clock))})
     report.add(rows)
-    free_memory(here)
+    free_memory(machine)
 
 
 def speeds(blocks: list[Block], clock: str) -> list[float]:
     return [block.images / getattr(block, clock) for block in blocks]
 
 
-def free_memory(here: Machine) -> None:
+def free_memory(machine: Machine) -> None:
     """Free memory between cases."""
     gc.collect()
-    if here.device.type == "cuda":
+    if machine.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def profile(case: Case, classes: int, here: Machine) -> None:
+def profile(case: Case, classes: int, machine: Machine) -> None:
     """Print torch.profiler's table of three MRL steps."""
     from torch.profiler import ProfilerActivity
 
-    torch.set_num_threads(here.threads)
-    batch = synthetic(case.batch, case.res, classes, here)
-    step = Step(MRL, case.arch, classes, here)
+    torch.set_num_threads(machine.threads)
+    batch = synthetic(case.batch, case.res, classes, machine)
+    step = Step(MRL, case.arch, classes, machine)
     step.compile(case.mode)
     for _ in range(3):
         step(*batch)
-    finish(here.device)
-    gpu = here.device.type == "cuda"
+    finish(machine.device)
+    gpu = machine.device.type == "cuda"
     with torch.profiler.profile(
         activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * gpu]
     ) as found:
         for _ in range(3):
             step(*batch)
-        finish(here.device)
+        finish(machine.device)
     by = "self_cuda_time_total" if gpu else "self_cpu_time_total"
     print(f"{case.name}, three steps of MRL")
     print(

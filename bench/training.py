@@ -20,13 +20,12 @@ from matryoshka.models import backbone
 from matryoshka.nested import NestedLinear, default_dims, nested_cross_entropy, nested_logits
 from matryoshka.training.optim import parameter_groups
 
-FF, MRL, MRL_E, OFFICIAL, OFFICIAL_E = KINDS = (
-    "FF",
-    "MRL",
-    "MRL-E",
-    "official MRL",
-    "official MRL-E",
-)
+FF = "FF"
+MRL = "MRL"
+MRL_E = "MRL-E"
+OFFICIAL = "official MRL"
+OFFICIAL_E = "official MRL-E"
+KINDS = (FF, MRL, MRL_E, OFFICIAL, OFFICIAL_E)
 MODES = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}  # torch.compile's
 SMOOTHING = 0.1
 SHORT = {
@@ -43,7 +42,8 @@ class OfficialHead(nn.Module):
 
     def __init__(self, dims: Sequence[int], classes: int, shared: bool) -> None:
         super().__init__()
-        self.dims, self.shared = tuple(dims), shared
+        self.dims = tuple(dims)
+        self.shared = shared
         self.heads = nn.ModuleList(
             nn.Linear(d, classes) for d in (self.dims[-1:] if shared else self.dims)
         )
@@ -91,7 +91,9 @@ class _Objective(nn.Module):
 
     def __init__(self, trunk: nn.Module, head: nn.Module, loss: nn.Module) -> None:
         super().__init__()
-        self.trunk, self.head, self.loss = trunk, head, loss
+        self.trunk = trunk
+        self.head = head
+        self.loss = loss
 
     def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
         return self.loss(self.head(self.trunk(inputs)), labels)
@@ -111,12 +113,12 @@ def objective(
 class Step:
     """The trainer's step: images uint8 [B, H, W, 3] and labels [B] -> loss; updates the weights."""
 
-    def __init__(self, kind: str, arch: str, classes: int, here: Machine) -> None:
+    def __init__(self, kind: str, arch: str, classes: int, machine: Machine) -> None:
         torch.manual_seed(0)
         trunk, width = backbone(SHORT.get(arch, arch))
-        self.here = here
+        self.machine = machine
         model = objective(kind, trunk, width, classes).to(
-            here.device, memory_format=torch.channels_last
+            machine.device, memory_format=torch.channels_last
         )  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(
             parameter_groups(model, 5e-5, 0), lr=0.01, momentum=0.9, fused=True
@@ -130,33 +132,33 @@ class Step:
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         inputs = normalise(images)
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.here.device, self.here.precision):
+        with autocast(self.machine.device, self.machine.precision):
             loss = self.compute(inputs, labels)
         loss.backward()
         self.optimizer.step()
         return loss.detach()
 
 
-def synthetic(batch: int, size: int, classes: int, here: Machine) -> tuple[Tensor, Tensor]:
+def synthetic(batch: int, size: int, classes: int, machine: Machine) -> tuple[Tensor, Tensor]:
     """A batch on the device: images uint8 [B, size, size, 3], labels [B]."""
-    images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=here.device)
-    return images, torch.randint(0, classes, (batch,), device=here.device)
+    images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=machine.device)
+    return images, torch.randint(0, classes, (batch,), device=machine.device)
 
 
 def head_call(
-    kind: str, width: int, batch: int, *, classes: int, fused: bool | None, here: Machine
+    kind: str, width: int, batch: int, *, classes: int, fused: bool | None, machine: Machine
 ) -> Callable[[], None]:
     """Forward and backward of head and loss alone, on features of the trunk's dtype."""
     torch.manual_seed(0)
-    compute = objective(kind, nn.Identity(), width, classes, fused).to(here.device)
-    features = torch.randn(batch, width, device=here.device).to(here.dtype).requires_grad_()
-    labels = torch.randint(0, classes, (batch,), device=here.device)
+    compute = objective(kind, nn.Identity(), width, classes, fused).to(machine.device)
+    features = torch.randn(batch, width, device=machine.device).to(machine.dtype).requires_grad_()
+    labels = torch.randint(0, classes, (batch,), device=machine.device)
     leaves = [features, *compute.parameters()]
 
     def call() -> None:
         for leaf in leaves:
             leaf.grad = None
-        with autocast(here.device, here.precision):
+        with autocast(machine.device, machine.precision):
             loss = compute(features, labels)
         loss.backward()
 
@@ -165,6 +167,7 @@ def head_call(
 
 def as_graph(call: Callable[[], None]) -> Callable[[], None]:
     """The same work as one CUDA graph, which takes device time only, as behind a busy trunk."""
+    # CUDA graphs need a few runs on a side stream first (torch.cuda.CUDAGraph's documentation).
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

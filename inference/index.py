@@ -154,33 +154,35 @@ def read_embeddings(args: SimpleNamespace) -> IndexRows:
     Relative paths of model and data set become absolute, because the index may be opened from
     another folder.
     """
-    found = open_embeddings(args.embeddings)
-    model, data = dict(found.meta["model"]), dict(found.meta["data"])
-    for key, section in (("file", model), ("path", data), ("preprocessing", found.meta)):
+    embeddings = open_embeddings(args.embeddings)
+    model = dict(embeddings.meta["model"])
+    data = dict(embeddings.meta["data"])
+    for key, section in (("file", model), ("path", data), ("preprocessing", embeddings.meta)):
         if key not in section:
-            raise EmbeddingError(f"{found.path / META}: has no {key!r}; {AGAIN}")
+            raise EmbeddingError(f"{embeddings.path / META}: has no {key!r}; {AGAIN}")
     for section, key in ((model, "file"), (data, "path")):
         if os.path.exists(section[key]):
             section[key] = os.path.abspath(section[key])
-    model["normalised"] = found.meta["normalised"]
+    model["normalised"] = embeddings.meta["normalised"]
     classes = data.pop("classes")
-    names: Any = Prefixed(found.ids, args.prefix) if args.prefix else found.ids
+    names: Any = Prefixed(embeddings.ids, args.prefix) if args.prefix else embeddings.ids
     return IndexRows(
-        found.X,
-        names,
-        np.asarray(found.y),
-        model,
-        found.meta["preprocessing"],
+        rows=embeddings.X,
+        names=names,
+        labels=np.asarray(embeddings.y),
+        model=model,
+        preprocessing=embeddings.meta["preprocessing"],
         classes=classes,
         data=[data],
     )
 
 
 class Prefixed(Sequence[str]):
-    """Names with a text before each."""
+    """Names with a common prefix."""
 
     def __init__(self, names: Sequence[str], prefix: str) -> None:
-        self._names, self._prefix = names, prefix
+        self._names = names
+        self._prefix = prefix
 
     def __len__(self) -> int:
         return len(self._names)
@@ -192,14 +194,13 @@ class Prefixed(Sequence[str]):
 def describe(index: Index) -> str:
     """What an index holds, one line per subject."""
     model = index.model
-    gone = index.total - len(index)
+    num_deleted = index.total - len(index)
     parts = []
     for part in index.parts:
         lists = part.metadata["lists"]
-        parts.append(
-            f"{part.count:,} rows " + (f"in {lists:,} lists" if lists else "without lists")
-        )
-    deleted = f", {gone:,} deleted" if gone else ""
+        layout = f"in {lists:,} lists" if lists else "without lists"
+        parts.append(f"{part.count:,} rows {layout}")
+    deleted = f", {num_deleted:,} deleted" if num_deleted else ""
     lines = [
         ("index", str(index.path)),
         ("rows", f"{len(index):,} x {index.columns} float16{deleted}"),
@@ -221,8 +222,9 @@ def describe(index: Index) -> str:
         )
     )
     lines.append(("size", f"{index.nbytes / 1e6:,.1f} MB"))
+    # Deleted rows take time and space, and later parts are usually scanned without lists.
     outside = index.total - (index.parts[0].count if index.parts else 0)
-    if gone + outside > COMPACT_SHARE * index.total:
+    if num_deleted + outside > COMPACT_SHARE * index.total:
         lines.append(("advice", f"matryoshka index compact {index.path}"))
     return "\n".join(f"{key:8} {text}" for key, text in lines)
 

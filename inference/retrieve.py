@@ -111,10 +111,10 @@ def check_sweep(args: SimpleNamespace) -> None:
         "--at": args.at,
         "--no-speed": args.no_speed or None,
     }
-    given = [option for option, value in single.items() if value is not None]
-    if given:
+    unused = [option for option, value in single.items() if value is not None]
+    if unused:
         raise config.ConfigError(
-            f"{', '.join(given)}: --sweep chooses and measures by itself; leave this out"
+            f"{', '.join(unused)}: --sweep chooses and measures by itself; leave this out"
         )
     if not args.truth:
         raise config.ConfigError("--sweep measures recall: --truth must be 1 or more")
@@ -122,7 +122,8 @@ def check_sweep(args: SimpleNamespace) -> None:
 
 def check_output(output: Path, sweep: bool, overwrite: bool) -> None:
     """ConfigError for an --output that cannot be created, or holds other files of these names."""
-    existing = next(place for place in (output, *output.absolute().parents) if place.exists())
+    # Of the path's folders, those that do not exist yet are created later.
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise config.ConfigError(f"--output {output}: {existing} is a file, not a folder")
     for name in (META, WORK, MANIFEST):  # embeddings have an ids.npy, too
@@ -166,7 +167,7 @@ def resolve_params(args: SimpleNamespace, database: Table) -> Request:
     options = search_options(args)
     at = list(args.at) if args.at else None
     own = database.index
-    if own is not None and not options.given:
+    if own is not None and not options.are_set:
         at = at or [RECALL_K]
         return Request(own.params.with_k(min(max(at), len(database))), at)
 
@@ -204,13 +205,16 @@ def run_single(args: SimpleNamespace, database: Table, queries: Table) -> int:
 
     # ---- search ----
     engine = database.engine(args.threads, args.seed)
+    # The first search builds the index.
     started = time.perf_counter()
     engine.search(np.asarray(queries.rows[:1], np.float32), params)
     build_seconds = time.perf_counter() - started
     ids, cosines = search_batches(engine, params, queries.rows)
     keep = min(max(request.at), ids.shape[1])
-    ids, cosines = ids[:, :keep], cosines[:, :keep]
-    if left_out := [k for k in request.at if k > keep]:
+    ids = ids[:, :keep]
+    cosines = cosines[:, :keep]
+    left_out = [k for k in request.at if k > keep]
+    if left_out:
         print(f"note: {params} returns {keep}: --at {','.join(map(str, left_out))} left out")
 
     # ---- measurements ----
@@ -234,9 +238,11 @@ def run_single(args: SimpleNamespace, database: Table, queries: Table) -> int:
         results["classes"] = report_classes(hits, relevant, at)
     else:
         print("note: no labels on both sides: no mAP, precision and recall")
-    asked, exact = exact_neighbours(database, queries, count=args.truth, k=RECALL_K, seed=args.seed)
+    sample, exact = exact_neighbours(
+        database, queries, count=args.truth, k=RECALL_K, seed=args.seed
+    )
     if len(exact):
-        found, _ = search_batches(engine, params, asked)
+        found, _ = search_batches(engine, params, sample)
         k = min(exact.shape[1], found.shape[1])  # a funnel may end with fewer than RECALL_K
         recall = metrics.recall_against_exact(found[:, :k], exact[:, :k])
         results["exact"] = report_recall(metrics.summarise_recall(recall, k), k)
@@ -261,11 +267,11 @@ def search_batches(
     """Ids and cosines of all queries, BATCH at a time."""
     found = []
     for first in range(0, len(queries), BATCH):
-        asked = np.asarray(queries[first : first + BATCH], np.float32)
-        found.append(engine.search(asked, params))
-    return np.concatenate([hits.ids for hits in found]), np.concatenate(
-        [hits.scores for hits in found]
-    )
+        part = np.asarray(queries[first : first + BATCH], np.float32)
+        found.append(engine.search(part, params))
+    ids = np.concatenate([hits.ids for hits in found])
+    cosines = np.concatenate([hits.scores for hits in found])
+    return ids, cosines
 
 
 def report_classes(hits: np.ndarray, relevant: np.ndarray, at: Sequence[int]) -> dict[str, Any]:
@@ -327,12 +333,14 @@ def report_speed(
 
     Wall time. Batches move through the queries, because repeated ones would be in the cache.
     """
+    # ---- batches ----
     pool = np.asarray(queries.rows[: max(10 * max(batches), SINGLE_QUERIES)], np.float32)
     rates = {}
     for batch in sorted({min(b, len(pool)) for b in batches}):
         turns = []
         for turn in range(TURNS + 1):
-            done, started = 0, time.perf_counter()
+            done = 0
+            started = time.perf_counter()
             while done == 0 or time.perf_counter() - started < 0.2:
                 first = done * 7 % (len(pool) - batch + 1)
                 engine.search(pool[first : first + batch], params)
@@ -345,6 +353,7 @@ def report_speed(
             "max": max(turns),
         }
 
+    # ---- single queries ----
     milliseconds = []
     begun = time.perf_counter()
     for i in range(min(SINGLE_QUERIES, len(pool))):
@@ -369,18 +378,19 @@ def report_speed(
 
 def report_memory(index_bytes: int) -> dict[str, Any]:
     """Memory of the index and of this process; prints it."""
+    # ru_maxrss is in bytes on macOS, in kilobytes on Linux.
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     anonymous = None
     status = Path("/proc/self/status")
     if status.exists():
-        # Better than getrusage, which counts the parent process before exec as well.
+        # Preferred to getrusage, which counts the parent process before exec as well.
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        found = {
+        sizes = {
             key: int(lines[key].split()[0]) * 1024 for key in ("RssAnon", "VmHWM") if key in lines
         }
-        anonymous = found.get("RssAnon")
-        peak = found.get("VmHWM", peak)
+        anonymous = sizes.get("RssAnon")
+        peak = sizes.get("VmHWM", peak)
     text = "" if anonymous is None else f", {anonymous / 1e9:.2f} GB now not backed by a file"
     print(
         f"memory   index {index_bytes / 1e6:,.1f} MB; this process {peak / 1e9:.2f} GB at its "
@@ -401,23 +411,25 @@ def run_sweep(args: SimpleNamespace, database: Table, queries: Table) -> int:
 
     # ---- ground truth ----
     started = time.perf_counter()
-    asked, exact = exact_neighbours(database, queries, count=args.truth, k=RECALL_K, seed=args.seed)
-    exact_rate = len(asked) / (time.perf_counter() - started)
+    sample, exact = exact_neighbours(
+        database, queries, count=args.truth, k=RECALL_K, seed=args.seed
+    )
+    exact_rate = len(sample) / (time.perf_counter() - started)
     print(
-        f"exact    {len(asked):,} queries, {exact_rate:,.0f} queries/s; then {len(candidates)} "
+        f"exact    {len(sample):,} queries, {exact_rate:,.0f} queries/s; then {len(candidates)} "
         "settings"
     )
 
     # ---- measurements ----
     engine = database.engine(args.threads, args.seed)
-    batch = min(max(args.batches), len(asked))
+    batch = min(max(args.batches), len(sample))
 
     def search(part: np.ndarray, params: SearchParams) -> np.ndarray:
         return engine.search(part, params).ids[:, : exact.shape[1]]
 
     bar = tqdm(candidates, leave=False, unit="setting", disable=not sys.stderr.isatty())
-    measured = list(measure(search, bar, asked, exact, batch=batch, tried=len(candidates)))
-    measured = remeasure_frontier(search, measured, asked, batch=batch, target=target)
+    measured = list(measure(search, bar, sample, exact, batch=batch, tried=len(candidates)))
+    measured = remeasure_frontier(search, measured, sample, batch=batch, target=target)
     best = frontier(measured)
     chosen = certified(measured, target)
 
@@ -428,7 +440,7 @@ def run_sweep(args: SimpleNamespace, database: Table, queries: Table) -> int:
         chosen,
         target=target,
         k=exact.shape[1],
-        queries=len(asked),
+        queries=len(sample),
         available=len(queries),
         seed=args.seed,
     )
@@ -439,13 +451,13 @@ def run_sweep(args: SimpleNamespace, database: Table, queries: Table) -> int:
     certificate = None
     if chosen is not None:
         certificate = sweep_report.certificate(
-            chosen, target=target, queries=len(asked), tried=len(candidates), seed=args.seed
+            chosen, target=target, queries=len(sample), tried=len(candidates), seed=args.seed
         )
     content = {
         "database": str(args.database),
         "queries": str(args.queries),
         "rows": len(database),
-        "truth": len(asked),
+        "truth": len(sample),
         "neighbours": exact.shape[1],
         "batch": batch,
         "exact_rate": exact_rate,

@@ -4,7 +4,7 @@
     matryoshka retrieve serve photos.index --model runs/demo/mrl/model.safetensors --data photos
 
 The server listens on this computer only, unless --host is given; it has no passwords. The page
-shows small pictures from the embedded data set, or names if the data set is gone. The index may
+shows small pictures from the embedded data set, or names if the data set is missing. The index may
 change while the server runs.
 """
 
@@ -45,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     search_page, uvicorn = import_server()
     index = Index(args.index, args.threads)
-    replaced = moved_data_sets(index, args.data)
+    moved = moved_data_sets(index, args.data)
     # The port is taken before the model is loaded, so that a port in use is reported at once.
     with open_socket(args.host, args.port) as server_socket:
         model = load(args, index)
-        pictures = search_page.Pictures(replaced, lambda data: fingerprint(data, data.labels))
+        pictures = search_page.Pictures(moved, lambda data: fingerprint(data, data.labels))
         service = search_page.Service(
             index, encoder(model, index.preprocessing), trunk_sha256(model), pictures
         )
@@ -92,32 +92,34 @@ def import_server() -> tuple[Any, Any]:
     return search_page, uvicorn
 
 
-def moved_data_sets(index: Index, given: Sequence[str] | None) -> dict[str, str]:
+def moved_data_sets(index: Index, paths: Sequence[str] | None) -> dict[str, str]:
     """--data as a map: the path that the index has -> where the data set is now."""
-    if not given:
+    if not paths:
         return {}
-    if missing := [path for path in given if not os.path.exists(path)]:
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
         raise config.ConfigError(f"--data {missing[0]}: no such file or folder")
     known = list(
         dict.fromkeys(str(source.get("path") or "") for part in index.parts for source in part.data)
     )
-    if len(given) != len(known):
+    if len(paths) != len(known):
         number = "1 data set" if len(known) == 1 else f"{len(known)} data sets"
+        # The error shows the options in the index's order, ready to copy.
         options = " ".join(f"--data {shlex.quote(path) if path else 'PATH'}" for path in known)
         order = ", in this order" if len(known) > 1 else ""
         raise config.ConfigError(
             f"--data: {index.path} has {number}; give {options}{order}, or their present paths"
         )
-    return dict(zip(known, given, strict=True))
+    return dict(zip(known, paths, strict=True))
 
 
 def open_socket(host: str, port: int) -> socket.socket:
     """A listening socket. ConfigError for an address or port that cannot be used."""
     try:
-        found = socket.getaddrinfo(
+        addresses = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        family, _, _, _, address = found[0]
+        family, _, _, _, address = addresses[0]
     except (OSError, UnicodeError):
         raise config.ConfigError(
             f"--host {host}: is not an address or name of this computer"
@@ -136,12 +138,14 @@ def load(args: SimpleNamespace, index: Index) -> NestedModel:
     ConfigError, RetrievalError or CheckpointError if it is missing, another model, or damaged.
     """
     name = args.model or str(index.model.get("file") or "")
+    # PREFIXES: published models (torchvision:NAME, ...), which are not files.
     if not name.startswith(PREFIXES) and not os.path.isfile(name):
         source = "" if args.model else f", which made {args.index}"
         raise config.ConfigError(
             f"--model {name}: no such file{source}; give the model's file with --model"
         )
-    head, flags = str(index.model.get("head")), {}
+    head = str(index.model.get("head"))
+    flags = {}
     if name.endswith(".pt"):  # weights alone do not always identify the head
         flags = {"mrl": head == "mrl", "efficient": head == "mrl-e"}
     model = load_any(name, "--model", **flags)
@@ -156,8 +160,11 @@ def encoder(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """A function uint8 [H, W, 3] -> float32 [D], with the preprocessing of the index's images."""
     try:
-        size, ratio, mean, std = (preprocessing[key] for key in ("size", "ratio", "mean", "std"))
-        model.preprocessing = Preprocessing(size, ratio, tuple(mean), tuple(std))
+        size = preprocessing["size"]
+        ratio = preprocessing["ratio"]
+        mean = tuple(preprocessing["mean"])
+        std = tuple(preprocessing["std"])
+        model.preprocessing = Preprocessing(size, ratio, mean, std)
         crop = CenterCrop(size, ratio)
     except (KeyError, TypeError, ValueError):
         raise config.ConfigError(
@@ -165,6 +172,7 @@ def encoder(
         ) from None
 
     def encode(pixels: np.ndarray) -> np.ndarray:
+        # The two ways in which `matryoshka embed` prepares images.
         if preprocessing.get("name") == "upstream":
             square = resize_and_crop(Image.fromarray(pixels))
         else:
@@ -185,17 +193,20 @@ def announce(
     args: SimpleNamespace, index: Index, service: Any, server_socket: socket.socket
 ) -> None:
     """Print the index, notes about missing pictures and open access, and the address."""
-    places = service.places()
-    usable = [place for place, reason in places.items() if reason is None]
+    missing = service.missing_pictures()
+    usable = [path for path, reason in missing.items() if reason is None]
     pictures = f", pictures from {', '.join(usable)}" if usable else ""
     print(f"{args.index}: {len(index):,} rows of {index.columns} dimensions{pictures}")
-    if lacking := [
-        f"{place}: {reason}" if place else reason for place, reason in places.items() if reason
-    ]:
-        which = "the data set" if len(places) == 1 else f"{len(lacking)} of {len(places)} data sets"
+    reasons = [
+        f"{path}: {reason}" if path else reason for path, reason in missing.items() if reason
+    ]
+    if reasons:
+        which = "the data set"
+        if len(missing) > 1:
+            which = f"{len(reasons)} of {len(missing)} data sets"
         print(
-            f"note: {which} cannot be used, the page shows names ({'; '.join(lacking)}); --data "
-            "gives another place"
+            f"note: {which} cannot be used, the page shows names ({'; '.join(reasons)}); --data "
+            "gives another path"
         )
     if not _is_loopback(server_socket.getsockname()[0]):
         print(

@@ -38,6 +38,7 @@ class AtomicFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        # The process id keeps two writers of the same path apart; the last to publish wins.
         self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._written = 0  # bytes, of `write`
 
@@ -50,16 +51,17 @@ class AtomicFile:
         return self
 
     def __exit__(self, *_) -> None:
+        # Failures of the clean-up must not replace the exception that ended the context.
         with suppress(OSError):
             os.close(self._descriptor)
         with suppress(FileNotFoundError):  # `publish` has renamed it
             self.temporary.unlink()
 
     def append(self, data: bytes | memoryview) -> None:
-        """Write `data` after what was appended so far."""
+        """Append `data` to the file."""
         rest = memoryview(data)
         try:
-            while rest:  # the system may write less than it is given
+            while rest:  # a system call may write a part only
                 rest = rest[os.write(self._descriptor, rest) :]
         except OSError as error:
             raise self._explained(error) from error
@@ -78,6 +80,8 @@ class AtomicFile:
 
     def flush(self) -> None:
         """Wait until the content is on the disk."""
+        # Before the rename: file systems may write the new name to disk before the data, and a
+        # power cut then leaves an empty file under it.
         try:
             os.fsync(self._descriptor)
         except OSError as error:
@@ -135,6 +139,7 @@ def open_regular(
     flags = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)
     if not follow_links:
         flags |= getattr(os, "O_NOFOLLOW", 0)
+    # Before opening as well: opening a device or a pipe can have effects on its other end.
     if not stat.S_ISREG(os.stat(path, follow_symlinks=follow_links).st_mode):
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
     descriptor = os.open(path, flags)

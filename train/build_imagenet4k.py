@@ -6,8 +6,8 @@ the database, one with the queries.
 --data contains one folder of images per class, named by its WordNet id (n00005787). --classes is
 the list of the paper's repository, one `00005787-n -> benthos: definition` per line. Of each class,
 50 images become queries and 1,000 the database, drawn with --seed from its files in sorted order;
-images that no decoder can read are skipped. The paper did not publish the program of its own draw,
-so results differ slightly from the paper's.
+images that no decoder can read are skipped. The paper's program for the draw is not published, so
+results differ slightly from the paper's.
 
     imagenet4k_queries.beton      labels are ranks of the sorted WordNet ids; a .json beside each
     imagenet4k_database.beton
@@ -65,7 +65,7 @@ class BuildError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """What is drawn, and how it is stored."""
+    """Options of the draw and of the files."""
 
     data: str = config.option(
         help="ImageNet-21K: one folder of images per WordNet id", metavar="DIR"
@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     WriteOptions(**store_options(args))  # raises for options that contradict each other
     output = Path(args.output)
     wnids = read_classes(Path(args.classes))
+    # Everything that decides the files: a resumed run must have the same values.
     plan = {
         "database_per_class": args.database_per_class,
         "queries_per_class": args.queries_per_class,
@@ -119,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         shutil.rmtree(output / PARTS, ignore_errors=True)  # left by a kill just before the end
         print(f"{output}: finished already")
         return 0
+
+    # ---- class by class ----
     images = list_images(Path(args.data), wnids, args)
     parts = output / PARTS
     prepare(parts, plan, args.overwrite)
@@ -128,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for wnid in tqdm(images, leave=False, unit="class", disable=not sys.stderr.isatty()):
         if not (parts / f"{wnid}.json").exists():
             write_class(parts, Path(args.data), wnid, images[wnid], args)
+
+    # ---- the two files ----
     summary = assemble(output, wnids, plan)
     print(
         f"{summary.classes:,} classes: {summary.queries:,} queries, {summary.database:,} images "
@@ -185,6 +190,7 @@ def list_images(data: Path, wnids: list[str], args: SimpleNamespace) -> dict[str
         except (FileNotFoundError, NotADirectoryError):
             names = []
         images[wnid] = names
+    # All classes are checked before anything is written: building takes long.
     small = [f"{wnid} ({len(names)})" for wnid, names in images.items() if len(names) < needed]
     if len(small) == len(wnids) or (small and not args.leave_out_small):
         remedy = "unpack them, or add --leave-out-small"
@@ -203,6 +209,7 @@ def is_image(entry: os.DirEntry) -> bool:
 
 def drawn(names: list[str], wnid: str, seed: int) -> list[str]:
     """Shuffle a class's files: a pure function of its sorted names, its id and the seed."""
+    # The id is part of the key: the draw of a class does not depend on the other classes.
     key = np.array([seed, int(wnid[1:])], np.uint64)
     stream = np.random.Philox(key=key).random_raw(len(names))  # NumPy guarantees this stream
     return [names[i] for i in np.argsort(stream, kind="stable")]
@@ -229,8 +236,8 @@ def prepare(parts: Path, plan: dict, overwrite: bool) -> None:
     elif stored != plan:
         shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir(parents=True, exist_ok=True)
-    for left in parts.glob(".*.tmp"):  # left by a process that was killed
-        left.unlink(missing_ok=True)
+    for leftover in parts.glob(".*.tmp"):  # of a process that was killed
+        leftover.unlink(missing_ok=True)
     write_atomically(parts / PLAN, json.dumps(plan).encode())
 
 
@@ -242,14 +249,15 @@ def read_json(data: bytes) -> Any:
         return {}
 
 
-def must_match(where: Path, stored: Any, plan: dict) -> None:
+def must_match(path: Path, stored: Any, plan: dict) -> None:
     stored = stored if isinstance(stored, dict) else {}
     for key, value in plan.items():
         if stored.get(key) != value:
             option = key.replace("_", "-")
-            before, now = str(stored.get(key))[:20], str(value)[:20]
+            before = str(stored.get(key))[:20]
+            now = str(value)[:20]
             raise BuildError(
-                f"{where}: was made with --{option} {before}, not {now}; choose another --output, "
+                f"{path}: was made with --{option} {before}, not {now}; choose another --output, "
                 "or add --overwrite"
             )
 
@@ -265,8 +273,10 @@ class ClassImages:
     """Some images of one class, as a source of write_beton."""
 
     def __init__(self, data: Path, wnid: str, names: Sequence[str]) -> None:
-        self._folder, self._names = data / wnid, names
-        self.classes, self.labels = [wnid], np.zeros(len(names), np.int64)
+        self._folder = data / wnid
+        self._names = names
+        self.classes = [wnid]
+        self.labels = np.zeros(len(names), np.int64)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -303,12 +313,15 @@ def write_class(
             part = parts / f"{wnid}.{kind}.beton"
             broken = write_part(part, ClassImages(data, wnid, chosen), args)
             if not broken:
-                record[kind], left = chosen, left[count:]
+                record[kind] = chosen
+                left = left[count:]
                 break
+            # Draw again without them; the part that was just written is replaced.
             unreadable += sorted(broken)
             left = [name for name in left if name not in broken]
     if not names:
         record = {"wnid": wnid, "left_out": "too few readable images"}
+    # Last: a class without this record is written again after a kill.
     write_atomically(
         parts / f"{wnid}.json", json.dumps(record | {"unreadable": unreadable}).encode()
     )
@@ -358,6 +371,7 @@ def assemble(output: Path, wnids: list[str], plan: dict) -> Summary:
         raise BuildError(
             f"{output}: every one of the {len(wnids)} classes has too few readable images"
         )
+    # In the folder of parts: the output gets complete files only.
     queries = join(parts / QUERIES, "queries", map(record, kept), kept, plan)
     database = join(parts / DATABASE, "database", map(record, kept), kept, plan)
     with AtomicFile(parts / MANIFEST) as file:
@@ -377,6 +391,7 @@ def assemble(output: Path, wnids: list[str], plan: dict) -> Summary:
 
 def join(path: Path, kind: str, records: Iterable[dict], wnids: list[str], plan: dict) -> int:
     """Write `path` and its side file from the parts of one kind; return the number of images."""
+    # The number of records is needed first, because they come before the pages.
     total = len(wnids) * plan[f"{kind}_per_class"]
     side: dict[str, Any] = {"counts": Counter()} | {key: [] for key in LISTS}
     if plan["names"]:
@@ -415,7 +430,8 @@ def copy(part: BetonFile, pages: PageWriter, label: int) -> None:
     """Append the stored bytes of all images of a part, without decoding them."""
     (samples,) = part.fetch(np.arange(len(part)))
     for i in range(len(part)):
-        start, size = int(samples.offset[i]), int(samples.size[i])
+        start = int(samples.offset[i])
+        size = int(samples.size[i])
         stored = np.ascontiguousarray(samples.data[start : start + size]).data
         pages.add(
             stored, int(samples.mode[i]), int(samples.width[i]), int(samples.height[i]), label

@@ -31,7 +31,7 @@ from matryoshka.data.reader import manifest_path, printable
 from matryoshka.data.sources import decode_image
 from matryoshka.environment import available_cores
 
-LOOKED_AT = 500  # images whose JPEG header `info` reads
+EXAMINED = 500  # images whose JPEG header `info` reads
 SHOWN = 20  # samples that a list on the terminal names
 BATCH = 256  # images that `verify` decodes in one call
 SMALL = 16  # pixels per side of the decoded images, which `verify` discards
@@ -50,7 +50,7 @@ COUNTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class FileOptions:
-    """What is looked at."""
+    """Options of both commands."""
 
     path: str = config.option(
         help="a .beton file; verify also takes a folder of class folders",
@@ -62,7 +62,7 @@ class FileOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions(FileOptions):
-    """How it is verified."""
+    """Options of `verify`."""
 
     workers: int = config.option(0, help="threads; 0: all cores", low=0, high=1024)
 
@@ -130,7 +130,7 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
     frame = None
     while data[:2] == SOI and at + 4 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
-        if marker == 0xFF:  # a fill byte
+        if marker == 0xFF:  # a fill byte (T.81, B.1.1.2)
             at += 1
             continue
         length = int.from_bytes(data[at + 2 : at + 4], "big")
@@ -152,8 +152,9 @@ def _header(process: str, body: bytes, interval: int) -> JpegHeader | None:
     factors = [divmod(body[k], 16) for k in range(7, len(body), 3)]
     if len(body) < 6 or not factors or len(factors) != body[5]:
         return None
-    (h, v), *others = factors
-    if not others:  # one component: an MCU is one block, whatever the factors (T.81, A.2.2)
+    h, v = factors[0]
+    others = factors[1:]
+    if not others:  # one component: an MCU is one block for all factors (T.81, A.2.2)
         return JpegHeader(process, "grayscale", interval * 8)
     sampling = SAMPLINGS.get(f"{h}{v}") if set(others) == {(1, 1)} else None
     if sampling is None:
@@ -198,11 +199,12 @@ def describe(data: BetonFile) -> dict[str, Any]:
 
 
 def jpeg_facts(data: BetonFile, jpg: np.ndarray) -> dict[str, Any]:
-    some = jpg[np.linspace(0, len(jpg) - 1, min(LOOKED_AT, len(jpg))).astype(np.int64)]
+    # Evenly spaced: images of one class, or of one source, are often neighbours.
+    some = jpg[np.linspace(0, len(jpg) - 1, min(EXAMINED, len(jpg))).astype(np.int64)]
     (samples,) = data.fetch(some)
     headers = [
-        jpeg_header(samples.data[o : o + min(s, 1 << 16)].tobytes())
-        for o, s in zip(samples.offset.tolist(), samples.size.tolist(), strict=True)
+        jpeg_header(samples.data[start : start + min(size, 1 << 16)].tobytes())
+        for start, size in zip(samples.offset.tolist(), samples.size.tolist(), strict=True)
     ]
     known = [header for header in headers if header]
     spacings = np.array([header.spacing for header in known if header.spacing])
@@ -285,10 +287,12 @@ def label_rows(labels: dict[str, Any], classes: list[str] | None) -> list[tuple[
         shown = f"{len(names):,}: {', '.join(names[:8])}{more}"
     else:
         shown = "no names: there is no side file, classes are numbers"
-    smallest, largest = labelled(labels["smallest"]), labelled(labels["largest"])
+    smallest = labelled(labels["smallest"])
+    largest = labelled(labels["largest"])
     per_class = of_range(labels["per_class"], " images")
     if labels["per_class"]["min"] < labels["per_class"]["max"]:
-        fewest, most = labelled(labels["fewest"]), labelled(labels["most"])
+        fewest = labelled(labels["fewest"])
+        most = labelled(labels["most"])
         per_class += f"; fewest: {fewest}, most: {most}"
     else:
         per_class += " each"
@@ -326,6 +330,7 @@ def info_text(facts: dict[str, Any]) -> str:
     if facts["options"]:
         options = {k: v for k, v in facts["options"].items() if v is not None}
         rows.append(("written with", printable(", ".join(f"{k}={v}" for k, v in options.items()))))
+    # Counts and lists of the side file, without those that are zero or of another type.
     noticed = [
         f"{facts['counts'][k]:,} {text}"
         for k, text in COUNTS.items()
@@ -378,9 +383,9 @@ def verify_beton(
         broken.append({"index": index, "name": name, "reason": reason})
 
     if layout.INT in (kind for _, kind in data.fields):
+        # Opening the file has refused labels beyond the class names already.
         for index in np.flatnonzero(data.labels < 0).tolist():
             report(index, f"label {data.labels[index]} is negative")
-        # opening the file has refused labels beyond the class names
     others = [name for name, kind in data.fields if kind != layout.IMAGE]
     pool = _native.Pool(workers)
     out = np.empty((BATCH, SMALL, SMALL, 3), np.uint8)
@@ -388,17 +393,18 @@ def verify_beton(
         indices = np.arange(start, min(start + BATCH, len(data)))
         (samples,) = data.fetch(indices)
         n = len(indices)
-        crops = whole_images(samples.width, samples.height)  # so that every byte is decoded
+        # Whole images, so that every byte is decoded, at a small size, which costs little.
+        crops = whole_images(samples.width, samples.height)
         status = _native.decode_batch(
             pool,
-            samples.data,
-            samples.offset,
-            samples.size,
-            samples.mode,
-            samples.width,
-            samples.height,
-            crops,
-            out[:n],
+            data=samples.data,
+            offset=samples.offset,
+            size=samples.size,
+            mode=samples.mode,
+            width=samples.width,
+            height=samples.height,
+            crops=crops,
+            out=out[:n],
         )
         for k in np.flatnonzero(status).tolist():
             report(int(indices[k]), _native.status_message(int(status[k])))
@@ -411,6 +417,7 @@ def verify_beton(
 
 def unreadable(data: BetonFile, name: str, indices: np.ndarray) -> Iterable[tuple[int, str]]:
     """Yield (index, reason) of samples whose value of a field cannot be read."""
+    # The whole batch at once; sample by sample only if it fails, to find which ones.
     try:
         data.field(name, indices)
     except BetonError:
@@ -448,9 +455,8 @@ def verify_folder(
     total = 0
     with ThreadPoolExecutor(workers, "matryoshka-verify") as pool:
         try:
-            for start in range(
-                0, len(data), BATCH
-            ):  # pool.map submits all of its arguments at once
+            # In batches, because pool.map submits all of its arguments at once.
+            for start in range(0, len(data), BATCH):
                 indices = range(start, min(start + BATCH, len(data)))
                 for index, (size, reason, notes) in zip(
                     indices, pool.map(check, indices), strict=True
@@ -476,7 +482,8 @@ def verify_text(found: dict[str, Any]) -> str:
             lines.append(f"  {entry['index']:>8}{name}  {printable(entry['reason'])}")
         if len(entries) > SHOWN:
             lines.append(f"  and {len(entries) - SHOWN:,} more; --json lists all of them")
-    n, bad = found["samples"], found["broken_samples"]
+    n = found["samples"]
+    bad = found["broken_samples"]
     verdict = f"{bad:,} of {n:,} samples are BROKEN" if bad else f"sound: all {n:,} samples decode"
     lines.append(
         f"{found['path']}: {verdict}  ({amount(found['bytes'])} in {found['seconds']:.1f} s, "

@@ -51,7 +51,7 @@ def write_function(cfg: WriterConfig):
 
 
 def summary(manifest: dict, path: str, seconds: float) -> str:
-    """The text that is printed after writing."""
+    """The text that the program prints after writing."""
     counts = manifest["counts"]
     written = manifest["num_samples"]
     first = (
@@ -64,14 +64,14 @@ def summary(manifest: dict, path: str, seconds: float) -> str:
         )
     lines = [first]
     for key, text in LISTS.items():
-        found = manifest.get(key, [])
-        if found:
-            lines.append(f"{len(found)} {text}:")
-        for entry in found[:SHOWN]:
+        entries = manifest.get(key, [])
+        if entries:
+            lines.append(f"{len(entries)} {text}:")
+        for entry in entries[:SHOWN]:
             reason = f": {entry['reason']}" if "reason" in entry else ""
             lines.append(f"  {entry['name']}{reason}")
-        if len(found) > SHOWN:
-            lines.append(f"  and {len(found) - SHOWN} more, see {manifest_path(path)}")
+        if len(entries) > SHOWN:
+            lines.append(f"  and {len(entries) - SHOWN} more, see {manifest_path(path)}")
     lines.append(
         f"{manifest['num_bytes'] / 1e6:,.1f} MB in {seconds:.1f} s, {written / seconds:,.0f} "
         "images/s"
@@ -85,6 +85,7 @@ def main(argv=None):
     cfg = parser().parse_args(argv).cfg
     source = open_source(cfg)
     start = time.perf_counter()
+    # disable=None: no bar if stderr is not a terminal.
     with tqdm(total=None, unit=" images", disable=None, file=sys.stderr) as bar:
 
         def progress(done: int, total: int) -> None:

@@ -69,6 +69,8 @@ def resized_crops(images: Tensor, crops: Tensor, size: int) -> Tensor:
     rows = _resize_weights(y, h, height, size)  # [B, size, H]
     columns = _resize_weights(x, w, width, size)  # [B, size, W]
     columns = torch.where(flip.bool()[:, None, None], columns.flip(1), columns)
+    # Rows first, then columns: the filter is separable, so two small products replace one of [size
+    # * size, H * W] weights.
     half = torch.bmm(rows, images.float().view(b, height, width * 3)).view(b, size, width, 3)
     half = half.transpose(1, 2).reshape(b, width, size * 3)
     whole = torch.bmm(columns, half).view(b, size, size, 3).transpose(1, 2)  # [B, y, x, 3]
@@ -87,7 +89,9 @@ def _resize_weights(start: Tensor, length: Tensor, source: int, target: int) -> 
     step = length[:, None, None] / target
     low = i * step
     high = (i + 1) * step
+    # Shrinking: the part of the target pixel [low, high) that source pixel j covers.
     area = (torch.minimum(j + 1, high) - torch.maximum(j, low)).clamp_(min=0) / step
+    # Enlarging: pixel centres are at + 0.5 on both scales; beyond the crop its edge pixel repeats.
     centre = ((i + 0.5) * step - 0.5).clamp_(min=0).minimum(length[:, None, None] - 1)
     linear = (1 - (j - centre).abs()).clamp_(min=0)
     return torch.where(step >= 1, area, linear)
@@ -151,6 +155,7 @@ def mix(
         mixed[:1].add_(images[-1:], alpha=1 - share)
         return Mixed(mixed, labels, labels.roll(1), share)
     height, width = images.shape[2:]
+    # A rectangle of the image's shape whose area, before clipping, is 1 - share (CutMix, section 3.1).
     side = (1 - float(rng.beta(cutmix, cutmix))) ** 0.5
     rows = _interval(height, side, rng)
     columns = _interval(width, side, rng)
@@ -213,16 +218,20 @@ def distorted(images: Tensor, operations: np.ndarray, levels: np.ndarray) -> Ten
     """
     # sorted, so that each operation processes all of its images in one call
     order = np.argsort(operations, kind="stable")
-    there, back = _on_device(np.stack([order, np.argsort(order)]), images)
-    images, levels = images[there], levels[order]
+    # One copy to the device for both permutations.
+    to_sorted, to_original = _on_device(np.stack([order, np.argsort(order)]), images)
+    images = images[to_sorted]
+    levels = levels[order]
     ends = np.searchsorted(operations[order], np.arange(len(OPERATIONS) + 1)).tolist()
     for k, operation in enumerate(OPERATIONS.values()):
         own = slice(ends[k], ends[k + 1])
         if own.start < own.stop:
             images[own] = operation(images[own], levels[own])
-    return images[back]
+    return images[to_original]
 
 
+# AutoAugment (Cubuk et al. 2019, arXiv 1805.09501) gives 150 pixels for images of 331; as a share
+# it suits every size.
 SHIFT = 150 / 331  # of the image's side, at the highest level
 
 # uint8 [n, H, W, 3], float [n] -> uint8 [n, H, W, 3], with Pillow's arithmetic. Not torchvision's
@@ -284,8 +293,10 @@ def _affine(images: Tensor, column: tuple[Number, ...], row: tuple[Number, ...])
 
 def _rotated(images: Tensor, angle: np.ndarray) -> Tensor:
     """Rotate about the centre, anticlockwise, by `angle` radians [n]."""
-    cos, sin = np.cos(angle), np.sin(angle)
-    x, y = images.shape[2] / 2, images.shape[1] / 2
+    cos = np.cos(angle)
+    sin = np.sin(angle)
+    x = images.shape[2] / 2
+    y = images.shape[1] / 2
     return _affine(images, (cos, -sin, x - cos * x + sin * y), (sin, cos, y - sin * x - cos * y))
 
 
@@ -324,7 +335,7 @@ def _smooth(images: Tensor) -> Tensor:
 
 
 def _torchvision(name: str, images: Tensor) -> Tensor:
-    # imported here: it takes seconds, which programs without RandAugment should not spend
+    # Imported on use: it takes seconds, which programs without RandAugment should not spend.
     from torchvision.transforms.v2 import functional
 
     return getattr(functional, name)(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -44,7 +44,14 @@ class RandomResizedCrop:
     ) -> np.ndarray:
         """int32 [B, 5] rows (x, y, w, h, flip)."""
         return _native.random_crops(
-            width, height, index, seed, epoch, self.scale, self.ratio, self.flip
+            width,
+            height,
+            index=index,
+            seed=seed,
+            epoch=epoch,
+            scale=self.scale,
+            ratio=self.ratio,
+            flip=self.flip,
         )
 
 
@@ -104,12 +111,21 @@ class PadCrop:
         # a fixed area and ratio, with which the general function always draws size x size windows
         area = (self.size / (self.size + 2 * self.padding)) ** 2
         return _native.random_crops(
-            side, side, index, seed, epoch, (area, area), (1.0, 1.0), self.flip
+            side,
+            side,
+            index=index,
+            seed=seed,
+            epoch=epoch,
+            scale=(area, area),
+            ratio=(1.0, 1.0),
+            flip=self.flip,
         )
 
     def shift(self, images: np.ndarray, windows: np.ndarray) -> None:
         """Replace `images`, uint8 [B, size, size, 3], by the `windows` of their padded versions."""
-        size, edge = self.size, self.padding
+        size = self.size
+        edge = self.padding
+        # One padded buffer serves all images: only its centre changes, the border stays black.
         padded = np.zeros((size + 2 * edge, size + 2 * edge, 3), np.uint8)
         for image, (x, y, _, _, flip) in zip(images, windows.tolist(), strict=True):
             padded[edge : edge + size, edge : edge + size] = image

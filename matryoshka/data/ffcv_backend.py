@@ -39,14 +39,14 @@ from matryoshka.environment import available_cores
 from matryoshka.files import AtomicFile
 
 # The options of FFCV's image field, then those that we implement around it (subset, EXIF, names).
-_WRITER_KNOWS = {
+_SUPPORTED_OPTIONS = {
     "max_resolution",
     "write_mode",
     "compress_probability",
     "smart_threshold",
     "jpeg_quality",
 }
-_WRITER_KNOWS |= {"subset", "seed", "exif_rotate", "names"}
+_SUPPORTED_OPTIONS |= {"subset", "seed", "exif_rotate", "names"}
 _ORDERS = {"random": "RANDOM", "quasi_random": "QUASI_RANDOM", "sequential": "SEQUENTIAL"}
 
 
@@ -91,47 +91,49 @@ def write_with_ffcv(
     read: FFCV cannot leave an image out.
     """
     path = Path(path)
-    wanted = WriteOptions(**options)
-    for option in fields(wanted):
-        value = getattr(wanted, option.name)
-        if option.name not in _WRITER_KNOWS and value != option.default:
+    settings = WriteOptions(**options)
+    for option in fields(settings):
+        value = getattr(settings, option.name)
+        if option.name not in _SUPPORTED_OPTIONS and value != option.default:
             raise BetonError(
                 f"{option.name}={value}: FFCV does not have this option; use writer=native"
             )
-    if wanted.write_mode == "proportion" and wanted.seed != 0:
+    if settings.write_mode == "proportion" and settings.seed != 0:
         raise BetonError(
-            f"seed={wanted.seed}: writer=ffcv draws without a seed for write_mode=proportion; use "
+            f"seed={settings.seed}: writer=ffcv draws without a seed for write_mode=proportion; use "
             "writer=native"
         )
-    native.check_arguments(path, num_workers, chunk_size, wanted.subset, len(source))
+    native.check_arguments(path, num_workers, chunk_size, settings.subset, len(source))
     native.check_destination(path)
+    # After the checks of the arguments: their messages do not depend on an installed FFCV.
     _import_ffcv("writer=ffcv")
-    if wanted.write_mode == "proportion" and wanted.compress_probability is None:
-        wanted = replace(wanted, compress_probability=0.5)
-    indices = native.select_subset(source.labels, wanted.subset, wanted.seed)
-    images = _Images(source, wanted.exif_rotate)
+    if settings.write_mode == "proportion" and settings.compress_probability is None:
+        settings = replace(settings, compress_probability=0.5)
+    indices = native.select_subset(source.labels, settings.subset, settings.seed)
+    images = _Images(source, settings.exif_rotate)
 
     with AtomicFile(path) as file, AtomicFile(manifest_path(path)) as side:
         _run_writer(
             images,
             indices,
-            wanted,
+            settings,
             temporary=str(file.temporary),
             path=path,
             num_workers=num_workers,
             chunk_size=chunk_size,
             progress=progress,
         )
+        # Opening validates the whole file before it gets its name.
         with BetonFile(file.temporary) as written:
             jpg = int((written.mode == layout.JPG).sum())
             content = {
                 "num_samples": len(written),
                 "num_bytes": file.temporary.stat().st_size,
                 "classes": source.classes,
-                "options": {"writer": "ffcv"} | asdict(wanted),
+                "options": {"writer": "ffcv"} | asdict(settings),
                 "counts": {"jpg": jpg, "raw": len(written) - jpg},
             }
-        if wanted.names:
+        if settings.names:
             content["names"] = [source.name(index) for index in indices.tolist()]
         side.append(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
         file.flush()
@@ -144,12 +146,13 @@ def write_with_ffcv(
 class _Images:
     """The dataset that FFCV's workers read: (RGB, label).
 
-    An exception in a worker would leave FFCV's writer waiting for ever. So images that cannot be
+    An exception in a worker would leave FFCV's writer waiting forever. So images that cannot be
     read are marked in `failed`, shared memory, and reported by the parent process.
     """
 
     def __init__(self, source: Source, exif_rotate: bool) -> None:
-        self.source, self.exif_rotate = source, exif_rotate
+        self.source = source
+        self.exif_rotate = exif_rotate
         self.failed = RawArray("b", len(source))
 
     def __len__(self) -> int:
@@ -168,9 +171,10 @@ class _Images:
 
     def check(self, path: Path) -> None:
         """BetonError naming the first image that failed."""
-        found = np.flatnonzero(np.frombuffer(self.failed, np.int8))
-        if len(found):
-            first = int(found[0])
+        failed = np.flatnonzero(np.frombuffer(self.failed, np.int8))
+        if len(failed):
+            first = int(failed[0])
+            # Shared memory has room for a flag only: the image is read again for the reason.
             try:
                 self.pixels(first)
                 reason = "it could not be read"
@@ -185,7 +189,7 @@ class _Images:
 def _run_writer(
     images: _Images,
     indices: np.ndarray,
-    wanted: WriteOptions,
+    settings: WriteOptions,
     *,
     temporary: str,
     path: Path,
@@ -195,7 +199,7 @@ def _run_writer(
 ) -> None:
     """Run FFCV's DatasetWriter, which writes to `temporary`; `path` is for messages.
 
-    FFCV's writer prints a progress bar and waits for ever for a worker that has died. Its module's
+    FFCV's writer prints a progress bar and waits forever for a worker that has died. Its module's
     `tqdm` and `sleep` are replaced meanwhile: by the caller's progress and by a check of the
     workers.
     """
@@ -203,13 +207,13 @@ def _run_writer(
     from ffcv.fields import IntField, RGBImageField
 
     image = RGBImageField(
-        wanted.write_mode,
-        wanted.max_resolution,
-        wanted.smart_threshold,
-        int(wanted.jpeg_quality),
-        wanted.compress_probability or 0,
+        settings.write_mode,
+        settings.max_resolution,
+        settings.smart_threshold,
+        int(settings.jpeg_quality),
+        settings.compress_probability or 0,
     )
-    page = layout.page_size_for(3 * wanted.max_resolution**2)
+    page = layout.page_size_for(3 * settings.max_resolution**2)
     workers = num_workers or available_cores()
     writer = ffcv.writer.DatasetWriter(
         temporary, {"image": image, "label": IntField()}, page, workers
@@ -272,7 +276,7 @@ class FFCVLoader:
     sample that cannot be decoded yields the old contents of its buffer; order="random" under
     several processes repeats some samples if the dataset does not divide evenly; only the size of
     `crop` may change between epochs. in_memory: FFCV's os_cache. If FFCV's thread dies, this raises
-    BetonError, where FFCV itself waits for ever.
+    BetonError, where FFCV itself waits forever.
     """
 
     def __init__(
@@ -309,15 +313,15 @@ class FFCVLoader:
         _import_ffcv("loader=ffcv")
         from ffcv.loader import Loader, OrderOption
 
-        self.batch_size, self.device, self.wait = batch_size, torch.device(device), 0.0
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self.wait = 0.0
         self._crop = crop
         # FFCV's distributed sampler repeats samples to even out the ranks, which would change the
         # results of an evaluation
-        part = (
-            np.arange(rank, len(self.dataset), world).astype(np.uint64)
-            if order == "sequential"
-            else None
-        )
+        part = None
+        if order == "sequential":
+            part = np.arange(rank, len(self.dataset), world).astype(np.uint64)
         self._loader = Loader(
             str(path),
             batch_size=batch_size // world,
@@ -351,7 +355,8 @@ class FFCVLoader:
 
                 return decode
 
-        size, flip = (self._crop.size, self._crop.size), []
+        size = (self._crop.size, self._crop.size)
+        flip = []
         if isinstance(self._crop, RandomResizedCrop):
             self._decoder = RandomResizedCropRGBImageDecoder(
                 size, self._crop.scale, self._crop.ratio
@@ -413,6 +418,8 @@ class FFCVLoader:
         try:
             while True:
                 start = time.perf_counter()
+                # FFCV's `next` blocks on this queue, also after its thread has died: poll the
+                # thread meanwhile.
                 while epoch.output_queue.empty():
                     if not epoch.is_alive() and epoch.output_queue.empty():
                         raise BetonError(

@@ -1,4 +1,4 @@
-"""Values of the fields of a .beton beside the image: numbers, bytes, JSON, arrays.
+"""Values of the other fields of a .beton: numbers, bytes, JSON, arrays.
 
 `BetonFile.field` calls these functions. Descriptors, records and the allocation table are not
 trusted: they are compared with each other before a byte is read.
@@ -51,6 +51,7 @@ class Regions:
         """
         if not len(self._pointer):
             return np.zeros(len(pointer), np.uint64)
+        # A pointer beyond the last region is compared with that region, and differs.
         at = np.minimum(np.searchsorted(self._pointer, pointer), len(self._pointer) - 1)
         found = (self._pointer[at] == pointer) & (self._sample[at] == sample.astype(np.uint64))
         return np.where(found, self._size[at], 0).astype(np.uint64)
@@ -77,11 +78,13 @@ def array_type(arguments: bytes) -> tuple[np.dtype, tuple[int, ...]]:
     """
     row = np.frombuffer(arguments, _ARGUMENTS, 1)[0]
     shape = row["shape"].tolist()
+    # The descriptor has room for 32 axes; zeros fill the unused ones.
     while shape and shape[-1] == 0:
         shape.pop()
     if any(not 0 < axis < _MAX_AXIS for axis in shape):
         raise ValueError(f"has an impossible shape {tuple(shape)}")
-    length, text = int(row["length"]), row["dtype"].tobytes()
+    length = int(row["length"])
+    text = row["dtype"].tobytes()
     if not 0 < length <= len(text):
         raise ValueError(f"describes its type in {length} bytes")
     try:
@@ -102,11 +105,14 @@ def read_numbers(column: np.ndarray) -> np.ndarray:
 def read_bytes(column: Column) -> list[np.ndarray]:
     """Read-only uint8 views, one per sample. records: (pointer, size)."""
     data, regions, records, samples, fail = column
-    pointer, size = records["pointer"], records["size"]
+    pointer = records["pointer"]
+    size = records["size"]
     stored = regions.sizes(samples, pointer)
-    for k in np.flatnonzero((stored != size) & (size != 0))[:1]:
+    wrong = (stored != size) & (size != 0)
+    if wrong.any():
+        k = int(wrong.argmax())
         fail(
-            f"sample {samples[k]} says {size[k]} bytes at {pointer[k]}, where it has a region of "
+            f"sample {samples[k]} records {size[k]} bytes at {pointer[k]}, where it has a region of "
             f"{stored[k]}"
         )
     # a value without bytes has no region, and its pointer has no meaning
@@ -128,7 +134,7 @@ def read_json(column: Column) -> list[Any]:
 
 
 def read_arrays(column: Column, arguments: bytes) -> np.ndarray:
-    """[B, *shape] of the declared dtype. records: pointers. arguments: of the descriptor."""
+    """[B, *shape] of the declared dtype. records: pointers. arguments: those of the descriptor."""
     data, regions, pointers, samples, fail = column
     try:
         dtype, shape = array_type(arguments)
@@ -136,14 +142,18 @@ def read_arrays(column: Column, arguments: bytes) -> np.ndarray:
         fail(str(error))
     expected = dtype.itemsize * math.prod(shape)
     stored = regions.sizes(samples, pointers)
-    for k in np.flatnonzero(stored != min(expected, layout.MAX_PAGE + 1))[:1]:
+    # Clipped, because `expected` of a hostile shape can exceed 64 bits.
+    wrong = stored != min(expected, layout.MAX_PAGE + 1)
+    if wrong.any():
+        k = int(wrong.argmax())
         fail(
             f"sample {samples[k]} has a region of {stored[k]} bytes at {pointers[k]}, "
             f"{dtype.name} {shape} takes {expected}"
         )
     # without samples nothing was compared, and a hostile shape could be too large for an array
     if not len(samples) and expected > layout.MAX_PAGE:
-        expected, shape = 0, (0,)
+        expected = 0
+        shape = (0,)
     values = np.empty((len(samples), expected), np.uint8)
     for row, pointer in zip(values, pointers.tolist(), strict=True):
         row[:] = data[pointer : pointer + expected]

@@ -135,7 +135,8 @@ class PageWriter:
     def __init__(
         self, write: Callable[[bytes | bytearray, int], None], most: int, page_size: int
     ) -> None:
-        self._write, self._page_size = write, page_size
+        self._write = write
+        self._page_size = page_size
         self._fields = np.array([(IMAGE, b"image", b""), (INT, b"label", b"")], DESCRIPTOR)
         self._records = np.zeros(most, record_dtype([IMAGE, INT]))
         self._table = np.zeros(most, TABLE_ROW)
@@ -154,6 +155,7 @@ class PageWriter:
         size = len(payload)
         if size > self._page_size:
             raise ValueError(f"{size} bytes do not fit into a page of {self._page_size}")
+        # A sample must not cross the end of a page: the rest of this page stays zeros.
         if self._used + size > self._page_size:
             self._close_page()
         pointer = self._page_at + self._used
@@ -164,6 +166,7 @@ class PageWriter:
         self.count += 1
 
     def _close_page(self) -> None:
+        # The buffer still has bytes of the page before; equal sources must give equal files.
         self._page[self._used :] = bytes(self._page_size - self._used)
         self._write(self._page, self._page_at)
         self._page_at += self._page_size
@@ -175,6 +178,7 @@ class PageWriter:
         table = self._table[: self.count].tobytes()
         self._write(table, self._page_at)
         self._write(self._fields.tobytes() + self._records[: self.count].tobytes(), HEADER.itemsize)
+        # Last: until now its bytes are zeros, which mark an unfinished file.
         header = (VERSION, len(self._fields), self._page_size, self.count, self._page_at)
         self._write(np.array(header, HEADER).tobytes(), 0)
         return self._page_at + len(table)

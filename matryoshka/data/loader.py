@@ -146,7 +146,7 @@ class Loader:
         self.crop = crop
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
-            # the loading thread has a current device of its own, which may be another one
+            # The current device is a property of the thread; the loading thread may have another.
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.seed = seed
         self.drop_last = drop_last
@@ -157,8 +157,9 @@ class Loader:
         self.on_error = on_error
         self.wait = 0.0
         self.skipped: list[Skipped] = []
-        self.epoch = 0
+        self.epoch = 0  # the setter: also sets `_next` and `_position`
         self._pool = _native.Pool(num_workers or available_cores())
+        # Copies on the default stream would wait for the training step that is running there.
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __len__(self) -> int:
@@ -198,6 +199,7 @@ class Loader:
     @property
     def _identity(self) -> dict[str, Any]:
         """Everything that decides which sample is in which batch."""
+        # With another window, quasi_random has another order; the other orders ignore it.
         window = {"window_pages": self.window_pages} if self.order == "quasi_random" else {}
         return {
             "seed": self.seed,
@@ -217,6 +219,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, first = self._next
+        # Set at once, not at the end: an abandoned epoch must not repeat.
         self._next = epoch + 1, 0
         self._position = _Position(epoch, first)
         return self._run(self._position, self.crop)
@@ -232,11 +235,14 @@ class Loader:
         with closing(self._start_epoch(slices, epoch, crop)) as loading:
             while loaded := next(loading, None):
                 self.wait += time.perf_counter() - start
+                # Advanced before the batch is handed out: a state that is saved while the consumer
+                # works on this batch continues after it.
                 position.batch = loaded.number + 1
                 self.skipped += loaded.skipped
                 if len(loaded.batch.labels):
                     yield loaded.batch
                 elif self.drop_last:
+                    # Training: a rank with fewer batches would leave the others waiting for it.
                     first = loaded.skipped[0]
                     raise BetonError(
                         f"{self.dataset.path}: none of the {len(loaded.skipped)} images of a batch "
@@ -244,7 +250,8 @@ class Loader:
                     )
                 start = time.perf_counter()
             self.wait += time.perf_counter() - start
-        position.epoch, position.batch = epoch + 1, 0
+        position.epoch = epoch + 1
+        position.batch = 0
 
     def _rank_batches(self, epoch: int, first: int) -> list[tuple[int, np.ndarray]]:
         """(number of the global batch, this rank's sample indices), from batch `first` on."""
@@ -265,6 +272,7 @@ class Loader:
             world=self.world,
             first=first,
         )
+        # Where ranks outnumber the samples of the last batch, the slices of some are empty.
         return [(number, indices) for number, indices in enumerate(slices, first) if len(indices)]
 
     def _start_epoch(
@@ -302,10 +310,12 @@ class Loader:
         """
         status = np.empty(len(images), np.uint8)
         for samples in parts:
-            rows, crops = samples.rows, crops_of(samples)
+            rows = samples.rows
+            crops = crops_of(samples)
             if isinstance(rows, slice):  # a view: decoded in place
                 status[rows] = self._decode(samples, crops, images[rows], exact)
             else:
+                # Indexing with an array makes a copy, into which decoding would be lost.
                 scattered = np.empty((len(rows), *images.shape[1:]), np.uint8)
                 status[rows] = self._decode(samples, crops, scattered, exact)
                 images[rows] = scattered
@@ -317,15 +327,15 @@ class Loader:
         """Fill `images` with the samples' crops; status uint8 [n], 0 where it worked."""
         return _native.decode_batch(
             self._pool,
-            samples.data,
-            samples.offset,
-            samples.size,
-            samples.mode,
-            samples.width,
-            samples.height,
-            crops,
-            images,
-            exact,
+            data=samples.data,
+            offset=samples.offset,
+            size=samples.size,
+            mode=samples.mode,
+            width=samples.width,
+            height=samples.height,
+            crops=crops,
+            out=images,
+            exact=exact,
         )
 
     def _failed(
@@ -343,7 +353,7 @@ class Loader:
 
 
 class _Epoch:
-    """The running part of one epoch: batches in order, decoded ahead on a thread of its own.
+    """The running part of one epoch: batches in order, decoded ahead on a separate thread.
 
     `next` gives the next LoadedBatch, `close` ends the threads. slices: (number of the global
     batch, sample indices).
@@ -370,6 +380,7 @@ class _Epoch:
         return self
 
     def __next__(self) -> LoadedBatch:
+        # One more than `prefetch`: the batch that is returned below is among them.
         while len(self._ahead) <= self._loader.prefetch and self._next < len(self._slices):
             number, indices = self._slices[self._next]
             self._ahead.append((number, self._executor.submit(self._load, self._next, indices)))
@@ -387,7 +398,8 @@ class _Epoch:
 
     def _load(self, position: int, indices: np.ndarray) -> tuple[Batch, Any, list[Skipped]]:
         """One batch, on the epoch's thread: read, crop, decode, start the copy to the device."""
-        loader, crop = self._loader, self._crop
+        loader = self._loader
+        crop = self._crop
 
         def crops_of(samples: Samples) -> np.ndarray:
             rows = indices[samples.rows]
@@ -404,7 +416,9 @@ class _Epoch:
         if status.any():
             skipped = loader._failed(indices, status, self._unreadable)
             good = np.flatnonzero(status == 0)
+            # Compacted to the front: a batch is one contiguous piece, which `send` copies at once.
             images[: len(good)] = images[good]
             indices = indices[good]
+        # A copy: on a CPU the tensor shares the array's memory, which is a view of the epoch's order.
         batch, sent = self._slots.send(images, loader.dataset.labels[indices], indices.copy())
         return batch, sent, skipped

@@ -19,7 +19,7 @@ MAX_SEED = 2**64 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class WriteOptions:
-    """What decides the bytes of a .beton besides its source. BetonError for illegal values."""
+    """Options that determine the bytes of a .beton. BetonError for illegal values."""
 
     max_resolution: int = option(
         help="longest side in pixels; larger images are reduced to it", low=1, high=MAX_RESOLUTION

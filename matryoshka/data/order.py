@@ -36,6 +36,7 @@ def epoch_order(
     """
     if kind == "sequential":
         return np.arange(n, dtype=np.int64)
+    # A counter-based generator: its key is the whole state, so a resumed epoch needs no other.
     stream = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
     if kind == "random":
         return _argsort(stream.random_raw(n))
@@ -49,20 +50,21 @@ def epoch_order(
 
 
 def _window_keys(pages: np.ndarray, stream: np.random.Philox, window: int) -> np.ndarray:
-    """Sort keys uint64 [n]: a random moment of each sample inside the time its page is held.
+    """Sort keys, uint64 [n]: for each sample a random moment in the time that its page is held.
 
-    Pages are loaded in random order. The page at place p of that order is held from
+    Pages are loaded in random order. The page at position p of that order is held from
     max(p - window + 1, 0) until p + 1, or until there is nothing left to load. So min(window, all)
     pages are held at every moment, also at both ends of the epoch: no batch is drawn from few
     pages. Times are integers in units of 2^-32, so nothing is rounded.
     """
     used = np.flatnonzero(np.bincount(pages))
     count = len(used)
-    place = np.zeros(int(used[-1]) + 1 if count else 0, np.int64)
-    place[used[_argsort(stream.random_raw(count))]] = np.arange(count)
-    begin = np.maximum(place - window + 1, 0).astype(np.uint64)
-    end = np.minimum(place + 1, max(count - window, 0) + 1).astype(np.uint64)
+    position = np.zeros(int(used[-1]) + 1 if count else 0, np.int64)
+    position[used[_argsort(stream.random_raw(count))]] = np.arange(count)
+    begin = np.maximum(position - window + 1, 0).astype(np.uint64)
+    end = np.minimum(position + 1, max(count - window, 0) + 1).astype(np.uint64)
 
+    # The upper half of a key counts pages, the lower half is a fraction: 32 random bits.
     moment = stream.random_raw(len(pages)) >> np.uint64(32)
     keys = (begin[pages] << np.uint64(32)) + moment * (end - begin)[pages]
     # _argsort compares the upper bits first: shifted to the top, few keys are equal in them

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matryoshka.data.reader import BetonFile
 
 READERS = 8  # threads: enough requests in flight for network volumes and solid-state disks
-PAGES_AHEAD = 4
+PAGES_AHEAD = 4  # beyond the pages that the batches need at a time
 BATCHES_AHEAD = 2
 
 
@@ -49,7 +49,7 @@ class Feed(Protocol):
 
 
 class MapFeed:
-    """A feed of a dataset whose bytes are all at hand: a mapped file, an image folder.
+    """A feed of a dataset that can be read at any time: a mapped file, an image folder.
 
     fetch: indices int64 [B] -> list of Samples.
     """
@@ -104,18 +104,18 @@ class PagedFile:
         """The images of `indices` (int64 [B]) in `buffer`, at `offset` (uint64 [B])."""
         data = self.data
         return Samples(
-            buffer,
-            offset,
-            data.size[indices],
-            data.mode[indices],
-            data.width[indices],
-            data.height[indices],
+            data=buffer,
+            offset=offset,
+            size=data.size[indices],
+            mode=data.mode[indices],
+            width=data.width[indices],
+            height=data.height[indices],
         )
 
     def read(self, into: np.ndarray, offset: int) -> None:
         """Fill `into` with the bytes at `offset`. BetonError when they cannot be read."""
         view = into.data
-        while view:  # the system may read less than it is asked for
+        while view:  # a system call may read a part only
             try:
                 count = os.preadv(self._descriptor, [view], offset)
             except OSError as error:
@@ -134,7 +134,9 @@ class PagedFile:
 
     def take_buffer(self, size: int) -> np.ndarray:
         """Uninitialised uint8 [size or more]: the last epoch's buffer where it is large enough."""
-        spare, self._spare = self._spare, np.empty(0, np.uint8)
+        # Taken out of `_spare`: two feeds at a time must not share a buffer.
+        spare = self._spare
+        self._spare = np.empty(0, np.uint8)
         return spare if len(spare) >= size else np.empty(size, np.uint8)
 
     def give_buffer(self, buffer: np.ndarray) -> None:
@@ -196,6 +198,7 @@ class PageFeed(_Reads):
         self._to_read = deque(pages[np.argsort(plan.first[pages], kind="stable")].tolist())
         self._to_drop = deque(pages[np.argsort(plan.last[pages], kind="stable")].tolist())
         self._reads: dict[int, Future] = {}
+        # `most` slots are enough to make progress; the others let reads run ahead of the batches.
         slots = min(plan.most + PAGES_AHEAD, len(pages))
         self._slot = np.zeros(len(plan.first), np.uint64)  # of each page that is in the buffer
         self._free = list(range(slots))
@@ -226,13 +229,15 @@ class PageFeed(_Reads):
         # batch needs: the pages of the batch that is waited for are always among those taken.
         page_size = self._file.data.page_size
         while self._free and self._to_read:
-            page, slot = self._to_read.popleft(), self._free.pop()
+            page = self._to_read.popleft()
+            slot = self._free.pop()
             self._slot[page] = slot
             start = page * page_size
             size = min(page_size, self._file.data.num_bytes - start)
+            # The hint reaches the disk for all free slots at once, not only for READERS of them.
             self._file.expect(start, size)
-            place = self._buffer[slot * page_size : slot * page_size + size]
-            self._reads[page] = self._threads.submit(self._file.read, place, start)
+            target = self._buffer[slot * page_size : slot * page_size + size]
+            self._reads[page] = self._threads.submit(self._file.read, target, start)
 
     def close(self) -> None:
         super().close()
@@ -280,15 +285,16 @@ class ImageFeed(_Reads):
         buffer = self._free.pop() if self._free else np.empty(0, np.uint8)
         if len(buffer) < end[-1]:
             buffer = np.empty(int(end[-1]), np.uint8)
-        places = list(zip((end - size).tolist(), end.tolist(), at.tolist(), strict=True))
+        # (start, end) in the buffer, position in the file
+        spans = list(zip((end - size).tolist(), end.tolist(), at.tolist(), strict=True))
         # thread i reads images i, i + READERS, ...: neighbours in the file at the same time
         reads = [
-            self._threads.submit(self._read_all, buffer, places[i::READERS]) for i in range(READERS)
+            self._threads.submit(self._read_all, buffer, spans[i::READERS]) for i in range(READERS)
         ]
         offset = np.empty_like(end)
         offset[order] = end - size
         self._begun[k] = buffer, offset, reads
 
-    def _read_all(self, buffer: np.ndarray, places: list[tuple[int, int, int]]) -> None:
-        for start, end, at in places:
+    def _read_all(self, buffer: np.ndarray, spans: list[tuple[int, int, int]]) -> None:
+        for start, end, at in spans:
             self._file.read(buffer[start:end], at)

@@ -25,7 +25,7 @@ from matryoshka.data.layout import BetonError, Samples
 from matryoshka.data.pages import MapFeed, PagedFile
 from matryoshka.files import open_regular
 
-PART = 1 << 16  # rows of metadata that are checked together
+PART = 1 << 16  # rows of metadata that are checked together: bounds the memory of opening
 
 
 def manifest_path(path: str | os.PathLike) -> Path:
@@ -93,12 +93,12 @@ class BetonFile:
         """
         self._check_open()
         samples = Samples(
-            self._data,
-            self.offset[indices],
-            self.size[indices],
-            self.mode[indices],
-            self.width[indices],
-            self.height[indices],
+            data=self._data,
+            offset=self.offset[indices],
+            size=self.size[indices],
+            mode=self.mode[indices],
+            width=self.width[indices],
+            height=self.height[indices],
         )
         return [samples]
 
@@ -107,6 +107,7 @@ class BetonFile:
 
     def pages(self) -> np.ndarray:
         """The page that holds each sample's image, int64 [N]."""
+        # A region never crosses the end of a page (_checked): its first byte decides.
         shift = np.uint64(self.page_size.bit_length() - 1)
         return (self.offset >> shift).astype(np.int64)
 
@@ -141,6 +142,7 @@ class BetonFile:
         def fail(reason: str) -> NoReturn:
             raise self._error(f"field {name!r}: {reason}")
 
+        # Built on demand: training reads images and labels only, which need no table.
         if self._by_position is None:
             self._by_position = fields.Regions(self._regions())
         column = fields.Column(self._data, self._by_position, records, samples, fail)
@@ -204,6 +206,7 @@ class BetonFile:
                     raise self._error(
                         f"is not a .beton file: {size} bytes are fewer than its header"
                     )
+                # The map stays valid after the file is closed.
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise self._error(error.strerror or str(error)) from error
@@ -219,8 +222,11 @@ class BetonFile:
 
     def _read_header(self) -> None:
         header = self._rows(layout.HEADER, 0, 1)[0]
-        version, self._page_size = int(header["version"]), int(header["page_size"])
-        self._num_fields, self._num_samples = int(header["num_fields"]), int(header["num_samples"])
+        # Python integers: sums and products of hostile values must not wrap around.
+        version = int(header["version"])
+        self._page_size = int(header["page_size"])
+        self._num_fields = int(header["num_fields"])
+        self._num_samples = int(header["num_samples"])
         self._table = int(header["table"])
         size = self._size
         if version != layout.VERSION:
@@ -259,7 +265,8 @@ class BetonFile:
     def _read_fields(self) -> None:
         self.fields: list[tuple[str, int]] = []
         for row in self._descriptors():
-            name, kind = row["name"].decode("ascii", "backslashreplace"), int(row["type"])
+            name = row["name"].decode("ascii", "backslashreplace")
+            kind = int(row["type"])
             if kind == layout.CUSTOM:
                 raise self._error(
                     f"field {name!r} has a custom type, which only the program that wrote it can "
@@ -307,12 +314,15 @@ class BetonFile:
             if self._labels is not None:
                 self._labels[part] = records[label]
             image = records[self._image]
-            self.width[part], self.height[part] = image["width"], image["height"]
-            self.mode[part], self.offset[part] = image["mode"], image["pointer"]
+            self.width[part] = image["width"]
+            self.height[part] = image["height"]
+            self.mode[part] = image["mode"]
+            self.offset[part] = image["pointer"]
         self._reject((self.width == 0) | (self.height == 0), "has no pixels (width or height is 0)")
         self._reject(self.mode > layout.RAW, "has an unknown mode (neither jpg nor raw)")
         self._read_table()
         self._reject(self.size == 0, "points to bytes that are not the start of one of its regions")
+        # A JPEG stream has its own size, which the decoder compares; raw pixels have none.
         for start in range(0, n, PART):
             part = slice(start, start + PART)
             pixels = self.width[part].astype(np.uint64) * self.height[part].astype(np.uint64)
@@ -340,7 +350,8 @@ class BetonFile:
         """
         for start in range(0, count, PART):
             part = slice(start, min(start + PART, count))
-            begin, end = offset + start * dtype.itemsize, offset + part.stop * dtype.itemsize
+            begin = offset + start * dtype.itemsize
+            end = offset + part.stop * dtype.itemsize
             yield part, self._rows(dtype, begin, part.stop - start)
             if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
                 begin -= begin % mmap.PAGESIZE
@@ -357,17 +368,21 @@ class BetonFile:
         end = np.uint64(0)
         for _, part in self._parts(layout.TABLE_ROW, self._table, self._table_rows()):
             rows = self._checked(_not_empty(part))
-            sample, pointer, size = rows["sample"], rows["pointer"], rows["size"]
+            sample = rows["sample"]
+            pointer = rows["pointer"]
+            size = rows["size"]
             is_image = pointer == self.offset[sample]  # the other regions belong to other fields
             self.size[sample[is_image]] = size[is_image]
             if len(rows) and ordered:
                 ends = np.concatenate([[end], pointer + size])
-                ordered, end = bool((pointer >= ends[:-1]).all()), ends[-1]
+                ordered = bool((pointer >= ends[:-1]).all())
+                end = ends[-1]
         if not ordered:  # FFCV writes the table in the order in which its workers finish
             rows = self._regions()
             pointer = rows["pointer"]
             order = np.argsort(pointer, kind="stable")
-            pointer, size = pointer[order], rows["size"][order]
+            pointer = pointer[order]
+            size = rows["size"][order]
             self._reject(
                 pointer[1:] < pointer[:-1] + size[:-1],
                 "has a region that overlaps the next one",
@@ -376,8 +391,11 @@ class BetonFile:
 
     def _checked(self, rows: np.ndarray) -> np.ndarray:
         """`rows`, after a check that each region is inside the pages and inside one of them."""
-        sample, pointer, size = rows["sample"], rows["pointer"], rows["size"]
+        sample = rows["sample"]
+        pointer = rows["pointer"]
+        size = rows["size"]
         self._reject(sample >= self._num_samples, "of the allocation table does not exist", sample)
+        # `size > table - pointer`, because `pointer + size` could exceed 64 bits.
         outside = (
             (pointer < self._records_end) | (pointer > self._table) | (size > self._table - pointer)
         )
@@ -386,6 +404,7 @@ class BetonFile:
             f"has a region outside the pages (bytes {self._records_end} to {self._table})",
             sample,
         )
+        # A power of two: the upper bits of a position are the number of its page.
         shift = np.uint64(self._page_size.bit_length() - 1)
         crosses = (pointer >> shift) != ((pointer + size - np.uint64(1)) >> shift)
         self._reject(crosses, "has a region that crosses the end of a page", sample)
@@ -408,11 +427,14 @@ class BetonFile:
             reason = getattr(error, "strerror", None) or error
             raise BetonError(f"{path}: cannot be read: {reason}") from error
         try:
-            self.manifest = manifest = json.loads(text)
+            # RecursionError: deeply nested lists exhaust the parser's stack.
+            manifest = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise BetonError(f"{path}: is not JSON: {error}") from error
         if not isinstance(manifest, dict):
             raise BetonError(f"{path}: is not a JSON object")
+        self.manifest = manifest
+        # The side file may have been left from another .beton of the same name.
         for key, actual in (("num_samples", len(self)), ("num_bytes", self._size)):
             if manifest.get(key, actual) != actual:
                 raise BetonError(

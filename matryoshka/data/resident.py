@@ -40,6 +40,7 @@ class ResidentLoader(Loader):
 
     def _decode_dataset(self) -> None:
         n = len(self.dataset)
+        # Chunk by chunk: the host never holds all decoded pixels.
         chunks = [np.arange(i, min(i + _CHUNK, n)) for i in range(0, n, _CHUNK)]
         feed, unreadable = self._feed(chunks)
         shape = None  # height, width
@@ -54,6 +55,7 @@ class ResidentLoader(Loader):
                             f"{self.dataset.path}: none of the first {len(indices)} images can be "
                             "read"
                         )
+                    # The first image that can be read decides the size of all of them.
                     height, width = sides[int(readable.argmax())].tolist()
                     shape = height, width
                     self._images = self._allocate(n, height, width)
@@ -74,9 +76,9 @@ class ResidentLoader(Loader):
     def _check_sides(
         self, indices: np.ndarray, sides: np.ndarray, readable: np.ndarray, shape: tuple[int, int]
     ) -> None:
-        other = readable & (sides != shape).any(axis=1)
-        if other.any():
-            b = int(other.argmax())
+        different = readable & (sides != shape).any(axis=1)
+        if different.any():
+            b = int(different.argmax())
             height, width = sides[b].tolist()
             raise BetonError(
                 f"{self.dataset.path}: {self.dataset.name(int(indices[b]))} has "
@@ -105,8 +107,9 @@ class ResidentLoader(Loader):
             yield LoadedBatch(number, Batch(images, self._labels[index], index), skipped)
 
     def _without_broken(self, indices: np.ndarray) -> tuple[np.ndarray, list[Skipped]]:
+        """The indices of readable images, and the records of the others."""
         if not self._broken:
-            return indices.copy(), []
+            return indices.copy(), []  # on a CPU the tensor shares its memory
         broken = np.array([i in self._broken for i in indices.tolist()])
         return indices[~broken], [self._broken[i] for i in indices[broken].tolist()]
 
@@ -114,6 +117,7 @@ class ResidentLoader(Loader):
         self, images: torch.Tensor, indices: np.ndarray, epoch: int, crop: Crop
     ) -> torch.Tensor:
         height, width = images.shape[1:3]
+        # PadCrop shifts images that already have its size; any other image is resized first.
         if not isinstance(crop, PadCrop) or (height, width) != (crop.size, crop.size):
             widths = np.full(len(indices), width, np.int32)
             heights = np.full(len(indices), height, np.int32)

@@ -41,7 +41,8 @@ class ResizedImages(Loader):
 
 
 def _stored_picture(samples: Samples, b: int) -> Image.Image:
-    start, size = int(samples.offset[b]), int(samples.size[b])
+    start = int(samples.offset[b])
+    size = int(samples.size[b])
     stored = np.asarray(samples.data)[start : start + size]
     if samples.mode[b] == JPG:
         file = io.BytesIO(stored.tobytes())
@@ -56,6 +57,7 @@ def resize_and_crop(picture: Image.Image) -> np.ndarray:
     width, height = (
         RESIZE if side == short else int(RESIZE * side / short) for side in picture.size
     )
+    # `round` here and `int` above, as in torchvision: other rounding moves the crop by a pixel.
     left = round((width - CROP) / 2)
     top = round((height - CROP) / 2)
     resized = picture.resize((width, height), Image.Resampling.BILINEAR)

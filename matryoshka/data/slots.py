@@ -37,6 +37,7 @@ class HostSlots:
     def take(self, count: int, size: int) -> np.ndarray:
         """An uninitialised array, uint8 [count, size, size, 3]."""
         shape = (count, size, size, 3)
+        # Arrays of another crop size are dropped: after a change of resolution nobody takes them.
         self.arrays = [a for a in self.arrays if a.shape[1:] == shape[1:] and len(a) >= count]
         for i in range(len(self.arrays)):
             if sys.getrefcount(self.arrays[i]) == 2:  # the list's and getrefcount's own
@@ -106,7 +107,8 @@ class PinnedSlots:
     """
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream, count: int = 3) -> None:
-        self._device, self._stream = device, stream
+        self._device = device
+        self._stream = stream
         self._ring = Ring(count, self._allocate)
 
     def _allocate(self, num_bytes: int) -> Tensor:
@@ -116,7 +118,8 @@ class PinnedSlots:
 
     def take(self, count: int, size: int) -> np.ndarray:
         """An uninitialised array, uint8 [count, size, size, 3]."""
-        self._count, self._size = count, size
+        self._count = count
+        self._size = size
         self._entry = self._ring.take(batch_bytes(count, size))
         return batch_views(self._entry.buffer, count, size)[0].numpy()
 
@@ -126,13 +129,15 @@ class PinnedSlots:
         """Start to copy the first len(labels) images to the device; the event marks the end of the
         copy.
         """
-        n, whole = len(labels), batch_bytes(self._count, self._size)
+        n = len(labels)
+        num_bytes = batch_bytes(self._count, self._size)
         numbers = batch_views(self._entry.buffer, self._count, self._size)[1]
         numbers[0, :n] = torch.from_numpy(labels)
         numbers[1, :n] = torch.from_numpy(index)
         copied = torch.cuda.Event()
         with torch.cuda.stream(self._stream):
-            piece = self._entry.buffer[:whole].to(self._device, non_blocking=True)
+            # Images, labels and indices in one transfer; every transfer has a fixed cost.
+            piece = self._entry.buffer[:num_bytes].to(self._device, non_blocking=True)
             copied.record(self._stream)
         self._entry.copied = copied
         on_device, numbers = batch_views(piece, self._count, self._size)

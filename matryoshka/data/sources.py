@@ -83,14 +83,14 @@ def decode_image(data: bytes) -> Decoded:
                 )
         except ValueError as error:
             damage = str(error)
-        return _decode_with_pillow(data)._replace(
-            content="JPEG", damage=damage
-        )  # Pillow may say MPO
+        # Pillow's name may be MPO, for a JPEG with further pictures behind the first.
+        return _decode_with_pillow(data)._replace(content="JPEG", damage=damage)
     return _decode_with_pillow(data)
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Apply an EXIF orientation, 1 to 8, to pixels uint8 [H, W, 3]."""
+    # EXIF 2.3, tag 0x0112: 5 to 8 swap rows and columns; 2, 3, 6, 7 and 3, 4, 7, 8 mirror them.
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -158,6 +158,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
             values = np.asarray(image.crop((0, top, width, min(top + rows, height))))
             if values.min() < 0 or values.max() > 0xFFFF:
                 raise ValueError("32-bit pixels have no defined range")
+            # 65535 = 257 * 255: the largest 16-bit value becomes the largest 8-bit value.
             out[top : top + rows] = (values // 257)[:, :, None]
         return out
     image.info.pop("transparency", None)  # dropped in any case; Pillow warns about a palette's
@@ -190,11 +191,11 @@ class ImageFolder:
         self._names: list[str] = []
         counts = []
         for name in self.classes:
-            found = sorted(_images(self.path / name))
-            if not found:
-                raise BetonError(f"{self.path / name}: holds no images ({' '.join(EXTENSIONS)})")
-            self._names += [os.path.join(name, folder, file) for folder, file in found]
-            counts.append(len(found))
+            images = sorted(_images(self.path / name))
+            if not images:
+                raise BetonError(f"{self.path / name}: has no images ({' '.join(EXTENSIONS)})")
+            self._names += [os.path.join(name, folder, file) for folder, file in images]
+            counts.append(len(images))
         self.labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
 
     def __len__(self) -> int:
@@ -239,7 +240,7 @@ class ImageFolder:
                 unreadable[index] = str(error)
                 return _Stored()
 
-        # reads wait for the disk and Pillow releases the GIL: threads help both
+        # Reads wait for the disk and Pillow releases the GIL: threads help both.
         with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1)), "matryoshka-folder") as readers:
             stored = list(readers.map(stored_or_nothing, indices.tolist()))
         size = np.array([len(image.data) for image in stored], np.uint64)
@@ -314,6 +315,7 @@ class Digits:
         everything = np.arange(len(labels))
         train, val = train_test_split(everything, test_size=0.2, random_state=0, stratify=labels)
         self._positions = np.sort(train if split == "train" else val)
+        # Grey levels 0 to 16 become 0 to 255.
         self._images = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         self.classes = [str(digit) for digit in range(10)]
         self.labels = labels[self._positions].astype(np.int64)

@@ -30,13 +30,11 @@ def check_state(
     ]
     if differences:
         raise StateError(f"{path}: the state is of another run: {'; '.join(differences)}")
-    epoch, batch = state["epoch"], state["batch"]
-    if (
-        type(epoch) is not int
-        or type(batch) is not int
-        or epoch < 0
-        or not 0 <= batch <= num_batches
-    ):
+    epoch = state["epoch"]
+    batch = state["batch"]
+    # `type(...) is int`, because JSON's true is an instance of int as well.
+    are_integers = type(epoch) is int and type(batch) is int
+    if not are_integers or epoch < 0 or not 0 <= batch <= num_batches:
         raise StateError(
             f"{path}: the state has epoch {epoch!r} and batch {batch!r}; expected epoch "
             f"0 or more and batch 0 to {num_batches}"

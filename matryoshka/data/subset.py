@@ -15,7 +15,7 @@ from matryoshka.data.sources import ImageFolder
 class Subset:
     """The samples `indices` (int64 [n], any order) of an opened dataset, as a dataset.
 
-    Labels keep their meaning: classes and num_classes are those of `dataset`, which has to stay
+    Labels keep their meaning: classes and num_classes are those of `dataset`, which must stay
     open. A subset has no pages: it is always read through `dataset.fetch`.
     """
 
@@ -46,6 +46,7 @@ class Subset:
         return None
 
     def fingerprint(self) -> int:
+        # Another selection is another dataset for a loader's state.
         return zlib.crc32(self.indices.tobytes(), self.dataset.fingerprint())
 
     def preload(self) -> None:

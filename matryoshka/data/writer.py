@@ -113,6 +113,7 @@ def write_beton(
         num_bytes = pages.finish()
         content = manifest.content(pages.count, num_bytes)
         side.append(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+        # Both on the disk before either gets its name.
         file.flush()
         side.flush()
         side.publish()  # first: a .beton must never be seen with the class names of an older one
@@ -155,6 +156,7 @@ def select_subset(labels: np.ndarray, n: int, seed: int) -> np.ndarray:
     """
     if n == -1:
         return np.arange(len(labels))
+    # The raw stream, which NumPy guarantees across versions, as in order.py.
     shuffled = np.argsort(np.random.Philox(key=seed).random_raw(len(labels)), kind="stable")
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     _, first, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
@@ -179,11 +181,12 @@ def _encode_all(
         try:
             for start in range(0, len(indices), chunk):
                 window.append(pool.submit(encode_chunk, indices[start : start + chunk].tolist()))
+                # Two chunks beyond the workers' keep them busy while this thread writes.
                 if len(window) > workers + 2:
                     yield from window.popleft().result()
             while window:
                 yield from window.popleft().result()
-        finally:
+        finally:  # also when the consumer stops early or Ctrl-C interrupts it
             pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -202,6 +205,7 @@ def _encode(source: Source, index: int, options: WriteOptions) -> _Stored:
     except ValueError as error:
         return _Stored(index, notes=(("broken", str(error)),))
 
+    # ---- properties of the file, for the manifest ----
     pixels = image.pixels
     notes = []
     if image.grayscale:
@@ -217,26 +221,32 @@ def _encode(source: Source, index: int, options: WriteOptions) -> _Stored:
         if options.exif_rotate:
             pixels = upright(pixels, image.orientation)
 
+    # ---- size and storage ----
     height, width = pixels.shape[:2]
     if max(height, width) > options.max_resolution:
         height, width = reduced_size(height, width, options.max_resolution)
         notes.append(("resized", ""))
         pixels = _native.resize(pixels, height, width)
     if _stored_as_jpg(options, pixels.nbytes, index):
-        payload, mode = _native.encode(pixels, int(options.jpeg_quality)), layout.JPG
+        payload = _native.encode(pixels, int(options.jpeg_quality))
+        mode = layout.JPG
     else:
-        payload, mode = np.ascontiguousarray(pixels).reshape(-1).data, layout.RAW
-    return _Stored(index, payload, mode, width, height, tuple(notes))
+        payload = np.ascontiguousarray(pixels).reshape(-1).data
+        mode = layout.RAW
+    return _Stored(
+        index, payload=payload, mode=mode, width=width, height=height, notes=tuple(notes)
+    )
 
 
 def _transcoded(data: bytes, index: int, options: WriteOptions) -> _Stored | None:
-    """The coefficients of a source JPEG, with restart markers added; None if the image has to be
+    """The coefficients of a source JPEG, with restart markers added; None if the image must be
     decoded.
     """
     try:
         width, height, components = _native.jpeg_size(data)
-        turned = _exif_orientation(data) != 1
-        if max(width, height) > options.max_resolution or (turned and options.exif_rotate):
+        is_turned = _exif_orientation(data) != 1
+        # Resizing and rotating need pixels.
+        if max(width, height) > options.max_resolution or (is_turned and options.exif_rotate):
             return None
         if options.transcode == "fit" and not _stored_as_jpg(options, 3 * width * height, index):
             return None
@@ -246,10 +256,16 @@ def _transcoded(data: bytes, index: int, options: WriteOptions) -> _Stored | Non
     notes = []
     if components == 1:
         notes.append(("grayscale", ""))
-    if turned:
+    if is_turned:
         notes.append(("exif_orientation", ""))
     return _Stored(
-        index, payload, layout.JPG, width, height, notes=tuple(notes), source_bytes=len(data)
+        index,
+        payload=payload,
+        mode=layout.JPG,
+        width=width,
+        height=height,
+        notes=tuple(notes),
+        source_bytes=len(data),
     )
 
 
@@ -261,6 +277,7 @@ def reduced_size(height: int, width: int, max_resolution: int) -> tuple[int, int
 
 def _stored_as_jpg(options: WriteOptions, raw_bytes: int, index: int) -> bool:
     if options.write_mode == "proportion":
+        # A hash of the index, not a stream: the choice must not depend on the order of threads.
         share = options.compress_probability
         return share is not None and _uniform(options.seed, index) < share
     if options.write_mode == "smart":  # without a threshold everything is raw, as in FFCV
@@ -287,8 +304,10 @@ class _Manifest:
     """The record of how samples were stored; independent of time, machine and threads."""
 
     def __init__(self, source: Source, options: WriteOptions) -> None:
-        self._source, self._options = source, options
+        self._source = source
+        self._options = options
         self._names: list[str] = []
+        # From 0, so that the manifest lists every count.
         self._counts: dict[str, int] = dict.fromkeys(
             ("jpg", "raw", "resized", "grayscale", "exif_orientation"), 0
         )

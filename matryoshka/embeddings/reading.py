@@ -70,6 +70,7 @@ class Ids(Sequence[str]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]  # resolves negative indices
+        # Checked at each access: reading all ends when the folder is opened would take seconds.
         start = int(self._ends[index - 1]) if index else 0
         end = int(self._ends[index])
         if not 0 <= start <= end <= len(self._text):
@@ -111,7 +112,8 @@ def open_embeddings(folder: str | os.PathLike) -> Embeddings:
     """
     path = Path(folder)
     meta = read_meta(path)
-    rows, columns = meta["rows"], meta["columns"]
+    rows = meta["rows"]
+    columns = meta["columns"]
     ends = _memory_map(path / "ids_ends.npy", "int64", (rows,))
     text = _memory_map(path / "ids.npy", "uint8", (max(0, int(ends[-1])),))
     X = _memory_map(path / "X.npy", meta["dtype"], (rows, columns))
@@ -144,7 +146,8 @@ def classes_of(embeddings: Embeddings) -> Classes:
 
 def matched_labels(labels: np.ndarray, queries: Classes, database: Classes) -> np.ndarray:
     """`labels_like` for any data: labels int64 [N] of the queries."""
-    query_names, database_names = queries.names, database.names
+    query_names = queries.names
+    database_names = database.names
     if query_names is None or database_names is None:
         if queries.count != database.count:
             raise EmbeddingError(
@@ -164,6 +167,7 @@ def matched_labels(labels: np.ndarray, queries: Classes, database: Classes) -> n
         from matryoshka.data.imagenet import wnids  # imports torch
 
         query_names = [wnids()[int(name)] for name in query_names]
+    # -1 for classes that the database lacks: their queries have no relevant rows.
     label_of_name = {name: label for label, name in enumerate(database_names)}
     matched = np.array([label_of_name.get(name, -1) for name in query_names], np.int64)
     if (matched < 0).all():
@@ -189,7 +193,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
                 f"{folder}: is not finished (no {META}): start the same command again"
             )
         raise EmbeddingError(
-            f"{folder}: holds no embeddings (no {META}); `matryoshka embed --output DIR` makes them"
+            f"{folder}: has no embeddings (no {META}); `matryoshka embed --output DIR` makes them"
         )
     try:
         meta = json.loads(file.read_bytes())
@@ -228,6 +232,7 @@ def _memory_map(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     expected = f"{dtype} [{', '.join(map(str, shape))}]"
     try:
         with path.open("rb") as file:
+            # Version 1.0, which writing.py writes. numpy.load would also unpickle objects.
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError
             stored_shape, fortran, stored = np.lib.format.read_array_header_1_0(file)
@@ -238,9 +243,9 @@ def _memory_map(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     except Exception:  # numpy's parser raises many types for a damaged header
         raise EmbeddingError(f"{path}: is not a whole .npy file; {AGAIN}") from None
     if stored != np.dtype(dtype) or stored_shape != shape or (fortran and len(shape) > 1):
-        found = f"{stored} [{', '.join(map(str, stored_shape))}]"
+        actual = f"{stored} [{', '.join(map(str, stored_shape))}]"
         raise EmbeddingError(
-            f"{path}: is {found[:80]}, expected {expected} by the other files; {AGAIN}"
+            f"{path}: is {actual[:80]}, expected {expected} by the other files; {AGAIN}"
         )
     # dtype=object: Python integers, which do not overflow
     if size != start + int(np.prod(shape, dtype=object)) * stored.itemsize:

@@ -135,6 +135,7 @@ class EmbeddingWriter:
             labels = np.ascontiguousarray(labels, np.int64)
             write_atomically(self.work / "y.npy", _header("int64", (rows,)), labels.data.cast("B"))
             self._write_names(rows, name)
+            # A sparse file of the final size: processes write their rows at fixed offsets.
             with open(self.work / "X.npy", "wb") as out:
                 out.write(_header(dtype, (rows, columns)))
                 out.truncate(out.tell() + needed)
@@ -164,7 +165,8 @@ class EmbeddingWriter:
         stored = self._read_plan()
         if stored is None:
             raise EmbeddingError(f"{self.work}: {PLAN} is missing; start again")
-        (self.folder / META).unlink(missing_ok=True)  # a reader must never see old and new together
+        # First, because a reader must never see old and new files together.
+        (self.folder / META).unlink(missing_ok=True)
         for file in ARRAYS:
             if (self.work / file).exists():  # otherwise moved before a kill
                 os.replace(self.work / file, self.folder / file)
@@ -204,7 +206,7 @@ class EmbeddingWriter:
             raise EmbeddingError(
                 f"{self.folder}: another process is writing into it; wait until it ends"
             ) from None
-        except OSError:
+        except OSError:  # the file system has no locks, see above
             pass
 
     def _must_match(
@@ -276,7 +278,8 @@ class RowWriter:
         # Split where row numbers are not consecutive: one write for each run of rows.
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
         for run, part in zip(np.split(rows, breaks), np.split(values, breaks), strict=True):
-            first, last = int(run[0]), int(run[-1])
+            first = int(run[0])
+            last = int(run[-1])
             rest = np.ascontiguousarray(part, self._dtype).data.cast("B")
             offset = self._start + first * self._row_bytes
             with _name_file_in_errors(self._path):
@@ -293,6 +296,7 @@ class RowWriter:
         """
         done = self._written  # `write` replaces this list and never changes it
         with _name_file_in_errors(self._path):
+            # First the rows, then the record: it must never list rows that a power cut can lose.
             os.fsync(self._file)
             content = json.dumps({"token": self._token, "rows": done})
             write_atomically(self._progress, content.encode())
@@ -363,14 +367,15 @@ def differences(
     stored: Mapping[str, Any], requested: Mapping[str, Any]
 ) -> list[tuple[str, str, str]]:
     """(key, stored, requested) of the differences between two meta.json that change the numbers."""
-    old, new = dict(_flat(stored)), dict(_flat(requested))
+    old = dict(_flat(stored))
+    new = dict(_flat(requested))
 
     def short(value: Any) -> str:
         text = str(value)
         return text if len(text) <= 24 else f"{text[:21]}..."
 
-    found = []
+    different = []
     for key in dict.fromkeys([*new, *old]):
         if not key.startswith(_IGNORED_KEYS) and old.get(key) != new.get(key):
-            found.append((key, short(old.get(key)), short(new.get(key))))
-    return found
+            different.append((key, short(old.get(key)), short(new.get(key))))
+    return different

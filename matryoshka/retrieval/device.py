@@ -30,9 +30,9 @@ class DeviceSearcher:
         if not len(rows):
             raise RetrievalError("database: is empty; a search needs rows")
         self.device = torch.device(device)
-        self.rows = torch.empty(
-            rows.shape, dtype=torch.from_numpy(np.empty(0, rows.dtype)).dtype, device=self.device
-        )
+        dtype = torch.from_numpy(np.empty(0, rows.dtype)).dtype  # torch's name of NumPy's type
+        self.rows = torch.empty(rows.shape, dtype=dtype, device=self.device)
+        # Block by block: a memory map of 5 GB would otherwise be in host memory as well.
         for first in range(0, len(rows), ROWS):
             self.rows[first : first + ROWS] = torch.from_numpy(
                 np.array(rows[first : first + ROWS])
@@ -76,22 +76,22 @@ class DeviceSearcher:
             np.full((len(queries), keep), -1, np.int64),
             np.full((len(queries), keep), -np.inf, np.float32),
         )
-        gone = None  # bool [N] on the device
+        deleted_rows = None  # bool [N] on the device
         if deleted is not None:
-            gone = torch.from_numpy(get_bits(deleted, 0, len(self.rows))).to(self.device)
+            deleted_rows = torch.from_numpy(get_bits(deleted, 0, len(self.rows))).to(self.device)
         # Per query: scores of ROWS rows in the shortlist, gathered prefixes in the stages.
         largest = max([ROWS, *(params.k * stage.dim for stage in params.stages)])
         at_once = max(1, TILE // largest)
         for first in range(0, len(queries), at_once):
-            asked = torch.from_numpy(np.asarray(queries[first : first + at_once], np.float32)).to(
-                self.device
-            )
-            ids, scores = self._shortlist(asked, params, gone)
+            part = np.asarray(queries[first : first + at_once], np.float32)
+            on_device = torch.from_numpy(part).to(self.device)
+            ids, scores = self._shortlist(on_device, params, deleted_rows)
             for stage in params.stages:
-                ids, scores = self._stage(asked, ids, stage.dim, stage.keep)
-            found = np.s_[first : first + len(asked), : ids.shape[1]]
-            out.scores[found] = scores.cpu().numpy()
-            out.ids[found] = ids.cpu().numpy()
+                ids, scores = self._stage(on_device, ids, stage.dim, stage.keep)
+            # Narrower than `keep` if the database has fewer rows.
+            block = np.s_[first : first + len(part), : ids.shape[1]]
+            out.scores[block] = scores.cpu().numpy()
+            out.ids[block] = ids.cpu().numpy()
         return out
 
     @property
@@ -107,32 +107,34 @@ class DeviceSearcher:
             yield first, part.to(self.rows.dtype)
 
     def _shortlist(
-        self, asked: torch.Tensor, params: SearchParams, gone: torch.Tensor | None
+        self, queries: torch.Tensor, params: SearchParams, deleted_rows: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and scores of the k best rows, each [Q, k]."""
-        q = torch.nn.functional.normalize(asked[:, : params.dim], dim=1).to(self.rows.dtype)
+        q = torch.nn.functional.normalize(queries[:, : params.dim], dim=1).to(self.rows.dtype)
         best = torch.empty(len(q), 0, device=self.device)
         index = torch.empty(len(q), 0, dtype=torch.int64, device=self.device)
         for first, part in self._blocks(params.dim):
             score = (q @ part.T).float().nan_to_num_(-torch.inf, -torch.inf, -torch.inf)
-            if gone is not None:
-                score[:, gone[first : first + len(part)]] = -torch.inf
-            top, place = stable_top_k(score, params.k)
-            best, place2 = stable_top_k(torch.cat([best, top], 1), params.k)
-            index = torch.cat([index, first + place], 1).gather(1, place2)
+            if deleted_rows is not None:
+                score[:, deleted_rows[first : first + len(part)]] = -torch.inf
+            # Rows so far come first: `stable_top_k` then keeps the lower id of equal scores.
+            top, column = stable_top_k(score, params.k)
+            best, order = stable_top_k(torch.cat([best, top], 1), params.k)
+            index = torch.cat([index, first + column], 1).gather(1, order)
         return index.masked_fill(best.isneginf(), -1), best
 
     def _stage(
-        self, asked: torch.Tensor, ids: torch.Tensor, dim: int, keep: int
+        self, queries: torch.Tensor, ids: torch.Tensor, dim: int, keep: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and cosines of the candidates ids [Q, m] that one stage keeps."""
         ids = ids.sort(1).values  # so that ties are ordered by id
-        missing, ids = ids < 0, ids.clamp(min=0)
+        missing = ids < 0
+        ids = ids.clamp(min=0)
         rows = self.rows[ids.flatten(), :dim].float().view(*ids.shape, dim)
-        q = torch.nn.functional.normalize(asked[:, :dim], dim=1)
+        q = torch.nn.functional.normalize(queries[:, :dim], dim=1)
         score = torch.einsum("qkd,qd->qk", rows, q) * self._scale(dim)[ids]
         score = score.masked_fill(missing, -torch.inf).nan_to_num(
             -torch.inf, -torch.inf, -torch.inf
         )
-        top, place = stable_top_k(score, keep)
-        return ids.gather(1, place).masked_fill(top.isneginf(), -1), top
+        top, column = stable_top_k(score, keep)
+        return ids.gather(1, column).masked_fill(top.isneginf(), -1), top

@@ -41,21 +41,23 @@ def exact_search(
     out = Hits(
         np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
     )
-    again = np.ones(len(queries), bool)
+    unsure = np.ones(len(queries), bool)  # queries that need the pass in float64
     if rows.dtype in (np.float16, np.float32):
         near = _pass(rows, queries, dim, k + MARGIN, dtype=torch.float32, **pass_options)
         found = rerank(rows, np.asarray(queries, np.float32), near.ids, [Stage(dim, k)])
         out.ids[:], out.scores[:] = found
         if near.ids.shape[1] < k + MARGIN:  # the pass kept every row
-            again[:] = False
+            unsure[:] = False
         else:
             with np.errstate(invalid="ignore"):  # -inf - -inf: fewer valid rows than k
-                again = near.scores[:, k - 1] - near.scores[:, -1] < TIE_TOLERANCE
-    if again.any():
-        found = _pass(rows, queries[again], dim, k, dtype=torch.float64, **pass_options)
+                unsure = near.scores[:, k - 1] - near.scores[:, -1] < TIE_TOLERANCE
+    if unsure.any():
+        found = _pass(rows, queries[unsure], dim, k, dtype=torch.float64, **pass_options)
         width = found.ids.shape[1]
-        out.ids[again, :width], out.scores[again, :width] = found
-        out.ids[again, width:], out.scores[again, width:] = -1, -np.inf
+        out.ids[unsure, :width], out.scores[unsure, :width] = found
+        # Results of the first pass beyond the width of this one.
+        out.ids[unsure, width:] = -1
+        out.scores[unsure, width:] = -np.inf
     return out
 
 
@@ -74,29 +76,34 @@ def _pass(
 
     Products are computed in `dtype` and compared as float32.
     """
-    asked = torch.from_numpy(unit(queries, dim)).to(device, dtype)
-    best = torch.empty(len(asked), 0, device=device)
-    index = torch.empty(len(asked), 0, dtype=torch.int64, device=device)
+    units = torch.from_numpy(unit(queries, dim)).to(device, dtype)
+    best = torch.empty(len(units), 0, device=device)
+    index = torch.empty(len(units), 0, dtype=torch.int64, device=device)
     for first in range(0, len(rows), rows_at_once):
         prefixes = unit(rows[first : first + rows_at_once], dim)
         if deleted is not None:
+            # NaN scores become -inf below, as those of invalid rows.
             prefixes[get_bits(deleted, first, len(prefixes))] = np.nan
         part = torch.from_numpy(prefixes).to(device, dtype)
-        score = (asked @ part.T).float().nan_to_num_(-torch.inf, -torch.inf, -torch.inf)
+        score = (units @ part.T).float().nan_to_num_(-torch.inf, -torch.inf, -torch.inf)
         if best.shape[1] == k:  # sort only queries with a score above their k-th so far
             some = (score > best[:, -1:]).any(1)
         else:
-            some = torch.ones(len(asked), dtype=torch.bool, device=device)
+            some = torch.ones(len(units), dtype=torch.bool, device=device)
         if not some.any():
             continue
-        top, place = stable_top_k(score[some], k)
-        both, ids = torch.cat([best[some], top], 1), torch.cat([index[some], first + place], 1)
-        top, place = stable_top_k(both, k)
+        # Rows so far come first: `stable_top_k` then keeps the lower id of equal scores.
+        top, column = stable_top_k(score[some], k)
+        scores = torch.cat([best[some], top], 1)
+        ids = torch.cat([index[some], first + column], 1)
+        top, order = stable_top_k(scores, k)
         if best.shape[1] != top.shape[1]:
-            best = torch.empty(len(asked), top.shape[1], device=device)
+            best = torch.empty(len(units), top.shape[1], device=device)
             index = torch.empty(best.shape, dtype=torch.int64, device=device)
-        best[some], index[some] = top, ids.gather(1, place)
-    ids, scores = index.cpu().numpy(), best.cpu().numpy()
+        best[some] = top
+        index[some] = ids.gather(1, order)
+    ids = index.cpu().numpy()
+    scores = best.cpu().numpy()
     ids[np.isneginf(scores)] = -1
     return Hits(ids, scores)
 
@@ -104,10 +111,12 @@ def _pass(
 def stable_top_k(score: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k highest of the scores [Q, N], falling, and their columns; the first of equal ones."""
     k = min(k, score.shape[1])
-    top, place = score.topk(k, dim=1)
-    crowded = (score >= top[:, -1:]).sum(1) > k  # torch.topk picks any of equal scores
+    top, column = score.topk(k, dim=1)
+    # torch.topk picks any of equal scores: where more than k reach the k-th, sort all columns.
+    crowded = (score >= top[:, -1:]).sum(1) > k
     if crowded.any():
-        place[crowded] = score[crowded].sort(dim=1, descending=True, stable=True).indices[:, :k]
-    place = place.sort(dim=1).values
-    top, order = score.gather(1, place).sort(dim=1, descending=True, stable=True)
-    return top, place.gather(1, order)
+        column[crowded] = score[crowded].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    # Its order of equal scores is arbitrary as well: first by column, then stably by score.
+    column = column.sort(dim=1).values
+    top, order = score.gather(1, column).sort(dim=1, descending=True, stable=True)
+    return top, column.gather(1, order)

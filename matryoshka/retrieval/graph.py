@@ -67,10 +67,11 @@ class Graph:
         check_k(k)
         if deleted is not None and deleted.any():
             raise RetrievalError("index hnsw cannot leave rows out; use scan, ivf, binary or exact")
+        # The setting belongs to the process, and another index may have changed it.
         faiss.omp_set_num_threads(pool(self.num_threads).num_threads)
-        asked = unit(queries, self.dim)
-        valid = np.isfinite(asked).all(1)
+        prefixes = unit(queries, self.dim)
+        valid = np.isfinite(prefixes).all(1)
         parameters = faiss.SearchParametersHNSW(efSearch=max(ef_search, k))  # pyright: ignore[reportAttributeAccessIssue]
-        cosines, ids = self._graph.search(np.nan_to_num(asked), k, params=parameters)
+        cosines, ids = self._graph.search(np.nan_to_num(prefixes), k, params=parameters)
         ids[~valid] = -1
         return Hits(ids, np.where(ids < 0, -np.inf, cosines).astype(np.float32))

@@ -37,10 +37,12 @@ class Hits(NamedTuple):
 @cache
 def pool(num_threads: int) -> Any:
     """The shared thread pool of this size; 0: one thread per core."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return _native.Pool(num_threads) if num_threads else pool(cores)
+    if num_threads:
+        return _native.Pool(num_threads)
+    # The cores that this process may use, which a container or taskset limits.
+    if hasattr(os, "sched_getaffinity"):
+        return pool(len(os.sched_getaffinity(0)))
+    return pool(os.cpu_count() or 1)
 
 
 def huge_page_zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -71,7 +73,7 @@ def check_rows(rows: np.ndarray, dim: int, what: str) -> None:
 
 
 def as_rows(queries: Any, what: str = "queries") -> np.ndarray:
-    """Convert arrays, lists and CPU tensors; RetrievalError for what NumPy cannot read."""
+    """Convert arrays, lists and CPU tensors; RetrievalError for anything that NumPy cannot read."""
     try:
         return np.asarray(queries)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -91,10 +93,11 @@ def unit(rows: np.ndarray, dim: int) -> np.ndarray:
     """L2-normalised prefixes, float32 [n, dim].
 
     Zero vectors stay zero. Rows with NaN or infinity become NaN in all dimensions, so that one
-    column tells whether a row is valid.
+    column shows whether a row is valid.
     """
     cut = np.asarray(rows[:, :dim], np.float32)
     with np.errstate(all="ignore"):
+        # Squares of large float32 numbers overflow float32, but not float64.
         length = np.sqrt(np.einsum("nd,nd->n", cut, cut, dtype=np.float64))
         scale = np.where(length > 0, 1 / length, np.where(length == 0, 0, np.nan))
         scale[np.isinf(length)] = np.nan
@@ -120,6 +123,7 @@ def empty_bits(count: int) -> np.ndarray:
 def set_bits(bits: np.ndarray, rows: np.ndarray) -> None:
     """Set the bits of `rows` in place."""
     rows = np.asarray(rows, np.uint64)
+    # `at`, because several rows share a word; an assignment would keep the last bit only.
     np.bitwise_or.at(bits, rows // 64, np.uint64(1) << (rows % 64))
 
 

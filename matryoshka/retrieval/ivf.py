@@ -86,7 +86,8 @@ class InvertedFile:
             nearest[first : first + len(prefixes)] = _nearest(prefixes, centres)
             set_bits(bad, first + np.flatnonzero(~np.isfinite(prefixes[:, 0])))
 
-        # Every list starts at a multiple of the kernels' block; `slots` are the places of the rows.
+        # Every list starts at a multiple of the kernels' block, which they read whole. `slots`: the
+        # position of each row, in the order of the lists.
         block = _native.BLOCK
         order = np.argsort(nearest, kind="stable")
         sizes = np.bincount(nearest, minlength=len(centres)).astype(np.int32)
@@ -97,7 +98,8 @@ class InvertedFile:
         ids[slots] = order
         packed = huge_page_zeros((len(ids) * codec.width,), np.uint8)
         step = 1024 * block
-        for first in range(0, len(ids), step):  # padding repeats row 0, beyond the lists' sizes
+        # The padding repeats row 0; searches never reach it, because it is beyond the lists' sizes.
+        for first in range(0, len(ids), step):
             _native.pack(
                 pool(num_threads),
                 codec.encode(unit(rows[ids[first : first + step]], dim)),
@@ -130,6 +132,7 @@ class InvertedFile:
         if nprobe < 1:
             raise RetrievalError(f"nprobe={nprobe}: expected 1 or more lists")
         prefixes = unit(queries, self.dim)
+        # By 7-bit codes as well: 16 us for the 32 nearest of 4,096 centroids (bench/NOTES.md).
         nearest = self.centroids.search_unit(
             prefixes, min(nprobe, len(self.starts)), kernels=kernels
         )
@@ -137,16 +140,16 @@ class InvertedFile:
         signed, scale, offset = self.codec.queries(prefixes)
         ids, scores = _native.search_lists(
             pool(self.num_threads),
-            self.packed,
-            self.starts,
-            self.sizes,
-            self.ids,
-            self.count,
-            signed,
-            probes,
-            k,
-            excluded_bits(self.bad, deleted),
-            kernels,
+            packed=self.packed,
+            starts=self.starts,
+            sizes=self.sizes,
+            ids=self.ids,
+            num_ids=self.count,
+            queries=signed,
+            probes=probes,
+            k=k,
+            deleted=excluded_bits(self.bad, deleted),
+            kernels=kernels,
         )
         return mask_missing(ids, scores * scale[:, None] + offset[:, None], prefixes)
 
@@ -165,22 +168,24 @@ def _k_means(rows: np.ndarray, dim: int, lists: int, seed: int, num_threads: int
     if not lists:
         raise RetrievalError("database: every row has NaN or infinity")
     faiss.omp_set_num_threads(pool(num_threads).num_threads)
-    found = faiss.Kmeans(
+    k_means = faiss.Kmeans(
         dim,
         lists,
         niter=10,
         spherical=True,
         seed=seed,
+        # Small databases may have fewer points per centroid than faiss recommends: no warning.
         min_points_per_centroid=1,
         max_points_per_centroid=SAMPLES_PER_CENTROID,
     )
-    found.train(points)
-    return np.nan_to_num(np.asarray(found.centroids))
+    k_means.train(points)
+    return np.nan_to_num(np.asarray(k_means.centroids))
 
 
 def _nearest(prefixes: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """The centroid of highest cosine, int32 [n]; rows with NaN go to any."""
     best = np.empty(len(prefixes), np.int32)
+    # In parts: the product of 65,536 rows and 4,096 centroids would take 1 GB.
     for first in range(0, len(prefixes), 4096):
         part = slice(first, first + 4096)
         best[part] = (np.nan_to_num(prefixes[part]) @ centres.T).argmax(1)

@@ -1,4 +1,4 @@
-"""A LanceDB table as the system of record of an index: edit and filter there, search here.
+"""A LanceDB table as the system of record of an index: edit and filter it, search the index.
 
     record = Record.create("photos.lance", "photos", batch)      # columns: see COLUMNS
     record.table.add_columns({"licence": "'CC0'"})               # any edit of LanceDB
@@ -108,6 +108,7 @@ class Record:
         )
         sources = [_path(source) for source in data] or [""]
 
+        # Block by block: the table may be larger than memory.
         def blocks() -> Iterator[Any]:
             for first in range(0, len(batch.rows), BATCH_ROWS):
                 last = min(first + BATCH_ROWS, len(batch.rows))
@@ -137,15 +138,15 @@ class Record:
         database.create_table(name, pa.RecordBatchReader.from_batches(schema, blocks()), mode=mode)
         return cls(uri, name)
 
-    def names(self, where: str) -> list[str]:
+    def names(self, condition: str) -> list[str]:
         """Names of the rows that an SQL filter selects. RetrievalError for an invalid filter."""
         try:
-            found = self.table.search().where(where).select(["id"]).to_batches()
-            return [name for block in found for name in block["id"].to_pylist()]
+            batches = self.table.search().where(condition).select(["id"]).to_batches()
+            return [name for block in batches for name in block["id"].to_pylist()]
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise RetrievalError(
-                f"{self.uri}: table {self.name!r}: filter {where!r}: {reason}"
+                f"{self.uri}: table {self.name!r}: filter {condition!r}: {reason}"
             ) from None
 
     def sync(self, folder: str | Path, num_threads: int = 0, dim: int = 0) -> Change:
@@ -161,15 +162,17 @@ class Record:
             numbers = _Numbers(index)
             seen = np.zeros(0 if index is None else index.total, bool)
             replaced = 0
+            # Changed vectors go through a file: all of a large table may differ. In the index's
+            # folder, because /tmp may be in memory.
             with tempfile.TemporaryFile(dir=folder) as file:
                 kept: list[_Block] = []
                 for block in self._blocks(numbers):
                     changed = np.ones(len(block.names), bool)
                     if index is not None:
-                        there = index.find(block.names)
-                        seen[there[there >= 0]] = True
-                        changed = ~_same(index, numbers, there, block)
-                        replaced += int((changed & (there >= 0)).sum())
+                        stored = index.find(block.names)
+                        seen[stored[stored >= 0]] = True
+                        changed = ~_same(index, numbers, stored, block)
+                        replaced += int((changed & (stored >= 0)).sum())
                     rows = np.flatnonzero(changed)
                     file.write(block.rows[rows].tobytes())
                     kept.append(_select(block, rows))
@@ -185,9 +188,10 @@ class Record:
                 raise RetrievalError(
                     f"{self.uri}: table {self.name!r} is empty; an index needs rows"
                 )
-            gone = np.flatnonzero(~seen)
-            gone = gone[~index.is_deleted(gone)]
-            names = [index.name(int(row)) for row in gone]
+            # Rows of the index that the table no longer has.
+            unseen = np.flatnonzero(~seen)
+            unseen = unseen[~index.is_deleted(unseen)]
+            names = [index.name(int(row)) for row in unseen]
             index = None
             if names:
                 writer.delete(names)
@@ -195,6 +199,7 @@ class Record:
 
     def _blocks(self, numbers: _Numbers) -> Iterator[_Block]:
         """The table's rows, BATCH_ROWS at a time. RetrievalError for items beyond 32 bits."""
+        # Rows that other tools added may lack values: null becomes -1, "" or 0.
         for block in self.table.search().select(COLUMNS).to_batches(batch_size=BATCH_ROWS):
             vectors = block["vector"]
             items = np.asarray(block["item"].fill_null(0), np.int64)
@@ -207,12 +212,12 @@ class Record:
                     "number of each image in its source, or 0"
                 )
             yield _Block(
-                block["id"].to_pylist(),
-                np.asarray(block["label"].fill_null(-1), np.int64),
-                _numbered(numbers.classes, block["class"]),
-                _numbered(numbers.sources, block["source"].fill_null("")),
-                items,
-                to_float16(rows),
+                names=block["id"].to_pylist(),
+                labels=np.asarray(block["label"].fill_null(-1), np.int64),
+                classes=_numbered(numbers.classes, block["class"]),
+                sources=_numbered(numbers.sources, block["source"].fill_null("")),
+                items=items,
+                rows=to_float16(rows),
             )
 
     def _batch(self, kept: Sequence[_Block], rows: np.ndarray, numbers: _Numbers) -> IndexRows:
@@ -226,7 +231,8 @@ class Record:
         # Labels of this part: its named classes, then labels without a name, as in merge_classes.
         unnamed = np.where(labels < 0, labels, labels + len(named))
         labels = np.where(classes >= 0, np.searchsorted(named, classes), unnamed)
-        texts, paths = list(numbers.classes), list(numbers.sources)
+        texts = list(numbers.classes)
+        paths = list(numbers.sources)
         known = {_path(source): source for source in self.data}
         data = []
         for i in used:
@@ -308,23 +314,24 @@ def _path(source: Mapping[str, Any]) -> str:
     return str(source.get("path", ""))
 
 
-def _same(index: Index, numbers: _Numbers, rows: np.ndarray, found: _Block) -> np.ndarray:
+def _same(index: Index, numbers: _Numbers, rows: np.ndarray, block: _Block) -> np.ndarray:
     """Whether rows of the index (-1: unknown) equal the block's, bool [n]; vectors bit by bit."""
     same = np.zeros(len(rows), bool)
     for part, (classes, sources) in zip(index.parts, numbers.parts, strict=True):
-        mine = np.flatnonzero((rows >= part.first) & (rows < part.first + part.count))
-        at = rows[mine] - part.first
+        inside = np.flatnonzero((rows >= part.first) & (rows < part.first + part.count))
+        at = rows[inside] - part.first
         last = len(classes) - 1
         label = part.labels[at]
         origin = part.origins[at]
         named = (label >= 0) & (label < last)
         unnamed = np.where(label < 0, label, label - last)  # see Record._batch
-        same[mine] = (
-            (part.rows[at].view(np.uint16) == found.rows[mine].view(np.uint16)).all(1)
-            & (classes[np.where(named, label, last)] == found.classes[mine])
-            & (named | (unnamed == found.labels[mine]))
-            & (sources[np.minimum(origin[:, 0], len(sources) - 1)] == found.sources[mine])
-            & (origin[:, 1] == found.items[mine])
+        # Vectors as bits, because NaN would differ from itself and be replaced at every sync.
+        same[inside] = (
+            (part.rows[at].view(np.uint16) == block.rows[inside].view(np.uint16)).all(1)
+            & (classes[np.where(named, label, last)] == block.classes[inside])
+            & (named | (unnamed == block.labels[inside]))
+            & (sources[np.minimum(origin[:, 0], len(sources) - 1)] == block.sources[inside])
+            & (origin[:, 1] == block.items[inside])
         )
     return same
 
@@ -332,10 +339,10 @@ def _same(index: Index, numbers: _Numbers, rows: np.ndarray, found: _Block) -> n
 def _select(block: _Block, rows: np.ndarray) -> _Block:
     """Some rows of a block, without their vectors."""
     return _Block(
-        [block.names[i] for i in rows.tolist()],
-        block.labels[rows],
-        block.classes[rows],
-        block.sources[rows],
-        block.items[rows],
-        block.rows[:0],
+        names=[block.names[i] for i in rows.tolist()],
+        labels=block.labels[rows],
+        classes=block.classes[rows],
+        sources=block.sources[rows],
+        items=block.items[rows],
+        rows=block.rows[:0],
     )

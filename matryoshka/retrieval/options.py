@@ -26,7 +26,7 @@ def _index_names(text: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrieveOptions:
-    """What is searched, how, and what is measured."""
+    """Options of a search and of its measurements."""
 
     database: str = option(help=f"{_TABLE}, or an index", metavar="DIR")
     queries: str = option(help=_TABLE, metavar="DIR")
@@ -186,7 +186,7 @@ class DeleteOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class InfoOptions:
-    """What is checked."""
+    """Options of the check."""
 
     verify: bool = option(False, help="read the whole index and compare checksums")
 

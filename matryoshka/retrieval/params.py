@@ -91,6 +91,7 @@ class SearchParams:
             raise RetrievalError(
                 f"a funnel of dimensions {dims}: expected rising numbers, each stage adds some"
             )
+        # The shortlist keeps ks[0] rows; the last stage only orders the rows that it gets.
         keeps = [*ks[1:], ks[-1]]
         stages = tuple(Stage(dim, keep) for dim, keep in zip(dims[1:], keeps, strict=True))
         return cls(index, dims[0], ks[0], stages, nprobe=nprobe, ef_search=ef_search)
@@ -127,7 +128,8 @@ class SearchParams:
         ):
             if value is not None and index != needed:
                 raise ConfigError(f"{option} {value}: works with --index {needed}, not {index}")
-        nprobe, ef_search = options.nprobe or 32, options.ef or 200
+        nprobe = options.nprobe or 32
+        ef_search = options.ef or 200
         if options.funnel and options.funnel_k:
             return cls.funnel(
                 index, options.funnel, options.funnel_k, nprobe=nprobe, ef_search=ef_search
@@ -163,6 +165,7 @@ class SearchParams:
             return self  # the common case of single queries, without another validation
         if self.results == k:
             return replace(self, stages=(*self.stages[:-1], last))
+        # Only the last stage has exact cosines: see docs/retrieval.md for the factor of 4.
         early = [Stage(stage.dim, max(stage.keep, 4 * k)) for stage in self.stages[:-1]]
         return replace(self, k=max(self.k, 4 * k), stages=(*early, last))
 
@@ -229,7 +232,8 @@ class SearchParams:
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> SearchParams:
         """The inverse of `stored`. Raises KeyError, TypeError or RetrievalError for damage."""
-        index, effort = stored["index"], stored["effort"]
+        index = stored["index"]
+        effort = stored["effort"]
         width = {"ef_search": effort} if index == "hnsw" else {"nprobe": effort}
         return cls(index, stored["dim"], stored["k"], tuple(stored["stages"]), **width)
 
@@ -257,7 +261,7 @@ class SearchOptions:
     funnel_k: list[int] | None = None
 
     @property
-    def given(self) -> bool:
+    def are_set(self) -> bool:
         """Whether the command line has any of them."""
         return self != SearchOptions()
 

@@ -76,6 +76,7 @@ class Searcher:
         check_rows(self.rows, params.widest, "database")
         key = params.index, params.dim
         if params.index != "exact" and key not in self.indexes:
+            # Only k-means draws random numbers.
             options = {"seed": self.seed} if params.index == "ivf" else {}
             self.indexes[key] = BUILDERS[params.index].build(
                 self.rows, params.dim, num_threads=self.num_threads, **options

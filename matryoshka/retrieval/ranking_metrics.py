@@ -44,13 +44,14 @@ def class_hits(ids: np.ndarray, labels: np.ndarray, query_labels: np.ndarray) ->
         raise ValueError(f"ids of {len(ids)} queries, query_labels of {len(query_labels)}")
     if ids.size and ids.max() >= len(labels):
         raise ValueError(f"ids: row {ids.max()} out of range, the database has {len(labels)}")
-    found = np.zeros(ids.shape, bool)
+    hits = np.zeros(ids.shape, bool)
     if len(labels):
         for start in range(0, len(ids), BLOCK):
             part = slice(start, start + BLOCK)
-            rows, own = ids[part], query_labels[part, None]
-            found[part] = (rows >= 0) & (own >= 0) & (labels[np.maximum(rows, 0)] == own)
-    return found
+            rows = ids[part]
+            own = query_labels[part, None]
+            hits[part] = (rows >= 0) & (own >= 0) & (labels[np.maximum(rows, 0)] == own)
+    return hits
 
 
 def relevant_rows(labels: np.ndarray, query_labels: np.ndarray) -> np.ndarray:
@@ -58,8 +59,8 @@ def relevant_rows(labels: np.ndarray, query_labels: np.ndarray) -> np.ndarray:
     classes, counts = np.unique(labels, return_counts=True)
     if not len(classes):
         return np.zeros(len(query_labels), np.int64)
-    place = np.minimum(np.searchsorted(classes, query_labels), len(classes) - 1)
-    return np.where((classes[place] == query_labels) & (query_labels >= 0), counts[place], 0)
+    at = np.minimum(np.searchsorted(classes, query_labels), len(classes) - 1)
+    return np.where((classes[at] == query_labels) & (query_labels >= 0), counts[at], 0)
 
 
 def top1(hits: np.ndarray) -> float:
@@ -93,20 +94,20 @@ def mean_average_precision(
     R = `relevant_rows` of the query: the usual form, in which a perfect ranking of a small class
     has 1. Queries with R = 0 are excluded and counted.
     """
-    shown = _first(hits, k)
-    summed = np.empty(len(shown))
-    for start in range(0, len(shown), BLOCK):
-        part = shown[start : start + BLOCK]
-        summed[start : start + BLOCK] = np.where(part, part.cumsum(1) / np.arange(1, k + 1), 0).sum(
-            1
-        )
+    first_hits = _first(hits, k)
+    ranks = np.arange(1, k + 1)
+    summed = np.empty(len(first_hits))
+    for start in range(0, len(first_hits), BLOCK):
+        part = first_hits[start : start + BLOCK]
+        precisions = np.where(part, part.cumsum(1) / ranks, 0)
+        summed[start : start + BLOCK] = precisions.sum(1)
     if normaliser == "k":
         return Average(_mean(summed / k), len(summed), 0)
     if normaliser != "min":
         raise ValueError(f"normaliser {normaliser!r}: expected k or min")
     if relevant is None:
         raise ValueError("normaliser 'min' needs `relevant`")
-    _average(shown.sum(1), relevant, relevant)  # raises for more hits than relevant rows
+    _average(first_hits.sum(1), relevant, relevant)  # raises for more hits than relevant rows
     return _average(summed, relevant, np.minimum(relevant, k))
 
 
@@ -147,6 +148,7 @@ def recall_against_exact(found: np.ndarray, exact: np.ndarray) -> np.ndarray:
     recall = np.full(len(exact), np.nan)
     for start in range(0, len(exact), BLOCK):
         part = slice(start, start + BLOCK)
+        # Ids of either side occur once, so that an id that occurs twice in both is common.
         expected = _distinct(exact[part])
         both = np.sort(np.concatenate([expected, _distinct(found[part])], 1), 1)
         common = ((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0)).sum(1)
@@ -211,10 +213,17 @@ def summarise_recall(
         mean_lower_bound(counted, half, bonferroni),
         1 - mean_lower_bound(1 - counted, half, bonferroni),
     )
+    # 1e-9: a share such as 7 / 10 is stored a little below 7 / 10.
     found = np.bincount(np.floor(counted * k + 1e-9).astype(np.int64), minlength=k + 1)
     lower = mean_lower_bound(counted, confidence, bonferroni)
     return RecallSummary(
-        number, len(recall) - number, _mean(counted), error, interval, lower, found
+        queries=number,
+        excluded=len(recall) - number,
+        mean=_mean(counted),
+        standard_error=error,
+        interval=interval,
+        lower=lower,
+        found=found,
     )
 
 
@@ -251,14 +260,17 @@ def mean_lower_bound(values: np.ndarray, confidence: float = 0.95, bonferroni: i
     if not (values.min() >= 0 and values.max() <= 1):  # NaN fails both
         raise ValueError("values: expected numbers from 0 to 1")
     log_needed = math.log(bonferroni / (1 - confidence))
+    # Recall of k neighbours has few different values: the products take k + 1 terms, not Q.
     x, counts = np.unique(values, return_counts=True)
     halvings = max(0, math.ceil(0.5 * math.log2(len(values) / (8 * log_needed))))
     stakes = 0.5 ** np.arange(halvings + 1)[:, None]
 
     # Bisection; wealth(mean of the values) <= 1, so that the bound is below the mean.
-    low, high = 0.0, float(values.mean())
+    low = 0.0
+    high = float(values.mean())
     for _ in range(50):
         m = (low + high) / 2
+        # In logarithms: products over thousands of queries underflow.
         log_products = np.log1p(stakes * (x - m)) @ counts
         log_wealth = np.logaddexp.reduce(log_products) - math.log(len(stakes))
         if log_wealth >= log_needed:

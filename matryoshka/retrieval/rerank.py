@@ -79,14 +79,15 @@ def rerank(
         raise RetrievalError(f"database: is {rows.dtype}, expected float16 or float32")
 
     cached = 0 if prefix_cache is None else prefix_cache.shape[1]
+    # (table, first dimension that is new, end, rows to keep) of each stage
     native = []
     begin = 0
     for stage in stages:
         table = prefix_cache if stage.dim <= cached else rows
         native.append((table, begin, stage.dim, stage.keep))
         begin = stage.dim
-    asked = np.ascontiguousarray(queries[:, : stages[-1].dim], np.float32)
-    ids, scores = _native.rerank(
-        pool(num_threads), native, asked, np.ascontiguousarray(candidates, np.int64), kernels
-    )
+    # The native code reads consecutive float32 and int64.
+    prefixes = np.ascontiguousarray(queries[:, : stages[-1].dim], np.float32)
+    candidates = np.ascontiguousarray(candidates, np.int64)
+    ids, scores = _native.rerank(pool(num_threads), native, prefixes, candidates, kernels)
     return Hits(ids, scores)

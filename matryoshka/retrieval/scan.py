@@ -59,9 +59,11 @@ class Codec:
         values = values[np.isfinite(values[:, 0])]
         if not len(values):
             return cls(np.zeros(dim, np.float32), np.ones(dim, np.float32))
+        # A few outliers would otherwise take most of the 128 levels.
         low, high = np.quantile(values, [CLIP_QUANTILE, 1 - CLIP_QUANTILE], axis=0).astype(
             np.float32
         )
+        # A constant dimension has a range of 0, by which `encode` divides.
         return cls(low, np.maximum(high - low, 1e-12) / LEVELS)
 
     def encode(self, prefixes: np.ndarray) -> np.ndarray:
@@ -79,6 +81,8 @@ class Codec:
         """
         if not np.isfinite(prefixes).all():
             prefixes = np.nan_to_num(prefixes)
+        # cosine = sum q (low + c step) = sum (q step) c + sum q low: an integer product of codes
+        # with quantised weights, and one number per query.
         weights = prefixes * self.step
         scale = np.maximum(np.abs(weights).max(1), 1e-30) / 127
         signed = np.zeros((len(prefixes), self.width), np.int8)
@@ -138,12 +142,12 @@ class PrefixScan:
         signed, scale, offset = self.codec.queries(prefixes)
         ids, scores = _native.search_codes(
             pool(self.num_threads),
-            self.packed,
-            self.count,
-            signed,
-            k,
-            excluded_bits(self.bad, deleted),
-            kernels,
+            packed=self.packed,
+            count=self.count,
+            queries=signed,
+            k=k,
+            deleted=excluded_bits(self.bad, deleted),
+            kernels=kernels,
         )
         return mask_missing(ids, scores * scale[:, None] + offset[:, None], prefixes)
 
@@ -184,12 +188,11 @@ class BinaryScan:
             raise RetrievalError(f"dim={dim}: binary codes need a multiple of 64")
         values = unit(sample(rows, SAMPLE_ROWS), dim)
         values = values[np.isfinite(values[:, 0])]
-        medians = (
-            np.median(values, axis=0).astype(np.float32)
-            if len(values)
-            else np.zeros(dim, np.float32)
-        )
-        block, words = _native.BLOCK, dim // 64
+        medians = np.zeros(dim, np.float32)
+        if len(values):
+            medians = np.median(values, axis=0).astype(np.float32)
+        block = _native.BLOCK
+        words = dim // 64
         packed = huge_page_zeros((-(-len(rows) // block) * block * words,), np.uint64)
         bad = empty_bits(len(rows))
         for first, prefixes in chunks(rows, dim):
@@ -206,12 +209,12 @@ class BinaryScan:
         prefixes = unit(queries, self.dim)
         ids, scores = _native.search_bits(
             pool(self.num_threads),
-            self.packed,
-            self.count,
-            _above(prefixes, self.medians),
-            k,
-            excluded_bits(self.bad, deleted),
-            kernels,
+            packed=self.packed,
+            count=self.count,
+            queries=_above(prefixes, self.medians),
+            k=k,
+            deleted=excluded_bits(self.bad, deleted),
+            kernels=kernels,
         )
         return mask_missing(ids, 1 + scores * np.float32(2 / self.dim), prefixes)
 

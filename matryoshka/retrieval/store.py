@@ -77,9 +77,9 @@ class Index:
                 return
             except FileNotFoundError as error:
                 if not (self.path / MANIFEST).is_file():
-                    raise RetrievalError(f"{self.path}: {_absent(self.path)}") from None
+                    raise RetrievalError(f"{self.path}: {_why_not_an_index(self.path)}") from None
                 # A writer may compact between the reading of the manifest and the opening of its
-                # files, which are gone then; the next attempt reads the new manifest.
+                # files, which no longer exist then; the next attempt reads the new manifest.
                 if attempt == 4:
                     raise RetrievalError(f"{error.filename}: is missing; {REBUILD}") from None
             except OSError as error:
@@ -131,7 +131,8 @@ class Index:
 
     def _stored_bits(self) -> np.ndarray:
         """The bitmap of deleted rows, from its file."""
-        bits, entry = empty_bits(self.total), self.manifest["deleted"]
+        bits = empty_bits(self.total)
+        entry = self.manifest["deleted"]
         if not entry:
             return bits
         stored = (self.path / entry["file"]).read_bytes()
@@ -152,10 +153,10 @@ class Index:
 
         None if it was never measured.
         """
-        found = self.manifest["certificate"]
-        if not found:
+        certificate = self.manifest["certificate"]
+        if not certificate:
             return None
-        return found, found.get("rows_of") == rows_key(self.manifest)
+        return certificate, certificate.get("rows_of") == rows_key(self.manifest)
 
     def is_current(self) -> bool:
         """Whether the index on disk is still the same; opening it again takes milliseconds."""
@@ -176,6 +177,7 @@ class Index:
 
     def check_params(self, params: SearchParams) -> None:
         """RetrievalError for params that need codes or dimensions that the index does not have."""
+        # `search(queries, 10)` is a likely mistake: the error names k=.
         if not isinstance(params, SearchParams):
             raise RetrievalError(
                 f"params: is a {type(params).__name__}, expected "
@@ -235,6 +237,7 @@ class Index:
             compare_all = allowed <= MAX_EXACT_FILTER_ROWS and params.index != "exact"
             params = self._params_for_filter(params, allowed)
 
+        # Parts are independent indexes: row ids of each count from its first row.
         found = []
         for part in self.parts:
             bits = slice_bits(excluded, part.first, part.count)
@@ -285,6 +288,7 @@ class Index:
     def _compare_all(self, part: Part, queries: np.ndarray, k: int, excluded: np.ndarray) -> Hits:
         """Exact cosines of all rows of a part that are not excluded."""
         rows = np.flatnonzero(~get_bits(excluded, 0, part.count))
+        # All queries have the same candidates; broadcast_to makes no copies.
         candidates = np.broadcast_to(rows, (len(queries), len(rows)))
         stages = [Stage(self.columns, k)]
         return rerank(part.rows, queries, candidates, stages, num_threads=self.num_threads)
@@ -343,6 +347,7 @@ class Index:
         """The data set of a row, as embed described it, and the number of its image there."""
         part, local = self._locate(row)
         source, item = part.origins[local].tolist()
+        # origins.u32 may be too large for a checksum when the part is opened.
         if source >= len(part.data):
             raise part.damaged("origins.u32")
         return part.data[source], item
@@ -354,6 +359,7 @@ class Index:
 
     def find(self, names: Sequence[str]) -> np.ndarray:
         """The row of each name, int64; -1 for unknown and deleted ones."""
+        # A string is a sequence of names as well, of one character each.
         if isinstance(names, str):
             raise TypeError(f"find takes several names: find([{names!r}])")
         hashes = np.array([name_hash(name) for name in names], np.uint64)
@@ -361,8 +367,9 @@ class Index:
         for part in self.parts:
             rows = part.rows_named(names, hashes)
             rows = np.where(rows >= 0, rows + part.first, -1)
-            gone = (rows >= 0) & self.is_deleted(rows)
-            found = np.where((rows >= 0) & ~gone, rows, found)
+            # A replaced row is deleted in its old part; the name is then in a later one.
+            is_live = (rows >= 0) & ~self.is_deleted(rows)
+            found = np.where(is_live, rows, found)
         return found
 
     def is_deleted(self, rows: np.ndarray) -> np.ndarray:
@@ -405,8 +412,8 @@ class RowSubset:
         numbers = self._rows[part]
         out = np.empty((len(numbers), self.shape[1]), np.float16)
         for stored in self._index.parts:
-            mine = (numbers >= stored.first) & (numbers < stored.first + stored.count)
-            out[mine] = stored.rows[numbers[mine] - stored.first]
+            inside = (numbers >= stored.first) & (numbers < stored.first + stored.count)
+            out[inside] = stored.rows[numbers[inside] - stored.first]
         return out
 
 
@@ -456,16 +463,18 @@ def merge_top_k(found: Sequence[Hits], k: int, queries: int, total: int) -> Hits
         columns = slice(i * k, (i + 1) * k)
         ids[:, columns] = hits.ids
         scores[:, columns] = hits.scores
+    # lexsort's last key comes first: by falling score, then by rising id.
     missing_last = np.where(ids < 0, total, ids)
     order = np.lexsort((missing_last, -scores))[:, :k]
     return Hits(np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1))
 
 
 def slice_bits(bits: np.ndarray, first: int, count: int) -> np.ndarray:
-    """The bits of rows first .. first + count as a bitmap of their own."""
+    """The bits of rows first .. first + count as a separate bitmap."""
     word = first // 64
     shift = first % 64
     words = -(-count // 64)
+    # A part may start inside a word: each word is joined from two neighbours.
     out = bits[word : word + words] >> np.uint64(shift)
     if shift:
         above = bits[word + 1 : word + 1 + words] << np.uint64(64 - shift)
@@ -475,7 +484,7 @@ def slice_bits(bits: np.ndarray, first: int, count: int) -> np.ndarray:
     return out
 
 
-def _absent(path: Path) -> str:
+def _why_not_an_index(path: Path) -> str:
     """Why a path is not an index, with the remedy."""
     if not path.is_dir():
         return "no such index; `matryoshka index build` makes one"

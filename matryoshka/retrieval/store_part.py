@@ -42,6 +42,7 @@ REBUILD = "build the index again: matryoshka index build --overwrite"
 
 def with_checksum(metadata: Mapping[str, Any]) -> bytes:
     """JSON whose first line has the checksum of the rest, for `read_checked`."""
+    # The result is still JSON, which other programs can read.
     rest = json.dumps(metadata, sort_keys=True, indent=1).removeprefix("{\n").encode() + b"\n"
     return b'{"crc32": %d,\n' % zlib.crc32(rest) + rest
 
@@ -61,7 +62,8 @@ def read_checked(path: Path) -> dict[str, Any]:
 
 
 def name_hash(name: str) -> int:
-    """64 bits of a name, by which rows are found; equal hashes are told apart by the names."""
+    """64 bits of a name, by which rows are found; the names distinguish equal hashes."""
+    # Not Python's hash(), which differs between processes.
     encoded = name.encode("utf-8", "surrogatepass")
     return int.from_bytes(blake2b(encoded, digest_size=8).digest(), "little")
 
@@ -83,8 +85,8 @@ class Part:
             n = int(self.metadata["rows"])
             lists = int(self.metadata["lists"])
             self._files = {
-                str(name): (int(f["bytes"]), int(f["crc32"]))
-                for name, f in self.metadata["files"].items()
+                str(name): (int(entry["bytes"]), int(entry["crc32"]))
+                for name, entry in self.metadata["files"].items()
             }
             self.classes: list[str] | None = self.metadata["classes"]
             self.data: list[dict[str, Any]] = self.metadata["data"]
@@ -95,6 +97,7 @@ class Part:
         self.count = n
         self.prefix_cache: np.ndarray | None = None
 
+        # ---- rows, labels, names ----
         self.rows = self._map("rows.f16", np.float16, (n, columns))
         self.labels = self._map("labels.i64", np.int64, (n,))
         self.origins = self._map("origins.u32", np.uint32, (n, 2))
@@ -102,6 +105,7 @@ class Part:
         self._names = self._map("names.utf8", np.uint8, (-1,))
         self._hashes = self._map("name_hashes.u64", np.uint64, (n,))
         self._hashed = self._map("name_rows.u32", np.uint32, (n,))
+        # ---- codes for the shortlist ----
         codec = Codec(*self._map("codec.f32", np.float32, (2, dim)))
         bad = self._map("bad.u64", np.uint64, (len(empty_bits(n)),))
 
@@ -147,13 +151,14 @@ class Part:
         size, crc = self._files.get(name, (-1, 0))
         if shape == (-1,):
             shape = (size // item,)
+        # dtype=object: Python integers, which do not overflow.
         if size != int(np.prod(shape, dtype=object)) * item:
             raise self.damaged(name)
         if os.stat(path).st_size != size:
             raise RetrievalError(
                 f"{path}: has {os.stat(path).st_size} bytes instead of {size}; {REBUILD}"
             )
-        if not size:
+        if not size:  # an empty file cannot be mapped
             return np.zeros(shape, dtype)
         if size >= MMAP_MIN_BYTES:
             with path.open("rb") as file:
@@ -161,6 +166,7 @@ class Part:
             array = np.frombuffer(area, dtype).reshape(shape)
         else:
             array = np.frombuffer(path.read_bytes(), dtype).reshape(shape)
+        # A checksum reads the whole file: opening a large index must not.
         is_checked = name not in MAYBE_LARGE or size < MMAP_MIN_BYTES
         if is_checked and zlib.crc32(array.reshape(-1).view(np.uint8).data) != crc:
             raise self.damaged(name)
@@ -171,11 +177,11 @@ class Part:
         if read_checked(self.folder / PART) != self.metadata:
             raise self.damaged(PART)
         for name, (_, crc) in self._files.items():
-            found = 0
+            actual = 0
             with (self.folder / name).open("rb") as file:
                 while block := file.read(1 << 22):
-                    found = zlib.crc32(block, found)
-            if found != crc:
+                    actual = zlib.crc32(block, actual)
+            if actual != crc:
                 raise self.damaged(name)
 
     def name(self, row: int) -> str:
@@ -195,10 +201,11 @@ class Part:
         hashes: name_hash of each name.
         """
         found = np.full(len(names), -1, np.int64)
-        place = np.searchsorted(self._hashes, hashes)
-        candidates = self._hashes[np.minimum(place, self.count - 1)] == hashes
+        first = np.searchsorted(self._hashes, hashes)
+        candidates = self._hashes[np.minimum(first, self.count - 1)] == hashes
         for i in np.flatnonzero(candidates).tolist():
-            for at in range(int(place[i]), self.count):
+            # Different names with equal hashes follow each other.
+            for at in range(int(first[i]), self.count):
                 if self._hashes[at] != hashes[i]:
                     break
                 row = int(self._hashed[at])

@@ -85,13 +85,14 @@ class Writer:
                 for name in os.listdir(self.path):
                     if name != LOCK and not OWN_FILES.fullmatch(name):
                         raise RetrievalError(
-                            f"{self.path}: contains {name}; an index needs a folder of its own"
+                            f"{self.path}: contains {name}; an index needs an empty folder"
                         )
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise RetrievalError(f"{self.path}: {error.strerror}; choose another folder") from None
         try:
+            # The system releases the lock when the process ends, even by a kill.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._lock)
@@ -162,13 +163,15 @@ class Writer:
             )
         self._check(batch)
         index.check_model(batch.model["weights_sha256"], "the embeddings")
+        # As JSON has it: tuples are lists there.
         prepared = json.loads(json.dumps(batch.preprocessing))
         if prepared != index.preprocessing:
             differences = []
             for key in {**index.preprocessing, **prepared}:
-                there, here = index.preprocessing.get(key), prepared.get(key)
-                if there != here:
-                    differences.append(f"{key} {there} there, {here} here")
+                stored = index.preprocessing.get(key)
+                new = prepared.get(key)
+                if stored != new:
+                    differences.append(f"{key} {stored} in the index, {new} in the embeddings")
             raise RetrievalError(
                 f"{self.path}: its images have another preprocessing ({', '.join(differences)}); "
                 "embed these in the same way"
@@ -178,10 +181,10 @@ class Writer:
                 f"{self.path}: has {index.columns} dimensions, the embeddings {batch.rows.shape[1]}"
             )
         self._check_unique(batch.names)
-        there = index.find(batch.names)
-        if (there >= 0).any() and not replace:
-            first = batch.names[int((there >= 0).argmax())]
-            more = (there >= 0).sum() - 1
+        replaced = index.find(batch.names)
+        if (replaced >= 0).any() and not replace:
+            first = batch.names[int((replaced >= 0).argmax())]
+            more = (replaced >= 0).sum() - 1
             others = f", and {more} more of these names" if more else ""
             raise RetrievalError(
                 f"{self.path}: already has {first!r}{others}; --replace replaces them, --prefix "
@@ -191,7 +194,8 @@ class Writer:
         bits = _extended(index.deleted, index.total + len(batch.rows))
         del index  # closes its files before those of the next one are opened
         part = self._write_part(batch, manifest["dim"], 0, manifest["seed"])
-        set_bits(bits, there[there >= 0])
+        # The same step publishes the new part and deletes the replaced rows.
+        set_bits(bits, replaced[replaced >= 0])
         return self._publish(manifest, [*manifest["parts"], part], bits)
 
     def delete(self, names: Sequence[str], missing_ok: bool = False) -> Index:
@@ -226,6 +230,7 @@ class Writer:
             raise RetrievalError(
                 f"{self.path}: all rows are deleted; add rows, or remove the folder"
             )
+        # Before copying: a damaged row would get a valid checksum in the new part.
         index.verify()
         live = np.flatnonzero(~index.is_deleted(np.arange(index.total)))
         classes, labels = merge_classes(index, live)
@@ -249,6 +254,7 @@ class Writer:
         )
         manifest = index.manifest
         name = self._write_part(batch, manifest["dim"], manifest["lists"], manifest["seed"])
+        # All that hold the old parts' memory maps, before the new index opens its own.
         del index, part, batch, rows
         return self._publish(manifest, [name], None)
 
@@ -264,7 +270,8 @@ class Writer:
         had other rows or codes, and for params that the index cannot search with.
         """
         index = self._opened()
-        manifest, bits = index.manifest, index.deleted
+        manifest = index.manifest
+        bits = index.deleted
         if measured is not None and _search_key(measured) != _search_key(manifest):
             raise RetrievalError(
                 f"{self.path}: has changed since it was measured; start the sweep again"
@@ -318,7 +325,7 @@ class Writer:
 
     def _write_part(self, batch: IndexRows, dim: int, lists: int, seed: int) -> str:
         """Write all files of a part and sync them; returns its name."""
-        n, columns = len(batch.rows), batch.rows.shape[1]
+        n, columns = batch.rows.shape
         needed = n * (2 * columns + dim + 64)  # 64: an estimate for names, labels, hashes
         free = shutil.disk_usage(self.path).free
         if needed > free:
@@ -333,6 +340,7 @@ class Writer:
             files.write(
                 "rows.f16", (to_float16(batch.rows[i : i + CHUNK]) for i in range(0, n, CHUNK))
             )
+            # Codes are computed from the stored float16 rows, which searches re-rank by.
             rows = np.memmap(folder / "rows.f16", np.float16, "r", shape=(n, columns)).view(
                 np.ndarray
             )
@@ -367,7 +375,7 @@ class Writer:
             }
             _durable(folder / PART, with_checksum(metadata))
             sync_folder(folder)
-        except BaseException as error:
+        except BaseException as error:  # Ctrl-C as well
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
                 raise RetrievalError(
@@ -409,8 +417,8 @@ class Writer:
     def _sweep(self, manifest: Mapping[str, Any]) -> None:
         """Remove files of a writer (OWN_FILES) that this manifest does not name."""
         named = set(manifest.get("parts", ()))
-        if entry := manifest.get("deleted"):
-            named.add(entry["file"])
+        if manifest.get("deleted"):
+            named.add(manifest["deleted"]["file"])
         for file in self.path.iterdir():
             if OWN_FILES.fullmatch(file.name) and file.name not in named:
                 if file.is_dir():
@@ -432,7 +440,8 @@ class _Files:
             for block in blocks:
                 data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
                 file.write(data)
-                size, crc = size + len(data), zlib.crc32(data, crc)
+                size += len(data)
+                crc = zlib.crc32(data, crc)
             file.flush()
             os.fsync(file.fileno())
         self.written[name] = {"bytes": size, "crc32": crc}
@@ -442,7 +451,7 @@ class _Files:
 
 
 def _write_names(files: _Files, names: Sequence[str]) -> None:
-    """Names as one text, where each ends, and their hashes in order with the rows."""
+    """Write the names as one text, the end of each, and their sorted hashes with the rows."""
     lengths = np.zeros(len(names), np.int64)
     hashes = np.zeros(len(names), np.uint64)
 
@@ -460,6 +469,7 @@ def _write_names(files: _Files, names: Sequence[str]) -> None:
 
     files.write("names.utf8", encoded())
     files.array("name_ends.i64", lengths.cumsum())
+    # In the order of the hashes: `Part.rows_named` finds a name by bisection.
     order = np.argsort(hashes, kind="stable")
     files.array("name_hashes.u64", hashes[order])
     files.array("name_rows.u32", order.astype(np.uint32))
@@ -475,6 +485,7 @@ def to_float16(rows: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
         largest = np.abs(rows).max(1)
         _, exponent = np.frexp(np.where(np.isfinite(largest) & (largest > 0), largest, 1))
+        # frexp: largest = m * 2^exponent with 0.5 <= m < 1, so that m * 2^9 is 256 to 512.
         scaled = np.ldexp(rows, 9 - exponent[:, None])
         scaled[~np.isfinite(largest)] = np.nan
         return scaled.astype(np.float16)

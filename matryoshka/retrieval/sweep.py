@@ -137,7 +137,8 @@ def measure(
     """
     for params in candidates:
         search(queries[:batch], params)  # builds the index, warms up
-        found, rates = [], []
+        found = []
+        rates = []
         for first in range(0, len(queries), batch):
             started = time.perf_counter()
             found.append(search(queries[first : first + batch], params))
@@ -163,12 +164,14 @@ def remeasure_frontier(
     rates: dict[SearchParams, tuple[float, ...]] = {}
     while True:
         measured = [replace(m, rates=rates.get(m.params, m.rates)) for m in measured]
+        # The fastest three that meet the target, so that noise does not decide between them.
         certain = [m for m in measured if m.recall.lower >= target]
         certain.sort(key=lambda m: -m.speed)
         best = [m.params for m in (*frontier(measured), *certain[:3])]
         due = [params for params in dict.fromkeys(best) if params not in rates]
         if not due:
             return measured
+        # In turns, so that a slow moment of the machine affects all of them.
         turns = {params: list[float]() for params in due}
         for _ in range(TURNS):
             for params in due:
@@ -199,7 +202,7 @@ def frontier(measured: Iterable[Measured]) -> list[Measured]:
 
 
 def certified(measured: Iterable[Measured], target: float) -> Measured | None:
-    """The fastest with a lower bound of recall of `target` or more; None if there is none."""
+    """The fastest with a lower bound of recall of `target` or more, or None."""
     if not 0 < target <= 1:
         raise RetrievalError(f"target recall {target}: expected more than 0, at most 1")
     certain = [m for m in measured if m.recall.lower >= target]
@@ -212,6 +215,7 @@ def queries_needed(target: float, tried: int, confidence: float = 0.95) -> int:
     def is_enough(queries: int) -> bool:
         return summarise_recall(np.ones(queries), 1, confidence, tried).lower >= target
 
+    # Doubling, then bisection: the bound grows with the number of queries.
     enough = 1
     while not is_enough(enough):
         enough *= 2

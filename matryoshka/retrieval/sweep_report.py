@@ -24,7 +24,7 @@ def finite(value: float) -> float | None:
 def frontier_table(
     best: Sequence[Measured], chosen: Measured | None, *, exact_rate: float, rows: int
 ) -> str:
-    """The frontier, and the certified search if it is not on it, fastest first."""
+    """The frontier, with the certified search if it is not part of it, fastest first."""
     shown = list(best)
     if chosen is not None and all(m is not chosen for m in best):
         shown.append(chosen)
@@ -54,7 +54,7 @@ def certificate_text(
     available: int,
     seed: int = 0,
 ) -> str:
-    """The certificate in words, or what is missing for one.
+    """The certificate in words, or the reason why there is not one.
 
     queries: number that was measured, of `available`.
     """
@@ -218,6 +218,7 @@ def frontier_plot(
     axes.set_xticks(ticks)
     axes.xaxis.set_major_formatter(lambda x, _: f"{1 - x:.6g}" if x > floor * 1.01 else "1")
     axes.xaxis.set_minor_formatter("")
+    # Labels at 1, 2 and 5 only: a speed axis often spans less than one power of ten.
     for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         set_formatter(lambda y, _: f"{y:,.0f}" if f"{y:.0e}"[0] in "125" else "")
     axes.set_title(title, fontsize=11)

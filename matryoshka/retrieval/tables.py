@@ -61,36 +61,37 @@ def open_table(path: str, num_threads: int = 0) -> Table:
 
     RetrievalError or EmbeddingError, one line, for anything else.
     """
-    place = Path(path)
-    if (place / MANIFEST).is_file():
-        index = Index(place, num_threads)
+    location = Path(path)
+    if (location / MANIFEST).is_file():
+        index = Index(location, num_threads)
         every_row = np.arange(index.total)
         classes, labels = merge_classes(index, every_row)
+        # Deleted rows must not count among the relevant rows of a class.
         labels = np.where(index.is_deleted(every_row), -1, labels)
         known = [source.get("num_classes", 0) for part in index.parts for source in part.data]
         count = len(classes) if classes else max([*known, int(labels.max()) + 1])
         return Table(
-            place,
-            np.empty((0, index.columns), np.float32),
-            labels,
-            classes,
-            index.model["weights_sha256"],
-            count,
+            location,
+            rows=np.empty((0, index.columns), np.float32),
+            labels=labels,
+            classes=classes,
+            weights=index.model["weights_sha256"],
+            num_classes=count,
             index=index,
         )
-    if place.suffix == ".npy":
-        return _arrays(place)
-    if not place.is_dir() or not (place / META).is_file():
-        open_embeddings(place)  # raises an error that names the remedy
-    found = open_embeddings(place)
+    if location.suffix == ".npy":
+        return _arrays(location)
+    if not location.is_dir() or not (location / META).is_file():
+        open_embeddings(location)  # raises an error that names the remedy
+    embeddings = open_embeddings(location)
     return Table(
-        place,
-        found.X,
-        np.asarray(found.y),
-        found.classes,
-        found.meta["model"]["weights_sha256"],
-        found.meta["data"]["num_classes"],
-        found,
+        location,
+        rows=embeddings.X,
+        labels=np.asarray(embeddings.y),
+        classes=embeddings.classes,
+        weights=embeddings.meta["model"]["weights_sha256"],
+        num_classes=embeddings.meta["data"]["num_classes"],
+        embeddings=embeddings,
     )
 
 
@@ -107,18 +108,18 @@ def _arrays(path: Path) -> Table:
         # The native code reads consecutive float16 or float32.
         rows = np.ascontiguousarray(rows, np.float16 if rows.dtype == np.float16 else np.float32)
     labels = None
-    beside = path.with_name(path.name.removesuffix("-X.npy") + "-y.npy")
-    if path.name.endswith("-X.npy") and beside.exists():
-        stored = _read(beside).reshape(-1)
+    labels_file = path.with_name(path.name.removesuffix("-X.npy") + "-y.npy")
+    if path.name.endswith("-X.npy") and labels_file.exists():
+        stored = _read(labels_file).reshape(-1)
         labels = stored.astype(np.int64)
         if len(labels) != len(rows) or not np.array_equal(labels, stored):
             raise RetrievalError(
-                f"{beside}: is {stored.dtype} {list(stored.shape)}, expected integer labels of "
+                f"{labels_file}: is {stored.dtype} {list(stored.shape)}, expected integer labels of "
                 f"{len(rows)} rows"
             )
         if stored.dtype == np.float16 and len(labels) and labels.max() >= MAX_EXACT_FLOAT16:
             raise RetrievalError(
-                f"{beside}: float16 labels up to {labels.max()} cannot tell classes above "
+                f"{labels_file}: float16 labels up to {labels.max()} cannot tell classes above "
                 f"{MAX_EXACT_FLOAT16} apart; make the arrays again with pytorch_inference.py "
                 "--retrieval"
             )
@@ -157,9 +158,10 @@ def open_pair(database: Table, queries: Table) -> tuple[Table, Table]:
         )
     # Bare arrays have no class names; their labels are compared as they are.
     if database.weights and queries.weights and queries.labels is not None:
-        own = Classes(queries.path, queries.classes, queries.num_classes)
-        theirs = Classes(database.path, database.classes, database.num_classes)
-        queries = replace(queries, labels=matched_labels(queries.labels, own, theirs))
+        query_classes = Classes(queries.path, queries.classes, queries.num_classes)
+        database_classes = Classes(database.path, database.classes, database.num_classes)
+        labels = matched_labels(queries.labels, query_classes, database_classes)
+        queries = replace(queries, labels=labels)
     return database, queries
 
 
@@ -167,30 +169,33 @@ def notes(database: Table, queries: Table) -> list[str]:
     """Warnings about a pair: another preprocessing, or queries that are in the database."""
     if queries.embeddings is None:
         return []
-    own = queries.embeddings.meta
+    metadata = queries.embeddings.meta
     if database.index is not None:
         preprocessing = database.index.preprocessing
+        # By name, because an index may hold several data sets, or a part of one.
         is_same = bool((database.index.find(queries.embeddings.ids[:50]) >= 0).any())
     elif database.embeddings is not None:
-        theirs = database.embeddings.meta
-        preprocessing = theirs.get("preprocessing")
-        fingerprint = own["data"].get("fingerprint")
-        is_same = fingerprint is not None and fingerprint == theirs["data"].get("fingerprint")
+        database_metadata = database.embeddings.meta
+        preprocessing = database_metadata.get("preprocessing")
+        fingerprint = metadata["data"].get("fingerprint")
+        is_same = fingerprint is not None and fingerprint == database_metadata["data"].get(
+            "fingerprint"
+        )
     else:
         return []
 
-    found = []
-    if own.get("preprocessing") != preprocessing:
-        found.append(
+    texts = []
+    if metadata.get("preprocessing") != preprocessing:
+        texts.append(
             f"the images of {queries.path} have another preprocessing "
-            f"({own.get('preprocessing')}) than the database's ({preprocessing})"
+            f"({metadata.get('preprocessing')}) than the database's ({preprocessing})"
         )
     if is_same:
-        found.append(
+        texts.append(
             "the database contains the queries: each finds itself, and accuracies are not those "
             "of new images"
         )
-    return found
+    return texts
 
 
 def exact_neighbours(
@@ -202,14 +207,15 @@ def exact_neighbours(
     """
     count = min(count, len(queries))
     k = min(k, len(database))
+    # Sorted, because a memory map reads rows in its own order faster.
     rows = np.sort(np.random.default_rng(seed).permutation(len(queries))[:count])
-    asked = np.asarray(queries.rows[rows], np.float32)
+    sample = np.asarray(queries.rows[rows], np.float32)
     exact = np.empty((count, k), np.int64)
     for first in range(0, count, TRUTH_BATCH):
         part = slice(first, first + TRUTH_BATCH)
-        exact[part] = database.exact(asked[part], k)
+        exact[part] = database.exact(sample[part], k)
     if count and (exact < 0).all():
         raise RetrievalError(
             f"{database.path}, {queries.path}: one of them has NaN or infinity in every row"
         )
-    return asked, exact
+    return sample, exact

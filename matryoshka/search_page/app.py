@@ -41,12 +41,14 @@ MAX_CONCURRENT_UPLOADS = 4  # more are refused, because each may hold MAX_UPLOAD
 WORKERS = 4  # concurrent searches, and concurrent pictures; more requests wait
 UPLOAD_TIMEOUT = 30.0  # seconds
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "[::1]"))
+# A fixed list: no request can name another file.
 STATIC = {
     "page.html": "text/html",
     "style.css": "text/css",
     "behaviour.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }
+# The page loads scripts, styles and data from this server only. blob: shows an upload.
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -57,6 +59,7 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]/@]+)(:\d{1,5})?")
+# Answers never have a traceback, which contains paths of this machine.
 INTERNAL_ERROR = "the server failed; see its output"
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -76,10 +79,10 @@ def make_app(
     """
     # Without FastAPI's documentation pages, which load scripts from a CDN.
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    here = Path(__file__).parent
-    files = {name: (here / name).read_bytes() for name in STATIC}
+    folder = Path(__file__).parent
+    files = {name: (folder / name).read_bytes() for name in STATIC}
     searches = CapacityLimiter(WORKERS)
-    pictures = CapacityLimiter(WORKERS)  # of their own: they must not wait for searches
+    pictures = CapacityLimiter(WORKERS)  # a separate limit: they must not wait for searches
     uploads = 0
 
     async def work(
@@ -113,6 +116,7 @@ def make_app(
         nonlocal uploads
         if uploads >= MAX_CONCURRENT_UPLOADS:
             raise Refusal(503, "too many uploads at once; try again in a moment")
+        # Without a lock: no `await` is between the check and the addition.
         uploads += 1
         try:
             data = await body(request, max_upload)
@@ -180,6 +184,7 @@ async def body(request: Request, most: int) -> bytes:
     """The request's body. Refusal as soon as it exceeds `most` bytes."""
     too_large = Refusal(413, f"the picture has more than {most / (1 << 20):g} MB")
     try:
+        # Before anything is read; the header may be absent or wrong, so the bytes count as well.
         if int(request.headers.get("content-length", 0)) > most:
             raise too_large
         data = bytearray()
@@ -250,6 +255,7 @@ class SameOriginGuard:
         if len(hosts) != 1 or not self._known(hosts[0].lower()):
             return "the server does not have this address; open the one that it printed"
         refusal = "pages of other sites may not send requests to this server"
+        # A link on another page may open this page, which then sends requests of its own.
         is_link = scope["method"] == "GET" and scope["path"] == "/"
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not is_link:
             return refusal
@@ -260,10 +266,10 @@ class SameOriginGuard:
 
     def _known(self, host: str) -> bool:
         """Whether a Host header names this server; any port is accepted."""
-        found = HOST.fullmatch(host)
-        if found is None:
+        matched = HOST.fullmatch(host)
+        if matched is None:
             return False
-        name = found[1]
+        name = matched[1]
         if name in self._hosts:
             return True
         try:

@@ -12,7 +12,7 @@
   const breakable = (name) => name.split(/(?<=[/_-])|(?<=[^/_-]{12})(?=\.[^./]{1,5}$)/).flatMap((part) => [make("wbr"), part]);
   const time = (ms) => `${Number(ms.toPrecision(2)).toLocaleString("en", { maximumFractionDigits: 6 })} ms`;
   let info = null;    // the answer of /api/index
-  let asked = null;   // {row} or {query, picture}
+  let asked = null;   // the present query: {row} or {query, picture}
   let choice = {};   // values of the sliders
 
   // Light and dark: the system's choice until the button is used.
@@ -49,21 +49,22 @@
     let running = null;
     return async (...args) => {
       if (running) running.abort();
-      const mine = running = new AbortController();
+      const controller = new AbortController();
+      running = controller;
       try {
-        await work(mine.signal, ...args);
-        if (running === mine) showError("");
+        await work(controller.signal, ...args);
+        if (running === controller) showError("");
       } catch (error) {
-        if (error.name !== "AbortError" && running === mine) showError(error.message);
+        if (error.name !== "AbortError" && running === controller) showError(error.message);
       } finally {
-        if (running === mine) running = null;
+        if (running === controller) running = null;
       }
     };
   }
 
   const parameters = (more = {}) => {
-    const who = asked.row === undefined ? { query: asked.query } : { row: asked.row };
-    return new URLSearchParams({ ...who, ...choice, ...more });
+    const query = asked.row === undefined ? { query: asked.query } : { row: asked.row };
+    return new URLSearchParams({ ...query, ...choice, ...more });
   };
 
   // ------------------------------------------------------------ the index
@@ -101,13 +102,14 @@
     return Math.round(value / unit) * unit;
   };
 
-  function place(id) {
+  // Shortlists and lists span powers of ten: their sliders, 0 to 100, are logarithmic.
+  function sliderPosition(id) {
     if (id === "rerank") return info.rerank.dims.indexOf(choice.rerank);
     const [low, high] = scales[id]();
     return high > low ? Math.round(100 * Math.log(choice[id] / low) / Math.log(high / low)) : 0;
   }
 
-  function chosen(id) {
+  function sliderValue(id) {
     const at = Number(byId(id).value);
     if (id === "rerank") return info.rerank.dims[at];
     const [low, high] = scales[id]();
@@ -123,7 +125,7 @@
   function reset() {
     choice = { shortlist: info.shortlist.default, nprobe: info.nprobe.default, rerank: info.rerank.default };
     for (const id of Object.keys(choice)) {
-      byId(id).value = place(id);
+      byId(id).value = sliderPosition(id);
       showValue(id);
     }
   }
@@ -132,10 +134,10 @@
   for (const id of ["shortlist", "nprobe", "rerank"]) {
     byId(id).addEventListener("input", () => {
       if (!info) return;
-      choice[id] = chosen(id);
+      choice[id] = sliderValue(id);
       showValue(id);
       clearTimeout(waiting);
-      waiting = setTimeout(adapt, 80);
+      waiting = setTimeout(adapt, 80);  // a drag sends an event for every pixel
     });
   }
   byId("reset").addEventListener("click", () => { if (info) { reset(); adapt(); } });
@@ -205,7 +207,7 @@
   // ------------------------------------------------------------ the page
 
   const address = (row, size, version) => `/image/${row}?size=${size}&version=${version}`;
-  const called = (hit) => hit.class || hit.name;
+  const labelOf = (hit) => hit.class || hit.name;
 
   // The query's tile: its picture, else its name.
   function showName(name) {
@@ -218,8 +220,8 @@
   function show(found) {
     const uploaded = asked.row === undefined;
     const what = uploaded ? { class: asked.name || "your image", name: "" } : found.query;
-    const picture = byId("picture"), said = byId("asked");
-    picture.alt = `query: ${called(what)}`;
+    const picture = byId("picture"), caption = byId("asked");
+    picture.alt = `query: ${labelOf(what)}`;
     picture.hidden = !uploaded && !info.pictures;
     if (!picture.hidden) picture.src = uploaded ? asked.picture : address(asked.row, 480, found.version);
     const title = make("b"), more = make("small"), row = uploaded ? "" : `row ${count(asked.row)}`;
@@ -229,7 +231,7 @@
     title.append(...breakable(what.class || name || row));
     if (what.class) more.append(...breakable([row, name === String(asked.row) ? "" : name].filter(Boolean).join(", ")));
     else if (name) more.append(row);
-    said.replaceChildren(title, more);
+    caption.replaceChildren(title, more);
 
     const columns = found.columns.map((column) => {
       const node = makeColumn(`${column.dim}`, "dims", column, found.version);

@@ -62,10 +62,12 @@ class Comparison:
         self.index = index
         columns = index.columns
         dims = index.model.get("dims")
+        # Models that were not trained for prefixes: powers of two.
         known = dims if isinstance(dims, list) and dims else [8 << i for i in range(16)]
         self.dims = sorted({d for d in known if isinstance(d, int) and 0 < d < columns} | {columns})
         self.lists = max((part.metadata["lists"] for part in index.parts), default=0)
         self.rerank_dims = [d for d in self.dims if d >= index.dim]
+        # Rows that exact search compares, by part: it has no list of deleted rows.
         self._live = []
         for part in index.parts:
             rows = np.arange(part.first, part.first + part.count)
@@ -107,18 +109,20 @@ class Comparison:
 
     def _scan(self, query: np.ndarray, dim: int, leave_out: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and exact cosines of the best rows of all parts."""
+        # One more, because the row to leave out may be among them.
         keep = NEIGHBOURS + (leave_out >= 0)
-        ids, scores = [], []
+        ids = []
+        scores = []
         for part, live in zip(self.index.parts, self._live, strict=True):
-            found = rerank(
+            hits = rerank(
                 part.rows,
                 query[None],
                 live[None],
                 [Stage(dim, keep)],
                 num_threads=self.index.num_threads,
             )
-            ids.append(np.where(found.ids[0] < 0, -1, found.ids[0] + part.first))
-            scores.append(found.scores[0])
+            ids.append(np.where(hits.ids[0] < 0, -1, hits.ids[0] + part.first))
+            scores.append(hits.scores[0])
         return _best(np.concatenate(ids), np.concatenate(scores), leave_out)
 
     def params(self, choice: Choice) -> SearchParams:
@@ -158,6 +162,7 @@ def recall(found: Column, truth: Column) -> float:
 
 def _best(ids: np.ndarray, scores: np.ndarray, leave_out: int) -> tuple[np.ndarray, np.ndarray]:
     """The NEIGHBOURS best, ties by rising id, without missing rows and `leave_out`."""
+    # lexsort's last key comes first: by falling score, then by rising id.
     order = np.lexsort((ids, -scores))
     order = order[(ids[order] >= 0) & (ids[order] != leave_out)][:NEIGHBOURS]
     return ids[order], scores[order]

@@ -10,7 +10,7 @@ from matryoshka.runtime import DeviceOptions, ThreadOptions
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """What is served, and to whom."""
+    """Options of the server and its page."""
 
     index: str = option(help="folder of the index", metavar="DIR", positional=True)
     model: str | None = option(

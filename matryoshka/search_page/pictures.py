@@ -56,6 +56,7 @@ def read_upload(data: bytes) -> np.ndarray:
         raise Refusal(
             415, "this is not a JPEG, PNG, WebP, GIF or BMP picture; convert it to one of these"
         ) from None
+    # From the header, before any memory is allocated: a small file may declare a huge image.
     if width * height > MAX_PIXELS:
         raise Refusal(
             400,
@@ -70,63 +71,63 @@ def read_upload(data: bytes) -> np.ndarray:
 class Pictures:
     """The data sets of an index, each opened once.
 
-    replaced: present paths of data sets, by the path that the index has. fingerprint: computes the
+    moved: present paths of data sets, by the path that the index has. fingerprint: computes the
     fingerprint in the embeddings' meta.json. A .beton needs it, because its images are known by
     their numbers, which every other file has as well.
     """
 
     def __init__(
         self,
-        replaced: Mapping[str, str] | None = None,
+        moved: Mapping[str, str] | None = None,
         fingerprint: Callable[[BetonFile | ImageFolder], str] | None = None,
     ) -> None:
-        self._replaced = dict(replaced or {})
+        self._moved = dict(moved or {})
         self._fingerprint = fingerprint
         self._opened: dict[tuple[str, str | None], BetonFile | ImageFolder] = {}
-        self._refused: dict[
-            tuple[str, str | None], tuple[Refusal, float]
-        ] = {}  # and the time of the next attempt
+        # with the time of the next attempt
+        self._refused: dict[tuple[str, str | None], tuple[Refusal, float]] = {}
         self._lock = threading.Lock()
 
-    def place(self, source: Mapping[str, Any]) -> str:
+    def path_of(self, source: Mapping[str, Any]) -> str:
         """The path of a data set; "" if the index has none."""
         path = str(source.get("path") or "")
-        return self._replaced.get(path, path)
+        return self._moved.get(path, path)
 
     def open(self, source: Mapping[str, Any]) -> BetonFile | ImageFolder:
         """A data set by its description in the index. Refusal if it is missing or another one."""
-        place, fingerprint = self.place(source), source.get("fingerprint")
-        key = place, fingerprint
+        path = self.path_of(source)
+        fingerprint = source.get("fingerprint")
+        key = path, fingerprint
         with self._lock:
             if key not in self._opened:
                 error, until = self._refused.get(key, (None, 0.0))
                 if error is not None and time.monotonic() < until:
                     raise Refusal(error.status, str(error))
                 try:
-                    self._opened[key] = self._open(place, fingerprint)
+                    self._opened[key] = self._open(path, fingerprint)
                 except Refusal as error:
                     self._refused[key] = error, time.monotonic() + RETRY_SECONDS
                     raise
             return self._opened[key]
 
-    def _open(self, place: str, fingerprint: str | None) -> BetonFile | ImageFolder:
-        if not place:
+    def _open(self, path: str, fingerprint: str | None) -> BetonFile | ImageFolder:
+        if not path:
             raise Refusal(404, "the index has no path of its pictures")
         try:
-            data = open_dataset(place)
-            same = True  # of a folder, `pixels` compares the name of each file
+            data = open_dataset(path)
+            is_same = True  # of a folder, `pixels` compares the name of each file
             if isinstance(data, BetonFile):
                 if fingerprint and self._fingerprint:
-                    same = self._fingerprint(data) == fingerprint
+                    is_same = self._fingerprint(data) == fingerprint
                 elif not _names(data):  # every file has an image 7
                     raise Refusal(
                         404,
                         "the index cannot tell this data set from others: no fingerprint, no names",
                     )
         except (BetonError, OSError):
-            gone = "cannot be read" if os.path.exists(place) else "does not exist any more"
-            raise Refusal(404, f"the data set {gone}") from None
-        if not same:
+            reason = "cannot be read" if os.path.exists(path) else "no longer exists"
+            raise Refusal(404, f"the data set {reason}") from None
+        if not is_same:
             raise Refusal(404, "the data set is not the one that the index was made from")
         return data
 
@@ -136,16 +137,18 @@ class Pictures:
         name: the index's name of it, which may have a prefix.
         """
         data = self.open(source)
+        # endswith: `matryoshka index add --prefix` puts a text before the name.
         if not 0 <= number < len(data) or not name.endswith(_name(data, number)):
             raise Refusal(404, "the data set has changed since the index was made")
         try:
             if isinstance(data, ImageFolder):
                 return decode_image(_read_inside(data.path, data.name(number))).pixels
-            (found,) = data.fetch(np.array([number]))
-            start, size = int(found.offset[0]), int(found.size[0])
-            stored = np.asarray(found.data)[start : start + size]
-            if found.mode[0] == RAW:
-                return stored.reshape(int(found.height[0]), int(found.width[0]), 3)
+            (samples,) = data.fetch(np.array([number]))
+            start = int(samples.offset[0])
+            size = int(samples.size[0])
+            stored = np.asarray(samples.data)[start : start + size]
+            if samples.mode[0] == RAW:
+                return stored.reshape(int(samples.height[0]), int(samples.width[0]), 3)
             return decode_image(stored.tobytes()).pixels
         except Refusal:
             raise
@@ -155,7 +158,7 @@ class Pictures:
             raise Refusal(404, "the picture is damaged") from None
 
     def jpeg(self, source: Mapping[str, Any], number: int, name: str, size: int) -> bytes:
-        """The image of `pixels` as JPEG, its longer side at most `size`."""
+        """The image of `pixels` as JPEG, with at most `size` pixels on its longer side."""
         pixels = self.pixels(source, number, name)
         height, width = pixels.shape[:2]
         scale = min(1.0, size / max(height, width))

@@ -75,6 +75,7 @@ class Service:
         self._opened = self._use(index)
         self._queries = RecentlyUsed[np.ndarray](MAX_QUERIES)
         self._truths = RecentlyUsed[list[Column]](MAX_TRUTHS)
+        # Separate locks: a slow search must not hold up uploads, nor an upload other queries.
         self._open_lock = threading.Lock()
         self._query_lock = threading.Lock()
         self._search_lock = threading.Lock()
@@ -84,9 +85,8 @@ class Service:
         """Check and prepare an index for searches."""
         index.check_model(self._weights, "the model")
         index.warm()
-        version = hashlib.sha256(json.dumps(index.manifest, sort_keys=True).encode()).hexdigest()[
-            :12
-        ]
+        manifest = json.dumps(index.manifest, sort_keys=True).encode()
+        version = hashlib.sha256(manifest).hexdigest()[:12]
         return Opened(index, Comparison(index), version)
 
     def current(self) -> Opened:
@@ -94,6 +94,7 @@ class Service:
         opened = self._opened
         if opened.index.is_current():
             return opened
+        # One of the waiting requests opens the index; the others find it opened.
         with self._open_lock:
             if self._opened is opened:
                 try:
@@ -129,25 +130,25 @@ class Service:
             },
             "nprobe": {"high": comparison.lists, "default": own.nprobe},
             "rerank": {"dims": comparison.rerank_dims, "default": own.rerank},
-            "pictures": None in self.places(index).values(),
+            "pictures": None in self.missing_pictures(index).values(),
         }
 
-    def places(self, index: Index | None = None) -> dict[str, str | None]:
+    def missing_pictures(self, index: Index | None = None) -> dict[str, str | None]:
         """The path of each data set of the index, and why it has no pictures; None if it has.
 
         Several parts may name the same data set; it has pictures if one of them can be used.
         """
         index = index or self._opened.index
-        found = dict[str, str | None]()
+        reasons = dict[str, str | None]()
         for part in index.parts:
             for source in part.data:
-                place = self._pictures.place(source)
+                path = self._pictures.path_of(source)
                 try:
                     self._pictures.open(source)
-                    found[place] = None
+                    reasons[path] = None
                 except Refusal as error:
-                    found.setdefault(place, str(error))
-        return found
+                    reasons.setdefault(path, str(error))
+        return reasons
 
     def random_row(self) -> int:
         """A random row that is not deleted."""
@@ -163,6 +164,7 @@ class Service:
             vector = np.asarray(self._encode(pixels), np.float32)
         if not np.isfinite(vector).all():
             raise Refusal(400, "the model's embedding of this picture is not finite")
+        # Random, so that nobody can guess the key of another visitor's upload.
         key = secrets.token_urlsafe(12)
         with self._query_lock:
             self._queries.put(key, vector)
@@ -251,6 +253,7 @@ class Service:
                 found = self._queries.get(query)
             if found is None:
                 raise Refusal(404, "this query has expired; choose the picture again")
+            # An index of embeddings that were truncated (`embed --truncate-dim`) has fewer columns.
             vector = np.ascontiguousarray(found[: index.columns])
         key = version, row, query
         with self._search_lock:  # one at a time, so that the times are comparable
@@ -266,16 +269,21 @@ class Service:
 
     def _hits(self, index: Index, column: Column, exact: Column) -> dict[str, Any]:
         """A column as JSON; "agrees": whether exact search by all dimensions finds the row."""
-        true = set(exact.ids.tolist())
+        exact_rows = set(exact.ids.tolist())
         hits = [
-            {**self._shown(index, row), "cosine": round(float(cosine), 4), "agrees": row in true}
+            {
+                **self._shown(index, row),
+                "cosine": round(float(cosine), 4),
+                "agrees": row in exact_rows,
+            }
             for row, cosine in zip(column.ids.tolist(), column.cosines, strict=True)
         ]
-        return {"agree": sum(hit["agrees"] for hit in hits), "of": len(true), "hits": hits}
+        return {"agree": sum(hit["agrees"] for hit in hits), "of": len(exact_rows), "hits": hits}
 
     def _shown(self, index: Index, row: int) -> dict[str, Any]:
         """Name and class of a row as JSON; names come from files and may hold anything."""
         class_name = index.class_name(row)
+        # ImageNet's class folders have WordNet ids: show the class's English name.
         if class_name is not None and WNID.fullmatch(class_name):
             class_name = name_of(class_name)
         return {

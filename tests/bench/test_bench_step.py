@@ -111,7 +111,7 @@ def test_what_a_call_asks_for():
     import machine
 
     x, w = torch.randn(3, 5), torch.randn(7, 5)
-    assert machine.asked(lambda: x @ w.T) == (
+    assert machine.work_of(lambda: x @ w.T) == (
         2 * 3 * 5 * 7,
         4 * (3 * 5 + 5 * 7 + 3 * 7),
     )  # the transpose moves nothing

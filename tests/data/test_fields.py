@@ -109,13 +109,13 @@ def test_what_cannot_be_returned(whole, opened):
 
 
 LIES = [  # field, place in the records, value, message
-    ("blob", 32, PAGE + 1, "sample 0 says 3 bytes"),
-    ("blob", 32, 2**64 - 1, "sample 0 says 3 bytes"),
-    ("blob", 40, 4, "sample 0 says 4 bytes"),
-    ("blob", 40, 2, "sample 0 says 2 bytes"),
-    ("blob", 40, 2**64 - 1, "sample 0 says 18446744073709551615 bytes"),
-    ("blob", SIZE + 40, 1, "sample 1 says 1 bytes"),
-    ("info", SIZE + 48, 2**50, "sample 1 says"),
+    ("blob", 32, PAGE + 1, "sample 0 records 3 bytes"),
+    ("blob", 32, 2**64 - 1, "sample 0 records 3 bytes"),
+    ("blob", 40, 4, "sample 0 records 4 bytes"),
+    ("blob", 40, 2, "sample 0 records 2 bytes"),
+    ("blob", 40, 2**64 - 1, "sample 0 records 18446744073709551615 bytes"),
+    ("blob", SIZE + 40, 1, "sample 1 records 1 bytes"),
+    ("info", SIZE + 48, 2**50, "sample 1 records"),
     ("info", 2 * SIZE + 56, 0, "sample 2 is not JSON"),
     ("array", 64, 2**50, "sample 0 has a region of 0 bytes"),
     ("array", 64, 2**64 - 24, "sample 0 has a region of 0"),

@@ -172,14 +172,14 @@ MISTAKES = {
     "too many threads": (["info", "x", "--threads", "5000"], "--threads"),
     "negative threads": (["info", "x", "--threads", "-1"], "--threads"),
     "no embeddings": (["build", "y", "--embeddings", "nothing"], "nothing: no such folder"),
-    "an empty folder": (["build", "y", "--embeddings", "empty"], "empty: holds no embeddings"),
+    "an empty folder": (["build", "y", "--embeddings", "empty"], "empty: has no embeddings"),
     "a folder of other things": (
         ["build", "other", "--embeddings", "photos"],
-        "other: contains .*folder of its own",
+        "other: contains .*empty folder",
     ),
     "a folder of other parts": (
         ["build", "parts", "--embeddings", "photos"],
-        "parts: contains part-1.*folder of its own",
+        "parts: contains part-1.*empty folder",
     ),
     "a file": (["build", "file", "--embeddings", "photos"], "file: "),
     "another model": (
@@ -192,7 +192,7 @@ MISTAKES = {
     ),
     "other preparation": (
         ["add", "x", "--embeddings", "prepared"],
-        r"another preprocessing \(size 32 there, 64 here",
+        r"another preprocessing \(size 32 in the index, 64 in the embeddings",
     ),
     "names that are there": (
         ["add", "x", "--embeddings", "photos"],

@@ -384,7 +384,7 @@ def test_folders_of_other_things_stay_as_they_are(tmp_path):
         folder = tmp_path / name
         (folder / name).mkdir(parents=True)
         (folder / name / "a.jpg").write_bytes(b"")
-        with pytest.raises(RetrievalError, match="folder of its own"):
+        with pytest.raises(RetrievalError, match="empty folder"):
             built(folder, random_rows(3))
         with pytest.raises(RetrievalError, match="no index"):
             Index(folder)

@@ -384,10 +384,10 @@ def test_data_sets_of_several_parts_are_counted_once(made, changed, tmp_path, ca
             writer.add(replace(more, names=[prefix + name for name in more.names], data=[about]))
         index = writer.compact()
     _, service = client_of(made, changed)
-    assert service.places() == {str(made / "photos"): None, str(other): None}
+    assert service.missing_pictures() == {str(made / "photos"): None, str(other): None}
     other.rename(tmp_path / "elsewhere")
     shown, service = client_of(made, changed)
-    assert (list(service.places()), shown.get("/api/index").json()["pictures"]) == (
+    assert (list(service.missing_pictures()), shown.get("/api/index").json()["pictures"]) == (
         [str(made / "photos"), str(other)],
         True,
     )
@@ -397,8 +397,8 @@ def test_data_sets_of_several_parts_are_counted_once(made, changed, tmp_path, ca
     out = capsys.readouterr().out
     assert f"pictures from {made / 'photos'}\n" in out
     assert (
-        f"1 of 2 data sets cannot be used, the page shows names ({other}: the data set does not "
-        "exist any more)" in out
+        f"1 of 2 data sets cannot be used, the page shows names ({other}: the data set "
+        "no longer exists)" in out
     )
     line = refused([str(changed), f"--data={tmp_path / 'elsewhere'}"], capsys)
     assert (
@@ -436,5 +436,5 @@ def test_texts_of_refusals_are_kept():
         with pytest.raises(Refusal, match="has no path") as error:
             shown.open({})
         assert error.value.status == 404
-    assert shown.place({"path": "here"}) == "here"
-    assert Pictures({"here": "there"}).place({"path": "here"}) == "there"
+    assert shown.path_of({"path": "here"}) == "here"
+    assert Pictures({"here": "there"}).path_of({"path": "here"}) == "there"

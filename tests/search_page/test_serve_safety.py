@@ -248,7 +248,7 @@ def test_a_folder_that_changed_since_shows_nothing_of_its_neighbours(made, tmp_p
 def test_files_that_go_while_they_are_shown(made, tmp_path):
     shutil.copytree(made / "photos", tmp_path / "p")
     shown, service = client_of(made, replaced={str(made / "photos"): str(tmp_path / "p")})
-    assert (shown.get("/image/0").status_code, service.places()) == (
+    assert (shown.get("/image/0").status_code, service.missing_pictures()) == (
         200,
         {str(tmp_path / "p"): None},
     )
@@ -282,7 +282,7 @@ def test_pictures_of_a_beton(made, tmp_path, photo, mode):
     write_beton(source, other, write_mode=mode, max_resolution=20, names=mode == "raw")
     moved, service = client_of(made, tmp_path / "b.index", {str(beton): str(other)})
     assert "not the one" in said(moved.get("/image/4"), 404)
-    assert "not the one" in service.places()[str(other)]
+    assert "not the one" in service.missing_pictures()[str(other)]
     assert moved.get("/api/index").json()["pictures"] is False
     assert len(moved.get("/api/neighbours", params={"row": 4}).json()["columns"][-1]["hits"]) == 5
     with Writer(tmp_path / "synced.index") as writer:  # from a table, which has no fingerprint

@@ -20,8 +20,8 @@ struct JpegDecoder::State {
 
 namespace {
 
-// A small progressive file can have so many scans that decoding takes minutes; real ones have
-// about 10.
+// Every scan of a progressive file passes over all coefficients: a small hostile file with many
+// scans takes minutes to decode. Real ones have about 10.
 constexpr int kMaxScans = 1000;
 
 void limit_scans(j_common_ptr info) {

@@ -100,16 +100,16 @@ size_t scan_bits_of(const uint64_t* bits, size_t first, size_t end, size_t words
       }
       __m256i least = counts[0];
       for (int i = 1; i < 8; ++i) least = _mm256_min_epi32(least, counts[i]);
-      HitBuffer& mine = *hits[query];
+      HitBuffer& query_hits = *hits[query];
       // A distance below this limit is a score above the threshold; -INT32_MIN would overflow.
       const __m256i limit =
-          _mm256_set1_epi32(mine.threshold < -INT32_MAX ? INT32_MAX : -mine.threshold);
+          _mm256_set1_epi32(query_hits.threshold < -INT32_MAX ? INT32_MAX : -query_hits.threshold);
       if (!_mm256_movemask_epi8(_mm256_cmpgt_epi32(limit, least))) continue;
       for (size_t i = 0; i < 8; ++i) {
         alignas(32) int32_t distances[8];
         _mm256_store_si256(reinterpret_cast<__m256i*>(distances), counts[i]);
         for (size_t j = 0; j < 8; ++j)
-          mine.add(-distances[j % 4 * 2 + j / 4], first + 8 * i + j, end);
+          query_hits.add(-distances[j % 4 * 2 + j / 4], first + 8 * i + j, end);
       }
     }
   }

@@ -89,7 +89,7 @@ class TopK {
   }
 
  private:
-  // Partition the keys: the `nth` best is in its place, better ones before it.
+  // Partition the keys: the `nth` best is at that index, better ones before it.
   void select(size_t nth) {
     uint64_t* const keys = hits_.keys;
     std::nth_element(keys, keys + nth, keys + hits_.count, std::greater<uint64_t>());
@@ -246,16 +246,16 @@ void search_all(Pool& pool, const Kernels& kernels, const Rows& rows, const uint
     const size_t end_row = std::min(first_row + tiling.range_rows, rows.count);
     const size_t first_query = task % tiling.num_parts * tiling.part_queries;
     const size_t end_query = std::min(first_query + tiling.part_queries, count);
-    std::vector<TopK>& mine = top[task];
-    mine.reserve(end_query - first_query);
-    for (size_t q = first_query; q < end_query; ++q) mine.emplace_back(k, capacity);
+    std::vector<TopK>& task_top = top[task];
+    task_top.reserve(end_query - first_query);
+    for (size_t q = first_query; q < end_query; ++q) task_top.emplace_back(k, capacity);
     const uint8_t* part = queries + first_query * rows.query_bytes();
-    scan_task(kernels, rows, first_row, end_row, tiling.tile_rows, part, mine);
+    scan_task(kernels, rows, first_row, end_row, tiling.tile_rows, part, task_top);
     if (tiling.num_ranges > 1) return;  // merged below
     for (size_t q = first_query; q < end_query; ++q) {
-      mine[q - first_query].write(ids + q * k, scores + q * k);
+      task_top[q - first_query].write(ids + q * k, scores + q * k);
     }
-    mine.clear();
+    task_top.clear();
   });
   if (tiling.num_ranges > 1) merge_ranges(top, count, k, ids, scores);
 }
@@ -365,10 +365,10 @@ inline const void* row_of(const Stage& stage, int64_t id) {
 
 inline void prefetch(const Stage& stage, int64_t id) {
 #if defined(__GNUC__)
-  const char* place = static_cast<const char*>(row_of(stage, id));
+  const char* row = static_cast<const char*>(row_of(stage, id));
   const size_t bytes = (stage.end - stage.begin) * (stage.half ? 2 : 4);
   // After eight lines the CPU's own prefetcher has recognised the stream.
-  for (size_t i = 0; i < std::min<size_t>(bytes, 512); i += 64) __builtin_prefetch(place + i);
+  for (size_t i = 0; i < std::min<size_t>(bytes, 512); i += 64) __builtin_prefetch(row + i);
 #endif
 }
 
@@ -489,7 +489,7 @@ void rerank(Pool& pool, const Kernels& kernels, const std::vector<Stage>& stages
       list.clear();
       for (size_t i = 0; i < m; ++i) {
         const int64_t id = candidates[q * m + i];
-        if (id < 0) continue;  // an empty place
+        if (id < 0) continue;  // a missing candidate
         if (static_cast<size_t>(id) >= num_rows)
           throw std::out_of_range("candidate id out of range");
         list.push_back({0, 0, 0, id});
