@@ -111,6 +111,7 @@ def apply_gradients(
     Returns (gradient norm before clipping, whether the step was skipped), both 0-d on the device.
     A skipped step adds nothing to the epoch's sums.
     """
+    # Set, not stepped by a scheduler: the rate is a function of the step, also after a resume.
     for group in state.optimizer.param_groups:
         group["lr"] = lr
 
