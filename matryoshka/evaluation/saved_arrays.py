@@ -120,6 +120,7 @@ class ArrayCollector:
             if kind in self.kinds:
                 yield kind, array[0] if kind == "gt" else array
             if kind == "logits" and "softmax" in self.kinds:
+                # The caller has written the logits: see above.
                 for prefix in array:
                     prefix[...] = torch.from_numpy(prefix).softmax(1).numpy()
                 yield "softmax", array
@@ -132,6 +133,7 @@ def _assemble(
 
     order: the positions of all rows in the data set. None on other ranks, and if no rank has rows.
     """
+    # A rank without images, which may be rank 0, learns the shape from the others.
     layouts = gather([_layout(rows)], world)
     layout = next((found for found in layouts if found), None)
     if layout is None:
