@@ -205,7 +205,7 @@ class Option(Checker):
         if isinstance(value, str):
             text = value.strip().removeprefix("[").removesuffix("]").strip()
             value = [part.strip() for part in text.split(",")] if text else []
-        # of a file's mapping, a list subclass, the items would be pairs
+        # Not isinstance: a mapping in a file is a subclass of list (files._Pairs).
         if type(value) not in (list, tuple):
             raise ValueError
         assert isinstance(value, list | tuple)
@@ -234,13 +234,19 @@ def _scalar(kind: type, value: Any) -> object:
 
 def options_of(section: type) -> dict[str, tuple[Field, Option]]:
     """{name: (field, checker)} of a dataclass, in order of declaration."""
-    hints = get_type_hints(section)
-    return {one.name: (one, Option(hints[one.name], one.metadata)) for one in fields(section)}
+    hints = get_type_hints(section)  # annotations are text: `from __future__ import annotations`
+    declared = {}
+    for declaration in fields(section):
+        checker = Option(hints[declaration.name], declaration.metadata)
+        declared[declaration.name] = (declaration, checker)
+    return declared
 
 
-def default_of(one: Field) -> Any:
+def default_of(declaration: Field) -> Any:
     """The default of a field; MISSING for a required one."""
-    return one.default if one.default_factory is MISSING else one.default_factory()
+    if declaration.default_factory is MISSING:
+        return declaration.default
+    return declaration.default_factory()
 
 
 def check_fields(instance: Any, section: str = "") -> None:
@@ -275,6 +281,7 @@ def check_name(name: str) -> None:
 
 def did_you_mean(word: str, names: Collection[str]) -> str:
     """` (did you mean 'x'?)` for the closest name, or one with the same last part; else empty."""
+    # Cut to 100 characters: the comparison takes quadratic time, and a file may hold any text.
     close = get_close_matches(word[:100], names, 1, 0.8)
     if not close:
         last = "." + word.rpartition(".")[2]
