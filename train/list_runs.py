@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "to (--logging.folder), or start a run: matryoshka train"
         )
     rows = [facts(name, run) for name, run in runs]
-    rows.sort(key=SORTS["date"])  # the order of rows that are equal by the other key
+    # Sorting is stable: rows that are equal by the second key stay sorted by date.
+    rows.sort(key=SORTS["date"])
     rows.sort(key=SORTS[args.sort])
     print("\n".join(map(json.dumps, rows)) if args.json else table(rows), flush=True)
     if others:
@@ -129,6 +130,7 @@ def search(root: Path) -> tuple[list[Path], dict[Path, str]]:
             below.clear()  # a run contains no runs
         elif folder != root and {"log", "events.jsonl"} & set(files):
             others[folder] = "no params.json"
+    # Folders directly below `root` are expected to be runs: name those that contain none.
     if root not in runs:
         known = {path.relative_to(root).parts[0] for path in (*runs, *others)}
         with os.scandir(root) as entries:
@@ -183,6 +185,7 @@ def state(run: Run, now: float) -> str:
         return "finished"
     if run.events and run.events[-1].get("event") == "stopped":
         return "stopped"
+    # No process can be asked: a run is alive if it has written within its checkpoint interval.
     interval = run.params.get("training.checkpoint_every_minutes")
     quiet = QUIET + (60 * interval if isinstance(interval, int | float) else 0)
     return "running" if now - last_write(run.path) < quiet else "failed"
