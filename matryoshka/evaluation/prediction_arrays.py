@@ -180,12 +180,14 @@ def _open(
 
 
 def _check_shape(kind: str, file: Path, array: np.ndarray) -> None:
-    shape = "[prefixes, images]"
-    numbers = np.integer
-    if kind != "predictions":
-        shape = "[prefixes, images, classes]"
+    if kind == "predictions":
+        axes = 2
+        numbers = np.integer
+        shape = "[prefixes, images]"
+    else:
+        axes = 3
         numbers = np.floating
-    axes = 2 if kind == "predictions" else 3
+        shape = "[prefixes, images, classes]"
     if array.ndim != axes or not np.issubdtype(array.dtype, numbers) or not array.size:
         raise ArrayError(f"{file}: is {array.dtype} {list(array.shape)}, expected {kind} {shape}")
 
