@@ -343,7 +343,7 @@ def truth_line(true_name: str | None, label: int) -> str:
 
 
 def footer(target: str, layer: Layer, class_name: str | None) -> str:
-    """What the maps show: layer, size, and the explained class."""
+    """Caption of the maps: layer, size, and the explained class."""
     size = f"{layer.height}\N{MULTIPLICATION SIGN}{layer.width}"
     explained = class_name
     if explained is None:

@@ -127,7 +127,7 @@ def check_output(args: SimpleNamespace) -> None:
             ) from None
 
 
-# ---------------------------------------------------------------- what is evaluated
+# ---------------------------------------------------------------- the request
 
 
 @dataclass(frozen=True, kw_only=True)

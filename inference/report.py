@@ -51,7 +51,7 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """What the page shows."""
+    """Inputs of the page."""
 
     run: str | None = config.option(
         None,

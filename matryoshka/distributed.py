@@ -285,7 +285,7 @@ def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
 
 def stack_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
     """Return the tensors of all ranks, [ranks, *shape], on all ranks."""
-    tensor = tensor.detach().clone()
+    tensor = tensor.detach().clone()  # the caller keeps adding to its own
     if world.size == 1:
         return tensor[None]
     parts = [torch.empty_like(tensor) for _ in range(world.size)]

@@ -4,7 +4,7 @@
     matryoshka runs trainlogs runs/demo --sort best
     matryoshka runs trainlogs --json
 
-epochs            done / of the run
+epochs            done / planned
 state             finished: its model exists; running: it wrote something in the last minutes;
                   stopped: by a signal, resume it with --training.resume=auto; failed: it ended
                   without a message
@@ -45,7 +45,7 @@ SORTS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunsOptions:
-    """Which runs, and how they are shown."""
+    """Folders of the runs, and the form of the table."""
 
     folders: tuple[str, ...] = config.option(
         help="a folder of run folders, or a run folder",
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ---------------------------------------------------------------- finding
+# ---------------------------------------------------------------- search for runs
 
 
 def collect(folders: Iterable[Path]) -> tuple[list[tuple[str, Run]], dict[Path, str]]:

@@ -45,7 +45,7 @@ def save_model(model: NestedModel, path: str | Path, config: Mapping | None = No
 
 
 def describe(model: NestedModel) -> dict[str, Any]:
-    """What rebuilds a model, apart from its weights, as a JSON object."""
+    """Everything but the weights that is needed to rebuild a model, as a JSON object."""
     spec = asdict(model.spec)
     # Only models with options have the key: files of all others keep their bytes.
     if not spec["arch_options"]:
@@ -58,7 +58,7 @@ def describe(model: NestedModel) -> dict[str, Any]:
 
 
 def preprocessing_of(metadata: Mapping) -> Preprocessing:
-    """The Preprocessing in what `describe` returned. JSON turns its tuples into lists."""
+    """The Preprocessing that `describe` stored. JSON has turned its tuples into lists."""
     stored = metadata["preprocessing"]
     return Preprocessing(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
 
@@ -178,7 +178,7 @@ def _read_safetensors(path: Path) -> Contents:
     return Contents(spec, preprocessing, metadata.get("classes"), [], state)
 
 
-# ---------------------------------------------------------------- checks of what a file claims
+# ---------------------------------------------------------------- checks of a file's contents
 
 
 def _problem(contents: Contents) -> str | None:

@@ -81,7 +81,7 @@ def check_start(
     classes: list[str] | None = None,
     sizes: Iterable[int] = (),
 ) -> None:
-    """ModelError for what start_model would refuse, without downloads or memory for weights.
+    """Raise the ModelErrors of start_model without downloads and without memory for weights.
 
     sizes: side lengths in pixels of the training images; some timm models accept only some sizes,
     or do not return features [B, D]. The network and the content of published weights remain

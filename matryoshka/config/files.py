@@ -13,7 +13,7 @@ import yaml
 
 from matryoshka.config.options import ConfigError, did_you_mean, show
 
-Given = dict[str, tuple[object, str]]  # option -> (value as written, where)
+Given = dict[str, tuple[object, str]]  # option -> (value as written, its source)
 
 MAX_FILE_BYTES = 1 << 20
 MAX_FILE_VALUES = 10_000
@@ -31,6 +31,7 @@ class _Yaml(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.count += 1
+        # An alias of aliases expands exponentially ("billion laughs").
         if self.check_event(yaml.AliasEvent) or self.count > MAX_FILE_VALUES:
             problem = f"aliases, and more than {MAX_FILE_VALUES} values, are not supported"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
@@ -38,7 +39,7 @@ class _Yaml(yaml.SafeLoader):
 
 
 def read_file(name: str, options: Collection[str], errors: list[str]) -> Given:
-    """The options that a file gives; its errors are appended to `errors`."""
+    """The options of a file; errors are appended to `errors`."""
     try:
         path, content = _open(name)
         pairs = _parse(path, content, options)

@@ -154,7 +154,7 @@ class Option(Checker):
         return f"{self.kind()} or none" if self.optional else self.kind()
 
     def facts(self) -> list[str]:
-        """What the help says beside type and default: choices and range."""
+        """Choices and range, for the help text."""
         facts = []
         if self.choices:
             facts.append(f"one of {', '.join(str(choice) for choice in self.choices)}")
@@ -169,7 +169,7 @@ class Option(Checker):
         return self._typed(value, self.help())
 
     def check_flag(self, value: object) -> object:
-        """The same for a flag, which is left out to mean None: `--title none` is a title."""
+        """`check` for a flag. None means that the flag is left out: `--title none` is a title."""
         return self._typed(value, self.kind())
 
     def _typed(self, value: object, expected: str) -> object:
@@ -181,7 +181,7 @@ class Option(Checker):
         return typed
 
     def check_typed(self, typed: Any) -> None:
-        """The same for a value that has its type already, such as a dataclass's attribute."""
+        """Check a value that already has its type, such as an attribute of a dataclass."""
         if typed is None:
             return
         items = typed if self.is_tuple else (typed,)

@@ -1,4 +1,4 @@
-"""How a program ends: errors that a user can correct become one line and exit status 2."""
+"""Exit of a program: errors that a user can correct become one line and exit status 2."""
 
 from __future__ import annotations
 

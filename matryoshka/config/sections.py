@@ -66,6 +66,7 @@ def read(
     """
     declared = _declare(sections)
     params = {".".join(path): param for path, param in declared.entries.items()}
+    # All errors are collected: a user corrects them in one go.
     errors: list[str] = []
     files, typed, switches = _split(sys.argv[1:] if argv is None else argv, params, errors)
     if "help" in switches:

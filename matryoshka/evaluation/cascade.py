@@ -203,7 +203,7 @@ def certify(
         full_accuracy=float(full.mean()),
     )
     for allowed in ALLOWED_LOSSES:
-        thresholds = _thresholds_that_lose(allowed, path_confidence, path_correct, orders)
+        thresholds = _thresholds_for_loss(allowed, path_confidence, path_correct, orders)
         exit_prefix = exits(confidence[:, test], thresholds)
         answers = np.take_along_axis(correct[:, test], exit_prefix[None], 0)[0]
         harmed = int((full & ~answers).sum())
@@ -226,7 +226,7 @@ def certify(
     return best
 
 
-def _thresholds_that_lose(
+def _thresholds_for_loss(
     allowed: float, confidence: np.ndarray, correct: np.ndarray, orders: list[np.ndarray]
 ) -> np.ndarray:
     """Thresholds, float [G-1], at which each prefix loses at most the share `allowed`.

@@ -1,4 +1,4 @@
-"""Embed a data set with a model: the work of `matryoshka embed`.
+"""Embed a data set with a model, as `matryoshka embed` does.
 
 job = EmbeddingJob(model, data, EmbeddingOptions(checkpoint="model.safetensors"), world=world)
 for line in job.summary():
@@ -42,12 +42,12 @@ Data = BetonFile | ImageFolder | Subset
 Report = Callable[[str], None]
 
 
-# ---------------------------------------------------------------- what is embedded
+# ---------------------------------------------------------------- the job
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingOptions:
-    """How a data set is embedded. meta.json records all but batch_size and workers."""
+    """Settings of an embedding run. meta.json records all but batch_size and workers."""
 
     checkpoint: str  # as the user named it
     preprocessing: str = "checkpoint"  # its name; the model has the values
@@ -193,7 +193,7 @@ def fingerprint(data: Data, labels: np.ndarray) -> str:
 
 
 class RankResult(NamedTuple):
-    """One process's part of a run."""
+    """Result of one process."""
 
     rows: int
     seconds: float

@@ -83,6 +83,7 @@ def match(name: str, dataset: BetonFile | ImageFolder, model: NestedModel) -> La
             )
         return LabelMapping(identity.labels, columns, set_wnids)
 
+    # By name, not by position: in V2, folder 10 sorts before 2, and some folders may be missing.
     unknown = [folder for folder in names if class_of_folder.get(folder) not in label_of_class]
     if unknown:
         raise ImageNetError(

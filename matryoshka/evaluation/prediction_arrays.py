@@ -35,7 +35,7 @@ class PredictionArrays:
 
     scores: float [G, N, C] logits or softmax, a memory map; None if only predictions were saved.
     predictions: int64 [G, N], empty if scores were saved. labels: int64 [N]. class_names: of the C
-    classes, None if unknown. metadata: what produced the arrays.
+    classes, None if unknown. metadata: provenance of the arrays.
     """
 
     scores: np.ndarray | None

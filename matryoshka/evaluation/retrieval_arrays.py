@@ -125,6 +125,7 @@ def write_arrays(job: EmbeddingJob, target: str, *, report: Report) -> None:
     Called by every process. Resumes a killed run: the rows are first embedded into the folder
     <target>-embeddings.
     """
+    # A finished split is skipped; an unfinished one continues in its folder.
     if not is_published(target, job):
         folder = f"{target}-embeddings"
         embed(job, folder, report=report, overwrite=not is_embedded(folder, job))

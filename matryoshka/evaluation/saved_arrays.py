@@ -52,6 +52,7 @@ def file_names(
             names["gt"] = f"gt_dataset={shown}.pth"
         return names
 
+    # Everything that changes the numbers is in the name: two evaluations never share a file.
     path = Path(checkpoint)
     if path.is_file():  # the folder too: every run has a model.safetensors
         model_name = f"{path.resolve().parent.name}-{path.stem}"

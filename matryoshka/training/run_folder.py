@@ -45,11 +45,11 @@ class RunLog:
     tensorboard/.
 
     params: flat options, written in upstream's format. resumed_at: (step, epoch) of the checkpoint
-    that the run resumes from, which drops later lines; None starts a new run and removes what a run
-    killed before its first checkpoint has left. launch: name shared by the restarts of one
+    that the run resumes from, which drops later lines; None starts a new run and removes the files
+    of a run that was killed before its first checkpoint. launch: name shared by the restarts of one
     torchrun. wandb: project of Weights & Biases that receives the same numbers; the run has the
-    folder's name there and stays one run when it is resumed. Raises WandbError, before anything is
-    written, if that does not work.
+    folder's name there and remains one run when it is resumed. Raises WandbError, before anything
+    is written, if Weights & Biases is not available.
     """
 
     def __init__(

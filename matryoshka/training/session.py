@@ -62,9 +62,9 @@ class _RolledBack(Exception):
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run starts: in folder `path`, after `checkpoint`, if there is one.
+    """Start of a run: its folder, and the checkpoint to resume from, if any.
 
-    finished: the run is complete. notes: damaged checkpoints that were passed over.
+    finished: the run is complete. notes: damaged checkpoints that were skipped.
     """
 
     path: Path

@@ -265,6 +265,7 @@ def read(path: Path) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
+    # safetensors has no checksum of its own, and a flipped bit would go unnoticed.
     own = header.pop("__metadata__")
     if f"{zlib.crc32(data):08x}" != own.get("crc32"):
         raise CheckpointError(f"{path}: damaged: its checksum does not match its contents")

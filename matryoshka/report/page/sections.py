@@ -440,7 +440,7 @@ EVALUATION_FIELDS = {
 
 
 def provenance(evidence: Evidence) -> list[tuple[str, list[tuple[str, str]]]]:
-    """What produced the numbers: (title, [(name, value)]) of each table."""
+    """Provenance of the numbers: (title, [(name, value)]) of each table."""
     subject = evidence.results[0]
     evaluation = []
     for key, name in EVALUATION_FIELDS.items():
