@@ -162,6 +162,7 @@ def joined(device: str) -> Iterator[World]:
         local_rank=local_rank,
         local_size=int(env.get("LOCAL_WORLD_SIZE", 1)),
     )
+    # An agent that restarts its workers keeps its store, with the addresses of the earlier ones.
     store: dict[str, Any] = {}
     if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = {
@@ -255,7 +256,7 @@ def on_main(function: Callable[[], T], world: World) -> T:
     # The error travels as well: otherwise the other ranks would wait for rank 0 until a timeout.
     result, error = broadcast((result, error), world)
     if error is not None:
-        raise error if world.is_main else SystemExit(2)
+        raise error if world.is_main else SystemExit(2)  # rank 0 prints the message, once
     return result
 
 

@@ -73,6 +73,7 @@ def _torchvision(name: str) -> NestedModel:
 
     _, width = backbone(arch)  # only its width; load_state_dict below fills the model
     model = build(ModelSpec(arch, len(published.meta["categories"]), (width,)))
+    # Upstream's trunks are torchvision's: the keys are the same, with the classifier as `fc`.
     state = published.get_state_dict(check_hash=True, weights_only=True)
     model.load_state_dict(checkpoint.from_upstream(state))
 

@@ -55,6 +55,7 @@ class FlagParser:
                 if name in self._options:
                     raise TypeError(f"{prog}: option {name} is declared twice")
                 self._options[name] = declared
+        # No abbreviations: a mistyped flag must not select another one.
         self._words = _Words(prog=prog, add_help=False, allow_abbrev=False)
         self._words.add_argument("-h", "--help", action="store_true")
         for name, (field, option) in self._options.items():
@@ -201,6 +202,7 @@ def _label(field: Field) -> str:
 
 def _reading(field: Field, option: Option) -> dict[str, Any]:
     """argparse's keywords for a flag."""
+    # Default None, not False: only flags that were given count.
     if option.items == (bool,) and not option.is_tuple:
         return {"action": "store_true", "default": None}
     if field.metadata.get("repeat"):

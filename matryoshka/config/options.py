@@ -131,6 +131,7 @@ class Option(Checker):
     """fastargs checker of one field: annotation, then choices, range and the field's own check."""
 
     def __init__(self, annotation: Any, metadata: Mapping[str, Any]) -> None:
+        # `| None` makes a union of every annotation, whose members get_args lists.
         kinds = [kind for kind in get_args(annotation | None) if kind is not NoneType]
         self.optional = NoneType in get_args(annotation)
         self.is_tuple = get_origin(kinds[0]) is tuple
@@ -215,6 +216,7 @@ class Option(Checker):
 
 def _scalar(kind: type, value: Any) -> object:
     """`value`, text or already typed, as an int, float, str, bool or Path; else ValueError."""
+    # Strict types: int(2.7), float(True) and bool("False") would hide a mistake in a file.
     if kind is bool:
         word = str(value).lower()
         if word in TRUE + FALSE:

@@ -173,6 +173,8 @@ def fingerprint(data: Data, labels: np.ndarray) -> str:
     """
     digest = hashlib.sha256(f"{data.fingerprint():08x}".encode())
     digest.update(np.ascontiguousarray(labels, np.int64).data)
+    # The lengths or names are known without reading the images. A few are read, to detect other
+    # contents of the same length.
     sampled = np.unique(np.linspace(0, len(data) - 1, SAMPLED_IMAGES).astype(np.int64))
     if isinstance(data, Subset):
         source = data.dataset

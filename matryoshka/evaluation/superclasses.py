@@ -112,6 +112,7 @@ def paper_grouping(wnids: Sequence[str] | None = None) -> Grouping:
 
     They are `by_count` of all 1000 classes; a group without a class of `wnids` is kept, empty.
     """
+    # From all 1000 classes: the largest groups of a subset would be others.
     every = imagenet.wnids()
     grouping = by_count(every, PAPER)
     if wnids is None:
@@ -149,6 +150,7 @@ def by_count(wnids: Sequence[str], count: int) -> Grouping:
 
     large = [node for node in num_classes if num_classes[node] > 1 and node != ROOT]
     large.sort(key=lambda node: (-num_classes[node], -len(below[node]), node))
+    # A node follows all nodes above it: these have at least as many classes, and more nodes below.
     chosen: list[str] = []
     for node in large:
         if len(chosen) == count:
@@ -171,6 +173,7 @@ def by_depth(wnids: Sequence[str], depth: int) -> Grouping:
     """
     _check_wnids(wnids)
     paths = {wnid: _path_to_root(wnid, _first_hypernym)[::-1] for wnid in wnids}  # from entity
+    # A class itself is not a group: the deepest group is the node above the deepest class.
     deepest = max((len(path) - 2 for path in paths.values()), default=0)
     if not 1 <= depth <= deepest:
         raise SuperclassError(

@@ -54,6 +54,7 @@ def loader_class(cfg: SimpleNamespace) -> type[Loader]:
     """The class with Loader's interface that data.loader and data.resident select."""
     if cfg.data.loader == "native":
         return ResidentLoader if cfg.data.resident else Loader
+    # Here, because FFCV is an optional package.
     from matryoshka.data.ffcv_backend import FFCVLoader
 
     return cast(type[Loader], FFCVLoader)

@@ -104,7 +104,7 @@ class TrainState(Generic[M]):
         numbers = {}
         for index, values in optimizer["state"].items():
             plain = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
-            numbers[str(index)] = plain
+            numbers[str(index)] = plain  # keys of JSON objects are text
         return {
             **self.loop.to_json(),
             "loader": self.loader.state_dict(),
@@ -128,6 +128,7 @@ class TrainState(Generic[M]):
         if self.ema is not None:
             self.ema.module.load_state_dict(_without_prefix(tensors, "ema."))
 
+        # Numbers come from the JSON values, tensors from the file: together the optimizer's state.
         state: dict[int, dict[str, Any]] = {}
         for index, numbers in values["optimizer"]["numbers"].items():
             state[int(index)] = dict(numbers)

@@ -63,6 +63,7 @@ def micro_batches(
     count = len(batch.labels)
     for first in range(0, count, size):
         labels = batch.labels[first : first + size]
+        # DDP averages once per step, with the last part; earlier parts only accumulate.
         is_last = first + size >= count
         yield MicroBatch(
             images=batch.images[first : first + size],
@@ -123,6 +124,8 @@ def apply_gradients(
     else:
         guard.step(state.optimizer, skipped)
 
+    # Also after a skipped step, which left the weights unchanged: `skipped` is on the device, and
+    # reading it would wait for it.
     if state.ema is not None:
         state.ema.update(state.loop.step)
     state.sums.end_step(skipped)

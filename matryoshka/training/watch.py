@@ -106,6 +106,7 @@ class HangWatch:
     def __enter__(self) -> HangWatch:
         if self._seconds:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Open from the start: faulthandler's timer writes to a file descriptor.
             self._file = open(self._path, "w", encoding="utf-8")
             self.beat()
         return self

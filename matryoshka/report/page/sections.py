@@ -87,7 +87,7 @@ def facts(subject: Json, analysis: Json) -> list[tuple[str, str]]:
         shown.append((f"{values[d]:.1f} %", f"top-1, {d} dimensions"))
     caps = analysis.get("cascade", {}).get("caps")
     if caps:
-        full = caps[-1]
+        full = caps[-1]  # the cascade of all prefixes
         shown.append(
             (
                 number(full["expected_dim"]["mean"]),
@@ -138,6 +138,7 @@ def accuracy(results: Sequence[Json]) -> dict[str, Any]:
     for (name, values), colour in zip(paper.LINEAR.items(), PAPER_COLOURS, strict=True):
         line = Series(f"paper: {name}", paper.DIMS, values, colour=colour, style="dashed")
         reference.append(line)
+    # On other data the paper's accuracies are no reference: its curves get a separate chart.
     comparable = subject["classes"] == IMAGENET and subject["dataset"] == "V1"
     dims = sorted(set().union(*(values for _, values in columns)))
     ticks = sorted({*dims, *paper.DIMS}) if comparable else dims
@@ -291,6 +292,7 @@ def training(evidence: Evidence) -> dict[str, Any] | None:
         series.append(Series(name, list(values), list(values.values()), colour=position))
 
     epochs = sorted(run.epochs)
+    # Numbers of more epochs would overlap on the axis.
     ticks = epochs if len(epochs) <= 12 else epochs[:: max(1, len(epochs) // 10)]
     chart = None
     if any(s.points() for s in series):
