@@ -37,6 +37,7 @@ class Matryoshka_CE_Loss(nn.Module):
                 f"relative_importance has {len(self.relative_importance)} weights for "
                 f"{len(losses)} outputs"
             )
+        # On the device of the losses: upstream's version fails on a GPU.
         return (losses * losses.new_tensor(self.relative_importance)).sum()
 
 
@@ -61,6 +62,7 @@ class MRL_Linear_Layer(nn.Module):
         self.num_classes = num_classes
         self.efficient = efficient
         widths = self.nesting_list[-1:] if efficient else self.nesting_list
+        # Attributes, not an nn.ModuleList: their names are the keys of upstream's state_dicts.
         for i, width in enumerate(widths):
             setattr(self, f"nesting_classifier_{i}", nn.Linear(width, num_classes, **kwargs))
 

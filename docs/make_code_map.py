@@ -59,8 +59,11 @@ def description(path: Path) -> str:
 
 def sources(folder: Path) -> list[Path]:
     """The described files of one folder, by name; a C++ file shares the line of its header."""
-    found = [p for p in folder.iterdir() if p.is_file() and p.suffix in SUFFIXES]
-    found = [p for p in found if p.suffix != ".cpp" or not p.with_suffix(".hpp").exists()]
+    found = []
+    for path in folder.iterdir():
+        has_header = path.suffix == ".cpp" and path.with_suffix(".hpp").exists()
+        if path.is_file() and path.suffix in SUFFIXES and not has_header:
+            found.append(path)
     return sorted(found, key=lambda p: (p.name != "__init__.py", p.name))
 
 
@@ -71,8 +74,11 @@ def shown(path: Path) -> str:
 
 
 def folder_lines(folder: Path, title: str, level: int) -> Iterator[str]:
-    rows = [(shown(path), description(path)) for path in sources(folder)]
-    rows = [(name, text.replace("|", "\\|")) for name, text in rows if text]
+    rows = []
+    for path in sources(folder):
+        text = description(path)
+        if text:  # an __init__.py may be empty
+            rows.append((shown(path), text.replace("|", "\\|")))
     if rows:
         yield f"{'#' * level} {title}"
         yield ""
@@ -85,9 +91,13 @@ def folder_lines(folder: Path, title: str, level: int) -> Iterator[str]:
 
 def subfolders(folder: Path) -> list[Path]:
     """All folders below, by path, without caches and build products."""
-    found = [p for p in folder.rglob("*") if p.is_dir()]
-    hidden = ("__pycache__", "build", "results")
-    found = [p for p in found if not any(n in hidden or n[0] == "." for n in p.parts[-3:])]
+    hidden = {"__pycache__", "build", "results"}
+    found = []
+    for path in folder.rglob("*"):
+        names = path.relative_to(ROOT).parts
+        is_hidden = any(name in hidden or name.startswith(".") for name in names)
+        if path.is_dir() and not is_hidden:
+            found.append(path)
     return sorted(found, key=lambda p: p.relative_to(ROOT).as_posix())
 
 

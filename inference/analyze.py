@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     requested, epsilons = check(args)
     started = time.perf_counter()
     arrays = from_results(args.results) if args.results else from_files(vars(args))
+    # By default, an analysis that these arrays do not allow is left out; a requested one is an error.
     explicit = args.only != ANALYSES
     analyses = possible_analyses(requested, arrays, args.learn, explicit)
     output = Path(args.output) if args.output else Path(args.results or "").parent / "analysis.json"
@@ -105,9 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(args: SimpleNamespace) -> tuple[list[str], list[float]]:
     """(analyses, epsilons in points). ConfigError for arrays given twice."""
-    if args.results and (both := [k for k in (*SCORES, "gt", "dims") if getattr(args, k)]):
+    arrays = [name for name in (*SCORES, "gt", "dims") if getattr(args, name)]
+    if args.results and arrays:
         raise config.ConfigError(
-            f"--results {args.results}: names its own arrays; drop --{both[0]}, or --results"
+            f"--results {args.results}: names its own arrays; drop --{arrays[0]}, or --results"
         )
     return list(args.only), list(args.epsilon)
 
@@ -222,7 +224,7 @@ def analyze_cascade(
 
 
 def analyze_certificate(answers: Answers, args: SimpleNamespace, points: float) -> dict[str, Any]:
-    """A certificate from all images, and how certificates from one half hold on the other half.
+    """A certificate from all images, and a check of certificates from random halves.
 
     points: epsilon in percentage points.
     """
@@ -319,6 +321,7 @@ def analyze_superclasses(answers: Answers, grouping: superclasses.Grouping) -> d
             within[str(dim)] = percentages(inside)
             known = inside[1:][~np.isnan(inside[1:])]  # without "other"
             line += f"  {100 * known.mean():18.2f}" if len(known) else f"  {'-':>18}"
+        # Groups without images have no accuracy.
         worst = int(np.nanargmin(np.where(images > 0, each, np.nan)))
         print(f"{line}   worst: {names[worst]} {100 * each[worst]:.0f} %")
     return {
@@ -357,8 +360,11 @@ def analyze_classes(answers: Answers) -> dict[str, Any]:
 
 def analyze_calibration(answers: Answers, args: SimpleNamespace) -> dict[str, Any]:
     """Calibration on all images; temperatures are fitted on some and evaluated on the others."""
-    arrays, confidence, correct = answers.arrays, answers.confidence, answers.correct
+    arrays = answers.arrays
+    confidence = answers.confidence
+    correct = answers.correct
     n = len(arrays.labels)
+    # A temperature always improves the images it was fitted on: measure on the others.
     ((fit, rest),) = split_indices(n, 1, min(MAX_FIT_IMAGES, n // 2), args.seed)
     fit, rest = np.sort(fit), np.sort(rest)  # in the order of the file: memory maps are read faster
     print(

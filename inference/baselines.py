@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         old_ckpt=args.old_ckpt,
     )
     dims = prefixes_to_evaluate(args, model)
+    # --only makes a method that does not apply an error; otherwise it is skipped with a note.
     methods = [m for m in requested if applies(m, model, (train, val), args.only is not None)]
     device = distributed.pick_device(args.device, 0)
     precision = distributed.pick_precision(args.precision, device)
@@ -79,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     splits = {}
     for name, dataset in (("train", train), ("val", val)):
         started = time.perf_counter()
-        splits[name] = extract_split(model, dataset, args, precision, device)
+        splits[name] = extract_split(
+            model, dataset, args, precision, device
+        )  # once for all methods
         seconds[f"features_{name}"] = round(time.perf_counter() - started, 3)
     inputs = BaselineInputs(
         model_name=model.spec.head_name.upper(),
@@ -96,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=device,
         dtype=torch.float32 if device.type == "mps" else torch.float64,  # MPS lacks float64
     )
-    # methods may take minutes: each line appears at once, even in a pipe
+    # Methods may take minutes: each line appears at once, even in a pipe.
     report = partial(print, flush=True)
     for note in model.notes:
         report(f"note: {note}")
@@ -204,7 +207,7 @@ def prefixes_to_evaluate(args: SimpleNamespace, model: NestedModel) -> tuple[int
 
 
 def applies(method: str, model: NestedModel, datasets: Sequence, requested: bool) -> bool:
-    """Whether a method applies to model and data; if it was requested, ModelError says why not."""
+    """Whether a method applies to model and data; for a requested one, ModelError if it does not."""
     try:
         if method in NEED_ONE_HEAD and len(model.dims) > 1:
             raise ModelError(
@@ -241,6 +244,7 @@ def extract_split(
         loader, desc=dataset.path.name, leave=False, unit="batch", disable=not sys.stderr.isatty()
     )
     features, labels = extract_features(model, bar, len(dataset), precision)
+    # A sum is not finite if one of its terms is not.
     if not bool(torch.isfinite(features.sum(0)).all()):
         raise ModelError(
             f"--path {args.path}: its features of {dataset.path} are not finite; use --precision "

@@ -54,7 +54,8 @@ COARSE = 4  # positions along a side; a map with fewer localises little
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    # ---- model, images, what to explain ----
+
+    # ---- model, images, classes to explain ----
     model = load_any(
         args.path,
         mrl=args.mrl and not args.efficient,
@@ -97,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             targets = torch.full_like(labels, target_class)
         else:
             targets = labels if args.target == "label" else None
-        found = heat_maps(model, images, targets, layer.name)
-        if not bool(torch.isfinite(found.confidences).all()):
+        batch_maps = heat_maps(model, images, targets, layer.name)
+        if not bool(torch.isfinite(batch_maps.confidences).all()):
             raise checkpoint.CheckpointError(
                 f"--path {args.path}: its outputs are not finite, training has diverged; give an "
                 "earlier checkpoint"
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder.mkdir(parents=True, exist_ok=True)
 
         note = footer(args.target, layer, None if target_class is None else classes[target_class])
-        maps, predictions, confidences = (tensor.cpu().numpy() for tensor in found)
+        maps, predictions, confidences = (tensor.cpu().numpy() for tensor in batch_maps)
         for b, index in enumerate(chosen[batch.index.cpu().numpy()].tolist()):
             label = int(labels[b])
             cells = []
@@ -170,13 +171,14 @@ def chosen_prefixes(requested: tuple[int, ...] | None, dims: tuple[int, ...]) ->
     """The requested prefixes of a model, increasing; all of them for None."""
     if requested is None:
         return list(dims)
-    asked = sorted(set(requested))
-    if unknown := [d for d in asked if d not in dims]:
+    chosen = sorted(set(requested))
+    unknown = [d for d in chosen if d not in dims]
+    if unknown:
         shown = ",".join(map(str, requested))
         raise config.ConfigError(
             f"--dims {shown}: the model has no prefix {unknown[0]}, but {list(dims)}"
         )
-    return asked
+    return chosen
 
 
 # ---------------------------------------------------------------- images
@@ -201,13 +203,13 @@ def open_images(path: str, known: Sequence[str]) -> BetonFile | ImageFolder:
     Files directly in a folder have the folder's name as their class if it is one of `known`, the
     names of the model's classes.
     """
-    place = Path(path)
+    root = Path(path)
     names: list[str] = []
-    if place.is_file() and place.name.lower().endswith(EXTENSIONS):
-        names = [place.name]
-        place = place.parent
-    elif place.is_dir():
-        for file in place.iterdir():
+    if root.is_file() and root.name.lower().endswith(EXTENSIONS):
+        names = [root.name]
+        root = root.parent
+    elif root.is_dir():
+        for file in root.iterdir():
             hidden = file.name.startswith(".")
             if file.name.lower().endswith(EXTENSIONS) and not hidden and file.is_file():
                 names.append(file.name)
@@ -215,10 +217,10 @@ def open_images(path: str, known: Sequence[str]) -> BetonFile | ImageFolder:
     if not names:
         return open_dataset(path)
 
-    folder = place.resolve().name
+    folder = root.resolve().name
     if folder in known:
-        return ImageFiles(place, names, np.zeros(len(names), np.int64), [folder])
-    return ImageFiles(place, names, np.full(len(names), -1), [])
+        return ImageFiles(root, names, np.zeros(len(names), np.int64), [folder])
+    return ImageFiles(root, names, np.full(len(names), -1), [])
 
 
 def some_of(source: BetonFile | ImageFolder, chosen: np.ndarray) -> Subset | ImageFiles:
@@ -277,18 +279,23 @@ def true_classes(
     """
     count = model.spec.num_classes
     labels = source.labels[chosen]
-    ours, theirs = known_class_names(model), source.classes
-    if theirs is None or (theirs and not ours and len(theirs) == count):
+    model_names = known_class_names(model)
+    data_names = source.classes
+    by_number = data_names is None
+    if data_names and not model_names:
+        by_number = len(data_names) == count
+    if data_names is None or by_number:
         return np.where((labels >= 0) & (labels < count), labels, -1)
 
-    known = {name: i for i, name in enumerate(ours)}
-    if ours == wnids() and len(theirs) == CLASSES:
-        known = {str(i): i for i in range(CLASSES)} | known
-    found = []
+    class_of_name = {name: i for i, name in enumerate(model_names)}
+    # ImageNet-V2's folders are class numbers. A few folders with numbers may be any classes.
+    if model_names == wnids() and len(data_names) == CLASSES:
+        class_of_name = {str(i): i for i in range(CLASSES)} | class_of_name
+    classes = []
     for label in labels.tolist():
-        name = theirs[label] if 0 <= label < len(theirs) else ""
-        found.append(known.get(name, -1))
-    return np.array(found, np.int64)
+        name = data_names[label] if 0 <= label < len(data_names) else ""
+        classes.append(class_of_name.get(name, -1))
+    return np.array(classes, np.int64)
 
 
 def true_class_name(
@@ -300,10 +307,11 @@ def true_class_name(
     """
     if label >= 0:
         return classes[label]
-    own, theirs = int(source.labels[index]), source.classes
-    if theirs is None:
-        return None if own < 0 else f"class {own}"
-    return readable(theirs[own]) if 0 <= own < len(theirs) else None
+    data_label = int(source.labels[index])
+    data_names = source.classes
+    if data_names is None:
+        return None if data_label < 0 else f"class {data_label}"
+    return readable(data_names[data_label]) if 0 <= data_label < len(data_names) else None
 
 
 # ---------------------------------------------------------------- output
@@ -335,7 +343,7 @@ def truth_line(true_name: str | None, label: int) -> str:
 
 
 def footer(target: str, layer: Layer, class_name: str | None) -> str:
-    """What the maps show: layer, size, and the explained class."""
+    """Caption of the maps: layer, size, and the explained class."""
     size = f"{layer.height}\N{MULTIPLICATION SIGN}{layer.width}"
     explained = class_name
     if explained is None:
@@ -364,7 +372,7 @@ def render_montage(kind: str, **inputs: Any) -> bytes:
     """The montage of `inputs` as the contents of a picture file."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # names in scripts that matplotlib's font lacks are drawn as boxes
+        # Names in scripts that matplotlib's font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         montage(**inputs).savefig(buffer, format=kind)
     return buffer.getvalue()

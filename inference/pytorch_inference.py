@@ -57,7 +57,7 @@ from matryoshka.report.tables import accuracy_table
 
 Data = BetonFile | ImageFolder | Subset
 
-# Options that have no meaning with --retrieval.
+# Options that --retrieval refuses, because it writes features and no predictions.
 NOT_FOR_RETRIEVAL = (
     "tta",
     "ood",
@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     request = resolve(args)
     with distributed.joined(args.device) as world:
         outcome = evaluate(request, world)
+        # On every rank: the names of the arrays are needed below, where all ranks communicate.
         results = results_json(request, outcome)
         if world.is_main:
             print("\n".join(summary(request, results)))
@@ -126,7 +127,7 @@ def check_output(args: SimpleNamespace) -> None:
             ) from None
 
 
-# ---------------------------------------------------------------- what is evaluated
+# ---------------------------------------------------------------- the request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +147,7 @@ class Request:
 
 
 def resolve(args: SimpleNamespace) -> Request:
-    """Open the data sets and the model. Errors for contradictory options, before any forward
-    pass.
-    """
+    """Open data sets and model; raise errors for contradictory options before any forward pass."""
     name = canonical_name(args.dataset)
     if name == "O" and args.ood:
         raise config.ConfigError(
@@ -238,7 +237,7 @@ def evaluate(request: Request, world: distributed.World) -> Outcome:
     if ood_dataset is None:
         return outcome
 
-    # Only the confidence of these images counts; their labels have no meaning.
+    # Only the confidence of these images counts; their labels are ignored.
     labels = torch.zeros(ood_dataset.num_classes, dtype=torch.int64, device=world.device)
     ood = evaluate_images(
         request,
@@ -280,6 +279,7 @@ def evaluate_images(
         loader, leave=False, unit="batch", disable=not (world.is_main and sys.stderr.isatty())
     )
     for raw in predict(model, bar, precision, args.tta):
+        # Restrict before softmax and top-k: the other outputs of the model do not compete.
         prediction = raw._replace(
             logits=mapping.select(raw.logits),  # [G, B, C]
             labels=mapping.labels[raw.labels],  # [B]
@@ -325,9 +325,13 @@ def make_loader(request: Request, data: Data, world: distributed.World) -> Loade
 
 def results_json(request: Request, outcome: Outcome) -> dict[str, Any]:
     """The content of --output."""
-    args, model, mapping = request.args, request.model, request.mapping
-    dataset, images = request.dataset, len(request.data)
+    args = request.args
+    model = request.model
+    mapping = request.mapping
+    dataset = request.dataset
+    images = len(request.data)
     preprocessing = model.preprocessing
+    # V2 has variants, and a .beton any name: the file name then includes the folder.
     usual_folder = dataset.path.name in FOLDERS[request.name]
     arrays = file_names(
         request.kinds,
@@ -371,7 +375,9 @@ def results_json(request: Request, outcome: Outcome) -> dict[str, Any]:
 
 def summary(request: Request, results: dict[str, Any]) -> list[str]:
     """Lines above the table: the model, the data, and notes on both."""
-    args, model, mapping = request.args, request.model, request.mapping
+    args = request.args
+    model = request.model
+    mapping = request.mapping
     lines = []
     # Notes on a shared head are about its assumed prefixes, which --nesting-list replaces.
     if not (args.nesting_list and model.head.shared):

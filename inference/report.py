@@ -51,7 +51,7 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """What the page shows."""
+    """Inputs of the page."""
 
     run: str | None = config.option(
         None,
@@ -83,16 +83,17 @@ def parser() -> config.FlagParser:
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    # ---- which files ----
+
+    # ---- input files ----
     run = training_run(args.run)
     in_run = files_in_run(args.run)
     results_files = [Path(path) for path in args.results]
     if not results_files and "results.json" in in_run:
         results_files = [in_run["results.json"]]
     if not results_files:
-        where = f"{args.run}: has no results.json; " if args.run else ""
+        problem = f"{args.run}: has no results.json; " if args.run else ""
         raise ReportError(
-            f"{where}give --results, or evaluate with matryoshka eval --output "
+            f"{problem}give --results, or evaluate with matryoshka eval --output "
             f"{args.run or '.'}/results.json"
         )
     analysis_file = args.analysis or in_run.get("analysis.json")
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
     # ---- pictures ----
-    budget = MAX_IMAGE_BYTES
+    budget = MAX_IMAGE_BYTES  # for samples and heat maps together
     if args.samples:
         budget -= add_samples(evidence, results_files[0], args.samples, args.seed, budget)
     if args.gradcam or (args.run and heat_maps.is_dir()):
@@ -197,9 +198,9 @@ def check_analysis(found: Mapping[str, Any], subject: Mapping[str, Any], path: s
             "analyze the arrays of these results"
         )
     for dim, row in subject["prefixes"].items():
-        theirs = found["top1"].get(dim)
-        # 0.01: both are rounded
-        if isinstance(theirs, float) and abs(theirs - row.get("top1")) > 0.01:
+        analysed = found["top1"].get(dim)
+        # 0.01: both are rounded.
+        if isinstance(analysed, float) and abs(analysed - row.get("top1")) > 0.01:
             raise ReportError(
                 f"{path}: its accuracies differ from those of the results; analyze the arrays of "
                 "these results"
@@ -208,20 +209,23 @@ def check_analysis(found: Mapping[str, Any], subject: Mapping[str, Any], path: s
 
 def check_baselines(found: Mapping[str, Any], subject: Mapping[str, Any], path: str) -> None:
     """Check that baselines are of the subject's checkpoint."""
-    theirs, ours = found.get("checkpoint"), subject.get("checkpoint")
-    if certainly_differ(theirs, ours):
+    baseline_checkpoint = found.get("checkpoint")
+    subject_checkpoint = subject.get("checkpoint")
+    if certainly_differ(baseline_checkpoint, subject_checkpoint):
         raise ReportError(
-            f"{path}: is of {theirs}, the results of {ours}; run matryoshka baselines on this "
-            "checkpoint"
+            f"{path}: is of {baseline_checkpoint}, the results of {subject_checkpoint}; run "
+            "matryoshka baselines on this checkpoint"
         )
 
 
-def certainly_differ(one: Any, other: Any) -> bool:
+def certainly_differ(first: Any, second: Any) -> bool:
     """Whether two checkpoints have different file or folder names; their parents may have moved."""
-    if not isinstance(one, str) or not isinstance(other, str):
+    if not isinstance(first, str) or not isinstance(second, str):
         return False
-    a, b = Path(one), Path(other)
-    return one != other and (a.name, a.parent.name) != (b.name, b.parent.name)
+    if first == second:
+        return False
+    a, b = Path(first), Path(second)
+    return (a.name, a.parent.name) != (b.name, b.parent.name)
 
 
 # ---------------------------------------------------------------- pictures
@@ -271,7 +275,7 @@ def add_samples(evidence: Evidence, results: Path, count: int, seed: int, budget
         )
         return 0
 
-    # ---- the choice, with predictions and pixels ----
+    # ---- choose images; their predictions and pixels ----
     predictions, _ = arrays.answers()
     first = analysis.oracle(predictions, arrays.labels, arrays.dims).first
     chosen = analysis.draw_by_first_right(first, len(arrays.dims) + 1, count, seed)
@@ -281,7 +285,7 @@ def add_samples(evidence: Evidence, results: Path, count: int, seed: int, budget
     pixels = np.concatenate([batch.images.numpy() for batch in loader])
     names = arrays.class_names or [str(c) for c in range(arrays.num_classes)]
 
-    # ---- cards, as long as they fit ----
+    # ---- one card per image, until the budget is spent ----
     used = 0
     for k, image in enumerate(chosen.tolist()):
         label = arrays.labels[image]
@@ -329,7 +333,7 @@ def add_heat_maps(evidence: Evidence, folder: Path, budget: int) -> None:
         raise ReportError(f"{index}: damaged; make it again with matryoshka gradcam") from None
 
     for number, (file, name) in enumerate(names):
-        # no file outside the folder may get onto the page
+        # No file outside the folder may get onto the page.
         if Path(file).name != file or "\0" in file:
             raise ReportError(f"{index}: {file!r} is not the name of a picture in that folder")
         try:

@@ -16,9 +16,9 @@ from matryoshka import __version__, config
 
 
 class Program(NamedTuple):
-    """A subcommand: the module with main(argv), what it does, and its options.
+    """A subcommand: the module with main(argv), a description, and its options.
 
-    options: `module:function`; the function gives a parser. Checking them first answers `--help`
+    options: `module:function`; the function returns a parser. Checking them first answers `--help`
     and a mistyped option before the program imports torch, which takes two seconds. None: the
     program itself imports quickly.
     """
@@ -124,11 +124,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(command: str, argv: Sequence[str]) -> int:
     """Run a subcommand; its exit status."""
     program = PROGRAMS[command]
-    if route := ROUTES.get((command, argv[0] if argv else "")):
-        program, argv = route, argv[1:]
+    first = argv[0] if argv else ""
+    if (command, first) in ROUTES:
+        program = ROUTES[command, first]
+        argv = argv[1:]
+    # The program parses them again: this pass only finds mistakes before torch is imported.
     if program.options is not None:
         module, _, parser = program.options.partition(":")
-        getattr(importlib.import_module(module), parser)().parse_args(argv)
+        make_parser = getattr(importlib.import_module(module), parser)
+        make_parser().parse_args(argv)
     return importlib.import_module(program.module).main(argv) or 0
 
 
@@ -171,6 +175,7 @@ def demo(argv: Sequence[str]) -> int:
     runs = {"mrl": ["--model.mrl=1"]}
     for width in DEMO_BASELINES:
         runs[f"ff{width}"] = [f"--model.fixed_feature={width}"]
+    # Runs are never replaced by training: an earlier demo would be an error.
     for name in ("images", *runs):
         shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -193,8 +198,8 @@ def demo(argv: Sequence[str]) -> int:
     data = [f"--data.train_dataset={folder}/train.beton", f"--data.val_dataset={folder}/val.beton"]
     for name, model in runs.items():
         step(f"3/6  train {name}", folder / name)
-        place = [f"--logging.folder={folder}", f"--logging.run_id={name}"]
-        run("train", [*DEMO_OPTIONS, *model, *data, *place])
+        run_folder = [f"--logging.folder={folder}", f"--logging.run_id={name}"]
+        run("train", [*DEMO_OPTIONS, *model, *data, *run_folder])
 
     # ---- evaluation ----
     step("4/6  accuracy of every prefix on the held-out digits")
@@ -211,7 +216,7 @@ def demo(argv: Sequence[str]) -> int:
         run("eval", options)
         results[name] = json.loads(output.read_text())
 
-    # the widths of the baselines show their accuracy beside MRL's
+    # The rows of the baselines' widths also show the baselines' accuracy.
     prefixes = {int(d): values for d, values in results["mrl"]["prefixes"].items()}
     for width in DEMO_BASELINES:
         baseline = results[f"ff{width}"]["prefixes"][str(width)]
@@ -254,9 +259,10 @@ def demo(argv: Sequence[str]) -> int:
     return 0
 
 
-def step(title: str, where: Path | None = None) -> None:
+def step(title: str, output: Path | None = None) -> None:
     """Print the heading of a step."""
-    print(f"\n== {title}{f' -> {where}' if where else ''}", flush=True)
+    target = f" -> {output}" if output else ""
+    print(f"\n== {title}{target}", flush=True)
 
 
 if __name__ == "__main__":

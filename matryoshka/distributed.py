@@ -104,7 +104,7 @@ def prepare(device: torch.device, seed: int, deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
     torch.backends.cudnn.deterministic = deterministic
     if deterministic:
-        # cuBLAS reads it at its first use and is not deterministic without it.
+        # cuBLAS reads this variable at its first use and is not deterministic without it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
 
@@ -118,7 +118,7 @@ def why_not_compile(device: torch.device) -> str | None:
     network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()).to(device)
     try:
         torch.compile(network)(torch.ones(2, 4, device=device)).sum().backward()
-    except Exception as error:  # of any kind: training works without compilation
+    except Exception as error:  # any kind: training also works without compilation
         lines = [line for line in str(error).splitlines() if line.strip()]
         return f"torch.compile fails: {(lines or [type(error).__name__])[0]}"
     finally:
@@ -162,6 +162,7 @@ def joined(device: str) -> Iterator[World]:
         local_rank=local_rank,
         local_size=int(env.get("LOCAL_WORLD_SIZE", 1)),
     )
+    # An agent that restarts its workers keeps its store, with the addresses of the earlier ones.
     store: dict[str, Any] = {}
     if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = {
@@ -185,8 +186,14 @@ def fresh_store(rank: int, size: int, patience: float = 900.0) -> Any:
 
     Restarted workers inherit the store of their predecessors (torch 2.15 keeps MASTER_PORT), find
     the addresses of dead processes in it and fail to connect. No environment variable identifies an
-    attempt on all ranks. Therefore rank 0 draws a name for this attempt and passes it to every rank
-    that publishes a number drawn by a process of this attempt. patience: seconds to wait for all.
+    attempt on all ranks, so the ranks agree on a random name:
+
+    1. Every other rank publishes a random number under `hello/<rank>`.
+    2. Rank 0 draws the name and publishes it under `name/<number>` for every number that it sees.
+    3. A rank that finds the name under its own number reports with `here/<name>`.
+    4. When all ranks have reported, rank 0 sets `go/<name>`, for which the others wait.
+
+    patience: seconds to wait for all ranks.
     """
     from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -230,9 +237,8 @@ def broadcast(value, world: World):
     if world.size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(
-        box, src=0, device=world.device if world.device.type == "cuda" else None
-    )
+    device = world.device if world.device.type == "cuda" else None  # NCCL sends device memory only
+    dist.broadcast_object_list(box, src=0, device=device)
     return box[0]
 
 
@@ -247,9 +253,10 @@ def on_main(function: Callable[[], T], world: World) -> T:
             result = function()
         except ValueError as raised:
             error = raised
+    # The error travels as well: otherwise the other ranks would wait for rank 0 until a timeout.
     result, error = broadcast((result, error), world)
     if error is not None:
-        raise error if world.is_main else SystemExit(2)
+        raise error if world.is_main else SystemExit(2)  # rank 0 prints the message, once
     return result
 
 
@@ -279,7 +286,7 @@ def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
 
 def stack_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
     """Return the tensors of all ranks, [ranks, *shape], on all ranks."""
-    tensor = tensor.detach().clone()
+    tensor = tensor.detach().clone()  # the caller keeps adding to its own
     if world.size == 1:
         return tensor[None]
     parts = [torch.empty_like(tensor) for _ in range(world.size)]

@@ -11,7 +11,9 @@ from pathlib import Path
 
 def available_cores() -> int:
     """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # Linux: containers and job schedulers restrict it
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def environment() -> dict:
@@ -44,6 +46,7 @@ def _version(name: str) -> str | None:
 def git_state() -> dict | None:
     """{"commit": .., "dirty": bool} of the source tree; None outside a git checkout."""
     root = Path(__file__).resolve().parents[1]
+    # An installed package is not a checkout, although a folder above it may be.
     if not (root / ".git").exists():
         return None
     try:

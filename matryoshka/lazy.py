@@ -1,4 +1,4 @@
-"""Packages that import a module when one of its names is first used.
+"""Lazy imports: a package imports a module when one of its names is first used.
 
 Importing torch takes two seconds. A wing's `__init__` names its public objects without importing
 the modules that define them, so that `--help` and a mistyped option are answered at once:

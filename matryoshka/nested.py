@@ -42,6 +42,8 @@ def check_dims(dims: Iterable[int], width: int) -> tuple[int, ...]:
     return dims
 
 
+# ---------------------------------------------------------------- logits
+
 Head = tuple[Tensor, Tensor | None]  # weight [C, >= d], bias [C] or None
 
 
@@ -65,8 +67,11 @@ def nested_logits(
         raise ValueError(
             f"features have {features.shape[-1]} columns, the longest prefix needs {dims[-1]}"
         )
+    # The plain baseline: one linear layer, and only the axis G is added.
     if len(dims) == 1:
-        return F.linear(features[:, : dims[0]], heads[0][0][:, : dims[0]], heads[0][1])[None]
+        weight, bias = heads[0]
+        return F.linear(features[:, : dims[0]], weight[:, : dims[0]], bias)[None]
+    # On a CPU one product is 3 to 12 times slower than prefix by prefix (MRL; bench/NOTES.md).
     fused = features.is_cuda if fused is None else fused
     if fused:
         compute = _in_one_product
@@ -83,10 +88,11 @@ def _in_one_product(features: Tensor, heads: Sequence[Head], dims: Sequence[int]
         weight, bias = heads[0]
         prefixes = features * _inside(tuple(dims), features.device)[:, None].to(features.dtype)
         return F.linear(prefixes, weight[:, :width], bias)
-    padded = torch.stack(
+    # Independent classifiers have different widths: zeros make them one batch of matrices.
+    padded = torch.stack(  # [G, C, D]
         [F.pad(weight[:, :d], (0, width - d)) for (weight, _), d in zip(heads, dims, strict=True)]
     )
-    many = features.expand(len(dims), *features.shape)
+    many = features.expand(len(dims), *features.shape)  # [G, B, D], a view
     biases = [bias for _, bias in heads if bias is not None]
     if not biases:
         return torch.bmm(many, padded.mT)
@@ -116,12 +122,19 @@ def _segment_by_segment(features: Tensor, heads: Sequence[Head], dims: Sequence[
     """
     weight, bias = heads[0]
     sizes = [end - begin for begin, end in itertools.pairwise((0, *dims))]
-    # split, not slices: the gradient of each slice would be a whole matrix of zeros around it
+    # split, not slices: in the backward pass every slice writes a whole zero-padded gradient, 9 x 8
+    # MB for ResNet-50, which made head and loss 3 times slower at batch 16 (bench/NOTES.md).
     parts = zip(features.split(sizes, 1), weight[:, : dims[-1]].split(sizes, 1), strict=True)
     logits = []
     for x, w in parts:
-        logits.append(logits[-1] + F.linear(x, w) if logits else F.linear(x, w, bias))
+        if not logits:
+            logits.append(F.linear(x, w, bias))  # later prefixes inherit the bias
+        else:
+            logits.append(logits[-1] + F.linear(x, w))
     return torch.stack(logits)
+
+
+# ---------------------------------------------------------------- head and loss
 
 
 class NestedLinear(nn.Module):
@@ -138,6 +151,7 @@ class NestedLinear(nn.Module):
         super().__init__()
         self.dims = check_dims(dims, max(dims, default=0))
         self.num_classes = num_classes
+        # With one prefix the two kinds of head are the same; saved heads then have one form.
         self.shared = shared and len(self.dims) > 1
         widths = self.dims[-1:] if self.shared else self.dims
         self.heads = nn.ModuleList(nn.Linear(d, num_classes, bias=bias) for d in widths)
@@ -166,6 +180,9 @@ def nested_cross_entropy(
         reduction="none",
         label_smoothing=label_smoothing,
     )
-    per_prefix = losses.view(g, b).mean(dim=1)
-    total = per_prefix.sum() if weights is None else (weights.to(per_prefix) * per_prefix).sum()
+    per_prefix = losses.view(g, b).mean(dim=1)  # [G]
+    if weights is None:
+        total = per_prefix.sum()
+    else:
+        total = (weights.to(per_prefix) * per_prefix).sum()
     return total, per_prefix.detach()

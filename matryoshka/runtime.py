@@ -13,14 +13,14 @@ MAX_THREADS = 1024  # of a native pool
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions:
-    """Where a model runs."""
+    """Device of a model."""
 
     device: str = option("auto", help="auto: CUDA, else MPS, else CPU", choices=DEVICES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeOptions(DeviceOptions):
-    """Where and how a model runs over a data set."""
+    """Device, threads, batch size and precision of a pass over a data set."""
 
     workers: int = option(
         0, help="decoding threads per process; 0: all cores", low=0, high=MAX_THREADS

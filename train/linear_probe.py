@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_sets(**sets)
     model = load_any(cfg.model.path, "model.path")
     dims = prefixes(cfg, model)
-    # Hours before it is needed: a folder that cannot be written ends the program now.
+    # Before hours of work: a folder that cannot be created ends the program now.
     run.mkdir(parents=True, exist_ok=True)
     probe_and_save(cfg, model, dims, sets=sets, run=run, device=world.device)
     return 0
@@ -118,7 +118,9 @@ def probe_and_save(
     # ---- features ----
     model = model.to(device).to(memory_format=torch.channels_last)
     precision = distributed.pick_precision(cfg.model.precision, device)
-    features, labels, seconds = {}, {}, {}
+    features = {}
+    labels = {}
+    seconds = {}
     for split, dataset in sets.items():
         began = time.perf_counter()
         features[split], labels[split] = extract(
@@ -128,7 +130,8 @@ def probe_and_save(
     total = sum(seconds.values())
     rate = (len(train) + len(val)) / total
     print_now(f"features {total:.1f} s, {rate:.0f} images/s, {device.type}, {precision}")
-    if missing := num_classes - len(torch.unique(labels["train"])):
+    missing = num_classes - len(torch.unique(labels["train"]))
+    if missing:
         print_now(f"note     {missing} of {num_classes} classes have no training image")
 
     # ---- classifiers ----
@@ -154,6 +157,7 @@ def probe_and_save(
         print_now(f"note     not converged to probe.tolerance={cfg.probe.tolerance:g}; {remedy}")
 
     # ---- files ----
+    # The trunk with the new head is a model like any other: `matryoshka eval` opens it.
     model.head = head
     model.classes = train.classes
     model.spec = replace(
@@ -192,6 +196,7 @@ def probe_and_save(
     write_atomically(run / "params.json", (json.dumps(options, indent=1) + "\n").encode())
     write_atomically(run / "config.yaml", config.to_yaml(cfg).encode())
     write_atomically(run / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    # Last: its existence marks a run as finished (list_runs.py).
     checkpoint.save_model(model, run / FINAL, options)
     print_now(f"results  {run / 'results.json'}\nmodel    {run / FINAL}")
 
@@ -216,7 +221,7 @@ def extract(
 
 
 def solver_dtype(cfg: SimpleNamespace, device: torch.device) -> torch.dtype:
-    """fp64 unless fp32 is requested or the device, MPS, has nothing else."""
+    """float64, unless float32 is requested or the device is MPS, which lacks float64."""
     if cfg.probe.precision == "fp32":
         return torch.float32
     if cfg.probe.precision == "auto" and device.type == "mps":
@@ -239,8 +244,8 @@ def solve(
     empty if there is only one weight decay.
     """
     p = cfg.probe
-    # Half of the free memory: the solver needs the rest. Otherwise features travel block by block
-    # in every pass.
+    # Up to half of the free memory: the solver needs the rest. Features that stay on the CPU are
+    # copied block by block in every pass.
     if device.type == "cuda" and features.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         features = features.to(device)
     options = {
@@ -268,7 +273,7 @@ def solve(
 @torch.inference_mode()
 def evaluate(head: NestedLinear, features: Tensor, labels: Tensor) -> dict[int, dict[str, float]]:
     """{prefix: {top1, top5}} in percent of the head as it is saved."""
-    # torchmetrics takes seconds to import: not before it is needed
+    # torchmetrics takes seconds to import: not before it is needed.
     from matryoshka.evaluation.accuracy import PrefixAccuracy
 
     metric = PrefixAccuracy(head.dims)

@@ -4,7 +4,7 @@
     matryoshka runs trainlogs runs/demo --sort best
     matryoshka runs trainlogs --json
 
-epochs            done / of the run
+epochs            done / planned
 state             finished: its model exists; running: it wrote something in the last minutes;
                   stopped: by a signal, resume it with --training.resume=auto; failed: it ended
                   without a message
@@ -45,7 +45,7 @@ SORTS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunsOptions:
-    """Which runs, and how they are shown."""
+    """Folders of the runs, and the form of the table."""
 
     folders: tuple[str, ...] = config.option(
         help="a folder of run folders, or a run folder",
@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "to (--logging.folder), or start a run: matryoshka train"
         )
     rows = [facts(name, run) for name, run in runs]
-    rows.sort(key=SORTS["date"])  # the order of rows that are equal by the other key
+    # Sorting is stable: rows that are equal by the second key stay sorted by date.
+    rows.sort(key=SORTS["date"])
     rows.sort(key=SORTS[args.sort])
     print("\n".join(map(json.dumps, rows)) if args.json else table(rows), flush=True)
     if others:
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# ---------------------------------------------------------------- finding
+# ---------------------------------------------------------------- search for runs
 
 
 def collect(folders: Iterable[Path]) -> tuple[list[tuple[str, Run]], dict[Path, str]]:
@@ -129,6 +130,7 @@ def search(root: Path) -> tuple[list[Path], dict[Path, str]]:
             below.clear()  # a run contains no runs
         elif folder != root and {"log", "events.jsonl"} & set(files):
             others[folder] = "no params.json"
+    # Folders directly below `root` are expected to be runs: name those that contain none.
     if root not in runs:
         known = {path.relative_to(root).parts[0] for path in (*runs, *others)}
         with os.scandir(root) as entries:
@@ -183,6 +185,7 @@ def state(run: Run, now: float) -> str:
         return "finished"
     if run.events and run.events[-1].get("event") == "stopped":
         return "stopped"
+    # No process can be asked: a run is alive if it has written within its checkpoint interval.
     interval = run.params.get("training.checkpoint_every_minutes")
     quiet = QUIET + (60 * interval if isinstance(interval, int | float) else 0)
     return "running" if now - last_write(run.path) < quiet else "failed"

@@ -72,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return distributed.launch(processes, cfg.dist, str(Path(__file__).resolve()), argv)
     with distributed.joined(cfg.training.device) as world:
         try:
-            evaluate_checkpoint(cfg, world) if cfg.training.eval_only else train(cfg, world)
+            if cfg.training.eval_only:
+                evaluate_checkpoint(cfg, world)
+            else:
+                train(cfg, world)
         except Stopped as stopped:
             return stopped.exit_code
     return 0
@@ -128,6 +131,7 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
         # In place: the model itself is not a batch norm, only its layers are replaced.
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     ema = Ema(model, t.ema) if t.ema else None
+    # `model` remains the module to save and to evaluate: DDP's keys start with `module.`.
     ddp = distribute(model, world)
     precision = distributed.pick_precision(t.precision, world.device)
 
@@ -138,6 +142,7 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
     loss_fn: LossFn = partial(loss, weights=weights, label_smoothing=t.label_smoothing)
 
     # ---- optimizer ----
+    # Linear in the global batch, so a recipe is right for any number of GPUs.
     peak = peak_lr(cfg.lr, global_batch)
     groups = parameter_groups(model, t.weight_decay, t.bn_wd)
     state = TrainState(
@@ -158,6 +163,7 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
         f"{len(val_loader.dataset):,} for validation"
     )
     print0(f"model    {spec.arch}, {spec.head_name}, dims {list(spec.dims)}")
+    # compile() changes DDP's wrapper in place: the model's keys stay, and evaluation is not compiled.
     compiled = compile_model(ddp, cfg, world.device)
     print0(f"device   {world.size} x {world.device.type}, {precision}{compiled}")
     print0(
@@ -213,15 +219,15 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
                 interruptible=session.interruptible,
             )
 
+        # The session counts the epochs: a rollback sets the counter back.
         while session.loop.epoch < t.epochs:
             with session.rollback():  # ends here if the session returns to an older checkpoint
                 epoch = session.loop.epoch
                 train_loader.crop = training_crop(cfg, resolution_at(epoch, cfg.resolution))
                 session.start_epoch()
                 model.train()
-                lr = (
-                    current_lr()
-                )  # logged if a resumed epoch has no steps left, only its evaluation
+                # Logged if a resumed epoch has no steps left, only its evaluation.
+                lr = current_lr()
                 with EpochMeter(
                     train_loader, session, log_level=cfg.logging.log_level, print0=print0
                 ) as meter:
@@ -247,7 +253,7 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
 
         # ---- final model ----
         if world.is_main:
-            session.snapshots.wait()
+            session.snapshots.wait()  # the last checkpoint must be complete before the run is finished
             checkpoint.save_upstream(model, start.path / "final_weights.pt")
             if ema is not None:
                 checkpoint.save_model(ema.module, start.path / "model_ema.safetensors", options)
@@ -273,11 +279,13 @@ def train_step(
 
     Returns (mean loss, gradient norm, whether the step was skipped), 0-d tensors on the device.
     """
-    data, t = cfg.data, cfg.training
+    data = cfg.data
+    t = cfg.training
     scale = state.model.preprocessing
     rng = begin_step(state, seed=t.seed, rank=world.rank)
     # drop_last: every global batch is full
     global_batch = state.loader.batch_size
+    # Usually one part; more with gradient accumulation.
     for part in micro_batches(batch, t.batch_size, world=world, global_batch=global_batch):
         images = part.images  # uint8 [B, H, W, 3]
         if data.randaugment:
@@ -372,7 +380,8 @@ def compile_model(ddp: nn.Module, cfg: SimpleNamespace, device: torch.device) ->
         requested = device.type == "cuda" and not cfg.training.deterministic
     if not requested:
         return ""
-    if reason := distributed.why_not_compile(device):
+    reason = distributed.why_not_compile(device)
+    if reason is not None:
         return f", not compiled ({reason})"
     ddp.compile()
     return ", compiled"
@@ -381,11 +390,12 @@ def compile_model(ddp: nn.Module, cfg: SimpleNamespace, device: torch.device) ->
 def schedule_notes(cfg: SimpleNamespace) -> list[str]:
     """Notes on a learning-rate peak that lies beyond the run and was moved into it."""
     name = "lr_peak_epoch" if cfg.lr.lr_schedule_type == "cyclic" else "warmup_epochs"
-    asked = getattr(cfg.lr, name)
+    requested = getattr(cfg.lr, name)
     actual = peak_epoch(cfg.lr, cfg.training.epochs)
-    if actual == asked:
+    if actual == requested:
         return []
-    return [f"lr.{name}={asked} is beyond these {cfg.training.epochs} epochs: peak at {actual}"]
+    epochs = cfg.training.epochs
+    return [f"lr.{name}={requested} is beyond these {epochs} epochs: peak at {actual}"]
 
 
 def draw_chart(run: Path, print0: Callable[[str], None]) -> None:

@@ -20,7 +20,7 @@ class CheckpointError(ValueError):
 
 
 class Contents(NamedTuple):
-    """Everything that rebuilds a model."""
+    """Everything needed to rebuild a model."""
 
     spec: ModelSpec
     preprocessing: Preprocessing

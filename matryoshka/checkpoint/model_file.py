@@ -45,7 +45,7 @@ def save_model(model: NestedModel, path: str | Path, config: Mapping | None = No
 
 
 def describe(model: NestedModel) -> dict[str, Any]:
-    """What rebuilds a model, apart from its weights, as a JSON object."""
+    """Everything but the weights that is needed to rebuild a model, as a JSON object."""
     spec = asdict(model.spec)
     # Only models with options have the key: files of all others keep their bytes.
     if not spec["arch_options"]:
@@ -58,7 +58,7 @@ def describe(model: NestedModel) -> dict[str, Any]:
 
 
 def preprocessing_of(metadata: Mapping) -> Preprocessing:
-    """The Preprocessing in what `describe` returned. JSON turns its tuples into lists."""
+    """The Preprocessing that `describe` stored. JSON has turned its tuples into lists."""
     stored = metadata["preprocessing"]
     return Preprocessing(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
 
@@ -96,9 +96,11 @@ def load_model(
         "arch": arch,
     }
     contents = read(path, efficient=efficient, dims=dims, arch=arch, old_ckpt=old_ckpt)
+    # All checks that need no model come first: a file may claim any size.
     _check_requested(path, contents.spec, requested)
     _check_head(path, contents.spec, contents.state)
     try:
+        # Options can claim any width; without them the width is that of a known architecture.
         if contents.spec.arch_options:
             _check_shapes(path, contents.spec, contents.state)
         model = build(contents.spec)
@@ -158,13 +160,13 @@ def _read_safetensors(path: Path) -> Contents:
                     f"{path}: a safetensors file, but not a Matryoshka checkpoint "
                     f"(no {FORMAT} metadata)"
                 )
-            # A training checkpoint has the optimizer's tensors beside the model's.
-            # A file without the key holds a classifier.
+            # A training checkpoint has the optimizer's tensors beside the model's. `encoder` names
+            # the part to load; older files lack the key and hold a classifier.
             trained = metadata["format"] == TRAINING_FORMAT
             prefix = metadata.get("encoder", "model.") if trained else ""
             keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a dict)
             state = {key[len(prefix) :]: file.get_tensor(key) for key in keys}
-        model = metadata["model"]
+        model = metadata["model"]  # JSON turned its tuple into a list
         spec = ModelSpec(**{**model, "dims": tuple(model["dims"])})
         preprocessing = preprocessing_of(metadata)
     except CheckpointError:
@@ -176,7 +178,7 @@ def _read_safetensors(path: Path) -> Contents:
     return Contents(spec, preprocessing, metadata.get("classes"), [], state)
 
 
-# ---------------------------------------------------------------- checks of what a file claims
+# ---------------------------------------------------------------- checks of a file's contents
 
 
 def _problem(contents: Contents) -> str | None:
@@ -193,7 +195,7 @@ def _problem(contents: Contents) -> str | None:
         return f"its arch_options are {spec.arch_options!r}, not names and values"
     if type(spec.num_classes) is not int or spec.num_classes < 1:
         return f"its number of classes is {spec.num_classes!r}"
-    dims_are_int = all(type(d) is int for d in spec.dims)
+    dims_are_int = all(type(d) is int for d in spec.dims)  # a bool is an int to isinstance
     if not spec.dims or not dims_are_int or any(a >= b for a, b in pairwise((0, *spec.dims))):
         return f"its dims {list(spec.dims)!r} are not positive and increasing"
     if not _is_valid_preprocessing(contents.preprocessing):
@@ -210,11 +212,12 @@ def _problem(contents: Contents) -> str | None:
 
 
 def _is_valid_preprocessing(preprocessing: Preprocessing) -> bool:
-    size, mean, std = preprocessing.size, preprocessing.mean, preprocessing.std
+    mean = preprocessing.mean
+    std = preprocessing.std
     try:
-        CenterCrop(size, preprocessing.ratio)  # ValueError outside of its ranges
+        CenterCrop(preprocessing.size, preprocessing.ratio)  # ValueError outside of its ranges
         return (
-            type(size) is int
+            type(preprocessing.size) is int
             and len(mean) == len(std) == 3
             and min(std) > 0
             and all(math.isfinite(value) for value in (*mean, *std))
@@ -264,7 +267,10 @@ def _check_requested(path: Path, spec: ModelSpec, requested: Mapping[str, Any]) 
         raise CheckpointError(
             f"{path}: mrl was requested, but the checkpoint's head is {head}; {hint}"
         )
-    rep_size, dims, arch = requested["rep_size"], requested["dims"], requested["arch"]
+
+    rep_size = requested["rep_size"]
+    dims = requested["dims"]
+    arch = requested["arch"]
     if rep_size is not None and rep_size != spec.dims[-1]:
         raise CheckpointError(
             f"{path}: rep_size {rep_size} was requested, but the checkpoint's is {spec.dims[-1]}"

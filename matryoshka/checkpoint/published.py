@@ -71,8 +71,9 @@ def _torchvision(name: str) -> NestedModel:
         raise ModelError(f"no such weights are published; known: {', '.join(sorted(known))}")
     published: Any = known[weights or FIRST_WEIGHTS]
 
-    _, width = backbone(arch)
+    _, width = backbone(arch)  # only its width; load_state_dict below fills the model
     model = build(ModelSpec(arch, len(published.meta["categories"]), (width,)))
+    # Upstream's trunks are torchvision's: the keys are the same, with the classifier as `fc`.
     state = published.get_state_dict(check_hash=True, weights_only=True)
     model.load_state_dict(checkpoint.from_upstream(state))
 
@@ -104,9 +105,9 @@ def _timm(name: str) -> NestedModel:
     # The same weights as trunk and head: move the classifier's from its place in timm's model.
     model = build(ModelSpec(arch, classifier.out_features, (classifier.in_features,)))
     state = {f"trunk.{key}": value for key, value in whole.state_dict().items()}
-    place = next(key for key, module in whole.named_modules() if module is classifier)
+    name_in_timm = next(key for key, module in whole.named_modules() if module is classifier)
     for leaf in dict(classifier.named_parameters()):
-        state[f"head.heads.0.{leaf}"] = state.pop(f"trunk.{place}.{leaf}")
+        state[f"head.heads.0.{leaf}"] = state.pop(f"trunk.{name_in_timm}.{leaf}")
     model.load_state_dict(state)
 
     cfg = whole.pretrained_cfg

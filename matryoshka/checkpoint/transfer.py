@@ -81,7 +81,7 @@ def check_start(
     classes: list[str] | None = None,
     sizes: Iterable[int] = (),
 ) -> None:
-    """ModelError for what start_model would refuse, without downloads or memory for weights.
+    """Raise the ModelErrors of start_model without downloads and without memory for weights.
 
     sizes: side lengths in pixels of the training images; some timm models accept only some sizes,
     or do not return features [B, D]. The network and the content of published weights remain
@@ -178,14 +178,16 @@ def _from_file(
     All keys and shapes are compared here. `model` may be on the meta device.
     """
     spec = model.spec
-    found = _read_init(path, spec.arch)
+    contents = _read_init(path, spec.arch)
     note = f"trunk from {path}"
-    state, expected = found.state, model.state_dict()
-    if found.spec.blurpool != spec.blurpool:
+    state = contents.state
+    expected = model.state_dict()
+    # BlurPool only renames convolutions and adds constants: weights fit with it and without.
+    if contents.spec.blurpool != spec.blurpool:
         state = with_or_without_blurpool(state, expected)
         note += f", BlurPool {'added' if spec.blurpool else 'left out'}"
 
-    reason = _head_difference(found, spec, classes)
+    reason = _head_difference(contents, spec, classes)
     if reason:
         state, expected = _without_head(state), _without_head(expected)
         note += f"; the head is initialised at random: {reason}"
@@ -193,55 +195,59 @@ def _from_file(
         note += " with its head"
 
     for key in sorted(expected.keys() | state.keys()):
-        ours = list(expected[key].shape) if key in expected else "missing"
-        theirs = list(state[key].shape) if key in state else "missing"
-        if ours != theirs:
+        in_model = list(expected[key].shape) if key in expected else "missing"
+        in_file = list(state[key].shape) if key in state else "missing"
+        if in_model != in_file:
             raise ModelError(
-                f"model.init={path} does not fit {spec.arch}: {key} is {theirs} in the file, "
-                f"{ours} in the model"
+                f"model.init={path} does not fit {spec.arch}: {key} is {in_file} in the file, "
+                f"{in_model} in the model"
             )
-    preprocessing = Preprocessing(mean=found.preprocessing.mean, std=found.preprocessing.std)
+    # Only mean and std: the image size belongs to the new run.
+    preprocessing = Preprocessing(mean=contents.preprocessing.mean, std=contents.preprocessing.std)
     return state, preprocessing, note
 
 
 def _read_init(path: str, arch: str) -> checkpoint.Contents:
-    """Read the checkpoint of `model.init`. ModelError unless it is one of an `arch`."""
+    """Read the checkpoint of `model.init`. ModelError unless its backbone is `arch`."""
     if not Path(path).is_file():
         raise ModelError(
             f"model.init={path}: no such file; give a checkpoint, {TORCHVISION}NAME or {TIMM}NAME"
         )
     try:
         # A bare .pt is recognised among our backbones, but timm has too many models to try.
-        found = checkpoint.read(path, arch=arch if arch.startswith(TIMM) else None)
+        contents = checkpoint.read(path, arch=arch if arch.startswith(TIMM) else None)
     except checkpoint.CheckpointError as error:
         raise ModelError(f"model.init: {error}") from None
-    if _untagged(found.spec.arch) != _untagged(arch):
+    if _untagged(contents.spec.arch) != _untagged(arch):
         raise ModelError(
-            f"model.init={path} is a {found.spec.arch}, but model.arch={arch}; add "
-            f"--model.arch={found.spec.arch}"
+            f"model.init={path} is a {contents.spec.arch}, but model.arch={arch}; add "
+            f"--model.arch={contents.spec.arch}"
         )
-    return found
+    return contents
 
 
 def _without_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if not key.startswith("head.")}
 
 
-def _head_difference(found: checkpoint.Contents, spec: ModelSpec, classes: list[str] | None) -> str:
+def _head_difference(
+    contents: checkpoint.Contents, spec: ModelSpec, classes: list[str] | None
+) -> str:
     """Why the head of a checkpoint does not fit `spec`; empty if it fits.
 
     An MRL-E head fits all prefixes of the same longest width, because they share its columns.
     """
-    theirs = found.spec
-    if theirs.head_name != spec.head_name:
-        return f"{theirs.head_name} in the file, {spec.head_name} in the model"
-    their_widths = theirs.dims[-1:] if theirs.efficient else theirs.dims
-    our_widths = spec.dims[-1:] if spec.efficient else spec.dims
-    if their_widths != our_widths:
-        return f"dims {list(theirs.dims)} in the file, {list(spec.dims)} in the model"
-    if theirs.num_classes != spec.num_classes:
-        return f"{theirs.num_classes} classes in the file, {spec.num_classes} in the model"
-    if found.classes and classes and found.classes != classes:
+    stored = contents.spec
+    if stored.head_name != spec.head_name:
+        return f"{stored.head_name} in the file, {spec.head_name} in the model"
+    stored_widths = stored.dims[-1:] if stored.efficient else stored.dims
+    model_widths = spec.dims[-1:] if spec.efficient else spec.dims
+    if stored_widths != model_widths:
+        return f"dims {list(stored.dims)} in the file, {list(spec.dims)} in the model"
+    if stored.num_classes != spec.num_classes:
+        return f"{stored.num_classes} classes in the file, {spec.num_classes} in the model"
+    # Equal numbers of classes may be different classes: an output would then have another meaning.
+    if contents.classes and classes and contents.classes != classes:
         return "the class names differ"
     return ""
 
@@ -272,7 +278,7 @@ def apply_freeze(model: NestedModel, freeze: str) -> int:
     # Eval mode is a property of modules: a frozen parameter such as cls_token has none.
     modules = {name for name, _ in model.trunk.named_modules()}
     model.frozen = tuple(f"trunk.{prefix}".rstrip(".") for prefix in prefixes if prefix in modules)
-    model.train(model.training)
+    model.train(model.training)  # applies the selection to the current mode
     return frozen
 
 

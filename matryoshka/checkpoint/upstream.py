@@ -48,15 +48,15 @@ def to_upstream(model: NestedModel) -> dict[str, Tensor]:
 
 def from_upstream(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights under NestedModel's names, from upstream's new or old keys without prefix."""
-    ours = {}
+    renamed = {}
     for key, value in state.items():
         if key.startswith("fc.nesting_classifier_"):
-            ours[f"head.heads.{key.removeprefix('fc.nesting_classifier_')}"] = value
+            renamed[f"head.heads.{key.removeprefix('fc.nesting_classifier_')}"] = value
         elif key.startswith("fc."):
-            ours[f"head.heads.0.{key.removeprefix('fc.')}"] = value
+            renamed[f"head.heads.0.{key.removeprefix('fc.')}"] = value
         else:
-            ours[f"trunk.{key}"] = value
-    return ours
+            renamed[f"trunk.{key}"] = value
+    return renamed
 
 
 # ---------------------------------------------------------------- reading
@@ -109,6 +109,7 @@ def read(
                 "keys: if it is one, use the efficient flag"
             )
 
+    # A bare .pt is evaluated as in the validation of its training.
     size = params.get("validation.resolution")
     spec = ModelSpec(
         arch=arch,
@@ -146,6 +147,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: not a plain state_dict; expected upstream's final_weights.pt"
         )
+    # DDP adds the prefix; single-GPU checkpoints lack it, and upstream cannot read those.
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return dict(state)
@@ -209,10 +211,11 @@ def _shared_dims(
     """The prefixes of an MRL-E classifier of `width` columns: from the argument, else params.json,
     else assumed.
     """
-    given = (params.get("model.dims") or None) if dims is None else dims
+    stated = (params.get("model.dims") or None) if dims is None else dims
     try:
-        if given is not None:
-            checked = check_dims(given, width)
+        if stated is not None:
+            checked = check_dims(stated, width)
+            # The classifier was trained at its whole width, so the longest prefix is the width.
             if checked[-1] != width:
                 raise ValueError(f"dims {list(checked)} end before the width {width}")
             return checked
@@ -239,7 +242,7 @@ def _recognise(
     # Without a name all of BACKBONES are tried, but not timm's models, which are too many.
     candidates = [arch] if arch is not None and known else list(BACKBONES)
     for name in candidates:
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes are enough: no memory, no initialisation
             candidate, width = backbone(name)
             if blurpool:
                 apply_blurpool(candidate)

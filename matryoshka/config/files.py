@@ -13,7 +13,7 @@ import yaml
 
 from matryoshka.config.options import ConfigError, did_you_mean, show
 
-Given = dict[str, tuple[object, str]]  # option -> (value as written, where)
+Given = dict[str, tuple[object, str]]  # option -> (value as written, its source)
 
 MAX_FILE_BYTES = 1 << 20
 MAX_FILE_VALUES = 10_000
@@ -31,6 +31,7 @@ class _Yaml(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.count += 1
+        # An alias of aliases expands exponentially ("billion laughs").
         if self.check_event(yaml.AliasEvent) or self.count > MAX_FILE_VALUES:
             problem = f"aliases, and more than {MAX_FILE_VALUES} values, are not supported"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
@@ -38,16 +39,19 @@ class _Yaml(yaml.SafeLoader):
 
 
 def read_file(name: str, options: Collection[str], errors: list[str]) -> Given:
-    """The options that a file gives; its errors are appended to `errors`."""
+    """The options of a file; errors are appended to `errors`."""
     try:
         path, content = _open(name)
-        found = _parse(path, content, options)
+        pairs = _parse(path, content, options)
     except (ConfigError, OSError) as error:
         errors.append(str(error))
         return {}
-    given, seen, source = Given(), set(), f"in file {path}"
+
+    given = Given()
+    seen = set()
+    source = f"in file {path}"
     sections = {key.partition(".")[0] for key in options}
-    for key, value in found:
+    for key, value in pairs:
         is_section = isinstance(value, _Pairs)
         if key in seen:
             errors.append(f"duplicate key {show(key)} {source}")
@@ -63,16 +67,17 @@ def read_file(name: str, options: Collection[str], errors: list[str]) -> Given:
 
 def _open(name: str) -> tuple[str, bytes]:
     """Path and content of a config file, looked up in three places."""
+    # An installed package has no repository around it, but the configs beside its modules.
     root = [_PACKAGE.parent] if (_PACKAGE.parent / "pyproject.toml").is_file() else []
-    tried = [folder / name for folder in (Path(), *root, _PACKAGE / "configs")]
-    for place in tried:
+    candidates = [folder / name for folder in (Path(), *root, _PACKAGE / "configs")]
+    for path in candidates:
         with (
             contextlib.suppress(FileNotFoundError, NotADirectoryError),
-            open(place, "rb") as handle,
+            open(path, "rb") as handle,
         ):
-            return str(place), handle.read(MAX_FILE_BYTES + 1)
-    places = ", ".join(dict.fromkeys(map(os.path.abspath, tried)))
-    raise ConfigError(f"config file {show(name)} was not found (tried {places})")
+            return str(path), handle.read(MAX_FILE_BYTES + 1)  # one more: _parse sees the excess
+    tried = ", ".join(dict.fromkeys(map(os.path.abspath, candidates)))
+    raise ConfigError(f"config file {show(name)} was not found (tried {tried})")
 
 
 def _parse(path: str, content: bytes, options: Collection[str]) -> list[tuple[str, object]]:
@@ -81,29 +86,36 @@ def _parse(path: str, content: bytes, options: Collection[str]) -> list[tuple[st
     """
     if len(content) > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
-    line, text = 1, ""
+    line = 1
+    text = ""
     try:
         text = content.decode("utf-8-sig")
         if path.lower().endswith(".json"):
-            # numbers stay text here, too: the option's own type decides
+            # Numbers stay text here, too: the option's own type decides.
             as_text: dict[str, Any] = {"parse_int": str, "parse_float": str, "parse_constant": str}
             tree = json.loads(text, object_pairs_hook=_Pairs, **as_text)
         else:
             tree = _plain(yaml.compose(text, _Yaml))
-        found = list(_walk(tree, options)) if isinstance(tree, _Pairs) else []
-        if (tree is None or isinstance(tree, _Pairs)) and len(found) <= MAX_FILE_VALUES:
-            return found
+        pairs = list(_walk(tree, options)) if isinstance(tree, _Pairs) else []
+        if (tree is None or isinstance(tree, _Pairs)) and len(pairs) <= MAX_FILE_VALUES:
+            return pairs
         problem = f"expected options, not {show(tree)}"
-        if found:
+        if pairs:
             problem = f"more than {MAX_FILE_VALUES} values"
+    # Each library reports the position in its own way; an error names the file and the line.
     except yaml.MarkedYAMLError as error:
-        line, problem = error.problem_mark.line + 1 if error.problem_mark else 1, error.problem
+        problem = error.problem
+        if error.problem_mark:
+            line = error.problem_mark.line + 1
     except yaml.reader.ReaderError as error:
-        line, problem = text.count("\n", 0, error.position) + 1, error.reason
+        problem = error.reason
+        line = text.count("\n", 0, error.position) + 1
     except json.JSONDecodeError as error:
-        line, problem = error.lineno, error.msg
+        problem = error.msg
+        line = error.lineno
     except UnicodeDecodeError as error:
-        line, problem = content.count(b"\n", 0, error.start) + 1, "not UTF-8 text"
+        problem = "not UTF-8 text"
+        line = content.count(b"\n", 0, error.start) + 1
     except RecursionError:
         problem = "nested too deeply"
     raise ConfigError(f"{path}, line {line}: {problem}")

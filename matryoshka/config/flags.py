@@ -55,6 +55,7 @@ class FlagParser:
                 if name in self._options:
                     raise TypeError(f"{prog}: option {name} is declared twice")
                 self._options[name] = declared
+        # No abbreviations: a mistyped flag must not select another one.
         self._words = _Words(prog=prog, add_help=False, allow_abbrev=False)
         self._words.add_argument("-h", "--help", action="store_true")
         for name, (field, option) in self._options.items():
@@ -69,11 +70,12 @@ class FlagParser:
     def parse_args(self, argv: Sequence[str] | None = None) -> SimpleNamespace:
         """The typed options. ConfigError, one line, for the first error; `--help` exits."""
         argv = list(sys.argv[1:] if argv is None else argv)
-        found, rest = self._words.parse_known_args(argv)
-        if found.help:
+        # Unknown flags and loose words are in `rest`: _loose_words suggests the nearest flag.
+        flags, rest = self._words.parse_known_args(argv)
+        if flags.help:
             print(self.help_text(), flush=True)
             raise SystemExit(0)
-        given = {name: value for name, value in vars(found).items() if value is not None}
+        given = {name: value for name, value in vars(flags).items() if value is not None}
         del given["help"]
         given |= self._positionals(self._loose_words(rest))
         args = SimpleNamespace()
@@ -90,12 +92,13 @@ class FlagParser:
 
     def _loose_words(self, rest: Sequence[str]) -> list[str]:
         """The words without a flag; ConfigError for an unknown flag among them."""
-        words, after_dashes = [], False
+        words = []
+        after_dashes = False  # behind `--`, every word is a value
         for word in rest:
             if word == "--" and not after_dashes:
                 after_dashes = True
                 continue
-            is_number = word[1:2].isdigit()
+            is_number = word[1:2].isdigit()  # -1 is a value, not a flag
             if word.startswith("-") and word != "-" and not (after_dashes or is_number):
                 flag = word.partition("=")[0]
                 known = [_label(f) for f, _ in self._options.values() if not _is_positional(f)]
@@ -111,24 +114,25 @@ class FlagParser:
             if not _is_positional(field) or not words:
                 continue
             if option.is_tuple:
-                given[name], words = words, []
+                given[name] = words
+                words = []
             else:
-                given[name], words = words[0], words[1:]
+                given[name] = words[0]
+                words = words[1:]
         if words:
             raise ConfigError(f"unexpected argument {show(words[0])}")
         return given
 
     def help_text(self) -> str:
         """Usage, description and a row for every option."""
-        places = [
-            f"{_label(field)} ..." if option.is_tuple else _label(field)
-            for field, option in self._options.values()
-            if _is_positional(field)
-        ]
-        heading = "arguments and options" if places else "options"
+        positionals = []
+        for field, option in self._options.values():
+            if _is_positional(field):
+                positionals.append(_label(field) + (" ..." if option.is_tuple else ""))
+        heading = "arguments and options" if positionals else "options"
         rows = [("", self._description.strip()), ("", heading)]
         rows += [_row(field, option) for field, option in self._options.values()]
-        return help_text(" ".join([self.prog, *places, "[options]"]), [*rows, HELP])
+        return help_text(" ".join([self.prog, *positionals, "[options]"]), [*rows, HELP])
 
 
 class CommandParser:
@@ -176,7 +180,7 @@ class _Words(argparse.ArgumentParser):
     """Splits a command line into flags and values; errors are ConfigErrors."""
 
     def error(self, message: str) -> NoReturn:
-        # argparse: "argument --path: expected one argument"
+        # argparse's text is "argument --path: expected one argument".
         flag, _, problem = message.removeprefix("argument ").partition(": ")
         if problem.startswith("expected"):
             raise ConfigError(f"{flag}: a value is missing")
@@ -198,6 +202,7 @@ def _label(field: Field) -> str:
 
 def _reading(field: Field, option: Option) -> dict[str, Any]:
     """argparse's keywords for a flag."""
+    # Default None, not False: only flags that were given count.
     if option.items == (bool,) and not option.is_tuple:
         return {"action": "store_true", "default": None}
     if field.metadata.get("repeat"):
@@ -213,7 +218,7 @@ def _typed(field: Field, option: Option, value: Any) -> Any:
         return option.check_flag(value)
     except ValueError as error:
         shown = value if isinstance(value, str) else " ".join(value)
-        if not shown.isprintable() or not shown:
+        if not shown.isprintable() or not shown:  # as a quoted literal, on one line
             shown = show(shown)
         raise ConfigError(f"{_label(field)} {shown}: {error}") from None
 

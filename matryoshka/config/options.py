@@ -131,6 +131,7 @@ class Option(Checker):
     """fastargs checker of one field: annotation, then choices, range and the field's own check."""
 
     def __init__(self, annotation: Any, metadata: Mapping[str, Any]) -> None:
+        # `| None` makes a union of every annotation, whose members get_args lists.
         kinds = [kind for kind in get_args(annotation | None) if kind is not NoneType]
         self.optional = NoneType in get_args(annotation)
         self.is_tuple = get_origin(kinds[0]) is tuple
@@ -154,7 +155,7 @@ class Option(Checker):
         return f"{self.kind()} or none" if self.optional else self.kind()
 
     def facts(self) -> list[str]:
-        """What the help says beside type and default: choices and range."""
+        """Choices and range, for the help text."""
         facts = []
         if self.choices:
             facts.append(f"one of {', '.join(str(choice) for choice in self.choices)}")
@@ -169,7 +170,7 @@ class Option(Checker):
         return self._typed(value, self.help())
 
     def check_flag(self, value: object) -> object:
-        """The same for a flag, which is left out to mean None: `--title none` is a title."""
+        """`check` for a flag. None means that the flag is left out: `--title none` is a title."""
         return self._typed(value, self.kind())
 
     def _typed(self, value: object, expected: str) -> object:
@@ -181,7 +182,7 @@ class Option(Checker):
         return typed
 
     def check_typed(self, typed: Any) -> None:
-        """The same for a value that has its type already, such as a dataclass's attribute."""
+        """Check a value that already has its type, such as an attribute of a dataclass."""
         if typed is None:
             return
         items = typed if self.is_tuple else (typed,)
@@ -205,7 +206,7 @@ class Option(Checker):
         if isinstance(value, str):
             text = value.strip().removeprefix("[").removesuffix("]").strip()
             value = [part.strip() for part in text.split(",")] if text else []
-        # of a file's mapping, a list subclass, the items would be pairs
+        # Not isinstance: a mapping in a file is a subclass of list (files._Pairs).
         if type(value) not in (list, tuple):
             raise ValueError
         assert isinstance(value, list | tuple)
@@ -215,6 +216,7 @@ class Option(Checker):
 
 def _scalar(kind: type, value: Any) -> object:
     """`value`, text or already typed, as an int, float, str, bool or Path; else ValueError."""
+    # Strict types: int(2.7), float(True) and bool("False") would hide a mistake in a file.
     if kind is bool:
         word = str(value).lower()
         if word in TRUE + FALSE:
@@ -234,13 +236,19 @@ def _scalar(kind: type, value: Any) -> object:
 
 def options_of(section: type) -> dict[str, tuple[Field, Option]]:
     """{name: (field, checker)} of a dataclass, in order of declaration."""
-    hints = get_type_hints(section)
-    return {one.name: (one, Option(hints[one.name], one.metadata)) for one in fields(section)}
+    hints = get_type_hints(section)  # annotations are text: `from __future__ import annotations`
+    declared = {}
+    for declaration in fields(section):
+        checker = Option(hints[declaration.name], declaration.metadata)
+        declared[declaration.name] = (declaration, checker)
+    return declared
 
 
-def default_of(one: Field) -> Any:
+def default_of(declaration: Field) -> Any:
     """The default of a field; MISSING for a required one."""
-    return one.default if one.default_factory is MISSING else one.default_factory()
+    if declaration.default_factory is MISSING:
+        return declaration.default
+    return declaration.default_factory()
 
 
 def check_fields(instance: Any, section: str = "") -> None:
@@ -275,6 +283,7 @@ def check_name(name: str) -> None:
 
 def did_you_mean(word: str, names: Collection[str]) -> str:
     """` (did you mean 'x'?)` for the closest name, or one with the same last part; else empty."""
+    # Cut to 100 characters: the comparison takes quadratic time, and a file may hold any text.
     close = get_close_matches(word[:100], names, 1, 0.8)
     if not close:
         last = "." + word.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""How a program ends: errors that a user can correct become one line and exit status 2."""
+"""Exit of a program: errors that a user can correct become one line and exit status 2."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def program(main: Callable[P, R]) -> Callable[P, R]:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
         except BrokenPipeError:
-            # without this, flushing the rest of the buffer raises again at exit
+            # Without this, flushing the rest of the buffer raises again at exit.
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None

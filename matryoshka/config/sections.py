@@ -33,7 +33,7 @@ _COMMAND_LINE = "on the command line"
 
 
 class SectionParser(NamedTuple):
-    """The options of one program in sections; `parse_args(argv)` is `read` of these."""
+    """The options of one program in sections; `parse_args(argv)` calls `read` with them."""
 
     sections: Mapping[str, type]
     prog: str
@@ -66,12 +66,14 @@ def read(
     """
     declared = _declare(sections)
     params = {".".join(path): param for path, param in declared.entries.items()}
+    # All errors are collected: a user corrects them in one go.
     errors: list[str] = []
     files, typed, switches = _split(sys.argv[1:] if argv is None else argv, params, errors)
     if "help" in switches:
         print(_help(declared, prog or Path(sys.argv[0]).name, description), flush=True)
         raise SystemExit(0)
 
+    # Later files win over earlier ones, and the command line over all of them.
     given = Given()
     for name in files:
         given |= read_file(name, params, errors)
@@ -84,7 +86,7 @@ def read(
             try:
                 setattr(config, name, section(**values))
             except ValueError as error:
-                # most messages of a section name it already, as section.option=value
+                # Most messages of a section name it already, as section.option=value.
                 text = str(error)
                 errors.append(text if text.startswith(f"{name}.") else f"{name}: {text}")
     if errors:
@@ -117,10 +119,10 @@ def _values(
         try:
             values[field.name] = param.checker.check(value)
         except OutOfRange as error:
-            # the number itself; the place only where it is not in front of the user
-            where = "" if source == _COMMAND_LINE else f" {source}"
+            # The source only where the user does not see the value: in a file, or a default.
+            shown_source = "" if source == _COMMAND_LINE else f" {source}"
             number = str(error.value).removesuffix(".0")
-            errors.append(f"{key}={number}{where}: {error}")
+            errors.append(f"{key}={number}{shown_source}: {error}")
         except ValueError as error:
             errors.append(f"{key}={show(value)} {source}: {error}")
     return values
@@ -145,17 +147,19 @@ def _split(
     argv: Sequence[str], names: Collection[str], errors: list[str]
 ) -> tuple[list[str], Given, set[str]]:
     """Config files, options and switches (help, print-config); errors are appended to `errors`."""
-    files, given, switches = [], Given(), set()
+    files = []
+    given = Given()
+    switches = set()
     known = [*names, "config-file"]
     short = {"-h": "--help", "-C": "--config-file"}
-    waiting = [short.get(word, word) for word in reversed(argv)]
+    waiting = [short.get(word, word) for word in reversed(argv)]  # a stack: pop is the next word
     while waiting:
         word = waiting.pop()
         key, equals, value = word.removeprefix("--").partition("=")
         if word in ("--help", "--print-config"):
             switches.add(key)
             continue
-        # `--option value`: the next word is the value unless it is an option itself
+        # `--option value`: the next word is the value unless it is an option itself.
         if word.startswith("--") and not equals and waiting and not waiting[-1].startswith("--"):
             equals, value = "=", waiting.pop()
         if not word.startswith("--"):
@@ -210,8 +214,11 @@ def flat(config: SimpleNamespace) -> dict[str, Any]:
     for name, section in vars(config).items():
         for field in fields(section):
             value = getattr(section, field.name)
-            value = int(value) if isinstance(value, bool) else value
-            plain[f"{name}.{field.name}"] = list(value) if isinstance(value, tuple) else value
+            if isinstance(value, bool):
+                value = int(value)
+            elif isinstance(value, tuple):
+                value = list(value)
+            plain[f"{name}.{field.name}"] = value
     return plain
 
 
@@ -237,4 +244,5 @@ def _yaml_value(value: object) -> str:
         return f"[{', '.join(_yaml_value(item) for item in value)}]"
     style = '"' if isinstance(value, str) and not value.isprintable() else None
     options = {"default_style": style, "width": math.inf, "allow_unicode": True}
+    # As a list of one item, whose brackets are cut: a bare scalar would end with a line `...`.
     return yaml.safe_dump([value], default_flow_style=True, **options).strip()[1:-1]

@@ -1,1 +1,1 @@
-"""What a trained model is worth: predictions, metrics, analyses, baselines."""
+"""Evaluation of trained models: predictions, metrics, analyses, baselines."""

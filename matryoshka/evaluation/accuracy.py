@@ -46,7 +46,7 @@ class PrefixAccuracy(Metric):
 
     def compute(self) -> dict[int, dict[str, float]]:
         """{dim: {"top1": .., "top5": ..}} in percent; NaN if no sample was counted."""
-        total = self.count.double()
+        total = self.count.double()  # float32 is exact up to 2^24 samples only
         top1 = (100 * self.hits1 / total).tolist()
         top5 = (100 * self.hits5 / total).tolist()
         return {d: {"top1": a, "top5": b} for d, a, b in zip(self.dims, top1, top5, strict=True)}

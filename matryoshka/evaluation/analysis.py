@@ -38,7 +38,7 @@ def top_confidence(
     confidence = np.empty(scores.shape[:2], np.float32)
     for g in range(len(scores)):
         for part, rows in _chunks(scores[g], chunk):
-            # a sum is not finite if one of its terms is not: cheaper than isfinite of every score
+            # A sum is not finite if one of its terms is not: cheaper than isfinite of every score.
             if not np.isfinite(rows.sum(dtype=np.float64)):
                 first = part.start + int(np.flatnonzero(~np.isfinite(rows).all(1))[0])
                 raise AnalysisError(
@@ -49,6 +49,7 @@ def top_confidence(
             highest = np.take_along_axis(rows, best[:, None], 1)
             predictions[g, part] = best
             if logits:
+                # Softmax of the highest logit, whose shifted exponential is 1; it cannot overflow.
                 confidence[g, part] = 1 / np.exp(rows - highest).sum(1)
             else:
                 confidence[g, part] = highest[:, 0]
@@ -127,7 +128,7 @@ def draw_by_first_right(first: np.ndarray, kinds: int, count: int, seed: int) ->
         for queue in queues:
             if queue:
                 chosen.append(queue.pop(0))
-    chosen = sorted(chosen[:count], key=lambda i: (first[i], i))
+    chosen = sorted(chosen[:count], key=lambda image: (first[image], image))
     return np.array(chosen, np.int64)
 
 
@@ -147,21 +148,28 @@ def trends(accuracy: np.ndarray) -> list[str]:
 
     accuracy: float [G, C] of `class_accuracy`. Steps without a change are ignored. All other steps
     up: `rising`; all down: `falling`; one reversal: `rise-dip` or `dip-rise`; more: `mixed`; no
-    step: `flat`; a class without images: `absent`. For ImageNet's 1000 classes the
-    paper counts 244 rising, 177 rise-dip and 49 dip-rise.
+    step: `flat`; a class without images: `absent`. For ImageNet's 1000 classes the paper counts 244
+    rising, 177 rise-dip and 49 dip-rise.
     """
-    names = {(): "flat", (1,): "rising", (-1,): "falling", (1, -1): "rise-dip", (-1, 1): "dip-rise"}
-    found = []
+    names = {
+        (): "flat",
+        (1,): "rising",
+        (-1,): "falling",
+        (1, -1): "rise-dip",
+        (-1, 1): "dip-rise",
+    }
+    trend_of_class = []
     for values in accuracy.T:
         if np.isnan(values).any():
-            found.append("absent")
+            trend_of_class.append("absent")
             continue
-        directions: list[int] = []  # of the runs: equal neighbours are merged
+        # Only reversals count: two steps up in a row are one direction.
+        directions: list[int] = []
         for sign in np.sign(np.diff(values)).astype(int).tolist():
             if sign and (not directions or directions[-1] != sign):
                 directions.append(sign)
-        found.append(names.get(tuple(directions), "mixed"))
-    return found
+        trend_of_class.append(names.get(tuple(directions), "mixed"))
+    return trend_of_class
 
 
 def superclass_confusion(
@@ -171,6 +179,7 @@ def superclass_confusion(
 
     predictions int64 [N]; groups int64 [C]: the group of each class.
     """
+    # One number for each cell of the matrix: bincount counts them in one pass.
     pairs = groups[labels] * num_groups + groups[predictions]
     return np.bincount(pairs, minlength=num_groups**2).reshape(num_groups, num_groups)
 
@@ -194,9 +203,9 @@ def within_superclass(
     for part, rows in _chunks(scores, ROWS):
         for k in np.unique(group_of_image[part]):
             members = np.flatnonzero(groups == k)
-            mine = group_of_image[part] == k
-            best = rows[mine][:, members].argmax(1)
-            hits[k] += (members[best] == labels[part][mine]).sum()
+            in_group = group_of_image[part] == k
+            best = rows[in_group][:, members].argmax(1)
+            hits[k] += (members[best] == labels[part][in_group]).sum()
     with np.errstate(invalid="ignore"):
         return hits / np.bincount(group_of_image, minlength=num_groups)
 
@@ -227,6 +236,7 @@ def out_of_distribution(inside: np.ndarray, outside: np.ndarray) -> OutOfDistrib
 
     if not (np.isfinite(inside).all() and np.isfinite(outside).all()):
         raise AnalysisError("unknown classes: confidences are not finite; the model diverged")
+    # Unknown classes are the positives, and low confidence detects them.
     unknown = np.repeat([0, 1], [len(inside), len(outside)])
     score = -np.concatenate([inside, outside])
     false_positives, true_positives, _ = roc_curve(unknown, score, drop_intermediate=False)
@@ -258,6 +268,7 @@ def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -
 
     Guo et al. 2017, equation 3.
     """
+    # In the dtype of the confidence: an edge in float64 could lie beside an equal float32.
     edges = np.linspace(0, 1, bins + 1, dtype=confidence.dtype)
     bin_of_image = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
     counts = np.bincount(bin_of_image, minlength=bins)
@@ -282,21 +293,22 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """
     low, high = 1e-3, 1e3  # bracket of 1/T
     shifted = np.asarray(logits, np.float64)
-    shifted = shifted - shifted.max(1, keepdims=True)
+    shifted = shifted - shifted.max(1, keepdims=True)  # no exponential overflows
     own = np.take_along_axis(shifted, labels[:, None], 1)[:, 0]
     inverse = 1.0
     for _ in range(100):
         weights = np.exp(inverse * shifted)
         weights /= weights.sum(1, keepdims=True)
+        # The derivatives by 1/T come from the mean and variance of the logits under the softmax.
         mean = (weights * shifted).sum(1)
         slope = (mean - own).mean()
-        if slope > 0:
+        if slope > 0:  # the loss grows: its minimum is at a smaller 1/T
             high = inverse
         else:
             low = inverse
 
         curvature = ((weights * shifted**2).sum(1) - mean**2).mean()
-        following = inverse - slope / curvature if curvature > 0 else -1.0
+        following = inverse - slope / curvature if curvature > 0 else -1.0  # -1: no Newton step
         if not low < following < high:
             following = (low * high) ** 0.5  # bisection, in the logarithm
         if abs(following - inverse) <= 1e-7 * inverse:

@@ -122,7 +122,7 @@ def neighbour_accuracy(inputs: BaselineInputs, dims: Sequence[int]) -> list[floa
     return knn_accuracy(neighbours, inputs.train.labels, inputs.val.labels)
 
 
-# ---------------------------------------------------------------- the whole embedding
+# ---------------------------------------------------------------- the model's own prefixes
 
 
 def linear(inputs: BaselineInputs) -> dict[str, Row]:
@@ -159,12 +159,12 @@ def class_means(inputs: BaselineInputs) -> dict[str, Row]:
     ways = f"{inputs.ways}-way " if inputs.ways else ""
     rows = {}
     for s, shots in enumerate(inputs.shots):
-        found = spread_of_draws(accuracy[:, s])
+        spread = spread_of_draws(accuracy[:, s])
         rows[f"{inputs.model_name} NCM {ways}{shots}-shot"] = make_row(
             "top1 ncm",
             inputs.dims,
-            found.mean,
-            found.std,
+            spread.mean,
+            spread.std,
             draws=inputs.draws,
             shots=shots,
             ways=inputs.ways,
@@ -230,9 +230,9 @@ def over_random_orders(
             rng = torch.Generator().manual_seed((inputs.seed * 1_000_003 + draw) % 2**63)
             chosen = torch.randperm(inputs.width, generator=rng)[: drawn[-1]]
             accuracies.append(accuracy(inputs.columns(chosen), drawn))
-        found = spread_of_draws(torch.tensor(accuracies, dtype=torch.float64))
-        values += found.mean
-        std = None if found.std is None else [*found.std]
+        spread = spread_of_draws(torch.tensor(accuracies, dtype=torch.float64))
+        values += spread.mean
+        std = None if spread.std is None else [*spread.std]
     if len(drawn) < len(inputs.dims):
         values += accuracy(inputs, [inputs.width])
         std = None if std is None else [*std, None]

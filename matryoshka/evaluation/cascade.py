@@ -30,6 +30,7 @@ def learn_thresholds(
     The threshold is the smallest of `grid` that maximises the accuracy of "the shorter prefix
     above the threshold, the longer one otherwise".
     """
+    # All thresholds of the grid in one pass over the images, instead of one pass for each.
     thresholds = []
     for g in range(len(confidence) - 1):
         # An image is answered by the shorter prefix at every threshold below its confidence, the
@@ -83,11 +84,12 @@ def split_indices(
     n: int, splits: int, learn: int, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Random splits of 0..n-1: `splits` pairs of `learn` indices and the remaining ones."""
-    found = []
+    pairs = []
     for i in range(splits):
+        # Its own generator: split i is the same for every number of splits.
         order = np.random.default_rng((seed, i)).permutation(n)
-        found.append((order[:learn], order[learn:]))
-    return found
+        pairs.append((order[:learn], order[learn:]))
+    return pairs
 
 
 class CascadeResult(NamedTuple):
@@ -184,12 +186,14 @@ def certify(
     delta / 2 each, which are exact for any number of images.
     """
     n = confidence.shape[1]
+    # The images that propose the cascades must not test them: the bounds would not hold.
     ((path, test),) = split_indices(n, 1, n // 2, seed)
     path_confidence, path_correct = confidence[:, path], correct[:, path]
     # sorted once for all cascades of the sequence
     orders = [np.argsort(-row, kind="stable") for row in path_confidence[:-1]]
 
     full = correct[-1, test]
+    # Without a shorter certified cascade, the longest prefix answers every image.
     best = Certificate(
         thresholds=np.full(len(dims) - 1, np.inf),
         certified=False,
@@ -199,11 +203,12 @@ def certify(
         full_accuracy=float(full.mean()),
     )
     for allowed in ALLOWED_LOSSES:
-        thresholds = _thresholds_that_lose(allowed, path_confidence, path_correct, orders)
+        thresholds = _thresholds_for_loss(allowed, path_confidence, path_correct, orders)
         exit_prefix = exits(confidence[:, test], thresholds)
         answers = np.take_along_axis(correct[:, test], exit_prefix[None], 0)[0]
         harmed = int((full & ~answers).sum())
         gained = int((answers & ~full).sum())
+        # delta / 2 for each bound: together they fail with a probability of at most delta.
         harm = clopper_pearson(harmed, len(test), delta / 2, upper=True)
         gain = clopper_pearson(gained, len(test), delta / 2, upper=False)
         if harm - gain > epsilon:
@@ -221,7 +226,7 @@ def certify(
     return best
 
 
-def _thresholds_that_lose(
+def _thresholds_for_loss(
     allowed: float, confidence: np.ndarray, correct: np.ndarray, orders: list[np.ndarray]
 ) -> np.ndarray:
     """Thresholds, float [G-1], at which each prefix loses at most the share `allowed`.
@@ -242,8 +247,11 @@ def _thresholds_that_lose(
         fits &= np.append(sure[1:] < sure[:-1], True)  # equal confidences exit together
         if fits.any():
             last = np.flatnonzero(fits)[-1]
-            below = sure[last + 1] if last + 1 < len(sure) else np.nextafter(sure[last], -np.inf)
-            thresholds[g] = below
+            # An image exits above its threshold: the next lower confidence keeps the others out.
+            if last + 1 < len(sure):
+                thresholds[g] = sure[last + 1]
+            else:
+                thresholds[g] = np.nextafter(sure[last], -np.inf)
             stays[order[: last + 1]] = False
     return thresholds
 
@@ -274,10 +282,10 @@ def certify_held_out(
     lengths = []
     n = correct.shape[1]
     for half, rest in split_indices(n, splits, n // 2, seed):
-        found = certify(
+        certificate = certify(
             confidence[:, half], correct[:, half], dims, epsilon=epsilon, delta=delta, seed=seed
         )
-        exit_prefix = exits(confidence[:, rest], found.thresholds)
+        exit_prefix = exits(confidence[:, rest], certificate.thresholds)
         metrics = evaluate(exit_prefix, correct[:, rest], dims)
         losses.append(correct[-1, rest].mean() - metrics.accuracy[-1])
         lengths.append(metrics.expected_dim[-1])

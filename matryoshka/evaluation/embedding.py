@@ -1,4 +1,4 @@
-"""Embed a data set with a model: the work of `matryoshka embed`.
+"""Embed a data set with a model, as `matryoshka embed` does.
 
 job = EmbeddingJob(model, data, EmbeddingOptions(checkpoint="model.safetensors"), world=world)
 for line in job.summary():
@@ -42,12 +42,12 @@ Data = BetonFile | ImageFolder | Subset
 Report = Callable[[str], None]
 
 
-# ---------------------------------------------------------------- what is embedded
+# ---------------------------------------------------------------- the job
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingOptions:
-    """How a data set is embedded. meta.json records all but batch_size and workers."""
+    """Settings of an embedding run. meta.json records all but batch_size and workers."""
 
     checkpoint: str  # as the user named it
     preprocessing: str = "checkpoint"  # its name; the model has the values
@@ -100,7 +100,9 @@ class EmbeddingJob:
 
     def meta(self) -> dict[str, Any]:
         """The content of meta.json."""
-        model, data, options = self.model, self.data, self.options
+        model = self.model
+        data = self.data
+        options = self.options
         preprocessing = {"name": options.preprocessing, **asdict(model.preprocessing)}
         return {
             "format": FORMAT,
@@ -139,7 +141,9 @@ class EmbeddingJob:
 
     def summary(self) -> list[str]:
         """Lines for the user: notes, the model, the data."""
-        model, data, options = self.model, self.data, self.options
+        model = self.model
+        data = self.data
+        options = self.options
         lines = [f"note: {note}" for note in model.notes]
         longest = model.dims[-1]
         if longest < self.columns:
@@ -169,9 +173,12 @@ def fingerprint(data: Data, labels: np.ndarray) -> str:
     """
     digest = hashlib.sha256(f"{data.fingerprint():08x}".encode())
     digest.update(np.ascontiguousarray(labels, np.int64).data)
+    # The lengths or names are known without reading the images. A few are read, to detect other
+    # contents of the same length.
     sampled = np.unique(np.linspace(0, len(data) - 1, SAMPLED_IMAGES).astype(np.int64))
     if isinstance(data, Subset):
-        source, sampled = data.dataset, data.indices[sampled]
+        source = data.dataset
+        sampled = data.indices[sampled]
     else:
         source = data
     if isinstance(source, ImageFolder):
@@ -188,7 +195,7 @@ def fingerprint(data: Data, labels: np.ndarray) -> str:
 
 
 class RankResult(NamedTuple):
-    """One process's part of a run."""
+    """Result of one process."""
 
     rows: int
     seconds: float
@@ -236,7 +243,7 @@ def rows_of_rank(
     Ranks share whole batches, so that the batches are those of a single process.
     """
     ranges = [np.arange(start, end) for start, end in missing_rows]
-    rows = np.concatenate([np.arange(0), *ranges])
+    rows = np.concatenate([np.arange(0), *ranges])  # arange(0): nothing may be missing
     batches = rank_slice(-(-len(rows) // batch), rank, world)
     return rows[batches.start * batch : batches.stop * batch]
 
@@ -247,9 +254,8 @@ def write_rows(job: EmbeddingJob, output: str | Path, plan: Plan) -> RankResult:
     started = time.perf_counter()
     rows = rows_of_rank(plan.missing_rows, options.batch_size, world.rank, world.size)
     if not len(rows):
-        return RankResult(
-            0, max(time.perf_counter() - started, 1e-9), 0.0
-        )  # embed divides by seconds
+        seconds = max(time.perf_counter() - started, 1e-9)  # `embed` divides by it
+        return RankResult(rows=0, seconds=seconds, wait=0.0)
 
     loader = _loader(job, rows)
     dtype = torch.float16 if plan.dtype == "float16" else torch.float32
@@ -306,6 +312,7 @@ def flushing(writer: RowWriter) -> Iterator[Callable[[np.ndarray, np.ndarray], N
         def write(rows: np.ndarray, values: np.ndarray) -> None:
             nonlocal flush, last
             writer.write(rows, values)
+            # At most one flush at a time; a slow disk makes them rarer, not more.
             is_due = time.perf_counter() - last >= FLUSH_SECONDS
             if is_due and (flush is None or flush.done()):
                 if flush is not None:

@@ -111,7 +111,7 @@ def find_layer(model: NestedModel, images: Tensor, name: str | None = None) -> L
                 used.append(n)
 
     both = [n for n in wide if n in used]
-    # a classifier of zeros uses no module: `used` is empty
+    # A classifier of zeros uses no module: `used` is empty.
     candidates = both or used or wide or list(several)
     chosen = candidates[-1]
     return _as_layer(chosen, several[chosen], trunk, image)
@@ -162,6 +162,7 @@ def heat_maps(
         features = _as_map(kept[0].detach(), trunk, images)
         maps = []
         for g, score in enumerate(scores):
+            # The graph is freed with the last prefix.
             (gradient,) = torch.autograd.grad(score, kept, retain_graph=g + 1 < len(scores))
             weights = _as_map(gradient, trunk, images).mean((2, 3), keepdim=True)
             maps.append((weights * features).sum(1).relu())
@@ -254,9 +255,9 @@ def _num_prefix_tokens(trunk: nn.Module) -> int:
 
 def _as_map(output: Tensor, trunk: nn.Module, image: Tensor) -> Tensor:
     """An output that is a feature map, or its gradient, as [B, K, h, w]."""
-    found = _map_layout(output, trunk, image)
-    assert found is not None
-    layout, h, w = found
+    map_layout = _map_layout(output, trunk, image)
+    assert map_layout is not None
+    layout, h, w = map_layout
     if layout == "BNK":
         return output[:, _num_prefix_tokens(trunk) :].transpose(1, 2).unflatten(2, (h, w))
     return output if layout == "BKhw" else output.permute(0, 3, 1, 2)

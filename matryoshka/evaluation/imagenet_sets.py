@@ -52,6 +52,8 @@ def match(name: str, dataset: BetonFile | ImageFolder, model: NestedModel) -> La
     if name == "V1":
         if names and names == model.classes:
             return identity
+        # Some of ImageNet's classes are matched by name below; other data must have the model's
+        # classes.
         is_imagenet_model = model.spec.num_classes == CLASSES and model.classes in (None, wnids())
         if not is_imagenet_model or not _class_indices(name, names or []):
             model.check_classes(dataset)
@@ -81,6 +83,7 @@ def match(name: str, dataset: BetonFile | ImageFolder, model: NestedModel) -> La
             )
         return LabelMapping(identity.labels, columns, set_wnids)
 
+    # By name, not by position: in V2, folder 10 sorts before 2, and some folders may be missing.
     unknown = [folder for folder in names if class_of_folder.get(folder) not in label_of_class]
     if unknown:
         raise ImageNetError(

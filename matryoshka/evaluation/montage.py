@@ -85,7 +85,7 @@ def _layout_of(captions: Sequence[str]) -> _Layout:
     rows = _num_rows(len(captions))
     columns = -(-len(captions) // rows)
     side = _side_of_tiles(len(captions))
-    # in a single row the texts of the image, of two lines, are as high as the captions
+    # In a single row the image has two lines of text below it, so every caption gets as many.
     lines = max(2 if rows == 1 else 1, *(1 + caption.count("\n") for caption in captions))
     cell = HEAD + side + PAD + lines * LINE
     grid = rows * cell + (rows - 1) * GAP
@@ -105,7 +105,7 @@ class _Canvas:
     """A figure addressed in inches from its upper left corner."""
 
     def __init__(self, width: float, height: float) -> None:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
         self.width = width
         self.height = height
@@ -138,14 +138,14 @@ def montage(image: np.ndarray, title: str, truth: str, cells: Sequence[Cell], no
     image. note: what the maps show, in the footer beside the colour key.
     """
     side = _side_of_tiles(len(cells))
-    captions = [fit_text(MARK[one.correct] + one.prediction, side, TEXT, 2) for one in cells]
+    captions = [fit_text(MARK[cell.correct] + cell.prediction, side, TEXT, 2) for cell in cells]
     layout = _layout_of(captions)
     canvas = _Canvas(layout.width, layout.height)
     _draw_image(canvas, layout, image, title, truth)
     grey = image @ LUMA
-    for k, (one, caption) in enumerate(zip(cells, captions, strict=True)):
-        _draw_cell(canvas, layout.cell_position(k), side, one, grey=grey, caption=caption)
-    _draw_footer(canvas, note, known=any(one.correct is not None for one in cells))
+    for k, (cell, caption) in enumerate(zip(cells, captions, strict=True)):
+        _draw_cell(canvas, layout.cell_position(k), side, cell, grey=grey, caption=caption)
+    _draw_footer(canvas, note, known=any(cell.correct is not None for cell in cells))
     return canvas.figure
 
 
@@ -166,16 +166,17 @@ def _draw_cell(
     canvas: _Canvas,
     position: tuple[float, float],
     side: float,
-    one: Cell,
+    cell: Cell,
     *,
     grey: np.ndarray,
     caption: str,
 ) -> None:
     x, y = position
-    axes = canvas.tile(x, y + HEAD, side, overlay(grey, one.heat))
-    if one.heat.min() < 0.5 < one.heat.max():
-        axes.contour(one.heat, levels=[0.5], colors="white", linewidths=1.2)
-    if not one.heat.any():
+    axes = canvas.tile(x, y + HEAD, side, overlay(grey, cell.heat))
+    # matplotlib warns if no part of the contour is inside the map.
+    if cell.heat.min() < 0.5 < cell.heat.max():
+        axes.contour(cell.heat, levels=[0.5], colors="white", linewidths=1.2)
+    if not cell.heat.any():
         axes.text(
             0.5,
             0.5,
@@ -189,13 +190,13 @@ def _draw_cell(
         )
     for spine in axes.spines.values():
         spine.set(
-            color=COLOUR[one.correct],
-            linewidth=0.8 if one.correct is None else 2.2,
-            linestyle=FRAME[one.correct],
+            color=COLOUR[cell.correct],
+            linewidth=0.8 if cell.correct is None else 2.2,
+            linestyle=FRAME[cell.correct],
         )
-    canvas.text(x, y, f"prefix {one.dim}", weight="bold")
-    canvas.text(x + side, y, f"{100 * one.confidence:.0f} %", ha="right")
-    canvas.text(x, y + HEAD + side + PAD, caption, color=COLOUR[one.correct])
+    canvas.text(x, y, f"prefix {cell.dim}", weight="bold")
+    canvas.text(x + side, y, f"{100 * cell.confidence:.0f} %", ha="right")
+    canvas.text(x, y + HEAD + side + PAD, caption, color=COLOUR[cell.correct])
 
 
 def _draw_footer(canvas: _Canvas, note: str, known: bool) -> None:
@@ -284,6 +285,7 @@ def fit_text(text: str, width: float, size: float, lines: int = 1) -> str:
             ellipsis = "\N{HORIZONTAL ELLIPSIS}"
             return "\n".join([*shown, rest[: longest(rest, ellipsis)].rstrip() + ellipsis])
         if end < len(rest):
+            # Break at the last space; a single word that is too long breaks inside.
             space = rest.rfind(" ", 1, end + 1)
             end = space if space > 0 else end
         shown.append(rest[:end].rstrip())

@@ -48,8 +48,9 @@ def nearest(
             f"{k} neighbours: expected 1 to {len(database)}, the entries of the database"
         )
     device = device or database.device
-    found = torch.empty(len(dims), len(queries), k, dtype=torch.int64)
+    neighbours = torch.empty(len(dims), len(queries), k, dtype=torch.int64)
     for g, d in enumerate(dims):
+        # Blocks of a size at which the database vectors and the scores have up to _TILE numbers.
         rows = max(1, _TILE // max(d, 512))
         width = max(1, _TILE // min(rows, len(database)))
         for first in range(0, len(queries), width):
@@ -61,12 +62,12 @@ def nearest(
                 # |q - x|^2 = |q|^2 + |x|^2 - 2 q.x, of which q.x - |x|^2 / 2 depends on x. The 2
                 # keeps scores away from zero, where float32 resolves rounding errors of ties.
                 near = torch.addmm(2 - x.square().sum(1) / 2, q, x.T).float()
-                near, place = stable_top_k(near, k)
-                # merge with the best of the earlier blocks
+                near, row = stable_top_k(near, k)
+                # Merge with the best of the earlier blocks, which come first: ties go by index.
                 score, best = stable_top_k(torch.cat([score, near], 1), k)
-                index = torch.cat([index, begin + place], 1).gather(1, best)
-            found[g, first : first + width] = index.cpu()
-    return found
+                index = torch.cat([index, begin + row], 1).gather(1, best)
+            neighbours[g, first : first + width] = index.cpu()
+    return neighbours
 
 
 def unit_prefixes(features: Tensor, d: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -103,8 +104,8 @@ def draw_shots(
     classes to draw, None for all that `labels` has. draw: number of the draw under `seed`.
     """
     rng = np.random.default_rng([seed, draw])
-    given = labels.cpu().numpy()
-    classes, counts = np.unique(given, return_counts=True)
+    class_of_row = labels.cpu().numpy()
+    classes, counts = np.unique(class_of_row, return_counts=True)
     fewest = counts.min()
     if fewest < shots:
         raise NeighbourError(
@@ -117,10 +118,14 @@ def draw_shots(
                 f"{ways} ways: expected 2 to {len(classes)}, the number of classes"
             )
         classes = np.sort(rng.choice(classes, ways, replace=False))
-    by_class = np.argsort(given, kind="stable")
-    first = np.searchsorted(given[by_class], classes)
-    last = np.searchsorted(given[by_class], classes, side="right")
-    rows = [by_class[a + rng.permutation(b - a)[:shots]] for a, b in zip(first, last, strict=True)]
+    # Sorted by class, the rows of a class are a range.
+    by_class = np.argsort(class_of_row, kind="stable")
+    starts = np.searchsorted(class_of_row[by_class], classes)
+    ends = np.searchsorted(class_of_row[by_class], classes, side="right")
+    rows = []
+    for start, end in zip(starts, ends, strict=True):
+        # A permutation, cut to `shots`: fewer shots are the beginning of the same draw.
+        rows.append(by_class[start + rng.permutation(end - start)[:shots]])
     return torch.from_numpy(classes), torch.from_numpy(np.stack(rows))
 
 
@@ -153,12 +158,13 @@ def nearest_class_mean(
     for draw in range(draws):
         classes, rows = draw_shots(labels, max(shots), seed, draw, ways)
         known = torch.isin(query_labels, classes)
-        asked = (known if ways else torch.ones_like(known)).nonzero()[:, 0]
-        if not len(asked):
+        counted = known if ways else torch.ones_like(known)
+        evaluated = counted.nonzero()[:, 0]  # row numbers of the queries
+        if not len(evaluated):
             raise NeighbourError("no query has one of the drawn classes; use more ways")
         # position of each query's class in `classes`, -1 if it was not drawn
         position = torch.where(known, torch.searchsorted(classes, query_labels), -1)
-        wanted = position[asked].to(device)
+        targets = position[evaluated].to(device)
         support = features[rows.flatten().to(features.device)]
         for g, d in enumerate(dims):
             examples = unit_prefixes(support, d, device, dtype).view(*rows.shape, d)
@@ -167,9 +173,9 @@ def nearest_class_mean(
             offset = means.square().sum(2)[:, None] / 2  # [S, 1, C]
             hits = torch.zeros(len(shots), dtype=torch.int64, device=device)
             size = max(1, _TILE // (len(shots) * len(classes) + d))
-            for part, own in zip(asked.split(size), wanted.split(size), strict=True):
+            for part, target in zip(evaluated.split(size), targets.split(size), strict=True):
                 q = unit_prefixes(queries[part.to(queries.device)], d, device, dtype)
                 nearest_mean = (q @ means.mT - offset).float().argmax(2)  # [S, B]
-                hits += (nearest_mean == own).sum(1)
-            accuracy[draw, :, g] = 100 * hits.cpu().double() / len(asked)
+                hits += (nearest_mean == target).sum(1)
+            accuracy[draw, :, g] = 100 * hits.cpu().double() / len(evaluated)
     return accuracy

@@ -29,7 +29,7 @@ def increasing(numbers: Sequence[int]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessingOptions:
-    """How images are prepared for the model."""
+    """Resizing and cropping of images."""
 
     preprocessing: str = option(
         "checkpoint",
@@ -48,7 +48,7 @@ class PreprocessingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(PreprocessingOptions):
-    """What is evaluated."""
+    """Inputs of an evaluation."""
 
     dataset: str = option(
         "V1",
@@ -82,7 +82,7 @@ class EvalOptions(PreprocessingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SaveOptions:
-    """What an evaluation writes."""
+    """Outputs of an evaluation."""
 
     output: str | None = option(
         None, help="also write the table as JSON to this file; arrays go to its folder"
@@ -141,7 +141,7 @@ def eval_parser() -> FlagParser:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedOptions(PreprocessingOptions):
-    """What is embedded, and where to."""
+    """Inputs and outputs of an embedding run."""
 
     data: str = option(help="a .beton file, or a folder of class folders")
     output: str = option(help="folder of the embeddings, created if missing", metavar="DIR")
@@ -182,7 +182,7 @@ def _target(text: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class GradcamOptions:
-    """What is explained, and where pictures go."""
+    """Images and classes to explain, and the pictures to write."""
 
     data: str = option(help=".beton file, folder of class folders, folder of images, or one image")
     output: str = option(help="folder for the pictures, created if missing", metavar="DIR")
@@ -228,7 +228,7 @@ def gradcam_parser() -> FlagParser:
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineOptions:
-    """Which baselines, on which data."""
+    """Methods, data and settings of the baselines."""
 
     train_data: str = option(help="the database: a .beton file or a folder of class folders")
     val_data: str = option(help="the queries")
@@ -274,7 +274,7 @@ def baselines_parser() -> FlagParser:
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeOptions:
-    """Which predictions, which analyses."""
+    """Saved predictions, and the analyses of them."""
 
     results: str | None = option(
         None, help="results.json of an evaluation that saved arrays", metavar="FILE"

@@ -53,7 +53,7 @@ def extract_features(
     mean, std = model.preprocessing.mean, model.preprocessing.std
     features = torch.empty(count, model.width)  # [N, D]
     labels = torch.empty(count, dtype=torch.int64)
-    missing = torch.ones(count, dtype=torch.bool)
+    missing = torch.ones(count, dtype=torch.bool)  # unwritten rows would be arbitrary numbers
     for batch in batches:
         with autocast(batch.images.device, precision):
             output = model.features(normalise(batch.images, mean, std))  # [B, D]

@@ -35,7 +35,7 @@ class PredictionArrays:
 
     scores: float [G, N, C] logits or softmax, a memory map; None if only predictions were saved.
     predictions: int64 [G, N], empty if scores were saved. labels: int64 [N]. class_names: of the C
-    classes, None if unknown. metadata: what produced the arrays.
+    classes, None if unknown. metadata: provenance of the arrays.
     """
 
     scores: np.ndarray | None
@@ -181,9 +181,13 @@ def _open(
 
 def _check_shape(kind: str, file: Path, array: np.ndarray) -> None:
     if kind == "predictions":
-        axes, numbers, shape = 2, np.integer, "[prefixes, images]"
+        axes = 2
+        numbers = np.integer
+        shape = "[prefixes, images]"
     else:
-        axes, numbers, shape = 3, np.floating, "[prefixes, images, classes]"
+        axes = 3
+        numbers = np.floating
+        shape = "[prefixes, images, classes]"
     if array.ndim != axes or not np.issubdtype(array.dtype, numbers) or not array.size:
         raise ArrayError(f"{file}: is {array.dtype} {list(array.shape)}, expected {kind} {shape}")
 
@@ -204,17 +208,19 @@ def _read_labels(labels_file: Path, file: Path, array: np.ndarray) -> np.ndarray
 
 
 def _check_dims(file: Path, array: np.ndarray, dims: Sequence[int]) -> None:
-    given = ",".join(map(str, dims))
+    shown = ",".join(map(str, dims))
     if len(dims) != len(array):
-        raise ArrayError(f"{file}: has {len(array)} prefixes, --dims {given} names {len(dims)}")
+        raise ArrayError(f"{file}: has {len(array)} prefixes, --dims {shown} names {len(dims)}")
     if list(dims) != sorted(set(dims)) or dims[0] < 1:
-        raise ArrayError(f"--dims {given}: expected positive and increasing lengths")
+        raise ArrayError(f"--dims {shown}: expected positive and increasing lengths")
 
 
 def _check_predictions(
     file: Path, array: np.ndarray, labels: np.ndarray, class_names: list[str] | None
 ) -> int:
     """The number of classes of saved predictions."""
+    # Without class names the largest prediction gives the number of classes, and with it the size
+    # of later arrays.
     if array.max() > MAX_CLASSES:
         raise ArrayError(
             f"{file}: has predictions of {array.max()}, more than {MAX_CLASSES:,} classes"
@@ -230,6 +236,7 @@ def _check_predictions(
 
 def _guess_kind(array: np.ndarray) -> str:
     """softmax if sampled rows are not negative and sum to 1, else logits."""
+    # 16 images of each prefix: the array may be larger than memory.
     every = max(1, array.shape[1] // 16)
     rows = np.asarray(array[:, ::every], np.float64)
     # 0.02: rows of float16 sum to 1 only roughly

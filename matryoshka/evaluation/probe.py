@@ -104,7 +104,7 @@ class _Standardised:
         for x, _ in self.blocks(rows, width):
             mean += x.sum(0) / self.count
         if centred:
-            self.centre = mean
+            self.centre = mean  # the second pass below reads x - centre
         square = torch.zeros_like(self.centre)
         for x, _ in self.blocks(rows, width):
             square += x.square().sum(0) / self.count
@@ -163,7 +163,7 @@ class _Problem:
         kind = {"dtype": data.dtype, "device": data.device}
         self.weight = torch.zeros(num_classes, dims[-1], **kind).requires_grad_()
         self.bias = torch.zeros(num_classes, **kind).requires_grad_()
-        # z, and for each prefix logits, softmax and their gradients
+        # In memory at a time: z, and for each prefix logits, softmax and their gradients.
         self.rows = max(1, _TILE // (dims[-1] + 4 * len(dims) * num_classes))
         self.iterations = 0
 
@@ -174,6 +174,7 @@ class _Problem:
         by_weight = self.weight_decay * weight
         by_bias = torch.zeros_like(self.bias)
         for z, labels in self.data.blocks(self.rows, self.dims[-1]):
+            # Block means, weighted by their share of the images, add up to the mean over all.
             share = len(labels) / self.data.count
             with torch.enable_grad():
                 logits = nested_logits(z, [(self.weight, self.bias)], self.dims, fused=False)
@@ -248,11 +249,11 @@ def fit(
     _check_labels(labels, len(features), num_classes)
 
     # ---- one problem for each head ----
-    place = features.device
+    # Labels and subset are indexed together with the features, on the features' device.
     data = _Standardised(
         features,
-        labels.to(place),
-        subset=None if subset is None else subset.to(place),
+        labels.to(features.device),
+        subset=None if subset is None else subset.to(features.device),
         centred=not shared,
         device=device,
         dtype=dtype,
@@ -280,9 +281,9 @@ def fit(
     gradients: list[float] = []
     iterations: list[int] = []
     for problem, start in zip(problems, starts, strict=True):
-        found = problem.evaluate()
-        relative = _largest(found.gradient) / start if start else 0.0
-        losses += found.losses.tolist()
+        objective = problem.evaluate()
+        relative = _largest(objective.gradient) / start if start else 0.0
+        losses += objective.losses.tolist()
         gradients += [relative] * len(problem.dims)
         iterations += [problem.iterations] * len(problem.dims)
     return Probe(
@@ -349,13 +350,13 @@ def _lbfgs(problem: _Problem, max_iter: int, goal: float) -> None:
     )
 
     def closure() -> Tensor:
-        found = problem.evaluate()
-        by_weight, by_bias = found.gradient
+        objective = problem.evaluate()
+        by_weight, by_bias = objective.gradient
         # In units of the goal: PyTorch's L-BFGS has further, absolute thresholds, which would stop
         # it too early.
         problem.weight.grad = by_weight / goal
         problem.bias.grad = by_bias / goal
-        return found.value / goal
+        return objective.value / goal
 
     optimizer.step(closure)  # type: ignore[arg-type]
     problem.iterations = optimizer.state[problem.weight]["n_iter"]
@@ -372,13 +373,13 @@ def _sgd(
 ) -> None:
     """Minimise all problems on the same mini-batches: one pass over the features per epoch."""
     rng = torch.Generator().manual_seed(seed)
-    place = data.features.device
+    device = data.features.device
     width = problems[-1].dims[-1]
     dims = tuple(d for problem in problems for d in problem.dims)
 
     # ---- a group of parameters, and a peak rate, for each weight and bias ----
     chosen = torch.randperm(data.count, generator=rng)[:CURVATURE_SAMPLE]
-    sample, _ = data.take(chosen.to(place), width)
+    sample, _ = data.take(chosen.to(device), width)
     groups = []
     peak_rates = []
     for problem in problems:
@@ -392,7 +393,7 @@ def _sgd(
     steps = epochs * math.ceil(data.count / batch_size)
     step = 0
     for _ in range(epochs):
-        order = torch.randperm(data.count, generator=rng).to(place)
+        order = torch.randperm(data.count, generator=rng).to(device)
         for rows in order.split(batch_size):
             schedule = (1 + math.cos(math.pi * step / steps)) / 2
             for group, rate in zip(optimizer.param_groups, peak_rates, strict=True):
@@ -435,6 +436,7 @@ def choose_weight_decay(
         )
     rng = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(features), generator=rng).to(features.device)
+    # The same tenth for every candidate.
     held_out, rest = order.tensor_split([max(1, len(order) // 10)])
     labels = labels.to(features.device)
 

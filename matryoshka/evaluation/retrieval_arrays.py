@@ -30,7 +30,7 @@ from matryoshka.evaluation.saved_arrays import write_array
 from matryoshka.models import NestedModel
 
 # Data set -> split -> possible files or folders below --data-root; the first that exists is used.
-# V2 has no database of its own: its queries are searched in 1K's.
+# V2 consists of queries only, which are searched in 1K's database.
 SPLITS = {
     "1K": {"val": ("val", "val.beton"), "train": ("train", "train.beton")},
     "V2": {"val": FOLDERS["V2"]},
@@ -50,22 +50,22 @@ def open_splits(name: str, root: str | Path) -> dict[str, BetonFile | ImageFolde
     """
     if name not in SPLITS:
         raise ImageNetError(f"--dataset {name}: --retrieval supports {', '.join(SPLITS)}")
-    found = {}
-    for split, places in SPLITS[name].items():
-        found[split] = open_dataset(_find_split(name, root, places))
-    if "train" in found and found["train"].classes != found["val"].classes:
+    datasets = {}
+    for split, candidates in SPLITS[name].items():
+        datasets[split] = open_dataset(_find_split(name, root, candidates))
+    if "train" in datasets and datasets["train"].classes != datasets["val"].classes:
         raise ImageNetError(
-            f"{found['train'].path}: its classes differ from those of {found['val'].path}"
+            f"{datasets['train'].path}: its classes differ from those of {datasets['val'].path}"
         )
-    return found
+    return datasets
 
 
-def _find_split(name: str, root: str | Path, places: Sequence[str]) -> Path:
-    for place in places:
-        if (Path(root) / place).exists():
-            return Path(root) / place
+def _find_split(name: str, root: str | Path, candidates: Sequence[str]) -> Path:
+    for candidate in candidates:
+        if (Path(root) / candidate).exists():
+            return Path(root) / candidate
     raise ImageNetError(
-        f"--data-root {root}: --retrieval --dataset {name} needs {' or '.join(places)} in it"
+        f"--data-root {root}: --retrieval --dataset {name} needs {' or '.join(candidates)} in it"
     )
 
 
@@ -96,7 +96,7 @@ def class_indices(name: str, dataset: BetonFile | ImageFolder) -> np.ndarray:
     are present.
     """
     index = {} if name == "4K" else {wnid: label for label, wnid in enumerate(wnids())}
-    if name == "V2":
+    if name == "V2":  # its class folders are numbers
         index |= {str(label): label for label in range(len(index))}
     names = dataset.classes or []
     unknown = [folder for folder in names if folder not in index]
@@ -125,6 +125,7 @@ def write_arrays(job: EmbeddingJob, target: str, *, report: Report) -> None:
     Called by every process. Resumes a killed run: the rows are first embedded into the folder
     <target>-embeddings.
     """
+    # A finished split is skipped; an unfinished one continues in its folder.
     if not is_published(target, job):
         folder = f"{target}-embeddings"
         embed(job, folder, report=report, overwrite=not is_embedded(folder, job))

@@ -52,6 +52,7 @@ def file_names(
             names["gt"] = f"gt_dataset={shown}.pth"
         return names
 
+    # Everything that changes the numbers is in the name: two evaluations never share a file.
     path = Path(checkpoint)
     if path.is_file():  # the folder too: every run has a model.safetensors
         model_name = f"{path.resolve().parent.name}-{path.stem}"
@@ -120,6 +121,7 @@ class ArrayCollector:
             if kind in self.kinds:
                 yield kind, array[0] if kind == "gt" else array
             if kind == "logits" and "softmax" in self.kinds:
+                # The caller has written the logits: see above.
                 for prefix in array:
                     prefix[...] = torch.from_numpy(prefix).softmax(1).numpy()
                 yield "softmax", array
@@ -132,6 +134,7 @@ def _assemble(
 
     order: the positions of all rows in the data set. None on other ranks, and if no rank has rows.
     """
+    # A rank without images, which may be rank 0, learns the shape from the others.
     layouts = gather([_layout(rows)], world)
     layout = next((found for found in layouts if found), None)
     if layout is None:

@@ -112,6 +112,7 @@ def paper_grouping(wnids: Sequence[str] | None = None) -> Grouping:
 
     They are `by_count` of all 1000 classes; a group without a class of `wnids` is kept, empty.
     """
+    # From all 1000 classes: the largest groups of a subset would be others.
     every = imagenet.wnids()
     grouping = by_count(every, PAPER)
     if wnids is None:
@@ -141,7 +142,7 @@ def by_count(wnids: Sequence[str], count: int) -> Grouping:
     num_classes: Counter[str] = Counter()  # below each node
     below: dict[str, set[str]] = {}  # all nodes below each node
     for wnid in dict.fromkeys(wnids):
-        path = [wnid]
+        path = [wnid]  # the nodes below the current one
         for node in _path_to_root(wnid, _counted_hypernym)[1:]:
             num_classes[node] += 1
             below.setdefault(node, set()).update(path)
@@ -149,6 +150,7 @@ def by_count(wnids: Sequence[str], count: int) -> Grouping:
 
     large = [node for node in num_classes if num_classes[node] > 1 and node != ROOT]
     large.sort(key=lambda node: (-num_classes[node], -len(below[node]), node))
+    # A node follows all nodes above it: these have at least as many classes, and more nodes below.
     chosen: list[str] = []
     for node in large:
         if len(chosen) == count:
@@ -171,6 +173,7 @@ def by_depth(wnids: Sequence[str], depth: int) -> Grouping:
     """
     _check_wnids(wnids)
     paths = {wnid: _path_to_root(wnid, _first_hypernym)[::-1] for wnid in wnids}  # from entity
+    # A class itself is not a group: the deepest group is the node above the deepest class.
     deepest = max((len(path) - 2 for path in paths.values()), default=0)
     if not 1 <= depth <= deepest:
         raise SuperclassError(
@@ -198,6 +201,7 @@ def by_node(wnids: Sequence[str], nodes: Sequence[str]) -> Grouping:
     grouping = _group(wnids, chosen, _ancestors)
     used = set(grouping.groups.tolist())
     for group, (given, node) in enumerate(zip(nodes, chosen, strict=True), start=1):
+        # An empty group is a mistake in the list of nodes: report which one, and why.
         if group in used:
             continue
         below = [wnid for wnid in wnids if node in _ancestors(wnid)]
@@ -252,8 +256,8 @@ def _group(
         number.setdefault(node, i)
     groups = []
     for wnid in wnids:
-        found = [number[node] for node in nodes_of(wnid) if node in number]
-        groups.append(min(found, default=0))
+        matching = [number[node] for node in nodes_of(wnid) if node in number]
+        groups.append(min(matching, default=0))  # 0: "other"
     names = [OTHER, *(name_of(node) for node in chosen)]
     return Grouping(np.array(groups, dtype=np.int64), names, ["", *chosen])
 
@@ -277,17 +281,17 @@ def _find_node(node: str) -> str:
     names = _tree().names
     if node in names:
         return node
-    wanted = " ".join(node.replace("_", " ").lower().split())
-    found = [wnid for wnid, name in names.items() if name.lower() == wanted]
-    if not found:
-        found = [wnid for wnid, name in names.items() if name.lower().split(" (")[0] == wanted]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        shown = ", ".join(f"{names[wnid]!r} {wnid}" for wnid in found)
+    words = " ".join(node.replace("_", " ").lower().split())
+    matches = [wnid for wnid, name in names.items() if name.lower() == words]
+    if not matches:
+        matches = [wnid for wnid, name in names.items() if name.lower().split(" (")[0] == words]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        shown = ", ".join(f"{names[wnid]!r} {wnid}" for wnid in matches)
         raise SuperclassError(f"superclasses: {node!r} is ambiguous: {shown}; give one of these")
 
-    near = get_close_matches(wanted, [name.lower() for name in names.values()])
+    near = get_close_matches(words, [name.lower() for name in names.values()])
     remedy = (
         "give a WordNet name such as dog, an id such as n02084071, a number of groups, depth:N, "
         "or paper"

@@ -35,7 +35,7 @@ def backbone(
     build_trunk = _builder(arch)
     try:
         return build_trunk(weights, **(options or {}))
-    except ModelError:
+    except ModelError:  # names the option already
         raise
     except Exception as error:
         # An unknown option, missing weights, no network, a damaged file: each library raises its

@@ -22,6 +22,7 @@ class BlurPoolConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
+        # A buffer although it is constant: upstream's checkpoints store it.
         row = torch.tensor([1.0, 2.0, 1.0])
         kernel = (row[:, None] * row[None, :] / 16).expand(conv.in_channels, 1, 3, 3).contiguous()
         self.conv = conv
@@ -52,6 +53,7 @@ def with_or_without_blurpool(
     constants and come from `like`.
     """
     suffix = ".blur_filter"
+    # Of both: only one of the two has filters, and the direction is not known yet.
     blurred = [key.removesuffix(suffix) for key in (*state, *like) if key.endswith(suffix)]
     filters = {key: value for key, value in like.items() if key.endswith(suffix)}
 
@@ -60,7 +62,7 @@ def with_or_without_blurpool(
     for name in blurred:
         for leaf in ("weight", "bias"):
             plain, wrapped = f"{name}.{leaf}", f"{name}.conv.{leaf}"
-            if filters:
+            if filters:  # `like` has BlurPool, `state` does not
                 new_names[plain] = wrapped
             else:
                 new_names[wrapped] = plain

@@ -29,8 +29,11 @@ class Ema(Generic[M]):
     def update(self, step: int) -> None:
         """Include the weights after optimizer step `step` (counted from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
+        # One call for all parameters instead of a kernel launch for each.
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
             self._average, self._source, 1 - decay
         )
+        # Copied, not averaged: batch norm's statistics are running averages already, and its counter
+        # of batches is an integer.
         for averaged, current in self._buffers:
             averaged.copy_(current)

@@ -62,6 +62,7 @@ class NestedModel(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
+        # In training mode, the batch norms of a frozen stage would still update their statistics.
         for name in self.frozen:
             self.get_submodule(name).eval()
         return self
@@ -94,6 +95,7 @@ class NestedModel(nn.Module):
         if images.dtype == torch.uint8:
             images = normalise(images, self.preprocessing.mean, self.preprocessing.std)
 
+        # Each module's own mode: frozen stages are in eval mode while the rest trains.
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
@@ -106,6 +108,7 @@ class NestedModel(nn.Module):
     @staticmethod
     def _check_images(images: Tensor) -> None:
         """ModelError unless `images` are uint8 [B, H, W, 3] or float [B, 3, H, W]."""
+        # A Loader yields channels last, a preprocessed batch has them first.
         is_bytes = images.dtype == torch.uint8
         channel_axis = 3 if is_bytes else 1
         if (
@@ -168,6 +171,7 @@ def with_prefixes(model: NestedModel, dims: Sequence[int]) -> NestedModel:
                 f"{', '.join(map(str, head.dims))}"
             )
         head.heads = nn.ModuleList(head.heads[head.dims.index(d)] for d in dims)
+    # A shared head keeps its weights: nested_logits slices the columns that `dims` needs.
     head.dims = dims
     model.spec = replace(model.spec, dims=dims)
     return model

@@ -41,12 +41,14 @@ def timm_model(name: str, weights: str | None = None, **options: Any) -> tuple[n
         return timm.create_model(
             weights or name,
             pretrained=weights is not None,
-            num_classes=0,  # no classifier
+            num_classes=0,  # no classifier: the trunk returns features [B, D]
             **extra,
         )
 
     try:
         cfg = timm.models.get_pretrained_cfg(name)
+        # Without this option a ViT refuses every size but its native one: position embeddings have
+        # a fixed grid.
         if getattr(cfg, "fixed_input_size", False) and "dynamic_img_size" not in options:
             try:
                 trunk = create(dynamic_img_size=True, **options)

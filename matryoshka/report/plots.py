@@ -140,9 +140,9 @@ def _plot_top1(axes: Axes, run: Run) -> None:
     top1 = run.top1()
     averaged = run.top1("ema_")
     shades = colormaps["viridis_r"]
-    # longest prefix first: the legend lists the curves from top to bottom
+    # Longest prefix first: the legend lists the curves from top to bottom.
     for i, (name, values) in reversed(list(enumerate(top1.items()))):
-        # the palest end of the colour map is unreadable on white
+        # The palest end of the colour map is unreadable on white.
         colour = shades(1 - 0.88 * (len(top1) - 1 - i) / max(len(top1) - 1, 1))
         label = f"{name:>4}: {best[name]:5.1f}" if name in best else f"{name:>4}"
         axes.plot(

@@ -51,14 +51,14 @@ class Run:
         of: `ema_` selects the metrics of the averaged weights.
         """
         names = [str(d) for d in self.dims] or ["feature"]
-        found = {}
+        curves = {}
         for name in names:
-            # a model with a single prefix logs `top_1`, without the length
+            # A model with a single prefix logs `top_1`, without the length.
             key = f"{of}top_1_{name}" if len(names) > 1 else f"{of}top_1"
             values = self.column(key, 100)
             if values:
-                found[name] = values
-        return found
+                curves[name] = values
+        return curves
 
     def best(self) -> tuple[int | None, dict[str, float]]:
         """The first epoch in which the longest prefix was most accurate, and every top-1 % then."""
@@ -106,24 +106,32 @@ def read_run(folder: str | Path) -> Run:
             lines[line["epoch"]] = line
     epochs = {epoch: lines[epoch] for epoch in sorted(lines)}
 
+    # The checkpoint knows everything; a run that has none yet is described by its options.
     model = _model_of_checkpoint(folder) or _model_of_options(params, epochs)
-    events = _read_json_lines(folder / "events.jsonl")
-    return Run(folder, params, model.arch, model.head, model.dims, epochs, events)
+    return Run(
+        path=folder,
+        params=params,
+        arch=model.arch,
+        head=model.head,
+        dims=model.dims,
+        epochs=epochs,
+        events=_read_json_lines(folder / "events.jsonl"),
+    )
 
 
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file, one per line; other lines are skipped."""
     if not path.exists():
         return []
-    found = []
+    objects = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
-            found.append(value)
-    return found
+            objects.append(value)
+    return objects
 
 
 class _Model(NamedTuple):
@@ -157,6 +165,7 @@ def _model_of_options(params: Mapping[str, Any], epochs: Mapping[int, Mapping[st
     efficient = bool(params.get("model.efficient"))
     nested = efficient or bool(params.get("model.mrl"))
 
+    # The prefixes that the run logs are certain; options may have left them to a default.
     logged = set()
     for line in epochs.values():
         for key in line:
@@ -166,8 +175,8 @@ def _model_of_options(params: Mapping[str, Any], epochs: Mapping[int, Mapping[st
     if logged:
         dims = tuple(sorted(logged))
     elif nested:
-        given = params.get("model.dims")
-        dims = tuple(given) if isinstance(given, list) else ()
+        declared = params.get("model.dims")
+        dims = tuple(declared) if isinstance(declared, list) else ()
     else:
         width = params.get("model.fixed_feature")
         dims = (width,) if width else ()  # 0: the width of the trunk, which only a checkpoint has

@@ -20,7 +20,8 @@ TITLES = {
 
 def accuracy_table(prefixes: Mapping[int, Mapping[str, float]]) -> str:
     """Format {prefix: {column: percent}} as a text table; `-` marks a missing value."""
-    columns = [key for key in TITLES if any(key in row for row in prefixes.values())]
+    present = set().union(*prefixes.values())
+    columns = [key for key in TITLES if key in present]
     header = ["prefix"] + [f"{TITLES[key]:>10}" for key in columns]
     lines = ["  ".join(header)]
     for dim, row in prefixes.items():

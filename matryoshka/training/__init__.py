@@ -1,1 +1,1 @@
-"""A training run around its steps: options, state, checkpoints, signals, recovery."""
+"""Everything around a training step: options, state, checkpoints, signals, recovery."""

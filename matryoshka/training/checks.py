@@ -1,4 +1,4 @@
-"""Checks of a training run's options before any process starts, so that a mistake is one line."""
+"""Check a training run's options before any process starts: a mistake is an error of one line."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ def check(cfg: SimpleNamespace, processes: int) -> None:
     for name, value in needed:
         if value is None:
             raise config.ConfigError(f"{name} is required: a .beton file or an image folder")
+
+    # ---- options by themselves and against the machine ----
     check_crops(cfg)
     check_loader(cfg)
     distributed.check(training.distributed, training.device)
@@ -56,10 +58,13 @@ def check(cfg: SimpleNamespace, processes: int) -> None:
         )
     if training.eval_only:
         return
+
+    # ---- training alone: the run, the data, the model ----
     if training.path is not None:
         raise config.ConfigError(
             "training.path is the checkpoint for training.eval_only=1; leave it out to train"
         )
+    # Under torchrun the run id is torchrun's own, see session.launch_id.
     if (
         training.resume == "auto"
         and cfg.logging.run_id is None
@@ -69,19 +74,20 @@ def check(cfg: SimpleNamespace, processes: int) -> None:
     train_set, val_set = open_dataset(data.train_dataset), open_dataset(data.val_dataset)
     spec = model_spec(cfg.model, train_set.num_classes, training.use_blurpool)
     if training.resume is None:  # a resumed run takes its weights from its checkpoint
-        # every image size of the run, which a transformer may be unable to take
+        # Every image size of the run: a transformer may not accept it, which would otherwise end the
+        # run in the epoch that first uses it.
         ramp = cfg.resolution
         epochs = {0, *range(ramp.start_ramp, ramp.end_ramp), ramp.start_ramp, ramp.end_ramp}
         sizes = {resolution_at(epoch, ramp) for epoch in epochs} | {cfg.validation.resolution}
         check_start(cfg.model, spec, train_set.classes, sizes=sorted(sizes))
     check_classes(train_set, val_set)
     check_mixing(cfg, spec)
+    # Only full batches are trained on: with a larger batch, an epoch would have no step.
     batch = global_batch_size(cfg, processes)
     if batch > len(train_set):
         raise config.ConfigError(
             f"training.batch_size={training.batch_size} makes global batches of {batch}, more "
-            "than the "
-            f"{len(train_set)} images of {train_set.path}; lower it"
+            f"than the {len(train_set)} images of {train_set.path}; lower it"
         )
 
 

@@ -1,4 +1,4 @@
-"""Skips steps with non-finite gradients without a device sync and reports long streaks.
+"""Skip steps with non-finite gradients without a device sync, and report long streaks.
 
 Every rank decides the same, because the decision uses the gradient norm after DDP has averaged the
 gradients. Non-finite running statistics of batch norm, which the optimizer does not protect, are
@@ -54,6 +54,7 @@ class NonFiniteGuard:
     def before_step(self) -> tuple[Tensor, Tensor]:
         """Clip the gradients; return (their norm before clipping, 0-d bool: skip this step)."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
+        # One number answers for all gradients: a NaN or infinity in any of them makes it non-finite.
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.clip:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self.clip, norm)
@@ -64,7 +65,7 @@ class NonFiniteGuard:
         """Run optimizer.step() unless `skip`."""
         skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
         if not skip.is_cuda or not skips_on_device:
-            if not skip:
+            if not skip:  # on a GPU this waits for it
                 optimizer.step()
             return
 
@@ -79,6 +80,7 @@ class NonFiniteGuard:
     @torch.no_grad()
     def after_step(self, step: int, loss: Tensor, norm: Tensor, skip: Tensor) -> list[StepReport]:
         """Repair the buffers, count the skips and return the reports that have arrived."""
+        # The forward pass of a bad step has already changed batch norm's running statistics.
         if self._buffers:
             current = _flatten(self._buffers)
             bad = skip | ~torch.isfinite(current).all()
@@ -87,6 +89,7 @@ class NonFiniteGuard:
             _copy_from_flat(self._buffers, self._good_buffers)
         self._skips = torch.where(skip, self._skips + 1, torch.zeros_like(self._skips))
 
+        # One copy to the host for all numbers of the step.
         numbers = torch.stack([loss.float(), norm.float(), self._skips])
         event = None
         if numbers.is_cuda:

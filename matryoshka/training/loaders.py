@@ -30,6 +30,7 @@ def make_loaders(cfg: SimpleNamespace, world: World, global_batch: int) -> tuple
         **native,
         **loader_resources(cfg, world),
     )
+    # A resident loader decodes the whole file once and never reads it again.
     if cfg.data.in_memory and not cfg.data.resident:
         train_loader.dataset.preload()
     return train_loader, validation_loader(cfg, world)
@@ -53,6 +54,7 @@ def loader_class(cfg: SimpleNamespace) -> type[Loader]:
     """The class with Loader's interface that data.loader and data.resident select."""
     if cfg.data.loader == "native":
         return ResidentLoader if cfg.data.resident else Loader
+    # Here, because FFCV is an optional package.
     from matryoshka.data.ffcv_backend import FFCVLoader
 
     return cast(type[Loader], FFCVLoader)
@@ -71,6 +73,7 @@ def training_order(cfg: SimpleNamespace, world: World) -> str:
 
 def loader_resources(cfg: SimpleNamespace, world: World) -> dict:
     """Threads, device and rank of a loader; processes on one machine share its cores evenly."""
+    # Of this machine: each machine has its own cores.
     threads = cfg.data.num_workers or max(1, available_cores() // world.local_size)
     return {
         "num_workers": threads,
@@ -101,18 +104,16 @@ def resolution_at(epoch: int, c: ResolutionConfig) -> int:
 def check_crops(cfg: SimpleNamespace) -> None:
     """Raise ConfigError if a crop cannot be built from the options."""
     crop = "data.scale, data.ratio or data.flip"
-    for options, make in (
-        (f"resolution.min_res, {crop}", lambda: training_crop(cfg, cfg.resolution.min_res)),
-        (f"resolution.max_res, {crop}", lambda: training_crop(cfg, cfg.resolution.max_res)),
-        (
-            "validation.resolution or validation.crop_ratio",
-            lambda: CenterCrop(cfg.validation.resolution, cfg.validation.crop_ratio),
-        ),
-    ):
-        try:
-            make()
-        except ValueError as error:
-            raise ConfigError(f"{options}: {error}") from None
+    # The crops know their own ranges: build each one, and name the options that it is made of.
+    options = f"resolution.min_res, {crop}"
+    try:
+        training_crop(cfg, cfg.resolution.min_res)
+        options = f"resolution.max_res, {crop}"
+        training_crop(cfg, cfg.resolution.max_res)
+        options = "validation.resolution or validation.crop_ratio"
+        CenterCrop(cfg.validation.resolution, cfg.validation.crop_ratio)
+    except ValueError as error:
+        raise ConfigError(f"{options}: {error}") from None
 
 
 def check_loader(cfg: SimpleNamespace) -> None:

@@ -39,6 +39,7 @@ class EpochMeter:
         self._started = time.perf_counter()
         self._seconds = 0.0
         loop = session.loop
+        # A resumed epoch starts where it stopped: the bar counts from there.
         self._bar = tqdm(
             loader,
             desc=f"epoch {loop.epoch}",
@@ -61,6 +62,8 @@ class EpochMeter:
 
     def update(self, reports: list[StepReport], lr: float) -> None:
         """Record and show the reports that arrived with the last step."""
+        # Reports arrive up to two steps late (NonFiniteGuard.lag): none in some steps, several at
+        # the end.
         self._norms += [report.norm for report in reports]
         log = self._session.log
         if log is None:

@@ -34,8 +34,13 @@ def peak_epoch(config: LrConfig, epochs: int) -> float:
     `lr.lr_peak_epoch` for the cyclic schedule, else `lr.warmup_epochs`; moved into the first half
     of a run that is too short for it.
     """
-    asked = config.lr_peak_epoch if config.lr_schedule_type == "cyclic" else config.warmup_epochs
-    return asked if asked < epochs else max(0, (epochs - 1) // 2)
+    if config.lr_schedule_type == "cyclic":
+        requested = config.lr_peak_epoch
+    else:
+        requested = config.warmup_epochs
+    if requested < epochs:
+        return requested
+    return max(0, (epochs - 1) // 2)
 
 
 def lr_at(epoch: float, config: LrConfig, peak: float, epochs: int) -> float:
@@ -106,9 +111,11 @@ def make_optimizer(
         raise OptimError(f"training.optimizer={name!r}: expected one of {', '.join(OPTIMIZERS)}")
     if name in ("adamw", "muon") and not 0 <= momentum < 1:
         raise OptimError(f"training.momentum={momentum}: {name} needs 0 or more, and less than 1")
-    plain = [
-        {key: value for key, value in group.items() if key != "classifiers"} for group in groups
-    ]
+
+    # Unknown keys of a group stay in the optimizer's param_groups, and so in every checkpoint.
+    plain = []
+    for group in groups:
+        plain.append({key: value for key, value in group.items() if key != "classifiers"})
     # Not on a CPU: the fused step is 1.5 to 2 times faster there, which is little beside seconds
     # for the gradients, but it assumes equal memory layouts and is silently wrong without them
     # (torch 2.15).
@@ -119,17 +126,19 @@ def make_optimizer(
         # A fused first step that a GradScaler skips leaves torch's own buffers uninitialised
         # (torch 2.15).
         if momentum:
-            for parameter in [p for group in plain for p in group["params"]]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            for group in plain:
+                for parameter in group["params"]:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     elif name == "adamw":
         optimizer = torch.optim.AdamW(plain, lr=lr, betas=betas, fused=fused)
     elif name == "lars":
         # timm adapts only groups with weight decay; without any, its LARS would be SGD.
-        adapted = [
-            {**group, "always_adapt": any(p.ndim > 1 for p in group["params"])} for group in plain
-        ]
+        adapted = []
+        for group in plain:
+            has_matrices = any(p.ndim > 1 for p in group["params"])
+            adapted.append({**group, "always_adapt": has_matrices})
         optimizer = _timm(name).Lars(adapted, lr=lr, momentum=momentum)
-    else:
+    else:  # muon
         muon = _muon_in_float32(_timm(name)) if device.type == "cpu" else _timm(name).Muon
         split = _split_classifiers(groups)
         optimizer = muon(split, lr=lr, momentum=momentum, betas=betas, eps=1e-8)
@@ -154,6 +163,7 @@ def _muon_in_float32(timm_optim: Any) -> Any:
 
     class Muon(module.Muon):
         def step(self, closure=None):
+            # timm has no option for the type: replace the function for the time of the step.
             orthogonal = module.zeropower_via_newtonschulz
             module.zeropower_via_newtonschulz = partial(orthogonal, dtype=torch.float32)
             try:
@@ -165,15 +175,17 @@ def _muon_in_float32(timm_optim: Any) -> Any:
 
 
 def _split_classifiers(groups: Sequence[dict]) -> list[dict]:
-    """Put each group's classifiers in a group of their own, for which timm's Muon uses AdamW."""
+    """Put each group's classifiers in a separate group, for which timm's Muon uses AdamW."""
     split = []
     for group in groups:
         end = len(group["params"]) - group.get("classifiers", 0)
-        for params, adamw in ((group["params"][:end], False), (group["params"][end:], True)):
-            if params:
-                split.append(
-                    {"params": params, "weight_decay": group["weight_decay"], "use_fallback": adamw}
-                )
+        others = group["params"][:end]
+        classifiers = group["params"][end:]
+        for params, use_adamw in ((others, False), (classifiers, True)):
+            if not params:
+                continue
+            decay = group["weight_decay"]
+            split.append({"params": params, "weight_decay": decay, "use_fallback": use_adamw})
     return split
 
 

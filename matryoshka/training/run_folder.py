@@ -45,11 +45,11 @@ class RunLog:
     tensorboard/.
 
     params: flat options, written in upstream's format. resumed_at: (step, epoch) of the checkpoint
-    that the run resumes from, which drops later lines; None starts a new run and removes what a run
-    killed before its first checkpoint has left. launch: name shared by the restarts of one
+    that the run resumes from, which drops later lines; None starts a new run and removes the files
+    of a run that was killed before its first checkpoint. launch: name shared by the restarts of one
     torchrun. wandb: project of Weights & Biases that receives the same numbers; the run has the
-    folder's name there and stays one run when it is resumed. Raises WandbError, before anything is
-    written, if that does not work.
+    folder's name there and remains one run when it is resumed. Raises WandbError, before anything
+    is written, if Weights & Biases is not available.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class RunLog:
 
         self.path = path
         resumed = resumed_at is not None
+        # First of all: if it fails, nothing of the folder has changed.
         self._wandb = None if wandb is None else _start_wandb(wandb, path, params, resumed=resumed)
         self._wandb_names: set[str] = set()
 
@@ -95,6 +96,7 @@ class RunLog:
             path = self.path / name
             if not path.exists():
                 continue
+            # An epoch that is trained again would otherwise have two lines.
             kept = []
             for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
                 try:
@@ -142,6 +144,7 @@ class RunLog:
         if self._wandb is None:
             return
         with self._wandb_may_fail():
+            # Every new metric needs its axis once, before its first value.
             for name in values.keys() - self._wandb_names:
                 self._wandb.define_metric(name, step_metric=axis)
                 self._wandb_names.add(name)
@@ -151,7 +154,7 @@ class RunLog:
     def _wandb_may_fail(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of its process or server: the training run is worth more
+        except Exception as error:  # its process or server failed: training is worth more
             self._wandb = None
             text = f"logging to Weights & Biases has stopped: {error!r}"
             self.write_event({"event": "problem", "text": text})
@@ -180,8 +183,9 @@ def _start_wandb(project: str, path: Path, params: Mapping, *, resumed: bool) ->
     is_new = not path.exists() or not any(path.iterdir())
     path.mkdir(parents=True, exist_ok=True)
     id_file = path / "wandb_id"
+    # A new run in a folder of the same name must not continue the earlier run of wandb.
     if not (resumed and id_file.exists()):
-        name = re.sub("[^A-Za-z0-9_-]", "-", path.name)[:64]  # what an id of theirs may contain
+        name = re.sub("[^A-Za-z0-9_-]", "-", path.name)[:64]  # the characters that wandb allows
         write_atomically(id_file, f"{name}-{secrets.token_hex(4)}\n".encode())
     try:
         return wandb.init(
@@ -193,7 +197,7 @@ def _start_wandb(project: str, path: Path, params: Mapping, *, resumed: bool) ->
             name=path.name,
         )
     except wandb.Error as error:
-        if is_new:
+        if is_new:  # leave no trace: the next start must not find a run here
             shutil.rmtree(path, ignore_errors=True)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WandbError(

@@ -62,9 +62,9 @@ class _RolledBack(Exception):
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run starts: in folder `path`, after `checkpoint`, if there is one.
+    """Start of a run: its folder, and the checkpoint to resume from, if any.
 
-    finished: the run is complete. notes: damaged checkpoints that were passed over.
+    finished: the run is complete. notes: damaged checkpoints that were skipped.
     """
 
     path: Path
@@ -109,7 +109,8 @@ def launch_id() -> str | None:
 
     agent = os.getppid()
     try:
-        # Field 22, the start time: the system reuses process ids, but not at the same time.
+        # Field 22 of proc(5) is the start time. The system reuses process ids: only id and start
+        # time together identify the agent.
         stat = Path(f"/proc/{agent}/stat").read_text()
         started = stat.rpartition(")")[2].split()[19]
     except OSError:
@@ -140,11 +141,12 @@ def resolve_run(
     path = folder / run_id
     chosen = None  # the checkpoint file that the user named
     if resume not in (None, "auto"):
-        given = Path(resume)
-        if given.is_file():
-            path, chosen = given.parent.parent, given
+        resume_path = Path(resume)
+        if resume_path.is_file():
+            chosen = resume_path
+            path = resume_path.parent.parent  # <run>/checkpoints/step_N.safetensors
         else:
-            path = given
+            path = resume_path
         if not path.is_dir():
             raise SessionError(f"training.resume={resume}: no such run folder or checkpoint")
 
@@ -177,15 +179,17 @@ def resolve_run_on_all_ranks(
     world: World,
 ) -> ResumePoint:
     """`resolve_run` on rank 0, with the result on all ranks."""
-    found: list[ResumePoint] = []
+    checkpoint: Checkpoint | None = None  # stays None on all ranks but the main one
 
     def resolve() -> ResumePoint:
-        found.append(resolve_run(folder, run_id, resume, options, neutral=neutral))
-        return replace(found[0], checkpoint=None)  # tensors travel apart, without pickle
+        nonlocal checkpoint
+        resolved = resolve_run(folder, run_id, resume, options, neutral=neutral)
+        checkpoint = resolved.checkpoint
+        # on_main pickles its result; the tensors travel separately, without pickle.
+        return replace(resolved, checkpoint=None)
 
     point = distributed.on_main(resolve, world)
-    checkpoint = broadcast_checkpoint(found[0].checkpoint if found else None, world)
-    return replace(point, checkpoint=checkpoint)
+    return replace(point, checkpoint=broadcast_checkpoint(checkpoint, world))
 
 
 def _is_restart(path: Path) -> bool:
@@ -195,6 +199,7 @@ def _is_restart(path: Path) -> bool:
     try:
         return json.loads((path / "env.json").read_text()).get("launch") == launch
     except (OSError, ValueError):
+        # Killed before it wrote env.json; torchrun counts its restarts.
         return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
@@ -206,6 +211,7 @@ def check_options(
     neutral: names of the options that do not affect it.
     """
     before = checkpoint.metadata["config"]
+    # Through JSON, as the checkpoint's own options went: tuples become lists.
     now = json.loads(json.dumps(dict(options)))
     differences = [
         f"{name} was {before.get(name)} and is {now.get(name)}"
@@ -223,6 +229,7 @@ def broadcast_checkpoint(checkpoint: Checkpoint | None, world: World) -> Checkpo
     """Rank 0's checkpoint on all ranks: only rank 0 needs access to the folder."""
     if world.size == 1:
         return checkpoint
+    # The other ranks need names, types and shapes before they can receive a tensor.
     header = None
     if checkpoint is not None:
         shapes = {name: (t.dtype, tuple(t.shape)) for name, t in checkpoint.tensors.items()}
@@ -342,6 +349,7 @@ class Session:
     def start_epoch(self) -> None:
         """Move the loader to the first step of the current epoch that is not done."""
         loader = self._state.loader
+        # Every epoch has the same number of steps, so the step alone gives the position.
         batch = self.loop.step - self.loop.epoch * len(loader)
         position = {"epoch": self.loop.epoch, "batch": batch}
         loader.load_state_dict(loader.state_dict() | position)
@@ -356,7 +364,7 @@ class Session:
         self._watch.beat()
         self._handle_reports(reports)
 
-        # Ranks must agree at which step they save or stop: both gather tensors of all ranks.
+        # Ranks must agree on the step at which they save or stop: both gather tensors of all ranks.
         every_steps = self._options.checkpoint_every_steps
         stop, save = self._flags.exchange(self._signal.received is not None, self._minutes_passed())
         if every_steps and self.loop.step % every_steps == 0:
@@ -385,6 +393,7 @@ class Session:
         """Yield the batches of an evaluation; raise Stopped once a stop signal was received."""
         for batch in batches:
             self._watch.beat()
+            # No collective: each rank stops by itself, and `save` has the totals since end_epoch.
             if self._signal.received is not None:
                 self.save(totals=self._epoch_totals, always=True)
                 self._stop()
@@ -418,6 +427,7 @@ class Session:
         is_best = value is not None and value > self.loop.best
         if value is not None and is_best:
             self.loop.best = value
+        # Before saving: the checkpoint must start the next epoch, not repeat this one.
         self.loop.epoch += 1
         self._state.sums.reset()
         self.save(best=is_best)
@@ -501,7 +511,8 @@ class Session:
             snapshot.delete_after(self.snapshots.folder, self.loop.step)
             if self.log is not None:
                 self.log.truncate(self.loop.epoch)
-        # Loading has restored older values of these two.
+        # Loading has restored older values of these two; a rollback must still count, or a run that
+        # diverges again and again would never end.
         self.loop.rollbacks = rollbacks
         self.loop.reduced_lr_until = step + ROLLBACK_LR_STEPS
         self._flags.finish()  # flags of a step that is undone

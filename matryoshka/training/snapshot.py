@@ -135,7 +135,7 @@ class Snapshots:
         Waits for an earlier write. progress: JSON values that change between checkpoints. best:
         this is also the most accurate checkpoint so far.
         """
-        self.wait()
+        self.wait()  # one block of host memory: the earlier write still reads it
         start = time.perf_counter()
         if self._copy is None or self._copy.layout != _layout(tensors):
             self._copy = _HostCopy(tensors)
@@ -177,8 +177,10 @@ class Snapshots:
         failed = f"checkpoint of step {step} not written"
         try:
             copy.wait()
-            if name := copy.first_non_finite():
-                self._problems.append(f"{failed}: {name} is not finite")
+            # A checkpoint with a NaN cannot be trained on, and would in time displace the good ones.
+            bad_tensor = copy.first_non_finite()
+            if bad_tensor is not None:
+                self._problems.append(f"{failed}: {bad_tensor} is not finite")
                 return
 
             data = memoryview(copy.block.numpy())  # pyright: ignore[reportArgumentType]
@@ -190,6 +192,7 @@ class Snapshots:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, len(header).to_bytes(8, "little"), header, data)
             _link_names(path, best)
+            # `best` is another hard link: deleting its step_N file does not delete its data.
             for old in _steps(self.folder)[self.keep_last :]:
                 old.unlink(missing_ok=True)
         except OSError as error:
@@ -218,11 +221,12 @@ def _link(path: Path, name: Path) -> None:
 
 def _steps(folder: Path) -> list[Path]:
     """step_N files, newest first."""
-    found = []
+    numbered = []
     for path in folder.glob("step_*.safetensors"):
-        if match := re.fullmatch(r"step_(\d+)\.safetensors", path.name):
-            found.append((int(match[1]), path))
-    return [path for _, path in sorted(found, reverse=True)]
+        match = re.fullmatch(r"step_(\d+)\.safetensors", path.name)
+        if match is not None:
+            numbered.append((int(match[1]), path))  # as a number: step_10 is later than step_9
+    return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def delete_after(folder: Path, step: int) -> None:
@@ -242,6 +246,7 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     last = folder / "last.safetensors"
     if last.exists():
         candidates.append(last)
+    # A damaged file costs only the steps since the one before it.
     notes = []
     for path in candidates:
         try:
@@ -260,6 +265,7 @@ def read(path: Path) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
+    # safetensors has no checksum of its own, and a flipped bit would go unnoticed.
     own = header.pop("__metadata__")
     if f"{zlib.crc32(data):08x}" != own.get("crc32"):
         raise CheckpointError(f"{path}: damaged: its checksum does not match its contents")

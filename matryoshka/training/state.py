@@ -1,4 +1,4 @@
-"""Everything that a training step reads or changes, as named tensors and JSON values, and back."""
+"""The state of a training run as named tensors and JSON values: collect and restore it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class LoopState:
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
-        values["calm_until"] = values.pop("reduced_lr_until")  # the checkpoint format's older name
+        # The checkpoint format has an older name.
+        values["calm_until"] = values.pop("reduced_lr_until")
         return values
 
     @classmethod
@@ -103,7 +104,7 @@ class TrainState(Generic[M]):
         numbers = {}
         for index, values in optimizer["state"].items():
             plain = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
-            numbers[str(index)] = plain
+            numbers[str(index)] = plain  # keys of JSON objects are text
         return {
             **self.loop.to_json(),
             "loader": self.loader.state_dict(),
@@ -127,6 +128,7 @@ class TrainState(Generic[M]):
         if self.ema is not None:
             self.ema.module.load_state_dict(_without_prefix(tensors, "ema."))
 
+        # Numbers come from the JSON values, tensors from the file: together the optimizer's state.
         state: dict[int, dict[str, Any]] = {}
         for index, numbers in values["optimizer"]["numbers"].items():
             state[int(index)] = dict(numbers)
@@ -137,7 +139,7 @@ class TrainState(Generic[M]):
         self.optimizer.load_state_dict({"state": state, "param_groups": param_groups})
 
         self.loader.load_state_dict(values["loader"])
-        if values["scaler"]:
+        if values["scaler"]:  # empty unless the run uses fp16
             self.scaler.load_state_dict(values["scaler"])
         self.sums.restore(tensors["totals"], rank=rank, ranks=ranks)
         torch.set_rng_state(tensors["rng"].cpu())

@@ -63,6 +63,7 @@ def micro_batches(
     count = len(batch.labels)
     for first in range(0, count, size):
         labels = batch.labels[first : first + size]
+        # DDP averages once per step, with the last part; earlier parts only accumulate.
         is_last = first + size >= count
         yield MicroBatch(
             images=batch.images[first : first + size],
@@ -111,6 +112,7 @@ def apply_gradients(
     Returns (gradient norm before clipping, whether the step was skipped), both 0-d on the device.
     A skipped step adds nothing to the epoch's sums.
     """
+    # Set, not stepped by a scheduler: the rate is a function of the step, also after a resume.
     for group in state.optimizer.param_groups:
         group["lr"] = lr
 
@@ -122,6 +124,8 @@ def apply_gradients(
     else:
         guard.step(state.optimizer, skipped)
 
+    # Also after a skipped step, which left the weights unchanged: `skipped` is on the device, and
+    # reading it would wait for it.
     if state.ema is not None:
         state.ema.update(state.loop.step)
     state.sums.end_step(skipped)

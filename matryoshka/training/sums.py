@@ -30,6 +30,7 @@ class Sums:
         # Sums of the current step, which count only if the step is not skipped.
         self._step = torch.zeros_like(self.totals)
         self._step_images = 0
+        # Appended to the means: a mean of 1, times the number of images, counts them.
         self._one = torch.ones(1, device=device, dtype=dtype)
 
     def add(self, images: int, **means: Tensor) -> None:
@@ -51,6 +52,7 @@ class Sums:
 
     def end_step(self, skipped: Tensor) -> None:
         """Add the step's sums to the totals, unless the step was skipped."""
+        # torch.where instead of `if`: the host never waits for the device.
         self.totals += torch.where(skipped, torch.zeros_like(self._step), self._step)
         self._step.zero_()
         self._step_images = 0
@@ -76,6 +78,7 @@ class Sums:
         if len(totals) == ranks:
             # The same sums in the same order: the log is equal to the last digit.
             self.totals.copy_(totals[rank])
+        # Another number of processes: rank 0 takes all sums, and their total stays the same.
         elif rank == 0:
             self.totals.copy_(totals.sum(0))
         else:

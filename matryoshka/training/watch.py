@@ -50,7 +50,7 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is not None:  # the second one: the user does not want to wait
             os._exit(128 + number)
         self.received = signal.Signals(number).name
 
@@ -64,6 +64,7 @@ class AnyRankFlags:
 
     def __init__(self, count: int, world: World) -> None:
         self._single = world.size == 1
+        # Not NCCL: it sends device memory only, and the flags would queue behind the gradients.
         self._group: Any = None if self._single else dist.new_group(backend="gloo")
         self._flags = torch.zeros(count, dtype=torch.uint8)
         self._work: dist.Work | None = None
@@ -75,7 +76,7 @@ class AnyRankFlags:
         if self._work is not None:
             self._work.wait()
         result = self._flags.tolist()
-        self._flags = torch.tensor(flags, dtype=torch.uint8)
+        self._flags = torch.tensor(flags, dtype=torch.uint8)  # in flight until the next call
         self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, self._group, async_op=True)
         return [bool(value) for value in result]
 
@@ -105,6 +106,7 @@ class HangWatch:
     def __enter__(self) -> HangWatch:
         if self._seconds:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Open from the start: faulthandler's timer writes to a file descriptor.
             self._file = open(self._path, "w", encoding="utf-8")
             self.beat()
         return self

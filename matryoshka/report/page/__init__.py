@@ -95,7 +95,7 @@ def render(evidence: Evidence) -> bytes:
     from jinja2 import Environment, FileSystemLoader
 
     here = Path(__file__).parent
-    # autoescape: names of classes and files come from users and may contain markup
+    # autoescape: names of classes and files come from users and may contain markup.
     environment = Environment(
         loader=FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -108,7 +108,7 @@ def render(evidence: Evidence) -> bytes:
             behaviour=(here / "behaviour.js").read_text(encoding="utf-8"),
             **sections.build(evidence),
         )
-    # a hand-edited JSON file may lack any key, and fails wherever that key is used first
+    # A hand-edited JSON file may lack any key, and fails where that key is used first.
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise PageError(
             f"the JSON files are incomplete or edited ({type(error).__name__}: {error}); "

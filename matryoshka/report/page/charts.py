@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 760, 360
-LEFT, RIGHT, TOP, BOTTOM = 58, 18, 14, 50  # margins around the plot area
+# Margins around the plot area: the numbers and the label of the y-axis are at its left, those of the
+# x-axis below it.
+LEFT = 58
+RIGHT = 18
+TOP = 14
+BOTTOM = 50
 MIN_SPAN = 5.0  # percentage points on the y-axis: noise should not look like a trend
 MAX_MARKED_POINTS = 60  # longer lines are drawn without a mark for each point
 
@@ -44,11 +49,11 @@ class Series:
 
     def points(self) -> list[tuple[int, float, float]]:
         """(index, x, y) of the points that have a value."""
-        found = []
+        present = []
         for i, (x, y) in enumerate(zip(self.x, self.y, strict=True)):
             if y is not None:
-                found.append((i, float(x), float(y)))
-        return found
+                present.append((i, float(x), float(y)))
+        return present
 
 
 def number(value: float) -> str:
@@ -63,7 +68,7 @@ def nice_ticks(low: float, high: float, count: int = 6) -> list[float]:
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw)
-    # 1e-9: a bound that is a tick except for rounding must not add another one
+    # 1e-9: a bound that is a tick except for rounding must not add another one.
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
     return [k * step for k in range(first, last + 1)]
@@ -140,11 +145,12 @@ def line_chart(
     y_ticks = _y_ticks(ys, percent)
     bottom, top = y_ticks[0], y_ticks[-1]
     if x_ticks is None:
-        x_ticks = nice_ticks(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1)
+        end = max(xs) if max(xs) > min(xs) else min(xs) + 1  # a single x has no span
+        x_ticks = nice_ticks(min(xs), end)
     scale = math.log2 if log2 else float
     first = scale(min([*xs, *x_ticks]))
     last = scale(max([*xs, *x_ticks]))
-    pad = 0.04 * ((last - first) or 1)
+    pad = 0.04 * ((last - first) or 1)  # marks at the ends keep clear of the axes
     first, last = first - pad, last + pad
 
     def x_of(x: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,7 @@ def facts(subject: Json, analysis: Json) -> list[tuple[str, str]]:
         shown.append((f"{values[d]:.1f} %", f"top-1, {d} dimensions"))
     caps = analysis.get("cascade", {}).get("caps")
     if caps:
-        full = caps[-1]
+        full = caps[-1]  # the cascade of all prefixes
         shown.append(
             (
                 number(full["expected_dim"]["mean"]),
@@ -111,8 +112,9 @@ def accuracy(results: Sequence[Json]) -> dict[str, Any]:
     """The subject, other models on the same images, and the paper's curves."""
     subject = results[0]
     images = subject["images"]
-    keys = ("images", "dataset", "data", "classes")
-    same = [r for r in results if all(r[key] == subject[key] for key in keys)]
+    # Accuracies are comparable only on the same images with the same classes.
+    image_set = itemgetter("images", "dataset", "data", "classes")
+    same = [r for r in results if image_set(r) == image_set(subject)]
     nested = [r for r in same if not r["head"].startswith("ff")]
     fixed = [r for r in same if r["head"].startswith("ff")]
 
@@ -123,8 +125,11 @@ def accuracy(results: Sequence[Json]) -> dict[str, Any]:
         values = list(top1_by_dim(result).items())
         series.append(_with_intervals(label, values, result["images"], colour=colour))
         columns.append((label, dict(values)))
-    if fixed:
-        values = sorted(pair for r in fixed for pair in top1_by_dim(r).items())
+    if fixed:  # models of one width each are one series of points
+        values = []
+        for r in fixed:
+            values += top1_by_dim(r).items()
+        values.sort()
         label = "fixed features, a model each"
         series.append(_with_intervals(label, values, images, colour="second", style="points"))
         columns.append(("fixed features", dict(values)))
@@ -133,11 +138,15 @@ def accuracy(results: Sequence[Json]) -> dict[str, Any]:
     for (name, values), colour in zip(paper.LINEAR.items(), PAPER_COLOURS, strict=True):
         line = Series(f"paper: {name}", paper.DIMS, values, colour=colour, style="dashed")
         reference.append(line)
+    # On other data the paper's accuracies are no reference: its curves get a separate chart.
     comparable = subject["classes"] == IMAGENET and subject["dataset"] == "V1"
-    dims = sorted({d for _, values in columns for d in values})
+    dims = sorted(set().union(*(values for _, values in columns)))
     ticks = sorted({*dims, *paper.DIMS}) if comparable else dims
     if comparable:
         series += reference
+    rows = []
+    for d in dims:
+        rows.append((d, [values.get(d) for _, values in columns]))
     return {
         "chart": line_chart(
             series,
@@ -148,7 +157,7 @@ def accuracy(results: Sequence[Json]) -> dict[str, Any]:
         ),
         "legend": _legend(series),
         "columns": [label for label, _ in columns],
-        "rows": [(d, [values.get(d) for _, values in columns]) for d in dims],
+        "rows": rows,
         "images": images,
         "paper": None if comparable else _reference_chart(reference),
     }
@@ -207,7 +216,10 @@ def _legend(series: Sequence[Series]) -> Legend:
 def other_sets(results: Sequence[Json]) -> dict[str, Any] | None:
     """The subject's checkpoint on several test sets, and its detection of unknown classes."""
     keys = ("checkpoint", "arch", "head", "dims")
-    own = [r for r in results if all(r.get(key) == results[0].get(key) for key in keys)]
+    own = []
+    for r in results:
+        if all(r.get(key) == results[0].get(key) for key in keys):
+            own.append(r)
     unknown = None
     for r in own:
         if unknown is None and any("auroc" in row for row in r["prefixes"].values()):
@@ -215,14 +227,17 @@ def other_sets(results: Sequence[Json]) -> dict[str, Any] | None:
     if len({(r["dataset"], r["data"]) for r in own}) < 2 and unknown is None:
         return None
 
-    own.sort(key=lambda r: SETS.index(r["dataset"]) if r["dataset"] in SETS else len(SETS))
+    order = {name: position for position, name in enumerate(SETS)}
+    own.sort(key=lambda r: order.get(r["dataset"], len(SETS)))  # unknown sets last
     names = [r["dataset"] + (", mirrored" if r.get("tta") else "") for r in own]
     titles = []
     for name, r in zip(names, own, strict=True):
         unique = name if names.count(name) == 1 else f"{name}, {PurePath(r['data']).name}"
         titles.append((unique, r["images"]))
     dims = sorted({int(d) for r in own for d in r["prefixes"]})
-    rows = [(d, [r["prefixes"].get(str(d)) for r in own]) for d in dims]
+    rows = []
+    for d in dims:
+        rows.append((d, [r["prefixes"].get(str(d)) for r in own]))
     return {"titles": titles, "rows": rows, "unknown": unknown}
 
 
@@ -230,10 +245,10 @@ def methods(baselines: Json | None) -> dict[str, Any] | None:
     """The table and chart of baselines.json."""
     if not baselines or not baselines.get("methods"):
         return None
-    found = baselines["methods"]
-    dims = sorted({int(d) for method in found.values() for d in method["values"]})
+    by_name = baselines["methods"]
+    dims = sorted({int(d) for method in by_name.values() for d in method["values"]})
     series = []
-    for i, (name, method) in enumerate(found.items()):
+    for i, (name, method) in enumerate(by_name.items()):
         values = {int(d): v for d, v in method["values"].items() if v is not None}
         std = {int(d): v for d, v in (method.get("std") or {}).items() if v is not None}
         low = high = None
@@ -241,12 +256,21 @@ def methods(baselines: Json | None) -> dict[str, Any] | None:
             low = [v - std.get(d, 0) for d, v in values.items()]
             high = [v + std.get(d, 0) for d, v in values.items()]
         colour = METHOD_COLOURS[i % len(METHOD_COLOURS)]
-        # with more methods than colours, the second round is dashed
+        # With more methods than colours, the second round is dashed.
         style = ("line", "dashed")[i // len(METHOD_COLOURS) % 2]
-        x, y = list(values), list(values.values())
-        series.append(Series(name, x, y, low=low, high=high, colour=colour, style=style))
+        series.append(
+            Series(
+                name,
+                list(values),
+                list(values.values()),
+                low=low,
+                high=high,
+                colour=colour,
+                style=style,
+            )
+        )
     rows = []
-    for name, method in found.items():
+    for name, method in by_name.items():
         rows.append((name, method["metric"], [method["values"].get(str(d)) for d in dims]))
     chart = line_chart(
         series, "accuracy of baselines", "dimensions used", "top-1 accuracy (%)", x_ticks=dims
@@ -268,6 +292,7 @@ def training(evidence: Evidence) -> dict[str, Any] | None:
         series.append(Series(name, list(values), list(values.values()), colour=position))
 
     epochs = sorted(run.epochs)
+    # Numbers of more epochs would overlap on the axis.
     ticks = epochs if len(epochs) <= 12 else epochs[:: max(1, len(epochs) // 10)]
     chart = None
     if any(s.points() for s in series):
@@ -417,7 +442,7 @@ EVALUATION_FIELDS = {
 
 
 def provenance(evidence: Evidence) -> list[tuple[str, list[tuple[str, str]]]]:
-    """What produced the numbers: (title, [(name, value)]) of each table."""
+    """Provenance of the numbers: (title, [(name, value)]) of each table."""
     subject = evidence.results[0]
     evaluation = []
     for key, name in EVALUATION_FIELDS.items():
