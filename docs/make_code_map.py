@@ -1,4 +1,4 @@
-"""Generate docs/code_map.md: one line per file, from the first sentence of its docstring.
+"""Generate docs/code_map.md: the commands, and one line per file from its docstring's first sentence.
 
 python docs/make_code_map.py [OUTPUT]
 """
@@ -21,14 +21,15 @@ INTRODUCTION = """\
 
 One line per file. Read these first: `matryoshka/nested.py` (the idea), `matryoshka/data/loader.py`
 (the path of one image) and `train/train_imagenet.py` (the training loop).
-[architecture.md](architecture.md) follows one image, one training step and one query through the code.
+[architecture.md](architecture.md) defines the terms and follows one image, one training step and one query
+through the code.
 """
 
 # Folder, title, in reading order. A folder's own files come first, then its subfolders.
 PARTS = (
     (".", "Top level"),
-    ("train", "Programs that end in a checkpoint"),
-    ("inference", "Programs that start from a checkpoint"),
+    ("train", "Programs that write data sets and train models"),
+    ("inference", "Programs that use a trained model"),
     ("matryoshka", "The library"),
     ("bench", "Measurements"),
     ("docs", "Generators of documentation"),
@@ -101,8 +102,38 @@ def subfolders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: p.relative_to(ROOT).as_posix())
 
 
+def commands() -> Iterator[tuple[str, str, str]]:
+    """(command, program file, what it does) of every Program in matryoshka/cli.py.
+
+    Parsed, not imported: this page needs no installed packages.
+    """
+    tables = {}
+    for node in ast.parse((ROOT / "matryoshka/cli.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            tables[ast.unparse(node.targets[0])] = node.value
+    for table in (tables["PROGRAMS"], tables["ROUTES"]):
+        for key, call in zip(table.keys, table.values, strict=True):
+            assert key is not None
+            assert isinstance(call, ast.Call)
+            words = ast.literal_eval(key)
+            module, text = (ast.literal_eval(argument) for argument in call.args[:2])
+            name = words if isinstance(words, str) else " ".join(words)
+            file = module.removeprefix("matryoshka.").replace(".", "/") + ".py"
+            yield name, file, text
+
+
+def command_lines() -> Iterator[str]:
+    yield "## Commands"
+    yield ""
+    yield "| `matryoshka` ... | program | what it does |"
+    yield "|---|---|---|"
+    for name, file, text in commands():
+        yield f"| `{name}` | `{file}` | {text} |"
+    yield ""
+
+
 def render() -> str:
-    lines = [*INTRODUCTION.splitlines(), ""]
+    lines = [*INTRODUCTION.splitlines(), "", *command_lines()]
     for name, title in PARTS:
         folder = ROOT / name
         heading = title if name == "." else f"`{name}/`: {title[0].lower()}{title[1:]}"
