@@ -87,7 +87,7 @@ def test_a_set_equals_loops_over_single_images(
     assert [(int(d), float(a)) for d, a, _ in table] == [
         (d, pytest.approx(100 * (row == labels).mean(), abs=0.01))
         for d, row in zip((8, 64, 512), arrays["predictions"], strict=True)
-    ]
+    ], "top-1 in percent by prefix, printed against predicted"
     for kind, file in results["arrays"].items():
         assert all(
             word in file

@@ -327,7 +327,8 @@ def waits_for_nothing():
     time.sleep(60)
 
 def work(rank):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo")
     with HangWatch(Path(sys.argv[1]), rank, 2.0) as watch:
         for step in range(4):
