@@ -121,6 +121,7 @@ def test_every_head_trains_and_is_read_back(tmp_path, digits, model, head):
     )
 
 
+@pytest.mark.slow
 def test_every_option_of_the_optimizer_changes_the_result(tmp_path):
     losses, few = {}, tmp_path / "few.beton"
     write_beton(Digits("train"), few, max_resolution=64, write_mode="jpg", subset=100)

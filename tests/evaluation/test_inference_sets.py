@@ -168,6 +168,7 @@ def test_upstreams_names_and_shapes(imagenet_root, imagenet_checkpoint, tmp_path
     }
 
 
+@pytest.mark.slow
 def test_ranks_save_what_one_process_saves(imagenet_root, imagenet_checkpoint, tmp_path):
     """Two gloo processes with global batches of 4: the second one has no part of the last batch,
     which has 1 image.

@@ -118,7 +118,10 @@ def free_ports(count):
     return ports
 
 
-@pytest.mark.parametrize(("batch", "micro", "worlds"), [(32, 64, (1, 2)), (33, 5, (1, 2, 3, 4, 7))])
+@pytest.mark.parametrize(
+    ("batch", "micro", "worlds"),
+    [(32, 64, (1, 2)), pytest.param(33, 5, (1, 2, 3, 4, 7), marks=pytest.mark.slow)],
+)
 def test_processes_see_one_order_and_compute_one_gradient(tmp_path, digits, batch, micro, worlds):
     """2, 3, 4 and 7 gloo processes against 1, same global batch, also where it does not divide, and
     cut into parts.
@@ -180,6 +183,7 @@ def children(pid):
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
 def test_three_ways_to_two_processes_end_with_the_same_weights(tmp_path, digits):
     """torchrun; the program's own launch; two torchrun agents with a c10d rendezvous, as on two

@@ -374,6 +374,7 @@ def test_flags_of_one_process_count_at_once():
     assert flags.finish() == [False, False]
 
 
+@pytest.mark.slow
 def test_runs_that_are_killed_end_like_one_that_is_not():
     """A short chaos.py; `make chaos KILLS=200` is the long one."""
     command = [
