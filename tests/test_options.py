@@ -8,14 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from matryoshka.inference import baselines
 from matryoshka.train import train_imagenet
 from safetensors import safe_open
 
 from matryoshka import cli, config
 from matryoshka.checkpoint import load_model, save_model
 from matryoshka.embeddings import reading
-from matryoshka.evaluation import analysis
+from matryoshka.evaluation import analysis, baseline_methods
 from matryoshka.evaluation import options as evaluation
 from matryoshka.models import ModelSpec, build
 from matryoshka.retrieval import options as retrieval
@@ -75,7 +74,7 @@ def test_lazy_names_exist_and_agree_with_those_for_type_checkers(wing):
 def test_names_that_are_declared_without_their_modules():
     assert tuple(pipeline.INDEXES) == retrieval.INDEXES
     assert reading.DTYPES == evaluation.DTYPES
-    assert tuple(baselines.COMPUTE) == evaluation.METHODS
+    assert tuple(baseline_methods.METHODS) == evaluation.METHODS
     assert evaluation.analyze_parser().get_default("bins") == analysis.BINS
 
 
@@ -113,7 +112,7 @@ def test_options_that_a_resumed_run_may_change():
 def test_a_run_id_stays_in_its_folder(tmp_path, run_id):
     """Also one that comes from torchrun's environment."""
     with pytest.raises(session.SessionError, match=r"logging\.run_id=.*no leading dot"):
-        session.find_start(tmp_path, run_id, None, {})
+        session.resolve_run(tmp_path, run_id, None, {})
 
 
 def test_options_of_a_backbone_are_kept_in_the_file(tmp_path):

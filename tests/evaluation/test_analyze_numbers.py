@@ -247,7 +247,7 @@ def test_temperatures_are_fitted_and_evaluated_on_different_parts(
 def files(folder, kind, dims=DIMS):
     return from_files(
         dict.fromkeys(("logits", "softmax", "predictions"))
-        | {kind: f"{folder}/{kind}.npy", "gt": f"{folder}/gt.npy", "dims": ",".join(map(str, dims))}
+        | {kind: f"{folder}/{kind}.npy", "gt": f"{folder}/gt.npy", "dims": tuple(dims)}
     )
 
 

@@ -88,7 +88,7 @@ def test_cosine_ends_at_zero_and_stays_there():
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"lr": -1.0}, ["lr.lr=-1.0"]),
+        ({"lr": -1.5}, ["lr.lr=-1.5"]),
         ({"lr_per_256": -0.5}, ["lr.lr_per_256=-0.5"]),
         ({"lr_peak_epoch": -1}, ["lr.lr_peak_epoch=-1"]),
         ({"warmup_epochs": -0.5, "lr_schedule_type": "step"}, ["lr.warmup_epochs=-0.5"]),

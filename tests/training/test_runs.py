@@ -183,12 +183,12 @@ def test_what_is_no_run_is_named_in_one_line(logs, capsys):
         "asked",
         "20200913-122640-resnet18-0000",
     ]
-    foreign = "params.json: not of a training, it has no model.arch"
+    foreign = "params.json: not the options of a training run: model.arch is missing"
     assert last == "no runs: " + ", ".join(
         [
             f"{logs}/crashed (no params.json)",
             f"{logs}/new?line (no params.json)",
-            f"{logs}/damaged (params.json: damaged)",
+            f"{logs}/damaged (params.json: damaged: not valid JSON)",
             f"{logs}/foreign ({foreign})",
             f"{logs}/list ({foreign})",
         ]
