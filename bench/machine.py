@@ -21,7 +21,7 @@ COPY = "copy"
 
 
 class Machine(NamedTuple):
-    """clock: `cpu` (seconds of all threads, little affected by other processes); `wall` on a GPU."""
+    """clock: `cpu` (seconds of all threads; other processes hardly affect it), on a GPU `wall`."""
 
     device: torch.device
     precision: str

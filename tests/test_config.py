@@ -184,7 +184,9 @@ def test_defect_11_help_lists_every_option(capsys, monkeypatch):
         with pytest.raises(SystemExit, match=r"^0$"):
             read(SECTIONS, ["--training.epochs=ten", flag], prog="train", description="Trains.")
         out = capsys.readouterr().out
-        assert max(map(len, out.splitlines())) < width
+        assert max(map(len, out.splitlines())) < width, (
+            f"columns of the help text on a terminal {width} wide"
+        )
         for name, section in SECTIONS.items():
             assert all(f"--{name}.{option.name} " in out for option in fields(section))
     assert "the training set [str; required]" in out

@@ -52,7 +52,6 @@ def test_links_and_paths_exist(page):
     assert broken == [], f"{page_id(page)} names files that do not exist"
 
 
-@pytest.mark.skip(reason="until the wings are merged")
 def test_architecture_names_functions_that_exist():
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", text, re.MULTILINE)
@@ -67,7 +66,6 @@ def test_architecture_names_functions_that_exist():
     assert missing == []
 
 
-@pytest.mark.skip(reason="until the wings are merged")
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_dotted_names_exist(page):
     """`matryoshka.folder.module.name` in a page can be imported."""

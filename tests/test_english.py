@@ -14,7 +14,7 @@ AVOID = {
     r"(is|are|was|were) told": "is reported, says, knows",
     r"(is|are|was) said": "is printed, is reported",
     r"what (is|was) said": "the text, the message",
-    r"go(es)? on\b(?! to)": "continues, resumes",
+    r"(?<!\")go(es)? on\b(?! to)": "continues, resumes",
     r"(is|are|stands?|lies?) in the way": "name the conflict",
     r"(makes?|making) (no )?sense": "name the argument and its range",
     r"there is none": "does not exist, has no ...",

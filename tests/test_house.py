@@ -1,7 +1,8 @@
-"""The rules of the house that a machine can check."""
+"""Rules of the code that a machine can check: import order, names, forbidden calls."""
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ PROGRAMS = sorted([*(ROOT / "train").glob("*.py"), *(ROOT / "inference").glob("*
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 ALL = [*LIBRARY, *PROGRAMS, *TESTS, *sorted((ROOT / "bench").glob("*.py")), ROOT / "MRL.py"]
 
-# From the top of the library to its ground: a wing imports only what stands below it, or itself.
+# From the top of the library to its base: a wing imports only itself and wings below it.
 ORDER = [
     "search_page",
     "evaluation",
@@ -34,7 +35,7 @@ ORDER = [
     "files",
     "lazy",
 ]
-ABOVE = ("cli", "fitting")  # the command: the only files that name programs
+ABOVE = ("cli", "fitting")  # the command: only these files name programs
 
 
 def imports(path: Path) -> set[str]:
@@ -72,7 +73,7 @@ def test_imports_run_down(path):
         return
     below = ORDER[ORDER.index(wing) :]
     upward = wings(path) - set(below)
-    assert upward == set(), f"{path.relative_to(ROOT)} imports {upward}, which stand above {wing}"
+    assert upward == set(), f"{path.relative_to(ROOT)} imports {upward}, which are above {wing}"
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: str(p.relative_to(ROOT)))
@@ -117,9 +118,23 @@ def test_a_file_has_a_name_that_says_its_subject(path):
     assert not re.search(r"(^|_)(utils?|common|helpers?|misc)(_|$)", path.stem)
 
 
-def test_no_test_folder_hides_a_standard_module():
-    import sys
+@pytest.mark.parametrize("path", [*LIBRARY, *PROGRAMS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_formatter_skips_no_line(path):
+    assert not re.search(r"#\s*fmt:\s*(skip|off)", path.read_text()), f"{path}: `# fmt:` comment"
 
+
+def test_test_modules_import_no_test_module():
+    """What tests share is in builders/ and fuzzing/."""
+    modules = {path.stem for path in TESTS if path.stem.startswith("test_")}
+    found = {}
+    for path in TESTS:
+        parts = {part for name in imports(path) for part in name.split(".")}
+        if parts & modules:
+            found[str(path.relative_to(ROOT))] = parts & modules
+    assert found == {}
+
+
+def test_no_test_folder_hides_a_standard_module():
     folders = {p.name for p in (ROOT / "tests").rglob("*") if p.is_dir()}
     assert folders & set(sys.stdlib_module_names) == set()
 

@@ -61,7 +61,7 @@ def test_the_run_folder(run, digits):
     upstream = ["timestamp", "relative_time", "current_lr", "val_time"]
     upstream += [f"top_{k}_{d}" for k in (1, 5) for d in (8, 32, 512)] + ["train_loss", "epoch"]
     assert list(lines[0])[: len(upstream)] == upstream
-    assert lines[1]["train_loss"] < lines[0]["train_loss"]
+    assert lines[1]["train_loss"] < lines[0]["train_loss"], "train_loss of epoch 1 against epoch 0"
     params = json.loads((run / "params.json").read_text())
     assert params["model.mrl"] == 1
     assert params["model.dims"] == [8, 32, 512]
@@ -88,8 +88,8 @@ def test_the_checkpoint_has_the_accuracy_that_the_log_says(run, digits):
         for g, d in enumerate(model.dims):
             for k in (1, 5):
                 expected = top_k_accuracy_score(labels, logits[g], k=k, labels=range(10))
-                assert last[f"top_{k}_{d}"] == pytest.approx(
-                    expected, abs=0.011
+                assert last[f"top_{k}_{d}"] == pytest.approx(expected, abs=0.011), (
+                    f"top_{k}_{d}: log against a computation from the saved model"
                 )  # one of 100 may be a tie
 
 
@@ -121,6 +121,7 @@ def test_every_head_trains_and_is_read_back(tmp_path, digits, model, head):
     )
 
 
+@pytest.mark.slow
 def test_every_option_of_the_optimizer_changes_the_result(tmp_path):
     losses, few = {}, tmp_path / "few.beton"
     write_beton(Digits("train"), few, max_resolution=64, write_mode="jpg", subset=100)
@@ -222,7 +223,7 @@ def test_inference_equals_the_log(run, digits, tmp_path, capsys):
     last = json.loads((run / "log").read_text().splitlines()[-1])
     assert {d: p["top1"] for d, p in results["prefixes"].items()} == {
         str(d): pytest.approx(100 * last[f"top_1_{d}"]) for d in (8, 32, 512)
-    }
+    }, "top-1 of the saved model against the log's last line, in percent"
     assert (results["images"], results["head"], results["tta"]) == (100, "mrl", True)
     shown = capsys.readouterr().out
     assert "prefix     top-1 %     top-5 %" in shown
@@ -257,7 +258,9 @@ def test_inference_on_an_image_folder_with_upstreams_flags(folder, tmp_path):
         with torch.inference_mode():
             hits += (model(normalise(batch.images)).argmax(2) == batch.labels).squeeze(1).numpy()
     prefixes = json.loads(output.read_text())["prefixes"]
-    assert [prefixes[str(d)]["top1"] for d in (8, 64, 512)] == pytest.approx(100 * hits / len(data))
+    assert [prefixes[str(d)]["top1"] for d in (8, 64, 512)] == pytest.approx(
+        100 * hits / len(data)
+    ), "top-1 by prefix in percent against a count of hits"
 
 
 # ---------------------------------------------------------------- the user's mistakes

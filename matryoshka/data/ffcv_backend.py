@@ -66,7 +66,7 @@ def _not_installed(option: str, reason: str) -> BetonError:
 def _import_ffcv(option: str) -> None:
     check_installed(option)
     try:
-        import ffcv.loader
+        import ffcv.loader  # noqa: F401
         import ffcv.writer  # noqa: F401
     except (ImportError, OSError) as error:  # ctypes raises OSError for a missing system library
         raise _not_installed(option, f"which cannot be imported here ({error})") from error

@@ -48,7 +48,7 @@ def test_the_loader_bench(capsys, monkeypatch, tmp_path):
     assert [row["threads"] for row in ours] == [1, 2]
     assert ours[0]["cpu"]["n"] == 1
     pil = next(row for row in rows if (row["case"], row["peer"]) == ("RRC 224", "torchvision PIL"))
-    assert pil["ratio of matryoshka"] > 0
+    assert pil["ratio of matryoshka"] > 0, "images per second: matryoshka against Pillow"
 
 
 def test_a_peer_that_fails_hangs_or_is_missing_is_named():
@@ -105,11 +105,13 @@ def test_bytes_that_a_crop_needs(subsampling, markers, crop):
         sum(b - a for a, b in found) for found in (parts, needed_parts(stream, (0, 0, 150, 90)))
     )
     assert stream[: len(stream) - whole].rfind(b"\xff\xda") == len(stream) - whole - 14
-    assert 0 < needed <= whole
+    assert 0 < needed <= whole, f"bytes that the crop needs: {needed} of {whole}"
     if not markers:
         unit = 8 if subsampling == 0 else 16
         rows = (min(crop[1] + crop[3] + 1, 89) // unit + 1) / -(-90 // unit)
-        assert needed == pytest.approx(rows * whole, abs=1)
+        assert needed == pytest.approx(rows * whole, abs=1), (
+            f"bytes of a fraction {rows:.2f} of the MCU rows: {needed} of {whole}"
+        )
         return
 
     def shown(stream):

@@ -44,7 +44,7 @@ def test_the_evaluation_bench(capsys, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()]
     prefixes, loop, analysis = rows
     assert prefixes["time / FF"]["n"] == 1
-    assert 0 < loop["waiting"]["median"] <= 1
-    assert loop["of the loader"]["median"] > 0
-    assert analysis["peak bytes"] > 10**7
-    assert analysis["cpu seconds"] > 0
+    assert 0 < loop["waiting"]["median"] <= 1, "waiting time as a fraction of the loop's time"
+    assert loop["of the loader"]["median"] > 0, "seconds of the loader alone"
+    assert analysis["peak bytes"] > 10**7, "peak memory of the analysis in bytes"
+    assert analysis["cpu seconds"] > 0, "CPU seconds of the analysis"

@@ -49,13 +49,15 @@ def test_the_retrieval_bench(capsys, tmp_path):
     ours = [
         row for row in pipelines if not row["case"].startswith(("upstream", "usearch", "faiss"))
     ]
-    assert all(
-        0.9 < row["recall"] <= 1 for row in ours
+    assert all(0.9 < row["recall"] <= 1 for row in ours), (
+        "recall of every search of the library"
     )  # 1500 rows: nearly all are in every shortlist
     assert {"upstream: FlatL2 16 k200 -> 2048 (NumPy)"} < {row["case"] for row in pipelines} - {
         row["case"] for row in ours
     }
-    assert all(row["lower"] < row["recall"] for row in pipelines)
+    assert all(row["lower"] < row["recall"] for row in pipelines), (
+        "lower bounds of recall against recall"
+    )
 
     stored = np.lib.format.open_memmap(tmp_path / "work" / "rows_1500_60.npy", "r")
     queries, truth = (
@@ -65,7 +67,7 @@ def test_the_retrieval_bench(capsys, tmp_path):
     rows64, query = stored.astype(np.float64), queries[7].astype(np.float64)
     cosines = rows64 @ query / np.linalg.norm(rows64, axis=1)
     assert set(truth[7]) == set(np.argsort(-cosines)[:10])
-    assert (stored > 0).all()  # as behind a ReLU
+    assert (stored > 0).all(), "stored rows must not be empty"  # as behind a ReLU
 
 
 def test_on_real_embeddings(capsys, tmp_path):

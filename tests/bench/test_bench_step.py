@@ -71,8 +71,10 @@ def test_the_step_bench(capsys, tmp_path, monkeypatch):
     steps = {row["kind"]: row for row in rows if row not in heads}
     assert list(steps) == list(bench.KINDS)
     assert steps["FF"]["time / FF"]["median"] == 1
-    assert steps["MRL"]["flops"] > steps["FF"]["flops"] > 0
-    assert 0 < steps["MRL"]["of matmul"] < 2
+    assert steps["MRL"]["flops"] > steps["FF"]["flops"] > 0, (
+        "floating-point operations of a step: MRL adds heads to FF"
+    )
+    assert 0 < steps["MRL"]["of matmul"] < 2, "fraction of the rate of a matrix product"
 
 
 def test_a_case_that_has_no_time_is_named(capsys):
@@ -142,7 +144,7 @@ def test_the_end_to_end_bench(own, digits, capsys, tmp_path):
     assert "not measured" not in said
     (row,) = rows_of(tmp_path / "end_to_end.jsonl")
     assert row["of synthetic"]["n"] == 1
-    assert 0 <= row["data_wait"]["median"] < 1
+    assert 0 <= row["data_wait"]["median"] < 1, "data wait as a fraction of the step"
 
 
 def test_the_gpu_script_without_a_gpu(tmp_path):

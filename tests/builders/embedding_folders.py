@@ -39,8 +39,8 @@ def nested(n, dim, seed, classes=12):
     return np.log1p(np.exp(points)).astype(np.float32), labels
 
 
-def write(folder, rows, labels, names=None, weights=None, classes=None, **meta):
-    """Writes a folder; returns its path as text."""
+def write(folder, rows, labels, *, names=None, weights=None, classes=None, **meta):
+    """Write a folder of embeddings; return its path as text."""
     names = names or [f"{i:05d}.jpg" for i in range(len(rows))]
     count = int(labels.max()) + 1 if len(labels) else 1
     about = META | {"rows": len(rows), "columns": rows.shape[1], "dtype": str(rows.dtype)} | meta

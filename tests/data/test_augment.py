@@ -309,7 +309,9 @@ def test_operations_and_ranges_are_those_of_torchvision():
     most = {name: ranges(31, 331, 331)[-1] for name, (ranges, signed) in space.items() if signed}
     signed = {"ShearX": 0.3, "ShearY": 0.3, "TranslateX": 150, "TranslateY": 150, "Rotate": 30}
     signed |= dict.fromkeys(["Brightness", "Color", "Contrast", "Sharpness"], 0.9)
-    assert {name: float(value) for name, value in most.items()} == pytest.approx(signed)
+    assert {name: float(value) for name, value in most.items()} == pytest.approx(signed), (
+        "strongest value of every operation"
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -400,7 +402,7 @@ def test_pure_functions_of_the_generator():
 
 
 def test_nothing_is_read_back_from_the_device():
-    """A meta tensor has no values: whatever asks for one raises."""
+    """A meta tensor has no values: reading one raises."""
     pixels = torch.empty(400, 9, 7, 3, dtype=torch.uint8, device="meta")
     rng = np.random.default_rng(0)
     assert rand_augment(pixels, 9, rng).shape == pixels.shape

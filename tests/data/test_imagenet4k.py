@@ -145,8 +145,8 @@ def test_a_draw_is_a_permutation_that_the_order_of_the_folder_does_not_change(na
 
 
 def test_unreadable_images_are_passed_over(tmp_path, options):
-    """Whatever the draw: the only two readable images are chosen, also where all of a first try are
-    damaged.
+    """The only two readable images are chosen for every seed, also when the first draw holds only
+    damaged ones.
     """
     folder = tmp_path / "tree" / WNIDS[1]
     folder.mkdir(parents=True)
@@ -234,7 +234,7 @@ for point in sorted({1, total, *range(2, total, max(1, total // 7))}):
     assert start(folder, point) == signal.SIGKILL, point
     assert start(folder, 0) == 0, point
 folder, starts = Path(out, "often"), 0
-while start(folder, total // 2) == signal.SIGKILL:  # goes on: one start does not get to the end
+while start(folder, total // 2) == signal.SIGKILL:  # resumes: one start does not finish
     starts += 1
     assert starts < 20
 assert starts

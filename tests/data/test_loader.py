@@ -217,7 +217,7 @@ def test_an_abandoned_epoch_leaves_nothing_behind(beton, in_memory):
 
 
 def test_an_error_on_the_loading_thread_reaches_next(beton):
-    """Also one that is no BetonError; the epoch is over, the next one works."""
+    """An error of any class ends the epoch; the next epoch works."""
 
     class Broken(CenterCrop):
         def crops(self, *_):

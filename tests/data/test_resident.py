@@ -191,5 +191,7 @@ def test_training_on_a_resident_set(digits, tmp_path):
         more = ["--training.epochs=1", f"--data.resident={resident}", "--data.order=quasi_random"]
         assert train_imagenet.main(program_options(digits, tmp_path, f"run{resident}", *more)) == 0
         lines[resident] = json.loads((tmp_path / f"run{resident}" / "log").read_text())
-    assert lines[1]["train_loss"] == pytest.approx(lines[0]["train_loss"], rel=0.1)
+    assert lines[1]["train_loss"] == pytest.approx(lines[0]["train_loss"], rel=0.1), (
+        "train_loss of the resident and the streaming run"
+    )
     assert lines[1]["data_wait"] < 0.5, f"waited {lines[1]['data_wait']} for data"

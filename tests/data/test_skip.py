@@ -199,6 +199,7 @@ def test_a_run_lists_what_it_skipped(damaged, digits, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_list_what_both_skipped(damaged, digits, tmp_path):
     data = {"train": damaged, "val": digits["val"]}
     more = ["--data.on_error=skip", "--training.batch_size=50", "--training.epochs=1"]

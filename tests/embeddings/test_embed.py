@@ -326,6 +326,7 @@ print(json.dumps([total, kills, starts]))
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_in_two_processes_it_ends_with_the_same_files(
     imagenet_root, imagenet_checkpoint, tmp_path
 ):

@@ -87,7 +87,7 @@ def test_a_set_equals_loops_over_single_images(
     assert [(int(d), float(a)) for d, a, _ in table] == [
         (d, pytest.approx(100 * (row == labels).mean(), abs=0.01))
         for d, row in zip((8, 64, 512), arrays["predictions"], strict=True)
-    ]
+    ], "top-1 in percent by prefix, printed against predicted"
     for kind, file in results["arrays"].items():
         assert all(
             word in file
@@ -168,6 +168,7 @@ def test_upstreams_names_and_shapes(imagenet_root, imagenet_checkpoint, tmp_path
     }
 
 
+@pytest.mark.slow
 def test_ranks_save_what_one_process_saves(imagenet_root, imagenet_checkpoint, tmp_path):
     """Two gloo processes with global batches of 4: the second one has no part of the last batch,
     which has 1 image.

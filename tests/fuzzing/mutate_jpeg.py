@@ -315,7 +315,7 @@ def _(data, rng, parts, *_):
     return data[: max(1, rng.choice(places) + rng.choice([-1, 0, 0, 1, 2]))]
 
 
-@jpeg("cut, and whatever follows is taken as its data", "payload")
+@jpeg("cut, and the bytes that follow are taken as its data", "payload")
 def _(data, rng, parts, draft, i):
     at = rng.randrange(parts[-1][2], len(data))
     return data[:at] + draft.stream(rng.randrange(draft.n))[: len(data) - at]

@@ -113,8 +113,12 @@ def test_settings_are_whole_numbers():
 def test_the_papers_funnels(dims, ks, database, expected):
     setting = SearchParams.funnel("exact", dims, ks)
     by_hand = (dims[0] * database + sum(d * k for d, k in zip(dims[1:], ks, strict=True))) / 1e6
-    assert setting.mflops(database) == pytest.approx(by_hand, abs=1e-12)
-    assert by_hand == pytest.approx(expected, abs=6e-3)
+    assert setting.mflops(database) == pytest.approx(by_hand, abs=1e-12), (
+        "MFLOPs of the search against the sum by hand"
+    )
+    assert by_hand == pytest.approx(expected, abs=6e-3), (
+        "MFLOPs by hand against the paper's rounded number"
+    )
     assert (setting.dim, setting.k, setting.results) == (dims[0], ks[0], 10)
     assert [stage.dim for stage in setting.stages] == dims[1:]
     assert [stage.keep for stage in setting.stages] == [*ks[1:], 10]
@@ -132,7 +136,7 @@ def test_the_papers_funnels(dims, ks, database, expected):
 def test_the_papers_adaptive_retrieval(dim, last, database, expected):
     assert SearchParams("exact", dim, 200, (Stage(last, 10),)).mflops(database) == pytest.approx(
         expected, abs=5e-3
-    )
+    ), f"MFLOPs of the paper's pipeline from {dim} dimensions"
     assert SearchParams("exact", dim, 200).mflops(database) == mflops(dim, database)
 
 
@@ -336,7 +340,7 @@ def test_any_number_of_rows_and_neighbours(n, k, kind, seed):
     )
     for q in range(2):
         expected = cosines(rows, asked[q], 12)
-        assert (hits.ids[q] >= 0).sum() == min(n, k)
+        assert (hits.ids[q] >= 0).sum() == min(n, k), f"hits of query {q}: all rows or k"
         np.testing.assert_allclose(
             hits.scores[q, : min(n, k)], np.sort(expected)[::-1][:k], atol=3e-6
         )

@@ -225,7 +225,9 @@ def test_exact_search_against_loops(*, rows, queries, k, dim, at_once, seed):
     for q in range(queries):
         expected = [round(cosine(row, asked[q], dim), 5) for row in data]
         found = [i for i in hits.ids[q].tolist() if i >= 0]
-        assert len(found) == min(k, sum(v > -np.inf for v in expected))
+        assert len(found) == min(k, sum(v > -np.inf for v in expected)), (
+            "number of hits: k, or all rows that have a score"
+        )
         np.testing.assert_allclose([expected[i] for i in found], best_of(expected, k)[1], atol=2e-5)
         np.testing.assert_allclose(
             hits.scores[q, : len(found)], [expected[i] for i in found], atol=2e-5
@@ -253,7 +255,9 @@ def test_a_scan_finds_what_an_exact_prefix_finds(dim, dtype):
         [cosine(data[i], asked[q], dim) for i in row] for q, row in enumerate(hits.ids[:5].tolist())
     ]
     np.testing.assert_allclose(hits.scores[:5], own, atol=0.02)  # the estimate
-    assert (np.diff(hits.scores, axis=1) <= 1e-6).all()
+    assert (np.diff(hits.scores, axis=1) <= 1e-6).all(), (
+        "scores must not increase along a row of hits"
+    )
 
 
 def test_binary_codes_find_neighbours():
@@ -285,7 +289,9 @@ def test_an_inverted_file_of_all_lists_is_the_scan():
         for n, (s, m) in enumerate(zip(file.starts, file.sizes, strict=True))
         for i in file.ids[s : s + m]
     }
-    assert all(len({lists[i] for i in row if i >= 0}) <= 2 for row in few.ids.tolist())
+    assert all(len({lists[i] for i in row if i >= 0}) <= 2 for row in few.ids.tolist()), (
+        "lists that the hits of a query come from, with 2 probed"
+    )
     assert overlap(few.ids, whole.ids[:, :10]) > 0.8, "2 lists lose too many neighbours"
 
 

@@ -99,7 +99,9 @@ def test_exact_search_and_all_of_its_numbers(data, capsys):
         shown = results["classes"]["at"][str(k)]
         got = [shown[name] for name in ("map_over_k", "map_over_min", "precision", "recall")]
         np.testing.assert_allclose(got, mean, rtol=1e-9)
-    assert results["classes"]["top1"] == pytest.approx(np.mean([s[2] for s in scores[1]]))
+    assert results["classes"]["top1"] == pytest.approx(np.mean([s[2] for s in scores[1]])), (
+        "top-1 of the classes against the mean over queries"
+    )
     assert results["classes"]["excluded"] == 3
     assert (
         results["exact"]["recall"],
@@ -157,7 +159,7 @@ def test_the_papers_funnel_ends_with_ten(data, capsys):
         )
     assert results["mflops"] == pytest.approx(
         (8 * N + 16 * 200 + 32 * 100 + 64 * 50 + 96 * 10) / 1e6
-    )
+    ), "MFLOPs of the funnel"
     assert "--at 25,50,100 left out" in capsys.readouterr().out
 
 
@@ -230,7 +232,9 @@ def test_a_sweep_certifies_what_holds_on_other_queries(data, tmp_path, capsys):
     recalls = [one["recall"] for one in swept["frontier"]]
     assert rates == sorted(rates, reverse=True)
     assert recalls == sorted(recalls)
-    assert won["setting"] in [one["setting"] for one in swept["settings"] if one["lower"] >= 0.95]
+    assert won["setting"] in [
+        one["setting"] for one in swept["settings"] if one["lower"] >= 0.95
+    ], "the recommended search must meet the recall bound of 0.95"
     # the options select this setting, and its recall holds on queries that the sweep has not seen
     write(tmp_path / "fresh", many[700:], labels[700:], classes=CLASSES)
     results = retrieve.main(
@@ -297,7 +301,7 @@ def test_an_index_is_searched_and_takes_over_what_the_sweep_found(data, tmp_path
     plain, _, _ = run(folder, "--no-speed", "--index=scan", "--k=200")
     assert indexed["classes"]["at"]["10"] == pytest.approx(
         plain["classes"]["at"]["10"], rel=0.02
-    )  # float16 rows
+    ), "metrics at 10 of the index against the exact search"  # float16 rows
     assert retrieve.main([*args, "--sweep", "--target-recall=0.8", "--choose"]) == 0
     chosen = Index(tmp_path / "index")
     swept = json.loads((tmp_path / "out/sweep.json").read_text())

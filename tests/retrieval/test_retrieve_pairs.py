@@ -69,7 +69,7 @@ def test_classes_go_by_name_whatever_the_database_is():
     folders(labels=place[labels[400:]], classes=names)
     same = [results(name, "--at=5")["classes"] for name in ("db", "x.index")]
     assert same[0]["excluded"] == same[1]["excluded"] == (labels[400:] == order[4]).sum()
-    assert same[0]["top1"] == pytest.approx(same[1]["top1"], abs=0.02)
+    assert same[0]["top1"] == pytest.approx(same[1]["top1"], abs=0.02), "top-1 of both directions"
     assert same[0]["top1"] > 0.5, "classes are not matched by name"
 
 
@@ -116,7 +116,9 @@ def test_deleted_rows_are_not_missed():
     for i in range(400, 520):
         best = live[np.argsort(-unit[live] @ unit[i], kind="stable")[:5]]
         recall.append((labels[best] == labels[i]).sum() / (labels[live] == labels[i]).sum())
-    assert found["recall"] == pytest.approx(np.mean(recall), abs=1e-3)
+    assert found["recall"] == pytest.approx(np.mean(recall), abs=1e-3), (
+        "recall against the mean over queries"
+    )
 
 
 def test_recall_is_of_queries_at_random():

@@ -31,7 +31,7 @@ NAN = float("nan")
 def _without_waiting_for_the_disk():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
-        patch.setattr(store_part, "MMAP_MIN_BYTES", MMAP_MIN_BYTES)  # restored in the end
+        patch.setattr(store_part, "MMAP_MIN_BYTES", MMAP_MIN_BYTES)  # restored at exit
         yield
 
 
@@ -219,7 +219,9 @@ class Changes(RuleBasedStateMachine):
             assert (fresh.name(i), fresh.class_name(i), fresh.origin(i)) == (name, label, origin)
             same = cosines(fresh.vector(i)[None], row)[0]
             expected = cosines(row[None], row)[0] if np.isfinite(row).all() else -np.inf
-            assert same == pytest.approx(expected, abs=1e-9)
+            assert same == pytest.approx(expected, abs=1e-9), (
+                "scores of the stored index against the oracle"
+            )
         on_disk = {f for f in os.listdir(self.folder) if f not in ("index.json", "writer.lock")}
         entry = fresh.manifest["deleted"]
         assert on_disk == {*fresh.manifest["parts"], *([entry["file"]] if entry else [])}

@@ -61,7 +61,7 @@ def change(writer, what):
 
 
 def churn(folder, steps):
-    """Adds, replaces, deletes and compacts, so many times."""
+    """Add, replace, delete and compact in `steps` rounds."""
     rng = np.random.default_rng(0)
     for step in range(steps):
         with Writer(folder, 1) as writer:
@@ -293,7 +293,7 @@ def test_readers_meanwhile(tmp_path, server):
             hits = index.search(asked, k=2)
             assert [index.name(row) for row in hits.ids[: len(always), 0].tolist()] == always
             rows = hits.ids.ravel()
-            assert (rows >= 0).all()
+            assert (rows >= 0).all(), "every row must be found"
             names = [index.name(row) for row in rows.tolist()]
             assert "a3" not in names
             assert index.find(names).tolist() == rows.tolist()

@@ -99,7 +99,9 @@ def test_no_setting_is_tried_twice_under_another_name():
     for rows in (20, 300, 5000, 300_000):
         lists = 2 ** round(np.log2(4 * np.sqrt(rows)))
         nprobes = {s.nprobe for s in grid(["ivf"], columns=256, rows=rows)}
-        assert nprobes == {p for p in NPROBES if p <= lists}
+        assert nprobes == {p for p in NPROBES if p <= lists}, (
+            f"values of nprobe up to {lists} lists"
+        )
 
 
 # ---------------------------------------------------------------- speeds that decide
@@ -203,18 +205,24 @@ def test_few_neighbours_lower_no_recall(folder, tmp_path):
     shared = np.mean(
         [len(set(a) & set(b)) / 5 for a, b in zip(ids.tolist(), truth.tolist(), strict=True)]
     )
-    assert (results["exact"]["k"], results["exact"]["recall"]) == (5, pytest.approx(shared))
+    assert (results["exact"]["k"], results["exact"]["recall"]) == (5, pytest.approx(shared)), (
+        "exact search: k and recall"
+    )
     assert 0 < shared < 1, "the funnel should lose some, and not all"
 
 
 def test_more_than_the_database_has(folder, tmp_path, capsys):
     results, _ = run(folder, tmp_path / "k", "--k=99999", "--truth=0", "--at=10")
     assert results["setting"]["k"] == N
-    assert results["mflops"] == pytest.approx((64 * N + D * N) / 1e6)
+    assert results["mflops"] == pytest.approx((64 * N + D * N) / 1e6), (
+        "MFLOPs: first scan and rerank of every row"
+    )
     results, _ = run(
         folder, tmp_path / "f", "--funnel=8,16,128", "--funnel-k=5000,700", "--truth=0", "--at=10"
     )
-    assert results["mflops"] == pytest.approx((8 * N + 16 * N + D * N) / 1e6)
+    assert results["mflops"] == pytest.approx((8 * N + 16 * N + D * N) / 1e6), (
+        "MFLOPs: two scans and rerank of every row"
+    )
     assert capsys.readouterr().out.count("no more than 600") == 2
 
 

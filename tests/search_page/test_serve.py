@@ -370,7 +370,7 @@ def test_it_says_what_is_missing_and_who_can_see_it(made, tmp_path, capsys, monk
         assert absent not in out
         assert len(out.strip().splitlines()) <= 3, out
     assert [address[0] for _, address in started] == ["127.0.0.1"] * 3 + ["0.0.0.0"]
-    assert all(address[1] > 0 for _, address in started)
+    assert all(address[1] > 0 for _, address in started), "ports of the started servers"
 
 
 def test_data_sets_of_several_parts_are_counted_once(made, changed, tmp_path, capsys):

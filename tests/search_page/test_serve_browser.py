@@ -338,7 +338,7 @@ def test_without_pictures_names_are_shown_and_keep_their_ends(watched, page, cha
             const outer = node.getBoundingClientRect();
             const inner = node.firstChild.getBoundingClientRect();
             return [outer.left - inner.left, inner.right - outer.right]; }""")
-        assert (front > 20) == cut
+        assert (front > 20) == cut, f"pixels of the name hidden at its start: {front}"
         assert end < 1, "the end of the name is cut"
     assert page.locator("#empty").evaluate("node => node.scrollWidth <= node.clientWidth")
     extension = page.evaluate("""() => {

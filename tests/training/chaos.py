@@ -1,12 +1,12 @@
-"""Kills training runs with SIGKILL repeatedly and compares their results to an undisturbed run.
+"""Kill training runs with SIGKILL repeatedly; compare their results with an undisturbed run.
 
     python tests/training/chaos.py --kills 200            # half of them with two processes
 
-Every run is restarted until it is done, as torchrun does it. Weights, optimizer, RNG and progress of
+Each run restarts until it finishes, as under torchrun. The weights, optimizer, RNG and progress of
 its last checkpoint must have the sha256 of the uninterrupted run, and its log must have the same
-lines. A process is killed at any moment (a timer), inside a step, an all-reduce or an evaluation,
-or at a write, fsync, link or rename of a checkpoint. Children are forks of this process, which has
-imported everything: a restart takes one second instead of ten.
+lines. A process is killed at a random time, inside a step, an all-reduce or an evaluation, or at a
+write, fsync, link or rename of a checkpoint. Children are forks of this process, which has imported
+everything: a restart takes one second instead of ten.
 """
 
 from __future__ import annotations
@@ -136,7 +136,14 @@ def killed_at(place: str, count: int, delay: float) -> None:
 
 
 def child(
-    argv: list[str], rank: int, ranks: int, port: int, attempt: int, out: Path, fate: tuple | None
+    argv: list[str],
+    *,
+    rank: int,
+    ranks: int,
+    port: int,
+    attempt: int,
+    out: Path,
+    fate: tuple | None,
 ) -> None:
     """One process of a run; never returns."""
     code = 70
@@ -172,11 +179,13 @@ def child(
 
 
 def run(
-    folder: Path, run_id: str, ranks: int, kills: int, rng: random.Random, seconds: float
+    folder: Path, run_id: str, *, ranks: int, kills: int, rng: random.Random, seconds: float
 ) -> tuple[Counter, float]:
     """One run with `kills` kills; (where it was killed, seconds of its last attempt)."""
     places: Counter[str] = Counter()
-    argv, out, attempt = options(folder, run_id), folder / f"{run_id}.txt", 0
+    argv = options(folder, run_id)
+    out = folder / f"{run_id}.txt"
+    attempt = 0
     while True:
         fate, victim = None, rng.randrange(ranks)
         if sum(places.values()) < kills:
@@ -190,13 +199,21 @@ def run(
         for rank in range(ranks):
             pid = os.fork()
             if pid == 0:
-                child(argv, rank, ranks, port, attempt, out, fate if rank == victim else None)
+                child(
+                    argv,
+                    rank=rank,
+                    ranks=ranks,
+                    port=port,
+                    attempt=attempt,
+                    out=out,
+                    fate=fate if rank == victim else None,
+                )
             children.append(pid)
         codes = wait(children)
         attempt += 1
         if any(codes) and (fate is None or codes[victim] != -signal.SIGKILL):
             raise SystemExit(
-                f"{run_id}: ended with {codes}, nobody had killed it:\n{out.read_text()[-3000:]}"
+                f"{run_id}: exit codes {codes} without a kill:\n{out.read_text()[-3000:]}"
             )
         if fate is not None and codes[victim] == -signal.SIGKILL:
             places[fate[0]] += 1
@@ -250,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         for split, source in (("train", Digits(0, TRAIN)), ("val", Digits(TRAIN, VAL))):
             write_beton(source, folder / f"{split}.beton", max_resolution=32, write_mode="raw")
         for ranks in args.ranks:
-            _, seconds = run(folder, f"alone-{ranks}", ranks, 0, rng, 0)
+            _, seconds = run(folder, f"alone-{ranks}", ranks=ranks, kills=0, rng=rng, seconds=0)
             expected = result(folder / "runs" / f"alone-{ranks}")
             print(
                 f"{ranks} processes: {EPOCHS} epochs in {seconds:.1f} s, sha256 {expected[0][:16]}",
@@ -260,7 +277,14 @@ def main(argv: list[str] | None = None) -> int:
             while left > 0:
                 number += 1
                 run_id = f"killed-{ranks}-{number}"
-                places, _ = run(folder, run_id, ranks, min(left, args.per_run), rng, seconds)
+                places, _ = run(
+                    folder,
+                    run_id,
+                    ranks=ranks,
+                    kills=min(left, args.per_run),
+                    rng=rng,
+                    seconds=seconds,
+                )
                 left, total = left - sum(places.values()), total + places
                 found = result(folder / "runs" / run_id)
                 if found != expected:

@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
     place=st.floats(0, 1),
     peak=st.floats(0, 10),
 )
-def test_schedules_equal_the_formulas(kind, epochs, warmup, length, ratio, place, peak):
+def test_schedules_equal_the_formulas(*, kind, epochs, warmup, length, ratio, place, peak):
     options = LrConfig(
         lr_schedule_type=kind, warmup_epochs=warmup, step_ratio=ratio, step_length=length
     )
@@ -55,7 +55,9 @@ def test_schedules_equal_the_formulas(kind, epochs, warmup, length, ratio, place
         expected = peak * (
             ratio ** sum(epoch >= k for k in range(length, 100, length)) if kind == "step" else 1
         )
-    assert lr_at(epoch, options, peak, epochs) == pytest.approx(expected, abs=1e-9)
+    assert lr_at(epoch, options, peak, epochs) == pytest.approx(expected, abs=1e-9), (
+        f"{kind}: rate at epoch {epoch} of {epochs}"
+    )
 
 
 @pytest.mark.parametrize("kind", ["step", "constant", "cosine"])
@@ -72,7 +74,7 @@ def test_the_warm_up_is_continuous_and_reaches_the_peak(kind, warmup, epochs):
     assert all(0 < b - a < 0.021 for a, b in pairwise(ramp)), f"not an even ramp: {ramp}"
     assert not end or (
         ramp[0] == pytest.approx(2e-4) and lr_at(end - 1e-9, options, 2.0, epochs) > 2 - 1e-6
-    )
+    ), "warm-up from 1e-4 of the peak rate up to the peak"
 
 
 def test_cosine_ends_at_zero_and_stays_there():
@@ -128,7 +130,7 @@ def test_the_options_are_read():
 
 
 class Small(nn.Module):
-    """Each kind of parameter: a kernel, a norm layer, a hidden matrix with bias, two classifiers."""
+    """Each kind of parameter: kernel, norm layer, hidden matrix with bias, two classifiers."""
 
     def __init__(self):
         super().__init__()
@@ -165,20 +167,20 @@ def values(model):
     return {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
 
 
-def sgd(w, g, state, step, lr, decay, momentum, adapted):
+def sgd(w, g, state, *, step, lr, decay, momentum, adapted):
     g = g + decay * w
     state["m"] = g if step == 0 else momentum * state["m"] + g
     return w - lr * state["m"]
 
 
-def adamw(w, g, state, step, lr, decay, momentum, adapted):
+def adamw(w, g, state, *, step, lr, decay, momentum, adapted):
     state["m"] = momentum * state.get("m", 0) + (1 - momentum) * g
     state["v"] = 0.999 * state.get("v", 0) + 0.001 * g**2
     mean, square = state["m"] / (1 - momentum ** (step + 1)), state["v"] / (1 - 0.999 ** (step + 1))
     return w - lr * decay * w - lr * mean / (np.sqrt(square) + 1e-8)
 
 
-def lars(w, g, state, step, lr, decay, momentum, adapted):
+def lars(w, g, state, *, step, lr, decay, momentum, adapted):
     if adapted:
         w_norm, g_norm = math.sqrt((w**2).sum()), math.sqrt((g**2).sum())
         ratio = (
@@ -192,7 +194,7 @@ def lars(w, g, state, step, lr, decay, momentum, adapted):
 ORACLES = {"sgd": sgd, "adamw": adamw, "lars": lars}
 
 
-def expected(name, decay, norm_decay, momentum, steps=6, lr=0.01):
+def expected(name, decay, norm_decay, momentum, *, steps=6, lr=0.01):
     model, states = small(), {}
     now = values(model)
     for step in range(steps):
@@ -205,11 +207,11 @@ def expected(name, decay, norm_decay, momentum, steps=6, lr=0.01):
                 now[key],
                 parameter.grad.numpy(),
                 state,
-                step,
-                lr / (step + 1),
-                own,
-                momentum,
-                adapted,
+                step=step,
+                lr=lr / (step + 1),
+                decay=own,
+                momentum=momentum,
+                adapted=adapted,
             )
     return now
 

@@ -17,7 +17,7 @@ DAY = 1_600_000_000  # 2020-09-13, UTC
 
 
 def age(folder, seconds):
-    """As if all of it had been written so long ago."""
+    """Set the modification times of a folder to `seconds` ago."""
     for path in [folder, *folder.rglob("*")]:
         os.utime(path, (time.time() - seconds,) * 2)
 
@@ -30,7 +30,7 @@ def write(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(log, "time", SimpleNamespace(time=lambda: clock.now))
 
-    def make(name, started, params, epochs, events=(), written=86400):
+    def make(name, started, params, epochs, *, events=(), written=86400):
         clock.now = started
         path = tmp_path / "logs" / name
         run = RunLog(path, {"model.arch": "resnet18", "training.epochs": 3, **params}, "")
@@ -60,10 +60,20 @@ def logs(write):
         {"top_1_8": 0.7, "top_1_16": 0.75},
     ]
     done = write(
-        "20200913-122640-resnet18-0000", DAY, mrl, epochs, ["skipped"] * 3 + ["rolled back"]
+        "20200913-122640-resnet18-0000",
+        DAY,
+        mrl,
+        epochs,
+        events=["skipped"] * 3 + ["rolled back"],
     )
     (done / "model.safetensors").write_bytes(b"its header is damaged")
-    write("asked", DAY + 86400, {"model.fixed_feature": 8}, [{"top_1": 0.9}, {}], ["stopped"])
+    write(
+        "asked",
+        DAY + 86400,
+        {"model.fixed_feature": 8},
+        [{"top_1": 0.9}, {}],
+        events=["stopped"],
+    )
     write("crashed", DAY + 2 * 86400, {"model.efficient": 1}, [{"top_1_8": 0.1, "top_1_16": 0.3}])
     write("new", DAY + 4 * 86400, mrl, [], written=0)
     interval = {"training.checkpoint_every_minutes": 30.0}
@@ -211,7 +221,7 @@ def test_a_table_has_120_columns_at_most(write, tmp_path, capsys):
         "20260101-120000-" + "x" * 100 + "-abcd",
         {"model.arch": "timm:" + "y" * 50, "model.mrl": 1},
     )
-    write(name, time.time(), params, [dims], ["skipped"] * 1000 + ["rolled back"])
+    write(name, time.time(), params, [dims], events=["skipped"] * 1000 + ["rolled back"])
     write("short", time.time(), {"training.epochs": None}, [])
     list_runs.main([str(tmp_path / "logs")])
     lines = capsys.readouterr().out.splitlines()

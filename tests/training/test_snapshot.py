@@ -1,4 +1,4 @@
-"""Training checkpoints: whole or not there, whatever the disk does."""
+"""Training checkpoints: complete or absent after any failure of the disk."""
 
 import errno
 import os
@@ -30,7 +30,7 @@ def test_a_checkpoint_is_safetensors_and_comes_back(tmp_path):
     given = tensors()
     for step in (1, 2, 3, 20):
         snapshots.save(step, given, {"step": step}, best=step == 2)
-        for tensor in given.values():  # training goes on: the copy must not see it
+        for tensor in given.values():  # training continues: the copy must not change
             tensor.add_(1)
     snapshots.wait()
     assert snapshots.problems() == []

@@ -1,4 +1,4 @@
-"""Functions around a training step: parts of a batch, sums, gradients, checkpoints of any method."""
+"""Functions around a training step: parts of a batch, sums, gradients, any method's checkpoints."""
 
 from types import SimpleNamespace
 

@@ -33,6 +33,14 @@ def train(digits, folder, run_id, *more):
     return load_model(folder / run_id / "model.safetensors").state_dict()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _without_chart():
+    """The chart takes a quarter of a short run; test_programs.py looks at it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_imagenet, "draw_chart", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def plain(digits, tmp_path_factory):
     return train(digits, tmp_path_factory.mktemp("plain"), "run")
