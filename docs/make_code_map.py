@@ -21,13 +21,8 @@ INTRODUCTION = """\
 
 One line per file. Read these first: `matryoshka/nested.py` (the idea), `matryoshka/data/loader.py`
 (the path of one image) and `train/train_imagenet.py` (the training loop).
-<<<<<<< HEAD
-[architecture.md](architecture.md) defines the terms and follows one image, one training step and one query
-through the code.
-=======
-[architecture.md](architecture.md) follows one image, one training step and one query through the
-code.
->>>>>>> y3
+[architecture.md](architecture.md) defines the terms and follows one image, one training step and one
+query through the code.
 """
 
 # Folder, title, in reading order. A folder's own files come first, then its subfolders.

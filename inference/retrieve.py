@@ -68,6 +68,11 @@ MIN_SINGLE_QUERIES = 200  # if they take more than 10 s
 
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["serve"]:
+        raise config.ConfigError(
+            "serve is a program of its own: `matryoshka retrieve serve`, or inference/serve.py"
+        )
     args = parser().parse_args(argv)
     check(args)
     if args.threads:

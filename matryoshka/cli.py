@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in PROGRAMS:
         near = get_close_matches(command, ["demo", *PROGRAMS], n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        print(f"error: unknown command {command!r}{hint}\n\n{usage()}", file=sys.stderr)
+        print(f"error: unknown command {command!r}{hint}; see matryoshka --help", file=sys.stderr)
         return 2
     return run(command, rest)
 
@@ -128,8 +128,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     if (command, first) in ROUTES:
         program = ROUTES[command, first]
         argv = argv[1:]
-    # The program parses them again: this pass only finds mistakes before torch is imported.
-    if program.options is not None:
+    # The program parses them again: this pass only finds mistakes before torch is imported. A config
+    # file from a pipe can be read once, so the program alone reads it.
+    if program.options is not None and not config.names_a_pipe(argv):
         module, _, parser = program.options.partition(":")
         make_parser = getattr(importlib.import_module(module), parser)
         make_parser().parse_args(argv)
@@ -192,14 +193,17 @@ def demo(argv: Sequence[str]) -> int:
             "--cfg.max_resolution=64",
             "--cfg.jpeg_quality=95",
         ]
-        run("write", options)
+        if status := run("write", options):
+            return status
 
     # ---- training ----
     data = [f"--data.train_dataset={folder}/train.beton", f"--data.val_dataset={folder}/val.beton"]
     for name, model in runs.items():
         step(f"3/6  train {name}", folder / name)
         run_folder = [f"--logging.folder={folder}", f"--logging.run_id={name}"]
-        run("train", [*DEMO_OPTIONS, *model, *data, *run_folder])
+        # A run that was stopped (status 75) ends the demo, too.
+        if status := run("train", [*DEMO_OPTIONS, *model, *data, *run_folder]):
+            return status
 
     # ---- evaluation ----
     step("4/6  accuracy of every prefix on the held-out digits")
@@ -213,7 +217,8 @@ def demo(argv: Sequence[str]) -> int:
         ]
         if name == "mrl":
             options += ["--save_logits", "--save_gt"]  # for the analyses
-        run("eval", options)
+        if status := run("eval", options):
+            return status
         results[name] = json.loads(output.read_text())
 
     # The rows of the baselines' widths also show the baselines' accuracy.

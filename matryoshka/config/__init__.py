@@ -21,6 +21,7 @@ from matryoshka.config.outcome import program
 from matryoshka.config.sections import (
     SectionParser,
     flat,
+    names_a_pipe,
     neutral_options,
     read,
     section_parser,
@@ -37,6 +38,7 @@ __all__ = [
     "command_parser",
     "flat",
     "flat_parser",
+    "names_a_pipe",
     "neutral_options",
     "option",
     "program",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 Row = tuple[str, str]  # (option, explanation); a row without an option is a heading
 EXAMPLE = 4  # indentation of an example's command
+TABLE_ROW = r"\S+(, \S+)*\s{2,}(?=\S)"  # a name, and its explanation behind two spaces
 
 
 def help_text(usage: str, rows: Sequence[Row]) -> str:
@@ -20,8 +21,8 @@ def help_text(usage: str, rows: Sequence[Row]) -> str:
     for option, text in rows:
         if not option:
             lines.append("")
-            for paragraph in text.split("\n"):
-                lines += _wrapped(paragraph, width)
+            for line in _joined(text):
+                lines += _wrapped(line, width)
             continue
         head = f"  {option}  ".ljust(column)
         lines += textwrap.wrap(
@@ -30,14 +31,29 @@ def help_text(usage: str, rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def _joined(text: str) -> list[str]:
+    """The lines of a description, with those of a paragraph, or of a table's row, joined to one."""
+    lines = [""]
+    for line in text.split("\n"):
+        previous = lines[-1]
+        in_table = re.match(TABLE_ROW, previous) is not None
+        if in_table:
+            continues = line.startswith(" " * (EXAMPLE + 1))
+        else:
+            is_text = bool(line) and not line.startswith(" ") and not re.match(TABLE_ROW, line)
+            continues = is_text and bool(previous) and not previous.startswith(" ")
+        if continues:
+            lines[-1] = f"{previous} {line.strip()}"
+        else:
+            lines.append(line)
+    return lines[1:]
+
+
 def _wrapped(line: str, width: int) -> list[str]:
     """A line of a description, wrapped with the indentation that its kind needs."""
     indent = len(line) - len(line.lstrip())
-    row = re.match(r"\S+(, \S+)*\s{2,}(?=\S)", line)
-    if row is not None:
-        hanging = row.end()  # a row of a table: below its second column
-    elif indent == EXAMPLE:
-        hanging = 2 * EXAMPLE
-    else:
-        hanging = indent
+    if indent == EXAMPLE:
+        return [line]  # a command, which must stay on one line to be copied
+    row = re.match(TABLE_ROW, line)
+    hanging = row.end() if row is not None else indent  # below the second column of a table
     return textwrap.wrap(line, width, subsequent_indent=" " * hanging) or [""]

@@ -7,6 +7,7 @@ status 0 on errors. Here later wins over earlier, and the command line over file
 
 from __future__ import annotations
 
+import os
 import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -73,6 +74,9 @@ def read(
         print(_help(declared, prog or Path(sys.argv[0]).name, description), flush=True)
         raise SystemExit(0)
 
+    # A misspelt option often leaves a required one out: the typo alone is reported.
+    misspelt = any(error.startswith("unknown option") for error in errors)
+
     # Later files win over earlier ones, and the command line over all of them.
     given = Given()
     for name in files:
@@ -82,7 +86,10 @@ def read(
     for name, section in sections.items():
         before = len(errors)
         values = _values(name, section, params, given, errors)
-        if len(errors) == before:
+        missing = _missing(name, section, params, given)
+        if not misspelt:
+            errors += missing
+        if len(errors) == before and not missing:
             try:
                 setattr(config, name, section(**values))
             except ValueError as error:
@@ -111,9 +118,6 @@ def _values(
         key = f"{name}.{field.name}"
         param = params[key]
         if param.required and key not in given:
-            errors.append(
-                f"{key} is required: {param.desc}" if param.desc else f"{key} is required"
-            )
             continue
         value, source = given.get(key, (param.default, "by default"))
         try:
@@ -126,6 +130,19 @@ def _values(
         except ValueError as error:
             errors.append(f"{key}={show(value)} {source}: {error}")
     return values
+
+
+def _missing(
+    name: str, section: type, params: Mapping[str, fastargs.Param], given: Given
+) -> list[str]:
+    """Errors for the required options of a section that are not given."""
+    missing = []
+    for field in fields(section):
+        key = f"{name}.{field.name}"
+        if params[key].required and key not in given:
+            text = params[key].desc
+            missing.append(f"{key} is required: {text}" if text else f"{key} is required")
+    return missing
 
 
 def _declare(sections: Mapping[str, type]) -> fastargs.Config:
@@ -175,10 +192,17 @@ def _split(
     return files, given, switches
 
 
+def names_a_pipe(argv: Sequence[str]) -> bool:
+    """Whether a --config-file is a pipe or a device, whose content can be read only once."""
+    files, _, _ = _split(argv, (), [])
+    return any(os.path.exists(name) and not os.path.isfile(name) for name in files)
+
+
 def _help(declared: fastargs.Config, prog: str, description: str) -> str:
     """Every option, grouped by section."""
     rows = [
         ("", description),
+        ("", "options"),
         (
             "-C, --config-file=FILE",
             "YAML or JSON file of options; may be repeated, later files win",

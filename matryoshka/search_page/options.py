@@ -35,7 +35,7 @@ class ServeOptions:
 def serve_parser() -> FlagParser:
     """The options of serve.py."""
     return flat_parser(
-        "retrieve.py serve",
+        "matryoshka retrieve serve",
         "A page to try an index: upload an image, see its neighbours at every prefix, and the "
         "recall of the fast search.\n\n"
         "    matryoshka retrieve serve photos.index\n"

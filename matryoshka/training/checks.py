@@ -37,9 +37,11 @@ def check(cfg: SimpleNamespace, processes: int) -> None:
     needed = [("data.val_dataset", data.val_dataset)]
     if not training.eval_only:
         needed.append(("data.train_dataset", data.train_dataset))
-    for name, value in needed:
-        if value is None:
-            raise config.ConfigError(f"{name} is required: a .beton file or an image folder")
+    if missing := [name for name, value in needed if value is None]:
+        are = "is" if len(missing) == 1 else "are"
+        raise config.ConfigError(
+            f"{' and '.join(missing)} {are} required: a .beton file or an image folder"
+        )
 
     # ---- options by themselves and against the machine ----
     check_crops(cfg)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -105,7 +106,8 @@ def launch_id() -> str | None:
         return None
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     if name not in ("", "none"):
-        return name
+        # torchrun allows any text; the name of a run folder has no separators and no leading dot.
+        return re.sub(r"[^\w.-]+", "-", name).lstrip(".-") or None
 
     agent = os.getppid()
     try:
