@@ -165,7 +165,7 @@ class SearchParams:
             return self  # the common case of single queries, without another validation
         if self.results == k:
             return replace(self, stages=(*self.stages[:-1], last))
-        # Only the last stage has exact cosines: see docs/retrieval.md for the factor of 4.
+        # No later stage recovers what a short prefix loses: 4 k is the advice of docs/retrieval.md.
         early = [Stage(stage.dim, max(stage.keep, 4 * k)) for stage in self.stages[:-1]]
         return replace(self, k=max(self.k, 4 * k), stages=(*early, last))
 

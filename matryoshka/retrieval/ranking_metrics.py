@@ -213,7 +213,7 @@ def summarise_recall(
         mean_lower_bound(counted, half, bonferroni),
         1 - mean_lower_bound(1 - counted, half, bonferroni),
     )
-    # 1e-9: a share such as 7 / 10 is stored a little below 7 / 10.
+    # 1e-9: in floating point, 0.29 * 100 is 28.999999999999996.
     found = np.bincount(np.floor(counted * k + 1e-9).astype(np.int64), minlength=k + 1)
     lower = mean_lower_bound(counted, confidence, bonferroni)
     return RecallSummary(

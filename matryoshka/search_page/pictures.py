@@ -125,7 +125,7 @@ class Pictures:
                         "the index cannot tell this data set from others: no fingerprint, no names",
                     )
         except (BetonError, OSError):
-            reason = "cannot be read" if os.path.exists(path) else "no longer exists"
+            reason = "cannot be read" if os.path.exists(path) else "does not exist"
             raise Refusal(404, f"the data set {reason}") from None
         if not is_same:
             raise Refusal(404, "the data set is not the one that the index was made from")

@@ -397,8 +397,8 @@ def test_data_sets_of_several_parts_are_counted_once(made, changed, tmp_path, ca
     out = capsys.readouterr().out
     assert f"pictures from {made / 'photos'}\n" in out
     assert (
-        f"1 of 2 data sets cannot be used, the page shows names ({other}: the data set "
-        "no longer exists)" in out
+        f"1 of 2 data sets cannot be used, the page shows names ({other}: the data set does "
+        "not exist)" in out
     )
     line = refused([str(changed), f"--data={tmp_path / 'elsewhere'}"], capsys)
     assert (
