@@ -1,4 +1,5 @@
-"""Generate docs/code_map.md: the commands, and one line per file from its docstring's first sentence.
+"""Generate docs/code_map.md: the commands, and one line per file from its docstring's first
+sentence.
 
 python docs/make_code_map.py [OUTPUT]
 """
@@ -21,8 +22,8 @@ INTRODUCTION = """\
 
 One line per file. Read these first: `matryoshka/nested.py` (the idea), `matryoshka/data/loader.py`
 (the path of one image) and `train/train_imagenet.py` (the training loop).
-[architecture.md](architecture.md) defines the terms and follows one image, one training step and one
-query through the code.
+[architecture.md](architecture.md) defines the terms and follows one image, one training step and
+one query through the code.
 """
 
 # Folder, title, in reading order. A folder's own files come first, then its subfolders.

@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     requested, epsilons = check(args)
     started = time.perf_counter()
     arrays = from_results(args.results) if args.results else from_files(vars(args))
-    # By default, an analysis that these arrays do not allow is left out; a requested one is an error.
+    # By default, an analysis that these arrays do not allow is left out; a requested one is an
+    # error.
     explicit = args.only != ANALYSES
     analyses = possible_analyses(requested, arrays, args.learn, explicit)
     output = Path(args.output) if args.output else Path(args.results or "").parent / "analysis.json"

@@ -207,7 +207,7 @@ def prefixes_to_evaluate(args: SimpleNamespace, model: NestedModel) -> tuple[int
 
 
 def applies(method: str, model: NestedModel, datasets: Sequence, requested: bool) -> bool:
-    """Whether a method applies to model and data; for a requested one, ModelError if it does not."""
+    """Whether a method applies to model and data; ModelError if a requested one does not."""
     try:
         if method in NEED_ONE_HEAD and len(model.dims) > 1:
             raise ModelError(

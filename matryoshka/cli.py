@@ -128,8 +128,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     if (command, first) in ROUTES:
         program = ROUTES[command, first]
         argv = argv[1:]
-    # The program parses them again: this pass only finds mistakes before torch is imported. A config
-    # file from a pipe can be read once, so the program alone reads it.
+    # The program parses them again: this pass only finds mistakes before torch is imported. A
+    # config file from a pipe can be read once, so the program alone reads it.
     if program.options is not None and not config.names_a_pipe(argv):
         module, _, parser = program.options.partition(":")
         make_parser = getattr(importlib.import_module(module), parser)

@@ -51,7 +51,6 @@ def offences(path: Path) -> list[str]:
     return found
 
 
-@pytest.mark.skip(reason="until the wings are merged")
 def test_plain_english():
     found = [line for path in pages() for line in offences(path)]
     assert not found, f"{len(found)} phrases to rewrite:\n" + "\n".join(found)

@@ -3,8 +3,10 @@
 import ast
 import importlib
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,16 @@ def test_options_of_a_backbone_are_kept_in_the_file(tmp_path):
     assert metadata(wide)["arch_options"] == {"zero_init_residual": True}
     assert load_model(wide).spec == spec
     assert load_model(plain).spec.arch_options == {}
+
+
+def test_a_config_file_from_a_pipe_is_read_once(tmp_path, capsys):
+    """A pipe has no second content: a pass over the options beforehand must not read it."""
+    pipe = tmp_path / "options.yaml"
+    os.mkfifo(pipe)
+    text = "data: {train_dataset: nowhere, val_dataset: nowhere}\n"
+    writer = threading.Thread(target=pipe.write_text, args=(text,))
+    writer.start()
+    with pytest.raises(SystemExit, match=r"^2$"):
+        cli.main(["train", f"--config-file={pipe}"])
+    writer.join(10)
+    assert capsys.readouterr().err == "error: nowhere: no such file or folder\n"

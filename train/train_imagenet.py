@@ -163,7 +163,8 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
         f"{len(val_loader.dataset):,} for validation"
     )
     print0(f"model    {spec.arch}, {spec.head_name}, dims {list(spec.dims)}")
-    # compile() changes DDP's wrapper in place: the model's keys stay, and evaluation is not compiled.
+    # compile() changes DDP's wrapper in place: the model's keys stay, and evaluation is not
+    # compiled.
     compiled = compile_model(ddp, cfg, world.device)
     print0(f"device   {world.size} x {world.device.type}, {precision}{compiled}")
     print0(
@@ -253,7 +254,8 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
 
         # ---- final model ----
         if world.is_main:
-            session.snapshots.wait()  # the last checkpoint must be complete before the run is finished
+            # the last checkpoint must be complete before the run is finished
+            session.snapshots.wait()
             checkpoint.save_upstream(model, start.path / "final_weights.pt")
             if ema is not None:
                 checkpoint.save_model(ema.module, start.path / "model_ema.safetensors", options)

@@ -7,8 +7,8 @@ status 0 on errors. Here later wins over earlier, and the command line over file
 
 from __future__ import annotations
 
-import os
 import math
+import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -74,9 +74,6 @@ def read(
         print(_help(declared, prog or Path(sys.argv[0]).name, description), flush=True)
         raise SystemExit(0)
 
-    # A misspelt option often leaves a required one out: the typo alone is reported.
-    misspelt = any(error.startswith("unknown option") for error in errors)
-
     # Later files win over earlier ones, and the command line over all of them.
     given = Given()
     for name in files:
@@ -86,10 +83,7 @@ def read(
     for name, section in sections.items():
         before = len(errors)
         values = _values(name, section, params, given, errors)
-        missing = _missing(name, section, params, given)
-        if not misspelt:
-            errors += missing
-        if len(errors) == before and not missing:
+        if len(errors) == before:
             try:
                 setattr(config, name, section(**values))
             except ValueError as error:
@@ -118,6 +112,9 @@ def _values(
         key = f"{name}.{field.name}"
         param = params[key]
         if param.required and key not in given:
+            errors.append(
+                f"{key} is required: {param.desc}" if param.desc else f"{key} is required"
+            )
             continue
         value, source = given.get(key, (param.default, "by default"))
         try:
@@ -130,19 +127,6 @@ def _values(
         except ValueError as error:
             errors.append(f"{key}={show(value)} {source}: {error}")
     return values
-
-
-def _missing(
-    name: str, section: type, params: Mapping[str, fastargs.Param], given: Given
-) -> list[str]:
-    """Errors for the required options of a section that are not given."""
-    missing = []
-    for field in fields(section):
-        key = f"{name}.{field.name}"
-        if params[key].required and key not in given:
-            text = params[key].desc
-            missing.append(f"{key} is required: {text}" if text else f"{key} is required")
-    return missing
 
 
 def _declare(sections: Mapping[str, type]) -> fastargs.Config:

@@ -155,7 +155,8 @@ def mix(
         mixed[:1].add_(images[-1:], alpha=1 - share)
         return Mixed(mixed, labels, labels.roll(1), share)
     height, width = images.shape[2:]
-    # A rectangle of the image's shape whose area, before clipping, is 1 - share (CutMix, section 3.1).
+    # A rectangle of the image's shape whose area, before clipping, is 1 - share (CutMix, section
+    # 3.1).
     side = (1 - float(rng.beta(cutmix, cutmix))) ** 0.5
     rows = _interval(height, side, rng)
     columns = _interval(width, side, rng)

@@ -100,7 +100,8 @@ def write_with_ffcv(
             )
     if settings.write_mode == "proportion" and settings.seed != 0:
         raise BetonError(
-            f"seed={settings.seed}: writer=ffcv draws without a seed for write_mode=proportion; use "
+            f"seed={settings.seed}: writer=ffcv draws without a seed for write_mode=proportion; "
+            "use "
             "writer=native"
         )
     native.check_arguments(path, num_workers, chunk_size, settings.subset, len(source))

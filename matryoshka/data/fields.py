@@ -112,7 +112,8 @@ def read_bytes(column: Column) -> list[np.ndarray]:
     if wrong.any():
         k = int(wrong.argmax())
         fail(
-            f"sample {samples[k]} records {size[k]} bytes at {pointer[k]}, where it has a region of "
+            f"sample {samples[k]} records {size[k]} bytes at {pointer[k]}, where it has a region "
+            "of "
             f"{stored[k]}"
         )
     # a value without bytes has no region, and its pointer has no meaning

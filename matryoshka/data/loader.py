@@ -419,6 +419,7 @@ class _Epoch:
             # Compacted to the front: a batch is one contiguous piece, which `send` copies at once.
             images[: len(good)] = images[good]
             indices = indices[good]
-        # A copy: on a CPU the tensor shares the array's memory, which is a view of the epoch's order.
+        # A copy: on a CPU the tensor shares the array's memory, which is a view of the epoch's
+        # order.
         batch, sent = self._slots.send(images, loader.dataset.labels[indices], indices.copy())
         return batch, sent, skipped

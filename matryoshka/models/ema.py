@@ -33,7 +33,7 @@ class Ema(Generic[M]):
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
             self._average, self._source, 1 - decay
         )
-        # Copied, not averaged: batch norm's statistics are running averages already, and its counter
-        # of batches is an integer.
+        # Copied, not averaged: batch norm's statistics are running averages already, and its
+        # counter of batches is an integer.
         for averaged, current in self._buffers:
             averaged.copy_(current)

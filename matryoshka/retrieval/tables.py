@@ -114,7 +114,8 @@ def _arrays(path: Path) -> Table:
         labels = stored.astype(np.int64)
         if len(labels) != len(rows) or not np.array_equal(labels, stored):
             raise RetrievalError(
-                f"{labels_file}: is {stored.dtype} {list(stored.shape)}, expected integer labels of "
+                f"{labels_file}: is {stored.dtype} {list(stored.shape)}, expected integer labels "
+                "of "
                 f"{len(rows)} rows"
             )
         if stored.dtype == np.float16 and len(labels) and labels.max() >= MAX_EXACT_FLOAT16:

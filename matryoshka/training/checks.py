@@ -76,8 +76,8 @@ def check(cfg: SimpleNamespace, processes: int) -> None:
     train_set, val_set = open_dataset(data.train_dataset), open_dataset(data.val_dataset)
     spec = model_spec(cfg.model, train_set.num_classes, training.use_blurpool)
     if training.resume is None:  # a resumed run takes its weights from its checkpoint
-        # Every image size of the run: a transformer may not accept it, which would otherwise end the
-        # run in the epoch that first uses it.
+        # Every image size of the run: a transformer may not accept it, which would otherwise end
+        # the run in the epoch that first uses it.
         ramp = cfg.resolution
         epochs = {0, *range(ramp.start_ramp, ramp.end_ramp), ramp.start_ramp, ramp.end_ramp}
         sizes = {resolution_at(epoch, ramp) for epoch in epochs} | {cfg.validation.resolution}

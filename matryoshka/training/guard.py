@@ -54,7 +54,8 @@ class NonFiniteGuard:
     def before_step(self) -> tuple[Tensor, Tensor]:
         """Clip the gradients; return (their norm before clipping, 0-d bool: skip this step)."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        # One number answers for all gradients: a NaN or infinity in any of them makes it non-finite.
+        # One number answers for all gradients: a NaN or infinity in any of them makes it
+        # non-finite.
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.clip:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self.clip, norm)

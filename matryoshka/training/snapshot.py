@@ -177,7 +177,8 @@ class Snapshots:
         failed = f"checkpoint of step {step} not written"
         try:
             copy.wait()
-            # A checkpoint with a NaN cannot be trained on, and would in time displace the good ones.
+            # A checkpoint with a NaN cannot be trained on, and would in time displace the good
+            # ones.
             bad_tensor = copy.first_non_finite()
             if bad_tensor is not None:
                 self._problems.append(f"{failed}: {bad_tensor} is not finite")

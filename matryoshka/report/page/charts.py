@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 760, 360
-# Margins around the plot area: the numbers and the label of the y-axis are at its left, those of the
-# x-axis below it.
+# Margins around the plot area: the numbers and the label of the y-axis are at its left, those of
+# the x-axis below it.
 LEFT = 58
 RIGHT = 18
 TOP = 14
