@@ -19,8 +19,6 @@ from matryoshka.embeddings import reading
 from matryoshka.evaluation import analysis, baseline_methods
 from matryoshka.evaluation import options as evaluation
 from matryoshka.models import ModelSpec, build
-from matryoshka.retrieval import options as retrieval
-from matryoshka.retrieval import pipeline
 from matryoshka.training import session
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,10 +72,9 @@ def test_lazy_names_exist_and_agree_with_those_for_type_checkers(wing):
 
 
 def test_names_that_are_declared_without_their_modules():
-    assert tuple(pipeline.INDEXES) == retrieval.INDEXES
     assert reading.DTYPES == evaluation.DTYPES
     assert tuple(baseline_methods.METHODS) == evaluation.METHODS
-    assert evaluation.analyze_parser().get_default("bins") == analysis.BINS
+    assert evaluation.AnalyzeOptions.bins == analysis.BINS
 
 
 def test_options_that_a_resumed_run_may_change():

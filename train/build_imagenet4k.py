@@ -45,6 +45,7 @@ from matryoshka.data.options import MAX_RESOLUTION, MAX_SEED, TRANSCODE, WriteOp
 from matryoshka.data.reader import manifest_path, printable
 from matryoshka.data.sources import EXTENSIONS, decode_image
 from matryoshka.files import AtomicFile, write_atomically
+from matryoshka.runtime import MAX_THREADS
 
 QUERIES = "imagenet4k_queries.beton"
 DATABASE = "imagenet4k_database.beton"
@@ -89,7 +90,7 @@ class BuildOptions:
     names: bool = config.option(
         False, help="also keep the file names in the side files of the .beton files"
     )
-    workers: int = config.option(0, help="threads; 0: all cores", low=0, high=1024)
+    workers: int = config.option(0, help="threads; 0: all cores", low=0, high=MAX_THREADS)
     overwrite: bool = config.option(False, help="replace files of other options")
 
 

@@ -30,6 +30,7 @@ from matryoshka.data.fields import TYPE_NAMES
 from matryoshka.data.reader import manifest_path, printable
 from matryoshka.data.sources import decode_image
 from matryoshka.environment import available_cores
+from matryoshka.runtime import MAX_THREADS
 
 EXAMINED = 500  # images whose JPEG header `info` reads
 SHOWN = 20  # samples that a list on the terminal names
@@ -64,7 +65,7 @@ class FileOptions:
 class VerifyOptions(FileOptions):
     """Options of `verify`."""
 
-    workers: int = config.option(0, help="threads; 0: all cores", low=0, high=1024)
+    workers: int = config.option(0, help="threads; 0: all cores", low=0, high=MAX_THREADS)
 
 
 def parser() -> config.CommandParser:

@@ -62,11 +62,6 @@ class FlagParser:
             if not field.metadata.get("positional"):
                 self._words.add_argument(_label(field), dest=name, **_reading(field, option))
 
-    def get_default(self, name: str) -> Any:
-        """The default of an option; None for a required one."""
-        default = default_of(self._options[name][0])
-        return None if default is MISSING else default
-
     def parse_args(self, argv: Sequence[str] | None = None) -> SimpleNamespace:
         """The typed options. ConfigError, one line, for the first error; `--help` exits."""
         argv = list(sys.argv[1:] if argv is None else argv)

@@ -10,11 +10,9 @@ from matryoshka.retrieval.exact import exact_search
 from matryoshka.retrieval.graph import Graph
 from matryoshka.retrieval.hits import Hits, RetrievalError, as_rows, check_rows
 from matryoshka.retrieval.ivf import InvertedFile
-from matryoshka.retrieval.params import INDEXES, PREFIX_CACHE_DIMS, SearchParams, default_params
+from matryoshka.retrieval.params import PREFIX_CACHE_DIMS, SearchParams
 from matryoshka.retrieval.rerank import build_prefix_cache, rerank
 from matryoshka.retrieval.scan import BinaryScan, PrefixScan
-
-__all__ = ["INDEXES", "PREFIX_CACHE_DIMS", "Engine", "SearchParams", "Searcher", "default_params"]
 
 BUILDERS: dict[str, Any] = {
     "scan": PrefixScan,

@@ -1,6 +1,6 @@
 """Reference accuracies of the MRL paper: ResNet-50, 40 epochs, ImageNet-1K.
 
-Kusupati et al., arXiv 2205.13147, tables 1 and 2; the values are those of the plot data in
+Kusupati et al., arXiv 2205.13147, table 1; the values are those of the plot data in
 github.com/RAIVNLab/MRL, commit 9ab343f, Visualization/. FF has a separate model for each width.
 """
 
@@ -9,9 +9,4 @@ LINEAR = {
     "MRL": (66.63, 73.53, 75.03, 75.82, 76.30, 76.47, 76.65, 76.76, 76.80),
     "MRL-E": (56.66, 71.94, 74.48, 75.35, 75.80, 76.22, 76.36, 76.48, 76.51),
     "FF": (65.29, 72.85, 74.60, 75.27, 75.29, 75.71, 76.18, 76.63, 76.87),
-}
-NEIGHBOUR = {
-    "MRL": (62.19, 67.91, 69.46, 70.17, 70.52, 70.62, 70.82, 70.89, 70.97),
-    "MRL-E": (57.45, 67.05, 68.60, 69.61, 70.12, 70.36, 70.74, 71.07, 71.21),
-    "FF": (58.93, 66.77, 68.84, 69.41, 69.35, 69.72, 70.18, 70.34, 71.19),
 }
