@@ -1,12 +1,15 @@
 """Declarations of all programs: quick to read, complete, and equal to what they name elsewhere."""
 
 import ast
+import dataclasses
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+import typing
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,12 @@ from matryoshka.training import session
 
 ROOT = Path(__file__).resolve().parents[1]
 LAZY = ["checkpoint", "data", "embeddings", "models", "retrieval", "search_page"]
+OPTION_FILES = [
+    *sorted((ROOT / "matryoshka").rglob("*options.py")),
+    ROOT / "matryoshka" / "runtime.py",
+    *(ROOT / "train" / name for name in ("check_data.py", "build_imagenet4k.py", "list_runs.py")),
+    ROOT / "inference" / "report.py",
+]
 PROGRAMS = {**cli.PROGRAMS, **{" ".join(words): p for words, p in cli.ROUTES.items()}}
 
 
@@ -75,6 +84,34 @@ def test_names_that_are_declared_without_their_modules():
     assert reading.DTYPES == evaluation.DTYPES
     assert tuple(baseline_methods.METHODS) == evaluation.METHODS
     assert evaluation.AnalyzeOptions.bins == analysis.BINS
+
+
+def declarations():
+    """Every dataclass of options, of the library and of the programs."""
+    modules = [str(path.relative_to(ROOT).with_suffix("")) for path in OPTION_FILES]
+    for name in modules:
+        prefix = "" if name.startswith("matryoshka/") else "matryoshka."
+        module = importlib.import_module(prefix + name.replace("/", "."))
+        for value in vars(module).values():
+            declared_here = getattr(value, "__module__", None) == module.__name__
+            if declared_here and isinstance(value, type) and dataclasses.is_dataclass(value):
+                yield value
+
+
+def test_every_number_has_its_legal_range():
+    numbers, unlimited = 0, []
+    for section in declarations():
+        hints = typing.get_type_hints(section)
+        for field in dataclasses.fields(section):
+            if "range" not in field.metadata or not re.search(
+                r"\b(int|float)\b", str(hints[field.name])
+            ):
+                continue
+            numbers += 1
+            if not str(field.metadata["range"]) and not field.metadata["choices"]:
+                unlimited.append(f"{section.__name__}.{field.name}")
+    assert numbers > 100, "the declarations were not found"
+    assert unlimited == [], "declare low, high, above or below: option(..., low=1)"
 
 
 def test_options_that_a_resumed_run_may_change():

@@ -147,7 +147,7 @@ class EmbedOptions(PreprocessingOptions):
     output: str = option(help="folder of the embeddings, created if missing", metavar="DIR")
     dtype: str = option("float32", help="type of the embeddings on disk", choices=DTYPES)
     truncate_dim: int | None = option(
-        None, help="only the first D dimensions of every embedding", metavar="D"
+        None, help="only the first D dimensions of every embedding", metavar="D", low=1
     )
     normalize: bool = option(False, help="scale to length 1, after truncation")
     overwrite: bool = option(
@@ -191,6 +191,7 @@ class GradcamOptions:
         None,
         help="prefixes to show; unset: all of the checkpoint's",
         metavar="D,D,...",
+        low=1,
         nonempty=True,
     )
     target: str = option(
@@ -288,7 +289,7 @@ class AnalyzeOptions:
     predictions: str | None = option(None, help="the same for predicted classes", metavar="FILE")
     gt: str | None = option(None, help="labels of that array", metavar="FILE")
     dims: tuple[int, ...] | None = option(
-        None, help="prefix lengths of that array", metavar="D,D,..."
+        None, help="prefix lengths of that array", metavar="D,D,...", low=1
     )
     only: tuple[str, ...] = option(
         ANALYSES, help="some of the analyses", choices=ANALYSES, nonempty=True
