@@ -34,6 +34,7 @@ from matryoshka.data.layout import BetonError
 from matryoshka.data.loader import Batch
 from matryoshka.data.reader import BetonFile, manifest_path
 from matryoshka.data.sources import decode_image, upright
+from matryoshka.data.state import StateError
 from matryoshka.data.writer import Source, WriteOptions
 from matryoshka.environment import available_cores
 from matryoshka.files import AtomicFile
@@ -276,8 +277,9 @@ class FFCVLoader:
     Differences: crops and flips come from FFCV's own generators, which `seed` does not control; a
     sample that cannot be decoded yields the old contents of its buffer; order="random" under
     several processes repeats some samples if the dataset does not divide evenly; only the size of
-    `crop` may change between epochs. in_memory: FFCV's os_cache. If FFCV's thread dies, this raises
-    BetonError, where FFCV itself waits forever.
+    `crop` may change between epochs; a run resumes at the start of an epoch only, because FFCV
+    cannot skip batches. in_memory: FFCV's os_cache. If FFCV's thread dies, this raises BetonError,
+    where FFCV itself waits forever.
     """
 
     def __init__(
@@ -317,6 +319,8 @@ class FFCVLoader:
         self.batch_size = batch_size
         self.device = torch.device(device)
         self.wait = 0.0
+        self.skipped: list = []  # always empty: FFCV hands out old pixels for a broken sample
+        self._batch = 0  # handed out in the running epoch
         self._crop = crop
         # FFCV's distributed sampler repeats samples to even out the ranks, which would change the
         # results of an evaluation
@@ -409,10 +413,25 @@ class FFCVLoader:
     def epoch(self, value: int) -> None:
         self._loader.next_epoch = value
 
+    def state_dict(self) -> dict[str, int]:
+        """The running epoch and the number of its batches that were handed out."""
+        return {"epoch": self.epoch - bool(self._batch), "batch": self._batch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with the state's epoch. StateError inside an epoch: FFCV cannot skip batches."""
+        if state["batch"]:
+            raise StateError(
+                f"{self.dataset.path}: FFCV's loader cannot resume after batch {state['batch']} of "
+                f"epoch {state['epoch']}, only at the start of an epoch; use data.loader=native"
+            )
+        self.epoch = state["epoch"]
+        self._batch = 0
+
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
+        self._batch = 0
         return self._batches(iter(self._loader))
 
     def _batches(self, epoch) -> Iterator[Batch]:
@@ -430,11 +449,13 @@ class FFCVLoader:
                 try:
                     values = next(epoch)
                 except StopIteration:
+                    self._batch = 0
                     return
                 finally:
                     self.wait += time.perf_counter() - start
                 # copies, because FFCV reuses the memory for later batches
                 images, labels, index = (values[k].clone() for k in self._positions)
+                self._batch += 1
                 yield Batch(images, labels.view(-1), index.view(-1))
         finally:
             epoch.close()
