@@ -295,7 +295,7 @@ def find_superclasses(arrays: PredictionArrays, level: str | None) -> superclass
     except superclasses.SuperclassError as error:
         if level is not None:
             raise
-        print(f"\nnote: no superclasses: {error}")
+        print(f"\nnote: left out: {error}")
         return None
 
 

@@ -35,6 +35,7 @@ import torch
 from tqdm import tqdm
 
 from matryoshka import config, distributed
+from matryoshka.checkpoint.options import load_flags
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data import CenterCrop, Loader, open_dataset
 from matryoshka.environment import environment
@@ -61,13 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # ---- model and data ----
     train, val = open_dataset(args.train_data), open_dataset(args.val_data)
     check_datasets(train, val)
-    model = load_any(
-        args.path,
-        mrl=args.mrl and not args.efficient,
-        efficient=args.efficient,
-        rep_size=args.rep_size,
-        old_ckpt=args.old_ckpt,
-    )
+    model = load_any(args.path, **load_flags(args))
     dims = prefixes_to_evaluate(args, model)
     # --only makes a method that does not apply an error; otherwise it is skipped with a note.
     methods = [m for m in requested if applies(m, model, (train, val), args.only is not None)]

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 from matryoshka import config, distributed
+from matryoshka.checkpoint.options import load_flags
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data import open_dataset
 from matryoshka.evaluation.embedding import EmbeddingJob, EmbeddingOptions, embed
@@ -51,13 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def load(args: SimpleNamespace) -> NestedModel:
     """The model of --path with the preprocessing of the options."""
-    model = load_any(
-        args.path,
-        mrl=args.mrl and not args.efficient,  # upstream's MRL-E is --mrl --efficient
-        efficient=args.efficient,
-        rep_size=args.rep_size,
-        old_ckpt=args.old_ckpt,
-    )
+    model = load_any(args.path, **load_flags(args))
     set_preprocessing(model, args.preprocessing, args.resolution)
     return model
 

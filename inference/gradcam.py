@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 from matryoshka import checkpoint, config, distributed
+from matryoshka.checkpoint.options import load_flags
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data import BetonError, BetonFile, CenterCrop, ImageFolder, Loader, open_dataset
 from matryoshka.data.augment import normalise
@@ -56,13 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     # ---- model, images, classes to explain ----
-    model = load_any(
-        args.path,
-        mrl=args.mrl and not args.efficient,
-        efficient=args.efficient,
-        rep_size=args.rep_size,
-        old_ckpt=args.old_ckpt,
-    )
+    model = load_any(args.path, **load_flags(args))
     source = open_images(args.data, known_class_names(model))
     dims = chosen_prefixes(args.dims, model.dims)
     classes = readable_class_names(model)

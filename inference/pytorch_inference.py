@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 from matryoshka import config, distributed
+from matryoshka.checkpoint.options import load_flags
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader, open_dataset
 from matryoshka.data.imagenet import (
@@ -184,13 +185,7 @@ def resolve(args: SimpleNamespace) -> Request:
 
 def load(args: SimpleNamespace) -> NestedModel:
     """The model of --path with the preprocessing of the options."""
-    model = load_any(
-        args.path,
-        mrl=args.mrl and not args.efficient,  # upstream's MRL-E is --mrl --efficient
-        efficient=args.efficient,
-        rep_size=args.rep_size,
-        old_ckpt=args.old_ckpt,
-    )
+    model = load_any(args.path, **load_flags(args))
     set_preprocessing(model, args.preprocessing, args.resolution)
     return model
 

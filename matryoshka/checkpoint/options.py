@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from matryoshka.config import option
 
@@ -23,3 +24,13 @@ class CheckpointOptions:
     old_ckpt: bool = option(
         False, help="an upstream checkpoint with the keys of its first release", flag="--old_ckpt"
     )
+
+
+def load_flags(args: Any) -> dict[str, Any]:
+    """The keyword arguments of `load_any` that the flags of CheckpointOptions mean."""
+    return {
+        "mrl": args.mrl and not args.efficient,  # upstream's MRL-E is --mrl --efficient
+        "efficient": args.efficient,
+        "rep_size": args.rep_size,
+        "old_ckpt": args.old_ckpt,
+    }
