@@ -43,8 +43,9 @@ $(BIN)/uv:
 	@$(UV) -r requirements-dev.txt
 	@touch $@
 
+# PHOTOS=folder: your own photos instead of handwritten digits; MINUTES=10
 demo: setup
-	@$(BIN)/matryoshka demo
+	@$(BIN)/matryoshka $(if $(PHOTOS),fit $(PHOTOS) $(if $(MINUTES),--minutes $(MINUTES)),demo)
 
 # One thread per test process and one process per core: more threads would compete for the cores. With worksteal, tests
 # of one file mostly run in one process, which builds their fixtures once.

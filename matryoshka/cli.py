@@ -6,7 +6,6 @@ import importlib
 import json
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -29,6 +28,7 @@ class Program(NamedTuple):
 
 
 PROGRAMS = {
+    "fit": Program("matryoshka.fitting", "photos -> searchable model, in a time that you choose"),
     "write": Program("matryoshka.train.write_imagenet", "image folder -> .beton"),
     "data": Program(
         "matryoshka.train.check_data", "info, verify: content and integrity of a .beton"
@@ -93,7 +93,7 @@ ROUTES = {
 
 def usage() -> str:
     """The list of subcommands."""
-    rows = {"demo": "the whole pipeline on handwritten digits, a few minutes on a CPU"}
+    rows = {"demo": "fit on handwritten digits, two minutes on a CPU"}
     rows |= {name: program.text for name, program in PROGRAMS.items()}
     lines = "\n".join(f"  {name:10} {text}" for name, text in rows.items())
     head = "usage: matryoshka COMMAND [options]      (COMMAND --help lists its options)"
@@ -137,137 +137,46 @@ def run(command: str, argv: Sequence[str]) -> int:
     return importlib.import_module(program.module).main(argv) or 0
 
 
-# Digits are not photos: no mirror images, mild crops, small images, and evaluation on whole images.
-DEMO_OPTIONS = [
-    "--model.arch=resnet10",
-    "--training.epochs=8",
-    "--training.batch_size=64",
-    "--lr.lr=0.1",
-    "--training.weight_decay=5e-4",
-    "--training.label_smoothing=0.1",
-    "--data.flip=0",
-    "--data.scale=0.7,1",
-    "--data.ratio=0.9,1.1",
-    "--resolution.min_res=32",
-    "--resolution.max_res=32",
-    "--validation.resolution=32",
-    "--validation.crop_ratio=1",
-    "--validation.lr_tta=0",
-    "--logging.log_level=1",
-]
-DEMO_BASELINES = (8, 512)
+# Digits are not photos: no mirror images, mild crops. Prefixes from one number on, so that the
+# curve of accuracies has a shape: eight numbers are enough for ten digits.
+DEMO_OPTIONS = {
+    "model.arch": "resnet10",
+    "model.dims": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+    "data.flip": 0.0,
+    "data.scale": (0.7, 1.0),
+    "data.ratio": (0.9, 1.1),
+    "training.compile": False,
+}
+DEMO_MINUTES = 2.0
 
 
 @config.program
 def demo(argv: Sequence[str]) -> int:
-    """Handwritten digits: image folder -> .beton -> training -> accuracy of every prefix -> report.
-
-    Baselines are models trained for one width alone.
-    """
+    """`fit` on handwritten digits; an earlier demo is replaced, an interrupted one resumed."""
     from matryoshka.data.sources import write_digits_folder
-    from matryoshka.files import write_atomically
-    from matryoshka.report import accuracy_table, plot_accuracy
+    from matryoshka.fitting import STATE, FitError, fit
 
     if len(argv) > 1 or any(a.startswith("-") for a in argv):
         print("usage: matryoshka demo [FOLDER]      (default: runs/demo; replaces an earlier demo)")
         return 0 if argv[0] in ("-h", "--help") else 2
-    started = time.perf_counter()
     folder = Path(argv[0] if argv else "runs/demo")
-    runs = {"mrl": ["--model.mrl=1"]}
-    for width in DEMO_BASELINES:
-        runs[f"ff{width}"] = [f"--model.fixed_feature={width}"]
-    # Runs are never replaced by training: an earlier demo would be an error.
-    for name in ("images", *runs):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-
-    # ---- data ----
-    step("1/6  handwritten digits as an image folder", folder / "images")
-    write_digits_folder(folder / "images")
-    step("2/6  image folder -> .beton")
-    for split in ("train", "val"):
-        options = [
-            f"--cfg.data_dir={folder / 'images' / split}",
-            f"--cfg.write_path={folder / split}.beton",
-            "--cfg.write_mode=jpg",
-            "--cfg.max_resolution=64",
-            "--cfg.jpeg_quality=95",
-        ]
-        if status := run("write", options):
-            return status
-
-    # ---- training ----
-    data = [f"--data.train_dataset={folder}/train.beton", f"--data.val_dataset={folder}/val.beton"]
-    for name, model in runs.items():
-        step(f"3/6  train {name}", folder / name)
-        run_folder = [f"--logging.folder={folder}", f"--logging.run_id={name}"]
-        # A run that was stopped (status 75) ends the demo, too.
-        if status := run("train", [*DEMO_OPTIONS, *model, *data, *run_folder]):
-            return status
-
-    # ---- evaluation ----
-    step("4/6  accuracy of every prefix on the held-out digits")
-    results = {}
-    for name in runs:
-        output = folder / name / "results.json"
-        options = [
-            f"--path={folder / name / 'model.safetensors'}",
-            f"--data-root={folder}/val.beton",
-            f"--output={output}",
-        ]
-        if name == "mrl":
-            options += ["--save_logits", "--save_gt"]  # for the analyses
-        if status := run("eval", options):
-            return status
-        results[name] = json.loads(output.read_text())
-
-    # The rows of the baselines' widths also show the baselines' accuracy.
-    prefixes = {int(d): values for d, values in results["mrl"]["prefixes"].items()}
-    for width in DEMO_BASELINES:
-        baseline = results[f"ff{width}"]["prefixes"][str(width)]
-        prefixes[width] |= {"ff_top1": baseline["top1"], "ff_top5": baseline["top5"]}
-    summary = results["mrl"] | {
-        "prefixes": {str(d): values for d, values in prefixes.items()},
-        "seconds": round(time.perf_counter() - started, 1),
-    }
-    write_atomically(folder / "results.json", (json.dumps(summary, indent=1) + "\n").encode())
-    images = summary["images"]
-    plot_accuracy(
-        folder / "accuracy.png", prefixes, f"Handwritten digits, {images} held-out images", images
+    photos = folder.with_name(f"{folder.name}-photos")
+    state = folder / STATE
+    if folder.exists() and not state.exists():
+        raise FitError(f"{folder}: exists and is not a demo; give another folder")
+    if state.exists() and "seconds" in json.loads(state.read_text()):
+        shutil.rmtree(folder)
+    shutil.rmtree(photos, ignore_errors=True)
+    write_digits_folder(photos)
+    print("scikit-learn's handwritten digits as photos; on your own: matryoshka fit PHOTOS\n")
+    fit(
+        photos,
+        minutes=DEMO_MINUTES,
+        output=folder,
+        options=DEMO_OPTIONS,
+        report=lambda line: print(line, flush=True),
     )
-
-    # ---- analyses and report ----
-    mrl = folder / "mrl"
-    model = f"--path={mrl / 'model.safetensors'}"
-    step("5/6  analyses of the predictions, baselines, Grad-CAM")
-    run("analyze", [f"--results={mrl / 'results.json'}"])
-    sets = [f"--train-data={folder}/train.beton", f"--val-data={folder}/val.beton"]
-    run("baselines", [model, *sets, f"--output={mrl / 'baselines.json'}"])
-    maps = f"--output={mrl / 'gradcam'}"
-    run("gradcam", [model, f"--data={folder}/val.beton", maps, "--images=4"])
-    step("6/6  HTML report")
-    files = [str(folder / name / "results.json") for name in runs]
-    page = [f"--output={folder / 'report.html'}", "--title=Handwritten digits"]
-    run("report", [f"--run={mrl}", "--results", *files, *page])
-
-    step(f"done in {time.perf_counter() - started:.0f} s")
-    print(accuracy_table(prefixes))
-    print("FF: a separate model trained for that width alone\n")
-    outputs = {
-        "results": "results.json",
-        "plot": "accuracy.png",
-        "model": "mrl/model.safetensors",
-        "report": "report.html",  # the last line: what to open
-    }
-    for kind, file in outputs.items():
-        print(f"{kind:8} {folder / file}")
     return 0
-
-
-def step(title: str, output: Path | None = None) -> None:
-    """Print the heading of a step."""
-    target = f" -> {output}" if output else ""
-    print(f"\n== {title}{target}", flush=True)
 
 
 if __name__ == "__main__":

@@ -271,7 +271,6 @@ MISTAKES = [
     (["--data.train_dataset=none"], ["data.train_dataset", "required"]),
     (["--training.epoch=3"], ["training.epoch", "training.epochs"]),
     (["--model.arch=resnet19"], ["resnet19", "did you mean"]),
-    (["--training.batch_size=500"], ["training.batch_size=500", "400"]),
     (["--training.batch_size=0"], ["training.batch_size=0"]),
     (["--training.epochs=0"], ["training.epochs=0"]),
     (["--training.device=cuda"], ["device=cuda", "0 GPUs"]),
@@ -422,22 +421,3 @@ def test_programs_run_in_place(cwd, script):
     )
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout
-
-
-def test_the_demo(tmp_path, monkeypatch, capsys):
-    """The whole path on fewer epochs; its numbers are shown by `make demo`."""
-    monkeypatch.setattr(cli, "DEMO_OPTIONS", [*cli.DEMO_OPTIONS, "--training.epochs=1"])
-    monkeypatch.setattr(cli, "DEMO_BASELINES", (8,))
-    (tmp_path / "demo" / "mrl").mkdir(parents=True)
-    (tmp_path / "demo" / "mrl" / "earlier").write_text("")
-    assert cli.main(["demo", str(tmp_path / "demo")]) == 0
-    assert not (tmp_path / "demo" / "mrl" / "earlier").exists()  # an earlier demo is replaced
-    results = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert list(results["prefixes"]) == ["8", "16", "32", "64", "128", "256", "512"]
-    assert {"top1", "top5", "ff_top1", "ff_top5"} == set(results["prefixes"]["8"])
-    assert {"top1", "top5"} == set(results["prefixes"]["512"])
-    assert (tmp_path / "demo" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    page = (tmp_path / "demo" / "report.html").read_text()
-    assert "Handwritten digits" in page
-    assert 'id="gradcam"' in page
-    assert capsys.readouterr().out.strip().endswith(f"report   {tmp_path / 'demo' / 'report.html'}")

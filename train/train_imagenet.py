@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from matryoshka import checkpoint, config, distributed
 from matryoshka.checkpoint.transfer import start_model
-from matryoshka.data import Loader
+from matryoshka.data import Loader, open_dataset
 from matryoshka.data.augment import mix, mixed_loss, normalise, rand_augment
 from matryoshka.data.loader import Batch
 from matryoshka.distributed import World
@@ -32,7 +32,7 @@ from matryoshka.evaluation.predict import predict
 from matryoshka.models import NestedModel, model_spec
 from matryoshka.models.ema import Ema
 from matryoshka.nested import nested_cross_entropy
-from matryoshka.training.checks import check, global_batch_size
+from matryoshka.training.checks import check, global_batch_size, requested_batch_size
 from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.loaders import (
     make_loaders,
@@ -43,6 +43,7 @@ from matryoshka.training.loaders import (
 from matryoshka.training.meter import EpochMeter
 from matryoshka.training.optim import lr_at, make_optimizer, parameter_groups, peak_epoch, peak_lr
 from matryoshka.training.options import SECTIONS, parser
+from matryoshka.training.progress import Forecast, Progress
 from matryoshka.training.run_folder import accuracy_metrics, new_run_id
 from matryoshka.training.session import (
     FINAL,
@@ -55,6 +56,9 @@ from matryoshka.training.state import TrainState
 from matryoshka.training.step import apply_gradients, begin_step, gradient_sync, micro_batches
 from matryoshka.training.sums import Sums
 from matryoshka.training.watch import Stopped
+
+LEFT_OUT_SHARE = 0.1  # of the images: a note if full batches leave out more than this
+FIT_HINT = "; matryoshka fit PHOTOS --minutes 10 chooses sizes that fit into a time"
 
 # (logits [G, B, C], labels [B]) -> (scalar to minimise, detached loss per prefix [G])
 LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -110,7 +114,8 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
     # ---- data ----
     # A resumed run keeps its global batch, also with another number of processes.
     before = resumed.metadata["global_batch"] if resumed else None
-    global_batch = global_batch_size(cfg, world.size, before)
+    images = len(open_dataset(cfg.data.train_dataset))
+    global_batch = global_batch_size(cfg, world.size, images=images, before=before)
     train_loader, val_loader = make_loaders(cfg, world, global_batch)
     dataset = train_loader.dataset
     steps = len(train_loader)
@@ -170,8 +175,14 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
     print0(
         f"steps    {t.epochs} epochs x {steps} steps of {global_batch} images, peak lr {peak:.4g}"
     )
+    resolutions = [resolution_at(epoch, cfg.resolution) for epoch in range(t.epochs)]
+    print0(f"size     {size_text(resolutions)} to train, {cfg.validation.resolution} to validate")
+    notes += batch_notes(cfg, world.size, global_batch, len(dataset))
     for note in (*start.notes, *notes, *schedule_notes(cfg)):
         print0(f"note     {note}")
+    progress = Progress(
+        Forecast(resolutions, steps), print0, hint=FIT_HINT if world.device.type == "cpu" else ""
+    )
 
     # ---- loop ----
     step = partial(
@@ -210,14 +221,15 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
             epoch = session.loop.step / steps  # fractional: the rate changes in every step
             return session.lr_factor * lr_at(epoch, cfg.lr, peak, t.epochs)
 
-        def validate(model: NestedModel) -> tuple[dict[int, dict[str, float]], float]:
+        def validate(
+            model: NestedModel, tta: bool = cfg.validation.lr_tta
+        ) -> tuple[dict[int, dict[str, float]], float]:
+            def batches(loader: Iterable[Batch]) -> Iterable[Batch]:
+                shown = progress.batches(loader, len(val_loader), "evaluated")
+                return session.interruptible(shown)
+
             return evaluate(
-                model,
-                val_loader,
-                precision=precision,
-                tta=cfg.validation.lr_tta,
-                world=world,
-                interruptible=session.interruptible,
+                model, val_loader, precision=precision, tta=tta, world=world, interruptible=batches
             )
 
         # The session counts the epochs: a rollback sets the counter back.
@@ -230,7 +242,11 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
                 # Logged if a resumed epoch has no steps left, only its evaluation.
                 lr = current_lr()
                 with EpochMeter(
-                    train_loader, session, log_level=cfg.logging.log_level, print0=print0
+                    train_loader,
+                    session,
+                    progress,
+                    log_level=cfg.logging.log_level,
+                    prefixes=len(spec.dims),
                 ) as meter:
                     for batch in meter:
                         lr = current_lr()
@@ -244,15 +260,23 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
                     metrics[f"loss/{dim}"] = prefix_loss
                 if cfg.logging.log_level > 0 or epoch == t.epochs - 1:
                     accuracy, metrics["val_time"] = validate(model)
+                    progress.forecast.add_evaluation(metrics["val_time"])
                     metrics |= accuracy_metrics(accuracy)
                     if ema is not None:
                         accuracy, _ = validate(ema.module)
                         metrics |= accuracy_metrics(accuracy, prefix="ema_")
-                print0(epoch_line(epoch, metrics, spec.dims))
+                progress.print0(epoch_line(epoch, metrics, spec.dims))
+                progress.announce(session.loop.step)
                 session.log_epoch(metrics)
                 session.epoch_done(metrics)
 
         # ---- final model ----
+        # One view, as `matryoshka eval` measures; validation.lr_tta adds the mirror images.
+        accuracy, _ = validate(model, tta=False)
+        print0(f"accuracy {accuracy_text(accuracy)}  (one view, as matryoshka eval prints)")
+        if cfg.validation.lr_tta:
+            accuracy, _ = validate(model)
+            print0(f"mirrored {accuracy_text(accuracy)}  (with mirror images, validation.lr_tta=1)")
         if world.is_main:
             # the last checkpoint must be complete before the run is finished
             session.snapshots.wait()
@@ -351,17 +375,24 @@ def evaluate_checkpoint(cfg: SimpleNamespace, world: World) -> None:
 
 
 def epoch_line(epoch: int, metrics: Mapping[str, float], dims: Sequence[int]) -> str:
-    """The line that is printed after an epoch."""
+    """The line that is printed after an epoch. The loss is the mean over the prefixes.
+
+    The loss that is minimised and logged is their sum (MRL, equation 1).
+    """
     top1 = "not evaluated"
     if f"top_1/{dims[-1]}" in metrics:
         top1 = "  ".join(f"{dim}: {metrics[f'top_1/{dim}']:.1f}" for dim in dims)
     if f"ema_top_1/{dims[-1]}" in metrics:
         top1 += f"  (average {metrics[f'ema_top_1/{dims[-1]}']:.1f})"
     return (
-        f"epoch {epoch:3d}  loss {metrics['loss']:.3f}  lr {metrics['lr']:.3g}  "
+        f"epoch {epoch:3d}  loss {metrics['loss'] / len(dims):.3f}  lr {metrics['lr']:.3g}  "
         f"{metrics['images_per_s']:.0f} images/s  wait {100 * metrics['data_wait']:.0f} %  "
         f"top-1 {top1}"
     )
+
+
+def accuracy_text(accuracy: Mapping[int, Mapping[str, float]]) -> str:
+    return "top-1 " + "  ".join(f"{dim}: {row['top1']:.2f}" for dim, row in accuracy.items())
 
 
 # ---------------------------------------------------------------- set-up and summary
@@ -398,6 +429,30 @@ def schedule_notes(cfg: SimpleNamespace) -> list[str]:
         return []
     epochs = cfg.training.epochs
     return [f"lr.{name}={requested} is beyond these {epochs} epochs: peak at {actual}"]
+
+
+def size_text(resolutions: Sequence[int]) -> str:
+    """`160 px`, or `160 to 224 px` for a ramp."""
+    low, high = min(resolutions), max(resolutions)
+    return f"{low} px" if low == high else f"{low} to {high} px"
+
+
+def batch_notes(cfg: SimpleNamespace, processes: int, global_batch: int, images: int) -> list[str]:
+    """Notes on a batch that was lowered, and on images that full batches leave out."""
+    notes = []
+    requested = requested_batch_size(cfg, processes)
+    if requested > images:
+        notes.append(
+            f"batches of {requested} images are more than the {images} of the training set: "
+            f"lowered to {global_batch}"
+        )
+    left_out = images % global_batch
+    if left_out >= LEFT_OUT_SHARE * images:
+        notes.append(
+            f"{left_out} of {images} images, others in each epoch, are left out of an epoch: only "
+            f"full batches of {global_batch} are trained on; training.batch_size changes that"
+        )
+    return notes
 
 
 def draw_chart(run: Path, print0: Callable[[str], None]) -> None:

@@ -11,18 +11,31 @@ from matryoshka.models import ModelSpec, model_spec
 from matryoshka.training.loaders import check_classes, check_crops, check_loader, resolution_at
 
 
-def global_batch_size(cfg: SimpleNamespace, processes: int, before: int | None = None) -> int:
-    """Images per optimizer step. before: the resumed checkpoint's value, which takes precedence."""
+def requested_batch_size(cfg: SimpleNamespace, processes: int) -> int:
+    """Images per optimizer step that the options ask for."""
     t = cfg.training
-    size = before or t.global_batch_size or t.batch_size * processes * t.accumulate
-    if t.global_batch_size and before and before != t.global_batch_size:
+    return t.global_batch_size or t.batch_size * processes * t.accumulate
+
+
+def global_batch_size(
+    cfg: SimpleNamespace, processes: int, *, images: int, before: int | None = None
+) -> int:
+    """Images per optimizer step, at most the training set's.
+
+    Only full batches are trained on: with a larger batch, an epoch would have no step. images: size
+    of the training set. before: the resumed checkpoint's value, which takes precedence.
+    """
+    t = cfg.training
+    if t.global_batch_size and before and before != min(t.global_batch_size, images):
         raise config.ConfigError(
             f"training.global_batch_size={t.global_batch_size}: the resumed run has "
             f"{before}; leave it out"
         )
+    size = before or min(requested_batch_size(cfg, processes), images)
     if size < processes:
         raise config.ConfigError(
-            f"training.global_batch_size={size} is less than one image for {processes} processes"
+            f"global batches of {size} images are less than one for each of {processes} processes; "
+            "give a larger training.global_batch_size, or fewer processes"
         )
     return size
 
@@ -84,13 +97,7 @@ def check(cfg: SimpleNamespace, processes: int) -> None:
         check_start(cfg.model, spec, train_set.classes, sizes=sorted(sizes))
     check_classes(train_set, val_set)
     check_mixing(cfg, spec)
-    # Only full batches are trained on: with a larger batch, an epoch would have no step.
-    batch = global_batch_size(cfg, processes)
-    if batch > len(train_set):
-        raise config.ConfigError(
-            f"training.batch_size={training.batch_size} makes global batches of {batch}, more "
-            f"than the {len(train_set)} images of {train_set.path}; lower it"
-        )
+    global_batch_size(cfg, processes, images=len(train_set))
 
 
 def check_mixing(cfg: SimpleNamespace, spec: ModelSpec) -> None:

@@ -310,7 +310,7 @@ def test_a_users_mistake_in_a_launched_run_is_one_line(tmp_path, digits):
         digits,
         tmp_path,
         "x",
-        "--training.batch_size=300",
+        "--training.batch_size=0",
         "--training.distributed=1",
         "--dist.world_size=2",
     )
