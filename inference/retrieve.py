@@ -31,16 +31,20 @@ from typing import Any
 # Two spinning thread pools compete for the cores: a third of the speed is lost. Read at import.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from matryoshka import config
+from matryoshka.retrieval.options import retrieve_parser as parser
+
+if __name__ == "__main__" and sys.argv[1:2] != ["serve"]:  # main refuses it with a hint
+    config.check_first(parser())  # torch takes two seconds to import
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from matryoshka import config
 from matryoshka.embeddings.reading import META, WORK
 from matryoshka.files import write_atomically
 from matryoshka.retrieval import Engine, SearchParams, sweep_report
 from matryoshka.retrieval import ranking_metrics as metrics
-from matryoshka.retrieval.options import retrieve_parser as parser
 from matryoshka.retrieval.params import SearchOptions
 from matryoshka.retrieval.store import MANIFEST
 from matryoshka.retrieval.store_writer import Writer
