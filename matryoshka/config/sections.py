@@ -63,11 +63,11 @@ class SectionParser(NamedTuple):
             short_form=self.short_form,
         )
 
-    def paths(self, cfg: SimpleNamespace) -> list[tuple[str, Any]]:
+    def paths(self, args: SimpleNamespace) -> list[tuple[str, Any]]:
         """(text for messages, path) of the given options that name existing files or folders."""
         found = []
         for name in self.sections:
-            section = getattr(cfg, name)
+            section = getattr(args, name)
             for field in fields(section):
                 value = getattr(section, field.name)
                 if field.metadata.get("existing") and value != default_of(field):
@@ -118,7 +118,7 @@ def read(
         raise SystemExit(0)
 
     # Later files win over earlier ones, and the command line over all of them.
-    words = _named_words(command, short_form, errors)
+    words = _named_words(command, short_form)
     given = Given()
     if words and short_form is not None:
         given |= {key: (value, "by default") for key, value in short_form.defaults.items()}
@@ -234,21 +234,23 @@ def _split(
     return line
 
 
-def _named_words(command: _CommandLine, short_form: ShortForm | None, errors: list[str]) -> Given:
-    """The words of a command line by their option; errors are appended to `errors`."""
+def _named_words(command: _CommandLine, short_form: ShortForm | None) -> Given:
+    """The words of a command line by their option. ConfigError, alone: other errors may follow
+    from it.
+    """
     words = command.words
     if short_form is None or not words:
         return {}
+    expected = " ".join(short_form.words.values())
+    shown = " ".join(map(show, words))
     both = [f"--{key}" for key in short_form.words if key in command.given]
     if both:
-        errors.append(
-            f"{' '.join(map(show, words))} and {', '.join(both)}: give all of "
-            f"{' '.join(short_form.words.values())} as words, or all as options"
+        raise ConfigError(
+            f"{shown} and {', '.join(both)}: give {expected} as words, or all of them as options"
         )
-    elif len(words) != len(short_form.words):
-        expected = " ".join(short_form.words.values())
-        errors.append(f"expected {expected}, not {len(words)} words: {' '.join(map(show, words))}")
-    return {key: (word, _COMMAND_LINE) for key, word in zip(short_form.words, words, strict=False)}
+    if len(words) != len(short_form.words):
+        raise ConfigError(f"expected {expected}, got {shown}")
+    return {key: (word, _COMMAND_LINE) for key, word in zip(short_form.words, words, strict=True)}
 
 
 def names_a_pipe(argv: Sequence[str]) -> bool:
@@ -285,7 +287,7 @@ def _help(parser: SectionParser, declared: fastargs.Config, everything: bool) ->
     ]
     # The sections' own come first where they are few, and last where they fill pages.
     parts = [*rows, *general] if len(shown) < len(is_common) else [*general, *rows]
-    rows = [("", parser.description), ("", "options"), *parts, *remainder(shown, is_common)]
+    rows = [("", parser.description.strip()), ("", "options"), *parts, *remainder(shown, is_common)]
     words = list(parser.short_form.words.values()) if parser.short_form else []
     usage = [parser.prog, *words, "[--config-file=FILE ...]", "[--section.option=value ...]"]
     return help_text(" ".join(usage), rows)

@@ -84,9 +84,7 @@ class WriterConfig(WriteOptions):
     split: str | None = option(
         None, help="part of digits; for a folder, data_dir decides", choices=("train", "val")
     )
-    data_dir: str | None = option(
-        None, help="the folder that holds the class folders", common=True, existing=True
-    )
+    data_dir: str | None = option(None, help="the folder that holds the class folders", common=True)
     num_workers: int = option(
         0,
         help="threads, 0: all cores; does not change the file",
