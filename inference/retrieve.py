@@ -417,6 +417,13 @@ def run_sweep(args: SimpleNamespace, database: Table, queries: Table) -> int:
     candidates = sweep_candidates(args, database)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
+    outlook = sweep_report.outlook(
+        target=target,
+        tried=len(candidates),
+        queries=min(args.truth, len(queries)),
+        available=len(queries),
+    )
+    print(outlook, flush=True)  # before a sweep of minutes that may be in vain
 
     # ---- ground truth ----
     started = time.perf_counter()
