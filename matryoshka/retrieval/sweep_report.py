@@ -50,9 +50,7 @@ def outlook(*, target: float, tried: int, queries: int, available: int) -> str:
     """What `queries` of the `available` queries can certify, in one line, before the sweep runs."""
     bound = highest_bound(queries, tried)
     if target == 1:
-        return (
-            f"certify  recall 1 needs more queries than any number; {queries:,} reach {bound:.4f}"
-        )
+        return f"certify  no number of queries certifies recall 1; {queries:,} reach {bound:.4f}"
     needed = queries_needed(target, tried)
     text = f"certify  recall {target} needs {needed:,} queries or more for {tried} settings; "
     if needed <= queries:
