@@ -63,8 +63,8 @@ def test_the_documented_numbers():
         expected = [queries_needed(float(target), count) for count in counts]
         assert [int(n.replace(",", "")) for n in numbers] == expected
     started = (ROOT / "docs/getting_started.md").read_text()
-    assert f"takes {queries_needed(0.98, counts[1])} queries" in started
-    assert f"takes {queries_needed(0.99, counts[1])}," in started
+    assert f"takes {queries_needed(0.98, counts[0])} queries" in started
+    assert f"takes {queries_needed(0.99, counts[0])} " in started
 
 
 def test_the_line_before_a_sweep():
