@@ -252,3 +252,30 @@ def test_a_renamed_option_is_found():
     parse_yaml(Block("page:1", "yaml", f"command: [torchrun, {good.replace(' ', ', ')}]"))
     with pytest.raises(ValueError, match="resum"):
         parse_yaml(Block("page:1", "yaml", "run: train/train_imagenet.py --training.resum=auto"))
+
+
+# Flags of other programs that the pages name.
+OTHERS = {
+    "--rdzv-id",
+    "--nnodes",
+    "--max-restarts",
+    "--export",
+    "--index-url",
+}
+
+
+def known_options() -> set[str]:
+    """All options of all programs, as their help texts show them."""
+    programs = {**cli.PROGRAMS, **cli.ROUTES}
+    parsers = [parser_of(entry.module.rpartition(".")[2]) for entry in programs.values()]
+    texts = [parser.help_text(everything=True) for parser in parsers]
+    texts.append(parser_of("build_imagenet4k").help_text(everything=True))
+    return set(re.findall(r"(--[\w.-]*\w)", "\n".join(texts))) | {"--help-all"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_in_the_text_exist(page):
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    inline = " ".join(re.findall(r"`([^`]*)`", text))
+    named = set(re.findall(r"(?<![\w-])(--[a-z][\w.-]*\w)(?![\w.*…-])", inline))
+    assert named - known_options() - OTHERS == set()
