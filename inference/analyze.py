@@ -21,13 +21,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from matryoshka import config
+from matryoshka.evaluation.options import analyze_parser as parser
+
+if __name__ == "__main__":
+    config.check_first(parser())  # torch takes two seconds to import
+
 import numpy as np
 
-from matryoshka import config
 from matryoshka.evaluation import analysis, superclasses
 from matryoshka.evaluation.cascade import GRID, cascade, certify, certify_held_out, split_indices
 from matryoshka.evaluation.options import ANALYSES, SCORES
-from matryoshka.evaluation.options import analyze_parser as parser
 from matryoshka.evaluation.prediction_arrays import (
     ArrayError,
     PredictionArrays,

@@ -31,10 +31,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from matryoshka import config
+from matryoshka.evaluation.options import baselines_parser as parser
+
+if __name__ == "__main__":
+    config.check_first(parser())  # torch takes two seconds to import
+
 import torch
 from tqdm import tqdm
 
-from matryoshka import config, distributed
+from matryoshka import distributed
 from matryoshka.checkpoint.options import load_flags
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data import CenterCrop, Loader, open_dataset
@@ -46,7 +52,6 @@ from matryoshka.evaluation.baseline_methods import (
     BaselineInputs,
     Split,
 )
-from matryoshka.evaluation.options import baselines_parser as parser
 from matryoshka.evaluation.predict import extract_features
 from matryoshka.files import write_atomically
 from matryoshka.models import ModelError, NestedModel

@@ -15,12 +15,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import SimpleNamespace
 
-from matryoshka import config, distributed
+from matryoshka import config
+from matryoshka.evaluation.options import embed_parser as parser
+
+if __name__ == "__main__":
+    config.check_first(parser())  # torch takes two seconds to import
+
+from matryoshka import distributed
 from matryoshka.checkpoint.options import load_flags
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data import open_dataset
 from matryoshka.evaluation.embedding import EmbeddingJob, EmbeddingOptions, embed
-from matryoshka.evaluation.options import embed_parser as parser
 from matryoshka.evaluation.preprocessing import set_preprocessing
 from matryoshka.models import NestedModel
 

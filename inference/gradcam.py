@@ -30,10 +30,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from matryoshka import config
+from matryoshka.evaluation.options import gradcam_parser as parser
+
+if __name__ == "__main__":
+    config.check_first(parser())  # torch takes two seconds to import
+
 import numpy as np
 import torch
 
-from matryoshka import checkpoint, config, distributed
+from matryoshka import checkpoint, distributed
 from matryoshka.checkpoint.options import load_flags
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data import BetonError, BetonFile, CenterCrop, ImageFolder, Loader, open_dataset
@@ -44,7 +50,6 @@ from matryoshka.data.sources import EXTENSIONS
 from matryoshka.data.subset import Subset
 from matryoshka.evaluation.heat_maps import Layer, find_layer, heat_maps
 from matryoshka.evaluation.montage import Cell, montage
-from matryoshka.evaluation.options import gradcam_parser as parser
 from matryoshka.files import write_atomically
 from matryoshka.models import NestedModel
 

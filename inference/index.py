@@ -24,11 +24,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from matryoshka import config
+from matryoshka.retrieval.options import index_parser as parser
+
+if __name__ == "__main__":
+    config.check_first(parser())  # torch takes two seconds to import
+
 import numpy as np
 
-from matryoshka import config
 from matryoshka.embeddings.reading import AGAIN, META, EmbeddingError, open_embeddings
-from matryoshka.retrieval.options import index_parser as parser
 from matryoshka.retrieval.store import MANIFEST, Index
 from matryoshka.retrieval.store_writer import IndexRows, Writer
 

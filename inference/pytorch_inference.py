@@ -24,11 +24,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from matryoshka import config
+from matryoshka.evaluation.options import eval_parser as parser
+
+if __name__ == "__main__":
+    config.check_first(parser())  # torch takes two seconds to import
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from matryoshka import config, distributed
+from matryoshka import distributed
 from matryoshka.checkpoint.options import load_flags
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader, open_dataset
@@ -47,7 +53,6 @@ from matryoshka.evaluation import analysis
 from matryoshka.evaluation.embedding import EmbeddingJob, EmbeddingOptions
 from matryoshka.evaluation.imagenet_sets import LabelMapping, match
 from matryoshka.evaluation.options import KINDS, SaveOptions
-from matryoshka.evaluation.options import eval_parser as parser
 from matryoshka.evaluation.predict import predict
 from matryoshka.evaluation.preprocessing import set_preprocessing
 from matryoshka.evaluation.retrieval_arrays import array_path, open_splits, sample, write_arrays

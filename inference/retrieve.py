@@ -31,16 +31,20 @@ from typing import Any
 # Two spinning thread pools compete for the cores: a third of the speed is lost. Read at import.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from matryoshka import config
+from matryoshka.retrieval.options import retrieve_parser as parser
+
+if __name__ == "__main__" and sys.argv[1:2] != ["serve"]:  # main refuses it with a hint
+    config.check_first(parser())  # torch takes two seconds to import
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from matryoshka import config
 from matryoshka.embeddings.reading import META, WORK
 from matryoshka.files import write_atomically
 from matryoshka.retrieval import Engine, SearchParams, sweep_report
 from matryoshka.retrieval import ranking_metrics as metrics
-from matryoshka.retrieval.options import retrieve_parser as parser
 from matryoshka.retrieval.params import SearchOptions
 from matryoshka.retrieval.store import MANIFEST
 from matryoshka.retrieval.store_writer import Writer
@@ -413,6 +417,13 @@ def run_sweep(args: SimpleNamespace, database: Table, queries: Table) -> int:
     candidates = sweep_candidates(args, database)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
+    outlook = sweep_report.outlook(
+        target=target,
+        tried=len(candidates),
+        queries=min(args.truth, len(queries)),
+        available=len(queries),
+    )
+    print(outlook, flush=True)  # before a sweep of minutes that may be in vain
 
     # ---- ground truth ----
     started = time.perf_counter()

@@ -21,11 +21,17 @@ from typing import Any
 # Two spinning thread pools compete for the cores: a third of the speed is lost. Read at import.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from matryoshka import config
+from matryoshka.search_page.options import serve_parser as parser
+
+if __name__ == "__main__":
+    config.check_first(parser())  # torch takes two seconds to import
+
 import numpy as np
 import torch
 from PIL import Image
 
-from matryoshka import config, distributed
+from matryoshka import distributed
 from matryoshka.checkpoint.published import PREFIXES, load_any
 from matryoshka.data import CenterCrop
 from matryoshka.data.augment import Preprocessing
@@ -35,7 +41,6 @@ from matryoshka.embeddings.reading import trunk_sha256
 from matryoshka.evaluation.embedding import fingerprint
 from matryoshka.models import NestedModel
 from matryoshka.retrieval.store import Index
-from matryoshka.search_page.options import serve_parser as parser
 
 ANY_ADDRESS = ("0.0.0.0", "::", "")  # --host values that listen on all interfaces
 

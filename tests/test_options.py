@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -16,12 +17,15 @@ import pytest
 from matryoshka.train import train_imagenet
 from safetensors import safe_open
 
+import matryoshka
 from matryoshka import cli, config
-from matryoshka.checkpoint import load_model, save_model
+from matryoshka.checkpoint import load_model, published, save_model
+from matryoshka.data import WriterConfig
 from matryoshka.embeddings import reading
 from matryoshka.evaluation import analysis, baseline_methods
 from matryoshka.evaluation import options as evaluation
 from matryoshka.models import ModelSpec, build
+from matryoshka.retrieval.store import Index
 from matryoshka.training import session
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +65,137 @@ def test_a_mistyped_option_of_a_command_is_one_line(name, capsys):
     first = capsys.readouterr().err.splitlines()[0]
     assert first.startswith("error: unknown option")
     assert "no-such-option" in first
+
+
+def program_parser(name):
+    """The parser of a command such as `retrieve serve`."""
+    entry = PROGRAMS[name]
+    module, _, parser = (entry.options or f"{entry.module}:parser").partition(":")
+    return getattr(importlib.import_module(module), parser)()
+
+
+def listed(text):
+    """The options that a help text lists, in order."""
+    names = re.findall(r"^  (?:-\w, )?(--[\w.-]+)", text, re.MULTILINE)
+    return [name for name in names if name not in ("--help", "--config-file", "--print-config")]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_lists_some_options_and_help_all_lists_all(name, capsys):
+    parser = program_parser(name)
+    short, long = parser.help_text(), parser.help_text(everything=True)
+    assert set(listed(short)) <= set(listed(long))
+    for flag, text in (("--help", short), ("--help-all", long)):
+        with pytest.raises(SystemExit, match=r"^0$"):
+            cli.main([*name.split(), flag])
+        assert capsys.readouterr().out == f"{text}\n"
+    count = len(listed(long))
+    if name == "index":  # its commands have a help text each
+        assert listed(short) == []
+    elif name in ("eval", "data"):
+        assert listed(short) == ([] if name == "data" else listed(long))
+    elif count > 16:
+        assert 8 <= len(listed(short)) <= 16
+        assert short.endswith(f"--help-all lists all {count} options.")
+    else:
+        assert listed(short) == listed(long)
+
+
+def test_help_all_lists_every_declaration():
+    for name, sections in (("train", train_imagenet.SECTIONS), ("write", {"cfg": WriterConfig})):
+        expected = [
+            f"--{section}.{field.name}"
+            for section, declared in sections.items()
+            for field in dataclasses.fields(declared)
+        ]
+        assert listed(program_parser(name).help_text(everything=True)) == expected
+        common = [
+            f"--{section}.{field.name}"
+            for section, declared in sections.items()
+            for field in dataclasses.fields(declared)
+            if field.metadata["common"]
+        ]
+        assert listed(program_parser(name).help_text()) == common
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_examples_of_a_help_text_are_commands(name, monkeypatch):
+    """They stand before the options, and the program's own parser accepts them."""
+    monkeypatch.setenv("COLUMNS", "40")
+    text = program_parser(name).help_text()
+    before_options = re.split(r"^(?:arguments and )?options$|^\w+s$", text, flags=re.MULTILINE)[0]
+    examples = re.findall(r"^    (\S(?:.*\\\n)*.*)$", before_options, re.MULTILINE)
+    assert examples, f"{name}: no example"
+    for example in examples:
+        words = shlex.split(example.replace("\\\n", " "), comments=True)
+        if words[0] == "matryoshka":
+            route = " ".join(words[1:3])
+            command = route if route in PROGRAMS else words[1]
+            argv = words[1 + len(command.split()) :]
+        else:
+            script = next(word for word in words if word.endswith(".py"))
+            stem = Path(script).stem
+            command = next(n for n, p in PROGRAMS.items() if p.module.endswith(f".{stem}"))
+            argv = words[words.index(script) + 1 :]
+        program_parser(command).parse_args(argv)
+
+
+SCRIPTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("train", "inference")
+    for path in (ROOT / folder).glob("*.py")
+    if path.name != "__init__.py"
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_finds_mistakes_before_it_imports_torch(script):
+    command = [sys.executable, "-X", "importtime", script, "--no-such-option=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "error: " in done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not imported & {"torch", "scipy", "matplotlib", "sklearn"}
+
+
+def test_a_missing_file_is_reported_before_torch_is_imported(tmp_path):
+    code = (
+        "import sys; from matryoshka import cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    there = tmp_path / "model.safetensors"
+    there.touch()
+    for argv, message in (
+        (["embed", "--path=no.pt", "--data=x", "--output=y"], "--path no.pt"),
+        (["embed", f"--path={there}", "--data=no", "--output=y"], "--data no"),
+        (["embed", "--path=timm:resnet18", "--data=no", "--output=y"], "--data no"),
+        (["train", "--data.train_dataset=no.beton"], "data.train_dataset=no.beton"),
+        (["index", "build", "i", "--embeddings=no"], "--embeddings no"),
+        (["retrieve", "serve", "no.index"], "no.index"),
+    ):
+        command = [sys.executable, "-c", code, *argv]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr == f"error: {message}: no such file or folder\n"
+
+
+def test_the_package_is_imported_without_torch():
+    code = (
+        "import sys, matryoshka; shown = dir(matryoshka); "
+        "sys.exit('torch' in sys.modules or 'numpy' in sys.modules or "
+        "not set(matryoshka.__all__) <= set(shown))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_names_of_the_package():
+    assert matryoshka.load is published.load_any
+    assert matryoshka.Index is Index
+    for name in matryoshka.__all__:
+        assert getattr(matryoshka, name).__module__.startswith("matryoshka.")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = matryoshka.nothing
 
 
 @pytest.mark.parametrize("wing", LAZY)

@@ -41,6 +41,7 @@ LISTS = {  # lists of the side file
     "damaged": "damaged, but readable",
     "cmyk": "CMYK, stored as RGB",
     "other_content": "named .jpg, but of another format",
+    "heif": "left out, HEIC without pillow-heif",
 }
 COUNTS = {
     "resized": "reduced",

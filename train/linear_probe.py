@@ -25,18 +25,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from matryoshka import config
+from matryoshka.evaluation.probe_options import parser
+
+if __name__ == "__main__":
+    config.check_first(parser())  # torch takes two seconds to import
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from matryoshka import checkpoint, config, distributed
+from matryoshka import checkpoint, distributed
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data import CenterCrop, Loader, open_dataset
 from matryoshka.distributed import World
 from matryoshka.environment import environment
 from matryoshka.evaluation.predict import extract_features
 from matryoshka.evaluation.probe import Probe, ProbeError, choose_weight_decay, fit
-from matryoshka.evaluation.probe_options import parser
 from matryoshka.files import write_atomically
 from matryoshka.models import NestedModel, shortest_prefix
 from matryoshka.nested import NestedLinear, check_dims, default_dims

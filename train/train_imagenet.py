@@ -18,11 +18,17 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+from matryoshka import config
+from matryoshka.training.options import SECTIONS, parser
+
+if __name__ == "__main__":
+    config.check_first(parser())  # torch takes two seconds to import
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from matryoshka import checkpoint, config, distributed
+from matryoshka import checkpoint, distributed
 from matryoshka.checkpoint.transfer import start_model
 from matryoshka.data import Loader, open_dataset
 from matryoshka.data.augment import mix, mixed_loss, normalise, rand_augment
@@ -42,7 +48,6 @@ from matryoshka.training.loaders import (
 )
 from matryoshka.training.meter import EpochMeter
 from matryoshka.training.optim import lr_at, make_optimizer, parameter_groups, peak_epoch, peak_lr
-from matryoshka.training.options import SECTIONS, parser
 from matryoshka.training.progress import Forecast, Progress
 from matryoshka.training.run_folder import accuracy_metrics, new_run_id
 from matryoshka.training.session import (

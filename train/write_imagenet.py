@@ -1,18 +1,22 @@
 """Write a folder of images as one .beton file.
 
+    matryoshka write photos/train train.beton
     python train/write_imagenet.py --cfg.data_dir=imagenet/train --cfg.write_path=train.beton \\
         --cfg.max_resolution=500 --cfg.write_mode=proportion --cfg.compress_probability=0.5
 
-`--cfg.dataset=digits --cfg.split=train` needs no image files. Class names, options and lists of
-problem images are written to `<write_path>.json`. Exit status 2 if nothing could be written.
+PHOTOS holds one folder per class. The first form means --cfg.write_mode=jpg and
+--cfg.max_resolution=500 unless these are given. `--cfg.dataset=digits --cfg.split=train` needs no
+image files. Class names, options and lists of problem images are written to `<write_path>.json`.
+Exit status 2 if nothing could be written.
 """
 
+import os
 import sys
 import time
 
 from tqdm import tqdm
 
-from matryoshka.config import SectionParser, program, section_parser
+from matryoshka.config import ConfigError, SectionParser, ShortForm, program, section_parser
 from matryoshka.data import BetonError, Digits, ImageFolder, WriterConfig, write_beton
 from matryoshka.data.reader import manifest_path
 
@@ -22,12 +26,18 @@ LISTS = {  # of the manifest
     "other_content": "named .jpg, but of another format",
     "damaged": "damaged, but readable",
     "broken": "LEFT OUT, not readable",
+    "heif": "LEFT OUT, HEIC",
 }
+SPLITS = {"train", "val", "valid", "validation", "test"}  # names of folders, not of classes
+# Options that are words of the short form; what its defaults are, for photos.
+WORDS = {"cfg.data_dir": "PHOTOS", "cfg.write_path": "OUT.beton"}
+PHOTOS = {"cfg.max_resolution": 500, "cfg.write_mode": "jpg"}
 
 
 def parser() -> SectionParser:
-    description = (__doc__ or "").partition("\n")[0]
-    return section_parser("write_imagenet.py", description, {"cfg": WriterConfig})
+    return section_parser(
+        "write_imagenet.py", __doc__ or "", {"cfg": WriterConfig}, ShortForm(WORDS, PHOTOS)
+    )
 
 
 def open_source(cfg: WriterConfig) -> ImageFolder | Digits:
@@ -39,7 +49,23 @@ def open_source(cfg: WriterConfig) -> ImageFolder | Digits:
         raise BetonError(
             f"cfg.dataset={cfg.dataset} needs cfg.data_dir, the folder of class folders"
         )
+    check_splits(cfg.data_dir)
     return ImageFolder(cfg.data_dir)
+
+
+def check_splits(folder: str) -> None:
+    """ConfigError for a folder of `train` and `val`, whose names would become the two classes."""
+    if not os.path.isdir(folder):
+        return
+    inside = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+    visible = sorted(name for name in inside if not name.startswith("."))
+    if "train" not in visible or len(visible) < 2 or not SPLITS.issuperset(visible):
+        return
+    commands = [f"matryoshka write {folder}/{name} {name}.beton" for name in visible]
+    raise ConfigError(
+        f"{folder}: its folders {', '.join(visible)} are parts of a data set, not classes; write "
+        f"each: {'; '.join(commands)}"
+    )
 
 
 def write_function(cfg: WriterConfig):
@@ -63,6 +89,10 @@ def summary(manifest: dict, path: str, seconds: float) -> str:
             f", {counts['resized']:,} reduced to {manifest['options']['max_resolution']} pixels"
         )
     lines = [first]
+    if "ignored" in manifest:
+        kinds = manifest["ignored"]
+        each = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        lines.append(f"{sum(kinds.values())} other files ignored: {each}")
     for key, text in LISTS.items():
         entries = manifest.get(key, [])
         if entries:

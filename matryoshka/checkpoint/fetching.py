@@ -24,7 +24,7 @@ def why_no_weights(arch: str) -> str:
     try:
         published = get_model_weights(arch)[FIRST_WEIGHTS]
     except (ValueError, KeyError):
-        return f"no weights are published for {arch}"
+        return f"torchvision publishes no weights of {arch}"
     url = published.value.url
     file = Path(get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if file.exists():

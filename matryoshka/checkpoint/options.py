@@ -15,8 +15,10 @@ class CheckpointOptions:
     path: str = option(
         help="model.safetensors, upstream's final_weights.pt, or a published baseline: "
         "torchvision:NAME[.WEIGHTS], timm:NAME",
+        common=True,
+        existing=True,
     )
-    mrl: bool = option(False, help="an upstream checkpoint trained with MRL")
+    mrl: bool = option(False, help="an upstream checkpoint trained with MRL", common=True)
     efficient: bool = option(False, help="with --mrl: MRL-E")
     rep_size: int | None = option(
         None, help="width of an upstream fixed-feature checkpoint", flag="--rep_size", low=1

@@ -12,14 +12,17 @@ sections.py  `--config-file x.yaml`, `--section.option=value` (fastargs' syntax)
 flags.py     the papers' flags: `--path x --mrl`, positional arguments, subcommands
 files.py     YAML and JSON files of options
 layout.py    help texts
+check_first.py  finds mistakes in a command line before slow imports
 outcome.py   errors that a user can correct become one line and exit status 2
 """
 
+from matryoshka.config.check_first import check_first
 from matryoshka.config.flags import CommandParser, FlagParser, command_parser, flat_parser
 from matryoshka.config.options import ConfigError, check_fields, check_name, option
 from matryoshka.config.outcome import program
 from matryoshka.config.sections import (
     SectionParser,
+    ShortForm,
     flat,
     names_a_pipe,
     neutral_options,
@@ -33,7 +36,9 @@ __all__ = [
     "ConfigError",
     "FlagParser",
     "SectionParser",
+    "ShortForm",
     "check_fields",
+    "check_first",
     "check_name",
     "command_parser",
     "flat",

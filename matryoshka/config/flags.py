@@ -13,7 +13,7 @@ from dataclasses import MISSING, Field
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from matryoshka.config.layout import Row, help_text
+from matryoshka.config.layout import Row, help_text, remainder, shortened
 from matryoshka.config.options import (
     ConfigError,
     Option,
@@ -27,13 +27,14 @@ HELP: Row = ("-h, --help", "print this text and exit")
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
-def flat_parser(prog: str, description: str, *groups: type) -> FlagParser:
+def flat_parser(prog: str, description: str, *groups: type, whole_help: bool = False) -> FlagParser:
     """A parser of the options of several dataclasses; field names must differ.
 
     A field `batch_size` is the flag `--batch-size` unless it declares another one. Booleans are
-    switches, tuples are lists with commas.
+    switches, tuples are lists with commas. Lines of the description with an indentation of four are
+    examples. whole_help: `--help` lists all options, however many there are.
     """
-    return FlagParser(prog, description, groups)
+    return FlagParser(prog, description, groups, whole_help)
 
 
 def command_parser(
@@ -46,9 +47,12 @@ def command_parser(
 class FlagParser:
     """See `flat_parser`."""
 
-    def __init__(self, prog: str, description: str, groups: Sequence[type]) -> None:
+    def __init__(
+        self, prog: str, description: str, groups: Sequence[type], whole_help: bool = False
+    ) -> None:
         self.prog = prog
         self._description = description
+        self._whole_help = whole_help
         self._options: dict[str, tuple[Field, Option]] = {}
         for group in groups:
             for name, declared in options_of(group).items():
@@ -58,6 +62,7 @@ class FlagParser:
         # No abbreviations: a mistyped flag must not select another one.
         self._words = _Words(prog=prog, add_help=False, allow_abbrev=False)
         self._words.add_argument("-h", "--help", action="store_true")
+        self._words.add_argument("--help-all", action="store_true")
         for name, (field, option) in self._options.items():
             if not field.metadata.get("positional"):
                 self._words.add_argument(_label(field), dest=name, **_reading(field, option))
@@ -67,11 +72,11 @@ class FlagParser:
         argv = list(sys.argv[1:] if argv is None else argv)
         # Unknown flags and loose words are in `rest`: _loose_words suggests the nearest flag.
         flags, rest = self._words.parse_known_args(argv)
-        if flags.help:
-            print(self.help_text(), flush=True)
+        if flags.help or flags.help_all:
+            print(self.help_text(everything=flags.help_all), flush=True)
             raise SystemExit(0)
         given = {name: value for name, value in vars(flags).items() if value is not None}
-        del given["help"]
+        del given["help"], given["help_all"]
         given |= self._positionals(self._loose_words(rest))
         args = SimpleNamespace()
         for name, (field, option) in self._options.items():
@@ -118,16 +123,35 @@ class FlagParser:
             raise ConfigError(f"unexpected argument {show(words[0])}")
         return given
 
-    def help_text(self) -> str:
-        """Usage, description and a row for every option."""
+    def paths(self, args: SimpleNamespace) -> list[tuple[str, Any]]:
+        """(text for messages, path) of the given options that name existing files or folders."""
+        found = []
+        for name, (field, _) in self._options.items():
+            value = getattr(args, name)
+            if not field.metadata.get("existing") or value == default_of(field):
+                continue
+            for path in value if isinstance(value, tuple) else (value,):
+                found.append(
+                    (str(path) if _is_positional(field) else f"{_label(field)} {path}", path)
+                )
+        return found
+
+    def help_text(self, everything: bool = False) -> str:
+        """Usage, description and a row for every option, or for the common ones of many."""
+        is_common = {
+            name: bool(field.metadata.get("common")) or _is_positional(field)
+            for name, (field, _) in self._options.items()
+        }
+        shown = shortened(is_common, everything or self._whole_help)
         positionals = []
         for field, option in self._options.values():
             if _is_positional(field):
                 positionals.append(_label(field) + (" ..." if option.is_tuple else ""))
         heading = "arguments and options" if positionals else "options"
         rows = [("", self._description.strip()), ("", heading)]
-        rows += [_row(field, option) for field, option in self._options.values()]
-        return help_text(" ".join([self.prog, *positionals, "[options]"]), [*rows, HELP])
+        rows += [_row(*self._options[name]) for name in self._options if name in shown]
+        rows += [HELP, *remainder(shown, self._options)]
+        return help_text(" ".join([self.prog, *positionals, "[options]"]), rows)
 
 
 class CommandParser:
@@ -149,8 +173,8 @@ class CommandParser:
         """The typed options of the subcommand that the first word names."""
         argv = list(sys.argv[1:] if argv is None else argv)
         names = ", ".join(self._commands)
-        if argv[:1] in (["-h"], ["--help"]):
-            print(self.help_text(), flush=True)
+        if argv[:1] in (["-h"], ["--help"], ["--help-all"]):
+            print(self.help_text(everything=argv[0] == "--help-all"), flush=True)
             raise SystemExit(0)
         if not argv:
             raise ConfigError(f"{self._dest} is required: one of {names}")
@@ -158,17 +182,27 @@ class CommandParser:
         if name not in self._commands:
             hint = did_you_mean(name, list(self._commands))
             raise ConfigError(f"{self._dest} {show(name)}: expected one of {names}{hint}")
-        text, groups = self._commands[name]
-        args = FlagParser(f"{self._prog} {name}", text, groups).parse_args(rest)
+        args = self._parser(name).parse_args(rest)
         setattr(args, self._dest, name)
         return args
 
-    def help_text(self) -> str:
-        """Usage, description and a row for every subcommand."""
+    def _parser(self, name: str) -> FlagParser:
+        text, groups = self._commands[name]
+        return FlagParser(f"{self._prog} {name}", text, groups)
+
+    def paths(self, args: SimpleNamespace) -> list[tuple[str, Any]]:
+        """As `FlagParser.paths`."""
+        return self._parser(getattr(args, self._dest)).paths(args)
+
+    def help_text(self, everything: bool = False) -> str:
+        """Usage, description and a row for every subcommand; with `everything`, their options."""
         rows = [("", self._description.strip()), ("", f"{self._dest}s")]
         rows += [(name, text) for name, (text, _) in self._commands.items()]
         usage = f"{self._prog} {self._dest.upper()} [options]      (--help after it lists them)"
-        return help_text(usage, [*rows, HELP])
+        texts = [help_text(usage, [*rows, HELP])]
+        if everything:
+            texts += [self._parser(name).help_text(everything=True) for name in self._commands]
+        return "\n\n".join(texts)
 
 
 class _Words(argparse.ArgumentParser):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 Row = tuple[str, str]  # (option, explanation); a row without an option is a heading
-EXAMPLE = 4  # indentation of an example's command
+EXAMPLE = 4  # indentation of an example's command; its further lines have more
+SHORT = 15  # options that `--help` lists all; of more, the common ones
 TABLE_ROW = r"\S+(, \S+)*\s{2,}(?=\S)"  # a name, and its explanation behind two spaces
 
 
@@ -29,6 +30,19 @@ def help_text(usage: str, rows: Sequence[Row]) -> str:
             text, width, initial_indent=head, subsequent_indent=" " * column
         ) or [head.rstrip()]
     return "\n".join(lines)
+
+
+def shortened(options: Mapping[str, bool], everything: bool) -> set[str]:
+    """The names of `options` (name: whether it is common) that a help text lists."""
+    few = len(options) <= SHORT
+    return {name for name, common in options.items() if common or few or everything}
+
+
+def remainder(shown: Collection[str], options: Collection[str]) -> list[Row]:
+    """The last line of a help text that lists only `shown`."""
+    if len(shown) == len(options):
+        return []
+    return [("", f"--help-all lists all {len(options)} options.")]
 
 
 def _joined(text: str) -> list[str]:
@@ -52,8 +66,8 @@ def _joined(text: str) -> list[str]:
 def _wrapped(line: str, width: int) -> list[str]:
     """A line of a description, wrapped with the indentation that its kind needs."""
     indent = len(line) - len(line.lstrip())
-    if indent == EXAMPLE:
-        return [line]  # a command, which must stay on one line to be copied
+    if indent >= EXAMPLE:
+        return [line]  # of a command, which must stay as it is to be copied
     row = re.match(TABLE_ROW, line)
     hanging = row.end() if row is not None else indent  # below the second column of a table
     return textwrap.wrap(line, width, subsequent_indent=" " * hanging) or [""]

@@ -55,6 +55,8 @@ def option(
     choices: Iterable[object] = (),
     check: Callable[[Any], None] | None = None,
     affects_result: bool = True,
+    common: bool = False,
+    existing: bool = False,
     flag: str | None = None,
     metavar: str | None = None,
     positional: bool = False,
@@ -68,6 +70,9 @@ def option(
     check: value -> None, raises ValueError(reason).
     affects_result: False for options that decide where and how fast a program runs, not what it
     computes; a resumed run may change them.
+    common: listed by `--help` where there are too many options to list all.
+    existing: names a file or folder, which `check_first` looks for; `torchvision:resnet50` and the
+    like are not paths.
 
     For `flat_parser` alone: flag, default `--name-with-dashes`; metavar; positional: an argument
     without a flag; words: a flag with several values; repeat: a flag that may be given repeatedly.
@@ -79,6 +84,8 @@ def option(
         "choices": tuple(choices),
         "check": check,
         "affects_result": affects_result,
+        "common": common,
+        "existing": existing,
         "flag": flag,
         "metavar": metavar,
         "positional": positional,

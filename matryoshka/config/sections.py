@@ -20,7 +20,7 @@ import fastargs
 import yaml
 
 from matryoshka.config.files import Given, read_file
-from matryoshka.config.layout import help_text
+from matryoshka.config.layout import help_text, remainder, shortened
 from matryoshka.config.options import (
     ConfigError,
     OutOfRange,
@@ -31,6 +31,18 @@ from matryoshka.config.options import (
 )
 
 _COMMAND_LINE = "on the command line"
+_SWITCHES = ("help", "help-all", "print-config")
+
+
+class ShortForm(NamedTuple):
+    """A command line of words alone, such as `write PHOTOS OUT.beton`.
+
+    words: the option that each word is, and its name in the usage. defaults: values that replace
+    the declared defaults where this form is used; files and options win over them.
+    """
+
+    words: Mapping[str, str]
+    defaults: Mapping[str, object]
 
 
 class SectionParser(NamedTuple):
@@ -39,15 +51,42 @@ class SectionParser(NamedTuple):
     sections: Mapping[str, type]
     prog: str
     description: str
+    short_form: ShortForm | None = None
 
     def parse_args(self, argv: Sequence[str] | None = None) -> SimpleNamespace:
         """One instance of each section; see `read`."""
-        return read(self.sections, argv, prog=self.prog, description=self.description)
+        return read(
+            self.sections,
+            argv,
+            prog=self.prog,
+            description=self.description,
+            short_form=self.short_form,
+        )
+
+    def paths(self, args: SimpleNamespace) -> list[tuple[str, Any]]:
+        """(text for messages, path) of the given options that name existing files or folders."""
+        found = []
+        for name in self.sections:
+            section = getattr(args, name)
+            for field in fields(section):
+                value = getattr(section, field.name)
+                if field.metadata.get("existing") and value != default_of(field):
+                    found.append((f"{name}.{field.name}={value}", value))
+        return found
+
+    def help_text(self, everything: bool = False) -> str:
+        """Usage, description and options: all, or the common ones of many."""
+        return _help(self, _declare(self.sections), everything)
 
 
-def section_parser(prog: str, description: str, sections: Mapping[str, type]) -> SectionParser:
+def section_parser(
+    prog: str,
+    description: str,
+    sections: Mapping[str, type],
+    short_form: ShortForm | None = None,
+) -> SectionParser:
     """A parser of sections, the counterpart of `flat_parser`."""
-    return SectionParser(sections, prog, description)
+    return SectionParser(sections, prog, description, short_form)
 
 
 def read(
@@ -56,12 +95,13 @@ def read(
     *,
     prog: str = "",
     description: str = "",
+    short_form: ShortForm | None = None,
 ) -> SimpleNamespace:
     """One instance of each section's dataclass, from config files and `argv`.
 
     argv: default sys.argv[1:]. A relative config file is looked up in the current folder, then in
-    the repository's root, then among the configs installed with the package. `--help` and
-    `--print-config` print and raise SystemExit(0). ConfigError lists all errors: unknown and
+    the repository's root, then among the configs installed with the package. `--help`, `--help-all`
+    and `--print-config` print and raise SystemExit(0). ConfigError lists all errors: unknown and
     missing options, values of the wrong type or out of range, unreadable files. A ValueError from a
     section's `__post_init__` is reported the same way.
     """
@@ -69,16 +109,22 @@ def read(
     params = {".".join(path): param for path, param in declared.entries.items()}
     # All errors are collected: a user corrects them in one go.
     errors: list[str] = []
-    files, typed, switches = _split(sys.argv[1:] if argv is None else argv, params, errors)
-    if "help" in switches:
-        print(_help(declared, prog or Path(sys.argv[0]).name, description), flush=True)
+    argv = sys.argv[1:] if argv is None else argv
+    command = _split(argv, params, errors, takes_words=short_form is not None)
+    switches = command.switches
+    if switches & {"help", "help-all"}:
+        parser = SectionParser(sections, prog or Path(sys.argv[0]).name, description, short_form)
+        print(_help(parser, declared, "help-all" in switches), flush=True)
         raise SystemExit(0)
 
     # Later files win over earlier ones, and the command line over all of them.
+    words = _named_words(command, short_form)
     given = Given()
-    for name in files:
+    if words and short_form is not None:
+        given |= {key: (value, "by default") for key, value in short_form.defaults.items()}
+    for name in command.files:
         given |= read_file(name, params, errors)
-    given |= typed
+    given |= words | command.given
     config = SimpleNamespace()
     for name, section in sections.items():
         before = len(errors)
@@ -144,49 +190,94 @@ def _declare(sections: Mapping[str, type]) -> fastargs.Config:
     return declared
 
 
+class _CommandLine(NamedTuple):
+    """Config files, options, switches (help, help-all, print-config), and words without an option
+    before them.
+    """
+
+    files: list[str]
+    given: Given
+    switches: set[str]
+    words: list[str]
+
+
 def _split(
-    argv: Sequence[str], names: Collection[str], errors: list[str]
-) -> tuple[list[str], Given, set[str]]:
-    """Config files, options and switches (help, print-config); errors are appended to `errors`."""
-    files = []
-    given = Given()
-    switches = set()
+    argv: Sequence[str], names: Collection[str], errors: list[str], takes_words: bool = False
+) -> _CommandLine:
+    """The parts of a command line; errors are appended to `errors`."""
+    files, given, switches, words = line = _CommandLine([], Given(), set(), [])
     known = [*names, "config-file"]
     short = {"-h": "--help", "-C": "--config-file"}
     waiting = [short.get(word, word) for word in reversed(argv)]  # a stack: pop is the next word
     while waiting:
         word = waiting.pop()
         key, equals, value = word.removeprefix("--").partition("=")
-        if word in ("--help", "--print-config"):
+        if word.startswith("--") and word[2:] in _SWITCHES:
             switches.add(key)
             continue
         # `--option value`: the next word is the value unless it is an option itself.
         if word.startswith("--") and not equals and waiting and not waiting[-1].startswith("--"):
             equals, value = "=", waiting.pop()
-        if not word.startswith("--"):
+        if not word.startswith("--") and takes_words:
+            words.append(word)
+        elif not word.startswith("--"):
             errors.append(f"unexpected argument {show(word)} {_COMMAND_LINE}")
         elif key not in known:
-            errors.append(f"unknown option {show(key)} {_COMMAND_LINE}{did_you_mean(key, known)}")
+            hint = did_you_mean(key, [*known, *_SWITCHES])
+            errors.append(f"unknown option {show(key)} {_COMMAND_LINE}{hint}")
         elif not equals or (key == "config-file" and not value):
             errors.append(f"{key} {_COMMAND_LINE}: a value is missing")
         elif key == "config-file":
             files.append(value)
         else:
             given[key] = value, _COMMAND_LINE
-    return files, given, switches
+    return line
+
+
+def _named_words(command: _CommandLine, short_form: ShortForm | None) -> Given:
+    """The words of a command line by their option. ConfigError, alone: other errors may follow
+    from it.
+    """
+    words = command.words
+    if short_form is None or not words:
+        return {}
+    expected = " ".join(short_form.words.values())
+    shown = " ".join(map(show, words))
+    both = [f"--{key}" for key in short_form.words if key in command.given]
+    if both:
+        raise ConfigError(
+            f"{shown} and {', '.join(both)}: give {expected} as words, or all of them as options"
+        )
+    if len(words) != len(short_form.words):
+        raise ConfigError(f"expected {expected}, got {shown}")
+    return {key: (word, _COMMAND_LINE) for key, word in zip(short_form.words, words, strict=True)}
 
 
 def names_a_pipe(argv: Sequence[str]) -> bool:
     """Whether a --config-file is a pipe or a device, whose content can be read only once."""
-    files, _, _ = _split(argv, (), [])
+    files = _split(argv, (), []).files
     return any(os.path.exists(name) and not os.path.isfile(name) for name in files)
 
 
-def _help(declared: fastargs.Config, prog: str, description: str) -> str:
-    """Every option, grouped by section."""
-    rows = [
-        ("", description),
-        ("", "options"),
+def _help(parser: SectionParser, declared: fastargs.Config, everything: bool) -> str:
+    """Usage, description and options, grouped by section."""
+    is_common = {
+        f"{name}.{field.name}": bool(field.metadata.get("common"))
+        for name, section in parser.sections.items()
+        for field in fields(section)
+    }
+    shown = shortened(is_common, everything)
+    rows = []
+    for section, paths in declared.sections_to_entries.items():
+        listed = [path for path in paths if ".".join(path) in shown]
+        if len(shown) == len(is_common):
+            rows.append(("", ".".join(section)))
+        for path in listed:
+            param = declared.entries[path]
+            state = "required" if param.required else f"default {_yaml_value(param.default)}"
+            facts = "; ".join([param.checker.help(), state, *param.checker.facts()])
+            rows.append((f"--{'.'.join(path)}", f"{param.desc} [{facts}]".strip()))
+    general = [
         (
             "-C, --config-file=FILE",
             "YAML or JSON file of options; may be repeated, later files win",
@@ -194,14 +285,12 @@ def _help(declared: fastargs.Config, prog: str, description: str) -> str:
         ("--print-config", "print the resolved options as YAML and exit"),
         ("-h, --help", "print this text and exit"),
     ]
-    for section, paths in declared.sections_to_entries.items():
-        rows.append(("", ".".join(section)))
-        for path in paths:
-            param = declared.entries[path]
-            state = "required" if param.required else f"default {_yaml_value(param.default)}"
-            facts = "; ".join([param.checker.help(), state, *param.checker.facts()])
-            rows.append((f"--{'.'.join(path)}", f"{param.desc} [{facts}]".strip()))
-    return help_text(f"{prog} [--config-file=FILE ...] [--section.option=value ...]", rows)
+    # The sections' own come first where they are few, and last where they fill pages.
+    parts = [*rows, *general] if len(shown) < len(is_common) else [*general, *rows]
+    rows = [("", parser.description.strip()), ("", "options"), *parts, *remainder(shown, is_common)]
+    words = list(parser.short_form.words.values()) if parser.short_form else []
+    usage = [parser.prog, *words, "[--config-file=FILE ...]", "[--section.option=value ...]"]
+    return help_text(" ".join(usage), rows)
 
 
 def neutral_options(sections: Mapping[str, type]) -> frozenset[str]:

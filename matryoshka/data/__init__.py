@@ -6,7 +6,7 @@ from matryoshka import lazy
 
 if TYPE_CHECKING:
     from matryoshka.data.crops import CenterCrop, PadCrop, RandomResizedCrop
-    from matryoshka.data.images import read_images
+    from matryoshka.data.images import image_files, read_images
     from matryoshka.data.layout import BetonError
     from matryoshka.data.loader import Batch, Loader
     from matryoshka.data.options import WriterConfig
@@ -29,6 +29,7 @@ __all__ = [
     "ResidentLoader",
     "StateError",
     "WriterConfig",
+    "image_files",
     "open_dataset",
     "read_images",
     "write_beton",
@@ -38,7 +39,7 @@ __getattr__ = lazy.attribute(
     __name__,
     {
         "crops": ("CenterCrop", "PadCrop", "RandomResizedCrop"),
-        "images": ("read_images",),
+        "images": ("image_files", "read_images"),
         "layout": ("BetonError",),
         "loader": ("Batch", "Loader"),
         "options": ("WriterConfig",),

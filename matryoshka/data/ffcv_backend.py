@@ -134,6 +134,7 @@ def write_with_ffcv(
                 "classes": source.classes,
                 "options": {"writer": "ffcv"} | asdict(settings),
                 "counts": {"jpg": jpg, "raw": len(written) - jpg},
+                **native.left_out(source),
             }
         if settings.names:
             content["names"] = [source.name(index) for index in indices.tolist()]

@@ -11,17 +11,42 @@ import numpy as np
 from matryoshka.data import _native
 from matryoshka.data.crops import CenterCrop
 from matryoshka.data.layout import BetonError
-from matryoshka.data.sources import decode_image
+from matryoshka.data.sources import EXTENSIONS, decode_image
 
 
-def read_images(paths: Iterable[str | os.PathLike], crop: CenterCrop) -> np.ndarray:
-    """Decode and crop image files: uint8 [B, size, size, 3].
+def image_files(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
+    """The files of one path or of several: a folder means the images below it, sorted by path.
+
+    Hidden files and folders are left out. BetonError for a folder without images.
+    """
+    found: list[Path] = []
+    for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
+        if not os.path.isdir(path):
+            found.append(Path(path))
+            continue
+        inside = [
+            file
+            for file in sorted(Path(path).rglob("*"))
+            if file.name.lower().endswith(EXTENSIONS)
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            and file.is_file()
+        ]
+        if not inside:
+            raise BetonError(f"{path}: has no images ({' '.join(EXTENSIONS)})")
+        found += inside
+    return found
+
+
+def read_images(
+    paths: str | os.PathLike | Iterable[str | os.PathLike], crop: CenterCrop
+) -> np.ndarray:
+    """Decode and crop image files: uint8 [B, size, size, 3]; paths: as for `image_files`.
 
     EXIF orientations are not applied, as everywhere in the data path. BetonError, one line, for a
     file that cannot be read or decoded.
     """
     squares = []
-    for path in paths:
+    for path in image_files(paths):
         try:
             squares.append(central_square(decode_image(Path(path).read_bytes()).pixels, crop))
         except OSError as error:

@@ -22,12 +22,16 @@ class WriteOptions:
     """Options that determine the bytes of a .beton. BetonError for illegal values."""
 
     max_resolution: int = option(
-        help="longest side in pixels; larger images are reduced to it", low=1, high=MAX_RESOLUTION
+        help="longest side in pixels; larger images are reduced to it",
+        low=1,
+        high=MAX_RESOLUTION,
+        common=True,
     )
     write_mode: str = option(
         "smart",
         help="how images are stored; proportion and smart decide per image",
         choices=MODES,
+        common=True,
     )
     compress_probability: float | None = option(
         None, help="share stored as jpg, only for proportion (0.5)", low=0, high=1
@@ -35,20 +39,22 @@ class WriteOptions:
     smart_threshold: int | None = option(
         None, help="only for smart: jpg above this number of raw bytes; unset: all raw", low=0
     )
-    jpeg_quality: float = option(90, help="JPEG quality", low=1, high=100)
+    jpeg_quality: float = option(90, help="JPEG quality", low=1, high=100, common=True)
     transcode: str = option(
         "never",
         help="copy JPEGs losslessly; fit: if stored as jpg; always: also instead of raw",
         choices=TRANSCODE,
     )
     subset: int = option(
-        -1, help="number of samples to store, evenly over the classes; -1: all", low=-1
+        -1, help="number of samples to store, evenly over the classes; -1: all", low=-1, common=True
     )
     seed: int = option(
         0, help="seed of the subset and of proportion's choices", low=0, high=MAX_SEED
     )
-    exif_rotate: bool = option(False, help="rotate photos by their EXIF tag before storing them")
-    names: bool = option(False, help="keep every original file name in the side file")
+    exif_rotate: bool = option(
+        False, help="rotate photos by their EXIF tag before storing them", common=True
+    )
+    names: bool = option(False, help="keep every original file name in the side file", common=True)
 
     def __post_init__(self) -> None:
         try:
@@ -68,7 +74,7 @@ class WriterConfig(WriteOptions):
     """Section `cfg` of write_imagenet.py."""
 
     write_path: str = option(
-        help="the .beton to write; an old one is replaced once the new one is complete"
+        help="the .beton to write; an old one is replaced once the new one is complete", common=True
     )
     dataset: str = option(
         "imagenet",
@@ -78,9 +84,13 @@ class WriterConfig(WriteOptions):
     split: str | None = option(
         None, help="part of digits; for a folder, data_dir decides", choices=("train", "val")
     )
-    data_dir: str | None = option(None, help="the folder that holds the class folders")
+    data_dir: str | None = option(None, help="the folder that holds the class folders", common=True)
     num_workers: int = option(
-        0, help="threads, 0: all cores; does not change the file", low=0, affects_result=False
+        0,
+        help="threads, 0: all cores; does not change the file",
+        low=0,
+        affects_result=False,
+        common=True,
     )
     chunk_size: int = option(
         100,

@@ -10,9 +10,11 @@ from __future__ import annotations
 import io
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +26,15 @@ from matryoshka.data.layout import JPG, RAW, BetonError, Samples
 from matryoshka.data.pages import MapFeed
 from matryoshka.data.reader import BetonFile
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+HEIF_EXTENSIONS = (".heic", ".heif")
+HAS_HEIF = find_spec("pillow_heif") is not None  # the extra [heif]
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"),
+    *(HEIF_EXTENSIONS if HAS_HEIF else ()),
+)
 
 # The formats of photos only: Pillow's other readers (PostScript, ...) must not see hostile files.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF")
 # Pillow's limit for "decompression bombs" (Image.MAX_IMAGE_PIXELS is half of it), here for every
 # decoder: half a gigabyte of RGB.
 MAX_PIXELS = 178_956_970
@@ -128,9 +135,20 @@ def _orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
+def _formats_of(data: bytes) -> tuple[str, ...]:
+    """The formats that Pillow tries for a file."""
+    # `ftyp` begins all files of the ISO base media format: AVIF, HEIF, MP4.
+    if not HAS_HEIF or data[4:8] != b"ftyp":
+        return _FORMATS
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener(thumbnails=False)
+    return (*_FORMATS, "HEIF")
+
+
 def _decode_with_pillow(data: bytes) -> Decoded:
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=_formats_of(data)) as image:
             _check_pixels(*image.size)
             return Decoded(
                 _to_rgb(image),
@@ -170,7 +188,9 @@ class ImageFolder:
 
     The layout is that of torchvision's ImageFolder. path: the root. classes: names of the
     subfolders, sorted; a label is a position in it. labels: int64 [N]. Samples are sorted by class,
-    folder, file name. Hidden files and folders are ignored, symbolic links are followed.
+    folder, file name. Hidden files and folders are ignored, symbolic links are followed. left_out:
+    paths relative to the root of the other files that are not samples: those of other types, HEIC
+    without pillow-heif, and all files beside the class folders.
 
     BetonError if the folder is missing, has no class folders, or a class has no images.
     """
@@ -181,9 +201,9 @@ class ImageFolder:
             raise BetonError(f"{self.path}: no such folder")
         if not self.path.is_dir():
             raise BetonError(f"{self.path}: is not a folder")
-        self.classes = sorted(
-            e.name for e in os.scandir(self.path) if e.is_dir() and not e.name.startswith(".")
-        )
+        visible = [entry for entry in os.scandir(self.path) if not entry.name.startswith(".")]
+        self.classes = sorted(entry.name for entry in visible if entry.is_dir())
+        self.left_out = sorted(entry.name for entry in visible if not entry.is_dir())
         if not self.classes:
             raise BetonError(
                 f"{self.path}: has no class folders (expected {self.path}/<class>/<image>)"
@@ -191,9 +211,14 @@ class ImageFolder:
         self._names: list[str] = []
         counts = []
         for name in self.classes:
-            images = sorted(_images(self.path / name))
+            others: list[str] = []
+            images = sorted(_images(self.path / name, others=others))
+            self.left_out += sorted(os.path.join(name, other) for other in others)
             if not images:
-                raise BetonError(f"{self.path / name}: has no images ({' '.join(EXTENSIONS)})")
+                raise BetonError(
+                    f"{self.path / name}: has no images ({' '.join(EXTENSIONS)})"
+                    + ("; HEIC: pip install pillow-heif" if self.heif() else "")
+                )
             self._names += [os.path.join(name, folder, file) for folder, file in images]
             counts.append(len(images))
         self.labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
@@ -212,6 +237,23 @@ class ImageFolder:
     def name(self, index: int) -> str:
         """The file's path, relative to the root."""
         return self._names[index]
+
+    def ignored(self) -> dict[str, int]:
+        """Number of files that are not samples, by extension; files beside the class folders
+        separately.
+        """
+        kinds: Counter[str] = Counter()
+        for name in self.left_out:
+            folder, file = os.path.split(name)
+            extension = os.path.splitext(file)[1].lower() or "no extension"
+            kinds[extension if folder else f"{extension} beside the class folders"] += 1
+        return dict(sorted(kinds.items()))
+
+    def heif(self) -> list[str]:
+        """HEIC files that are not samples because pillow-heif is not installed."""
+        if HAS_HEIF:
+            return []
+        return [name for name in self.left_out if name.lower().endswith(HEIF_EXTENSIONS)]
 
     def preload(self) -> None:
         """Do nothing: files are read batch by batch."""
@@ -279,9 +321,15 @@ class ImageFolder:
 
 
 def _images(
-    root: Path, folder: str = "", above: tuple[tuple[int, int], ...] = ()
+    root: Path,
+    folder: str = "",
+    above: tuple[tuple[int, int], ...] = (),
+    *,
+    others: list[str],
 ) -> Iterator[tuple[str, str]]:
-    """Yield (folder relative to root, file name) of every image below `root`."""
+    """Yield (folder relative to root, file name) of every image below `root`; append the other
+    files to `others`.
+    """
     status = os.stat(root / folder)
     identity = (status.st_dev, status.st_ino)
     if identity in above:  # a symbolic link to one of its own parents
@@ -291,9 +339,12 @@ def _images(
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                yield from _images(root, os.path.join(folder, entry.name), (*above, identity))
+                below = os.path.join(folder, entry.name)
+                yield from _images(root, below, (*above, identity), others=others)
             elif entry.name.lower().endswith(EXTENSIONS):
                 yield folder, entry.name
+            else:
+                others.append(os.path.join(folder, entry.name))
 
 
 class Digits:

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from matryoshka.data import _native, layout
 from matryoshka.data.layout import BetonError
 from matryoshka.data.options import WriteOptions
 from matryoshka.data.reader import manifest_path
-from matryoshka.data.sources import _exif_orientation, decode_image, upright
+from matryoshka.data.sources import ImageFolder, _exif_orientation, decode_image, upright
 from matryoshka.environment import available_cores
 from matryoshka.files import AtomicFile
 
@@ -120,6 +120,14 @@ def write_beton(
         side.publish()  # first: a .beton must never be seen with the class names of an older one
         file.publish()
     return content
+
+
+def left_out(source: Source) -> dict[str, Any]:
+    """The manifest's record of files in an image folder that are not samples; empty without any."""
+    if not isinstance(source, ImageFolder) or not source.left_out:
+        return {}
+    heif = [{"name": name, "reason": "pip install pillow-heif"} for name in source.heif()]
+    return {"ignored": source.ignored()} | ({"heif": heif} if heif else {})
 
 
 def check_arguments(
@@ -354,5 +362,6 @@ class _Manifest:
             "options": asdict(self._options),
             "counts": self._counts,
             **self._lists,
+            **left_out(self._source),
             **({"names": self._names} if self._options.names else {}),
         }

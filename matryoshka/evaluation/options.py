@@ -60,6 +60,7 @@ class EvalOptions(PreprocessingOptions):
         help="images of none of the model's classes (a .beton, a folder of folders): how well "
         "confidence separates them from the data set; --dataset O does so for ImageNet-O",
         metavar="DATA",
+        existing=True,
     )
     data_root: str = option(
         factory=lambda: os.environ.get("IMAGENET_DIR", "../../IMAGENET"),
@@ -68,6 +69,7 @@ class EvalOptions(PreprocessingOptions):
         "or itself a .beton file or a folder of class folders, such as another imagenetv2-*; "
         "unset: $IMAGENET_DIR, else upstream's ../../IMAGENET",
         metavar="PATH",
+        existing=True,
     )
     nesting_list: tuple[int, ...] | None = option(
         None,
@@ -133,6 +135,7 @@ def eval_parser() -> FlagParser:
         EvalOptions,
         RuntimeOptions,
         SaveOptions,
+        whole_help=True,  # users of the papers' repository look for its flags there
     )
 
 
@@ -143,15 +146,21 @@ def eval_parser() -> FlagParser:
 class EmbedOptions(PreprocessingOptions):
     """Inputs and outputs of an embedding run."""
 
-    data: str = option(help="a .beton file, or a folder of class folders")
-    output: str = option(help="folder of the embeddings, created if missing", metavar="DIR")
-    dtype: str = option("float32", help="type of the embeddings on disk", choices=DTYPES)
-    truncate_dim: int | None = option(
-        None, help="only the first D dimensions of every embedding", metavar="D", low=1
+    data: str = option(
+        help="a .beton file, or a folder of class folders", common=True, existing=True
     )
-    normalize: bool = option(False, help="scale to length 1, after truncation")
+    output: str = option(
+        help="folder of the embeddings, created if missing", metavar="DIR", common=True
+    )
+    dtype: str = option(
+        "float32", help="type of the embeddings on disk", choices=DTYPES, common=True
+    )
+    truncate_dim: int | None = option(
+        None, help="only the first D dimensions of every embedding", metavar="D", low=1, common=True
+    )
+    normalize: bool = option(False, help="scale to length 1, after truncation", common=True)
     overwrite: bool = option(
-        False, help="replace other embeddings in DIR once the new ones are complete"
+        False, help="replace other embeddings in DIR once the new ones are complete", common=True
     )
 
 
@@ -163,7 +172,8 @@ def embed_parser() -> FlagParser:
         "one folder.\n\n"
         "    matryoshka embed --path model.safetensors --data train.beton --output "
         "embeddings/train\n"
-        "    torchrun --nproc-per-node=8 inference/embed.py --path ... --data ... --output ...\n\n"
+        "    torchrun --nproc-per-node=8 inference/embed.py --path model.safetensors \\\n"
+        "        --data train.beton --output embeddings/train\n\n"
         "A killed run resumes when it is started again with the same options. "
         "docs/retrieval.md describes the files.",
         CheckpointOptions,
@@ -184,15 +194,22 @@ def _target(text: str) -> None:
 class GradcamOptions:
     """Images and classes to explain, and the pictures to write."""
 
-    data: str = option(help=".beton file, folder of class folders, folder of images, or one image")
-    output: str = option(help="folder for the pictures, created if missing", metavar="DIR")
-    images: int = option(20, help="largest number of images", low=1)
+    data: str = option(
+        help=".beton file, folder of class folders, folder of images, or one image",
+        common=True,
+        existing=True,
+    )
+    output: str = option(
+        help="folder for the pictures, created if missing", metavar="DIR", common=True
+    )
+    images: int = option(20, help="largest number of images", low=1, common=True)
     dims: tuple[int, ...] | None = option(
         None,
         help="prefixes to show; unset: all of the checkpoint's",
         metavar="D,D,...",
         low=1,
         nonempty=True,
+        common=True,
     )
     target: str = option(
         "predicted",
@@ -200,6 +217,7 @@ class GradcamOptions:
         "class index",
         metavar="predicted|label|INDEX",
         check=_target,
+        common=True,
     )
     layer: str | None = option(
         None,
@@ -231,26 +249,34 @@ def gradcam_parser() -> FlagParser:
 class BaselineOptions:
     """Methods, data and settings of the baselines."""
 
-    train_data: str = option(help="the database: a .beton file or a folder of class folders")
-    val_data: str = option(help="the queries")
+    train_data: str = option(
+        help="the database: a .beton file or a folder of class folders", common=True, existing=True
+    )
+    val_data: str = option(help="the queries", common=True, existing=True)
     dims: tuple[int, ...] | None = option(
         None,
         help="e.g. 8,64,512; unset: the checkpoint's, or powers of two up to its one width",
         low=1,
         nonempty=True,
         check=increasing,
+        common=True,
     )
     only: tuple[str, ...] | None = option(
-        None, help="some of the methods; unset: all", choices=METHODS, nonempty=True
+        None, help="some of the methods; unset: all", choices=METHODS, nonempty=True, common=True
     )
     shots: tuple[int, ...] = option(
-        (1, 3, 5, 7, 9), help="ncm: images per class", low=1, nonempty=True, check=increasing
+        (1, 3, 5, 7, 9),
+        help="ncm: images per class",
+        low=1,
+        nonempty=True,
+        check=increasing,
+        common=True,
     )
     ways: int | None = option(None, help="ncm: classes in a draw; unset: all", low=2)
     draws: int = option(5, help="number of random draws", low=1, high=9999)
     seed: int = option(0, help="seed of the draws", low=0, high=MAX_SEED)
     weight_decay: float = option(1e-4, help="weight decay of rand-lp", low=0, high=1e9)
-    output: str = option("baselines.json", help="file of the results, JSON")
+    output: str = option("baselines.json", help="file of the results, JSON", common=True)
 
 
 def baselines_parser() -> FlagParser:
@@ -278,24 +304,33 @@ class AnalyzeOptions:
     """Saved predictions, and the analyses of them."""
 
     results: str | None = option(
-        None, help="results.json of an evaluation that saved arrays", metavar="FILE"
+        None,
+        help="results.json of an evaluation that saved arrays",
+        metavar="FILE",
+        common=True,
+        existing=True,
     )
     logits: str | None = option(
         None,
         help="the array itself, .npy or upstream's .pth, in place of --results",
         metavar="FILE",
+        existing=True,
     )
-    softmax: str | None = option(None, help="the same for softmax", metavar="FILE")
-    predictions: str | None = option(None, help="the same for predicted classes", metavar="FILE")
-    gt: str | None = option(None, help="labels of that array", metavar="FILE")
+    softmax: str | None = option(None, help="the same for softmax", metavar="FILE", existing=True)
+    predictions: str | None = option(
+        None, help="the same for predicted classes", metavar="FILE", existing=True
+    )
+    gt: str | None = option(None, help="labels of that array", metavar="FILE", existing=True)
     dims: tuple[int, ...] | None = option(
         None, help="prefix lengths of that array", metavar="D,D,...", low=1
     )
     only: tuple[str, ...] = option(
-        ANALYSES, help="some of the analyses", choices=ANALYSES, nonempty=True
+        ANALYSES, help="some of the analyses", choices=ANALYSES, nonempty=True, common=True
     )
-    splits: int = option(30, help="random splits of the images", low=1)
-    learn: float = option(0.2, help="share of images to learn thresholds on", above=0, below=1)
+    splits: int = option(30, help="random splits of the images", low=1, common=True)
+    learn: float = option(
+        0.2, help="share of images to learn thresholds on", above=0, below=1, common=True
+    )
     seed: int = option(0, help="seed of the splits", low=0)
     epsilon: tuple[float, ...] = option(
         (0.5, 1.0, 2.0),
@@ -303,9 +338,10 @@ class AnalyzeOptions:
         above=0,
         below=100,
         nonempty=True,
+        common=True,
     )
     delta: float = option(
-        0.05, help="certified cascades: probability of losing more", above=0, below=1
+        0.05, help="certified cascades: probability of losing more", above=0, below=1, common=True
     )
     bins: int = option(15, help="bins of confidence", low=1, high=1000)  # Guo et al. 2017
     superclasses: str | None = option(
@@ -313,9 +349,10 @@ class AnalyzeOptions:
         help="paper (its 30 groups of ImageNet-1K, the default), a number of groups, depth:N below "
         '"entity", or names: dog,bird',
         metavar="LEVEL",
+        common=True,
     )
     output: str | None = option(
-        None, help="file to write; unset: analysis.json beside the results, else here"
+        None, help="file to write; unset: analysis.json beside the results, else here", common=True
     )
 
 

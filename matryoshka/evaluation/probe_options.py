@@ -18,17 +18,22 @@ class FrozenConfig:
 
     path: str = option(
         help="model whose backbone is used: a checkpoint (.safetensors, .pt), "
-        "torchvision:NAME[.WEIGHTS], timm:NAME"
+        "torchvision:NAME[.WEIGHTS], timm:NAME",
+        common=True,
+        existing=True,
     )
     dims: tuple[int, ...] | None = option(
         None,
         help="prefix lengths, e.g. 8,12,512; unset: powers of two from 2^nesting_start to the "
         "width",
         low=1,
+        common=True,
     )
     nesting_start: int = option(3, help="the shortest prefix is 2^nesting_start", low=0)
     efficient: bool = option(False, help="MRL-E: one classifier sliced per prefix")
-    device: str = option("auto", help="auto: CUDA, else MPS, else CPU", choices=DEVICES)
+    device: str = option(
+        "auto", help="auto: CUDA, else MPS, else CPU", choices=DEVICES, common=True
+    )
     precision: str = option(
         "fp32", help="precision of the backbone; auto: bf16 or fp16 on CUDA", choices=PRECISIONS
     )
@@ -38,10 +43,12 @@ class FrozenConfig:
 class DataConfig:
     """Section `data`."""
 
-    train_dataset: str = option(help=".beton/.ffcv file or image folder")
-    val_dataset: str = option(help=".beton/.ffcv file or image folder")
+    train_dataset: str = option(
+        help=".beton/.ffcv file or image folder", common=True, existing=True
+    )
+    val_dataset: str = option(help=".beton/.ffcv file or image folder", common=True, existing=True)
     num_workers: int = option(0, help="decoding threads; 0: all cores", low=0, high=MAX_THREADS)
-    batch_size: int = option(256, help="images per forward pass", low=1, high=65536)
+    batch_size: int = option(256, help="images per forward pass", low=1, high=65536, common=True)
 
 
 @dataclass(frozen=True)
@@ -49,13 +56,17 @@ class ProbeConfig:
     """Section `probe`."""
 
     solver: str = option(
-        "lbfgs", help="lbfgs: full batch, to the tolerance; sgd: mini-batches", choices=SOLVERS
+        "lbfgs",
+        help="lbfgs: full batch, to the tolerance; sgd: mini-batches",
+        choices=SOLVERS,
+        common=True,
     )
     weight_decay: tuple[float, ...] = option(
         (1e-5, 1e-4, 1e-3),
         help="one value, or several to choose from on a held-out tenth",
         low=0,
         nonempty=True,
+        common=True,
     )
     max_iter: int = option(1000, help="lbfgs: largest number of iterations", low=1)
     tolerance: float = option(
@@ -80,9 +91,12 @@ class ProbeConfig:
 class LoggingConfig:
     """Section `logging`."""
 
-    folder: str = option("trainlogs", help="parent of the run folder")
+    folder: str = option("trainlogs", help="parent of the run folder", common=True)
     run_id: str | None = option(
-        None, help="name of the run folder; unset: time, probe, 4 digits", check=check_name
+        None,
+        help="name of the run folder; unset: time, probe, 4 digits",
+        check=check_name,
+        common=True,
     )
 
 
@@ -98,6 +112,8 @@ def parser() -> config.SectionParser:
     """The options of linear_probe.py."""
     return config.section_parser(
         "linear_probe.py",
-        "Nested linear classifiers on the frozen features of any model: the linear probe.",
+        "Nested linear classifiers on the frozen features of any model: the linear probe.\n\n"
+        "    matryoshka probe --model.path=torchvision:resnet50 \\\n"
+        "        --data.train_dataset=train.beton --data.val_dataset=val.beton",
         SECTIONS,
     )

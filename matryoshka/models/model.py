@@ -10,12 +10,14 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from matryoshka.data import CenterCrop, read_images
+from matryoshka.data import CenterCrop, image_files, read_images
 from matryoshka.data.augment import Preprocessing, normalise
 from matryoshka.models.backbones import backbone
 from matryoshka.models.blurpool import apply_blurpool
 from matryoshka.models.options import ModelConfig, ModelError, ModelSpec
 from matryoshka.nested import NestedLinear, check_dims, default_dims
+
+ENCODE_BATCH = 64  # files that encode_files decodes at a time
 
 # ---------------------------------------------------------------- the model
 
@@ -124,18 +126,28 @@ class NestedModel(nn.Module):
 
     def encode_files(
         self,
-        paths: Iterable[str | os.PathLike],
+        paths: str | os.PathLike | Iterable[str | os.PathLike],
         truncate_dim: int | None = None,
         normalize: bool = False,
     ) -> Tensor:
         """`encode` of image files, cropped and resized by `preprocessing` as `matryoshka embed`
         does.
 
-        Decodes all files at once: meant for a few queries; use a Loader for many. BetonError for a
-        file that is not an image.
+        paths: a file, a folder (all images below it, in the order of data.image_files), or several
+        of these. Uses one core to decode: meant for queries and small folders; use a Loader for
+        many images. BetonError for a file that is not an image.
         """
-        images = read_images(paths, CenterCrop(self.preprocessing.size, self.preprocessing.ratio))
-        return self.encode(torch.from_numpy(images), truncate_dim, normalize)
+        crop = CenterCrop(self.preprocessing.size, self.preprocessing.ratio)
+        files = image_files(paths)
+        parts = [
+            self.encode(
+                torch.from_numpy(read_images(files[start : start + ENCODE_BATCH], crop)),
+                truncate_dim,
+                normalize,
+            )
+            for start in range(0, max(1, len(files)), ENCODE_BATCH)
+        ]
+        return torch.cat(parts)
 
 
 def build(spec: ModelSpec, weights: str | None = None) -> NestedModel:

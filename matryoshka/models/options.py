@@ -18,7 +18,9 @@ class ModelError(ValueError):
 class ModelConfig:
     """Section `model`."""
 
-    arch: str = option("resnet18", help="backbone: a ResNet by its torchvision name, or timm:NAME")
+    arch: str = option(
+        "resnet18", help="backbone: a ResNet by its torchvision name, or timm:NAME", common=True
+    )
     pretrained: bool = option(
         False, help="short for model.init=torchvision:<arch>, or timm: for a model of timm"
     )
@@ -26,14 +28,18 @@ class ModelConfig:
         None,
         help="initial weights: a checkpoint (.safetensors, .pt), torchvision:NAME[.WEIGHTS], "
         "timm:NAME",
+        common=True,
+        existing=True,
     )
     freeze: str = option(
         "",
         help="stages that keep their initial weights: trunk, or e.g. stem,layer1,layer2 or "
         "patch_embed",
     )
-    mrl: bool = option(False, help="MRL: one classifier per prefix")
-    efficient: bool = option(False, help="MRL-E: one classifier sliced per prefix; wins over mrl")
+    mrl: bool = option(False, help="MRL: one classifier per prefix", common=True)
+    efficient: bool = option(
+        False, help="MRL-E: one classifier sliced per prefix; wins over mrl", common=True
+    )
     nesting_start: int = option(3, help="the shortest prefix is 2^nesting_start", low=0)
     fixed_feature: int = option(
         0, help="baseline: width of the classified feature; 0: the backbone's width", low=0

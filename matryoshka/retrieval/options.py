@@ -28,21 +28,30 @@ def _index_names(text: str) -> None:
 class RetrieveOptions:
     """Options of a search and of its measurements."""
 
-    database: str = option(help=f"{_TABLE}, or an index", metavar="DIR")
-    queries: str = option(help=_TABLE, metavar="DIR")
-    output: str = option(help="folder of the results", metavar="DIR")
-    overwrite: bool = option(False, help="replace results in it")
+    database: str = option(help=f"{_TABLE}, or an index", metavar="DIR", common=True, existing=True)
+    queries: str = option(help=_TABLE, metavar="DIR", common=True, existing=True)
+    output: str = option(help="folder of the results", metavar="DIR", common=True)
+    overwrite: bool = option(False, help="replace results in it", common=True)
     index: str | None = option(
         None,
         help=f"{', '.join(INDEXES)}; a sweep takes several, with commas. Unset: scan; for an index "
         "without any of the options down to --funnel-k: its own search parameters",
         check=_index_names,
+        common=True,
     )
     shortlist_dim: int | None = option(
-        None, help="unset: 64, or all dimensions; also of hnsw and binary", low=1, high=MAX_COUNT
+        None,
+        help="unset: 64, or all dimensions; also of hnsw and binary",
+        low=1,
+        high=MAX_COUNT,
+        common=True,
     )
     k: int | None = option(
-        None, help="length of the shortlist; unset: 200, as in the paper", low=1, high=MAX_COUNT
+        None,
+        help="length of the shortlist; unset: 200, as in the paper",
+        low=1,
+        high=MAX_COUNT,
+        common=True,
     )
     rerank_dim: int | None = option(
         None,
@@ -81,6 +90,7 @@ class RetrieveOptions:
         help="number of queries to compare with exact search; 0: none",
         low=0,
         high=MAX_COUNT,
+        common=True,
     )
     batches: tuple[int, ...] = option(
         (1, 32, 1000),
@@ -90,12 +100,12 @@ class RetrieveOptions:
         nonempty=True,
     )
     no_speed: bool = option(False, help="do not measure speed")
-    sweep: bool = option(False, help="try many search parameters instead of one set")
+    sweep: bool = option(False, help="try many search parameters instead of one set", common=True)
     target_recall: float | None = option(
-        None, help="recall bound of the sweep; unset: 0.99", above=0, high=1
+        None, help="recall bound of the sweep; unset: 0.99", above=0, high=1, common=True
     )
     choose: bool = option(
-        False, help="with --sweep: make the fastest parameters the default of an index"
+        False, help="with --sweep: make the fastest parameters the default of an index", common=True
     )
     seed: int = option(0, help="seed of k-means and of the choice of queries", low=0, high=MAX_SEED)
 
@@ -107,10 +117,8 @@ def retrieve_parser() -> FlagParser:
         "Nearest neighbours of every query: quality, speed, and recall of exact search.\n\n"
         "    matryoshka retrieve --database embeddings/train --queries embeddings/val --output "
         "neighbours\n"
-        "    matryoshka retrieve ... --index ivf --nprobe 32 --shortlist-dim 64 --k 200 "
-        "--rerank-dim 2048\n"
-        "    matryoshka retrieve ... --funnel 16,32,64,128,256,2048 --funnel-k 200,100,50,25,10\n"
-        "    matryoshka retrieve ... --sweep --target-recall 0.99\n"
+        "    matryoshka retrieve --database photos.index --queries embeddings/val --output sweep "
+        "--sweep --choose\n"
         "    matryoshka retrieve serve photos.index\n\n"
         "The --k rows with the best scores by the first --shortlist-dim dimensions are reranked by "
         "the first --rerank-dim. --sweep tries many search parameters and prints the fastest whose "
@@ -134,7 +142,9 @@ class FolderOptions:
 class SourceOptions:
     """Rows to add."""
 
-    embeddings: str = option(help="folder that `matryoshka embed` wrote", metavar="DIR")
+    embeddings: str = option(
+        help="folder that `matryoshka embed` wrote", metavar="DIR", existing=True
+    )
     prefix: str = option("", help="text before every name")
 
 
@@ -179,7 +189,7 @@ class DeleteOptions:
 
     names: tuple[str, ...] = option((), help="names of rows", metavar="NAME", positional=True)
     names_from: Path | None = option(
-        None, help="file of names, one per line, UTF-8", metavar="FILE"
+        None, help="file of names, one per line, UTF-8", metavar="FILE", existing=True
     )
     missing_ok: bool = option(False, help="ignore names that the index does not have")
 

@@ -209,11 +209,16 @@ def certified(measured: Iterable[Measured], target: float) -> Measured | None:
     return max(certain, key=lambda m: m.speed, default=None)
 
 
+def highest_bound(queries: int, tried: int, confidence: float = 0.95) -> float:
+    """The lower bound of recall of a search without any loss on this number of queries."""
+    return summarise_recall(np.ones(queries), 1, confidence, tried).lower
+
+
 def queries_needed(target: float, tried: int, confidence: float = 0.95) -> int:
     """Queries that a search without any loss needs for a lower bound of `target`, below 1."""
 
     def is_enough(queries: int) -> bool:
-        return summarise_recall(np.ones(queries), 1, confidence, tried).lower >= target
+        return highest_bound(queries, tried, confidence) >= target
 
     # Doubling, then bisection: the bound grows with the number of queries.
     enough = 1

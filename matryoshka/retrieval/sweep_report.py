@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from matryoshka.retrieval.sweep import Measured, queries_needed
+from matryoshka.retrieval.sweep import Measured, highest_bound, queries_needed
 
+LOWEST_HINT = 0.5  # a lower target is not worth a hint
 COLOURS = {"scan": "#2a6fbb", "ivf": "#d1662a", "binary": "#3c8f5a", "hnsw": "#8a56a8"}
 
 
@@ -42,6 +44,28 @@ def frontier_table(
             + ("  <- certified" if m is chosen else "")
         )
     return "\n".join([*lines, ""])
+
+
+def outlook(*, target: float, tried: int, queries: int, available: int) -> str:
+    """What `queries` of the `available` queries can certify, in one line, before the sweep runs."""
+    bound = highest_bound(queries, tried)
+    if target == 1:
+        return f"certify  no number of queries certifies recall 1; {queries:,} reach {bound:.4f}"
+    needed = queries_needed(target, tried)
+    text = f"certify  recall {target} needs {needed:,} queries or more for {tried} settings; "
+    if needed <= queries:
+        return f"{text}measured: {queries:,}"
+    remedy = f"--truth {needed}"
+    if needed > available:
+        remedy = "give more queries"
+        if bound >= LOWEST_HINT:
+            remedy += f", or --target-recall {_rounded_down(bound, 2)}"
+    return f"{text}{queries:,} certify {_rounded_down(bound, 4)} at most: {remedy}"
+
+
+def _rounded_down(value: float, digits: int) -> float:
+    # A bound must not be rounded up. 1e-9: in floating point, 0.29 * 100 is 28.999999999999996.
+    return math.floor(value * 10**digits + 1e-9) / 10**digits
 
 
 def certificate_text(

@@ -12,11 +12,12 @@ from matryoshka.runtime import DeviceOptions, ThreadOptions
 class ServeOptions:
     """Options of the server and its page."""
 
-    index: str = option(help="folder of the index", metavar="DIR", positional=True)
+    index: str = option(help="folder of the index", metavar="DIR", positional=True, existing=True)
     model: str | None = option(
         None,
         help="model that made the index; unset: the file that the index names",
         metavar="FILE",
+        existing=True,
     )
     data: tuple[str, ...] | None = option(
         None,

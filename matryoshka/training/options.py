@@ -21,8 +21,12 @@ MAX_IMAGE_SIZE = 16384  # pixels of a side, as the crops allow
 class ResolutionConfig:
     """Section `resolution`: training images grow from min_res to max_res between two epochs."""
 
-    min_res: int = option(160, help="pixels up to start_ramp", low=1, high=MAX_IMAGE_SIZE)
-    max_res: int = option(160, help="pixels from end_ramp on", low=1, high=MAX_IMAGE_SIZE)
+    min_res: int = option(
+        160, help="pixels up to start_ramp", low=1, high=MAX_IMAGE_SIZE, common=True
+    )
+    max_res: int = option(
+        160, help="pixels from end_ramp on", low=1, high=MAX_IMAGE_SIZE, common=True
+    )
     start_ramp: int = option(0, help="epoch at which images start to grow", low=0)
     end_ramp: int = option(0, help="epoch from which images have max_res", low=0)
 
@@ -32,10 +36,18 @@ class DataConfig:
     """Section `data`."""
 
     train_dataset: str | None = option(
-        None, help=".beton/.ffcv file or image folder", affects_result=False
+        None,
+        help=".beton/.ffcv file or image folder",
+        affects_result=False,
+        common=True,
+        existing=True,
     )
     val_dataset: str | None = option(
-        None, help=".beton/.ffcv file or image folder", affects_result=False
+        None,
+        help=".beton/.ffcv file or image folder",
+        affects_result=False,
+        common=True,
+        existing=True,
     )
     loader: str = option(
         "native", help="ffcv: FFCV's own loader, for comparison", choices=("native", "ffcv")
@@ -107,7 +119,9 @@ class LrConfig:
     """Section `lr`."""
 
     lr: float | None = option(None, help="peak rate; unset: lr_per_256 x global batch / 256", low=0)
-    lr_per_256: float = option(0.125, help="peak rate per 256 images of the global batch", low=0)
+    lr_per_256: float = option(
+        0.125, help="peak rate per 256 images of the global batch", low=0, common=True
+    )
     lr_schedule_type: str = option(
         "cyclic", help="shape over the run", choices=("step", "cyclic", "constant", "cosine")
     )
@@ -139,9 +153,13 @@ class TrainingConfig:
     """Section `training`."""
 
     eval_only: bool = option(False, help="evaluate training.path instead of training")
-    path: str | None = option(None, help="checkpoint for eval_only")
+    path: str | None = option(None, help="checkpoint for eval_only", existing=True)
     batch_size: int = option(
-        512, help="largest batch per process and forward pass", low=1, affects_result=False
+        512,
+        help="largest batch per process and forward pass",
+        low=1,
+        affects_result=False,
+        common=True,
     )
     accumulate: int = option(
         1, help="forward passes per optimizer step", low=1, affects_result=False
@@ -168,7 +186,7 @@ class TrainingConfig:
         high=1,
     )
     sync_bn: bool = option(False, help="batch norm over all processes (GPUs only)")
-    epochs: int = option(30, help="passes over the training set", low=1)
+    epochs: int = option(30, help="passes over the training set", low=1, common=True)
     label_smoothing: float = option(0.1, help="label smoothing of the loss", low=0, high=1)
     distributed: bool | None = option(
         None,
@@ -185,13 +203,18 @@ class TrainingConfig:
     )
     compile: bool | None = option(None, help="torch.compile; unset: on CUDA", affects_result=False)
     device: str = option(
-        "auto", help="auto: CUDA, else MPS, else CPU", choices=DEVICES, affects_result=False
+        "auto",
+        help="auto: CUDA, else MPS, else CPU",
+        choices=DEVICES,
+        affects_result=False,
+        common=True,
     )
     resume: str | None = option(
         None,
         help="auto: resume logging.run_id from its last checkpoint; or a run folder, or a "
         "checkpoint in one",
         affects_result=False,
+        common=True,
     )
     checkpoint_every_steps: int = option(
         0,
@@ -234,12 +257,15 @@ class TrainingConfig:
 class LoggingConfig:
     """Section `logging`."""
 
-    folder: str = option("trainlogs", help="parent of the run folder", affects_result=False)
+    folder: str = option(
+        "trainlogs", help="parent of the run folder", affects_result=False, common=True
+    )
     run_id: str | None = option(
         None,
         help="name of the run folder; unset: torchrun's run id, or time, model, 4 digits",
         check=check_name,
         affects_result=False,
+        common=True,
     )
     log_level: int = option(
         1,
@@ -270,6 +296,11 @@ def parser() -> config.SectionParser:
     """The options of train_imagenet.py."""
     return config.section_parser(
         "train_imagenet.py",
-        "Train a nested (MRL, MRL-E) or fixed-feature model on two .beton files or image folders.",
+        "Train a nested (MRL, MRL-E) or fixed-feature model on .beton files or image folders.\n\n"
+        "    matryoshka train --model.mrl=1 --training.epochs=16 \\\n"
+        "        --data.train_dataset=train.beton --data.val_dataset=val.beton\n"
+        "    torchrun --nproc_per_node=8 train/train_imagenet.py --model.mrl=1 \\\n"
+        "        --config-file=rn50_configs/rn50_40_epochs.yaml \\\n"
+        "        --data.train_dataset=train.beton --data.val_dataset=val.beton",
         SECTIONS,
     )

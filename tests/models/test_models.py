@@ -373,7 +373,7 @@ def test_accuracy_of_ties_and_nan():
     assert metric.compute()[8] == {"top1": 0.0, "top5": 0.0}, "NaN counts as wrong"
 
 
-def test_encode_files_are_prepared_as_a_loader_prepares_them(tmp_path):
+def test_encode_files_are_prepared_as_a_loader_prepares_them(tmp_path, monkeypatch):
     import numpy as np
     from PIL import Image
 
@@ -397,6 +397,10 @@ def test_encode_files_are_prepared_as_a_loader_prepares_them(tmp_path):
     short = model.encode_files(map(str, paths[:2]), truncate_dim=16, normalize=True)
     torch.testing.assert_close(short, model.encode(batch.images[:2], 16, True))
     assert model.encode_files([]).shape == (0, model.width), "no files: no rows"
+    assert not short.requires_grad
+    torch.testing.assert_close(model.encode_files(paths[0]), model.encode(batch.images[:1]))
+    monkeypatch.setattr("matryoshka.models.model.ENCODE_BATCH", 3)
+    torch.testing.assert_close(model.encode_files(tmp_path), model.encode(batch.images))
     (tmp_path / "no.jpg").write_bytes(b"no picture")
     for path, words in (
         (tmp_path / "no.jpg", "no.jpg: "),
