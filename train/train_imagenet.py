@@ -454,8 +454,8 @@ def batch_notes(cfg: SimpleNamespace, processes: int, global_batch: int, images:
     left_out = images % global_batch
     if left_out >= LEFT_OUT_SHARE * images:
         notes.append(
-            f"{left_out} of {images} images, others in each epoch, are left out of an epoch: only "
-            f"full batches of {global_batch} are trained on; training.batch_size changes that"
+            f"each epoch leaves out {left_out} of {images} images, chosen anew: only full batches "
+            f"of {global_batch} are trained on; see training.batch_size"
         )
     return notes
 

@@ -34,6 +34,8 @@ def why_no_weights(arch: str) -> str:
         if not within(NETWORK_SECONDS, lambda: reach(host)):
             return f"no network to fetch the published weights of {arch}"
         download(url, file)
+    except socket.gaierror:
+        return f"no network to fetch the published weights of {arch}"
     except Exception as error:  # urllib and ssl raise many types
         return f"the published weights of {arch} cannot be fetched ({error})"
     return ""

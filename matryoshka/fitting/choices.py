@@ -17,7 +17,7 @@ from matryoshka.training.progress import duration
 
 # Seconds after training that do not depend on the photos: analyses, pictures, index, report. On a
 # CPU that trains recipe.REFERENCE at REFERENCE_RATE images per second.
-FIXED_SECONDS = 18.0
+FIXED_SECONDS = 9.0
 REFERENCE_RATE = 350.0
 EPOCH_SECONDS = 0.15  # a checkpoint and the lines of an epoch, on the same CPU
 EMBED_FACTOR = 2.0  # evaluating and embedding an image, over its forward pass alone
@@ -76,7 +76,7 @@ def choose(
     rate = images_per_second(recipe.REFERENCE, facts, device)
     slowness = 1.0
     if not gpu:  # analyses and pictures take as long as the CPU is slow
-        slowness = min(4.0, max(0.7, REFERENCE_RATE / rate))
+        slowness = min(3.0, max(0.7, REFERENCE_RATE / rate))
     if arch is not None and arch != recipe.REFERENCE:
         rate = images_per_second(arch, facts, device)
     fixed = FIXED_SECONDS * slowness

@@ -214,10 +214,8 @@ class Run:
             + f"; {len(counts)} classes of {counts.min():,} to {counts.max():,}; shorter side "
             f"{side} px",
         )
-        for reason, number in count_reasons(
-            [file._replace(reason=file.reason.partition(" (")[0]) for file in left_out]
-        ).items():
-            progress.line("left out", f"{number:,}: {reason}")
+        for line in left_out_lines(left_out):
+            progress.line("left out", line)
         # Twice the resolution, so that a random crop is not enlarged.
         stored = min(longest, max(256, 2 * recipe.resolutions(side)[0]))
         return parts, left_out, warnings, {"side": side, "stored": stored, "classes": len(counts)}
@@ -406,6 +404,24 @@ class Run:
         known = summary.train_accuracy(self.folder, self.state["images"]["train"])
         epochs = self.state["choices"]["training.epochs"]
         return summary.time_advice(known=known, new=new, epochs=epochs)
+
+
+def left_out_lines(left_out: list[LeftOut]) -> list[str]:
+    """Numbers of files by kind of reason; for reasons that differ by file, with an example."""
+    by_kind: dict[str, list[LeftOut]] = {}
+    for file in left_out:
+        kind = file.reason
+        for several in ("unreadable", "copy of another image"):
+            if kind.startswith(several):
+                kind = several
+        by_kind.setdefault(kind, []).append(file)
+    lines = []
+    for kind, files in sorted(by_kind.items(), key=lambda item: -len(item[1])):
+        first = files[0]
+        example = "" if first.reason == kind else f", such as {first.name}: {first.reason}"
+        example = example.replace(f"{kind}: ", "")
+        lines.append(f"{len(files):,} files: {kind}{example}")
+    return lines
 
 
 def check_classes(found: Found, root: Path) -> None:
