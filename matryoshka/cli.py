@@ -28,7 +28,11 @@ class Program(NamedTuple):
 
 
 PROGRAMS = {
-    "fit": Program("matryoshka.fitting", "photos -> searchable model, in a time that you choose"),
+    "fit": Program(
+        "matryoshka.fitting",
+        "photos -> searchable model, in a time that you choose",
+        "matryoshka.fitting:parser",
+    ),
     "write": Program("matryoshka.train.write_imagenet", "image folder -> .beton"),
     "data": Program(
         "matryoshka.train.check_data", "info, verify: content and integrity of a .beton"

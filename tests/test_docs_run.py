@@ -33,11 +33,14 @@ PARSED_ONLY = {
     r"/data/|IMAGENET|imagenet21k|ImageNet": "ImageNet",
     r"\bserve\b": "runs until it is stopped",
     r"lancedb": "a database of its own; tests/retrieval/test_lance.py runs it",
+    r"matryoshka\.fit\(": "takes its minutes; tests/fitting/test_fit.py runs it",
+    r"labels\.csv|resnet34": "tests/fitting/test_fit.py runs the like",
     r"licence": "a column that the reader has added",
 }
 SHELL_WORDS = ("source", "cd", "trap", "wait", "export")
 # Options that make a command fast, or fit it to 21 photos.
 FAST = {
+    "fit": ["--model.arch=resnet10", "--training.epochs=1", "--training.batch_size=8"],
     "train": [
         "--training.epochs=1",
         "--training.batch_size=8",
@@ -224,7 +227,7 @@ def test_page(page, trained, tmp_path):
     workspace = tmp_path / "workspace"
     # Links, not copies of models: programs replace files, they do not change them.
     shutil.copytree(trained, workspace, copy_function=os.link)
-    for made_by_the_page in ("embeddings", "photos.index"):
+    for made_by_the_page in ("embeddings", "photos.index", "runs"):
         shutil.rmtree(workspace / made_by_the_page)
     run_page(page, workspace)
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from matryoshka import config
@@ -101,25 +102,33 @@ class FitResult:
         return load_model(self.model)
 
 
-def parser() -> config.FlagParser:
-    return config.flat_parser(
-        "fit",
+class FitParser(config.FlagParser):
+    """Fit's own options as flags; every option of train, `--section.option=value`, is one, too."""
+
+    def parse_args(self, argv: Sequence[str] | None = None) -> SimpleNamespace:
+        """fit's options, and `options`: {section.option: value} of train's that were given."""
+        own, of_train = split_options(sys.argv[1:] if argv is None else argv)
+        args = super().parse_args(own)
+        args.options = train_options(of_train)
+        return args
+
+
+def parser() -> FitParser:
+    description = (
         "From a folder of photos to a searchable model, in a time that you choose.\n\n"
         "    matryoshka fit photos --minutes 10\n"
         "    matryoshka fit photos --labels labels.csv --output runs/birds\n"
         "    matryoshka fit photos --model.arch=resnet34 --resolution.max_res=96\n\n"
         "Chooses resolution, backbone, batch size, rate and epochs, and prints them. Every option "
         "of `matryoshka train` overrides a choice. The same command resumes an interrupted run. "
-        "Ends with the accuracy of every prefix, a report, and an index to search.",
-        FitOptions,
+        "Ends with the accuracy of every prefix, a report, and an index to search."
     )
+    return FitParser("fit", description, (FitOptions,))
 
 
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
-    own, train_words = split_options(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(own)
-    overrides = train_options(train_words)
+    args = parser().parse_args(argv)
     fit(
         args.photos,
         minutes=args.minutes,
@@ -128,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         val_share=args.val_share,
         seed=args.seed,
         device=args.device,
-        options=overrides,
+        options=args.options,
         report=lambda line: print(line, flush=True),
     )
     return 0
