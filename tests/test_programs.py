@@ -323,6 +323,13 @@ def test_mistakes_in_training_are_one_line(run, digits, capsys, more, words):
     assert [p.name for p in run.parent.iterdir()] == ["run"]  # nothing was begun
 
 
+def test_the_parent_of_train_and_val_is_not_a_data_set(digits, folder, tmp_path, capsys):
+    parent = {"train": folder, "val": digits["val"]}
+    line = refused(train_imagenet.main, options(parent, tmp_path / "runs"), capsys)
+    assert f"data.train_dataset={folder}" in line
+    assert f"{folder}/train" in line
+
+
 def test_class_counts_and_names_must_fit(run, digits, folder, tmp_path, capsys):
     mixed = {"train": folder / "train", "val": digits["val"]}
     line = refused(train_imagenet.main, options(mixed, tmp_path), capsys)

@@ -10,7 +10,6 @@ image files. Class names, options and lists of problem images are written to `<w
 Exit status 2 if nothing could be written.
 """
 
-import os
 import sys
 import time
 
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from matryoshka.config import ConfigError, SectionParser, ShortForm, program, section_parser
 from matryoshka.data import BetonError, Digits, ImageFolder, WriterConfig, write_beton
 from matryoshka.data.reader import manifest_path
+from matryoshka.data.sources import parts_in
 
 SHOWN = 10  # images that a list on the terminal names
 LISTS = {  # of the manifest
@@ -28,7 +28,6 @@ LISTS = {  # of the manifest
     "broken": "LEFT OUT, not readable",
     "heif": "LEFT OUT, HEIC",
 }
-SPLITS = {"train", "val", "valid", "validation", "test"}  # names of folders, not of classes
 # Options that are words of the short form; what its defaults are, for photos.
 WORDS = {"cfg.data_dir": "PHOTOS", "cfg.write_path": "OUT.beton"}
 PHOTOS = {"cfg.max_resolution": 500, "cfg.write_mode": "jpg"}
@@ -55,15 +54,12 @@ def open_source(cfg: WriterConfig) -> ImageFolder | Digits:
 
 def check_splits(folder: str) -> None:
     """ConfigError for a folder of `train` and `val`, whose names would become the two classes."""
-    if not os.path.isdir(folder):
+    parts = parts_in(folder)
+    if not parts:
         return
-    inside = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
-    visible = sorted(name for name in inside if not name.startswith("."))
-    if "train" not in visible or len(visible) < 2 or not SPLITS.issuperset(visible):
-        return
-    commands = [f"matryoshka write {folder}/{name} {name}.beton" for name in visible]
+    commands = [f"matryoshka write {folder}/{name} {name}.beton" for name in parts]
     raise ConfigError(
-        f"{folder}: its folders {', '.join(visible)} are parts of a data set, not classes; write "
+        f"{folder}: its folders {', '.join(parts)} are parts of a data set, not classes; write "
         f"each: {'; '.join(commands)}"
     )
 

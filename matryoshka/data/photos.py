@@ -21,12 +21,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from matryoshka.data.sources import EXTENSIONS
+from matryoshka.data.sources import EXTENSIONS, PARTS
 
 TRAIN = "train"
 VAL_NAMES = ("val", "valid", "validation")
 TEST = "test"
-PARTS = (TRAIN, *VAL_NAMES, TEST)
 SHOWN = 3  # names that a message lists
 _COLUMNS = {"path", "label", "split"}
 

@@ -183,6 +183,21 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
+# Names of a data set's parts, not of classes: train, and one or more of the others.
+PARTS = ("train", "val", "valid", "validation", "test")
+
+
+def parts_in(folder: str | os.PathLike) -> list[str]:
+    """The folders of `folder` if all are parts of a data set, `train` and others; else []."""
+    if not os.path.isdir(folder):
+        return []
+    inside = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    visible = sorted(name for name in inside if not name.startswith("."))
+    if "train" not in visible or len(visible) < 2 or not set(PARTS).issuperset(visible):
+        return []
+    return visible
+
+
 class ImageFolder:
     """A folder with one subfolder per class, `root/<class>/**/<image>`, as a source and a dataset.
 

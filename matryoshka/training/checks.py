@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from matryoshka import config, distributed
 from matryoshka.checkpoint.transfer import check_start
 from matryoshka.data import open_dataset
+from matryoshka.data.sources import parts_in
 from matryoshka.models import ModelSpec, model_spec
 from matryoshka.training.loaders import check_classes, check_crops, check_loader, resolution_at
 
@@ -55,6 +56,13 @@ def check(cfg: SimpleNamespace, processes: int) -> None:
         raise config.ConfigError(
             f"{' and '.join(missing)} {are} required: a .beton file or an image folder"
         )
+
+    for name, value in needed:
+        if parts := parts_in(value):
+            raise config.ConfigError(
+                f"{name}={value}: its folders {', '.join(parts)} are parts of a data set, not "
+                f"classes; give one of them, such as {value}/{parts[0]}"
+            )
 
     # ---- options by themselves and against the machine ----
     check_crops(cfg)
