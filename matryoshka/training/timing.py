@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -29,9 +28,10 @@ def random_batches(size: int, batch: int, classes: int, device: torch.device) ->
 
 
 def step_seconds(spec: ModelSpec, batches: Iterable[Batch], *, seconds: float) -> float:
-    """Median time of a training step with SGD: loading, forward and backward pass, update.
+    """Time of a training step with SGD: loading, forward and backward pass, update.
 
-    Times for about `seconds`, at least one step. ValueError if there are too few batches.
+    The lower quartile of the steps of about `seconds`, at least one step: on a shared machine, some
+    steps take many times as long. ValueError if there are too few batches.
     """
     model, optimizer = None, None
     times = []
@@ -57,7 +57,7 @@ def step_seconds(spec: ModelSpec, batches: Iterable[Batch], *, seconds: float) -
             break
     if not times:
         raise ValueError(f"fewer than {WARM_UP + 1} batches to time")
-    return statistics.median(times)
+    return sorted(times)[len(times) // 4]
 
 
 def evaluation_seconds(spec: ModelSpec, batches: Iterable[Batch], *, seconds: float) -> float:
