@@ -129,14 +129,17 @@ def accuracy(results: Sequence[Json]) -> dict[str, Any]:
     rows = []
     for d in dims:
         rows.append((d, [values.get(d) for _, values in columns]))
-    return {
-        "chart": line_chart(
+    chart = None  # for a single number
+    if len(rows) > 1 or len(columns) > 1 or comparable:
+        chart = line_chart(
             series,
             "top-1 accuracy by dimension",
             "dimensions used",
             "top-1 accuracy (%)",
             x_ticks=ticks,
-        ),
+        )
+    return {
+        "chart": chart,
         "legend": _legend(series),
         "columns": [label for label, _ in columns],
         "rows": rows,
@@ -288,7 +291,7 @@ def training(evidence: Evidence) -> dict[str, Any] | None:
         )
     loss = run.column("train_loss")
     loss_chart = None
-    if loss:
+    if len(loss) > 1:
         loss_chart = line_chart(
             [Series("training loss", list(loss), list(loss.values()))],
             "training loss by epoch",
@@ -352,7 +355,7 @@ def cascade(analysis: Json) -> dict[str, Any] | None:
 
 def oracle(analysis: Json) -> dict[str, Any] | None:
     found = analysis.get("oracle")
-    if not found:
+    if not found or len(analysis["dims"]) < 2:  # of one prefix it is the accuracy
         return None
     shares = found["first_right"]
     chart = bar_chart(
@@ -396,11 +399,14 @@ def calibration(analysis: Json) -> dict[str, Any] | None:
     return {"charts": charts}
 
 
-def agreement(analysis: Json) -> Markup | None:
+def agreement(analysis: Json) -> dict[str, Any] | None:
     if not analysis.get("agreement") or len(analysis["dims"]) < 2:
         return None
+    values = analysis["agreement"]
+    if min(min(row) for row in values) == 100:  # a chart of one shade
+        return {"chart": None}
     names = [str(d) for d in analysis["dims"]]
-    return heat_map(names, analysis["agreement"], "agreement between prefixes")
+    return {"chart": heat_map(names, values, "agreement between prefixes")}
 
 
 def classes(analysis: Json) -> dict[str, Any] | None:
