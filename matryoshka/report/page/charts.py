@@ -354,13 +354,13 @@ def reliability(
     in each bin.
     """
     side = 180  # of the plot area
-    left, bottom = 34, 26
+    left, bottom = 40, 26
     strip = 24  # height of the tallest bar below the plot
     bins = len(images)
     most = max(images) or 1
     parts = [
         _svg_tag(
-            left + side + 16,
+            left + side + 18,
             side + strip + bottom + 18,
             f"reliability of {name}",
             css="chart small",
@@ -386,7 +386,7 @@ def reliability(
         )
     for tick in (0, 50, 100):
         across = left + side * tick / 100
-        under = side + strip + bottom + 2
+        under = side + strip + bottom + 4
         parts.append(
             f'<text class="tick" x="{left - 5}" y="{12 + side * (1 - tick / 100)}" '
             f'text-anchor="end">{tick}</text>'
