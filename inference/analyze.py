@@ -30,7 +30,14 @@ if __name__ == "__main__":
 import numpy as np
 
 from matryoshka.evaluation import analysis, superclasses
-from matryoshka.evaluation.cascade import GRID, cascade, certify, certify_held_out, split_indices
+from matryoshka.evaluation.cascade import (
+    GRID,
+    cascade,
+    certify,
+    certify_held_out,
+    compare_with_longest,
+    split_indices,
+)
 from matryoshka.evaluation.options import ANALYSES, SCORES
 from matryoshka.evaluation.prediction_arrays import (
     ArrayError,
@@ -39,6 +46,8 @@ from matryoshka.evaluation.prediction_arrays import (
     from_results,
 )
 from matryoshka.files import write_atomically
+from matryoshka.report import statements
+from matryoshka.report.claims import against_constant, paired
 
 NEED_SCORES = ("cascade", "calibration")
 # Images that a temperature is fitted on: one parameter needs no more, and Newton's method computes
@@ -79,11 +88,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "classes": arrays.num_classes,
         "seed": args.seed,
         "top1": by_dim(arrays, percentages(answers.correct.mean(1))),
+        **pairs_of_prefixes(answers),
     }
     print(
         f"{found['images']:,} images, {arrays.num_classes} classes, prefixes "
         f"{' '.join(map(str, arrays.dims))}"
     )
+    subject = {
+        "prefixes": {dim: {"top1": value} for dim, value in found["top1"].items()},
+        "images": found["images"],
+    }
+    print(statements.headline(subject, found))
     for name in analyses:
         if name == "cascade":
             found[name] = analyze_cascade(answers, args, epsilons)
@@ -99,6 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             found[name] = analyze_calibration(answers, args)
         elif name == "agreement":
             found[name] = analyze_agreement(answers)
+        sentence = statements.about(name, found)
+        if sentence:
+            print(f"  {sentence}")
 
     found["seconds"] = round(time.perf_counter() - started, 2)
     write_atomically(output, (json.dumps(found, indent=1) + "\n").encode())
@@ -173,6 +191,25 @@ def by_dim(arrays: PredictionArrays, values: Sequence) -> dict[str, Any]:
     return {str(dim): value for dim, value in zip(arrays.dims, values, strict=True)}
 
 
+def pairs_of_prefixes(answers: Answers) -> dict[str, Any]:
+    """Images that only one of two has right: what tests of a difference need.
+
+    `paired`: each shorter prefix against the longest. `against_constant`: each prefix against
+    always answering the most frequent class.
+    """
+    arrays = answers.arrays
+    correct = answers.correct
+    images = np.bincount(arrays.labels, minlength=arrays.num_classes)
+    against_longest = {}
+    constant = {}
+    for dim, right in zip(arrays.dims, correct, strict=True):
+        if dim != arrays.dims[-1]:
+            against_longest[str(dim)] = paired(right, correct[-1])._asdict()
+        hits = np.bincount(arrays.labels[right], minlength=arrays.num_classes)
+        constant[str(dim)] = against_constant(hits, images)._asdict()
+    return {"paired": against_longest, "against_constant": constant}
+
+
 # ------------------------------------- the analyses: each prints a table and returns its JSON value
 
 
@@ -217,7 +254,11 @@ def analyze_cascade(
             f"  {expected['mean']:8.2f} ± {expected['std']:<6.2f}"
             f"  {cumulative['mean']:10.2f}  {shown}"
         )
+    against_longest = compare_with_longest(
+        answers.confidence, answers.correct, learn=args.learn, seed=args.seed
+    )
     return {
+        "against_longest": against_longest._asdict(),
         "splits": args.splits,
         "learn_images": learned,
         "test_images": n - learned,
@@ -240,12 +281,18 @@ def analyze_certificate(answers: Answers, args: SimpleNamespace, points: float) 
     held_out = certify_held_out(*inputs, splits=args.splits, **options)
     losses = 100 * held_out.loss
     above = int((losses > points).sum())
-    length = "no prefix shorter than the longest"
     if whole.certified:
-        length = f"{whole.expected_dim:.1f} of {dims[-1]} dims"
+        result = (
+            f"certified at {100 * (1 - args.delta):g} %: at most {points:g} points lost with "
+            f"{whole.expected_dim:.1f} of {dims[-1]} dims"
+        )
+    else:
+        result = (
+            f"not certified at {100 * (1 - args.delta):g} %: these images do not show that a "
+            f"cascade loses at most {points:g} points"
+        )
     print(
-        f"  certified at {100 * (1 - args.delta):g} %: at most {points:g} points lost with "
-        f"{length}; certified on one half of the images and measured on the other: "
+        f"  {result}; certified on one half of the images and measured on the other: "
         f"{losses.mean():.2f} lost, above {points:g} in {above} of {len(losses)} splits"
     )
     return {
@@ -277,7 +324,9 @@ def analyze_oracle(answers: Answers) -> dict[str, Any]:
         f"{100 * answers.correct[-1].mean():.2f} %; mean dim of the oracle "
         f"{result.expected_dim:.1f}"
     )
+    vote = analysis.majority_vote(answers.predictions) == arrays.labels
     return {
+        "vote_against_longest": paired(vote, answers.correct[-1])._asdict(),
         "first_right": shares,
         "top1": round(100 * result.accuracy, 3),
         "expected_dim": result.expected_dim,
@@ -346,6 +395,10 @@ def analyze_classes(answers: Answers) -> dict[str, Any]:
     counts = {trend: trends.count(trend) for trend in analysis.TRENDS if trend in trends}
     print("\n== trends of the classes from the shortest prefix to the longest")
     print("  " + ", ".join(f"{trend} {count}" for trend, count in counts.items()))
+    found: dict[str, Any] = {"trends": counts}
+    if len(arrays.dims) > 1:
+        better, worse = analysis.class_changes(answers.correct, arrays.labels, arrays.num_classes)
+        found["class_changes"] = {"better": better, "worse": worse}
 
     images = np.bincount(arrays.labels, minlength=arrays.num_classes)
     names = arrays.class_names or [str(c) for c in range(arrays.num_classes)]
@@ -360,7 +413,7 @@ def analyze_classes(answers: Answers) -> dict[str, Any]:
                 "trend": trends[c],
             }
         )
-    return {"trends": counts, "per_class": rows}
+    return found | {"per_class": rows}
 
 
 def analyze_calibration(answers: Answers, args: SimpleNamespace) -> dict[str, Any]:

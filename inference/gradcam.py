@@ -6,15 +6,17 @@
         --dims 8,64,2048 --images 50
     matryoshka gradcam --path torchvision:resnet50 --data photo.jpg --output maps --target 207
 
---data: a .beton file, a folder of class folders, a folder of image files (its name is their class
-if the model has a class of that name), or one image file. If there are more than --images images,
-evenly spaced ones are used. An image that cannot be read is skipped and reported by name. Images
-are cropped as in the checkpoint's evaluation.
+--data: a .beton file, a folder of class folders, a folder of image files and subfolders (its name
+is their class if the model has a class of that name, else they have none; files below --output are
+left out), or image files. If there are more than --images images, evenly spaced ones are used. An
+image that cannot be read is skipped and reported by name. Images are cropped as in the checkpoint's
+evaluation.
 
 Writes <number>_<name>.png for each image, and gradcam.json: a list of {"image": name in the data,
 "label": name of the true class or null, "file": name of the picture, "prefixes": {dim:
 {"prediction": name, "confidence": 0 to 1, "correct": true, false, or null if the true class is
-unknown or not a class of the model}}}.
+unknown or not a class of the model}}, "layer": name of the module, "positions": [height, width] of
+its map}.
 """
 
 from __future__ import annotations
@@ -42,19 +44,18 @@ import torch
 from matryoshka import checkpoint, distributed
 from matryoshka.checkpoint.options import load_flags
 from matryoshka.checkpoint.published import load_any
-from matryoshka.data import BetonError, BetonFile, CenterCrop, ImageFolder, Loader, open_dataset
+from matryoshka.data import BetonError, BetonFile, CenterCrop, ImageFolder, Loader
 from matryoshka.data.augment import normalise
 from matryoshka.data.imagenet import CLASSES, wnids
 from matryoshka.data.reader import printable
-from matryoshka.data.sources import EXTENSIONS
+from matryoshka.data.sources import FlatImages, open_images
 from matryoshka.data.subset import Subset
-from matryoshka.evaluation.heat_maps import Layer, find_layer, heat_maps
+from matryoshka.evaluation.heat_maps import MIN_POSITIONS, Layer, find_layer, heat_maps
 from matryoshka.evaluation.montage import Cell, montage
 from matryoshka.files import write_atomically
 from matryoshka.models import NestedModel
 
 BATCH = 16
-COARSE = 4  # positions along a side; a map with fewer localises little
 
 
 @config.program
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # ---- model, images, classes to explain ----
     model = load_any(args.path, **load_flags(args))
-    source = open_images(args.data, known_class_names(model))
+    source = images_of(args.data, known_class_names(model), args.output)
     dims = chosen_prefixes(args.dims, model.dims)
     classes = readable_class_names(model)
     target_class = parse_target_class(args.target, len(classes))
@@ -137,7 +138,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             file = f"{index:05d}_{file_name_part(name)}.{args.format}"
             write_atomically(folder / file, picture)
             entries.append(
-                {"image": name, "label": true_name, "file": file, "prefixes": by_prefix(cells)}
+                {
+                    "image": name,
+                    "label": true_name,
+                    "file": file,
+                    "prefixes": by_prefix(cells),
+                    "layer": layer.name,
+                    "positions": [layer.height, layer.width],
+                }
             )
 
     # ---- results ----
@@ -146,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"skipped  {source.path}: {printable(skipped.name)}: {skipped.reason}", file=sys.stderr
         )
     if not entries:
-        raise BetonError(f"--data {args.data}: none of its images can be read")
+        raise BetonError(f"--data {' '.join(args.data)}: none of its images can be read")
     write_atomically(folder / "gradcam.json", (json.dumps(entries, indent=1) + "\n").encode())
     print(f"{len(entries)} of {len(source)} images")
     print(f"pictures  {folder / f'*.{args.format}'}")
@@ -197,30 +205,24 @@ class ImageFiles(ImageFolder):
         self._names = list(names)
 
 
-def open_images(path: str, known: Sequence[str]) -> BetonFile | ImageFolder:
+def images_of(paths: Sequence[str], known: Sequence[str], output: str) -> BetonFile | ImageFolder:
     """Open the images of --data.
 
-    Files directly in a folder have the folder's name as their class if it is one of `known`, the
-    names of the model's classes.
+    Images without classes have that of their folder's name if it is one of `known`, the names of
+    the model's classes. Those below `output` are pictures of an earlier run.
     """
-    root = Path(path)
-    names: list[str] = []
-    if root.is_file() and root.name.lower().endswith(EXTENSIONS):
-        names = [root.name]
-        root = root.parent
-    elif root.is_dir():
-        for file in root.iterdir():
-            hidden = file.name.startswith(".")
-            if file.name.lower().endswith(EXTENSIONS) and not hidden and file.is_file():
-                names.append(file.name)
-        names.sort()
-    if not names:
-        return open_dataset(path)
-
-    folder = root.resolve().name
+    source = open_images(paths)
+    if not isinstance(source, FlatImages):
+        return source
+    names = [source.name(i) for i in range(len(source))]
+    made = Path(output).resolve()
+    # Files that are named are meant; in the output folder itself, photos may lie beside pictures.
+    if Path(paths[0]).is_dir() and made != source.path.resolve():
+        names = [n for n in names if made not in (source.path / n).resolve().parents]
+    folder = source.path.resolve().name
     if folder in known:
-        return ImageFiles(root, names, np.zeros(len(names), np.int64), [folder])
-    return ImageFiles(root, names, np.full(len(names), -1), [])
+        return ImageFiles(source.path, names, np.zeros(len(names), np.int64), [folder])
+    return ImageFiles(source.path, names, np.full(len(names), -1), [])
 
 
 def some_of(source: BetonFile | ImageFolder, chosen: np.ndarray) -> Subset | ImageFiles:
@@ -324,7 +326,7 @@ def announce(args: SimpleNamespace, model: NestedModel, layer: Layer) -> None:
         f"{args.path}: {model.spec.arch}, {model.spec.head_name}, {model.spec.num_classes} classes"
     )
     print(f"maps of {layer.name}, {layer.height} x {layer.width} positions")
-    if min(layer.height, layer.width) < COARSE:
+    if min(layer.height, layer.width) < MIN_POSITIONS:
         print(
             "note: with this few positions a map localises little; --layer with a module before "
             f"{layer.name} gives more"

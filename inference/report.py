@@ -319,17 +319,26 @@ def outcome_text(first: int, dims: Sequence[int]) -> str:
     return f"first right with {dims[first]} dimensions"
 
 
+def layer_text(entry: Mapping[str, Any]) -> str:
+    """The layer of heat maps and its size; empty for files of older versions."""
+    if "layer" not in entry:
+        return ""
+    height, width = entry["positions"]
+    return f"Maps of {entry['layer']}, {height} x {width} positions."
+
+
 def add_heat_maps(evidence: Evidence, folder: Path, budget: int) -> None:
     """Add the montages listed in gradcam.json, as many as fit into `budget` bytes."""
     index = folder / "gradcam.json"
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))
         names = [(str(entry["file"]), str(entry["image"])) for entry in entries]
+        evidence.heat_map_layer = layer_text(entries[0]) if entries else ""
     except FileNotFoundError:
         raise ReportError(
             f"--gradcam {folder}: has no gradcam.json; make one with matryoshka gradcam"
         ) from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         raise ReportError(f"{index}: damaged; make it again with matryoshka gradcam") from None
 
     for number, (file, name) in enumerate(names):

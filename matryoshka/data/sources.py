@@ -11,7 +11,7 @@ import io
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
@@ -335,6 +335,40 @@ class ImageFolder:
         return _Stored(pixels.tobytes(), RAW, width, height)
 
 
+class FlatImages(ImageFolder):
+    """Images without classes, as a dataset: those of a folder and its subfolders, or some files.
+
+    path: the folder, or the one that holds all files. classes: empty. labels: int64 [N], all -1.
+    Samples are sorted by path. Hidden files and folders are ignored, symbolic links are followed.
+
+    BetonError for a missing file, one with another extension than EXTENSIONS, or no images.
+    """
+
+    def __init__(self, paths: Sequence[str | os.PathLike]) -> None:
+        # not ImageFolder's constructor: it expects class folders
+        files = [Path(path) for path in paths]
+        self.left_out: list[str] = []
+        if len(files) == 1 and files[0].is_dir():
+            self.path = files[0]
+            found = _images(self.path, others=self.left_out)
+            names = [os.path.join(folder, file) for folder, file in found]
+            if not names:
+                raise BetonError(f"{self.path}: has no images ({' '.join(EXTENSIONS)})")
+        else:
+            for file in files:
+                if not file.is_file():
+                    raise BetonError(f"{file}: no such file")
+                if not file.name.lower().endswith(EXTENSIONS):
+                    raise BetonError(f"{file}: is not an image ({' '.join(EXTENSIONS)})")
+            # absolute: paths with and without a root have no common folder
+            whole = [os.path.abspath(file) for file in files]
+            self.path = Path(os.path.commonpath([os.path.dirname(file) for file in whole]))
+            names = [os.path.relpath(file, self.path) for file in whole]
+        self._names = sorted(set(names))
+        self.classes = []
+        self.labels = np.full(len(self._names), -1, np.int64)
+
+
 def _images(
     root: Path,
     folder: str = "",
@@ -420,3 +454,32 @@ def open_dataset(path: str | os.PathLike) -> BetonFile | ImageFolder:
     if os.path.exists(path):
         return BetonFile(path)
     raise BetonError(f"{os.fspath(path)}: no such file or folder")
+
+
+def open_images(paths: Sequence[str | os.PathLike]) -> BetonFile | ImageFolder:
+    """Open images with or without classes.
+
+    One .beton file; one folder of class folders; one folder that has images itself, which then
+    have no classes; or image files. BetonError for anything else.
+    """
+    if not paths:
+        raise BetonError("no images given")
+    path = Path(paths[0])
+    if len(paths) == 1 and path.is_dir():
+        return FlatImages(paths) if _has_images(path) else ImageFolder(path)
+    if len(paths) == 1 and not path.name.lower().endswith(EXTENSIONS):
+        return open_dataset(path)
+    for path in map(Path, paths):
+        if path.is_dir() or path.suffix == ".beton":
+            raise BetonError(f"{path}: give one folder or .beton file, or several image files")
+    return FlatImages(paths)
+
+
+def _has_images(folder: Path) -> bool:
+    """Whether image files are directly in a folder."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            hidden = entry.name.startswith(".")
+            if not hidden and entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
+                return True
+    return False

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from matryoshka.report.claims import Paired, paired
+
 GRID = np.linspace(0.1, 1, 100)  # of thresholds, as in the paper's code
 
 # The cascades that `certify` tests, in this order: the accuracy that the exiting images may lose
@@ -131,6 +133,26 @@ def cascade(
         cumulative_dim=np.stack([m.cumulative_dim for m in metrics]),
         thresholds=np.stack(thresholds),
     )
+
+
+def compare_with_longest(
+    confidence: np.ndarray,
+    correct: np.ndarray,
+    *,
+    learn: float = 0.2,
+    seed: int = 0,
+    grid: np.ndarray = GRID,
+) -> Paired:
+    """The cascade of all prefixes and the longest prefix, on the test images of the first split.
+
+    One split: the test images of several splits overlap, and no paired test allows that.
+    """
+    n = confidence.shape[1]
+    ((part, rest),) = split_indices(n, 1, round(learn * n), seed)
+    thresholds = learn_thresholds(confidence[:, part], correct[:, part], grid)
+    exit_prefix = exits(confidence[:, rest], thresholds)
+    answers = np.take_along_axis(correct[:, rest], exit_prefix[None], 0)[0]
+    return paired(answers, correct[-1, rest])
 
 
 # ---------------------------------------------------------------- with a guarantee

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from matryoshka.models import ModelError, NestedModel
 
+MIN_POSITIONS = 6  # along a side: coarser maps localise little
+
 
 class Layer(NamedTuple):
     """A module of the trunk whose output is a feature map, and the size of that map."""
@@ -51,6 +53,10 @@ def find_layer(model: NestedModel, images: Tensor, name: str | None = None) -> L
     whose layer4 has one position, uses layer3. A feature map is [B, K, h, w], [B, h, w, K], or
     tokens [B, N, K], of which those after the prefix tokens (class, registers) form a grid; its
     aspect ratio is that of the images.
+
+    If that map has fewer than MIN_POSITIONS along a side, as with small images, the layer is the
+    last module outside of residual blocks whose map has as many and affects the logits: layer2 of a
+    ResNet at 64 pixels, layer1 at 32. Without such a module the coarse map stays.
 
     name: use this module, whether or not it meets (a) to (c). Raises ModelError if the module does
     not exist or has no feature map.
@@ -114,7 +120,28 @@ def find_layer(model: NestedModel, images: Tensor, name: str | None = None) -> L
     # A classifier of zeros uses no module: `used` is empty.
     candidates = both or used or wide or list(several)
     chosen = candidates[-1]
+    if not _is_fine(several[chosen], trunk, image):
+        for n in used or several:
+            if _is_fine(several[n], trunk, image) and _outside_blocks(trunk, n):
+                chosen = n
     return _as_layer(chosen, several[chosen], trunk, image)
+
+
+def _is_fine(output: Tensor, trunk: nn.Module, image: Tensor) -> bool:
+    return min(_as_map(output, trunk, image).shape[2:]) >= MIN_POSITIONS
+
+
+def _outside_blocks(trunk: nn.Module, name: str) -> bool:
+    """Whether all parents of a module are plain sequences.
+
+    Inside a residual block, a module has only a part of the features: the skip connection passes
+    the others.
+    """
+    parents = name.split(".")[:-1]
+    for depth in range(1, len(parents) + 1):
+        if type(trunk.get_submodule(".".join(parents[:depth]))) is not nn.Sequential:
+            return False
+    return True
 
 
 # ---------------------------------------------------------------- Grad-CAM

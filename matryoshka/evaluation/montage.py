@@ -180,7 +180,7 @@ def _draw_cell(
         axes.text(
             0.5,
             0.5,
-            "no evidence\nfor this class",
+            "no positive value\nat this layer",
             transform=axes.transAxes,
             ha="center",
             va="center",

@@ -194,8 +194,12 @@ def _target(text: str) -> None:
 class GradcamOptions:
     """Images and classes to explain, and the pictures to write."""
 
-    data: str = option(
-        help=".beton file, folder of class folders, folder of images, or one image",
+    data: tuple[str, ...] = option(
+        help=".beton file, folder of class folders, folder of images without classes, or image "
+        "files",
+        metavar="PATH ...",
+        words=True,
+        nonempty=True,
         common=True,
         existing=True,
     )
@@ -222,7 +226,7 @@ class GradcamOptions:
     layer: str | None = option(
         None,
         help="module of the backbone that heat maps are made from, e.g. layer3; unset: the last "
-        "one with a feature map",
+        "one whose feature map has 6 x 6 positions or more",
     )
     format: str = option("png", help="format of the pictures", choices=FORMATS)
 

@@ -23,8 +23,7 @@ def plot_accuracy(
     """Plot top-1 accuracy against prefix length (log scale) as PNG.
 
     prefixes: {prefix: {"top1": percent, "ff_top1": percent}}; ff_top1, the fixed-feature baseline,
-    is optional. Error bars are 95 % intervals for `images` evaluated images: differences inside
-    them are not significant.
+    is optional. Error bars are 95 % intervals of each accuracy on its own, from `images` images.
     """
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 

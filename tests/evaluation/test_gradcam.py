@@ -105,7 +105,7 @@ def test_maps_equal_loops(kind):
     )
     images = pictures(2, 64, 96 if kind == "oblong" else 64)
     name = "layer3" if kind == "layer3" else "layer4"
-    found = heat_maps(model, images, layer=name if kind == "layer3" else None)
+    found = heat_maps(model, images, layer=name)
     maps, predictions, confidences = by_loops(model, images, name)
     assert [t.dtype for t in found] == [torch.float32, torch.int64, torch.float32]
     np.testing.assert_allclose(found.maps, maps, atol=1e-4)
@@ -118,10 +118,10 @@ def test_maps_equal_loops(kind):
 
 def test_targets_are_explained_but_predictions_stay():
     model, images = made(), pictures(2)
-    own = heat_maps(model, images)
+    own = heat_maps(model, images, layer="layer4")
     each, passes = torch.tensor([[0, 1], [2, 3], [4, 0]]), []
     handle = model.trunk.register_forward_hook(lambda _, given, out: passes.append(len(out)))
-    found = heat_maps(model, images, each)
+    found = heat_maps(model, images, each, "layer4")
     handle.remove()
     # one image chooses the layer; one pass for both images serves all prefixes
     assert passes == [1, 2], "expected one pass for the layer and one for all prefixes"
@@ -129,13 +129,11 @@ def test_targets_are_explained_but_predictions_stay():
         found.maps, by_loops(model, images, "layer4", each.tolist())[0], atol=1e-4
     )
     assert torch.equal(found.predictions, own.predictions), "targets changed the predictions"
-    shared = heat_maps(model, images, torch.tensor([3, 1])).maps
-    assert torch.equal(shared, heat_maps(model, images, torch.tensor([[3, 1]] * 3)).maps), (
-        "targets [B] and [G, B] differ"
-    )
-    assert torch.equal(heat_maps(model, images, own.predictions).maps, own.maps), (
-        "targets equal to the predictions change the maps"
-    )
+    shared = heat_maps(model, images, torch.tensor([3, 1]), "layer4").maps
+    three = heat_maps(model, images, torch.tensor([[3, 1]] * 3), "layer4").maps
+    assert torch.equal(shared, three), "targets [B] and [G, B] differ"
+    again = heat_maps(model, images, own.predictions, "layer4").maps
+    assert torch.equal(again, own.maps), "targets equal to the predictions change the maps"
 
 
 @pytest.mark.parametrize("layer", ["layer4", "layer3", "layer4.0.bn1"])
@@ -159,7 +157,7 @@ def test_a_class_without_evidence_has_an_empty_map():
     with torch.no_grad():
         for head in model.head.heads:
             head.weight[2] = -head.weight[2].abs()  # features are positive, behind a ReLU
-    found = heat_maps(model, images, torch.tensor([2, 0]))
+    found = heat_maps(model, images, torch.tensor([2, 0]), "layer4")
     assert not found.maps[:, 0].any()
     assert found.maps[:, 1].any()
 
@@ -201,10 +199,12 @@ def test_the_caller_may_be_without_gradients():
 @pytest.mark.parametrize(
     ("arch", "size", "expected"),
     [
-        ("resnet10", 64, ("layer4", 2, 2)),
-        ("resnet10", 32, ("layer3", 2, 2)),  # layer4 has one position
-        ("timm:test_convnext", 96, ("norm_pre", 3, 3)),
-        ("timm:test_efficientnet", 96, ("bn2", 3, 3)),
+        ("resnet10", 64, ("layer2", 8, 8)),  # layer4 has 2 x 2 positions
+        ("resnet10", 32, ("layer1", 8, 8)),
+        ("resnet50", 64, ("layer2", 8, 8)),  # not layer3.0.conv1, inside of a block
+        ("resnet10", 192, ("layer4", 6, 6)),
+        ("timm:test_convnext", 96, ("stages.2", 6, 6)),
+        ("timm:test_efficientnet", 96, ("blocks.3", 6, 6)),
         (
             "timm:test_vit",
             160,
@@ -215,7 +215,7 @@ def test_the_caller_may_be_without_gradients():
     ],
 )
 def test_the_last_layer_with_a_map_is_chosen(arch, size, expected):
-    dims = (8, 64) if "test_" in arch else (8, 512)
+    dims = (8, 64) if "test_" in arch else (8, 2048 if arch == "resnet50" else 512)
     model = made(arch, dims)
     images = pictures(2, size)
     assert tuple(find_layer(model, images)) == expected, "another layer was chosen"
@@ -249,7 +249,7 @@ def test_maps_of_a_vit_equal_loops():
 
 def test_channels_may_come_last():
     model, images = made(), pictures(2, 64, 96)
-    expected = heat_maps(model, images).maps
+    expected = heat_maps(model, images, layer="layer4").maps
     layers = OrderedDict(
         (n, part) for n, part in model.trunk.named_children() if n not in ("avgpool", "fc")
     )
@@ -393,7 +393,8 @@ def test_every_prefix_of_every_image_is_shown(checkpoint, raw, tmp_path, capsys)
     assert [one["image"] for one in listed] == [folder.name(i) for i in range(9)]
     assert [one["label"] for one in listed] == [CLASSES[label] for label in folder.labels]
     for one in listed:
-        assert set(one) == {"image", "label", "file", "prefixes"}
+        assert set(one) == {"image", "label", "file", "prefixes", "layer", "positions"}
+        assert (one["layer"], one["positions"]) == ("layer1", [8, 8])
         for d, (prediction, confidence) in expected_of(checkpoint, raw / one["image"]).items():
             correct = prediction == one["label"]
             assert one["prefixes"][d] == {
@@ -409,7 +410,7 @@ def test_every_prefix_of_every_image_is_shown(checkpoint, raw, tmp_path, capsys)
             f"{one['file']}: the picture is empty"
         )
     assert len({one["file"] for one in listed}) == 9, "file names are not unique"
-    assert "layer3, 2 x 2" in capsys.readouterr().out  # layer4 has one position at 32 pixels
+    assert "layer1, 8 x 8" in capsys.readouterr().out
     assert {p["correct"] for one in listed for p in one["prefixes"].values()} == {True, False}
 
 
@@ -457,6 +458,24 @@ def test_loose_files_and_a_single_one(checkpoint, raw, tmp_path, capsys):
     assert [one["label"] for one in ran(checkpoint, raw / "ant", tmp_path)] == [
         "ant"
     ] * 3  # by the folder's name
+
+
+def test_folders_without_classes_and_lists_of_files(checkpoint, raw, tmp_path):
+    nested = tmp_path / "photos"
+    (nested / "sub").mkdir(parents=True)
+    (nested / "b.png").write_bytes((raw / "bee" / "0.png").read_bytes())
+    (nested / "sub" / "a.png").write_bytes((raw / "ant" / "0.png").read_bytes())
+    maps = nested / "maps"
+    first = ran(checkpoint, nested, maps)
+    assert [one["image"] for one in first] == ["b.png", "sub/a.png"]
+    assert [one["label"] for one in first] == [None, None]
+    assert ran(checkpoint, nested, maps) == first, "pictures of the first run were used as images"
+
+    files = [str(nested / "sub" / "a.png"), str(nested / "b.png")]
+    output = tmp_path / "listed"
+    assert program.main([f"--path={checkpoint}", "--data", *files, f"--output={output}"]) == 0
+    listed = json.loads((output / "gradcam.json").read_text())
+    assert [one["prefixes"] for one in listed] == [one["prefixes"] for one in first]
 
 
 def test_classes_count_by_name_and_imagenets_are_in_words(raw, tmp_path):

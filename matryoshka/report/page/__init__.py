@@ -73,7 +73,8 @@ class Evidence:
 
     results: results.json of evaluations, the first one is of the model on show (the subject).
     analysis, baselines: analysis.json, baselines.json. run: the training run of the subject.
-    environment: env.json of that run. notes: sentences below the headline.
+    environment: env.json of that run. heat_map_layer: a sentence on the layer of the heat maps.
+    notes: sentences below the headline.
     """
 
     title: str
@@ -83,6 +84,7 @@ class Evidence:
     run: Run | None = None
     environment: dict[str, Any] | None = None
     heat_maps: list[Picture] = field(default_factory=list)
+    heat_map_layer: str = ""
     samples: list[Sample] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

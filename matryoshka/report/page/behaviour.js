@@ -27,19 +27,21 @@
   // Confusion of superclasses: one square per pair, shaded by its share of the true group.
   const confusion = read("confusion-data");
   if (confusion) {
+    const shorter = (name) => (name.length > 30 ? `${name.slice(0, 29)}…` : name);
     const draw = () => {
       const dim = byId("confusion-dim").value;
       const counts = confusion.confusion[dim];
       const kept = confusion.names.map((_, k) => k).filter((k) => counts[k].some((n) => n) || counts.some((row) => row[k]));
-      const side = kept.length > 16 ? 19 : 34, left = 165, top = 135, right = 70, size = side * kept.length;
+      const side = kept.length > 16 ? 19 : 34, longest = Math.max(...kept.map((k) => shorter(confusion.names[k]).length)),
+        left = 14 + 7.4 * longest, top = 14 + 6.6 * longest, right = 20 + 3.8 * longest, size = side * kept.length;
       const svg = make("svg", { class: "chart", viewBox: `0 0 ${left + size + right} ${top + size + 6}`, role: "img",
         style: `width:${left + size + right}px;max-width:none`, "aria-label": `confusion of superclasses with ${dim} dimensions` }, null, SVG);
       let hits = 0, all = 0;
       kept.forEach((k, i) => {
         const total = counts[k].reduce((a, b) => a + b, 0);
         hits += counts[k][k]; all += total;
-        svg.append(make("text", { class: "tick", x: left - 6, y: top + (i + 0.5) * side + 4, "text-anchor": "end" }, confusion.names[k], SVG));
-        const turned = make("text", { class: "tick", transform: `translate(${left + (i + 0.5) * side + 4} ${top - 6}) rotate(-60)` }, confusion.names[k], SVG);
+        svg.append(make("text", { class: "tick", x: left - 6, y: top + (i + 0.5) * side + 4, "text-anchor": "end" }, shorter(confusion.names[k]), SVG));
+        const turned = make("text", { class: "tick", transform: `translate(${left + (i + 0.5) * side + 4} ${top - 6}) rotate(-60)` }, shorter(confusion.names[k]), SVG);
         svg.append(turned);
         kept.forEach((j, at) => {
           const share = total ? counts[k][j] / total : 0;
@@ -66,9 +68,11 @@
     const last = columns.length - 1;
     let sorted = { column: last, down: false }, page = 0;
 
+    // Columns that a phone has no room for.
+    const inner = (c) => c === 1 || (c > 4 && c < last);
     const head = byId("class-table").tHead.rows[0];
     columns.forEach((name, c) => {
-      const th = make("th", { scope: "col" });
+      const th = make("th", { scope: "col", class: inner(c) ? "inner" : "" });
       if (c === 3) {
         th.append(make("span", { class: "hidden" }, "Curve"));
       } else {
@@ -115,11 +119,12 @@
         if (row[1] !== row[0]) name.append(make("small", {}, row[1]));
         const curve = make("td");
         curve.append(spark(row));
-        tr.append(name, make("td", {}, row[2].toLocaleString("en")), make("td", { class: "text" }, row[3]), curve);
-        for (const v of row.slice(4)) {
-          const td = v === null ? make("td", {}, "–") : make("td", { class: "shaded", style: `--strength:${(v / 100).toFixed(2)}` }, v.toFixed(1));
+        tr.append(name, make("td", { class: "inner" }, row[2].toLocaleString("en")), make("td", { class: "text" }, row[3]), curve);
+        row.slice(4).forEach((v, g) => {
+          const space = inner(g + 4) ? " inner" : "";
+          const td = v === null ? make("td", { class: space }, "–") : make("td", { class: `shaded${space}`, style: `--strength:${(v / 100).toFixed(2)}` }, v === 100 ? "100" : v.toFixed(1));
           tr.append(td);
-        }
+        });
         return tr;
       }));
       byId("found").textContent = `${rows.length.toLocaleString("en")} of ${classes.rows.length.toLocaleString("en")} classes`;

@@ -1,6 +1,8 @@
 """Charts as inline SVG, coloured by the variables of style.css in light and dark theme.
 
-Every mark has a <title>, which browsers show as a tooltip and screen readers read aloud.
+Charts with axes are drawn twice, for the page's column and for a phone, because scaled text would
+be unreadable; style.css shows one of them. Every mark has a <title>, which browsers show as a
+tooltip and screen readers read aloud.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 760, 360
+WIDTH, HEIGHT = 952, 360  # the width of the column
+PHONE_WIDTH = 350
 # Margins around the plot area: the numbers and the label of the y-axis are at its left, those of
 # the x-axis below it.
 LEFT = 58
@@ -19,6 +22,8 @@ RIGHT = 18
 TOP = 14
 BOTTOM = 50
 MIN_SPAN = 5.0  # percentage points on the y-axis: noise should not look like a trend
+MIN_RELATIVE_SPAN = 0.05  # of other values, for the same reason
+CHARACTER = 7.6  # width of a digit of the ticks, in pixels
 MAX_MARKED_POINTS = 60  # longer lines are drawn without a mark for each point
 
 Scale = Callable[[float], float]  # value -> position in the SVG
@@ -84,13 +89,31 @@ def _svg_tag(width: float, height: float, title: str, *, css: str = "chart", mor
     )
 
 
-def _y_axis(ticks: Sequence[float], y_of: Scale) -> list[str]:
+def _for_both_widths(draw: Callable[[int], str]) -> Markup:
+    """The chart of draw(width) for a wide and for a narrow page."""
+    wide, narrow = draw(WIDTH), draw(PHONE_WIDTH)
+    return Markup(f'<div class="on-wide">{wide}</div><div class="on-narrow">{narrow}</div>')
+
+
+def without_overlaps(ticks: Sequence[float], x_of: Scale) -> list[float]:
+    """The ticks whose numbers leave room for each other; the last one always stays."""
+    kept: list[float] = []
+    left = math.inf  # of the tick to the right
+    for tick in sorted(ticks, reverse=True):
+        half = CHARACTER * len(number(tick)) / 2
+        if x_of(tick) + half + CHARACTER / 2 <= left:
+            kept.append(tick)
+            left = x_of(tick) - half
+    return kept[::-1]
+
+
+def _y_axis(ticks: Sequence[float], y_of: Scale, width: int) -> list[str]:
     """Grid lines across the plot area, with their numbers at the left."""
     parts = []
     for tick in ticks:
         y = y_of(tick)
         parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
         parts.append(
             f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" '
@@ -110,7 +133,8 @@ def _y_label(text: str, height: float) -> str:
 def _y_ticks(values: Sequence[float], percent: bool) -> list[float]:
     """Ticks around the values, over at least MIN_SPAN points if they are percentages."""
     middle = (min(values) + max(values)) / 2
-    half = max((max(values) - min(values)) * 0.54, MIN_SPAN / 2 if percent else 1e-6)
+    least = MIN_SPAN if percent else max(MIN_RELATIVE_SPAN * abs(middle), 1e-6)
+    half = max((max(values) - min(values)) * 0.54, least / 2)
     low = max(0.0, middle - half)
     if not percent:
         return nice_ticks(low, middle + half)
@@ -153,30 +177,39 @@ def line_chart(
     pad = 0.04 * ((last - first) or 1)  # marks at the ends keep clear of the axes
     first, last = first - pad, last + pad
 
-    def x_of(x: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (scale(x) - first) / (last - first)
-
     def y_of(y: float) -> float:
         return height - BOTTOM - (height - TOP - BOTTOM) * (y - bottom) / (top - bottom)
 
-    parts = [_svg_tag(WIDTH, height, title), *_y_axis(y_ticks, y_of)]
-    for tick in x_ticks:
+    def draw(width: int) -> str:
+        def x_of(x: float) -> float:
+            return LEFT + (width - LEFT - RIGHT) * (scale(x) - first) / (last - first)
+
+        parts = [_svg_tag(width, height, title), *_y_axis(y_ticks, y_of, width)]
+        parts += _x_axis(without_overlaps(x_ticks, x_of), x_of, x_label, width, height)
+        parts.append(_y_label(y_label, height))
+        for s in shown:
+            parts.append(f'<g style="color:{s.css_colour}">')
+            parts += _intervals(s, x_of, y_of)
+            parts += _line(s, x_of, y_of)
+            parts += _marks(s, x_of, y_of, unit=" %" if percent else "")
+            parts.append("</g>")
+        return "".join([*parts, "</svg>"])
+
+    return _for_both_widths(draw)
+
+
+def _x_axis(ticks: Sequence[float], x_of: Scale, label: str, width: int, height: int) -> list[str]:
+    parts = []
+    for tick in ticks:
         parts.append(
             f'<text class="tick" x="{x_of(tick):.1f}" y="{height - BOTTOM + 20}" '
             f'text-anchor="middle">{number(tick)}</text>'
         )
     parts.append(
-        f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 8}" '
-        f'text-anchor="middle">{escape(x_label)}</text>'
+        f'<text class="label" x="{(LEFT + width - RIGHT) / 2}" y="{height - 8}" '
+        f'text-anchor="middle">{escape(label)}</text>'
     )
-    parts.append(_y_label(y_label, height))
-    for s in shown:
-        parts.append(f'<g style="color:{s.css_colour}">')
-        parts += _intervals(s, x_of, y_of)
-        parts += _line(s, x_of, y_of)
-        parts += _marks(s, x_of, y_of, unit=" %" if percent else "")
-        parts.append("</g>")
-    return Markup("".join([*parts, "</svg>"]))
+    return parts
 
 
 def _intervals(s: Series, x_of: Scale, y_of: Scale) -> list[str]:
@@ -234,68 +267,79 @@ def bar_chart(
 ) -> Markup:
     """A bar for each name with its value above it; the last bar has another colour."""
     ticks = [t for t in nice_ticks(0, max([*values, 1.0])) if t <= 100]
-    room = (WIDTH - LEFT - RIGHT) / len(names)  # for each bar and its gap
 
     def y_of(y: float) -> float:
         # 14 less than the plot area: the value above the tallest bar
         return height - BOTTOM - (height - TOP - 14 - BOTTOM) * y / ticks[-1]
 
-    parts = [_svg_tag(WIDTH, height, title), *_y_axis(ticks, y_of)]
-    for i, (name, value) in enumerate(zip(names, values, strict=True)):
-        x = LEFT + (i + 0.14) * room
-        top = y_of(value)
-        centre = x + 0.36 * room
-        colour = "second" if i == len(names) - 1 else "first"
-        parts.append(
-            f'<rect style="fill:var(--{colour})" x="{x:.1f}" y="{top:.1f}" '
-            f'width="{0.72 * room:.1f}" rx="2" height="{max(height - BOTTOM - top, 0.5):.1f}">'
-            f"<title>{escape(name)}: {value:.2f} %</title></rect>"
-        )
-        parts.append(
-            f'<text class="value" x="{centre:.1f}" y="{top - 5:.1f}" '
-            f'text-anchor="middle">{value:.1f}</text>'
-        )
-        parts.append(
-            f'<text class="tick" x="{centre:.1f}" y="{height - BOTTOM + 20}" '
-            f'text-anchor="middle">{escape(name)}</text>'
-        )
-    parts.append(_y_label(y_label, height))
-    return Markup("".join([*parts, "</svg>"]))
+    def draw(width: int) -> str:
+        room = (width - LEFT - RIGHT) / len(names)  # for each bar and its gap
+        crowded = room < CHARACTER * 5
+        parts = [_svg_tag(width, height, title), *_y_axis(ticks, y_of, width)]
+        for i, (name, value) in enumerate(zip(names, values, strict=True)):
+            x = LEFT + (i + 0.14) * room
+            top = y_of(value)
+            centre = x + 0.36 * room
+            colour = "second" if i == len(names) - 1 else "first"
+            text = f"{value:.0f}" if crowded else f"{value:.1f}"
+            # Every second name stands lower where they would touch.
+            under = height - BOTTOM + (36 if crowded and i % 2 else 20)
+            parts.append(
+                f'<rect style="fill:var(--{colour})" x="{x:.1f}" y="{top:.1f}" '
+                f'width="{0.72 * room:.1f}" rx="2" height="{max(height - BOTTOM - top, 0.5):.1f}">'
+                f"<title>{escape(name)}: {value:.2f} %</title></rect>"
+                f'<text class="value" x="{centre:.1f}" y="{top - 5:.1f}" '
+                f'text-anchor="middle">{text}</text>'
+                f'<text class="tick" x="{centre:.1f}" y="{under}" '
+                f'text-anchor="middle">{escape(name)}</text>'
+            )
+        parts.append(_y_label(y_label, height))
+        return "".join([*parts, "</svg>"])
+
+    return _for_both_widths(draw)
 
 
 def heat_map(names: Sequence[str], values: Sequence[Sequence[float]], title: str) -> Markup:
     """A square matrix of percentages; the smallest one is the palest."""
-    side = 58  # of a cell
-    left, top = 62, 30  # room for the names
-    size = side * len(names)
+    return _for_both_widths(lambda width: _heat_map(names, values, title, width))
+
+
+def _heat_map(
+    names: Sequence[str], values: Sequence[Sequence[float]], title: str, most: int
+) -> str:
+    left, top = 46, 30  # room for the names
+    side = min(58.0, (most - left - 4) / len(names))  # of a cell
+    crowded = side < CHARACTER * 5
     least = min(min(row) for row in values)
-    width, height = left + size + 4, top + size + 4
+    width, height = left + side * len(names) + 4, top + side * len(names) + 4
     parts = [
-        _svg_tag(width, height, title, css="chart heat", more=f'style="max-width:{width}px" '),
+        _svg_tag(width, height, title, css="chart heat", more=f'style="max-width:{width:.0f}px" '),
     ]
     for i, name in enumerate(names):
         centre = i * side + side / 2
+        raised = 14 if crowded and i % 2 else 0  # every second name, where they would touch
         parts.append(
-            f'<text class="tick" x="{left + centre}" y="{top - 10}" '
+            f'<text class="tick" x="{left + centre:.1f}" y="{top - 6 - raised}" '
             f'text-anchor="middle">{escape(name)}</text>'
         )
         parts.append(
-            f'<text class="tick" x="{left - 8}" y="{top + centre + 4}" '
+            f'<text class="tick" x="{left - 6}" y="{top + centre + 4:.1f}" '
             f'text-anchor="end">{escape(name)}</text>'
         )
         for j, value in enumerate(values[i]):
             strength = 0.06 + 0.6 * (value - least) / ((100 - least) or 1)
             x = left + j * side
             y = top + i * side
+            text = f"{value:.0f}" if crowded else f"{value:.1f}"
             tip = f"{escape(name)} and {escape(names[j])}: {value:.2f} %"
             parts.append(
-                f'<rect class="cell" x="{x + 1}" y="{y + 1}" width="{side - 2}" '
-                f'height="{side - 2}" rx="3" '
+                f'<rect class="cell" x="{x + 1:.1f}" y="{y + 1:.1f}" width="{side - 2:.1f}" '
+                f'height="{side - 2:.1f}" rx="3" '
                 f'fill-opacity="{strength:.3f}"><title>{tip}</title></rect>'
-                f'<text class="value" x="{x + side / 2}" y="{y + side / 2 + 4}" '
-                f'text-anchor="middle">{value:.1f}</text>'
+                f'<text class="value" x="{x + side / 2:.1f}" y="{y + side / 2 + 4:.1f}" '
+                f'text-anchor="middle">{text}</text>'
             )
-    return Markup("".join([*parts, "</svg>"]))
+    return "".join([*parts, "</svg>"])
 
 
 def reliability(
@@ -310,13 +354,13 @@ def reliability(
     in each bin.
     """
     side = 180  # of the plot area
-    left, bottom = 34, 26
+    left, bottom = 40, 26
     strip = 24  # height of the tallest bar below the plot
     bins = len(images)
     most = max(images) or 1
     parts = [
         _svg_tag(
-            left + side + 16,
+            left + side + 18,
             side + strip + bottom + 18,
             f"reliability of {name}",
             css="chart small",
@@ -342,7 +386,7 @@ def reliability(
         )
     for tick in (0, 50, 100):
         across = left + side * tick / 100
-        under = side + strip + bottom + 2
+        under = side + strip + bottom + 4
         parts.append(
             f'<text class="tick" x="{left - 5}" y="{12 + side * (1 - tick / 100)}" '
             f'text-anchor="end">{tick}</text>'

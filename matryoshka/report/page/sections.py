@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from matryoshka.report import statements
 from matryoshka.report.page import paper
 from matryoshka.report.page.charts import (
     Series,
@@ -18,6 +19,7 @@ from matryoshka.report.page.charts import (
     number,
     reliability,
 )
+from matryoshka.report.statements import top1_by_dim
 from matryoshka.report.tables import wilson_interval
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def build(evidence: Evidence) -> dict[str, Any]:
     subject = evidence.results[0]
     analysis = evidence.analysis or {}
     return {
-        "headline": headline(subject),
+        "headline": statements.headline(subject, analysis),
         "facts": facts(subject, analysis),
         "accuracy": accuracy(evidence.results),
         "sets": other_sets(evidence.results),
@@ -56,27 +58,7 @@ def build(evidence: Evidence) -> dict[str, Any]:
     }
 
 
-def top1_by_dim(results: Json) -> dict[int, float]:
-    return {int(d): row["top1"] for d, row in results["prefixes"].items()}
-
-
 # ---------------------------------------------------------------- headline
-
-
-def headline(subject: Json) -> str:
-    values = top1_by_dim(subject)
-    first, last = min(values), max(values)
-    if first == last:
-        return f"{values[last]:.1f} % top-1 with {last} dimensions."
-    text = (
-        f"{values[first]:.1f} % top-1 with the first {first} dimensions, "
-        f"{values[last]:.1f} % with all {last}."
-    )
-    if values[last] > 0:
-        enough = next(d for d in sorted(values) if values[d] >= values[last] - 1)
-        if enough != last:
-            text += f" {enough} are enough to come within one point."
-    return text
 
 
 def facts(subject: Json, analysis: Json) -> list[tuple[str, str]]:
@@ -84,19 +66,19 @@ def facts(subject: Json, analysis: Json) -> list[tuple[str, str]]:
     values = top1_by_dim(subject)
     shown = []
     for d in sorted({min(values), max(values)}):
-        shown.append((f"{values[d]:.1f} %", f"top-1, {d} dimensions"))
-    caps = analysis.get("cascade", {}).get("caps")
-    if caps:
-        full = caps[-1]  # the cascade of all prefixes
+        low, high = wilson_interval(values[d], subject["images"])
+        shown.append((f"{values[d]:.1f} %", f"top-1, {d} dimensions ({low:.1f} to {high:.1f})"))
+    certificate = statements.certified_cascade(analysis)
+    if certificate:
         shown.append(
             (
-                number(full["expected_dim"]["mean"]),
-                f"dimensions on average in a cascade, {full['top1']['mean']:.1f} % top-1",
+                number(certificate["expected_dim"]),
+                "dimensions on average in a cascade, certified to lose at most one point",
             )
         )
     oracle = analysis.get("oracle")
-    if oracle:
-        shown.append((f"{oracle['top1']:.1f} %", "right at some prefix (oracle)"))
+    if oracle and len(values) > 1:
+        shown.append((f"{oracle['top1']:.1f} %", "some prefix is right: a bound, not a method"))
     calibration = analysis.get("calibration")
     if calibration:
         longest = list(calibration.values())[-1]
@@ -147,14 +129,17 @@ def accuracy(results: Sequence[Json]) -> dict[str, Any]:
     rows = []
     for d in dims:
         rows.append((d, [values.get(d) for _, values in columns]))
-    return {
-        "chart": line_chart(
+    chart = None  # for a single number
+    if len(rows) > 1 or len(columns) > 1 or comparable:
+        chart = line_chart(
             series,
             "top-1 accuracy by dimension",
             "dimensions used",
             "top-1 accuracy (%)",
             x_ticks=ticks,
-        ),
+        )
+    return {
+        "chart": chart,
         "legend": _legend(series),
         "columns": [label for label, _ in columns],
         "rows": rows,
@@ -306,7 +291,7 @@ def training(evidence: Evidence) -> dict[str, Any] | None:
         )
     loss = run.column("train_loss")
     loss_chart = None
-    if loss:
+    if len(loss) > 1:
         loss_chart = line_chart(
             [Series("training loss", list(loss), list(loss.values()))],
             "training loss by epoch",
@@ -360,18 +345,23 @@ def cascade(analysis: Json) -> dict[str, Any] | None:
         "top-1 accuracy (%)",
         x_ticks=list(single),
     )
-    return {"chart": chart, "legend": _legend(series), "found": found, "last": max(single)}
+    return {
+        "chart": chart,
+        "legend": _legend(series),
+        "found": found,
+        "sentence": statements.cascade_sentence(analysis),
+    }
 
 
 def oracle(analysis: Json) -> dict[str, Any] | None:
     found = analysis.get("oracle")
-    if not found:
+    if not found or len(analysis["dims"]) < 2:  # of one prefix it is the accuracy
         return None
     shares = found["first_right"]
     chart = bar_chart(
         list(shares), list(shares.values()), "the first prefix that is right", "images (%)"
     )
-    return {"chart": chart, "found": found}
+    return {"chart": chart, "found": found, "sentence": statements.vote_sentence(analysis)}
 
 
 def superclasses(analysis: Json) -> dict[str, Any] | None:
@@ -392,6 +382,7 @@ def superclasses(analysis: Json) -> dict[str, Any] | None:
         "rows": rows,
         "found": found,
         "has_within": bool(found["within"]),
+        "sentence": statements.superclass_sentence(analysis),
         "data": {"names": found["names"], "confusion": found["confusion"]},
     }
 
@@ -408,11 +399,14 @@ def calibration(analysis: Json) -> dict[str, Any] | None:
     return {"charts": charts}
 
 
-def agreement(analysis: Json) -> Markup | None:
+def agreement(analysis: Json) -> dict[str, Any] | None:
     if not analysis.get("agreement") or len(analysis["dims"]) < 2:
         return None
+    values = analysis["agreement"]
+    if min(min(row) for row in values) == 100:  # a chart of one shade
+        return {"chart": None}
     names = [str(d) for d in analysis["dims"]]
-    return heat_map(names, analysis["agreement"], "agreement between prefixes")
+    return {"chart": heat_map(names, values, "agreement between prefixes")}
 
 
 def classes(analysis: Json) -> dict[str, Any] | None:
@@ -421,7 +415,12 @@ def classes(analysis: Json) -> dict[str, Any] | None:
     if not found:
         return None
     rows = [[r["shown"], r["name"], r["images"], r["trend"], *r["top1"]] for r in found]
-    return {"dims": analysis["dims"], "rows": rows, "trends": analysis["trends"]}
+    return {
+        "dims": analysis["dims"],
+        "rows": rows,
+        "trends": analysis["trends"],
+        "sentence": statements.classes_sentence(analysis),
+    }
 
 
 # ---------------------------------------------------------------- provenance
