@@ -37,6 +37,7 @@ from matryoshka.models import NestedModel
 from matryoshka.retrieval.store import Index
 from matryoshka.search_page.options import serve_parser as parser
 
+TOP = 3  # predicted classes of a query
 ANY_ADDRESS = ("0.0.0.0", "::", "")  # --host values that listen on all interfaces
 
 
@@ -51,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = load(args, index)
         pictures = search_page.Pictures(moved, lambda data: fingerprint(data, data.labels))
         service = search_page.Service(
-            index, encoder(model, index.preprocessing), trunk_sha256(model), pictures
+            index,
+            encoder(model, index.preprocessing),
+            trunk_sha256(model),
+            pictures,
+            classify=classifier(model),
         )
         announce(args, index, service, server_socket)
         app = search_page.make_app(
@@ -180,6 +185,28 @@ def encoder(
         return model.encode(torch.from_numpy(np.array(square))[None])[0].cpu().numpy()
 
     return encode
+
+
+def classifier(model: NestedModel) -> Callable[[np.ndarray], list[tuple[str, float]]] | None:
+    """A function embedding, float32 [D] -> (class, probability) of the TOP most probable classes.
+
+    By the classifier of the longest prefix. None for a model without class names.
+    """
+    names = model.classes
+    if not names:
+        return None
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def classify(features: np.ndarray) -> list[tuple[str, float]]:
+        logits = model.head(torch.from_numpy(features)[None].to(device))[-1, 0]  # [C]
+        best = logits.float().softmax(0).topk(min(TOP, len(names)))
+        return [
+            (names[label], probability)
+            for label, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+    return classify
 
 
 def hosts(host: str) -> list[str]:
