@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def import_server() -> tuple[Any, Any]:
-    """matryoshka.search_page and uvicorn. ConfigError without the extra [serve]."""
+    """matryoshka.search_page and uvicorn. ConfigError if one of their packages is missing."""
     try:
         import uvicorn
 
@@ -92,7 +92,7 @@ def import_server() -> tuple[Any, Any]:
         if error.name not in ("fastapi", "uvicorn"):
             raise
         raise config.ConfigError(
-            f"retrieve serve needs {error.name}: pip install 'matryoshka-vision[serve]'"
+            f"retrieve serve needs {error.name}: pip install {error.name}"
         ) from None
     return search_page, uvicorn
 

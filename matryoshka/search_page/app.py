@@ -53,6 +53,8 @@ STATIC = {
     "page.html": "text/html",
     "style.css": "text/css",
     "behaviour.js": "text/javascript",
+    "dom.js": "text/javascript",
+    "viewer.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }
 # The page loads scripts, styles and data from this server only. blob: shows an upload.

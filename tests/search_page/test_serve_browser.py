@@ -211,7 +211,7 @@ def test_a_neighbour_that_is_clicked_is_the_next_query_and_back_goes_back(watche
     hit = page.locator(f"{FULL} .hit").nth(4)
     row = hit.get_attribute("data-row")
     page.mouse.move(0, 0)  # what lies under it is marked, too
-    hit.focus()
+    hit.locator(".pick").focus()
     marked = page.locator(".hit.same").evaluate_all("hits => hits.map(h => h.dataset.row)")
     assert set(marked) == {row}
     page.keyboard.press("Enter")
