@@ -6,7 +6,8 @@ classes.py     rows of each class, as a filter
 download.py    neighbours as JSON and CSV
 service.py     answers without HTTP: the index, the model, recent queries
 app.py         the HTTP interface and its access rules
-page.html, style.css, behaviour.js, icon.svg: all that the browser loads
+page.html, style.css, behaviour.js (with dom.js, viewer.js, map.js), icon.svg: all that the browser
+loads
 
 inference/serve.py is the program.
 """

@@ -3,6 +3,7 @@
     GET /  /static/NAME              the page, from files of this package
     GET /api/index                   size, model and default search of the index
     GET /api/classes                 name and number of rows of each class
+    GET /api/map ?dim                points of the map of a prefix
     GET /api/random                  a random row number
     POST /api/query                  the bytes of an image -> {"query": key}
     GET /api/prediction ?row|query   the most probable classes by the model's head
@@ -54,6 +55,7 @@ STATIC = {
     "style.css": "text/css",
     "behaviour.js": "text/javascript",
     "dom.js": "text/javascript",
+    "map.js": "text/javascript",
     "viewer.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }
@@ -119,6 +121,10 @@ def make_app(
     @app.get("/api/classes")
     async def classes() -> JSONResponse:
         return JSONResponse({"classes": await work(service.class_sizes)})
+
+    @app.get("/api/map")
+    async def map_points(dim: int) -> JSONResponse:
+        return JSONResponse(await work(service.map_points, dim))
 
     @app.get("/api/random")
     async def random() -> JSONResponse:

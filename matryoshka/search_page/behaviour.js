@@ -1,4 +1,5 @@
 import { address, breakable, byId, count, make } from "./dom.js";
+import { makeMap } from "./map.js";
 import { makeViewer } from "./viewer.js";
 
 (() => {
@@ -117,6 +118,7 @@ import { makeViewer } from "./viewer.js";
     view.classes = view.classes.filter((name) => known.has(name));
     reset();
     showView();
+    map.open(info);
   }
 
   // ------------------------------------------------------------ k and classes
@@ -319,6 +321,7 @@ import { makeViewer } from "./viewer.js";
     for (const kind of ["csv", "json"]) byId(kind).href = `/api/neighbours.${kind}?${parameters()}`;
     shown = { ...found, name: labelOf(what), more: [row, name].filter(Boolean).join(", "), picture: uploaded ? asked.picture : address(asked.row, 1024, found.version) };
     predict();
+    map.show(found, view.classes);
     const columns = found.columns.map((column) => {
       const node = makeColumn(`${column.dim}`, "dims", column, found.version);
       node.dataset.dim = column.dim;
@@ -424,7 +427,9 @@ import { makeViewer } from "./viewer.js";
     byId("scroll").focus({ preventScroll: true });  // the new page has other buttons
   }
 
-  // ------------------------------------------------------------ the large view
+  // ------------------------------------------------------------ the map and the large view
+
+  const map = makeMap(ask, pickRow);
 
   const enlarge = makeViewer(pickRow);
   const largeViews = ({ hits }, by, version) => hits.map((hit, i) => ({

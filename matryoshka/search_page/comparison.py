@@ -20,7 +20,7 @@ import numpy as np
 
 from matryoshka.retrieval import SearchParams, Stage, rerank
 from matryoshka.retrieval.hits import empty_bits, set_bits
-from matryoshka.retrieval.store import Index
+from matryoshka.retrieval.store import Index, trained_dims
 
 NEIGHBOURS = 10  # unless a request asks for another number
 MAX_NEIGHBOURS = 100
@@ -67,11 +67,7 @@ class Comparison:
 
     def __init__(self, index: Index) -> None:
         self.index = index
-        columns = index.columns
-        dims = index.model.get("dims")
-        # Models that were not trained for prefixes: powers of two.
-        known = dims if isinstance(dims, list) and dims else [8 << i for i in range(16)]
-        self.dims = sorted({d for d in known if isinstance(d, int) and 0 < d < columns} | {columns})
+        self.dims = trained_dims(index)
         self.lists = max((part.metadata["lists"] for part in index.parts), default=0)
         self.rerank_dims = [d for d in self.dims if d >= index.dim]
         # Rows that exact search compares, by part: it has no list of deleted rows.
@@ -82,7 +78,7 @@ class Comparison:
         self.longest = min(MAX_SHORTLIST, max(NEIGHBOURS, index.total))
         own = index.params
         nprobe = own.nprobe if own.index == "ivf" else max(1, self.lists)
-        last = own.stages[-1].dim if own.stages else columns
+        last = own.stages[-1].dim if own.stages else index.columns
         fitting = min(self.rerank_dims, key=lambda d: abs(d - last))
         self.default = self.clipped(Choice(own.with_k(NEIGHBOURS).k, nprobe, fitting))
 

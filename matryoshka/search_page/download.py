@@ -60,4 +60,5 @@ def as_csv(answer: Mapping[str, Any]) -> str:
 
 def plain_text(name: str) -> str:
     """A name that no spreadsheet evaluates: an apostrophe comes before a formula."""
-    return f"'{name}" if name.lstrip().startswith(FORMULA) else name
+    is_formula = name.startswith(FORMULA) or name.lstrip().startswith(FORMULA)
+    return f"'{name}" if is_formula else name

@@ -14,6 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from matryoshka.data.reader import printable
+from matryoshka.evaluation.embedding_map import EmbeddingMap, read_map
 from matryoshka.retrieval import RetrievalError
 from matryoshka.retrieval.store import Index
 from matryoshka.search_page.classes import ClassRows, shown_class
@@ -43,6 +44,7 @@ class Opened(NamedTuple):
     classes: ClassRows
     # Whether exact search is so fast that the page needs no other.
     exact_only: bool
+    map: EmbeddingMap | None
 
 
 class Wanted(NamedTuple):
@@ -132,7 +134,7 @@ class Service:
         version = hashlib.sha256(manifest).hexdigest()[:12]
         comparison = Comparison(index)
         exact_only = not comparison.needs_fast_search()
-        return Opened(index, comparison, version, ClassRows(index), exact_only)
+        return Opened(index, comparison, version, ClassRows(index), exact_only, read_map(index))
 
     def current(self) -> Opened:
         """The current index; opens it again if it has changed on disk."""
@@ -153,19 +155,21 @@ class Service:
 
     def index_info(self) -> dict[str, Any]:
         """Size, model, default search and sliders: the first request of the page."""
-        index, comparison, version, classes, exact_only = self.current()
+        opened = self.current()
+        index, comparison = opened.index, opened.comparison
         own = comparison.default
         return {
-            "version": version,
+            "version": opened.version,
             "name": printable(index.path.resolve().name),
             "rows": len(index),
             "columns": index.columns,
             "dims": comparison.dims,
             "neighbours": NEIGHBOURS,
             "most_neighbours": MAX_NEIGHBOURS,
-            "classes": len(classes.names),
+            "classes": len(opened.classes.names),
+            "map": None if opened.map is None else opened.map.dims,
             "predicts": self._classify is not None,
-            "exact_only": exact_only,
+            "exact_only": opened.exact_only,
             "model": {key: printable(str(index.model.get(key) or "")) for key in ("arch", "head")},
             "setting": str(comparison.params(own)),
             "certificate": _recall(index),
@@ -276,6 +280,7 @@ class Service:
                     "dim": column.dim,
                     "ms": _ms(column.seconds),
                     **self._hits(opened.index, column, widest, expected),
+                    "map": self._places(opened, column, vector, wanted.row),
                 }
                 for column in truth
             ],
@@ -287,6 +292,50 @@ class Service:
         opened = self.current()
         vector, truth = self._truth(opened, wanted)
         return self._adaptive(opened, vector, truth, wanted)
+
+    def map_points(self, dim: int) -> dict[str, Any]:
+        """Points of the map of a prefix, without deleted rows, as lists of equal length.
+
+        class: numbers in `classes`, -1 without a class.
+        """
+        opened = self.current()
+        if opened.map is None or dim not in opened.map.dims:
+            raise Refusal(404, "the index has no map of this prefix")
+        index = opened.index
+        kept = ~index.is_deleted(opened.map.rows)
+        rows = opened.map.rows[kept].tolist()
+        points = opened.map.points[opened.map.dims.index(dim)][kept]
+        shown = [self._shown(index, row) for row in rows]
+        numbers = {name: number for number, name in enumerate(opened.classes.names)}
+        return {
+            "version": opened.version,
+            "method": opened.map.method,
+            "rows": rows,
+            "names": [one["name"] for one in shown],
+            "classes": opened.classes.names,
+            "class": [numbers.get(one["class"], -1) for one in shown],
+            "points": [_rounded(point) for point in points],
+        }
+
+    def _places(
+        self, opened: Opened, column: Column, vector: np.ndarray, row: int | None
+    ) -> dict[str, Any] | None:
+        """Places of a query and its neighbours on the map of a prefix; null where unknown."""
+        made = opened.map
+        if made is None or column.dim not in made.dims:
+            return None
+        ids = np.array([-1 if row is None else row, *column.ids.tolist()])
+        if len(made.axes):
+            vectors = [vector, *(opened.index.vector(hit) for hit in column.ids.tolist())]
+            places = made.place(column.dim, np.stack(vectors))
+        elif len(made.rows):
+            at = np.minimum(np.searchsorted(made.rows, ids), len(made.rows) - 1)
+            places = made.points[made.dims.index(column.dim)][at]
+            places = np.where((made.rows[at] == ids)[:, None], places, np.nan)
+        else:
+            return None
+        query, *hits = [_rounded(place) for place in places]
+        return {"query": query, "hits": hits}
 
     def picture(self, row: int, size: int, version: str | None) -> bytes:
         """JPEG of at most size x size. version: of the index that the row number is from."""
@@ -424,6 +473,11 @@ def _recall(index: Index) -> str:
         )
     text = certificate.get("text")
     return f"recall {printable(str(text))}" if text else ""
+
+
+def _rounded(point: np.ndarray) -> list[float] | None:
+    """A point as JSON; null for NaN, which JSON does not have."""
+    return [round(float(x), 5) for x in point] if np.isfinite(point).all() else None
 
 
 def _ms(seconds: float) -> float:

@@ -383,6 +383,116 @@ def test_the_headline_says_what_is_known_of_recall(watched, page, changing):
     assert watched.text("#headline code") == "this --now"
 
 
+def test_k_and_classes_are_chosen_and_kept_in_the_address(watched, page, made):
+    page.locator("#random").click()
+    watched.settle()
+    page.get_by_label("Neighbours", exact=True).fill("4")
+    page.wait_for_url("**k=4*")
+    watched.settle()
+    assert page.locator(f"{FULL} .hit").count() == 4
+    assert watched.text("#recall-of") == "recall@4"
+    chooser = page.get_by_label("Only the classes")
+    chooser.fill("cat")
+    chooser.press("Enter")
+    page.locator(".chip", has_text="cat").wait_for()
+    watched.settle()
+    classes = page.locator(f"{FULL} .what").all_inner_texts()
+    assert classes == ["cat"] * 4
+    page.reload()
+    page.locator(".chip", has_text="cat").wait_for()
+    watched.settle()
+    assert page.get_by_label("Neighbours", exact=True).input_value() == "4"
+    assert page.locator(f"{FULL} .what").all_inner_texts() == classes
+    with page.expect_download() as saved:
+        page.get_by_role("link", name="CSV").click()
+    assert saved.value.suggested_filename == "neighbours.csv"
+    assert saved.value.path().read_text().count("cat/") == 4 * (len(DIMS) + 1)
+    page.get_by_label("Remove the class cat").click()
+    page.get_by_label("Neighbours", exact=True).fill("500")
+    page.get_by_label("Neighbours", exact=True).press("Enter")
+    page.locator("#k").evaluate("node => node.blur()")
+    page.wait_for_url("**k=100*")
+    page.get_by_label("Neighbours", exact=True).fill("10")
+    page.wait_for_url(re.compile(r"#row=\d+$"))
+    watched.settle()
+    assert page.locator(f"{FULL} .hit").count() == 10
+    assert page.locator(".chip").count() == 0
+
+
+def test_neighbours_of_the_querys_class_are_marked_and_counted(watched, page, address):
+    page.goto(f"{address[0]}#row=15")
+    page.reload()
+    page.locator("#kin-of", has_text="of the query's class, ant").wait_for()
+    watched.settle()
+    for column in page.locator(".column").all():
+        classes = column.locator(".what").all_inner_texts()
+        assert column.locator(".kin-share").inner_text() == (
+            f"{classes.count('ant')} of {len(classes)} same class"
+        )
+        assert column.locator(".hit.kin .what").all_inner_texts() == ["ant"] * classes.count("ant")
+    assert re.match(r"Model: \S.* \d+\s%, ", watched.text("#predicted"))
+
+
+def test_a_picture_is_enlarged_and_keys_move(watched, page, made):
+    uploaded(watched, made, 20)
+    column = page.locator(FULL)
+    rows = column.locator(".hit").evaluate_all("hits => hits.map(h => h.dataset.row)")
+    viewer, image = page.locator("#viewer"), page.locator("#viewer-image")
+    column.locator(".frame").nth(1).click()
+    viewer.wait_for()
+    assert f"/image/{rows[1]}?size=1024" in image.get_attribute("src")
+    assert "neighbour 2 of 10" in watched.text("#viewer-more")
+    for key, at in (
+        ("ArrowRight", 2),
+        ("ArrowLeft", 1),
+        ("Home", 0),
+        ("ArrowLeft", 0),
+        ("End", 9),
+        ("ArrowRight", 9),
+    ):
+        page.keyboard.press(key)
+        assert f"/image/{rows[at]}?" in image.get_attribute("src")
+        assert viewer.evaluate("node => node.contains(document.activeElement)")
+    page.keyboard.press("Escape")
+    viewer.wait_for(state="hidden")
+    page.get_by_role("button", name="Enlarge the query").focus()
+    page.keyboard.press("Enter")
+    assert image.get_attribute("src").startswith("blob:")
+    assert page.get_by_role("button", name="Search with this image").count() == 0
+    page.keyboard.press("ArrowRight")
+    page.get_by_role("button", name="Search with this image").click()
+    page.locator(f'#picture[src^="/image/{rows[0]}?"]').wait_for()
+    assert viewer.is_hidden()
+
+
+def test_an_index_that_is_searched_in_full_shows_no_fast_search(watched, page, changing):
+    changing("**/api/index", lambda content: content.update(exact_only=True))
+    page.reload()
+    page.locator(".hit").first.wait_for()
+    assert page.locator("#fast").is_hidden()
+    assert page.locator(".column").count() == len(DIMS)
+
+
+def test_an_index_without_classes_shows_names(watched, page, changing):
+    def nameless(content):
+        content["query"]["class"] = None
+        content["expected_class"] = None
+        for column in (*content["columns"], content["adaptive"]):
+            column["same_class"] = None
+            for hit in column["hits"]:
+                hit.update({"class": None, "same_class": None})
+
+    changing("**/api/index", lambda content: content.update(classes=0, predicts=False))
+    changing("**/api/neighbours?**", nameless)
+    page.reload()
+    page.locator(".hit").first.wait_for()
+    for selector in ("#filter", "#kin-legend", "#predicted"):
+        assert page.locator(selector).is_hidden()
+    assert page.locator(".kin-share, .what").count() == 0
+    assert page.locator(f"{FULL} .name.alone").count() == 10
+    assert "classes" not in watched.text("#headline")
+
+
 def test_an_upload_is_shown_as_the_model_sees_it(watched, page, tmp_path):
     """Not turned upright by its EXIF orientation."""
     pixels = np.zeros((60, 120, 3), np.uint8)
