@@ -23,6 +23,7 @@ METHODS = ("pca", "tsne")
 MAP_FILE = "map.npz"
 MAX_ROWS = 5000  # t-SNE takes a minute for them, and a screen shows no more points
 PERPLEXITY = 30.0  # scikit-learn's default
+SMALLEST_SPREAD = 1e-5  # of rows of length 1: below are rounding errors of float32
 
 
 class EmbeddingMap(NamedTuple):
@@ -119,18 +120,21 @@ def _points(rows: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, Any, 
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    points = np.zeros((len(rows), 2), np.float32)
-    if method == "tsne" and len(rows) > 3:
-        # PCA as the start makes the global arrangement reproducible.
-        perplexity = min(PERPLEXITY, (len(rows) - 1) / 3)
-        init = "pca" if rows.shape[1] > 1 else "random"
-        points[:] = TSNE(perplexity=perplexity, init=init, random_state=seed).fit_transform(rows)
+    n, d = rows.shape
+    points = np.zeros((n, 2), np.float32)
+    # Equal rows have no axis; scikit-learn would divide by zero, and its quadtree would crash.
+    is_spread = n > 1 and np.ptp(rows, axis=0).max() > SMALLEST_SPREAD
+    if method == "tsne":
+        if n > 3 and is_spread:
+            # PCA as the start makes the global arrangement reproducible.
+            init = "pca" if d > 1 else "random"
+            tsne = TSNE(perplexity=min(PERPLEXITY, (n - 1) / 3), init=init, random_state=seed)
+            points[:] = tsne.fit_transform(rows)
         return points, None, None
-    count = min(2, len(rows) - 1, rows.shape[1])
-    if count < 1:
-        return points, np.zeros(rows.shape[1]), np.zeros((0, rows.shape[1]))
-    pca = PCA(count, random_state=seed).fit(rows)
-    points[:, :count] = pca.transform(rows)
+    if not is_spread:
+        return points, rows.mean(0) if n else np.zeros(d), np.zeros((0, d))
+    pca = PCA(min(2, n - 1, d), random_state=seed).fit(rows)
+    points[:, : pca.n_components_] = pca.transform(rows)
     return points, pca.mean_, pca.components_
 
 

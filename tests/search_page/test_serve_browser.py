@@ -14,6 +14,7 @@ from PIL import Image
 from served import DIMS, EVIL, batch_of, client_of, made_once
 
 from matryoshka.embeddings.reading import open_embeddings
+from matryoshka.evaluation.embedding_map import make_map, write_map
 from matryoshka.retrieval.store_writer import Writer
 
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed (requirements-dev.txt)")
@@ -36,7 +37,8 @@ def address(made, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("browser") / "photos.index"
     with Writer(folder) as writer:
-        writer.build(batch_of(made / "embeddings"), dim=8, lists=5)
+        index = writer.build(batch_of(made / "embeddings"), dim=8, lists=5)
+    write_map(index, make_map(index.parts[0].rows, DIMS))
     client, _ = client_of(made, folder)
     door = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(client.app, log_level="error"))
@@ -463,6 +465,39 @@ def test_a_picture_is_enlarged_and_keys_move(watched, page, made):
     page.get_by_role("button", name="Search with this image").click()
     page.locator(f'#picture[src^="/image/{rows[0]}?"]').wait_for()
     assert viewer.is_hidden()
+
+
+def test_a_point_of_the_map_is_the_next_query(watched, page, made):
+    uploaded(watched, made, 20)
+    canvas = page.locator("#canvas")
+    page.locator("#map-of", has_text="PCA. Click a point").wait_for()
+    assert sorted(page.locator("#map-legend li").all_inner_texts()) == sorted((EVIL, "ant", "cat"))
+    assert "35 images by their first 512 dimensions" in canvas.get_attribute("aria-label")
+    page.locator("#map-dim").select_option("8")
+    page.locator('#canvas[aria-label*="first 8 dimensions"]').wait_for()
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    tip = page.locator("#tip")
+    spots = [(x, y) for x in range(20, int(box["width"]), 12) for y in (60, 120, 200, 300, 400)]
+    for x, y in spots:
+        page.mouse.move(box["x"] + x, box["y"] + y)
+        if tip.is_visible():
+            break
+    name = watched.text("#tip-text").split("\n")[-1]
+    assert name.endswith(("jpg", "png"))
+    page.mouse.down()
+    page.mouse.up()
+    page.locator('#picture[src^="/image/"]').wait_for()
+    watched.settle()
+    assert name.split("/")[-1][:9] in watched.text("#asked")
+    assert tip.is_hidden()
+
+
+def test_an_index_without_a_map_has_no_card(watched, page, changing):
+    changing("**/api/index", lambda content: content.update(map=None))
+    page.reload()
+    page.locator(".hit").first.wait_for()
+    assert page.locator("#map").is_hidden()
 
 
 def test_an_index_that_is_searched_in_full_shows_no_fast_search(watched, page, changing):

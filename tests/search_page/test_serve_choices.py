@@ -16,6 +16,8 @@ from matryoshka.data import CenterCrop
 from matryoshka.data.augment import normalise
 from matryoshka.data.images import read_images
 from matryoshka.embeddings.reading import open_embeddings
+from matryoshka.evaluation.embedding_map import make_map, write_map
+from matryoshka.retrieval.store import Index
 from matryoshka.retrieval.store_writer import Writer
 from matryoshka.search_page import comparison
 from matryoshka.search_page.classes import ClassRows
@@ -227,3 +229,47 @@ def test_a_picture_is_sent_up_to_1024_pixels(made, tmp_path, photo):
     content = shown.get("/image/0", params={"size": 1024}).content
     with Image.open(io.BytesIO(content)) as image:
         assert image.size == (1024, 512)
+
+
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+def test_the_map_has_the_rows_the_query_and_its_neighbours(made, tmp_path, method, photo):
+    with Writer(tmp_path / "i") as writer:
+        index = writer.build(batch_of(made / "embeddings"))
+        stored = make_map(index.parts[0].rows, [8, 512], method=method, max_rows=30)
+        write_map(index, stored)
+        writer.delete([index.name(int(stored.rows[0]))])
+    shown, _ = client_of(made, tmp_path / "i")
+    assert shown.get("/api/index").json()["map"] == [8, 512]
+    answer = shown.get("/api/map", params={"dim": 512}).json()
+    rows = stored.rows[1:].tolist()  # the first one is deleted
+    assert (answer["rows"], answer["method"]) == (rows, method)
+    np.testing.assert_allclose(answer["points"], stored.points[1, 1:], atol=1e-4)
+    index = Index(tmp_path / "i")
+    assert answer["names"] == [index.name(row) for row in rows]
+    assert [answer["classes"][one] for one in answer["class"]] == [
+        index.class_name(row) for row in rows
+    ]
+    column = shown.get("/api/neighbours", params={"row": rows[2]}).json()["columns"][-1]
+    places = dict(zip(rows, answer["points"], strict=True))
+    np.testing.assert_allclose(column["map"]["query"], places[rows[2]], atol=1e-3)
+    for hit, place in zip(column["hits"], column["map"]["hits"], strict=True):
+        if hit["row"] in places:
+            np.testing.assert_allclose(place, places[hit["row"]], atol=1e-3)
+        else:
+            assert (place is None) == (method == "tsne")
+    file = io.BytesIO()
+    Image.fromarray(photo(40, 40)).save(file, "PNG")
+    key = shown.post("/api/query", content=file.getvalue()).json()["query"]
+    uploaded = shown.get("/api/neighbours", params={"query": key}).json()["columns"]
+    assert (uploaded[-1]["map"]["query"] is None) == (method == "tsne")
+    assert uploaded[1]["map"] is None  # 32 dimensions have no map
+    for dim in (32, -1, "x", None):
+        said(
+            shown.get("/api/map", params={"dim": dim} if dim else {}),
+            404 if dim in (32, -1) else 400,
+        )
+
+
+def test_an_index_without_a_map(client):
+    assert client.get("/api/index").json()["map"] is None
+    assert "map" in said(client.get("/api/map", params={"dim": 8}), 404)
