@@ -9,18 +9,19 @@ Row numbers change when an index is built or compacted, so that a map belongs to
 
 from __future__ import annotations
 
-import io
-import zipfile
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from matryoshka.files import write_atomically
 from matryoshka.retrieval.store import Index
 
 METHODS = ("pca", "tsne")
-MAP_FILE = "map.npz"
+MAP_FILE = "map.safetensors"
 MAX_ROWS = 5000  # t-SNE takes a minute for them, and a screen shows no more points
 PERPLEXITY = 30.0  # scikit-learn's default
 SMALLEST_SPREAD = 1e-5  # of rows of length 1: below are rounding errors of float32
@@ -143,18 +144,18 @@ def _points(rows: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, Any, 
 
 def write_map(index: Index, made: EmbeddingMap) -> None:
     """Store the map of an index's first part in the folder of the index. OSError names the file."""
-    file = io.BytesIO()
-    np.savez(
-        file,
-        part=np.array(index.manifest["parts"][0]),
-        method=np.array(made.method),
-        dims=np.array(made.dims, np.int64),
-        rows=made.rows.astype(np.int64),
-        points=made.points,
-        means=made.means,
-        axes=made.axes,
-    )
-    write_atomically(index.path / MAP_FILE, file.getvalue())
+    about = {
+        "part": index.manifest["parts"][0],
+        "method": made.method,
+        "dims": json.dumps(made.dims),
+    }
+    arrays = {
+        "rows": made.rows.astype(np.int64),
+        "points": made.points,
+        "means": made.means,
+        "axes": made.axes,
+    }
+    write_atomically(index.path / MAP_FILE, save(arrays, about))
 
 
 def remove_map(index: Index) -> None:
@@ -165,17 +166,18 @@ def remove_map(index: Index) -> None:
 def read_map(index: Index) -> EmbeddingMap | None:
     """The map of an index; None if it has none, or a damaged one, or that of other rows."""
     try:
-        with np.load(index.path / MAP_FILE, allow_pickle=False) as stored:
-            part = str(stored["part"])
+        with safe_open(index.path / MAP_FILE, "numpy") as stored:
+            about = stored.metadata()
+            part = about["part"]
             made = EmbeddingMap(
-                str(stored["method"]),
-                tuple(stored["dims"].tolist()),
-                stored["rows"],
-                stored["points"],
-                stored["means"],
-                stored["axes"],
+                about["method"],
+                tuple(json.loads(about["dims"])),
+                stored.get_tensor("rows"),
+                stored.get_tensor("points"),
+                stored.get_tensor("means"),
+                stored.get_tensor("axes"),
             )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
     return made if part == index.manifest["parts"][0] and _fits(made, index) else None
 
