@@ -33,7 +33,15 @@ if __name__ == "__main__":
 import numpy as np
 
 from matryoshka.embeddings.reading import AGAIN, META, EmbeddingError, open_embeddings
-from matryoshka.retrieval.store import MANIFEST, Index
+from matryoshka.evaluation.embedding_map import (
+    EmbeddingMap,
+    make_map,
+    map_dims,
+    read_map,
+    remove_map,
+    write_map,
+)
+from matryoshka.retrieval.store import MANIFEST, Index, trained_dims
 from matryoshka.retrieval.store_writer import IndexRows, Writer
 
 # `info` advises compacting when this share of the rows is deleted, or outside of the first part.
@@ -71,6 +79,10 @@ def build(args: SimpleNamespace) -> int:
             seed=args.seed,
             overwrite=args.overwrite,
         )
+        if args.map == "none":
+            remove_map(index)
+        else:
+            write_map(index, map_of(index, args.map, args.seed))
     print(describe(index))
     print(f"names    {batch.names[0]} and so on")
     print(f"built in {time.perf_counter() - started:.1f} s")
@@ -110,7 +122,13 @@ def delete(args: SimpleNamespace) -> int:
 def compact(args: SimpleNamespace) -> int:
     started = time.perf_counter()
     with existing(args) as writer:
+        old_map = read_map(Index(args.index))
         index = writer.compact()
+        # Row numbers have changed: the old map is of no use.
+        if old_map is None:
+            remove_map(index)
+        else:
+            write_map(index, map_of(index, old_map.method, index.manifest["seed"]))
     print(f"{describe(index)}\ncompacted in {time.perf_counter() - started:.1f} s")
     return 0
 
@@ -143,6 +161,12 @@ def sync(args: SimpleNamespace) -> int:
     print(f"{change.added:,} rows added, {change.replaced:,} replaced, {change.deleted:,} deleted")
     print(describe(Index(args.index)))
     return 0
+
+
+def map_of(index: Index, method: str, seed: int) -> EmbeddingMap:
+    """A map of the index's first part, for the prefixes that its model was trained for."""
+    dims = map_dims(trained_dims(index), method)
+    return make_map(index.parts[0].rows, dims, method=method, seed=seed)
 
 
 def existing(args: SimpleNamespace) -> Writer:

@@ -42,6 +42,7 @@ from matryoshka.evaluation.embedding import fingerprint
 from matryoshka.models import NestedModel
 from matryoshka.retrieval.store import Index
 
+TOP = 3  # predicted classes of a query
 ANY_ADDRESS = ("0.0.0.0", "::", "")  # --host values that listen on all interfaces
 
 
@@ -56,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = load(args, index)
         pictures = search_page.Pictures(moved, lambda data: fingerprint(data, data.labels))
         service = search_page.Service(
-            index, encoder(model, index.preprocessing), trunk_sha256(model), pictures
+            index,
+            encoder(model, index.preprocessing),
+            trunk_sha256(model),
+            pictures,
+            classify=classifier(model),
         )
         announce(args, index, service, server_socket)
         app = search_page.make_app(
@@ -82,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def import_server() -> tuple[Any, Any]:
-    """matryoshka.search_page and uvicorn. ConfigError without the extra [serve]."""
+    """matryoshka.search_page and uvicorn. ConfigError if one of their packages is missing."""
     try:
         import uvicorn
 
@@ -92,7 +97,7 @@ def import_server() -> tuple[Any, Any]:
         if error.name not in ("fastapi", "uvicorn"):
             raise
         raise config.ConfigError(
-            f"retrieve serve needs {error.name}: pip install 'matryoshka-vision[serve]'"
+            f"retrieve serve needs {error.name}: pip install {error.name}"
         ) from None
     return search_page, uvicorn
 
@@ -185,6 +190,28 @@ def encoder(
         return model.encode(torch.from_numpy(np.array(square))[None])[0].cpu().numpy()
 
     return encode
+
+
+def classifier(model: NestedModel) -> Callable[[np.ndarray], list[tuple[str, float]]] | None:
+    """A function embedding, float32 [D] -> (class, probability) of the TOP most probable classes.
+
+    By the classifier of the longest prefix. None for a model without class names.
+    """
+    names = model.classes
+    if not names:
+        return None
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def classify(features: np.ndarray) -> list[tuple[str, float]]:
+        logits = model.head(torch.from_numpy(features)[None].to(device))[-1, 0]  # [C]
+        best = logits.float().softmax(0).topk(min(TOP, len(names)))
+        return [
+            (names[label], probability)
+            for label, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+    return classify
 
 
 def hosts(host: str) -> list[str]:

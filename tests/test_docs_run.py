@@ -37,7 +37,7 @@ PARSED_ONLY = {
     r"labels\.csv|resnet34": "tests/fitting/test_fit.py runs the like",
     r"licence": "a column that the reader has added",
 }
-SHELL_WORDS = ("source", "cd", "trap", "wait", "export")
+SHELL_WORDS = ("curl", "source", "cd", "trap", "wait", "export")
 # Options that make a command fast, or fit it to 21 photos.
 FAST = {
     "fit": ["--model.arch=resnet10", "--training.epochs=1", "--training.batch_size=8"],

@@ -172,7 +172,12 @@ class BuildOptions:
     lists: int | None = option(
         None, help="lists of the inverted file; unset: about 4 x sqrt(rows)", low=1
     )
-    seed: int = option(0, help="seed of k-means", low=0, high=MAX_SEED)
+    seed: int = option(0, help="seed of k-means and of the map", low=0, high=MAX_SEED)
+    map: str = option(
+        "pca",
+        help="two-dimensional map of up to 5,000 images for the search page; tsne takes a minute",
+        choices=("pca", "tsne", "none"),
+    )
     overwrite: bool = option(False, help="replace the index in DIR once the new one is complete")
 
 

@@ -394,6 +394,17 @@ class Index:
         return sum(part.nbytes for part in self.parts)
 
 
+def trained_dims(index: Index) -> list[int]:
+    """Prefixes that the model was trained for, up to the index's columns, and all columns.
+
+    Powers of two for a model that was not trained for prefixes.
+    """
+    dims = index.model.get("dims")
+    known = dims if isinstance(dims, list) and dims else [8 << i for i in range(16)]
+    columns = index.columns
+    return sorted({d for d in known if isinstance(d, int) and 0 < d < columns} | {columns})
+
+
 class RowSubset:
     """Some rows of an index behind an array's interface, for arrays larger than memory."""
 

@@ -2,11 +2,14 @@
 
 comparison.py  one query: exact search at each prefix, and the index's fast search
 pictures.py    uploads and pictures of data sets, checked and decoded
+classes.py     rows of each class, as a filter
+download.py    neighbours as JSON and CSV
 service.py     answers without HTTP: the index, the model, recent queries
 app.py         the HTTP interface and its access rules
-page.html, style.css, behaviour.js, icon.svg: all that the browser loads
+page.html, style.css, behaviour.js (with dom.js, viewer.js, map.js), icon.svg: all that the browser
+loads
 
-Needs fastapi (the extra [serve]). inference/serve.py is the program.
+inference/serve.py is the program.
 """
 
 from typing import TYPE_CHECKING

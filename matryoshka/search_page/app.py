@@ -2,11 +2,18 @@
 
     GET /  /static/NAME              the page, from files of this package
     GET /api/index                   size, model and default search of the index
+    GET /api/classes                 name and number of rows of each class
+    GET /api/map ?dim                points of the map of a prefix
     GET /api/random                  a random row number
     POST /api/query                  the bytes of an image -> {"query": key}
-    GET /api/neighbours ?row|query   exact neighbours at each prefix, and the fast search's
-    GET /api/adaptive ?row|query &shortlist&nprobe&rerank    the fast search's only
+    GET /api/prediction ?row|query   the most probable classes by the model's head
+    GET /api/neighbours ?SEARCH      exact neighbours at each prefix, and the fast search's
+    GET /api/neighbours.json, .csv ?SEARCH                   the same, to save
+    GET /api/adaptive ?SEARCH        the fast search's only
     GET /image/ROW ?size&version     JPEG
+
+SEARCH: row=ROW or query=KEY; k=1..100; class=NAME, repeated, to find these classes only; and
+shortlist, nprobe and rerank of the fast search.
 
 Errors are {"error": one line} and reveal no paths of this machine.
 """
@@ -20,11 +27,11 @@ from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
@@ -32,9 +39,10 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
 from matryoshka.retrieval import RetrievalError
-from matryoshka.search_page.comparison import Choice
+from matryoshka.search_page.comparison import NEIGHBOURS, Choice
+from matryoshka.search_page.download import as_csv, as_json
 from matryoshka.search_page.pictures import SIZES, Refusal
-from matryoshka.search_page.service import Service
+from matryoshka.search_page.service import Service, Wanted
 
 MAX_UPLOAD = 16 << 20
 MAX_CONCURRENT_UPLOADS = 4  # more are refused, because each may hold MAX_UPLOAD bytes
@@ -46,6 +54,9 @@ STATIC = {
     "page.html": "text/html",
     "style.css": "text/css",
     "behaviour.js": "text/javascript",
+    "dom.js": "text/javascript",
+    "map.js": "text/javascript",
+    "viewer.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }
 # The page loads scripts, styles and data from this server only. blob: shows an upload.
@@ -107,6 +118,14 @@ def make_app(
     async def index() -> JSONResponse:
         return JSONResponse(await work(service.index_info) | {"max_upload": max_upload})
 
+    @app.get("/api/classes")
+    async def classes() -> JSONResponse:
+        return JSONResponse({"classes": await work(service.class_sizes)})
+
+    @app.get("/api/map")
+    async def map_points(dim: int) -> JSONResponse:
+        return JSONResponse(await work(service.map_points, dim))
+
     @app.get("/api/random")
     async def random() -> JSONResponse:
         return JSONResponse({"row": await work(service.random_row)})
@@ -124,29 +143,25 @@ def make_app(
         finally:
             uploads -= 1
 
+    @app.get("/api/prediction")
+    async def prediction(row: int | None = None, query: str | None = None) -> JSONResponse:
+        return JSONResponse({"classes": await work(service.prediction, row, query)})
+
     @app.get("/api/neighbours")
-    async def neighbours(
-        row: int | None = None,
-        query: str | None = None,
-        shortlist: int | None = None,
-        nprobe: int | None = None,
-        rerank: int | None = None,
-    ) -> JSONResponse:
-        return JSONResponse(
-            await work(service.neighbours, row, query, choice(shortlist, nprobe, rerank))
-        )
+    async def neighbours(search: Annotated[Wanted, Depends(wanted)]) -> JSONResponse:
+        return JSONResponse(await work(service.neighbours, search))
+
+    @app.get("/api/neighbours.json")
+    async def neighbours_json(search: Annotated[Wanted, Depends(wanted)]) -> Response:
+        return attachment(as_json(await work(service.neighbours, search)), "application/json")
+
+    @app.get("/api/neighbours.csv")
+    async def neighbours_csv(search: Annotated[Wanted, Depends(wanted)]) -> Response:
+        return attachment(as_csv(await work(service.neighbours, search)), "text/csv")
 
     @app.get("/api/adaptive")
-    async def adaptive(
-        row: int | None = None,
-        query: str | None = None,
-        shortlist: int | None = None,
-        nprobe: int | None = None,
-        rerank: int | None = None,
-    ) -> JSONResponse:
-        return JSONResponse(
-            await work(service.adaptive, row, query, choice(shortlist, nprobe, rerank))
-        )
+    async def adaptive(search: Annotated[Wanted, Depends(wanted)]) -> JSONResponse:
+        return JSONResponse(await work(service.adaptive, search))
 
     @app.get("/image/{row}")
     async def image(row: int, size: int = 160, version: str | None = None) -> Response:
@@ -173,11 +188,28 @@ def make_app(
     return SameOriginGuard(app, frozenset(host.lower() for host in hosts) | LOOPBACK, any_address)
 
 
-def choice(shortlist: int | None, nprobe: int | None, rerank: int | None) -> Choice | None:
-    """The sliders' values; None unless all are given."""
-    if shortlist is None or nprobe is None or rerank is None:
-        return None
-    return Choice(shortlist, nprobe, rerank)
+async def wanted(
+    row: int | None = None,
+    query: str | None = None,
+    k: int = NEIGHBOURS,
+    classes: Annotated[list[str] | None, Query(alias="class")] = None,
+    *,
+    shortlist: int | None = None,
+    nprobe: int | None = None,
+    rerank: int | None = None,
+) -> Wanted:
+    """A search from the parameters of its address."""
+    choice = None  # unless all sliders are given
+    if shortlist is not None and nprobe is not None and rerank is not None:
+        choice = Choice(shortlist, nprobe, rerank)
+    return Wanted(row, query, k, tuple(sorted(set(classes or ()))), choice)
+
+
+def attachment(content: str, media_type: str) -> Response:
+    """An answer that browsers save as neighbours.json or neighbours.csv."""
+    name = f"neighbours.{media_type.rpartition('/')[2]}"
+    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+    return Response(content, media_type=media_type, headers=headers)
 
 
 async def body(request: Request, most: int) -> bytes:

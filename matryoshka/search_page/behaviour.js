@@ -1,19 +1,15 @@
-"use strict";
+import { address, breakable, byId, count, make } from "./dom.js";
+import { makeMap } from "./map.js";
+import { makeViewer } from "./viewer.js";
+
 (() => {
-  const byId = (id) => document.getElementById(id);
-  const make = (name, className = "", text = null) => {
-    const node = document.createElement(name);
-    if (className) node.className = className;
-    if (text !== null) node.textContent = text;  // never HTML: names come from files
-    return node;
-  };
-  const count = (n) => n.toLocaleString("en");
-  // Untrusted names: lines break after a separator or before the extension, not inside of words.
-  const breakable = (name) => name.split(/(?<=[/_-])|(?<=[^/_-]{12})(?=\.[^./]{1,5}$)/).flatMap((part) => [make("wbr"), part]);
   const time = (ms) => `${Number(ms.toPrecision(2)).toLocaleString("en", { maximumFractionDigits: 6 })} ms`;
   let info = null;    // the answer of /api/index
   let asked = null;   // the present query: {row} or {query, picture}
   let choice = {};   // values of the sliders
+  let view = { k: 10, classes: [] };  // number of neighbours, names of the only classes to find
+  let known = new Set();  // the classes of the index
+  let shown = null;   // the answer that the page shows
 
   // Light and dark: the system's choice until the button is used.
   byId("theme").addEventListener("click", () => {
@@ -62,10 +58,31 @@
     };
   }
 
-  const parameters = (more = {}) => {
-    const query = asked.row === undefined ? { query: asked.query } : { row: asked.row };
-    return new URLSearchParams({ ...query, ...choice, ...more });
+  const query = () => (asked.row === undefined ? { query: asked.query } : { row: asked.row });
+  const parameters = () => {
+    const all = new URLSearchParams({ ...query(), k: view.k, ...choice });
+    for (const name of view.classes) all.append("class", name);
+    return all;
   };
+
+  // The address of the page: an upload is not in it, the rest of a search is.
+  function pageAddress(next) {
+    const all = new URLSearchParams();
+    if (next?.row !== undefined) all.set("row", next.row);
+    if (view.k !== info.neighbours) all.set("k", view.k);
+    for (const name of view.classes) all.append("class", name);
+    return `${location.pathname}${all.size ? `#${all}` : ""}`;
+  }
+
+  // Reads k and the classes from the address; returns its row, or null.
+  function readAddress() {
+    const all = new URLSearchParams(location.hash.slice(1));
+    const k = Number(all.get("k"));
+    view.k = Number.isInteger(k) && k >= 1 && k <= info.most_neighbours ? k : info.neighbours;
+    view.classes = [...new Set(all.getAll("class"))].filter((name) => known.has(name));
+    showView();
+    return /^\d+$/.test(all.get("row") ?? "") ? Number(all.get("row")) : null;
+  }
 
   // ------------------------------------------------------------ the index
 
@@ -80,16 +97,82 @@
     byId("note").hidden = info.pictures;
     byId("note").textContent = "The data set of the pictures was not found, so names are shown. "
       + "Start the server with --data to give its path.";
-    byId("recall-of").textContent = `recall@${info.neighbours}`;
     byId("exact-of").textContent = ` search, ${info.columns} dimensions`;
-    byId("legend").textContent = `also among the ${info.neighbours} nearest by all ${info.columns} dimensions`;
     byId("shortlist-of").textContent = `by ${info.shortlist.dim} dimensions`;
     byId("nprobe-of").textContent = `of ${count(info.nprobe.high)}`;
     byId("nprobe-row").hidden = !info.nprobe.high;
     byId("rerank-row").hidden = info.rerank.dims.length < 2;
     byId("rerank").max = info.rerank.dims.length - 1;
+    byId("fast").hidden = info.exact_only;
+    byId("panels").classList.toggle("single", info.exact_only);
+    byId("k").max = info.most_neighbours;
+    const list = info.classes ? (await ask("/api/classes", { signal })).classes : [];
+    known = new Set(list.map((one) => one.name));
+    byId("class-list").replaceChildren(...list.map((one) => {
+      const option = make("option");
+      option.value = one.name;
+      option.label = `${one.name}, ${count(one.rows)} images`;
+      return option;
+    }));
+    byId("filter").hidden = list.length < 2;
+    view.classes = view.classes.filter((name) => known.has(name));
     reset();
+    showView();
+    map.open(info);
   }
+
+  // ------------------------------------------------------------ k and classes
+
+  function showView() {
+    if (Number(byId("k").value) !== view.k) byId("k").value = view.k;
+    byId("recall-of").textContent = `recall@${view.k}`;
+    byId("legend").textContent = `also among the ${view.k} nearest by all ${info.columns} dimensions`;
+    byId("class").placeholder = view.classes.length ? "one more class" : "all classes";
+    byId("chosen").replaceChildren(...view.classes.map((name) => {
+      const chip = make("button", "chip"), text = make("span", "", name);
+      chip.type = "button";
+      chip.title = `${name}: remove`;
+      chip.append(text, make("span", "cross", "×"));
+      chip.setAttribute("aria-label", `Remove the class ${name}`);
+      chip.addEventListener("click", () => {
+        setView({ classes: view.classes.filter((other) => other !== name) });
+        byId("class").focus();
+      });
+      return chip;
+    }));
+  }
+
+  function setView(change) {
+    view = { ...view, ...change };
+    showView();
+    if (!asked) return;
+    history.replaceState(asked, "", pageAddress(asked));
+    search();
+  }
+
+  let typing = 0;
+  byId("k").addEventListener("input", () => {
+    clearTimeout(typing);
+    const k = byId("k").valueAsNumber;
+    if (!info || !byId("k").checkValidity() || !Number.isInteger(k) || k === view.k) return;
+    typing = setTimeout(() => setView({ k }), 250);  // 1, then 10: one search
+  });
+  byId("k").addEventListener("change", () => {
+    if (!info) return;
+    clearTimeout(typing);
+    const k = Math.round(Math.min(info.most_neighbours, Math.max(1, byId("k").valueAsNumber || info.neighbours)));
+    byId("k").value = k;
+    if (k !== view.k) setView({ k });
+  });
+  const addClass = () => {
+    const name = byId("class").value;
+    if (!known.has(name)) return;
+    byId("class").value = "";
+    if (!view.classes.includes(name)) setView({ classes: [...view.classes, name] });
+  };
+  // A choice from the list is an event without the text of a key.
+  byId("class").addEventListener("input", (event) => { if (event.inputType !== "insertText" && !event.inputType?.startsWith("delete")) addClass(); });
+  byId("class").addEventListener("change", addClass);
 
   // ------------------------------------------------------------ sliders
 
@@ -169,8 +252,8 @@
 
   const begin = latest(async (signal) => {
     await loadIndex(signal);
-    const row = /^#row=(\d+)$/.exec(location.hash);
-    if (row) return go({ row: Number(row[1]) }, false);
+    const row = readAddress();
+    if (row !== null) return go({ row }, false);
     if (info.rows) go(await ask("/api/random", { signal }), false);
   });
 
@@ -193,20 +276,19 @@
 
   function go(next, remember = true) {
     asked = next;
-    const hash = next.row === undefined ? location.pathname : `#row=${next.row}`;
-    history[remember ? "pushState" : "replaceState"](next, "", hash);
+    history[remember ? "pushState" : "replaceState"](next, "", pageAddress(next));
     return search();
   }
 
   addEventListener("popstate", (event) => {
-    const row = /^#row=(\d+)$/.exec(location.hash);
-    asked = event.state || (row ? { row: Number(row[1]) } : asked);
-    if (asked && info) search();
+    if (!info) return;
+    const row = readAddress();
+    asked = event.state || (row === null ? asked : { row });
+    if (asked) search();
   });
 
   // ------------------------------------------------------------ the page
 
-  const address = (row, size, version) => `/image/${row}?size=${size}&version=${version}`;
   const labelOf = (hit) => hit.class || hit.name;
 
   // The query's tile: its picture, else its name.
@@ -222,7 +304,7 @@
     const what = uploaded ? { class: asked.name || "your image", name: "" } : found.query;
     const picture = byId("picture"), caption = byId("asked");
     picture.alt = `query: ${labelOf(what)}`;
-    picture.hidden = !uploaded && !info.pictures;
+    picture.hidden = byId("enlarge").hidden = !uploaded && !info.pictures;
     if (!picture.hidden) picture.src = uploaded ? asked.picture : address(asked.row, 480, found.version);
     const title = make("b"), more = make("small"), row = uploaded ? "" : `row ${count(asked.row)}`;
     picture.dataset.name = uploaded ? what.class : what.name;
@@ -233,14 +315,38 @@
     else if (name) more.append(row);
     caption.replaceChildren(title, more);
 
+    const expected = found.expected_class;
+    byId("kin-legend").hidden = expected === null;
+    byId("kin-of").textContent = `of the ${uploaded ? "predicted class" : "query's class"}${expected === null ? "" : `, ${expected}`}`;
+    for (const kind of ["csv", "json"]) byId(kind).href = `/api/neighbours.${kind}?${parameters()}`;
+    shown = { ...found, name: labelOf(what), more: [row, name].filter(Boolean).join(", "), picture: uploaded ? asked.picture : address(asked.row, 1024, found.version) };
+    predict();
+    map.show(found, view.classes);
     const columns = found.columns.map((column) => {
       const node = makeColumn(`${column.dim}`, "dims", column, found.version);
       node.dataset.dim = column.dim;
       return node;
     });
-    byId("columns").replaceChildren(make("section", "column adaptive"), ...columns);
-    adaptive(found);
+    byId("columns").replaceChildren(...(info.exact_only ? [] : [make("section", "column adaptive")]), ...columns);
+    if (!info.exact_only) adaptive(found);
+    else byId("said").textContent = `${count(found.columns.at(-1).hits.length)} neighbours at each of ${found.columns.length} prefixes.`;
   }
+
+  // The most probable classes by the model. That of a row needs its picture.
+  async function predict() {
+    const node = byId("predicted"), now = asked;
+    if (!info.predicts || (asked.row !== undefined && !info.pictures)) {
+      node.hidden = true;
+      return;
+    }
+    const { classes } = await ask(`/api/prediction?${new URLSearchParams(query())}`).catch(() => ({ classes: [] }));
+    if (now !== asked) return;  // another query has been asked meanwhile
+    node.hidden = !classes.length;
+    node.replaceChildren("Model: ", ...classes.flatMap((one, i) => [
+      i ? ", " : "", make(i ? "span" : "b", "", `${one.class} ${percent(one.probability)}`)]));
+  }
+
+  const percent = (share) => (share < 0.01 ? "<\u202f1\u202f%" : `${Math.round(100 * share)}\u202f%`);
 
   function adaptive({ adaptive: fast, version }) {
     const node = makeColumn("Adaptive", "", fast, version);
@@ -268,52 +374,73 @@
     bar.style.setProperty("--part", column.of ? column.agree / column.of : 0);
     share.append(bar, make("span", "agree", `${column.agree} of ${column.of}`));
     const list = make("ol");
-    list.append(...column.hits.map((hit) => {
-      const item = make("li");
-      item.append(makeHit(hit, version));
-      return item;
-    }));
-    node.append(head, share, list);
+    const views = largeViews(column, unit ? `${title} dimensions` : "adaptive search", version);
+    list.append(...column.hits.map((hit, i) => makeHit(hit, version, () => enlarge(views, i))));
+    node.append(head, share);
+    if (column.same_class !== null) node.append(make("p", "kin-share", `${column.same_class} of ${column.hits.length} same class`));
+    node.append(list);
     if (!column.hits.length) node.append(make("p", "none", "nothing found"));
     return node;
   }
 
-  function makeHit(hit, version) {
-    const button = make("button", `hit${hit.agrees ? " agrees" : ""}${info.pictures ? "" : " bare"}`);
-    button.type = "button";
-    button.dataset.row = hit.row;
-    button.title = hit.class ? `${hit.class}\n${hit.name}` : hit.name;
-    const text = make("span"), name = make("span", hit.class ? "name" : "name alone");
-    const shown = make("bdi", "", hit.class ? hit.name.split("/").pop() : hit.name);  // the folder usually is the class
-    shown.dir = "ltr";  // .name is right-to-left, so that its front is cut
-    name.append(shown);
+  function makeHit(hit, version, open) {
+    const item = make("li", `hit${hit.agrees ? " agrees" : ""}${hit.same_class ? " kin" : ""}${info.pictures ? "" : " bare"}`);
+    item.dataset.row = hit.row;
+    item.title = hit.class ? `${hit.class}\n${hit.name}` : hit.name;
+    const name = make("span", hit.class ? "name" : "name alone");
+    const text = make("bdi", "", hit.class ? hit.name.split("/").pop() : hit.name);  // the folder usually is the class
+    text.dir = "ltr";  // .name is right-to-left, so that its front is cut
+    name.append(text);
     const tick = hit.agrees ? make("span", "tick", "✓") : null;
     if (tick) tick.setAttribute("aria-hidden", "true");
+    const pick = make("button", "pick");  // it covers the whole item, except for the picture
+    pick.type = "button";
     if (info.pictures) {
-      const frame = make("span", "frame"), image = make("img");
+      const frame = make("button", "frame"), image = make("img");
+      frame.type = "button";
+      frame.setAttribute("aria-label", `Enlarge ${labelOf(hit)}`);
       image.alt = "";  // the text beside it has the name
       image.addEventListener("error", () => image.replaceWith("no picture"));
       image.src = address(hit.row, 128, version);
       frame.append(image);
       if (tick) frame.append(tick);
-      button.append(frame);
-    } else if (tick) text.append(tick);
-    if (hit.class) text.append(make("span", "what", hit.class));
-    text.append(make("span", "cosine", hit.cosine.toFixed(3)));
-    if (hit.agrees) text.append(make("span", "hidden", `, ${byId("legend").textContent}`));
-    button.append(text, name);
-    button.addEventListener("click", () => {
-      go({ row: hit.row });
-      scrollTo({ top: 0 });
-      byId("scroll").focus({ preventScroll: true });  // the new page has other buttons
-    });
+      frame.addEventListener("click", open);
+      item.append(frame);
+    } else if (tick) pick.append(tick);
+    if (hit.class) pick.append(make("span", "what", hit.class));
+    pick.append(make("span", "cosine", hit.cosine.toFixed(3)));
+    if (hit.agrees) pick.append(make("span", "hidden", `, ${byId("legend").textContent}`));
+    if (hit.same_class) pick.append(make("span", "hidden", `, ${byId("kin-of").textContent}`));
+    item.append(pick, name);
+    pick.addEventListener("click", () => pickRow(hit.row));
     const mark = (on) => {
       for (const same of document.querySelectorAll(`.hit[data-row="${hit.row}"]`)) same.classList.toggle("same", on);
     };
-    for (const event of ["pointerenter", "focus"]) button.addEventListener(event, () => mark(true));
-    for (const event of ["pointerleave", "blur"]) button.addEventListener(event, () => mark(false));
-    return button;
+    for (const event of ["pointerenter", "focusin"]) item.addEventListener(event, () => mark(true));
+    for (const event of ["pointerleave", "focusout"]) item.addEventListener(event, () => mark(false));
+    return item;
   }
+
+  function pickRow(row) {
+    go({ row });
+    scrollTo({ top: 0 });
+    byId("scroll").focus({ preventScroll: true });  // the new page has other buttons
+  }
+
+  // ------------------------------------------------------------ the map and the large view
+
+  const map = makeMap(ask, pickRow);
+
+  const enlarge = makeViewer(pickRow);
+  const largeViews = ({ hits }, by, version) => hits.map((hit, i) => ({
+    source: address(hit.row, 1024, version), name: labelOf(hit), row: hit.row,
+    more: `${hit.class ? `${hit.name}, ` : ""}neighbour ${i + 1} of ${hits.length} by ${by}, cosine ${hit.cosine.toFixed(3)}`,
+  }));
+  byId("enlarge").addEventListener("click", () => {
+    const widest = shown.columns.at(-1);
+    const own = { source: shown.picture, name: shown.name, more: ["the query", shown.more].filter(Boolean).join(", "), row: null };
+    enlarge([own, ...(info.pictures ? largeViews(widest, `${widest.dim} dimensions`, shown.version) : [])], 0);
+  });
 
   // ------------------------------------------------------------ uploads
 
@@ -338,7 +465,7 @@
   });
 
   byId("picture").addEventListener("error", () => {
-    byId("picture").hidden = true;
+    byId("picture").hidden = byId("enlarge").hidden = true;
     showName(byId("picture").dataset.name);
   });
 

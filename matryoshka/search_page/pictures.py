@@ -26,7 +26,7 @@ from matryoshka.files import open_regular
 UPLOAD_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # formats that browsers can show
 MAX_PIXELS = 50_000_000  # of an upload: 150 MB of RGB
 MAX_FILE = 256 << 20  # bytes of a data set's file
-SIZES = 16, 640  # smallest and largest longer side of a picture, pixels
+SIZES = 16, 1024  # smallest and largest longer side of a picture, pixels
 QUALITY = 85
 # A data set that was refused is tried again after this time; it may have been mounted since.
 RETRY_SECONDS = 5.0

@@ -5,25 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from matryoshka.data.reader import printable
-from matryoshka.evaluation.superclasses import name_of
+from matryoshka.evaluation.embedding_map import EmbeddingMap, read_map
 from matryoshka.retrieval import RetrievalError
 from matryoshka.retrieval.store import Index
-from matryoshka.search_page.comparison import NEIGHBOURS, Choice, Column, Comparison, recall
+from matryoshka.search_page.classes import ClassRows, shown_class
+from matryoshka.search_page.comparison import (
+    MAX_NEIGHBOURS,
+    NEIGHBOURS,
+    Choice,
+    Column,
+    Comparison,
+    recall,
+)
 from matryoshka.search_page.pictures import Pictures, Refusal, read_upload
 
 MAX_QUERIES = 256  # uploads whose embeddings are kept: at most 8 kB each
 MAX_TRUTHS = 64  # queries whose exact neighbours are kept, for the sliders
-WNID = re.compile(r"n\d{8}")
+MAX_PREDICTIONS = 256  # rows whose predicted classes are kept
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -34,6 +41,38 @@ class Opened(NamedTuple):
     index: Index
     comparison: Comparison
     version: str
+    classes: ClassRows
+    # Whether exact search is so fast that the page needs no other.
+    exact_only: bool
+    map: EmbeddingMap | None
+
+
+class Wanted(NamedTuple):
+    """What a search request asks for.
+
+    Either `row`, or `query`, the key of an upload. k: neighbours. classes: shown names, a filter;
+    () for all. choice: of the fast search, None for the index's own.
+    """
+
+    row: int | None = None
+    query: str | None = None
+    k: int = NEIGHBOURS
+    classes: tuple[str, ...] = ()
+    choice: Choice | None = None
+
+
+class Predicted(NamedTuple):
+    """A class by the model's own head, and its probability."""
+
+    name: str
+    probability: float
+
+
+class Upload(NamedTuple):
+    """The embedding of an uploaded image, float32 [D], and its most probable classes."""
+
+    vector: np.ndarray
+    predicted: list[Predicted]
 
 
 class RecentlyUsed(Generic[T]):
@@ -59,7 +98,9 @@ class Service:
     """Thread-safe answers; every method may raise Refusal.
 
     encode: pixels, uint8 [H, W, 3] of any size -> embedding, float [D], by the model with these
-    weights (embeddings.trunk_sha256). RetrievalError for an index of another model.
+    weights (embeddings.trunk_sha256). classify: such an embedding -> (class, probability) of the
+    most probable classes, best first; None for a model without class names. RetrievalError for an
+    index of another model.
     """
 
     def __init__(
@@ -68,13 +109,17 @@ class Service:
         encode: Callable[[np.ndarray], np.ndarray],
         weights_sha256: str,
         pictures: Pictures,
+        *,
+        classify: Callable[[np.ndarray], Sequence[tuple[str, float]]] | None = None,
     ) -> None:
         self._encode = encode
+        self._classify = classify
         self._weights = weights_sha256
         self._pictures = pictures
         self._opened = self._use(index)
-        self._queries = RecentlyUsed[np.ndarray](MAX_QUERIES)
+        self._queries = RecentlyUsed[Upload](MAX_QUERIES)
         self._truths = RecentlyUsed[list[Column]](MAX_TRUTHS)
+        self._predictions = RecentlyUsed[list[Predicted]](MAX_PREDICTIONS)
         # Separate locks: a slow search must not hold up uploads, nor an upload other queries.
         self._open_lock = threading.Lock()
         self._query_lock = threading.Lock()
@@ -87,7 +132,9 @@ class Service:
         index.warm()
         manifest = json.dumps(index.manifest, sort_keys=True).encode()
         version = hashlib.sha256(manifest).hexdigest()[:12]
-        return Opened(index, Comparison(index), version)
+        comparison = Comparison(index)
+        exact_only = not comparison.needs_fast_search()
+        return Opened(index, comparison, version, ClassRows(index), exact_only, read_map(index))
 
     def current(self) -> Opened:
         """The current index; opens it again if it has changed on disk."""
@@ -108,17 +155,21 @@ class Service:
 
     def index_info(self) -> dict[str, Any]:
         """Size, model, default search and sliders: the first request of the page."""
-        index, comparison, version = self.current()
+        opened = self.current()
+        index, comparison = opened.index, opened.comparison
         own = comparison.default
-        names = {name for part in index.parts for name in part.classes or ()}
         return {
-            "version": version,
+            "version": opened.version,
             "name": printable(index.path.resolve().name),
             "rows": len(index),
             "columns": index.columns,
             "dims": comparison.dims,
             "neighbours": NEIGHBOURS,
-            "classes": len(names),
+            "most_neighbours": MAX_NEIGHBOURS,
+            "classes": len(opened.classes.names),
+            "map": None if opened.map is None else opened.map.dims,
+            "predicts": self._classify is not None,
+            "exact_only": opened.exact_only,
             "model": {key: printable(str(index.model.get(key) or "")) for key in ("arch", "head")},
             "setting": str(comparison.params(own)),
             "certificate": _recall(index),
@@ -152,96 +203,183 @@ class Service:
 
     def random_row(self) -> int:
         """A random row that is not deleted."""
-        index, comparison, _ = self.current()
+        opened = self.current()
+        index, comparison = opened.index, opened.comparison
         if not len(index):
             raise Refusal(404, "all rows of the index are deleted")
         return comparison.live_row(secrets.randbelow(len(index)))
 
+    def class_sizes(self) -> list[dict[str, Any]]:
+        """Name and number of rows of each class, by name; [] if the index names no classes."""
+        opened = self.current()
+        return [
+            {"name": name, "rows": len(opened.classes.rows_of((name,)))}
+            for name in opened.classes.names
+        ]
+
     def add_query(self, data: bytes) -> str:
         """Embed an image file; returns the key of the query."""
-        pixels = read_upload(data)
-        with self._encode_lock:
-            vector = np.asarray(self._encode(pixels), np.float32)
-        if not np.isfinite(vector).all():
-            raise Refusal(400, "the model's embedding of this picture is not finite")
+        upload = self._embed(read_upload(data))
         # Random, so that nobody can guess the key of another visitor's upload.
         key = secrets.token_urlsafe(12)
         with self._query_lock:
-            self._queries.put(key, vector)
+            self._queries.put(key, upload)
         return key
 
-    def neighbours(
-        self, row: int | None, query: str | None, choice: Choice | None
-    ) -> dict[str, Any]:
-        """Exact neighbours at each prefix, and those of the fast search.
+    def _embed(self, pixels: np.ndarray) -> Upload:
+        """An image's embedding and predicted classes. Refusal if they are not finite."""
+        predicted = list[Predicted]()
+        with self._encode_lock:
+            vector = np.asarray(self._encode(pixels), np.float32)
+            if not np.isfinite(vector).all():
+                raise Refusal(400, "the model's embedding of this picture is not finite")
+            if self._classify is not None:
+                predicted = [
+                    Predicted(shown_class(name), round(float(probability), 4))
+                    for name, probability in self._classify(vector)
+                ]
+        return Upload(vector, predicted)
 
-        Either `row`, or `query`, the key of an upload.
+    def prediction(self, row: int | None, query: str | None) -> list[dict[str, Any]]:
+        """The most probable classes of a query by the model's head; [] without class names.
+
+        That of a row needs its picture: an index has prefixes of embeddings, in part normalised.
         """
+        if (row is None) == (query is None):
+            raise Refusal(400, "expected either row or query")
+        if self._classify is None:
+            return []
+        if row is None:
+            found = self._upload(query).predicted
+        else:
+            opened = self.current()
+            self._check_row(opened.index, row)
+            key = opened.version, row
+            with self._query_lock:
+                found = self._predictions.get(key)
+            if found is None:
+                source, number = opened.index.origin(row)
+                pixels = self._pictures.pixels(source, number, opened.index.name(row))
+                found = self._embed(pixels).predicted
+                with self._query_lock:
+                    self._predictions.put(key, found)
+        return [{"class": name, "probability": probability} for name, probability in found]
+
+    def neighbours(self, wanted: Wanted) -> dict[str, Any]:
+        """Exact neighbours at each prefix, and those of the fast search."""
         opened = self.current()
-        vector, truth = self._truth(opened, row, query)
+        vector, truth = self._truth(opened, wanted)
         widest = truth[-1]
+        query = {} if wanted.row is None else self._shown(opened.index, wanted.row)
+        expected = self._expected_class(opened, wanted)
         return {
-            "query": self._shown(opened.index, row) if row is not None else {},
+            "query": query,
+            "expected_class": expected,
             "columns": [
                 {
                     "dim": column.dim,
                     "ms": _ms(column.seconds),
-                    **self._hits(opened.index, column, widest),
+                    **self._hits(opened.index, column, widest, expected),
+                    "map": self._places(opened, column, vector, wanted.row),
                 }
                 for column in truth
             ],
-            **self._adaptive(opened, vector, truth, row=row, choice=choice),
+            **self._adaptive(opened, vector, truth, wanted),
         }
 
-    def adaptive(self, row: int | None, query: str | None, choice: Choice | None) -> dict[str, Any]:
+    def adaptive(self, wanted: Wanted) -> dict[str, Any]:
         """The fast search of `neighbours` alone."""
         opened = self.current()
-        vector, truth = self._truth(opened, row, query)
-        return self._adaptive(opened, vector, truth, row=row, choice=choice)
+        vector, truth = self._truth(opened, wanted)
+        return self._adaptive(opened, vector, truth, wanted)
+
+    def map_points(self, dim: int) -> dict[str, Any]:
+        """Points of the map of a prefix, without deleted rows, as lists of equal length.
+
+        class: numbers in `classes`, -1 without a class.
+        """
+        opened = self.current()
+        if opened.map is None or dim not in opened.map.dims:
+            raise Refusal(404, "the index has no map of this prefix")
+        index = opened.index
+        kept = ~index.is_deleted(opened.map.rows)
+        rows = opened.map.rows[kept].tolist()
+        points = opened.map.points[opened.map.dims.index(dim)][kept]
+        shown = [self._shown(index, row) for row in rows]
+        numbers = {name: number for number, name in enumerate(opened.classes.names)}
+        return {
+            "version": opened.version,
+            "method": opened.map.method,
+            "rows": rows,
+            "names": [one["name"] for one in shown],
+            "classes": opened.classes.names,
+            "class": [numbers.get(one["class"], -1) for one in shown],
+            "points": [_rounded(point) for point in points],
+        }
+
+    def _places(
+        self, opened: Opened, column: Column, vector: np.ndarray, row: int | None
+    ) -> dict[str, Any] | None:
+        """Places of a query and its neighbours on the map of a prefix; null where unknown."""
+        made = opened.map
+        if made is None or column.dim not in made.dims:
+            return None
+        ids = np.array([-1 if row is None else row, *column.ids.tolist()])
+        if len(made.axes):
+            vectors = [vector, *(opened.index.vector(hit) for hit in column.ids.tolist())]
+            places = made.place(column.dim, np.stack(vectors))
+        elif len(made.rows):
+            at = np.minimum(np.searchsorted(made.rows, ids), len(made.rows) - 1)
+            places = made.points[made.dims.index(column.dim)][at]
+            places = np.where((made.rows[at] == ids)[:, None], places, np.nan)
+        else:
+            return None
+        query, *hits = [_rounded(place) for place in places]
+        return {"query": query, "hits": hits}
 
     def picture(self, row: int, size: int, version: str | None) -> bytes:
         """JPEG of at most size x size. version: of the index that the row number is from."""
-        index, _, now = self.current()
-        if version is not None and version != now:
+        opened = self.current()
+        index = opened.index
+        if version is not None and version != opened.version:
             raise Refusal(404, "the index has changed, and with it its row numbers")
         self._check_row(index, row)
         source, number = index.origin(row)
         return self._pictures.jpeg(source, number, index.name(row), size)
 
     def _adaptive(
-        self,
-        opened: Opened,
-        vector: np.ndarray,
-        truth: list[Column],
-        *,
-        row: int | None,
-        choice: Choice | None,
+        self, opened: Opened, vector: np.ndarray, truth: list[Column], wanted: Wanted
     ) -> dict[str, Any]:
         """The fast search and its comparison with the exact one, as JSON."""
-        index, comparison, version = opened
-        choice = comparison.clipped(choice or comparison.default)
+        index, comparison = opened.index, opened.comparison
+        choice = comparison.clipped(wanted.choice or comparison.default, wanted.k)
         with self._search_lock:
-            found = comparison.adaptive(vector, choice, -1 if row is None else row)
+            found = comparison.adaptive(
+                vector,
+                choice,
+                -1 if wanted.row is None else wanted.row,
+                k=wanted.k,
+                only=opened.classes.filter(wanted.classes),
+            )
         exact = truth[-1]
         return {
-            "version": version,
+            "version": opened.version,
             "adaptive": {
-                "setting": str(comparison.params(choice)),
+                "setting": str(comparison.params(choice, wanted.k)),
                 **choice._asdict(),
                 "recall": recall(found, exact),
                 "ms": _ms(found.seconds),
                 "exact_ms": _ms(exact.seconds),
                 "ratio": exact.seconds / max(found.seconds, 1e-9),
-                **self._hits(index, found, exact),
+                **self._hits(index, found, exact, self._expected_class(opened, wanted)),
             },
         }
 
-    def _truth(
-        self, opened: Opened, row: int | None, query: str | None
-    ) -> tuple[np.ndarray, list[Column]]:
+    def _truth(self, opened: Opened, wanted: Wanted) -> tuple[np.ndarray, list[Column]]:
         """The query, float32 [D], and its exact neighbours; a row does not find itself."""
-        index, comparison, version = opened
-        if (row is None) == (query is None):
+        index, comparison = opened.index, opened.comparison
+        row = wanted.row
+        if (row is None) == (wanted.query is None):
             raise Refusal(400, "expected either row or query")
         if row is not None:
             self._check_row(index, row)
@@ -249,47 +387,77 @@ class Service:
             if not np.isfinite(vector).all():
                 raise Refusal(404, f"the embedding of row {row} is not finite")
         else:
-            with self._query_lock:
-                found = self._queries.get(query)
-            if found is None:
-                raise Refusal(404, "this query has expired; choose the picture again")
             # An index of embeddings that were truncated (`embed --truncate-dim`) has fewer columns.
-            vector = np.ascontiguousarray(found[: index.columns])
-        key = version, row, query
+            uploaded = self._upload(wanted.query).vector
+            vector = np.ascontiguousarray(uploaded[: index.columns])
+        if not 1 <= wanted.k <= MAX_NEIGHBOURS:
+            raise Refusal(400, f"k: expected 1 to {MAX_NEIGHBOURS}")
+        only = opened.classes.filter(wanted.classes)
+        key = opened.version, wanted._replace(choice=None)
         with self._search_lock:  # one at a time, so that the times are comparable
             truth = self._truths.get(key)
             if truth is None:
-                truth = comparison.exact(vector, -1 if row is None else row)
+                truth = comparison.exact(vector, -1 if row is None else row, k=wanted.k, only=only)
                 self._truths.put(key, truth)
         return vector, truth
+
+    def _upload(self, key: str | None) -> Upload:
+        with self._query_lock:
+            found = self._queries.get(key)
+        if found is None:
+            raise Refusal(404, "this query has expired; choose the picture again")
+        return found
+
+    def _expected_class(self, opened: Opened, wanted: Wanted) -> str | None:
+        """The class that neighbours should have: the row's own, or the predicted one of an upload.
+
+        None if it is unknown, or the index has no such class.
+        """
+        if wanted.row is not None:
+            return self._shown(opened.index, wanted.row)["class"]
+        predicted = self._upload(wanted.query).predicted
+        if predicted and predicted[0].name in opened.classes.names:
+            return predicted[0].name
+        return None
 
     def _check_row(self, index: Index, row: int) -> None:
         if not 0 <= row < index.total or index.is_deleted(np.array([row]))[0]:
             raise Refusal(404, "the index does not have this row")
 
-    def _hits(self, index: Index, column: Column, exact: Column) -> dict[str, Any]:
-        """A column as JSON; "agrees": whether exact search by all dimensions finds the row."""
+    def _hits(
+        self, index: Index, column: Column, exact: Column, expected: str | None
+    ) -> dict[str, Any]:
+        """A column as JSON.
+
+        "agrees": whether exact search by all dimensions finds the row. "same_class": whether it has
+        the class of the query, null if that is unknown.
+        """
         exact_rows = set(exact.ids.tolist())
-        hits = [
-            {
-                **self._shown(index, row),
-                "cosine": round(float(cosine), 4),
-                "agrees": row in exact_rows,
-            }
-            for row, cosine in zip(column.ids.tolist(), column.cosines, strict=True)
-        ]
-        return {"agree": sum(hit["agrees"] for hit in hits), "of": len(exact_rows), "hits": hits}
+        hits = []
+        for row, cosine in zip(column.ids.tolist(), column.cosines, strict=True):
+            shown = self._shown(index, row)
+            hits.append(
+                {
+                    **shown,
+                    "cosine": round(float(cosine), 4),
+                    "agrees": row in exact_rows,
+                    "same_class": None if expected is None else shown["class"] == expected,
+                }
+            )
+        return {
+            "agree": sum(hit["agrees"] for hit in hits),
+            "of": len(exact_rows),
+            "same_class": None if expected is None else sum(hit["same_class"] for hit in hits),
+            "hits": hits,
+        }
 
     def _shown(self, index: Index, row: int) -> dict[str, Any]:
         """Name and class of a row as JSON; names come from files and may hold anything."""
         class_name = index.class_name(row)
-        # ImageNet's class folders have WordNet ids: show the class's English name.
-        if class_name is not None and WNID.fullmatch(class_name):
-            class_name = name_of(class_name)
         return {
             "row": row,
             "name": printable(index.name(row)),
-            "class": None if class_name is None else printable(class_name),
+            "class": None if class_name is None else shown_class(class_name),
         }
 
 
@@ -305,6 +473,11 @@ def _recall(index: Index) -> str:
         )
     text = certificate.get("text")
     return f"recall {printable(str(text))}" if text else ""
+
+
+def _rounded(point: np.ndarray) -> list[float] | None:
+    """A point as JSON; null for NaN, which JSON does not have."""
+    return [round(float(x), 5) for x in point] if np.isfinite(point).all() else None
 
 
 def _ms(seconds: float) -> float:

@@ -41,6 +41,7 @@ def made_once(tmp_path_factory, photo):
     torch.manual_seed(7)
     model = build(ModelSpec("resnet10", 3, tuple(DIMS))).eval()
     model.preprocessing = Preprocessing(size=32, ratio=0.875)
+    model.classes = sorted(("ant", EVIL, "cat"))
     save_model(model, folder / "model.safetensors")
     for label, (name, count) in enumerate((("ant", 14), (EVIL, 12), ("cat", 9))):
         (folder / "photos" / name).mkdir(parents=True)
@@ -98,7 +99,13 @@ def client_of(folder, path=None, replaced=None, **options):
     index = Index(path or folder / "photos.index", 1)
     model, digest = loaded(folder)
     pictures = Pictures(replaced, lambda data: embedding.fingerprint(data, data.labels))
-    service = Service(index, serve.encoder(model, index.preprocessing), digest, pictures)
+    service = Service(
+        index,
+        serve.encoder(model, index.preprocessing),
+        digest,
+        pictures,
+        classify=serve.classifier(model),
+    )
     return TestClient(make_app(service, **options), HOST, raise_server_exceptions=False), service
 
 

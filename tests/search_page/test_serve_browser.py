@@ -14,6 +14,7 @@ from PIL import Image
 from served import DIMS, EVIL, batch_of, client_of, made_once
 
 from matryoshka.embeddings.reading import open_embeddings
+from matryoshka.evaluation.embedding_map import make_map, write_map
 from matryoshka.retrieval.store_writer import Writer
 
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed (requirements-dev.txt)")
@@ -36,7 +37,8 @@ def address(made, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("browser") / "photos.index"
     with Writer(folder) as writer:
-        writer.build(batch_of(made / "embeddings"), dim=8, lists=5)
+        index = writer.build(batch_of(made / "embeddings"), dim=8, lists=5)
+    write_map(index, make_map(index.parts[0].rows, DIMS))
     client, _ = client_of(made, folder)
     door = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(client.app, log_level="error"))
@@ -211,7 +213,7 @@ def test_a_neighbour_that_is_clicked_is_the_next_query_and_back_goes_back(watche
     hit = page.locator(f"{FULL} .hit").nth(4)
     row = hit.get_attribute("data-row")
     page.mouse.move(0, 0)  # what lies under it is marked, too
-    hit.focus()
+    hit.locator(".pick").focus()
     marked = page.locator(".hit.same").evaluate_all("hits => hits.map(h => h.dataset.row)")
     assert set(marked) == {row}
     page.keyboard.press("Enter")
@@ -381,6 +383,149 @@ def test_the_headline_says_what_is_known_of_recall(watched, page, changing):
         "#headline", has_text="resnet10 MRL; recall measured before: run this --now again"
     ).wait_for()
     assert watched.text("#headline code") == "this --now"
+
+
+def test_k_and_classes_are_chosen_and_kept_in_the_address(watched, page, made):
+    page.locator("#random").click()
+    watched.settle()
+    page.get_by_label("Neighbours", exact=True).fill("4")
+    page.wait_for_url("**k=4*")
+    watched.settle()
+    assert page.locator(f"{FULL} .hit").count() == 4
+    assert watched.text("#recall-of") == "recall@4"
+    chooser = page.get_by_label("Only the classes")
+    chooser.fill("cat")
+    chooser.press("Enter")
+    page.locator(".chip", has_text="cat").wait_for()
+    watched.settle()
+    classes = page.locator(f"{FULL} .what").all_inner_texts()
+    assert classes == ["cat"] * 4
+    page.reload()
+    page.locator(".chip", has_text="cat").wait_for()
+    watched.settle()
+    assert page.get_by_label("Neighbours", exact=True).input_value() == "4"
+    assert page.locator(f"{FULL} .what").all_inner_texts() == classes
+    with page.expect_download() as saved:
+        page.get_by_role("link", name="CSV").click()
+    assert saved.value.suggested_filename == "neighbours.csv"
+    assert saved.value.path().read_text().count("cat/") == 4 * (len(DIMS) + 1)
+    page.get_by_label("Remove the class cat").click()
+    page.get_by_label("Neighbours", exact=True).fill("500")
+    page.get_by_label("Neighbours", exact=True).press("Enter")
+    page.locator("#k").evaluate("node => node.blur()")
+    page.wait_for_url("**k=100*")
+    page.get_by_label("Neighbours", exact=True).fill("10")
+    page.wait_for_url(re.compile(r"#row=\d+$"))
+    watched.settle()
+    assert page.locator(f"{FULL} .hit").count() == 10
+    assert page.locator(".chip").count() == 0
+
+
+def test_neighbours_of_the_querys_class_are_marked_and_counted(watched, page, address):
+    page.goto(f"{address[0]}#row=15")
+    page.reload()
+    page.locator("#kin-of", has_text="of the query's class, ant").wait_for()
+    watched.settle()
+    for column in page.locator(".column").all():
+        classes = column.locator(".what").all_inner_texts()
+        assert column.locator(".kin-share").inner_text() == (
+            f"{classes.count('ant')} of {len(classes)} same class"
+        )
+        assert column.locator(".hit.kin .what").all_inner_texts() == ["ant"] * classes.count("ant")
+    assert re.match(r"Model: \S.* \d+\s%, ", watched.text("#predicted"))
+
+
+def test_a_picture_is_enlarged_and_keys_move(watched, page, made):
+    uploaded(watched, made, 20)
+    column = page.locator(FULL)
+    rows = column.locator(".hit").evaluate_all("hits => hits.map(h => h.dataset.row)")
+    viewer, image = page.locator("#viewer"), page.locator("#viewer-image")
+    column.locator(".frame").nth(1).click()
+    viewer.wait_for()
+    assert f"/image/{rows[1]}?size=1024" in image.get_attribute("src")
+    assert "neighbour 2 of 10" in watched.text("#viewer-more")
+    for key, at in (
+        ("ArrowRight", 2),
+        ("ArrowLeft", 1),
+        ("Home", 0),
+        ("ArrowLeft", 0),
+        ("End", 9),
+        ("ArrowRight", 9),
+    ):
+        page.keyboard.press(key)
+        assert f"/image/{rows[at]}?" in image.get_attribute("src")
+        assert viewer.evaluate("node => node.contains(document.activeElement)")
+    page.keyboard.press("Escape")
+    viewer.wait_for(state="hidden")
+    page.get_by_role("button", name="Enlarge the query").focus()
+    page.keyboard.press("Enter")
+    assert image.get_attribute("src").startswith("blob:")
+    assert page.get_by_role("button", name="Search with this image").count() == 0
+    page.keyboard.press("ArrowRight")
+    page.get_by_role("button", name="Search with this image").click()
+    page.locator(f'#picture[src^="/image/{rows[0]}?"]').wait_for()
+    assert viewer.is_hidden()
+
+
+def test_a_point_of_the_map_is_the_next_query(watched, page, made):
+    uploaded(watched, made, 20)
+    canvas = page.locator("#canvas")
+    page.locator("#map-of", has_text="PCA. Click a point").wait_for()
+    assert sorted(page.locator("#map-legend li").all_inner_texts()) == sorted((EVIL, "ant", "cat"))
+    assert "35 images by their first 512 dimensions" in canvas.get_attribute("aria-label")
+    page.locator("#map-dim").select_option("8")
+    page.locator('#canvas[aria-label*="first 8 dimensions"]').wait_for()
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    tip = page.locator("#tip")
+    spots = [(x, y) for x in range(20, int(box["width"]), 12) for y in (60, 120, 200, 300, 400)]
+    for x, y in spots:
+        page.mouse.move(box["x"] + x, box["y"] + y)
+        if tip.is_visible():
+            break
+    name = watched.text("#tip-text").split("\n")[-1]
+    assert name.endswith(("jpg", "png"))
+    page.mouse.down()
+    page.mouse.up()
+    page.locator('#picture[src^="/image/"]').wait_for()
+    watched.settle()
+    assert name.split("/")[-1][:9] in watched.text("#asked")
+    assert tip.is_hidden()
+
+
+def test_an_index_without_a_map_has_no_card(watched, page, changing):
+    changing("**/api/index", lambda content: content.update(map=None))
+    page.reload()
+    page.locator(".hit").first.wait_for()
+    assert page.locator("#map").is_hidden()
+
+
+def test_an_index_that_is_searched_in_full_shows_no_fast_search(watched, page, changing):
+    changing("**/api/index", lambda content: content.update(exact_only=True))
+    page.reload()
+    page.locator(".hit").first.wait_for()
+    assert page.locator("#fast").is_hidden()
+    assert page.locator(".column").count() == len(DIMS)
+
+
+def test_an_index_without_classes_shows_names(watched, page, changing):
+    def nameless(content):
+        content["query"]["class"] = None
+        content["expected_class"] = None
+        for column in (*content["columns"], content["adaptive"]):
+            column["same_class"] = None
+            for hit in column["hits"]:
+                hit.update({"class": None, "same_class": None})
+
+    changing("**/api/index", lambda content: content.update(classes=0, predicts=False))
+    changing("**/api/neighbours?**", nameless)
+    page.reload()
+    page.locator(".hit").first.wait_for()
+    for selector in ("#filter", "#kin-legend", "#predicted"):
+        assert page.locator(selector).is_hidden()
+    assert page.locator(".kin-share, .what").count() == 0
+    assert page.locator(f"{FULL} .name.alone").count() == 10
+    assert "classes" not in watched.text("#headline")
 
 
 def test_an_upload_is_shown_as_the_model_sees_it(watched, page, tmp_path):
