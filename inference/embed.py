@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from matryoshka import distributed
 from matryoshka.checkpoint.options import load_flags
 from matryoshka.checkpoint.published import load_any
-from matryoshka.data import open_dataset
+from matryoshka.data.sources import open_images
 from matryoshka.evaluation.embedding import EmbeddingJob, EmbeddingOptions, embed
 from matryoshka.evaluation.preprocessing import set_preprocessing
 from matryoshka.models import NestedModel
@@ -33,7 +33,7 @@ from matryoshka.models import NestedModel
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    dataset = open_dataset(args.data)
+    dataset = open_images(args.data)
     model = load(args)
     options = EmbeddingOptions(
         checkpoint=args.path,

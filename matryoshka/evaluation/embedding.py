@@ -125,7 +125,7 @@ class EmbeddingJob:
                 "path": str(data.path),
                 "fingerprint": fingerprint(data, self.labels),
                 "num_classes": data.num_classes,
-                "classes": data.classes,
+                "classes": data.classes or None,  # images without classes have an empty list
             },
             "code": {"version": __version__, **(git_state() or {})},
         }
@@ -155,13 +155,15 @@ class EmbeddingJob:
             f"{options.checkpoint}: {model.spec.arch}, {model.spec.head_name}, {self.columns} of "
             f"{model.width} columns"
         )
-        classes = f"{data.num_classes:,} classes"
+        classes = f"of {data.num_classes:,} classes"
+        if not data.num_classes:
+            classes = "without classes"
         if data.classes:  # the names reveal a folder given at the wrong level
             shown = ", ".join(map(printable, data.classes[:SHOWN_CLASSES]))
             more = ", ..." if len(data.classes) > SHOWN_CLASSES else ""
             classes += f" ({shown}{more})"
         lines.append(
-            f"{data.path}: {len(data):,} images of {classes} at {model.preprocessing.size} px"
+            f"{data.path}: {len(data):,} images {classes} at {model.preprocessing.size} px"
         )
         return lines
 

@@ -146,8 +146,14 @@ def eval_parser() -> FlagParser:
 class EmbedOptions(PreprocessingOptions):
     """Inputs and outputs of an embedding run."""
 
-    data: str = option(
-        help="a .beton file, or a folder of class folders", common=True, existing=True
+    data: tuple[str, ...] = option(
+        help=".beton file, folder of class folders, folder of images without classes, or image "
+        "files",
+        metavar="PATH ...",
+        words=True,
+        nonempty=True,
+        common=True,
+        existing=True,
     )
     output: str = option(
         help="folder of the embeddings, created if missing", metavar="DIR", common=True

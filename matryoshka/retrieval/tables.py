@@ -73,7 +73,7 @@ def open_table(path: str, num_threads: int = 0) -> Table:
         return Table(
             location,
             rows=np.empty((0, index.columns), np.float32),
-            labels=labels,
+            labels=known_labels(labels),
             classes=classes,
             weights=index.model["weights_sha256"],
             num_classes=count,
@@ -87,12 +87,17 @@ def open_table(path: str, num_threads: int = 0) -> Table:
     return Table(
         location,
         rows=embeddings.X,
-        labels=np.asarray(embeddings.y),
+        labels=known_labels(np.asarray(embeddings.y)),
         classes=embeddings.classes,
         weights=embeddings.meta["model"]["weights_sha256"],
         num_classes=embeddings.meta["data"]["num_classes"],
         embeddings=embeddings,
     )
+
+
+def known_labels(labels: np.ndarray) -> np.ndarray | None:
+    """The labels; None if no row has one: images without classes have -1."""
+    return labels if len(labels) and labels.max() >= 0 else None
 
 
 def _arrays(path: Path) -> Table:

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from matryoshka.data import BetonError, BetonFile, ImageFolder, _native, open_dataset
+from matryoshka.data import BetonError, BetonFile, ImageFolder, _native
 from matryoshka.data.layout import RAW
-from matryoshka.data.sources import decode_image
+from matryoshka.data.sources import decode_image, open_images
 from matryoshka.files import open_regular
 
 UPLOAD_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # formats that browsers can show
@@ -114,7 +114,8 @@ class Pictures:
         if not path:
             raise Refusal(404, "the index has no path of its pictures")
         try:
-            data = open_dataset(path)
+            # A list of files is found again if it was all images of their folder.
+            data = open_images([path])
             is_same = True  # of a folder, `pixels` compares the name of each file
             if isinstance(data, BetonFile):
                 if fingerprint and self._fingerprint:
