@@ -4,7 +4,8 @@
     found = find_photos("photos", labels="labels.csv")  # columns path,label
     train, val = split(found.train, share=0.15, seed=0)
 
-`Photos` is a source of images for `write_beton`. Every file that is not taken has a reason.
+`Photos` is a source of images for `write_beton`. Every file that is not taken has a reason; hidden
+folders are not looked into.
 """
 
 from __future__ import annotations
@@ -114,8 +115,16 @@ def find_photos(root: str | os.PathLike, labels: str | os.PathLike | None = None
     folders = _folders(root)
     parts = [name for name in folders if name.lower() in PARTS]
     # A class may be called "test": folders are parts only if nothing but parts is there.
-    if TRAIN in [name.lower() for name in parts] and len(parts) == len(folders):
+    present = {name.lower() for name in parts}
+    if TRAIN in present and len(parts) == len(folders):
         return _find_parts(root, parts)
+    if TRAIN in present and present.intersection(VAL_NAMES):
+        others = [name for name in folders if name not in parts]
+        shown = ", ".join(others[:SHOWN]) + (", ..." if len(others) > SHOWN else "")
+        raise PhotoError(
+            f"{root}: has other folders ({shown}) beside {' and '.join(parts)}; move them away, or "
+            "give --labels FILE with the columns path,label,split"
+        )
     photos, left_out = _find_classes(root, "")
     return Found(photos, left_out=left_out)
 
@@ -174,7 +183,7 @@ def _find_classes(root: Path, part: str) -> tuple[Photos, list[LeftOut]]:
     """Photos of `root/part/<class>/**`, and the files that are not taken."""
     folder = root / part
     left_out = [LeftOut(os.path.join(part, name), _reason(name)) for name in _files(folder)]
-    loose = [file for file in left_out if file.name.lower().endswith(EXTENSIONS)]
+    loose = [file for file in left_out if _is_image(file.name)]
     classes = []
     names: list[str] = []
     labels: list[int] = []
@@ -274,7 +283,8 @@ def _find_by_table(root: Path, table: Path) -> Found:
         part = "val" if part in VAL_NAMES else part
         if part not in (TRAIN, "val", TEST):
             raise PhotoError(f"{table}, line {number}: split {part!r}: expected train, val or test")
-        if not (root / name).is_file():
+        # Not Path.is_file: it raises OSError for names that are too long.
+        if not os.path.isfile(root / name):
             missing.append((number, name))
             continue
         known = by_part.setdefault(part, {})
@@ -296,8 +306,8 @@ def _find_by_table(root: Path, table: Path) -> Found:
         if name in listed:
             continue
         reason = "not in the labels file" if _is_image(name) else _reason(name)
-        # The table itself may be in the folder.
-        if not os.path.samefile(root / name, table):
+        # The table itself may be in the folder, and broken links, which samefile cannot follow.
+        if not (os.path.exists(root / name) and os.path.samefile(root / name, table)):
             left_out.append(LeftOut(name, reason))
     classes = sorted(set(by_part[TRAIN].values()))
     parts = {}
@@ -335,6 +345,13 @@ def _read_table(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
     if table.suffix.lower() in (".jsonl", ".ndjson", ".json"):
         yield from _json_rows(table, text)
         return
+    try:
+        yield from _csv_rows(table, text)
+    except csv.Error as error:
+        raise PhotoError(f"--labels {table}: is not valid CSV ({error})") from None
+
+
+def _csv_rows(table: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     columns = [name.strip() for name in reader.fieldnames or []]
     reader.fieldnames = columns
@@ -349,7 +366,8 @@ def _read_table(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _json_rows(table: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines(): JSON strings may hold U+2028 and other characters that it splits at.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
