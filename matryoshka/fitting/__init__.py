@@ -219,8 +219,8 @@ def fit(
         "options": json.loads(json.dumps(dict(options or {}))),
     }
     check_folders(root, folder)
-    # Read by OpenMP when torch is imported. By default, threads spin while they wait for each other:
-    # beside another busy process, training was 5 times slower; 1,000 turns cost 6 % of a quiet one.
+    # Read by OpenMP when torch is imported. By default, waiting threads spin: beside another busy
+    # process, training was 5 times slower. 1,000 turns cost 6 % on a quiet machine (bench/NOTES.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # Here, because torch takes seconds to import: `--help` does not wait for it.
     from matryoshka.fitting.output import Progress
