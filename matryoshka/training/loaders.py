@@ -91,14 +91,15 @@ def training_crop(cfg: SimpleNamespace, resolution: int) -> RandomResizedCrop:
 def resolution_at(epoch: int, c: ResolutionConfig) -> int:
     """Training resolution of an epoch, in pixels.
 
-    min_res up to start_ramp, max_res from end_ramp on, between them linear in multiples of 32.
+    min_res up to start_ramp, max_res from end_ramp on, between them linear in multiples of 32, but
+    never outside the two: both may be less than 32.
     """
     if epoch <= c.start_ramp:
         return c.min_res
     if epoch >= c.end_ramp:
         return c.max_res
     linear = np.interp(epoch, [c.start_ramp, c.end_ramp], [c.min_res, c.max_res])
-    return int(np.round(linear / 32)) * 32
+    return min(max(c.min_res, int(np.round(linear / 32)) * 32), c.max_res)
 
 
 def check_crops(cfg: SimpleNamespace) -> None:
