@@ -220,7 +220,7 @@ def fit(
     }
     check_folders(root, folder)
     # Read by OpenMP when torch is imported. By default, waiting threads spin: beside another busy
-    # process, training was 5 times slower. 1,000 turns cost 6 % on a quiet machine (bench/NOTES.md).
+    # process, training was 5 times slower. 1,000 turns cost 6 % alone, see bench/NOTES.md.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # Here, because torch takes seconds to import: `--help` does not wait for it.
     from matryoshka.fitting.output import Progress

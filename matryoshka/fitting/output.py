@@ -17,6 +17,8 @@ from matryoshka.training.progress import duration
 
 Report = Callable[[str], None]
 
+# Lines of a training that the user sees; its summary repeats the choices.
+SHOWN = ("epoch", "note", "evaluated", "resume", "stopped", "usage")
 LINE_SECONDS = 10.0  # without a terminal: largest time between two lines
 
 
@@ -97,7 +99,7 @@ class Progress:
     def _program_line(self, text: str, show: bool) -> None:
         if self._log is not None:
             self._log.write(text + "\n")
-        if show and text:
+        if show and text.startswith(SHOWN):
             self.print(f"  {text}")
 
     def _repeat(self) -> None:

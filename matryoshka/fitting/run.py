@@ -211,8 +211,7 @@ class Run:
             "found",
             f"{len(parts['train']):,} to train, {len(parts['val']):,} to validate"
             + (f", {len(parts['test']):,} to test" if "test" in parts else "")
-            + f"; {len(counts)} classes of {counts.min():,} to {counts.max():,}; shorter side "
-            f"{side} px",
+            + f"; {len(counts)} classes of {number_range(counts)}; shorter side {side} px",
         )
         for line in left_out_lines(left_out):
             progress.line("left out", line)
@@ -270,14 +269,15 @@ class Run:
         progress = self.progress
         chosen = self.state["choices"]
         images = self.state["images"]
+        epochs = chosen["training.epochs"]
         low, high = chosen["resolution.min_res"], chosen["resolution.max_res"]
         ramp = "" if low == high else f", {low} px in the first half of the run"
         progress.line("size", f"{high} px{ramp} (the photos' shorter side: {images['side']} px)")
         progress.line("model", f"{chosen['model.arch']}, {self.state['start']}")
         progress.line(
             "training",
-            f"{chosen['training.epochs']} epochs of {images['train']:,} images, batches of "
-            f"{chosen['training.batch_size']}, peak rate {chosen['lr.lr']:g}; about "
+            f"{epochs} {'epoch' if epochs == 1 else 'epochs'} of {images['train']:,} images, "
+            f"batches of {chosen['training.batch_size']}, peak rate {chosen['lr.lr']:g}; about "
             f"{duration(self.state['training_seconds'])} of "
             f"{self.settings['minutes']:g} min",
         )
@@ -404,6 +404,12 @@ class Run:
         known = summary.train_accuracy(self.folder, self.state["images"]["train"])
         epochs = self.state["choices"]["training.epochs"]
         return summary.time_advice(known=known, new=new, epochs=epochs)
+
+
+def number_range(counts: np.ndarray) -> str:
+    """`500`, or `3 to 40` images."""
+    low, high = int(counts.min()), int(counts.max())
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def left_out_lines(left_out: list[LeftOut]) -> list[str]:

@@ -64,8 +64,9 @@ OVERFIT_POINTS = 25.0  # more accurate by this on known photos: it has learned t
 
 def time_advice(*, known: float, new: float, epochs: int) -> str:
     """A sentence on what more time would probably bring. known, new: top-1 in percent."""
+    passes = "epoch" if epochs == 1 else "epochs"
     facts = (
-        f"{known:.0f} % on the photos trained on, {new:.0f} % on new ones, after {epochs} epochs"
+        f"{known:.0f} % on the photos trained on, {new:.0f} % on new ones, after {epochs} {passes}"
     )
     if known - new >= OVERFIT_POINTS:
         return (
