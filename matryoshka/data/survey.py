@@ -94,7 +94,7 @@ def look(
     end = time.monotonic() + seconds
 
     def look_at(row: int) -> None:
-        if time.monotonic() > end:
+        if time.monotonic() >= end:
             return
         try:
             data = photos.read(row)
@@ -130,7 +130,7 @@ def grey_thumbnail(pixels: np.ndarray) -> np.ndarray:
 
 def difference_hash(thumbnails: np.ndarray) -> np.ndarray:
     """bool [N, 256]: whether a cell is darker than its right neighbour. thumbnails: [N, 16, 17]."""
-    return (thumbnails[:, :, :-1] < thumbnails[:, :, 1:]).reshape(len(thumbnails), -1)
+    return (thumbnails[:, :, :-1] < thumbnails[:, :, 1:]).reshape(-1, HASH_SIDE**2)
 
 
 def exact_copies(looked: Looked) -> list[Copy]:

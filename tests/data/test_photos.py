@@ -212,8 +212,9 @@ def test_tables_in_each_format(tree, kind):
         text = "\ufeff" + text.replace("\n", "\r\n")
     found = find_photos(tree, write(tree.parent / f"labels.{kind}", text))
     assert labelled(found.train) == {"a.jpg": "ant", "b.jpg": "bee"}
-    assert labelled(found.val) == {"c/d.jpg": "ant"}
-    assert found.val.classes == found.train.classes == ["ant", "bee"]
+    val = found.parts()["val"]
+    assert labelled(val) == {"c/d.jpg": "ant"}
+    assert val.classes == found.train.classes == ["ant", "bee"]
     assert found.left_out == []
 
 
