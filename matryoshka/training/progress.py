@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -11,7 +13,7 @@ T = TypeVar("T")
 # The work of a convolution grows with the square of the size, but small images keep a CPU less
 # busy: a step at 64 px takes 2.5 times as long as one at 32 px (ResNet-10, batches of 64).
 GROWTH = 1.5
-WARM_UP = 3  # steps of a size that are not timed: memory is allocated, kernels are chosen
+LATEST = 50  # steps
 
 LINE_SECONDS = 10.0  # without a terminal: largest time between two lines
 ANNOUNCE_SECONDS = 5.0  # of timed steps, before the time of the whole run is estimated
@@ -39,30 +41,22 @@ class Forecast:
     """Remaining time of a run, from the steps and evaluations that were timed.
 
     resolutions: image size of every epoch, in pixels. steps: number of steps in an epoch. Each size
-    has its own time per step. The time of a size without a step is scaled from the nearest timed
-    size by the number of pixels, to which the work of a convolution is proportional.
+    has its own time per step, the median of its latest steps: the first ones are slow. The time of
+    a size without a step is that of the nearest timed one, scaled by the power GROWTH of the sizes.
+    timed: seconds of all steps that were timed.
     """
 
     def __init__(self, resolutions: Sequence[int], steps: int) -> None:
         self._resolutions = list(resolutions)
         self._steps = steps
-        self._timed: dict[int, tuple[int, float]] = {}  # size -> (steps, seconds)
-        self._seen: dict[int, int] = {}  # size -> all its steps
+        self._latest: dict[int, deque[float]] = {}  # size -> seconds of its latest steps
         self._evaluation = 0.0  # seconds of one evaluation, once it is known
-
-    @property
-    def timed(self) -> float:
-        """Seconds of all steps that were timed."""
-        return sum(seconds for _, seconds in self._timed.values())
+        self.timed = 0.0
 
     def add_step(self, epoch: int, seconds: float) -> None:
-        size = self._resolutions[epoch]
-        self._seen[size] = self._seen.get(size, 0) + 1
-        # Runs of a few steps in all have nothing better than their first ones.
-        if self._seen[size] <= min(WARM_UP, self._steps - 1):
-            return
-        steps, total = self._timed.get(size, (0, 0.0))
-        self._timed[size] = steps + 1, total + seconds
+        latest = self._latest.setdefault(self._resolutions[epoch], deque(maxlen=LATEST))
+        latest.append(seconds)
+        self.timed += seconds
 
     def add_evaluation(self, seconds: float) -> None:
         """Record the time of the evaluation after an epoch."""
@@ -70,15 +64,14 @@ class Forecast:
 
     def seconds_per_step(self, resolution: int) -> float:
         """Time of one step at this size. ValueError before any step was timed."""
-        if not self._timed:
+        if not self._latest:
             raise ValueError("no step was timed")
-        nearest = min(self._timed, key=lambda size: abs(size - resolution))
-        steps, seconds = self._timed[nearest]
-        return seconds / steps * (resolution / nearest) ** GROWTH
+        nearest = min(self._latest, key=lambda size: abs(size - resolution))
+        return statistics.median(self._latest[nearest]) * (resolution / nearest) ** GROWTH
 
     def remaining(self, step: int) -> float | None:
         """Seconds from global step `step` to the end; None before any step was timed."""
-        if not self._timed:
+        if not self._latest:
             return None
         epoch, done = divmod(step, self._steps)
         total = 0.0

@@ -58,7 +58,7 @@ def test_a_duration_reads_back_to_less_than_its_smaller_unit(seconds):
 
 SIZES = [64] * 4 + [128] * 4
 STEPS = 10
-SECONDS = {64: 1.0, 128: 3.4}  # not in proportion to the pixels
+SECONDS = {64: 1.0, 128: 3.4}
 EVALUATION = 5.0
 
 
@@ -86,15 +86,15 @@ def test_forecast_of_a_simulated_run():
     assert forecast.remaining(STEPS * len(SIZES)) == 0
 
 
-def test_sizes_without_a_step_scale_with_the_pixels():
+def test_sizes_without_a_step_scale_with_their_size():
     forecast = Forecast([64, 96, 128], 2)
     forecast.add_step(0, 1.0)
     forecast.add_step(0, 3.0)
-    assert forecast.seconds_per_step(128) == 2.0 * 4
-    assert forecast.remaining(2) == pytest.approx(2 * 2.0 * (1.5**2 + 2**2))
+    assert forecast.seconds_per_step(128) == pytest.approx(2.0 * 2**1.5)
+    assert forecast.remaining(2) == pytest.approx(2 * 2.0 * (1.5**1.5 + 2**1.5))
     forecast.add_step(2, 6.0)
     assert forecast.seconds_per_step(64) == 2.0
-    assert forecast.seconds_per_step(160) == pytest.approx(6.0 * (160 / 128) ** 2)
+    assert forecast.seconds_per_step(160) == pytest.approx(6.0 * (160 / 128) ** 1.5)
 
 
 # ---------------------------------------------------------------- lines
