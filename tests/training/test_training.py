@@ -1,13 +1,18 @@
 """Options of train_imagenet.py: each has its documented effect."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
+from matryoshka.inference import pytorch_inference
 from matryoshka.train import train_imagenet
 
 from matryoshka import distributed
 from matryoshka.checkpoint.model_file import load_model
 from matryoshka.models.ema import Ema
+from matryoshka.training import progress
 
 
 def train(digits, folder, run_id, *more):
@@ -102,6 +107,82 @@ def test_images_per_step(digits, tmp_path, capsys):
     ):
         train(digits, tmp_path, f"run{len(text)}{text[0]}", *more)
         assert text in capsys.readouterr().out
+
+
+def last_line(run):
+    return json.loads((run / "log").read_text().splitlines()[-1])
+
+
+def test_a_batch_larger_than_the_set_is_lowered(digits, tmp_path, plain, capsys):
+    state = train(digits, tmp_path, "run", "--training.batch_size=256")
+    shown = capsys.readouterr().out
+    assert "1 epochs x 1 steps of 100 images" in shown
+    assert (
+        "note     batches of 256 images are more than the 100 of the training set: lowered to 100"
+    ) in shown
+    assert "left out of an epoch" not in shown
+    assert differ(state, plain)
+    assert np.isfinite(last_line(tmp_path / "run")["train_loss"])
+
+
+@pytest.mark.parametrize(("batch", "left_out"), [(20, 0), (19, 5), (30, 10), (60, 40)])
+def test_images_left_out_by_full_batches_are_noted(digits, tmp_path, capsys, batch, left_out):
+    """A tenth of the images or more is worth a note."""
+    train(digits, tmp_path, "run", f"--training.batch_size={batch}")
+    notes = re.findall(r"note +(\d+) of 100 images.* are left out", capsys.readouterr().out)
+    assert notes == ([str(left_out)] if left_out >= 10 else [])
+
+
+def test_the_last_lines_are_what_eval_measures(digits, tmp_path, capsys):
+    """One view and mirrored, on the digits, which differ from their mirror images."""
+    train(
+        digits,
+        tmp_path,
+        "run",
+        "--training.epochs=2",
+        "--validation.lr_tta=1",
+        f"--data.train_dataset={digits['train']}",
+    )
+    shown = capsys.readouterr().out
+    texts = {}
+    for name, more in (("accuracy", []), ("mirrored", ["--tta"])):
+        printed = re.search(rf"^{name} top-1 8: (\S+)  64: (\S+) ", shown, re.MULTILINE)
+        assert printed is not None
+        output = tmp_path / f"{name}.json"
+        argv = [
+            f"--path={tmp_path / 'run/model.safetensors'}",
+            f"--data-root={digits['val']}",
+            f"--output={output}",
+            *more,
+        ]
+        assert pytorch_inference.main(argv) == 0
+        prefixes = json.loads(output.read_text())["prefixes"]
+        texts[name] = printed.groups()
+        assert texts[name] == tuple(f"{prefixes[dim]['top1']:.2f}" for dim in ("8", "64"))
+    assert texts["accuracy"] != texts["mirrored"]
+
+
+def test_lines_of_an_epoch_without_a_terminal(digits, tmp_path, capsys, monkeypatch):
+    """Every line has the step, the mean loss over the prefixes and the time that is left."""
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
+    train(digits, tmp_path, "run", "--logging.log_level=1")
+    shown = capsys.readouterr().out
+    pattern = (
+        r"^epoch   0  step (\d)/5  loss (\S+)  \d+ images/s  (?:time left unknown|\d+ s left)$"
+    )
+    lines = re.findall(pattern, shown, re.MULTILINE)
+    assert lines
+    steps = [int(step) for step, _ in lines]
+    assert steps == sorted(set(steps))
+    assert set(steps) <= {1, 2, 3, 4, 5}
+    printed = re.search(r"^epoch   0  loss (\S+)  lr", shown, re.MULTILINE)
+    assert printed is not None
+    # Two prefixes: the log has the sum of their losses.
+    logged = last_line(tmp_path / "run")["train_loss"]
+    assert float(printed[1]) == pytest.approx(logged / 2, abs=6e-4)
+    assert "evaluated" in shown
+    # Losses of single steps are means, too: near ln(10) for 10 classes, not twice that.
+    assert all(1.5 < float(loss) < 3.5 for _, loss in lines)
 
 
 def test_the_average_of_weights_follows_its_formula(digits, tmp_path, capsys):
