@@ -309,17 +309,15 @@ def _find_by_table(root: Path, table: Path) -> Found:
         # The table itself may be in the folder, and broken links, which samefile cannot follow.
         if not (os.path.exists(root / name) and os.path.samefile(root / name, table)):
             left_out.append(LeftOut(name, reason))
-    classes = sorted(set(by_part[TRAIN].values()))
-    parts = {}
+    taken: dict[str, dict[str, str]] = {}
     for part, names in by_part.items():
-        taken = {}
-        for name, label in names.items():
-            if _is_image(name):
-                taken[name] = label
-            else:
-                left_out.append(LeftOut(name, _reason(name)))
-        photos = _of_table(root, taken)
-        parts[part] = _relabelled(photos, classes, f"{table}: split {part}")
+        taken[part] = {name: label for name, label in names.items() if _is_image(name)}
+        left_out += [LeftOut(name, _reason(name)) for name in names if name not in taken[part]]
+    # A class without an image of a known format has nothing to train on: it is not a class.
+    classes = sorted(set(taken[TRAIN].values()))
+    parts = {}
+    for part, names in taken.items():
+        parts[part] = _relabelled(_of_table(root, names), classes, f"{table}: split {part}")
     train = parts[TRAIN]
     if not len(train):
         raise PhotoError(f"{table}: names no image of {root} ({' '.join(EXTENSIONS)})")

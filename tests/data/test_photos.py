@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from matryoshka.data import photos as photos_module
 from matryoshka.data.photos import (
@@ -392,3 +393,13 @@ def test_groups_stay_in_train(counts, share, seed, data):
             if own == label
         )
         assert (photos.labels[val] == label).sum() == min(documented(count, share), alone)
+
+
+def test_a_class_of_unknown_formats_only_is_not_a_class(tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "c.xyz").write_bytes(b"?")
+    (tmp_path / "labels.csv").write_text("path,label\na.jpg,ant\nb.jpg,bee\nc.xyz,cat\n")
+    found = find_photos(tmp_path, tmp_path / "labels.csv")
+    assert found.train.classes == ["ant", "bee"]
+    assert [file.name for file in found.left_out] == ["c.xyz"]

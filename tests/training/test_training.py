@@ -120,7 +120,7 @@ def test_a_batch_larger_than_the_set_is_lowered(digits, tmp_path, plain, capsys)
     assert (
         "note     batches of 256 images are more than the 100 of the training set: lowered to 100"
     ) in shown
-    assert "left out of an epoch" not in shown
+    assert "leaves out" not in shown
     assert differ(state, plain)
     assert np.isfinite(last_line(tmp_path / "run")["train_loss"])
 
@@ -129,7 +129,7 @@ def test_a_batch_larger_than_the_set_is_lowered(digits, tmp_path, plain, capsys)
 def test_images_left_out_by_full_batches_are_noted(digits, tmp_path, capsys, batch, left_out):
     """A tenth of the images or more is worth a note."""
     train(digits, tmp_path, "run", f"--training.batch_size={batch}")
-    notes = re.findall(r"note +(\d+) of 100 images.* are left out", capsys.readouterr().out)
+    notes = re.findall(r"note +each epoch leaves out (\d+) of 100 images", capsys.readouterr().out)
     assert notes == ([str(left_out)] if left_out >= 10 else [])
 
 
