@@ -98,13 +98,13 @@ def measure_train(photos: Path, seconds: float, folder: Path) -> dict[str, Any]:
     output = folder / "train.json"
     command = [MATRYOSHKA, "eval", "--path", str(checkpoint), "--data-root", str(photos / "val")]
     subprocess.run([*command, "--output", str(output)], check=True)
-    epochs = len((folder / "train" / "log").read_text().splitlines())
+    after_epochs = curve(folder / "train")
     return {
         "case": "train",
         "seconds": round(seconds, 1),
-        "epochs": epochs,
+        "epochs": len(after_epochs),
         **accuracies(json.loads(output.read_text())),
-        "curve": curve(folder / "train"),
+        "curve": after_epochs,
     }
 
 
@@ -122,6 +122,8 @@ def accuracies(results: dict[str, Any]) -> dict[str, Any]:
 def curve(run: Path) -> list[float]:
     """Top-1 in percent of the longest prefix, after every epoch."""
     values = []
+    if not (run / "log").exists():  # no epoch is finished
+        return values
     for line in (run / "log").read_text().splitlines():
         row = json.loads(line)
         found = [value for name, value in row.items() if name.startswith("top_1")]

@@ -127,7 +127,7 @@ def labels_like(queries: Embeddings, database: Embeddings) -> np.ndarray:
 
     Classes are matched by name, ImageNet V2's folders (0 to 999) with WordNet ids. If one side has
     no names, labels are returned unchanged, provided that the numbers of classes are equal.
-    EmbeddingError if the two have no class in common.
+    All are -1 if a side has no classes. EmbeddingError if the two have no class in common.
     """
     return matched_labels(np.asarray(queries.y), classes_of(queries), classes_of(database))
 
@@ -148,6 +148,8 @@ def matched_labels(labels: np.ndarray, queries: Classes, database: Classes) -> n
     """`labels_like` for any data: labels int64 [N] of the queries."""
     query_names = queries.names
     database_names = database.names
+    if not queries.count or not database.count:  # images without classes: no row is relevant
+        return np.full(len(labels), -1, np.int64)
     if query_names is None or database_names is None:
         if queries.count != database.count:
             raise EmbeddingError(

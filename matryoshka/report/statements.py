@@ -45,7 +45,7 @@ def headline(subject: Json, analysis: Json) -> str:
             f"{values[first]:.1f} % top-1 with the first {first} dimensions, "
             f"{values[last]:.1f} % with all {last}."
         )
-    if is_chance(analysis, last):
+    if is_chance(analysis, last) or (not analysis and not _above_chance(subject, values[last])):
         return (
             f"{text} These {subject['images']:,} images do not show that this is better than "
             "always answering the most frequent class."
@@ -56,9 +56,25 @@ def headline(subject: Json, analysis: Json) -> str:
 
 
 def is_chance(analysis: Json, dim: int) -> bool:
-    """Whether a prefix is known not to be shown better than the most frequent class."""
+    """Whether a prefix is not shown to be better than the most frequent class.
+
+    Files of older versions lack the pairs: the accuracy is then compared with 1 / classes, which
+    the most frequent class reaches at least. False without the numbers for that.
+    """
     constant = _pairs(analysis.get("against_constant"))
-    return dim in constant and not beats(constant[dim])
+    if dim in constant:
+        return not beats(constant[dim])
+    top1 = analysis.get("top1", {}).get(str(dim))
+    return top1 is not None and not _above_chance(analysis, top1)
+
+
+def _above_chance(counts: Json, top1: float) -> bool:
+    """Whether the interval of an accuracy lies above 1 / classes; True if these are not known."""
+    images = counts.get("images")
+    classes = counts.get("classes")
+    if not images or not classes:
+        return True
+    return wilson_interval(top1, images)[0] > 100 / classes
 
 
 def _pairs(found: Json | None) -> dict[int, Paired]:

@@ -167,7 +167,7 @@ def open_pair(database: Table, queries: Table) -> tuple[Table, Table]:
         query_classes = Classes(queries.path, queries.classes, queries.num_classes)
         database_classes = Classes(database.path, database.classes, database.num_classes)
         labels = matched_labels(queries.labels, query_classes, database_classes)
-        queries = replace(queries, labels=labels)
+        queries = replace(queries, labels=known_labels(labels))
     return database, queries
 
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from beton_files import photo
 from matryoshka.inference import embed, index, retrieve
+from PIL import Image
 
 from matryoshka.checkpoint import save_model
-from matryoshka.embeddings import open_embeddings
+from matryoshka.embeddings import labels_like, open_embeddings
 from matryoshka.models import ModelSpec, build
 from matryoshka.retrieval.store import Index
 
@@ -55,3 +56,28 @@ def test_an_index_and_a_search(flat, capsys):
         words = [f"--database={root / database}", f"--queries={root / 'e'}", "--no-speed"]
         retrieve.main([*words, "--at=1", f"--output={root / f'hits{number}'}"])
         assert "no labels" in capsys.readouterr().out
+
+
+def test_one_side_without_classes(flat, tmp_path, capsys):
+    """Labelled queries in a database without labels, and the reverse: no metric of labels."""
+    root, _ = flat
+    for name in ("ant", "bee"):
+        (tmp_path / "labelled" / name).mkdir(parents=True)
+        Image.fromarray(photo_of(name)).save(tmp_path / "labelled" / name / "1.jpg")
+    words = [f"--path={root / 'model.safetensors'}", "--device=cpu"]
+    labelled = tmp_path / "e"
+    embed.main([*words, f"--output={labelled}", "--data", str(tmp_path / "labelled")])
+    sides = open_embeddings(labelled), open_embeddings(root / "e")
+    assert np.array_equal(labels_like(*sides), [-1, -1])
+    assert np.array_equal(labels_like(*sides[::-1]), [-1] * 4)
+    capsys.readouterr()
+    for number, (database, queries) in enumerate([(root / "e", labelled), (labelled, root / "e")]):
+        words = [f"--database={database}", f"--queries={queries}", "--no-speed", "--at=1"]
+        retrieve.main([*words, f"--output={tmp_path / f'hits{number}'}"])
+        assert "no labels" in capsys.readouterr().out
+
+
+def photo_of(name: str) -> np.ndarray:
+    """Noise, uint8 [40, 40, 3]; another one for each name."""
+    rng = np.random.default_rng(len(name) + ord(name[0]))
+    return rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)

@@ -249,3 +249,18 @@ def test_every_comparison_on_the_page_is_one_of_statements():
         text = text.replace(sentence, "")
     assert COMPARES.findall(text) == []
     assert COMPARES.findall((folder / "sections.py").read_text()) == ["lose at most"]  # certified
+
+
+def test_older_files_without_pairs_make_no_claim_at_chance():
+    """Random predictions of 10 classes: at most 1 of 40 pages may make a claim."""
+    rng = np.random.default_rng(3)
+    images, claimed = 300, 0
+    for _ in range(200):
+        top1 = {d: 100 * float(rng.binomial(images, 0.1)) / images for d in (8, 32, 512)}
+        subject = {"prefixes": {str(d): {"top1": a} for d, a in top1.items()}}
+        subject |= {"images": images, "classes": 10}
+        analysis = {"dims": list(top1), "images": images, "classes": 10}
+        analysis["top1"] = {str(d): a for d, a in top1.items()}
+        for found in ({}, analysis):
+            claimed += statements.SUPPORTED in statements.headline(subject, found)
+    assert claimed <= 400 * 0.025, f"{claimed} of 400 pages of noise make a claim"
