@@ -1,6 +1,7 @@
 """Small real data for all tests: scikit-learn's digits as an image folder and as .beton files."""
 
 import os
+import shutil
 
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", ".hypothesis")
 
@@ -76,3 +77,19 @@ def imagenet_checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "model.safetensors"
     write_checkpoint(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """Headless Chromium. Per module: Playwright's event loop must not run beside other tests'."""
+    sync = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed (requirements-dev.txt)"
+    )
+    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
+    program = next(filter(None, found), None)
+    if program is None:
+        pytest.skip("no Chromium: sh system-deps.sh browser")
+    with sync.sync_playwright() as tools:
+        browser = tools.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()

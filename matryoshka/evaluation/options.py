@@ -43,6 +43,21 @@ class PreprocessingOptions:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImagesOptions:
+    """Images with or without classes."""
+
+    data: tuple[str, ...] = option(
+        help=".beton file, folder of class folders, folder of images without classes, or image "
+        "files",
+        metavar="PATH ...",
+        words=True,
+        nonempty=True,
+        common=True,
+        existing=True,
+    )
+
+
 # ---------------------------------------------------------------- eval
 
 
@@ -143,18 +158,9 @@ def eval_parser() -> FlagParser:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedOptions(PreprocessingOptions):
+class EmbedOptions(PreprocessingOptions, ImagesOptions):
     """Inputs and outputs of an embedding run."""
 
-    data: tuple[str, ...] = option(
-        help=".beton file, folder of class folders, folder of images without classes, or image "
-        "files",
-        metavar="PATH ...",
-        words=True,
-        nonempty=True,
-        common=True,
-        existing=True,
-    )
     output: str = option(
         help="folder of the embeddings, created if missing", metavar="DIR", common=True
     )
@@ -197,18 +203,9 @@ def _target(text: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradcamOptions:
+class GradcamOptions(ImagesOptions):
     """Images and classes to explain, and the pictures to write."""
 
-    data: tuple[str, ...] = option(
-        help=".beton file, folder of class folders, folder of images without classes, or image "
-        "files",
-        metavar="PATH ...",
-        words=True,
-        nonempty=True,
-        common=True,
-        existing=True,
-    )
     output: str = option(
         help="folder for the pictures, created if missing", metavar="DIR", common=True
     )

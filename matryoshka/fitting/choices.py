@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,11 @@ EPOCH_SECONDS = 0.15  # a checkpoint and the lines of an epoch, on the same CPU
 EMBED_FACTOR = 2.0  # evaluating and embedding an image, over its forward pass alone
 ATTEMPTS = 2  # to choose sizes
 CHANGED = 1.5  # the machine is faster by this than when its speed was measured: choose again
-SAFETY = 0.97  # share of the time left for training that is planned
+TIMING_SHARE = 0.05  # of the time, to time steps with the photos
+ROUND_SECONDS = 4.0  # one look at each of two resolutions
+FEWEST_ROUNDS = 2
+MOST_ROUNDS = 6
+SAFETY = 0.92  # share of the time left for training that is planned
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,14 @@ def choose(
         if "resolution.max_res" in given:
             sizes = recipe.Sizes(sizes.arch, given["resolution.max_res"])
         chosen = options(facts, sizes, stored, given, init)
-        costs = measure(stored, chosen, sizes, device, epoch=EPOCH_SECONDS * slowness)
+        costs = measure(
+            stored,
+            chosen,
+            sizes,
+            device,
+            epoch=EPOCH_SECONDS * slowness,
+            seconds=TIMING_SHARE * left,
+        )
         # A shared machine may have been busy with others when the noise was timed.
         factor = speed_on_photos(chosen, sizes, costs, fixed_arch=arch is not None) / rate
         if factor <= CHANGED:
@@ -188,17 +200,26 @@ def measure(
     device: torch.device,
     *,
     epoch: float,
+    seconds: float,
 ) -> recipe.Costs:
-    """Time training steps and an evaluation with the photos and the chosen options."""
+    """Time training steps and an evaluation with the photos and the chosen options.
+
+    epoch: what an epoch costs besides. seconds: for the timing of the steps, about.
+    """
     dims = chosen.get("model.dims")
     config = ModelConfig(arch=sizes.arch, mrl=True, dims=tuple(dims) if dims else None)
     spec = model_spec(config, stored.classes)
     batch = min(chosen["training.batch_size"], stored.images["train"])
     train = Loader(stored.files["train"], batch, drop_last=True, device=device)
-    times = {}
-    for resolution in sorted({recipe.lowest(sizes.resolution), sizes.resolution}):
-        train.crop = RandomResizedCrop(resolution, chosen["data.scale"])
-        times[resolution] = timing.step_seconds(spec, _endless(train), seconds=3.0)
+    resolutions = sorted({recipe.lowest(sizes.resolution), sizes.resolution})
+    times = dict.fromkeys(resolutions, math.inf)
+    # Several looks, of which the fastest counts: on a shared machine, others are busy for seconds
+    # at a time.
+    for _ in range(max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(seconds / ROUND_SECONDS)))):
+        for resolution in resolutions:
+            train.crop = RandomResizedCrop(resolution, chosen["data.scale"])
+            measured = timing.step_seconds(spec, _endless(train), seconds=2.0)
+            times[resolution] = min(times[resolution], measured)
 
     def step(resolution: int) -> float:
         # The time of other sizes is proportional to the number of pixels.

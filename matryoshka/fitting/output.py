@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from matryoshka.training.progress import duration
+from matryoshka.training.progress import LINE_SECONDS, duration
 
 Report = Callable[[str], None]
 
 # Lines of a training that the user sees; its summary repeats the choices.
 SHOWN = ("epoch", "note", "evaluated", "resume", "stopped", "usage")
-LINE_SECONDS = 10.0  # without a terminal: largest time between two lines
 
 
 class Progress:
@@ -49,8 +48,7 @@ class Progress:
         self._ended.set()
         self._thread.join()
         sys.stdout = self._output.passed
-        if self._log is not None:
-            self._log.close()
+        self.close_log()
 
     def elapsed(self) -> float:
         return time.perf_counter() - self._started
@@ -58,6 +56,11 @@ class Progress:
     def open_log(self, path: Path) -> None:
         """Append all that the programs print to a file."""
         self._log = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    def close_log(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None
 
     def line(self, label: str, text: str) -> None:
         """A line with a label of the summary, such as `photos   7,500 images`."""

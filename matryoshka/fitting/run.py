@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -10,35 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from matryoshka import distributed
-from matryoshka.data import survey
-from matryoshka.data.photos import (
-    Found,
-    LeftOut,
-    PhotoError,
-    Photos,
-    count_reasons,
-    find_photos,
-    split,
-)
-from matryoshka.data.survey import Looked
+from matryoshka.data.photos import Found, PhotoError, count_reasons, find_photos
 from matryoshka.data.writer import write_beton
 from matryoshka.files import write_atomically
-from matryoshka.fitting import summary
+from matryoshka.fitting import MODEL, STATE, summary
 from matryoshka.fitting.choices import Stored, choose, start_weights
-from matryoshka.fitting.output import Progress, bar
+from matryoshka.fitting.looking import Photographed, check_classes, fingerprint, look
+from matryoshka.fitting.output import Progress
+from matryoshka.report.tables import accuracy_table
 from matryoshka.training import recipe
 from matryoshka.training.progress import duration
 
-STATE = "fit.json"  # options, choices and times; marks a folder as made by fit
 IMAGES = "images.json"  # what was found and what was left out
-MODEL = "model.safetensors"
 PARTS = ("train", "val", "test")
 VERSION = 1
-LOOK_SHARE = 0.15  # of the time, at most, to look at the photos
-MOST_VALIDATED = 5000  # images of a validation part that is cut off here
 
 
 @dataclass
@@ -55,10 +40,15 @@ class Run:
         progress = self.progress
         progress.stage("looking for photos")
         found = find_photos(self.root, self.settings["labels"])
-        check_classes(found, self.root)
-        self.open(found)
+        check_classes(found.train, is_split=found.val is not None, root=self.root)
+        is_new = self.open(found)
         if "images" not in self.state:
-            self.prepare(found)
+            try:
+                self.prepare(found)
+            except PhotoError:
+                if is_new:  # nothing of a run that cannot start is left
+                    self.remove()
+                raise
         if "choices" not in self.state:
             self.choose()
         for warning in self.state["images"]["warnings"]:
@@ -72,20 +62,27 @@ class Run:
 
     # -- state
 
-    def open(self, found: Found) -> None:
-        """Make the folder, or read the state of the run that is in it."""
+    def open(self, found: Found) -> bool:
+        """Make the folder, or read the state of the run that is in it; whether it is new."""
         self.state = {"version": VERSION, **self.settings, "files": fingerprint(found)}
         path = self.folder / STATE
-        if path.exists():
-            self.state = read_state(path, self.state)
-        else:
+        is_new = not path.exists()
+        if is_new:
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
                 raise PhotoError(
                     f"--output {self.folder}: exists and was not made by fit; give another folder"
                 )
             self.folder.mkdir(parents=True, exist_ok=True)
             self.save()
+        else:
+            self.state = read_state(path, self.state)
         self.progress.open_log(self.folder / "fit.log")
+        return is_new
+
+    def remove(self) -> None:
+        """Delete the folder of a run whose photos cannot be used."""
+        self.progress.close_log()
+        shutil.rmtree(self.folder)
 
     def save(self) -> None:
         content = json.dumps(self.state, indent=1, ensure_ascii=False) + "\n"
@@ -99,15 +96,22 @@ class Run:
     def prepare(self, found: Found) -> None:
         """Look at the photos, split them, and write the parts as .beton files."""
         progress = self.progress
-        parts, left_out, warnings, facts = self.look(found)
-        self.check_disk(parts, facts["stored"])
+        seen = look(
+            found,
+            self.root,
+            progress,
+            val_share=self.settings["val_share"],
+            seed=self.settings["seed"],
+        )
+        self.check_disk(seen)
         progress.stage("writing data/")
         (self.folder / "data").mkdir(exist_ok=True)
-        for name, photos in parts.items():
+        warnings = list(seen.warnings)
+        for name, photos in seen.parts.items():
             manifest = write_beton(
                 photos,
                 self.data(name),
-                max_resolution=facts["stored"],
+                max_resolution=seen.longest,
                 write_mode="jpg",
                 transcode="fit",
                 exif_rotate=True,
@@ -120,110 +124,31 @@ class Run:
                     f"{len(gone)} images of {name} changed while they were read; left out "
                     f"({gone[0]['name']}: {gone[0]['reason']})"
                 )
-        reasons = count_reasons(left_out)
+        reasons = count_reasons(seen.left_out)
+        classes = seen.parts["train"].classes
         report = {
-            "classes": parts["train"].classes,
-            "counts": {name: photos.counts().tolist() for name, photos in parts.items()},
+            "classes": classes,
+            "counts": {name: photos.counts().tolist() for name, photos in seen.parts.items()},
             "left_out": reasons,
-            "files_left_out": [file._asdict() for file in left_out],
+            "files_left_out": [file._asdict() for file in seen.left_out],
         }
         content = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
         write_atomically(self.folder / IMAGES, content.encode(errors="surrogateescape"))
-        sizes = {name: len(photos) for name, photos in parts.items()}
-        self.state["images"] = {**facts, **sizes, "warnings": warnings, "left_out": reasons}
+        self.state["images"] = {
+            "side": seen.side,
+            "stored": seen.longest,
+            "classes": len(classes),
+            **{name: len(photos) for name, photos in seen.parts.items()},
+            "warnings": warnings,
+            "left_out": reasons,
+        }
         self.save()
 
-    def look(
-        self, found: Found
-    ) -> tuple[dict[str, Photos], list[LeftOut], list[str], dict[str, Any]]:
-        """(photos of the parts, files left out, warnings, facts): each photo is decoded once."""
-        progress = self.progress
-        total = sum(map(len, found.parts().values()))
-        progress.line("photos", f"{total:,} images in {self.root}")
-        progress.stage("looking at the photos")
-        left_out = list(found.left_out)
-        warnings = list(found.notes)
-        looked: dict[str, tuple[Photos, Looked]] = {}
-        for name, photos in found.parts().items():
-            share = LOOK_SHARE * len(photos) / total
-            with bar(len(photos), "looking") as update:
-                seen = survey.look(
-                    photos,
-                    update,
-                    seconds=share * progress.seconds,
-                    seed=self.settings["seed"],
-                )
-            left_out += [
-                LeftOut(photos.name(row), f"unreadable: {reason}")
-                for row, reason in seen.problems.items()
-            ]
-            reached = int(seen.readable.sum()) + len(seen.problems)
-            if reached < len(photos):
-                warnings.append(
-                    f"{name}: there is time for {reached:,} of {len(photos):,} images, chosen at "
-                    "random; more --minutes use more of them"
-                )
-            # A copy within a part counts once.
-            copies = survey.exact_copies(seen)
-            warnings += survey.label_conflicts(photos, copies)
-            left_out += [
-                LeftOut(photos.name(c.row), f"copy of another image ({photos.name(c.of)})")
-                for c in copies
-            ]
-            keep = seen.readable.copy()
-            keep[[copy.row for copy in copies]] = False
-            rows = np.flatnonzero(keep)
-            if not len(rows):
-                raise PhotoError(no_image(self.root, name, len(photos), seen))
-            looked[name] = photos.take(rows), seen.take(rows)
-
-        train, seen = looked["train"]
-        if "val" not in looked:
-            groups = survey.near_groups(seen)
-            kept, cut = split(
-                train, share=self.settings["val_share"], seed=self.settings["seed"], together=groups
-            )
-            cut = cut[np.random.default_rng(self.settings["seed"]).permutation(len(cut))]
-            kept = np.sort(np.concatenate((kept, cut[MOST_VALIDATED:])))
-            cut = np.sort(cut[:MOST_VALIDATED])
-            if not len(cut):
-                raise PhotoError(
-                    f"{self.root}: no class has two different images, so none can be kept for "
-                    "validation; add images, or give --labels FILE with fewer classes"
-                )
-            near = int((np.bincount(groups)[groups] > 1).sum())
-            if near:
-                warnings.append(
-                    f"{near:,} images have near duplicates; they are all used to train, none to "
-                    "validate"
-                )
-            looked["train"] = train.take(kept), seen.take(kept)
-            looked["val"] = train.take(cut), seen.take(cut)
-        else:
-            warnings += survey.overlap_warnings(looked)
-
-        parts = {name: photos for name, (photos, _) in looked.items()}
-        warnings += survey.class_warnings(parts["train"])
-        side = int(np.median(np.minimum(seen.width, seen.height)))
-        longest = int(np.maximum(seen.width, seen.height).max())
-        counts = parts["train"].counts()
-        progress.line(
-            "found",
-            f"{len(parts['train']):,} to train, {len(parts['val']):,} to validate"
-            + (f", {len(parts['test']):,} to test" if "test" in parts else "")
-            + f"; {len(counts)} classes of {number_range(counts)}; shorter side {side} px",
-        )
-        for line in left_out_lines(left_out):
-            progress.line("left out", line)
-        # Twice the resolution, so that a random crop is not enlarged.
-        stored = min(longest, max(256, 2 * recipe.resolutions(side)[0]))
-        return parts, left_out, warnings, {"side": side, "stored": stored, "classes": len(counts)}
-
-    def check_disk(self, parts: Mapping[str, Photos], stored: int) -> None:
+    def check_disk(self, seen: Photographed) -> None:
         """PhotoError if the outputs will not fit on the disk."""
-        images = sum(map(len, parts.values()))
+        images = sum(map(len, seen.parts.values()))
         # A JPEG of quality 90 has about 0.4 bytes per pixel; embeddings twice; models, checkpoints.
-        needed = images * (0.4 * 0.75 * stored**2 + 2 * 4 * 2048) + 1e9
+        needed = images * (0.4 * 0.75 * seen.longest**2 + 2 * 4 * 2048) + 1e9
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise PhotoError(
@@ -382,8 +307,8 @@ class Run:
         progress.print(
             f"Accuracy on {results['images']:,} photos that were not trained on (95 % interval):"
         )
-        for line in summary.prefix_table(prefixes, results["images"]):
-            progress.print(line)
+        for line in accuracy_table(prefixes, results["images"]).splitlines():
+            progress.print(f"  {line}")
         progress.print("")
         progress.print(summary.search_example(self.folder))
         progress.print(self.advice(results))
@@ -406,71 +331,14 @@ class Run:
         return summary.time_advice(known=known, new=new, epochs=epochs)
 
 
-def number_range(counts: np.ndarray) -> str:
-    """`500`, or `3 to 40` images."""
-    low, high = int(counts.min()), int(counts.max())
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def left_out_lines(left_out: list[LeftOut]) -> list[str]:
-    """Numbers of files by kind of reason; for reasons that differ by file, with an example."""
-    by_kind: dict[str, list[LeftOut]] = {}
-    for file in left_out:
-        kind = file.reason
-        for several in ("unreadable", "copy of another image"):
-            if kind.startswith(several):
-                kind = several
-        by_kind.setdefault(kind, []).append(file)
-    lines = []
-    for kind, files in sorted(by_kind.items(), key=lambda item: -len(item[1])):
-        first = files[0]
-        example = "" if first.reason == kind else f", such as {first.name}: {first.reason}"
-        example = example.replace(f"{kind}: ", "")
-        lines.append(f"{len(files):,} files: {kind}{example}")
-    return lines
-
-
-def check_classes(found: Found, root: Path) -> None:
-    """PhotoError if there is nothing to learn, or nothing to validate on."""
-    train = found.train
-    counts = train.counts()
-    if len(train.classes) < 2:
-        raise PhotoError(
-            f"{root}: has one class only ({train.classes[0]}), and nothing to tell it from; add a "
-            "folder for a second class"
-        )
-    if found.val is None and counts.max() < 2:
-        raise PhotoError(
-            f"{root}: each of {len(counts)} classes has one image, so none can be kept for "
-            "validation; add images, or give --labels FILE with fewer classes"
-        )
-
-
-def no_image(root: Path, part: str, count: int, seen: Looked) -> str:
-    if not seen.problems:
-        return f"{root}: {part}: no image could be read in the time; give more --minutes"
-    row, reason = next(iter(seen.problems.items()))
-    return f"{root}: none of {count} images of {part} can be read (number {row + 1}: {reason})"
-
-
-def fingerprint(found: Found) -> str:
-    """Changes when files are added, removed or have another size."""
-    digest = hashlib.sha256()
-    for part, photos in found.parts().items():
-        digest.update(part.encode())
-        for row, name in enumerate(photos.names):
-            size = photos.path(row).stat().st_size if photos.path(row).exists() else -1
-            label = photos.classes[photos.labels[row]]
-            digest.update(f"{name}\0{label}\0{size}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()[:16]
-
-
 def read_state(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     """The state of an earlier start. PhotoError if it had other options or photos."""
     try:
         state = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
     except ValueError:
         raise PhotoError(f"{path}: damaged: not valid JSON; remove its folder") from None
+    if "images" not in state:  # a start that did not get beyond its photos
+        return dict(asked)
     different = []
     for name, value in asked.items():
         before = state.get(name)

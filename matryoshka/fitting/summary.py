@@ -12,23 +12,13 @@ import torch
 
 from matryoshka.checkpoint import load_model
 from matryoshka.embeddings.reading import open_embeddings
-from matryoshka.report.tables import wilson_interval
+from matryoshka.fitting import MODEL
 from matryoshka.retrieval.store import Index
-
-
-def prefix_table(prefixes: Mapping[int, Mapping[str, float]], images: int) -> list[str]:
-    """Lines of a table: accuracy of every prefix with its 95 % interval."""
-    lines = ["  prefix  top-1 %        interval  top-5 %"]
-    for dim, row in sorted(prefixes.items()):
-        low, high = wilson_interval(row["top1"], images)
-        interval = f"{low:.1f} to {high:.1f}"
-        lines.append(f"  {dim:6d}  {row['top1']:7.1f}  {interval:>14}  {row['top5']:7.1f}")
-    return lines
 
 
 def train_accuracy(folder: Path, images: int) -> float:
     """Top-1 in percent of the full width on the photos trained on, from their embeddings."""
-    model = load_model(folder / "model.safetensors")
+    model = load_model(folder / MODEL)
     embeddings = open_embeddings(folder / "embeddings" / "train")
     hits = 0
     with torch.inference_mode():
@@ -81,7 +71,7 @@ def time_advice(*, known: float, new: float, epochs: int) -> str:
 def next_commands(root: Path, folder: Path, settings: Mapping[str, Any]) -> list[str]:
     """Three commands to continue with: search, test, train longer."""
     quoted = shlex.quote(str(folder))
-    model = shlex.quote(str(folder / "model.safetensors"))
+    model = shlex.quote(str(folder / MODEL))
     longer = f"matryoshka fit {shlex.quote(str(root))} --minutes {3 * settings['minutes']:g}"
     if settings["labels"]:
         longer += f" --labels {shlex.quote(settings['labels'])}"

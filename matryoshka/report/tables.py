@@ -18,14 +18,23 @@ TITLES = {
 }
 
 
-def accuracy_table(prefixes: Mapping[int, Mapping[str, float]]) -> str:
-    """Format {prefix: {column: percent}} as a text table; `-` marks a missing value."""
+def accuracy_table(prefixes: Mapping[int, Mapping[str, float]], images: int | None = None) -> str:
+    """Format {prefix: {column: percent}} as a text table; `-` marks a missing value.
+
+    images: their number adds the 95 % interval of the top-1 accuracy.
+    """
     present = set().union(*prefixes.values())
     columns = [key for key in TITLES if key in present]
     header = ["prefix"] + [f"{TITLES[key]:>10}" for key in columns]
+    if images is not None:
+        header.insert(2, f"{'95 % interval':>14}")
     lines = ["  ".join(header)]
     for dim, row in prefixes.items():
         cells = [f"{row[key]:10.2f}" if key in row else f"{'-':>10}" for key in columns]
+        if images is not None:
+            low, high = wilson_interval(row["top1"], images)
+            interval = f"{low:.1f} to {high:.1f}"
+            cells.insert(1, f"{interval:>14}")
         lines.append("  ".join([f"{dim:6d}", *cells]))
     return "\n".join(lines)
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from matryoshka.data import BetonError, BetonFile, ImageFolder, _native
 from matryoshka.data.layout import RAW
-from matryoshka.data.sources import decode_image, open_images
+from matryoshka.data.sources import decode_image, open_images, upright
 from matryoshka.files import open_regular
 
 UPLOAD_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # formats that browsers can show
@@ -40,10 +40,11 @@ class Refusal(ValueError):
         self.status = status
 
 
-def read_upload(data: bytes) -> np.ndarray:
+def read_upload(data: bytes, exif_rotate: bool = False) -> np.ndarray:
     """Decode an image file to uint8 [H, W, 3]. Refusal.
 
-    EXIF orientations are not applied, as in the rest of the data path.
+    exif_rotate: apply the EXIF orientation, as the index's images were stored; the data path does
+    not apply it otherwise.
     """
     try:
         with Image.open(io.BytesIO(data), formats=UPLOAD_FORMATS) as image:  # reads the header only
@@ -63,9 +64,10 @@ def read_upload(data: bytes) -> np.ndarray:
             f"the picture has {width} x {height} pixels, more than {MAX_PIXELS // 10**6} million",
         )
     try:
-        return decode_image(data).pixels
+        decoded = decode_image(data)
     except ValueError:
         raise Refusal(400, "the picture is damaged") from None
+    return upright(decoded.pixels, decoded.orientation) if exif_rotate else decoded.pixels
 
 
 class Pictures:
@@ -131,6 +133,16 @@ class Pictures:
         if not is_same:
             raise Refusal(404, "the data set is not the one that the index was made from")
         return data
+
+    def are_upright(self, source: Mapping[str, Any]) -> bool:
+        """Whether the data set's images were stored with their EXIF orientation applied."""
+        try:
+            data = self.open(source)
+        except Refusal:
+            return False
+        if not isinstance(data, BetonFile):
+            return False
+        return bool((data.manifest or {}).get("options", {}).get("exif_rotate"))
 
     def pixels(self, source: Mapping[str, Any], number: int, name: str) -> np.ndarray:
         """An image by its number, uint8 [H, W, 3]. Refusal.

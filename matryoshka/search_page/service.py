@@ -219,7 +219,10 @@ class Service:
 
     def add_query(self, data: bytes) -> str:
         """Embed an image file; returns the key of the query."""
-        upload = self._embed(read_upload(data))
+        sources = [source for part in self.current().index.parts for source in part.data]
+        # A photo of a phone must be turned as the photos it is compared with.
+        exif_rotate = all(self._pictures.are_upright(source) for source in sources)
+        upload = self._embed(read_upload(data, exif_rotate))
         # Random, so that nobody can guess the key of another visitor's upload.
         key = secrets.token_urlsafe(12)
         with self._query_lock:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matryoshka.inference import analyze
+from random_scores import write_scores
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 
@@ -111,21 +112,8 @@ def draw(folder, rng, images, chance, strength):
     chance: the share of each class in the labels.
     """
     dims = [8, 32, 512]
-    classes = len(chance)
-    labels = rng.choice(classes, images, p=chance)
-    logits = rng.standard_normal((len(dims), images, classes)).astype(np.float32)
-    for g, weight in enumerate(strength):
-        logits[g, np.arange(images), labels] += weight
-    np.save(folder / "logits.npy", logits)
-    np.save(folder / "gt.npy", labels)
-    top1 = 100 * (logits.argmax(2) == labels).mean(1)
-    results = {
-        "prefixes": {str(d): {"top1": float(a)} for d, a in zip(dims, top1, strict=True)},
-        "images": images,
-        "arrays": {"logits": "logits.npy", "gt": "gt.npy"},
-    }
+    results = write_scores(folder, rng, dims=dims, strengths=strength, chance=chance, images=images)
     file = folder / "results.json"
-    file.write_text(json.dumps(results))
     analyses = "--only=cascade,oracle,trends"
     assert analyze.main([f"--results={file}", "--splits=2", analyses, "--epsilon=1"]) == 0
     return results, json.loads((folder / "analysis.json").read_text())

@@ -18,9 +18,6 @@ from matryoshka.report.page import MAX_BYTES, charts, paper
 DIMS = [8, 32, 512]
 N = 60
 EVIL = '"><script>alert(1)</script>'
-BROWSER = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
 
 
 class Text(HTMLParser):
@@ -303,19 +300,6 @@ def test_mistakes_are_one_line(evaluated, tmp_path, monkeypatch, capsys, *, argv
 
 
 # ---------------------------------------------------------------- in a browser
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    sync = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed (requirements-dev.txt)"
-    )
-    if BROWSER is None:
-        pytest.skip("no Chromium: sh system-deps.sh browser")
-    with sync.sync_playwright() as tools:
-        browser = tools.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def open_page(chromium, path, **options):

@@ -1,15 +1,9 @@
 """The page in a browser: nothing overflows, overlaps or is cut off; charts of unusual numbers."""
 
-import json
-import shutil
-
 import numpy as np
 import pytest
 from matryoshka.inference import analyze, report
-
-BROWSER = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
+from random_scores import write_scores
 
 # Elements beyond the page's edges, texts beyond their chart, and numbers of an axis that touch.
 PROBLEMS = """() => {
@@ -51,43 +45,25 @@ PROBLEMS = """() => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    sync = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if BROWSER is None:
-        pytest.skip("no Chromium: sh system-deps.sh browser")
-    with sync.sync_playwright() as tools:
-        browser = tools.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 def page_of(folder, dims, strengths, names, images=50):
     """A report of random scores in which the label weighs `strengths`."""
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, len(names), images)
-    logits = rng.standard_normal((len(dims), images, len(names))).astype(np.float32)
-    for g, strength in enumerate(strengths):
-        logits[g, np.arange(images), labels] += strength
-    np.save(folder / "logits.npy", logits)
-    np.save(folder / "gt.npy", labels)
-    top1 = 100 * (logits.argmax(2) == labels).mean(1)
-    results = {
-        "prefixes": {str(d): {"top1": float(a)} for d, a in zip(dims, top1, strict=True)},
-        "checkpoint": "run/model.safetensors",
-        "arch": "resnet10",
-        "head": "mrl",
-        "dims": dims,
-        "dataset": "V1",
-        "data": "val.beton",
-        "classes": len(names),
-        "class_names": names,
-        "images": images,
-        "resolution": 32,
-        "arrays": {"logits": "logits.npy", "gt": "gt.npy"},
-        "mirrored": {"prefixes": {}},  # a key of another version
-    }
-    (folder / "results.json").write_text(json.dumps(results))
+    write_scores(
+        folder,
+        np.random.default_rng(0),
+        dims=dims,
+        strengths=strengths,
+        chance=np.full(len(names), 1 / len(names)),
+        images=images,
+        checkpoint="run/model.safetensors",
+        arch="resnet10",
+        head="mrl",
+        dataset="V1",
+        data="val.beton",
+        classes=len(names),
+        class_names=names,
+        resolution=32,
+        mirrored={"prefixes": {}},  # a key of another version
+    )
     assert analyze.main([f"--results={folder / 'results.json'}", "--splits=2"]) == 0
     assert report.main([f"--run={folder}", "--samples=0"]) == 0
     return folder / "report.html"

@@ -12,26 +12,16 @@ import numpy as np
 import pytest
 from matryoshka.inference import serve
 from PIL import Image
-from served import DIMS, EVIL, ROWS, batch_of, client_of, embedded, loaded, made_once, said
+from served import DIMS, EVIL, ROWS, batch_of, client_of, embedded, loaded, said
 
 from matryoshka.checkpoint.model_file import save_model
-from matryoshka.data import CenterCrop, Loader
+from matryoshka.data import CenterCrop, ImageFolder, Loader, write_beton
 from matryoshka.data.images import central_square
 from matryoshka.embeddings.reading import open_embeddings
 from matryoshka.models import ModelSpec, build
 from matryoshka.retrieval.store import Index
 from matryoshka.retrieval.store_writer import IndexRows, Writer
 from matryoshka.search_page import Pictures, Refusal, comparison, pictures
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, photo):
-    return made_once(tmp_path_factory, photo)
-
-
-@pytest.fixture(scope="module")
-def client(made):
-    return client_of(made)[0]
 
 
 @pytest.fixture
@@ -117,6 +107,32 @@ def test_the_query_is_prepared_as_the_loader_does(folder):
         assert np.array_equal(
             central_square(pictures.read_upload(file.read_bytes()), crop), expected
         )
+
+
+def test_a_phones_photo_is_turned_as_the_stored_ones(made, photo, tmp_path):
+    """A .beton written with exif_rotate has upright photos: an upload is turned, too."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn to the right
+    (tmp_path / "photos" / "x").mkdir(parents=True)
+    for number in range(3):
+        picture = Image.fromarray(photo(60, 40, seed=number))
+        picture.save(tmp_path / "photos" / "x" / f"{number}.png", exif=exif)
+    for turned in (False, True):
+        data = tmp_path / f"{turned}.beton"
+        source = ImageFolder(tmp_path / "photos")
+        write_beton(
+            source, data, max_resolution=64, write_mode="raw", exif_rotate=turned, names=True
+        )
+        embedded(made, data, f"turned-{turned}")
+        with Writer(tmp_path / f"{turned}.index") as writer:
+            writer.build(batch_of(made / f"turned-{turned}"), dim=8)
+        shown, _ = client_of(made, tmp_path / f"{turned}.index")
+        upload = (tmp_path / "photos" / "x" / "1.png").read_bytes()
+        key = shown.post("/api/query", content=upload).json()["query"]
+        found = shown.get("/api/neighbours.json", params={"query": key, "k": 1}).json()
+        (best,) = next(c["hits"] for c in found["columns"] if c["dim"] == DIMS[-1])
+        assert best["name"] == "x/1.png"
+        assert best["cosine"] > 0.999, f"exif_rotate={turned}"
 
 
 def test_upstreams_preprocessing_is_followed(made, photo):

@@ -4,14 +4,13 @@ other.
 
 import io
 import re
-import shutil
 import socket
 import threading
 
 import numpy as np
 import pytest
 from PIL import Image
-from served import DIMS, EVIL, batch_of, client_of, made_once
+from served import DIMS, EVIL, batch_of, client_of
 
 from matryoshka.embeddings.reading import open_embeddings
 from matryoshka.evaluation.embedding_map import make_map, write_map
@@ -19,15 +18,7 @@ from matryoshka.retrieval.store_writer import Writer
 
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed (requirements-dev.txt)")
 
-BROWSER = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
 FULL = f'.column[data-dim="{DIMS[-1]}"]'
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, photo):
-    return made_once(tmp_path_factory, photo)
 
 
 @pytest.fixture(scope="module")
@@ -76,21 +67,14 @@ class Watched:
 
 
 @pytest.fixture(scope="module")
-def watched(address):
-    sync = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed (requirements-dev.txt)"
-    )
-    if BROWSER is None:
-        pytest.skip("no Chromium: sh system-deps.sh browser")
-    with sync.sync_playwright() as tools:
-        browser = tools.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        context = browser.new_context(color_scheme="light", viewport={"width": 1200, "height": 900})
-        context.set_default_timeout(15_000)
-        watched = Watched(context.new_page())
-        watched.page.goto(address[0])
-        watched.page.locator(".hit").first.wait_for()
-        yield watched
-        browser.close()
+def watched(address, chromium):
+    context = chromium.new_context(color_scheme="light", viewport={"width": 1200, "height": 900})
+    context.set_default_timeout(15_000)
+    watched = Watched(context.new_page())
+    watched.page.goto(address[0])
+    watched.page.locator(".hit").first.wait_for()
+    yield watched
+    context.close()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from served import DIMS, EVIL, ROWS, batch_of, client_of, loaded, made_once, said
+from served import DIMS, EVIL, ROWS, batch_of, client_of, loaded, said
 
 from matryoshka.data import CenterCrop
 from matryoshka.data.augment import normalise
@@ -22,16 +22,6 @@ from matryoshka.retrieval.store_writer import Writer
 from matryoshka.search_page import comparison
 from matryoshka.search_page.classes import ClassRows
 from matryoshka.search_page.download import FORMULA, plain_text
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, photo):
-    return made_once(tmp_path_factory, photo)
-
-
-@pytest.fixture(scope="module")
-def client(made):
-    return client_of(made)[0]
 
 
 @pytest.fixture(scope="module")

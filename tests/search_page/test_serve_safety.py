@@ -12,22 +12,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
-from served import HOST, ROWS, batch_of, client_of, embedded, made_once, said
+from served import HOST, ROWS, batch_of, client_of, embedded, said
 
 from matryoshka.data import ImageFolder, write_beton
 from matryoshka.embeddings.reading import open_embeddings
 from matryoshka.retrieval.store_writer import Writer
 from matryoshka.search_page import pictures
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, photo):
-    return made_once(tmp_path_factory, photo)
-
-
-@pytest.fixture(scope="module")
-def client(made):
-    return client_of(made)[0]
 
 
 def png(width, height, body=b""):
