@@ -315,8 +315,8 @@ def outcome_text(first: int, dims: Sequence[int]) -> str:
     if first == len(dims):
         return "never right"
     if first == 0:
-        return f"right with {dims[0]} dimensions"
-    return f"first right with {dims[first]} dimensions"
+        return f"right with the shortest prefix, {dims[0]}"
+    return f"first right with prefix {dims[first]}"
 
 
 def layer_text(entry: Mapping[str, Any]) -> str:

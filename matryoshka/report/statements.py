@@ -42,7 +42,7 @@ def headline(subject: Json, analysis: Json) -> str:
         text = f"{values[last]:.1f} % top-1 with {last} dimensions."
     else:
         text = (
-            f"{values[first]:.1f} % top-1 with the first {first} dimensions, "
+            f"{values[first]:.1f} % top-1 with the first {_dimensions(first)}, "
             f"{values[last]:.1f} % with all {last}."
         )
     if is_chance(analysis, last) or (not analysis and not _above_chance(subject, values[last])):
@@ -53,6 +53,14 @@ def headline(subject: Json, analysis: Json) -> str:
     if first == last:
         return text
     return f"{text} {_lengths(values, subject, analysis)}"
+
+
+def _dimensions(count: int) -> str:
+    return "dimension" if count == 1 else f"{count} dimensions"
+
+
+def _shorter(count: int) -> str:
+    return "The first dimension" if count == 1 else f"The first {count}"
 
 
 def is_chance(analysis: Json, dim: int) -> bool:
@@ -93,11 +101,13 @@ def _lengths(values: Mapping[int, float], subject: Json, analysis: Json) -> str:
         enough = _shortest_within_unpaired(values, images)
         against_last = "unknown"
     if against_last == "better":
-        return f"The first {first} are more accurate than all {last} {SUPPORTED}."
+        verb = "are" if first > 1 else "is"
+        return f"{_shorter(first)} {verb} more accurate than all {last} {SUPPORTED}."
     if enough is not None:
-        return f"The first {enough} lose at most one point against all {last} {SUPPORTED}."
+        verb = "lose" if enough > 1 else "loses"
+        return f"{_shorter(enough)} {verb} at most one point against all {last} {SUPPORTED}."
     if against_last == "worse":
-        return f"All {last} are more accurate than the first {first} {SUPPORTED}."
+        return f"All {last} are more accurate than {_shorter(first).lower()} {SUPPORTED}."
     low, high = wilson_interval(values[first], images)
     return (
         f"Between {low:.1f} and {high:.1f} % with {first}: {images:,} images are too few to say "

@@ -380,6 +380,10 @@ import { makeViewer } from "./viewer.js";
     if (column.same_class !== null) node.append(make("p", "kin-share", `${column.same_class} of ${column.hits.length} same class`));
     node.append(list);
     if (!column.hits.length) node.append(make("p", "none", "nothing found"));
+    // ReLU features: a short prefix of an image may be all zeros, which have no direction.
+    else if (column.hits.every((hit) => hit.cosine === 0)) {
+      list.before(make("p", "none", "all 0 in the query: no order"));
+    }
     return node;
   }
 

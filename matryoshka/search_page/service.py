@@ -9,6 +9,7 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -160,7 +161,7 @@ class Service:
         own = comparison.default
         return {
             "version": opened.version,
-            "name": printable(index.path.resolve().name),
+            "name": printable(_title(index.path.resolve())),
             "rows": len(index),
             "columns": index.columns,
             "dims": comparison.dims,
@@ -486,3 +487,8 @@ def _rounded(point: np.ndarray) -> list[float] | None:
 def _ms(seconds: float) -> float:
     """Milliseconds with three digits."""
     return float(f"{1000 * seconds:.3g}")
+
+
+def _title(path: Path) -> str:
+    """The index's name; that of its folder for the `index` of a fit."""
+    return path.parent.name if path.name == "index" and path.parent.name else path.name

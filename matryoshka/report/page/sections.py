@@ -67,7 +67,8 @@ def facts(subject: Json, analysis: Json) -> list[tuple[str, str]]:
     shown = []
     for d in sorted({min(values), max(values)}):
         low, high = wilson_interval(values[d], subject["images"])
-        shown.append((f"{values[d]:.1f} %", f"top-1, {d} dimensions ({low:.1f} to {high:.1f})"))
+        unit = "dimension" if d == 1 else "dimensions"
+        shown.append((f"{values[d]:.1f} %", f"top-1, {d} {unit} ({low:.1f} to {high:.1f})"))
     certificate = statements.certified_cascade(analysis)
     if certificate:
         shown.append(
