@@ -169,7 +169,8 @@ def left_out_lines(left_out: list[LeftOut]) -> list[str]:
         first = files[0]
         example = "" if first.reason == kind else f", such as {first.name}: {first.reason}"
         example = example.replace(f"{kind}: ", "")
-        lines.append(f"{len(files):,} files: {kind}{example}")
+        noun = "file" if len(files) == 1 else "files"
+        lines.append(f"{len(files):,} {noun}: {kind}{example}")
     return lines
 
 

@@ -100,7 +100,7 @@ def test_files_left_out_are_counted_by_reason(fitted):
     # round(0.15 x 12) = 2 of each class
     assert report["counts"] == {"train": [10, 10, 10], "val": [2, 2, 2]}
     text = "\n".join(lines)
-    assert "1 files: not an image (.txt)" in text
+    assert "1 file: not an image (.txt)" in text
     assert "red/broken.jpg" in text
 
 

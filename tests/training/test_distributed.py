@@ -233,7 +233,8 @@ def test_three_ways_to_two_processes_end_with_the_same_weights(tmp_path, digits)
         "--max-restarts=3",
     ]
     command += [*rendezvous, script, *train_options(digits, tmp_path, "killed", *options)]
-    run, files = tmp_path / "killed", [open(tmp_path / f"agent{k}.txt", "w") for k in range(2)]  # noqa: SIM115
+    run = tmp_path / "killed"
+    files = [open(tmp_path / f"agent{k}.txt", "w") for k in range(2)]  # noqa: SIM115
     agents = [
         subprocess.Popen(command, cwd=ROOT, env=env, stdout=f, stderr=subprocess.STDOUT)
         for f in files
