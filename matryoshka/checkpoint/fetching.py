@@ -70,7 +70,7 @@ def within(seconds: float, work: Callable[[], None]) -> bool:
     def run() -> None:
         try:
             work()
-        except Exception as error:
+        except Exception as error:  # raised again below, in the caller's thread
             errors.append(error)
 
     thread = threading.Thread(target=run, name="matryoshka-weights", daemon=True)

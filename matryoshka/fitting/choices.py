@@ -121,7 +121,7 @@ def choose(
         epochs = recipe.choose_epochs(sizes.resolution, seconds=seconds, **plan)
     expected = recipe.run_seconds(sizes.resolution, epochs, **plan)
     warnings = []
-    if expected > 1.1 * max(1.0, seconds):
+    if expected > 1.1 * max(0.0, seconds):
         warnings.append(
             f"too little time: {epochs} {'pass' if epochs == 1 else 'passes'} over the photos and "
             f"the evaluation take about {duration(expected + after)}; the run will be longer"

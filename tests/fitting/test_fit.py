@@ -215,6 +215,31 @@ def test_labels_file_test_part_and_start_weights(tmp_path, fitted):
     assert any("start weights" in line for line in lines)
 
 
+def test_too_little_time_is_a_warning_and_one_epoch(tmp_path):
+    photos = write_photos(tmp_path / "photos", each=4)
+    options = {name: value for name, value in FAST.items() if name != "training.epochs"}
+    result = matryoshka.fit(photos, minutes=0.05, output=tmp_path / "out", options=options)
+    assert result.choices["training.epochs"] == 1
+    assert any("too little time: 1 pass" in warning for warning in result.warnings)
+    assert result.report.exists()
+
+
+def test_a_photo_that_goes_away_is_left_out_with_a_warning(tmp_path, monkeypatch):
+    photos = write_photos(tmp_path / "photos")
+    look = run.look
+
+    def look_and_delete(*args, **options):
+        seen = look(*args, **options)
+        seen.parts["train"].path(0).unlink()
+        return seen
+
+    monkeypatch.setattr(run, "look", look_and_delete)
+    result = matryoshka.fit(photos, minutes=1, output=tmp_path / "out", options=FAST)
+    (warning,) = [text for text in result.warnings if "changed while they were read" in text]
+    assert warning.startswith("1 images of train")
+    assert len(Index(result.index)) == len(CLASSES) * EACH - 1
+
+
 # ---------------------------------------------------------------- mistakes
 
 
