@@ -14,7 +14,7 @@ from matryoshka.data import CenterCrop, image_files, read_images
 from matryoshka.data.augment import Preprocessing, normalise
 from matryoshka.models.backbones import backbone
 from matryoshka.models.blurpool import apply_blurpool
-from matryoshka.models.options import ModelConfig, ModelError, ModelSpec
+from matryoshka.models.options import ModelConfig, ModelError, ModelSpec, parse_arch_options
 from matryoshka.nested import NestedLinear, check_dims, default_dims
 
 ENCODE_BATCH = 64  # files that encode_files decodes at a time
@@ -194,8 +194,9 @@ def with_prefixes(model: NestedModel, dims: Sequence[int]) -> NestedModel:
 
 def model_spec(config: ModelConfig, num_classes: int, blurpool: bool = False) -> ModelSpec:
     """The ModelSpec of the options. ModelError names the option that is invalid."""
+    arch_options = parse_arch_options(config.arch_options)
     with torch.device("meta"):  # only the width is needed: no memory, no initialisation
-        _, width = backbone(config.arch)
+        _, width = backbone(config.arch, options=arch_options)
 
     nested = config.mrl or config.efficient
     if nested and config.fixed_feature:
@@ -233,6 +234,7 @@ def model_spec(config: ModelConfig, num_classes: int, blurpool: bool = False) ->
         dims=dims,
         efficient=config.efficient,
         blurpool=blurpool,
+        arch_options=arch_options,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +15,40 @@ class ModelError(ValueError):
     user_error = True
 
 
+def parse_arch_options(pairs: tuple[str, ...] | None) -> dict[str, Any]:
+    """("patch=4", "pool=mean") -> {"patch": 4, "pool": "mean"}: numbers, true, false, null as in
+    JSON, anything else as text. ValueError for a pair without `=` and a name given twice.
+    """
+    parsed: dict[str, Any] = {}
+    for pair in pairs or ():
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"{pair!r}: expected name=value")
+        if name in parsed:
+            raise ValueError(f"{name} is given twice")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        parsed[name] = value if isinstance(value, int | float | str | None) else text
+    return parsed
+
+
+def _check_pairs(pairs: tuple[str, ...]) -> None:
+    parse_arch_options(pairs)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Section `model`."""
 
     arch: str = option(
         "resnet18", help="backbone: a ResNet by its torchvision name, or timm:NAME", common=True
+    )
+    arch_options: tuple[str, ...] | None = option(
+        None,
+        help="further options of the backbone, e.g. patch=4,dim=128",
+        check=_check_pairs,
     )
     pretrained: bool = option(
         False, help="short for model.init=torchvision:<arch>, or timm: for a model of timm"

@@ -31,6 +31,7 @@ from matryoshka.models import (
     model_spec,
 )
 from matryoshka.models.blurpool import BlurPoolConv2d
+from matryoshka.models.options import parse_arch_options
 from matryoshka.nested import NestedLinear
 from matryoshka.training.optim import LrConfig, lr_at, parameter_groups, peak_epoch, peak_lr
 
@@ -137,6 +138,22 @@ def test_unknown_options_of_a_backbone(tmp_path):
     options = {"checkpoint_path": str(tmp_path / "pickle.pt")}
     with pytest.raises(ModelError, match="checkpoint_path is not allowed"):
         build(ModelSpec("timm:test_resnet", 3, (8,), arch_options=options))
+
+
+def test_arch_options_are_read_as_json_values():
+    pairs = ("patch=4", "dropout=0.5", "pool=mean", "bias=false", "depth=null")
+    parsed = parse_arch_options(pairs)
+    assert parsed == {"patch": 4, "dropout": 0.5, "pool": "mean", "bias": False, "depth": None}
+    config = ModelConfig(arch="resnet10", arch_options=("zero_init_residual=true",))
+    assert model_spec(config, 3).arch_options == {"zero_init_residual": True}
+
+
+@pytest.mark.parametrize("pair", ["patch", "=4", "a b=4", "[1]=2"])
+def test_arch_options_without_a_name(pair):
+    with pytest.raises(ValueError, match="expected name=value"):
+        parse_arch_options((pair,))
+    with pytest.raises(ValueError, match="patch is given twice"):
+        parse_arch_options(("patch=4", "patch=8"))
 
 
 def test_a_file_without_options_has_no_key_for_them(tmp_path):
