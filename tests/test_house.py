@@ -16,8 +16,8 @@ ALL = [*LIBRARY, *PROGRAMS, *TESTS, *sorted((ROOT / "bench").glob("*.py")), ROOT
 # From the top of the library to its base: a wing imports only itself and wings below it.
 ORDER = [
     "search_page",
-    "evaluation",
     "training",
+    "evaluation",
     "export",
     "retrieval",
     "checkpoint",

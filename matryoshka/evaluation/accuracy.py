@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy of every prefix, exact for any sharding of the data over ranks."""
+"""Accuracy and loss of every prefix, exact for any sharding of the data over ranks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from matryoshka.nested import nested_cross_entropy
 
 
 class PrefixAccuracy(Metric):
@@ -50,3 +52,27 @@ class PrefixAccuracy(Metric):
         top1 = (100 * self.hits1 / total).tolist()
         top5 = (100 * self.hits5 / total).tolist()
         return {d: {"top1": a, "top5": b} for d, a, b in zip(self.dims, top1, top5, strict=True)}
+
+
+class PrefixLoss(Metric):
+    """Mean cross-entropy of logits [G, B, C], for each of `dims`."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, dims: Sequence[int]) -> None:
+        super().__init__()
+        self.dims = tuple(dims)
+        self.add_state("total", torch.zeros(len(self.dims)), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: logits [G, B, C], labels [B]."""
+        _, per_prefix = nested_cross_entropy(logits.float(), labels)
+        self.total += per_prefix * labels.numel()
+        self.count += labels.numel()
+
+    def compute(self) -> dict[int, float]:
+        """{dim: mean}; NaN if no sample was counted."""
+        return dict(zip(self.dims, (self.total / self.count).tolist(), strict=True))

@@ -10,18 +10,21 @@ import numpy as np
 
 from matryoshka.config import ConfigError
 from matryoshka.data import CenterCrop, Loader, RandomResizedCrop, ResidentLoader
+from matryoshka.data.dataset import Dataset
 from matryoshka.distributed import World
 from matryoshka.environment import available_cores
 from matryoshka.training.options import DataConfig, ResolutionConfig
 
 
-def make_loaders(cfg: SimpleNamespace, world: World, global_batch: int) -> tuple[Loader, Loader]:
-    """Build the training loader (only full global batches) and the validation loader."""
+def training_loader(
+    cfg: SimpleNamespace, world: World, global_batch: int, dataset: str | Dataset
+) -> Loader:
+    """Build the training loader: only full global batches, at the first epoch's resolution."""
     native = {}  # options that FFCV's loader does not have
     if cfg.data.loader == "native":
         native = {"window_pages": cfg.data.window_pages, "on_error": cfg.data.on_error}
-    train_loader = loader_class(cfg)(
-        cfg.data.train_dataset,
+    loader = loader_class(cfg)(
+        dataset,
         global_batch,
         order=training_order(cfg, world),
         crop=training_crop(cfg, resolution_at(0, cfg.resolution)),
@@ -32,17 +35,17 @@ def make_loaders(cfg: SimpleNamespace, world: World, global_batch: int) -> tuple
     )
     # A resident loader decodes the whole file once and never reads it again.
     if cfg.data.in_memory and not cfg.data.resident:
-        train_loader.dataset.preload()
-    return train_loader, validation_loader(cfg, world)
+        loader.dataset.preload()
+    return loader
 
 
-def validation_loader(cfg: SimpleNamespace, world: World) -> Loader:
+def validation_loader(cfg: SimpleNamespace, world: World, dataset: str | Dataset) -> Loader:
     """Build the loader that yields every validation image once, over all ranks.
 
     An image that cannot be decoded is always an error.
     """
     return loader_class(cfg)(
-        cfg.data.val_dataset,
+        dataset,
         cfg.validation.batch_size * world.size,
         order="sequential",
         crop=CenterCrop(cfg.validation.resolution, cfg.validation.crop_ratio),

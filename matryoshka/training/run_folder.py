@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -245,3 +245,13 @@ def epoch_scalars(metrics: Mapping[str, float]) -> dict[str, float]:
     """An epoch's scalars for TensorBoard: all metrics but top-5 and the time of the evaluation."""
     left_out = ("val_time", "top_5/", "ema_top_5/")
     return {name: value for name, value in metrics.items() if not name.startswith(left_out)}
+
+
+def draw_chart(run: Path, print0: Callable[[str], None]) -> None:
+    """Draw the run's chart. Failures become a note: the model is already saved."""
+    from matryoshka.report import plot_run  # matplotlib: 1 s
+
+    try:
+        plot_run(run, run / "accuracy.png")
+    except Exception as error:
+        print0(f"note     no chart of this run: {error}")

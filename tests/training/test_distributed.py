@@ -32,7 +32,7 @@ from matryoshka.evaluation.accuracy import PrefixAccuracy
 from matryoshka.models import ModelSpec, build
 from matryoshka.nested import nested_cross_entropy
 from matryoshka.evaluation.predict import predict
-from matryoshka.train import train_imagenet as program
+from matryoshka.training import supervised as program
 from matryoshka.training.state import TrainState
 from matryoshka.training.sums import Sums
 

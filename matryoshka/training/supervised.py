@@ -1,0 +1,499 @@
+"""Supervised training of a nested model: everything around the loop of a training program.
+
+A program prepares a run, opens its session and writes the loop itself:
+
+    run = SupervisedRun(cfg, world, print0, sections=SECTIONS)
+    with run.session() as session:
+        while session.loop.epoch < epochs:
+            with session.rollback():
+                run.start_epoch(session)
+                with run.meter(session) as meter:
+                    for batch in meter:
+                        lr = run.lr(session)
+                        reports = session.after_step(*run.step(batch, lr))
+                        meter.update(reports, lr)
+                metrics = run.metrics(session.end_epoch(), meter, lr)
+                session.log_epoch(metrics)
+                session.epoch_done(metrics)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from matryoshka import checkpoint, config, distributed
+from matryoshka.checkpoint.transfer import start_model
+from matryoshka.data import Loader, open_dataset
+from matryoshka.data.augment import mix, mixed_loss, normalise, rand_augment
+from matryoshka.data.dataset import Dataset
+from matryoshka.data.loader import Batch
+from matryoshka.distributed import World
+from matryoshka.evaluation.predict import predict
+from matryoshka.models import NestedModel, model_spec
+from matryoshka.models.ema import Ema
+from matryoshka.nested import nested_cross_entropy
+from matryoshka.training.checks import global_batch_size, requested_batch_size
+from matryoshka.training.guard import NonFiniteGuard
+from matryoshka.training.loaders import (
+    resolution_at,
+    training_crop,
+    training_loader,
+    validation_loader,
+)
+from matryoshka.training.meter import EpochMeter
+from matryoshka.training.optim import lr_at, make_optimizer, parameter_groups, peak_epoch, peak_lr
+from matryoshka.training.progress import Forecast, Progress
+from matryoshka.training.run_folder import new_run_id
+from matryoshka.training.session import (
+    Session,
+    SessionOptions,
+    launch_id,
+    resolve_run_on_all_ranks,
+)
+from matryoshka.training.state import TrainState
+from matryoshka.training.step import apply_gradients, begin_step, gradient_sync, micro_batches
+from matryoshka.training.sums import Sums
+
+LEFT_OUT_SHARE = 0.1  # of the images: a note if full batches leave out more than this
+FIT_HINT = "; matryoshka fit PHOTOS --minutes 10 chooses sizes that fit into a time"
+
+# (logits [G, B, C], labels [B]) -> (scalar to minimise, detached loss per prefix [G])
+LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Evaluation(NamedTuple):
+    """accuracy: {dim: {top1, top5}} in percent. loss: {dim: mean cross-entropy}."""
+
+    accuracy: dict[int, dict[str, float]]
+    loss: dict[int, float]
+    seconds: float
+
+
+class SupervisedRun:
+    """A run that is set up from its options and ready for its first or next step.
+
+    cfg: sections of training/options.py. print0: prints a line on rank 0. datasets: opened training
+    and validation sets instead of data.train_dataset and data.val_dataset. sections: of the
+    program, which decide what a resumed run may change. loss: has the signature of
+    nested_cross_entropy.
+
+    A finished run (`start.finished`) has no loaders and no model.
+    """
+
+    train_loader: Loader
+    val_loader: Loader
+    model: NestedModel
+    state: TrainState[NestedModel]
+
+    def __init__(
+        self,
+        cfg: SimpleNamespace,
+        world: World,
+        print0: Callable[[str], None],
+        *,
+        sections: Mapping[str, type],
+        datasets: tuple[Dataset, Dataset] | None = None,
+        loss: Callable = nested_cross_entropy,
+    ) -> None:
+        self.cfg = cfg
+        self.world = world
+        self.print0 = print0
+        t = cfg.training
+        distributed.prepare(world.device, t.seed, t.deterministic)
+
+        # ---- run folder ----
+        run_id = cfg.logging.run_id or launch_id() or new_run_id(cfg.model.arch.replace(":", "-"))
+        run_id = distributed.broadcast(run_id, world)
+        self.options = config.flat(cfg)
+        self.start = resolve_run_on_all_ranks(
+            Path(cfg.logging.folder),
+            run_id,
+            t.resume,
+            options=self.options,
+            neutral=config.neutral_options(sections),
+            world=world,
+        )
+        if self.start.finished:
+            return
+        self._load_data(datasets)
+        notes = self._build_model()
+        self._build_state(loss)
+        self._print_summary(notes)
+
+    @property
+    def resumed(self) -> bool:
+        return self.start.checkpoint is not None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return len(self.train_loader)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return self.model.spec.dims
+
+    # ---------------------------------------------------------------- set-up
+
+    def _load_data(self, datasets: tuple[Dataset, Dataset] | None) -> None:
+        cfg = self.cfg
+        train_set, val_set = datasets or (cfg.data.train_dataset, cfg.data.val_dataset)
+        if datasets is None:
+            images = len(open_dataset(cfg.data.train_dataset))
+        else:
+            images = len(datasets[0])
+        # A resumed run keeps its global batch, also with another number of processes.
+        before = None
+        if self.start.checkpoint is not None:
+            before = self.start.checkpoint.metadata["global_batch"]
+        self.global_batch = global_batch_size(cfg, self.world.size, images=images, before=before)
+        self.train_loader = training_loader(cfg, self.world, self.global_batch, train_set)
+        self.val_loader = validation_loader(cfg, self.world, val_set)
+
+    def _build_model(self) -> list[str]:
+        """Build `model`, `ema` and `ddp`; return notes about its initial weights."""
+        cfg = self.cfg
+        dataset = self.train_loader.dataset
+        spec = model_spec(cfg.model, dataset.num_classes, cfg.training.use_blurpool)
+        resumed = self.start.checkpoint
+        # The weights of a resumed run come from its checkpoint.
+        model_config = replace(cfg.model, init=None, pretrained=False) if resumed else cfg.model
+        model, notes = start_model(model_config, spec, dataset.classes)
+        if resumed:
+            model.preprocessing = checkpoint.preprocessing_of(resumed.metadata)
+        model.preprocessing = replace(
+            model.preprocessing, size=cfg.validation.resolution, ratio=cfg.validation.crop_ratio
+        )
+        model.classes = dataset.classes
+        self.model = model.to(self.world.device).to(memory_format=torch.channels_last)
+        if cfg.training.sync_bn:
+            # In place: the model itself is not a batch norm, only its layers are replaced.
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.ema = Ema(self.model, cfg.training.ema) if cfg.training.ema else None
+        # `model` remains the module to save and to evaluate: DDP's keys start with `module.`.
+        self._ddp = distribute(self.model, self.world)
+        self.precision = distributed.pick_precision(cfg.training.precision, self.world.device)
+        return notes
+
+    def _build_state(self, loss: Callable) -> None:
+        cfg = self.cfg
+        t = cfg.training
+        device = self.world.device
+        weights = None  # of the prefixes; all 1
+        if cfg.model.relative_importance:
+            weights = torch.tensor(cfg.model.relative_importance, device=device)
+        self._loss_fn: LossFn = partial(loss, weights=weights, label_smoothing=t.label_smoothing)
+
+        # Linear in the global batch, so a recipe is right for any number of GPUs.
+        self._peak = peak_lr(cfg.lr, self.global_batch)
+        groups = parameter_groups(self.model, t.weight_decay, t.bn_wd)
+        self.state = TrainState(
+            model=self.model,
+            optimizer=make_optimizer(t.optimizer, groups, self._peak, t.momentum, device),
+            loader=self.train_loader,
+            scaler=torch.amp.GradScaler(device.type, enabled=self.precision == "fp16"),
+            sums=Sums({"loss": (), "prefix_loss": (len(self.dims),)}, device),
+            metadata=checkpoint.describe(self.model),
+            ema=self.ema,
+        )
+        self._guard = NonFiniteGuard(self.model, device, t.clip)
+
+    def _print_summary(self, notes: Sequence[str]) -> None:
+        cfg = self.cfg
+        dataset = self.train_loader.dataset
+        device = self.world.device
+        spec = self.model.spec
+        self.print0(f"run      {self.start.path}")
+        self.print0(
+            f"data     {len(dataset):,} images, {dataset.num_classes} classes; "
+            f"{len(self.val_loader.dataset):,} for validation"
+        )
+        self.print0(f"model    {spec.arch}, {spec.head_name}, dims {list(spec.dims)}")
+        # compile() changes DDP's wrapper in place: the model's keys stay, and evaluation is not
+        # compiled.
+        compiled = compile_model(self._ddp, cfg, device)
+        self.print0(f"device   {self.world.size} x {device.type}, {self.precision}{compiled}")
+        self.print0(
+            f"steps    {cfg.training.epochs} epochs x {self.steps} steps of {self.global_batch} "
+            f"images, peak lr {self._peak:.4g}"
+        )
+        resolutions = self._resolutions
+        self.print0(
+            f"size     {size_text(resolutions)} to train, {cfg.validation.resolution} to validate"
+        )
+        batches = batch_notes(cfg, self.world.size, self.global_batch, len(dataset))
+        for note in (*self.start.notes, *notes, *batches, *schedule_notes(cfg)):
+            self.print0(f"note     {note}")
+
+    @property
+    def _resolutions(self) -> list[int]:
+        return [
+            resolution_at(epoch, self.cfg.resolution) for epoch in range(self.cfg.training.epochs)
+        ]
+
+    @cached_property
+    def progress(self) -> Progress:
+        hint = FIT_HINT if self.world.device.type == "cpu" else ""
+        return Progress(Forecast(self._resolutions, self.steps), self.print0, hint=hint)
+
+    # ---------------------------------------------------------------- the loop's parts
+
+    def session(self) -> Session:
+        """The session of the run, which resumes the checkpoint that `start` found."""
+        cfg = self.cfg
+        session_options = SessionOptions(
+            best_metric=f"top_1/{self.dims[-1]}",
+            keep_last=cfg.training.keep_last,
+            checkpoint_every_steps=cfg.training.checkpoint_every_steps,
+            checkpoint_every_minutes=cfg.training.checkpoint_every_minutes,
+            skip_limit=cfg.training.skip_limit,
+            hang_timeout=cfg.training.hang_timeout,
+            wandb=cfg.logging.wandb,
+        )
+        session = Session(
+            self.state,
+            self._guard,
+            self.world,
+            self.start,
+            options=session_options,
+            config=self.options,
+            config_yaml=config.to_yaml(cfg),
+            print0=self.print0,
+        )
+        if self.resumed:
+            self.print0(f"resume   after step {session.loop.step}, epoch {session.loop.epoch}")
+        return session
+
+    def start_epoch(self, session: Session) -> None:
+        """Set the size of the epoch's images and the loader's position."""
+        resolution = resolution_at(session.loop.epoch, self.cfg.resolution)
+        self.train_loader.crop = training_crop(self.cfg, resolution)
+        session.start_epoch()
+        self.model.train()
+
+    def lr(self, session: Session) -> float:
+        """The learning rate of the next step."""
+        epoch = session.loop.step / self.steps  # fractional: the rate changes in every step
+        rate = lr_at(epoch, self.cfg.lr, self._peak, self.cfg.training.epochs)
+        return session.lr_factor * rate
+
+    def meter(self, session: Session) -> EpochMeter:
+        return EpochMeter(
+            self.train_loader,
+            session,
+            self.progress,
+            log_level=self.cfg.logging.log_level,
+            prefixes=len(self.dims),
+        )
+
+    def step(self, batch: Batch, lr: float) -> tuple[Tensor, Tensor, Tensor]:
+        """One optimizer step on this rank's part of a global batch; see `train_step`."""
+        return train_step(
+            batch,
+            lr,
+            cfg=self.cfg,
+            world=self.world,
+            ddp=self._ddp,
+            state=self.state,
+            guard=self._guard,
+            loss_fn=self._loss_fn,
+            precision=self.precision,
+        )
+
+    def metrics(self, means: Mapping[str, Any], meter: EpochMeter, lr: float) -> dict[str, float]:
+        """The metrics of an epoch's training steps, under the names of `run_folder`."""
+        metrics = {"loss": means["loss"], "lr": lr, **meter.metrics(means["images"])}
+        for dim, prefix_loss in zip(self.dims, means["prefix_loss"], strict=True):
+            metrics[f"loss/{dim}"] = prefix_loss
+        return metrics
+
+    def evaluate(
+        self,
+        session: Session,
+        *,
+        model: NestedModel | None = None,
+        loader: Loader | None = None,
+        tta: bool = False,
+    ) -> Evaluation:
+        """Evaluate `model` (default: the trained one) on `loader` (default: validation).
+
+        Ends with Stopped after a stop signal.
+        """
+        loader = loader or self.val_loader
+
+        def interruptible(batches: Iterable[Batch]) -> Iterable[Batch]:
+            shown = self.progress.batches(batches, len(loader), "evaluated")
+            return session.interruptible(shown)
+
+        return evaluate(
+            model or self.model,
+            loader,
+            precision=self.precision,
+            tta=tta,
+            world=self.world,
+            interruptible=interruptible,
+        )
+
+
+# ---------------------------------------------------------------- step and evaluation
+
+
+def train_step(
+    batch: Batch,
+    lr: float,
+    *,
+    cfg: SimpleNamespace,
+    world: World,
+    ddp: nn.Module,
+    state: TrainState[NestedModel],
+    guard: NonFiniteGuard,
+    loss_fn: LossFn,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One optimizer step on this rank's part of a global batch.
+
+    Returns (mean loss, gradient norm, whether the step was skipped), 0-d tensors on the device.
+    """
+    data = cfg.data
+    t = cfg.training
+    scale = state.model.preprocessing
+    rng = begin_step(state, seed=t.seed, rank=world.rank)
+    # drop_last: every global batch is full
+    global_batch = state.loader.batch_size
+    # Usually one part; more with gradient accumulation.
+    for part in micro_batches(batch, t.batch_size, world=world, global_batch=global_batch):
+        images = part.images  # uint8 [B, H, W, 3]
+        if data.randaugment:
+            images = rand_augment(images, data.randaugment, rng)
+        images = normalise(images, scale.mean, scale.std)  # float [B, 3, H, W]
+        mixed = mix(images, part.labels, data.mixup, data.cutmix, rng)
+
+        with gradient_sync(ddp, part.sync):
+            with distributed.autocast(images.device, precision):
+                logits = ddp(mixed.images)  # [G, B, C]
+            # The loss in float32: its sums lose too much in half precision.
+            loss, prefix_loss = mixed_loss(loss_fn, logits.float(), mixed)
+            state.backward(loss * part.loss_weight)
+        state.sums.add(images=len(part), loss=loss, prefix_loss=prefix_loss)
+
+    mean_loss = state.sums.step_mean("loss")
+    norm, skipped = apply_gradients(state, guard, lr)
+    return mean_loss, norm, skipped
+
+
+def evaluate(
+    model: NestedModel,
+    loader: Loader,
+    *,
+    precision: str,
+    tta: bool,
+    world: World,
+    interruptible: Callable[[Iterable], Iterable] = iter,
+) -> Evaluation:
+    """Accuracy and loss of every prefix over the images of all ranks."""
+    # torchmetrics takes seconds to import: not before it is needed
+    from matryoshka.evaluation.accuracy import PrefixAccuracy, PrefixLoss
+
+    began = time.perf_counter()
+    # Ranks have different batch-norm statistics: all evaluate the model that rank 0 saves.
+    distributed.broadcast_buffers(model, world)
+    accuracy = PrefixAccuracy(model.dims).to(world.device)
+    loss = PrefixLoss(model.dims).to(world.device)
+    for prediction in interruptible(predict(model, loader, precision, tta)):
+        accuracy.update(prediction.logits, prediction.labels)
+        loss.update(prediction.logits, prediction.labels)
+    return Evaluation(accuracy.compute(), loss.compute(), time.perf_counter() - began)
+
+
+# ---------------------------------------------------------------- lines for the terminal
+
+
+def epoch_line(epoch: int, metrics: Mapping[str, float], dims: Sequence[int]) -> str:
+    """The line that is printed after an epoch. The loss is the mean over the prefixes.
+
+    The loss that is minimised and logged is their sum (MRL, equation 1).
+    """
+    top1 = "not evaluated"
+    if f"top_1/{dims[-1]}" in metrics:
+        top1 = "  ".join(f"{dim}: {metrics[f'top_1/{dim}']:.1f}" for dim in dims)
+    if f"ema_top_1/{dims[-1]}" in metrics:
+        top1 += f"  (average {metrics[f'ema_top_1/{dims[-1]}']:.1f})"
+    return (
+        f"epoch {epoch:3d}  loss {metrics['loss'] / len(dims):.3f}  lr {metrics['lr']:.3g}  "
+        f"{metrics['images_per_s']:.0f} images/s  wait {100 * metrics['data_wait']:.0f} %  "
+        f"top-1 {top1}"
+    )
+
+
+def accuracy_text(accuracy: Mapping[int, Mapping[str, float]]) -> str:
+    return "top-1 " + "  ".join(f"{dim}: {row['top1']:.2f}" for dim, row in accuracy.items())
+
+
+def schedule_notes(cfg: SimpleNamespace) -> list[str]:
+    """Notes on a learning-rate peak that lies beyond the run and was moved into it."""
+    name = "lr_peak_epoch" if cfg.lr.lr_schedule_type == "cyclic" else "warmup_epochs"
+    requested = getattr(cfg.lr, name)
+    actual = peak_epoch(cfg.lr, cfg.training.epochs)
+    if actual == requested:
+        return []
+    epochs = cfg.training.epochs
+    return [f"lr.{name}={requested} is beyond these {epochs} epochs: peak at {actual}"]
+
+
+def size_text(resolutions: Sequence[int]) -> str:
+    """`160 px`, or `160 to 224 px` for a ramp."""
+    low, high = min(resolutions), max(resolutions)
+    return f"{low} px" if low == high else f"{low} to {high} px"
+
+
+def batch_notes(cfg: SimpleNamespace, processes: int, global_batch: int, images: int) -> list[str]:
+    """Notes on a batch that was lowered, and on images that full batches leave out."""
+    notes = []
+    requested = requested_batch_size(cfg, processes)
+    if requested > images:
+        notes.append(
+            f"batches of {requested} images are more than the {images} of the training set: "
+            f"lowered to {global_batch}"
+        )
+    left_out = images % global_batch
+    if left_out >= LEFT_OUT_SHARE * images:
+        notes.append(
+            f"each epoch leaves out {left_out} of {images} images, chosen anew: only full batches "
+            f"of {global_batch} are trained on; see training.batch_size"
+        )
+    return notes
+
+
+# ---------------------------------------------------------------- processes and compilation
+
+
+def distribute(model: NestedModel, world: World) -> nn.Module:
+    """Wrap the model in DDP if there are several processes."""
+    if world.size == 1:
+        return model
+    device_ids = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids)
+
+
+def compile_model(ddp: nn.Module, cfg: SimpleNamespace, device: torch.device) -> str:
+    """Compile the forward and backward pass if requested and possible; return a text about it."""
+    requested = cfg.training.compile
+    if requested is None:
+        requested = device.type == "cuda" and not cfg.training.deterministic
+    if not requested:
+        return ""
+    reason = distributed.why_not_compile(device)
+    if reason is not None:
+        return f", not compiled ({reason})"
+    ddp.compile()
+    return ", compiled"
