@@ -10,6 +10,7 @@
 options.py   declarations: type, legal range, choices; every value is checked there
 sections.py  `--config-file x.yaml`, `--section.option=value` (fastargs' syntax)
 flags.py     the papers' flags: `--path x --mrl`, positional arguments, subcommands
+mixed.py     both on one command line
 files.py     YAML and JSON files of options
 layout.py    help texts
 check_first.py  finds mistakes in a command line before slow imports
@@ -18,6 +19,7 @@ outcome.py   errors that a user can correct become one line and exit status 2
 
 from matryoshka.config.check_first import check_first
 from matryoshka.config.flags import CommandParser, FlagParser, command_parser, flat_parser
+from matryoshka.config.mixed import MixedParser
 from matryoshka.config.options import ConfigError, check_fields, check_name, option
 from matryoshka.config.outcome import program
 from matryoshka.config.sections import (
@@ -35,6 +37,7 @@ __all__ = [
     "CommandParser",
     "ConfigError",
     "FlagParser",
+    "MixedParser",
     "SectionParser",
     "ShortForm",
     "check_fields",

@@ -65,30 +65,40 @@ class FlagParser:
         self._words.add_argument("--help-all", action="store_true")
         for name, (field, option) in self._options.items():
             if not field.metadata.get("positional"):
-                self._words.add_argument(_label(field), dest=name, **_reading(field, option))
+                short = field.metadata.get("short")
+                labels = [_label(field), *([short] if short else [])]
+                self._words.add_argument(*labels, dest=name, **_reading(field, option))
 
     def parse_args(self, argv: Sequence[str] | None = None) -> SimpleNamespace:
         """The typed options. ConfigError, one line, for the first error; `--help` exits."""
-        argv = list(sys.argv[1:] if argv is None else argv)
-        # Unknown flags and loose words are in `rest`: _loose_words suggests the nearest flag.
-        flags, rest = self._words.parse_known_args(argv)
-        if flags.help or flags.help_all:
-            print(self.help_text(everything=flags.help_all), flush=True)
-            raise SystemExit(0)
-        given = {name: value for name, value in vars(flags).items() if value is not None}
-        del given["help"], given["help_all"]
-        given |= self._positionals(self._loose_words(rest))
+        given = self.parse_given(list(sys.argv[1:] if argv is None else argv))
         args = SimpleNamespace()
-        for name, (field, option) in self._options.items():
+        for name, (field, _) in self._options.items():
             default = default_of(field)
             if name in given:
-                setattr(args, name, _typed(field, option, given[name]))
+                setattr(args, name, given[name])
             elif default is not MISSING:
                 setattr(args, name, default)
             else:
                 text = field.metadata.get("help", "")
                 raise ConfigError(f"{_label(field)} is required" + (f": {text}" if text else ""))
         return args
+
+    def parse_given(self, argv: Sequence[str]) -> dict[str, Any]:
+        """The typed options that `argv` gives, without defaults. Errors as of `parse_args`."""
+        # Unknown flags and loose words are in `rest`: _loose_words suggests the nearest flag.
+        flags, rest = self._words.parse_known_args(argv)
+        if flags.help or flags.help_all:
+            print(self.help_text(everything=flags.help_all), flush=True)
+            raise SystemExit(0)
+        words = {name: value for name, value in vars(flags).items() if value is not None}
+        del words["help"], words["help_all"]
+        words |= self._positionals(self._loose_words(rest))
+        given = {}
+        for name, (field, option) in self._options.items():
+            if name in words:
+                given[name] = _typed(field, option, words[name])
+        return given
 
     def _loose_words(self, rest: Sequence[str]) -> list[str]:
         """The words without a flag; ConfigError for an unknown flag among them."""
@@ -255,6 +265,8 @@ def _typed(field: Field, option: Option, value: Any) -> Any:
 def _row(field: Field, option: Option) -> Row:
     """The help of one option."""
     head, kind = _label(field), option.items[0]
+    if field.metadata.get("short"):
+        head = f"{field.metadata['short']}, {head}"
     is_switch = kind is bool and not option.is_tuple
     if not _is_positional(field) and not is_switch:
         metavar = field.metadata.get("metavar") or METAVARS.get(kind, "FILE")

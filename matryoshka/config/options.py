@@ -58,6 +58,7 @@ def option(
     common: bool = False,
     existing: bool = False,
     flag: str | None = None,
+    short: str | None = None,
     metavar: str | None = None,
     positional: bool = False,
     words: bool = False,
@@ -74,8 +75,9 @@ def option(
     existing: names a file or folder, which `check_first` looks for; `torchvision:resnet50` and the
     like are not paths.
 
-    For `flat_parser` alone: flag, default `--name-with-dashes`; metavar; positional: an argument
-    without a flag; words: a flag with several values; repeat: a flag that may be given repeatedly.
+    For `flat_parser` alone: flag, default `--name-with-dashes`; short, such as `-r`; metavar;
+    positional: an argument without a flag; words: a flag with several values; repeat: a flag that
+    may be given repeatedly.
     """
     metadata = {
         "help": help,
@@ -87,6 +89,7 @@ def option(
         "common": common,
         "existing": existing,
         "flag": flag,
+        "short": short,
         "metavar": metavar,
         "positional": positional,
         "words": words,

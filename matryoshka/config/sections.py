@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +32,10 @@ from matryoshka.config.options import (
 
 _COMMAND_LINE = "on the command line"
 _SWITCHES = ("help", "help-all", "print-config")
+
+
+# {section.option: value, as it was given} -> {section.option: value}
+Defaults = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 class ShortForm(NamedTuple):
@@ -96,8 +100,12 @@ def read(
     prog: str = "",
     description: str = "",
     short_form: ShortForm | None = None,
+    defaults: Defaults | None = None,
 ) -> SimpleNamespace:
     """One instance of each section's dataclass, from config files and `argv`.
+
+    defaults: maps the options that files and command line give to values of others, which win over
+    the declared defaults.
 
     argv: default sys.argv[1:]. A relative config file is looked up in the current folder, then in
     the repository's root, then among the configs installed with the package. `--help`, `--help-all`
@@ -125,6 +133,9 @@ def read(
     for name in command.files:
         given |= read_file(name, params, errors)
     given |= words | command.given
+    if defaults is not None:
+        values = defaults({key: value for key, (value, _) in given.items()})
+        given = Given({key: (value, "by default") for key, value in values.items()}) | given
     config = SimpleNamespace()
     for name, section in sections.items():
         before = len(errors)
