@@ -29,6 +29,10 @@ class NestedModel(nn.Module):
     head: features [B, D] -> logits [G, B, C] of the G prefixes
     """
 
+    # Whether the features of all dims come from one forward pass. If not (nested_vit.py), each dim
+    # costs a pass of its own.
+    one_pass = True
+
     def __init__(self, trunk: nn.Module, head: NestedLinear, width: int, spec: ModelSpec) -> None:
         super().__init__()
         self.trunk = trunk
@@ -71,6 +75,10 @@ class NestedModel(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         return self.trunk(images)
+
+    def features_of(self, images: Tensor, dim: int) -> Tensor:
+        """What the classifier of `dim` sees, [B, dim]."""
+        return self.features(images)[:, :dim]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.trunk(images))
