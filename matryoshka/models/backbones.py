@@ -16,10 +16,13 @@ from torch import nn
 from matryoshka.models.options import ModelError
 from matryoshka.models.resnets import RESNETS, resnet10, torchvision_resnet
 from matryoshka.models.timm_models import TIMM, one_line, timm_model
+from matryoshka.models.vit import VIT_NETS, cct, vision_transformer
 
 BACKBONES: dict[str, Callable[..., tuple[nn.Module, int]]] = {
     "resnet10": resnet10,
     **{name: partial(torchvision_resnet, name) for name in RESNETS},
+    **{name: partial(vision_transformer, name, **VIT_NETS[name]) for name in VIT_NETS},
+    "cct": cct,
 }
 
 
