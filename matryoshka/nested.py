@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from functools import cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -186,3 +187,64 @@ def nested_cross_entropy(
     else:
         total = (weights.to(per_prefix) * per_prefix).sum()
     return total, per_prefix.detach()
+
+
+def distilled_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    *,
+    share: float,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`nested_cross_entropy`, in which the last (longest) prefix also teaches the shorter ones.
+
+    The loss of every prefix but the last becomes
+        (1 - share) x cross-entropy with the labels
+        + share x temperature^2 x KL(softmax(last / temperature) || softmax(own / temperature)),
+    the mean over the images. No gradient reaches the last prefix through its answers: it learns
+    from the labels alone. Source: Hinton et al., arXiv 1503.02531; from the full width of the same
+    network in each step, without a second one: Yu and Huang, arXiv 1903.05134 ("in-place").
+
+    share: 0 (labels only) to 1. Returns the scalar to minimise and, detached, the cross-entropy
+    with the labels of each prefix [G], comparable with runs without distillation.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share={share}: expected 0 to 1")
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature}: must be positive")
+    g, b, c = logits.shape
+    losses = F.cross_entropy(
+        logits.reshape(g * b, c),
+        labels.repeat(g),
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    per_prefix = losses.view(g, b).mean(dim=1)  # [G]
+    teacher = (logits[-1].detach() / temperature).log_softmax(dim=-1)  # [B, C]
+    students = (logits[:-1] / temperature).log_softmax(dim=-1)  # [G-1, B, C]
+    divergence = (teacher.exp() * (teacher - students)).sum(dim=-1).mean(dim=-1)  # [G-1]
+    # temperature^2 keeps the size of the gradient, which the softer softmax divides by it.
+    taught = (1 - share) * per_prefix[:-1] + share * temperature**2 * divergence
+    combined = torch.cat([taught, per_prefix[-1:]])
+    if weights is not None:
+        combined = weights.to(combined) * combined
+    return combined.sum(), per_prefix.detach()
+
+
+# ---------------------------------------------------------------- prefixes of a step
+
+
+def sandwich(count: int, extra: int, rng: np.random.Generator) -> tuple[int, ...]:
+    """Indices, ascending, of the prefixes or widths to train in one step, out of `count`.
+
+    Always the first and the last, and `extra` random ones of the rest (all of them if there are
+    fewer). The smallest and the largest bound the others' accuracy, which a few random ones per
+    step then approach. Source: Yu and Huang, arXiv 1903.05134, the "sandwich rule".
+    """
+    if count < 1 or extra < 0:
+        raise ValueError(f"sandwich of {count} with {extra} extra: expected at least 1 and 0")
+    between = np.arange(1, count - 1)
+    chosen = rng.permutation(between)[:extra].tolist()
+    return tuple(sorted({0, count - 1, *chosen}))

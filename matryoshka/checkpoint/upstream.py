@@ -17,7 +17,7 @@ from torch import Tensor
 from matryoshka.checkpoint.contents import CheckpointError, Contents
 from matryoshka.data.augment import Preprocessing
 from matryoshka.files import write_atomically
-from matryoshka.models import BACKBONES, TIMM, ModelSpec, NestedModel, backbone
+from matryoshka.models import BACKBONES, RESNETS, TIMM, ModelSpec, NestedModel, backbone
 from matryoshka.models.blurpool import apply_blurpool
 from matryoshka.nested import check_dims, default_dims
 
@@ -239,8 +239,10 @@ def _recognise(
     """(arch, feature width, blurpool) of the backbone with exactly these keys and shapes."""
     blurpool = any(key.endswith(".blur_filter") for key in trunk)
     known = arch is not None and (arch in BACKBONES or arch.startswith(TIMM))
-    # Without a name all of BACKBONES are tried, but not timm's models, which are too many.
-    candidates = [arch] if arch is not None and known else list(BACKBONES)
+    # Without a name all ResNets are tried: upstream has no other nets. Those for small images and
+    # timm's are too many, and most have options that shapes do not tell.
+    resnets = ("resnet10", *RESNETS)
+    candidates = [arch] if arch is not None and known else resnets
     for name in candidates:
         with torch.device("meta"):  # shapes are enough: no memory, no initialisation
             candidate, width = backbone(name)
@@ -252,5 +254,6 @@ def _recognise(
     if arch:
         raise CheckpointError(f"{path}: its weights are not those of a {arch}")
     raise CheckpointError(
-        f"{path}: its weights fit no known backbone ({', '.join(sorted(BACKBONES))})"
+        f"{path}: its weights fit no known backbone ({', '.join(sorted(resnets))}); for "
+        "another one, give arch"
     )

@@ -58,6 +58,30 @@ def top_confidence(
     return predictions, confidence
 
 
+def entropy_confidence(
+    scores: np.ndarray, *, logits: bool = True, chunk: int = ROWS
+) -> np.ndarray:
+    """1 - H / log C, H the entropy of the softmax: float32 [G, N], 0 (even) to 1 (one class).
+
+    Arguments as for `top_confidence`.
+    """
+    classes = scores.shape[2]
+    confidence = np.ones(scores.shape[:2], np.float32)
+    if classes == 1:
+        return confidence
+    for g in range(len(scores)):
+        for part, rows in _chunks(scores[g], chunk):
+            values = rows.astype(np.float64)
+            if logits:
+                values = np.exp(values - values.max(1, keepdims=True))
+            probabilities = values / values.sum(1, keepdims=True)
+            # The limit of p log p at 0 is 0.
+            logarithms = np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
+            entropy = -(probabilities * logarithms).sum(1)
+            confidence[g, part] = 1 - entropy / np.log(classes)
+    return confidence
+
+
 def _chunks(rows: np.ndarray, size: int) -> Iterator[tuple[slice, np.ndarray]]:
     for start in range(0, len(rows), size):
         part = slice(start, start + size)

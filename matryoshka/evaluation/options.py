@@ -15,7 +15,8 @@ KINDS = ("logits", "softmax", "predictions", "gt")  # arrays that an evaluation 
 SCORES = ("logits", "softmax", "predictions")  # inputs of an analysis, in order of preference
 PREPROCESSING = ("checkpoint", "upstream", "ffcv")
 DTYPES = ("float32", "float16")  # of embeddings on disk
-ANALYSES = ("cascade", "oracle", "superclasses", "trends", "calibration", "agreement")
+ANALYSES = ("cascade", "widths", "oracle", "superclasses", "trends", "calibration", "agreement")
+CONFIDENCES = ("softmax", "entropy")
 METHODS = ("linear", "1nn", "ncm", "svd", "svd-1nn", "rand-fs", "rand-lp")
 FORMATS = ("png", "jpg")
 MAX_SEED = 2**63 - 1  # torch's generators
@@ -330,6 +331,26 @@ class AnalyzeOptions:
     gt: str | None = option(None, help="labels of that array", metavar="FILE", existing=True)
     dims: tuple[int, ...] | None = option(
         None, help="prefix lengths of that array", metavar="D,D,...", low=1
+    )
+    macs: tuple[int, ...] | None = option(
+        None,
+        help="multiply-adds of each of --dims, if each is a forward pass of its own; results.json "
+        "has them",
+        metavar="M,M,...",
+        low=1,
+    )
+    validation: str | None = option(
+        None,
+        help="widths: results.json of the validation images that thresholds are chosen on; unset: "
+        "a share of the images, see --learn",
+        metavar="FILE",
+        common=True,
+        existing=True,
+    )
+    confidence: str = option(
+        "softmax",
+        help="widths: confidence of an answer, its softmax or 1 - entropy / log(classes)",
+        choices=CONFIDENCES,
     )
     only: tuple[str, ...] = option(
         ANALYSES, help="some of the analyses", choices=ANALYSES, nonempty=True, common=True

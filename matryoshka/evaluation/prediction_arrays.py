@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from matryoshka.data.imagenet import CLASSES, wnids
-from matryoshka.evaluation.analysis import top_confidence
+from matryoshka.evaluation.analysis import entropy_confidence, top_confidence
 from matryoshka.evaluation.options import SCORES
 
 MAX_CLASSES = 10_000_000
@@ -35,7 +35,9 @@ class PredictionArrays:
 
     scores: float [G, N, C] logits or softmax, a memory map; None if only predictions were saved.
     predictions: int64 [G, N], empty if scores were saved. labels: int64 [N]. class_names: of the C
-    classes, None if unknown. metadata: provenance of the arrays.
+    classes, None if unknown. metadata: provenance of the arrays. macs: multiply-adds of each of the
+    G, if each of them runs on its own (the widths of a family); None for prefixes of one trunk, and
+    if unknown.
     """
 
     scores: np.ndarray | None
@@ -46,6 +48,7 @@ class PredictionArrays:
     num_classes: int
     class_names: list[str] | None
     metadata: dict[str, Any]
+    macs: tuple[int, ...] | None = None
 
     def answers(self, images: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         """Predictions int64 [G, n] and confidences float32 [G, n] of some images, or of all.
@@ -58,6 +61,11 @@ class PredictionArrays:
         # a slice of all images keeps the memory map, which is then read in parts
         scores = self.scores if isinstance(images, slice) else self.scores[:, images]
         return top_confidence(scores, logits=self.are_logits)
+
+    def entropy_confidence(self) -> np.ndarray:
+        """1 - entropy / log C of all images, float32 [G, N]. Needs scores."""
+        assert self.scores is not None
+        return entropy_confidence(self.scores, logits=self.are_logits)
 
     def logits(self, g: int, images: np.ndarray) -> np.ndarray:
         """Logits of prefix number g for some images, float32 [n, C].
@@ -93,7 +101,7 @@ def from_results(path: str | Path) -> PredictionArrays:
     if kind is None or "gt" not in names:
         missing = "gt" if kind else "logits"
         raise ArrayError(f"{file}: names no {missing} array; evaluate with --save_logits --save_gt")
-    return _open(
+    arrays = _open(
         kind,
         file.parent / names[kind],
         file.parent / names["gt"],
@@ -101,6 +109,21 @@ def from_results(path: str | Path) -> PredictionArrays:
         class_names=classes,
         metadata={key: results.get(key) for key in METADATA},
     )
+    # Older files lack both keys.
+    if results.get("one_pass", True):
+        return arrays
+    return replace(arrays, macs=_macs_of(file, results.get("macs"), dims))
+
+
+def _macs_of(file: Path, macs: Any, dims: Sequence[int]) -> tuple[int, ...]:
+    """The multiply-adds of each width, from results.json."""
+    values = [macs.get(str(dim)) for dim in dims] if isinstance(macs, Mapping) else [None]
+    if not all(type(value) is int and value > 0 for value in values):
+        raise ArrayError(
+            f"{file}: damaged: macs must hold the multiply-adds of each width; make it again with "
+            "eval --output"
+        )
+    return tuple(values)
 
 
 def _all_strings(values: Any) -> bool:
@@ -120,14 +143,19 @@ def from_files(options: Mapping[str, Any]) -> PredictionArrays:
             "give --results, or one of --logits, --softmax and --predictions with --gt and --dims"
         )
     kind = kinds[0]
-    return _open(
+    dims = list(options["dims"])
+    macs = options["macs"]
+    if macs is not None and len(macs) != len(dims):
+        raise ArrayError(f"--macs names {len(macs)} costs, --dims {len(dims)} widths")
+    arrays = _open(
         kind,
         Path(options[kind]),
         Path(options["gt"]),
-        dims=list(options["dims"]),
+        dims=dims,
         class_names=None,
         metadata={"scores": options[kind], "gt": options["gt"]},
     )
+    return replace(arrays, macs=macs)
 
 
 # ---------------------------------------------------------------- checks

@@ -11,13 +11,16 @@ blurpool.py     anti-aliased strided convolutions
 from typing import TYPE_CHECKING
 
 from matryoshka import lazy
-from matryoshka.models.options import ModelConfig, ModelError, ModelSpec
+from matryoshka.models.options import FAMILIES, ModelConfig, ModelError, ModelSpec
 
 if TYPE_CHECKING:
     from matryoshka.models.backbones import BACKBONES, backbone
+    from matryoshka.models.macs import multiply_adds
     from matryoshka.models.model import (
+        FamilyModel,
         NestedModel,
         build,
+        extract,
         model_spec,
         shortest_prefix,
         with_prefixes,
@@ -27,16 +30,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKBONES",
+    "FAMILIES",
     "RESNETS",
     "TIMM",
+    "FamilyModel",
     "ModelConfig",
     "ModelError",
     "ModelSpec",
     "NestedModel",
     "backbone",
     "build",
+    "extract",
     "import_timm",
     "model_spec",
+    "multiply_adds",
     "one_line",
     "shortest_prefix",
     "with_prefixes",
@@ -46,7 +53,16 @@ __getattr__ = lazy.attribute(
     __name__,
     {
         "backbones": ("BACKBONES", "backbone"),
-        "model": ("NestedModel", "build", "model_spec", "shortest_prefix", "with_prefixes"),
+        "macs": ("multiply_adds",),
+        "model": (
+            "FamilyModel",
+            "NestedModel",
+            "build",
+            "extract",
+            "model_spec",
+            "shortest_prefix",
+            "with_prefixes",
+        ),
         "resnets": ("RESNETS",),
         "timm_models": ("TIMM", "import_timm", "one_line"),
     },

@@ -13,13 +13,16 @@ from typing import Any
 
 from torch import nn
 
-from matryoshka.models.options import ModelError
+from matryoshka.models.options import FAMILIES, ModelError
 from matryoshka.models.resnets import RESNETS, resnet10, torchvision_resnet
 from matryoshka.models.timm_models import TIMM, one_line, timm_model
+from matryoshka.models.vit import VIT_NETS, cct, vision_transformer
 
 BACKBONES: dict[str, Callable[..., tuple[nn.Module, int]]] = {
     "resnet10": resnet10,
     **{name: partial(torchvision_resnet, name) for name in RESNETS},
+    **{name: partial(vision_transformer, name, **VIT_NETS[name]) for name in VIT_NETS},
+    "cct": cct,
 }
 
 
@@ -54,7 +57,11 @@ def _builder(arch: str) -> Callable[..., tuple[nn.Module, int]]:
         return partial(timm_model, arch.removeprefix(TIMM))
     if arch in BACKBONES:
         return BACKBONES[arch]
-    near = difflib.get_close_matches(arch, BACKBONES, n=1)
+    if arch in FAMILIES:
+        raise ModelError(
+            f"model.arch={arch} is a family of widths, not one backbone; choose another one here"
+        )
+    near = difflib.get_close_matches(arch, (*BACKBONES, *FAMILIES), n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    known = ", ".join(sorted(BACKBONES))
+    known = ", ".join(sorted((*BACKBONES, *FAMILIES)))
     raise ModelError(f"model.arch={arch!r} is unknown{hint}; known: {known}, {TIMM}NAME")

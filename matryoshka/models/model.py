@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,19 @@ from matryoshka.data import CenterCrop, image_files, read_images
 from matryoshka.data.augment import Preprocessing, normalise
 from matryoshka.models.backbones import backbone
 from matryoshka.models.blurpool import apply_blurpool
-from matryoshka.models.options import ModelConfig, ModelError, ModelSpec, parse_arch_options
-from matryoshka.nested import NestedLinear, check_dims, default_dims
+from matryoshka.models.nested_vit import MEMBER, WidthFamily, member_options, vit_family
+from matryoshka.models.options import (
+    FAMILIES,
+    ModelConfig,
+    ModelError,
+    ModelSpec,
+    parse_arch_options,
+)
+from matryoshka.models.sizes import refuse_weights
+from matryoshka.nested import NestedLinear, check_dims, default_dims, nested_logits
 
 ENCODE_BATCH = 64  # files that encode_files decodes at a time
+FAMILY_WIDTH = 512  # the widest member of a family without model.dims
 
 # ---------------------------------------------------------------- the model
 
@@ -28,6 +37,10 @@ class NestedModel(nn.Module):
     trunk: images [B, 3, H, W], normalised float -> features [B, D]
     head: features [B, D] -> logits [G, B, C] of the G prefixes
     """
+
+    # Whether the features of all dims come from one forward pass. If not (nested_vit.py), each dim
+    # costs a pass of its own.
+    one_pass = True
 
     def __init__(self, trunk: nn.Module, head: NestedLinear, width: int, spec: ModelSpec) -> None:
         super().__init__()
@@ -46,6 +59,25 @@ class NestedModel(nn.Module):
     @property
     def dims(self) -> tuple[int, ...]:
         return self.head.dims
+
+    def restrict(self, dims: Sequence[int]) -> None:
+        """Keep only the prefixes `dims`; see `with_prefixes`."""
+        head = self.head
+        try:
+            dims = check_dims(dims, head.dims[-1])
+        except ValueError as error:
+            raise ModelError(f"nesting list: {error}") from None
+        if not head.shared:
+            unknown = [d for d in dims if d not in head.dims]
+            if unknown:
+                raise ModelError(
+                    f"nesting list: no classifier for {unknown[0]}, only for "
+                    f"{', '.join(map(str, head.dims))}"
+                )
+            head.heads = nn.ModuleList(head.heads[head.dims.index(d)] for d in dims)
+        # A shared head keeps its weights: nested_logits slices the columns that `dims` needs.
+        head.dims = dims
+        self.spec = replace(self.spec, dims=dims)
 
     def check_classes(self, dataset) -> None:
         """ModelError if the labels of `dataset` (path, classes, num_classes) are not this model's
@@ -71,6 +103,10 @@ class NestedModel(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         return self.trunk(images)
+
+    def features_of(self, images: Tensor, dim: int) -> Tensor:
+        """What the classifier of `dim` sees, [B, dim]."""
+        return self.features(images)[:, :dim]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.trunk(images))
@@ -150,6 +186,94 @@ class NestedModel(nn.Module):
         return torch.cat(parts)
 
 
+class FamilyModel(NestedModel):
+    """A family of widths (nested_vit.py): the logits of each dim come from a member of that width.
+
+    Each width is a forward pass of its own; `features` are those of the widest.
+    """
+
+    one_pass = False
+    trunk: WidthFamily
+
+    def features_of(self, images: Tensor, dim: int) -> Tensor:
+        return self.trunk(images, dim)
+
+    def forward(self, images: Tensor, which: Sequence[int] | None = None) -> Tensor:
+        """Logits [G, B, C] of all widths, or, at least cost, of some.
+
+        which: their numbers in `dims`, as nested.sandwich draws them; G is then their count.
+        """
+        dims = self.dims if which is None else [self.dims[i] for i in which]
+        logits = []
+        for dim, features in zip(dims, self.trunk.features(images, dims), strict=True):
+            logits.append(nested_logits(features, [self.classifier(dim)], (dim,)))
+        return torch.cat(logits)
+
+    def classifier(self, dim: int) -> tuple[Tensor, Tensor]:
+        """(weight [C, dim], bias [C]) of one width."""
+        head = self.head.heads[0 if self.head.shared else self.dims.index(dim)]
+        return head.get_parameter("weight")[:, :dim], head.get_parameter("bias")
+
+    @torch.no_grad()
+    def restrict(self, dims: Sequence[int]) -> None:
+        dims = tuple(dims)
+        unknown = [d for d in dims if d not in self.dims]
+        if unknown or not dims or list(dims) != sorted(set(dims)):
+            raise ModelError(
+                f"nesting list: {','.join(map(str, dims))}: expected some of this family's widths, "
+                f"{', '.join(map(str, self.dims))}, in rising order"
+            )
+        smaller = build(replace(self.spec, dims=dims))
+        kept = smaller.state_dict()
+        for dim in dims:
+            for name, weight in self.trunk.weights_of(dim).items():
+                key = f"trunk.members.{dim}.{name}"
+                if key in kept:
+                    kept[key] = weight
+        for i in range(len(smaller.head.heads)):
+            dim = dims[-1] if smaller.head.shared else dims[i]
+            kept[f"head.heads.{i}.weight"], kept[f"head.heads.{i}.bias"] = self.classifier(dim)
+        smaller.load_state_dict(kept)
+        smaller.to(next(self.parameters()))
+        smaller.train(self.training)
+        self.trunk = smaller.trunk
+        self.head = smaller.head
+        self.width = dims[-1]
+        self.spec = smaller.spec
+        self.frozen = ()
+
+
+@torch.no_grad()
+def extract(model: NestedModel, dim: int) -> NestedModel:
+    """One width of a family as a model of its own: a plain ViT with exactly its parameters.
+
+    The weights are copies; preprocessing and class names are the family's. ModelError for a model
+    that is no family, and for a width that it does not have.
+    """
+    if not isinstance(model, FamilyModel):
+        raise ModelError(
+            f"{model.spec.arch}: only the widths of {', '.join(FAMILIES)} are models of their own"
+        )
+    if dim not in model.dims:
+        raise ModelError(
+            f"{model.spec.arch}: no width {dim}, only {', '.join(map(str, model.dims))}"
+        )
+    spec = ModelSpec(
+        arch=MEMBER,
+        num_classes=model.spec.num_classes,
+        dims=(dim,),
+        arch_options={**member_options(model.spec.arch_options), "dim": dim},
+    )
+    alone = build(spec)
+    state = {f"trunk.{name}": weight for name, weight in model.trunk.weights_of(dim).items()}
+    state["head.heads.0.weight"], state["head.heads.0.bias"] = model.classifier(dim)
+    alone.load_state_dict(state)
+    alone.to(next(model.parameters()))
+    alone.preprocessing = model.preprocessing
+    alone.classes = model.classes
+    return alone.train(model.training)
+
+
 def build(spec: ModelSpec, weights: str | None = None) -> NestedModel:
     """Build the model of `spec`.
 
@@ -157,6 +281,11 @@ def build(spec: ModelSpec, weights: str | None = None) -> NestedModel:
     random. It is torchvision's name, such as IMAGENET1K_V2, or timm's name of the model, such as
     resnet18.a1_in1k.
     """
+    if spec.arch in FAMILIES:
+        refuse_weights(spec.arch, weights)
+        family = vit_family(spec.arch, spec.dims, spec.arch_options)
+        head = NestedLinear(family.dims, spec.num_classes, spec.efficient)
+        return FamilyModel(family, head, family.dims[-1], spec)
     trunk, width = backbone(spec.arch, weights, spec.arch_options)
     head = NestedLinear(check_dims(spec.dims, width), spec.num_classes, spec.efficient)
     if spec.blurpool:
@@ -168,24 +297,10 @@ def with_prefixes(model: NestedModel, dims: Sequence[int]) -> NestedModel:
     """Restrict `model` to the prefixes `dims`; change it in place and return it.
 
     MRL: `dims` must be prefixes that have a classifier. MRL-E: any lengths up to the classifier's
-    width, because its columns are shared. ModelError lists the available prefixes.
+    width, because its columns are shared. A family: some of its widths; the weights of wider ones
+    are dropped. ModelError lists the available prefixes.
     """
-    head = model.head
-    try:
-        dims = check_dims(dims, head.dims[-1])
-    except ValueError as error:
-        raise ModelError(f"nesting list: {error}") from None
-    if not head.shared:
-        unknown = [d for d in dims if d not in head.dims]
-        if unknown:
-            raise ModelError(
-                f"nesting list: no classifier for {unknown[0]}, only for "
-                f"{', '.join(map(str, head.dims))}"
-            )
-        head.heads = nn.ModuleList(head.heads[head.dims.index(d)] for d in dims)
-    # A shared head keeps its weights: nested_logits slices the columns that `dims` needs.
-    head.dims = dims
-    model.spec = replace(model.spec, dims=dims)
+    model.restrict(dims)
     return model
 
 
@@ -195,6 +310,8 @@ def with_prefixes(model: NestedModel, dims: Sequence[int]) -> NestedModel:
 def model_spec(config: ModelConfig, num_classes: int, blurpool: bool = False) -> ModelSpec:
     """The ModelSpec of the options. ModelError names the option that is invalid."""
     arch_options = parse_arch_options(config.arch_options)
+    if config.arch in FAMILIES:
+        return _family_spec(config, num_classes, arch_options)
     with torch.device("meta"):  # only the width is needed: no memory, no initialisation
         _, width = backbone(config.arch, options=arch_options)
 
@@ -222,12 +339,7 @@ def model_spec(config: ModelConfig, num_classes: int, blurpool: bool = False) ->
         option = "dims" if config.dims is not None else "fixed_feature"
         raise ModelError(f"model.{option}: {error} ({config.arch})") from None
 
-    weights = config.relative_importance
-    if weights is not None and len(weights) != len(dims):
-        raise ModelError(
-            f"model.relative_importance has {len(weights)} weights for the {len(dims)} prefixes "
-            f"{list(dims)}"
-        )
+    _check_importance(config, dims)
     return ModelSpec(
         arch=config.arch,
         num_classes=num_classes,
@@ -236,6 +348,44 @@ def model_spec(config: ModelConfig, num_classes: int, blurpool: bool = False) ->
         blurpool=blurpool,
         arch_options=arch_options,
     )
+
+
+def _family_spec(
+    config: ModelConfig, num_classes: int, arch_options: dict[str, Any]
+) -> ModelSpec:
+    """The ModelSpec of a family, which is nested without model.mrl."""
+    if config.fixed_feature:
+        raise ModelError(
+            f"model.fixed_feature: {config.arch} has the widths of model.dims; leave it out"
+        )
+    if config.dims is not None:
+        try:
+            dims = check_dims(config.dims, max(config.dims, default=0))
+        except ValueError as error:
+            raise ModelError(f"model.dims: {error} ({config.arch})") from None
+    else:
+        dims = default_dims(FAMILY_WIDTH, shortest_prefix(config.nesting_start, FAMILY_WIDTH))
+    with torch.device("meta"):  # the errors of widths and options
+        vit_family(config.arch, dims, arch_options)
+    _check_importance(config, dims)
+    return ModelSpec(
+        arch=config.arch,
+        num_classes=num_classes,
+        dims=dims,
+        # Where all weights are slices, the classifier's are, too.
+        efficient=config.efficient or (config.arch == "vit_nested" and not config.mrl),
+        arch_options=arch_options,
+    )
+
+
+def _check_importance(config: ModelConfig, dims: Sequence[int]) -> None:
+    """ModelError unless there is one model.relative_importance for each prefix."""
+    weights = config.relative_importance
+    if weights is not None and len(weights) != len(dims):
+        raise ModelError(
+            f"model.relative_importance has {len(weights)} weights for the {len(dims)} prefixes "
+            f"{list(dims)}"
+        )
 
 
 def shortest_prefix(nesting_start: int, width: int) -> int:

@@ -9,6 +9,10 @@ from typing import Any
 from matryoshka.config import option
 
 
+# Families of transformers nested in their width: their dims are widths, see nested_vit.py.
+FAMILIES = ("vit_nested", "vit_independent", "vit_nested_proj")
+
+
 class ModelError(ValueError):
     """A model option that cannot be met; the message names the option and the remedy."""
 
@@ -43,7 +47,10 @@ class ModelConfig:
     """Section `model`."""
 
     arch: str = option(
-        "resnet18", help="backbone: a ResNet by its torchvision name, or timm:NAME", common=True
+        "resnet18",
+        help="backbone: a ResNet by its torchvision name, a net for small images, a family of "
+        "widths (vit_nested, ...), or timm:NAME",
+        common=True,
     )
     arch_options: tuple[str, ...] | None = option(
         None,
@@ -75,8 +82,8 @@ class ModelConfig:
     )
     dims: tuple[int, ...] | None = option(
         None,
-        help="prefix lengths, e.g. 8,12,512; unset: powers of two from 2^nesting_start to the "
-        "width",
+        help="prefix lengths, e.g. 8,12,512, or the widths of a family; unset: powers of two from "
+        "2^nesting_start to the width",
         low=1,
     )
     relative_importance: tuple[float, ...] | None = option(

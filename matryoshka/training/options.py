@@ -188,6 +188,22 @@ class TrainingConfig:
     sync_bn: bool = option(False, help="batch norm over all processes (GPUs only)")
     epochs: int = option(30, help="passes over the training set", low=1, common=True)
     label_smoothing: float = option(0.1, help="label smoothing of the loss", low=0, high=1)
+    distill: float = option(
+        0.0,
+        help="share of the loss of every shorter prefix (or width) that pulls its answers to the "
+        "longest one's, the rest is the labels'; 0: off",
+        low=0,
+        high=1,
+    )
+    distill_temperature: float = option(
+        1.0, help="distill: temperature that softens both answers", above=0
+    )
+    sandwich: int | None = option(
+        None,
+        help="train the smallest, the largest and this many random other widths in each step; "
+        "unset: all",
+        low=0,
+    )
     distributed: bool | None = option(
         None,
         help="1: start the processes of section dist; under torchrun 1 is implied, 0 an error",

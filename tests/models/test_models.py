@@ -21,7 +21,7 @@ from matryoshka.checkpoint.transfer import check_start, start_model
 from matryoshka.checkpoint.upstream import save_upstream
 from matryoshka.evaluation.accuracy import PrefixAccuracy
 from matryoshka.models import (
-    BACKBONES,
+    RESNETS,
     ModelConfig,
     ModelError,
     ModelSpec,
@@ -36,6 +36,7 @@ from matryoshka.nested import NestedLinear
 from matryoshka.training.optim import LrConfig, lr_at, parameter_groups, peak_epoch, peak_lr
 
 SMALL = ["resnet10", "resnet18", "resnet50"]
+NATIVE = ["resnet10", *RESNETS]
 
 
 @pytest.mark.parametrize("arch", SMALL)
@@ -64,7 +65,7 @@ LARGE = {
     "wide_resnet101_2",
 }
 TRAINED = [
-    *(pytest.param(a, marks=pytest.mark.slow if a in LARGE else ()) for a in BACKBONES),
+    *(pytest.param(a, marks=pytest.mark.slow if a in LARGE else ()) for a in NATIVE),
     "timm:test_resnet",
     "timm:vit_tiny_patch16_224",
 ]
@@ -99,7 +100,7 @@ def backbone_width(arch):
         return backbone(arch)[1]
 
 
-@pytest.mark.parametrize("arch", sorted(set(BACKBONES) - set(SMALL)))
+@pytest.mark.parametrize("arch", sorted(set(NATIVE) - set(SMALL)))
 def test_every_backbone_builds(arch):
     with torch.device("meta"):
         model = build(ModelSpec(arch, 5, (8,), blurpool=True))
@@ -168,7 +169,7 @@ def test_every_torchvision_resnet_is_there():
         for n in models.list_models()
         if models.get_model_builder(n).__module__ == "torchvision.models.resnet"
     }
-    assert set(BACKBONES) == names | {"resnet10"}
+    assert set(RESNETS) == names
 
 
 def test_spec_from_options():

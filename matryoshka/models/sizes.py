@@ -1,0 +1,93 @@
+"""Checks of a net's options: every ModelError names `model.arch_options` and what is legal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from matryoshka.models.options import ModelError
+
+# Upper bounds, far above any sensible net: a checkpoint can claim any number, and building a net of
+# a billion layers would not end.
+LIMITS = {
+    "image_size": 4096,
+    "patch": 1024,
+    "dim": 16384,
+    "depth": 256,
+    "heads": 256,
+    "head_dim": 16384,
+    "mlp_dim": 65536,
+    "kernel": 63,
+    "codes": 65536,
+    "code_dim": 16384,
+    "hiddens": 4096,
+    "residual_hiddens": 4096,
+    "residual_layers": 64,
+}
+
+
+def check_counts(net: str, **counts: object) -> None:
+    """Each of `counts` is a whole number from 1 to its limit in LIMITS."""
+    for name, value in counts.items():
+        if type(value) is not int or not 1 <= value <= LIMITS[name]:  # a bool is an int
+            raise ModelError(
+                f"model.arch_options: {net}: {name}={value}: expected a whole number from 1 to "
+                f"{LIMITS[name]}"
+            )
+
+
+def check_shares(net: str, **shares: object) -> None:
+    """Each of `shares` is a number from 0 to less than 1: a probability of dropping."""
+    for name, value in shares.items():
+        if type(value) not in (int, float) or not 0 <= value < 1:  # pyright: ignore[reportOperatorIssue]
+            raise ModelError(
+                f"model.arch_options: {net}: {name}={value}: expected 0 or more, and less than 1"
+            )
+
+
+def check_choices(net: str, legal: Iterable[str], **choices: object) -> None:
+    """Each of `choices` is one of the words `legal`."""
+    legal = tuple(legal)
+    for name, value in choices.items():
+        if value not in legal:
+            raise ModelError(
+                f"model.arch_options: {net}: {name}={value}: expected one of {', '.join(legal)}"
+            )
+
+
+def check_patches(net: str, image_size: int, patch: int) -> None:
+    """`patch` divides `image_size`."""
+    if image_size % patch:
+        legal = [p for p in range(1, image_size + 1) if image_size % p == 0]
+        raise ModelError(
+            f"model.arch_options: {net}: patch={patch} does not divide image_size={image_size}; "
+            f"legal: {', '.join(map(str, legal))}"
+        )
+
+
+def check_heads(net: str, dim: int, heads: int) -> None:
+    """`heads` divides `dim`."""
+    if dim % heads:
+        legal = [h for h in range(1, min(dim, 64) + 1) if dim % h == 0]
+        raise ModelError(
+            f"model.arch_options: {net}: heads={heads} does not divide dim={dim}; legal: "
+            f"{', '.join(map(str, legal))}"
+        )
+
+
+def check_multiple(net: str, of: int, reason: str, **counts: int) -> None:
+    """Each of `counts` is a multiple of `of`, for the reason that the message gives."""
+    for name, value in counts.items():
+        if value % of:
+            near = max(of, round(value / of) * of)
+            raise ModelError(
+                f"model.arch_options: {net}: {name}={value} is not a multiple of {of}, which "
+                f"{reason}; try {name}={near}"
+            )
+
+
+def refuse_weights(net: str, weights: str | None) -> None:
+    """ModelError if published weights are asked for: there are none."""
+    if weights is not None:
+        raise ModelError(
+            f"model.init: no weights are published for {net}; give a checkpoint, or leave it out"
+        )
