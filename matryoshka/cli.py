@@ -42,6 +42,11 @@ PROGRAMS = {
         "train MRL, MRL-E or a fixed feature",
         "matryoshka.training.options:parser",
     ),
+    "cifar": Program(
+        "matryoshka.train.train_cifar10",
+        "train small nets and vision transformers on CIFAR-10 and the like",
+        "matryoshka.training.cifar_options:parser",
+    ),
     "runs": Program("matryoshka.train.list_runs", "table of the training runs in a folder"),
     "probe": Program(
         "matryoshka.train.linear_probe",

@@ -29,7 +29,7 @@ from matryoshka.distributed import World
 from matryoshka.nested import nested_cross_entropy
 from matryoshka.training.checks import check
 from matryoshka.training.loaders import validation_loader
-from matryoshka.training.run_folder import accuracy_metrics, draw_chart
+from matryoshka.training.run_folder import draw_chart
 from matryoshka.training.session import FINAL
 from matryoshka.training.supervised import SupervisedRun, accuracy_text, epoch_line, evaluate
 from matryoshka.training.watch import Stopped
@@ -87,13 +87,7 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
 
                 metrics = run.metrics(session.end_epoch(), meter, lr)
                 if cfg.logging.log_level > 0 or epoch == epochs - 1:
-                    result = run.evaluate(session, tta=mirrored)
-                    metrics["val_time"] = result.seconds
-                    run.progress.forecast.add_evaluation(result.seconds)
-                    metrics |= accuracy_metrics(result.accuracy)
-                    if run.ema is not None:
-                        result = run.evaluate(session, model=run.ema.module, tta=mirrored)
-                        metrics |= accuracy_metrics(result.accuracy, prefix="ema_")
+                    metrics |= run.validation_metrics(session, tta=mirrored)
                 run.progress.print0(epoch_line(epoch, metrics, run.dims))
                 run.progress.announce(session.loop.step)
                 session.log_epoch(metrics)

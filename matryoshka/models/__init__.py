@@ -14,7 +14,7 @@ from matryoshka import lazy
 from matryoshka.models.options import FAMILIES, ModelConfig, ModelError, ModelSpec
 
 if TYPE_CHECKING:
-    from matryoshka.models.backbones import BACKBONES, backbone
+    from matryoshka.models.backbones import BACKBONES, backbone, option_names
     from matryoshka.models.macs import multiply_adds
     from matryoshka.models.model import (
         FamilyModel,
@@ -45,6 +45,7 @@ __all__ = [
     "model_spec",
     "multiply_adds",
     "one_line",
+    "option_names",
     "shortest_prefix",
     "with_prefixes",
 ]
@@ -52,7 +53,7 @@ __all__ = [
 __getattr__ = lazy.attribute(
     __name__,
     {
-        "backbones": ("BACKBONES", "backbone"),
+        "backbones": ("BACKBONES", "backbone", "option_names"),
         "macs": ("multiply_adds",),
         "model": (
             "FamilyModel",

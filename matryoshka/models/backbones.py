@@ -7,6 +7,7 @@ BACKBONES. The trunk maps images [B, 3, H, W] to features [B, D].
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -50,6 +51,19 @@ def backbone(
         raise ModelError(
             f"model.init: cannot load the weights {weights} of {arch}: {one_line(error)}"
         ) from error
+
+
+def option_names(arch: str) -> frozenset[str]:
+    """The names of model.arch_options that the builder of `arch` declares.
+
+    Empty for builders that pass everything on to another library.
+    """
+    from matryoshka.models.nested_vit import MEMBER
+
+    parameters = inspect.signature(_builder(MEMBER if arch in FAMILIES else arch)).parameters
+    named = {n for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    # The widths of a family are its dims.
+    return frozenset(named - {"dim"} if arch in FAMILIES else named)
 
 
 def _builder(arch: str) -> Callable[..., tuple[nn.Module, int]]:

@@ -60,6 +60,11 @@ class NestedModel(nn.Module):
     def dims(self) -> tuple[int, ...]:
         return self.head.dims
 
+    def classifier(self, dim: int) -> tuple[Tensor, Tensor]:
+        """(weight [C, dim], bias [C]) of one dim, sliced where all share one."""
+        head = self.head.heads[0 if self.head.shared else self.dims.index(dim)]
+        return head.get_parameter("weight")[:, :dim], head.get_parameter("bias")
+
     def restrict(self, dims: Sequence[int]) -> None:
         """Keep only the prefixes `dims`; see `with_prefixes`."""
         head = self.head
@@ -209,11 +214,6 @@ class FamilyModel(NestedModel):
             logits.append(nested_logits(features, [self.classifier(dim)], (dim,)))
         return torch.cat(logits)
 
-    def classifier(self, dim: int) -> tuple[Tensor, Tensor]:
-        """(weight [C, dim], bias [C]) of one width."""
-        head = self.head.heads[0 if self.head.shared else self.dims.index(dim)]
-        return head.get_parameter("weight")[:, :dim], head.get_parameter("bias")
-
     @torch.no_grad()
     def restrict(self, dims: Sequence[int]) -> None:
         dims = tuple(dims)
@@ -245,27 +245,23 @@ class FamilyModel(NestedModel):
 
 @torch.no_grad()
 def extract(model: NestedModel, dim: int) -> NestedModel:
-    """One width of a family as a model of its own: a plain ViT with exactly its parameters.
+    """One dim of a nested model as a model of its own.
 
-    The weights are copies; preprocessing and class names are the family's. ModelError for a model
-    that is no family, and for a width that it does not have.
+    Of a family: a plain ViT of this width, with exactly its parameters. Of any other model: its
+    trunk and the classifier on the first `dim` features. The weights are copies; preprocessing and
+    class names are the model's. ModelError for a dim that the model does not have.
     """
-    if not isinstance(model, FamilyModel):
-        raise ModelError(
-            f"{model.spec.arch}: only the widths of {', '.join(FAMILIES)} are models of their own"
-        )
     if dim not in model.dims:
-        raise ModelError(
-            f"{model.spec.arch}: no width {dim}, only {', '.join(map(str, model.dims))}"
-        )
-    spec = ModelSpec(
-        arch=MEMBER,
-        num_classes=model.spec.num_classes,
-        dims=(dim,),
-        arch_options={**member_options(model.spec.arch_options), "dim": dim},
-    )
-    alone = build(spec)
-    state = {f"trunk.{name}": weight for name, weight in model.trunk.weights_of(dim).items()}
+        raise ModelError(f"{model.spec.arch}: no dim {dim}, only {', '.join(map(str, model.dims))}")
+    if isinstance(model, FamilyModel):
+        arch_options = {**member_options(model.spec.arch_options), "dim": dim}
+        spec = replace(model.spec, arch=MEMBER, arch_options=arch_options)
+        weights = model.trunk.weights_of(dim)
+    else:
+        spec = model.spec
+        weights = model.trunk.state_dict()
+    alone = build(replace(spec, dims=(dim,), efficient=False))
+    state = {f"trunk.{name}": weight for name, weight in weights.items()}
     state["head.heads.0.weight"], state["head.heads.0.bias"] = model.classifier(dim)
     alone.load_state_dict(state)
     alone.to(next(model.parameters()))
@@ -350,9 +346,7 @@ def model_spec(config: ModelConfig, num_classes: int, blurpool: bool = False) ->
     )
 
 
-def _family_spec(
-    config: ModelConfig, num_classes: int, arch_options: dict[str, Any]
-) -> ModelSpec:
+def _family_spec(config: ModelConfig, num_classes: int, arch_options: dict[str, Any]) -> ModelSpec:
     """The ModelSpec of a family, which is nested without model.mrl."""
     if config.fixed_feature:
         raise ModelError(

@@ -155,9 +155,7 @@ def member_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in ("norms", "decoupled")}
 
 
-def _split_options(
-    arch: str, options: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split_options(arch: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(norms and decoupled, options of the members). ModelError for a wrong one."""
     where = f"model.arch_options: {arch}"
     if "dim" in options:

@@ -28,7 +28,7 @@ NESTED = {
     "nested_proj": "the same with one patch projection, sliced",
     "nested": "one transformer, its width sliced",
 }
-FAMILIES = {
+FAMILY_OF = {
     "independent": "vit_independent",
     "nested_proj": "vit_nested_proj",
     "nested": "vit_nested",
@@ -58,9 +58,7 @@ class CifarConfig:
     patch: int | None = option(
         None, help="pixels of a patch's side; unset: the net's default", low=1
     )
-    dim: int | None = option(
-        None, help="width of the transformer; unset: the net's default", low=1
-    )
+    dim: int | None = option(None, help="width of the transformer; unset: the net's default", low=1)
     convkernel: int | None = option(
         None, help="kernel of convmixer's convolutions; unset: the net's default", low=1
     )
@@ -72,8 +70,9 @@ class CifarConfig:
         below=1,
     )
     select_on_test: bool = option(
-        False, help="choose the best epoch on the test set, as older numbers did; without this the "
-        "test set is used once, at the end"
+        False,
+        help="choose the best epoch on the test set, as older numbers did; without this the "
+        "test set is used once, at the end",
     )
     seed_outputs: bool = option(
         True,
@@ -125,9 +124,7 @@ class Flags:
     adan_beta3: float | None = option(
         None, help="1 - beta3 of Adan's paper (0.01)", flag="--adan_beta3", low=0, high=1
     )
-    mrl_flag: bool = option(
-        False, help="train all of --mrl_dims at once", flag="--mrl_flag"
-    )
+    mrl_flag: bool = option(False, help="train all of --mrl_dims at once", flag="--mrl_flag")
     mrl_dims: tuple[int, ...] | None = option(
         None,
         help="dims of --mrl_flag (powers of two from 8 to the width)",
@@ -235,7 +232,7 @@ def translate(flags: Mapping[str, Any]) -> dict[str, Any]:
     if flags.get("notb"):
         given["logging.tensorboard"] = False
     if flags.get("nowandb"):
-        given["logging.wandb"] = "none"
+        given["logging.wandb"] = "off"
     return given
 
 
@@ -256,11 +253,11 @@ def _model(flags: Mapping[str, Any]) -> dict[str, Any]:
     net = flags.get("net", FIXED_POSITIONS)
     if kind is None:
         kind = "independent" if net == FIXED_POSITIONS else "prefixes"
-    if kind in FAMILIES and net != FIXED_POSITIONS:
+    if kind in FAMILY_OF and net != FIXED_POSITIONS:
         raise config.ConfigError(
             f"--mrl_kind {kind}: for --net {FIXED_POSITIONS}, not {net}; use prefixes or shared"
         )
-    given = {"model.arch": FAMILIES.get(kind, net), "cifar.net": net, "model.mrl": True}
+    given = {"model.arch": FAMILY_OF.get(kind, net), "cifar.net": net, "model.mrl": True}
     # A transformer with a sliced width has a sliced classifier: each member is a slice of it.
     given["model.efficient"] = kind in ("shared", "nested")
     if "mrl_dims" in flags:
@@ -274,13 +271,14 @@ def is_compression(given: Mapping[str, Any]) -> bool:
     given: the given options in sections.
     """
     net = given.get("model.arch")
-    return net in COMPRESSION_NETS or net in FAMILIES.values()
+    return net in COMPRESSION_NETS or net in FAMILY_OF.values()
 
 
 def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults of both repositories, by the options that are given."""
     net = given.get("cifar.net") or given.get("model.arch") or "vit"
-    size = given.get("cifar.size", CifarConfig.size)
+    # vit_base_patch16_384 of timm
+    size = given.get("cifar.size", 384 if net == "vit_timm" else CifarConfig.size)
     optimizer = given.get("training.optimizer", "adam")
     dataset = given.get("cifar.dataset", CifarConfig.dataset)
     rate = given.get("lr.lr", 1e-4)
@@ -295,8 +293,9 @@ def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         "training.batch_size": given.get("training.global_batch_size", 512),
         "lr.lr": 1e-4,
         "lr.lr_schedule_type": "cosine",
-        "data.crop": "padded",
+        # "data.crop": "padded",
         "data.randaugment": RANDAUGMENT,
+        "cifar.size": size,
         "resolution.min_res": size,
         "resolution.max_res": size,
         "validation.resolution": size,

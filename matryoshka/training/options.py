@@ -289,6 +289,7 @@ class LoggingConfig:
         low=0,
         affects_result=False,
     )
+    tensorboard: bool = option(True, help="write scalars for TensorBoard", affects_result=False)
     wandb: str | None = option(
         None,
         help="project of Weights & Biases to log to as well (WANDB_MODE=offline: a folder)",

@@ -49,7 +49,7 @@ class RunLog:
     of a run that was killed before its first checkpoint. launch: name shared by the restarts of one
     torchrun. wandb: project of Weights & Biases that receives the same numbers; the run has the
     folder's name there and remains one run when it is resumed. Raises WandbError, before anything
-    is written, if Weights & Biases is not available.
+    is written, if Weights & Biases is not available. tensorboard: whether to write for it.
     """
 
     def __init__(
@@ -61,9 +61,8 @@ class RunLog:
         resumed_at: tuple[int, int] | None = None,
         launch: str | None = None,
         wandb: str | None = None,
+        tensorboard: bool = True,
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # 2 s to import: only where a run starts
-
         self.path = path
         resumed = resumed_at is not None
         # First of all: if it fails, nothing of the folder has changed.
@@ -84,7 +83,11 @@ class RunLog:
         self.truncate(0 if resumed_at is None else resumed_at[1])
         # TensorBoard hides the scalars of the steps that are trained again.
         purge_step = None if resumed_at is None else resumed_at[0] + 1
-        self._board = SummaryWriter(str(path / "tensorboard"), purge_step=purge_step)
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # 2 s: only where a run starts
+
+            self._board = SummaryWriter(str(path / "tensorboard"), purge_step=purge_step)
         self._start = time.time()
 
     def truncate(self, epoch: int) -> None:
@@ -120,7 +123,7 @@ class RunLog:
         self._append("log", {"timestamp": now, "relative_time": now - self._start, **values})
         if "epoch" in values:
             by_epoch = {f"epoch/{name}": v for name, v in values.items() if name != "epoch"}
-            self._send(by_epoch, "epoch", values["epoch"])
+            self.send(by_epoch, "epoch", values["epoch"])
 
     def write_event(self, values: Mapping) -> None:
         """Append a line to events.jsonl: starts, stops, skipped steps, rollbacks."""
@@ -132,12 +135,17 @@ class RunLog:
 
     def write_scalars(self, values: Mapping[str, float], step: int) -> None:
         """Write TensorBoard scalars at an optimizer step."""
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        self._send(values, "step", step)
+        self.write_board(values, step)
+        self.send(values, "step", step)
 
-    def _send(self, values: Mapping[str, float], axis: str, at: int) -> None:
-        """Log to Weights & Biases over our own axis.
+    def write_board(self, values: Mapping[str, float], step: int) -> None:
+        """Write scalars to TensorBoard alone."""
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def send(self, values: Mapping[str, float], axis: str, at: int) -> None:
+        """Log to Weights & Biases alone, over our own axis.
 
         Its own step counter never decreases: it would drop everything that follows a rollback.
         """
@@ -165,7 +173,8 @@ class RunLog:
                 self._wandb.finish()
         for file in self._files.values():
             file.close()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
 
 def _start_wandb(project: str, path: Path, params: Mapping, *, resumed: bool) -> Any:
@@ -228,8 +237,9 @@ def log_line(metrics: Mapping[str, float], epoch: int) -> dict[str, float]:
     One prefix has the keys top_1 and top_5, several have top_1_8, ..., top_5_8, ...
     """
     line: dict[str, float] = {"current_lr": metrics["lr"]}
-    if "val_time" in metrics:
-        line["val_time"] = metrics["val_time"]
+    for name in ("val_time", "val_loss"):
+        if name in metrics:
+            line[name] = metrics[name]
 
     several = sum(name.startswith("top_1/") for name in metrics) > 1
     for name, percent in metrics.items():

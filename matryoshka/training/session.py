@@ -82,7 +82,8 @@ class SessionOptions:
     checkpoints to keep. checkpoint_every_steps, checkpoint_every_minutes: checkpoints within an
     epoch; 0: none. skip_limit: consecutive steps with non-finite gradients that cause a rollback.
     hang_timeout: seconds without progress until the process ends; 0: never. wandb: project of
-    Weights & Biases.
+    Weights & Biases. tensorboard: whether to write for it. resume_hint: options that resume a
+    stopped run, for the message.
     """
 
     best_metric: str
@@ -92,6 +93,8 @@ class SessionOptions:
     skip_limit: int = 10
     hang_timeout: float = 1800.0
     wandb: str | None = None
+    tensorboard: bool = True
+    resume_hint: str = "--training.resume=auto"
 
 
 # ---------------------------------------------------------------- resume
@@ -295,6 +298,7 @@ class Session:
                 resumed_at=resumed_at,
                 launch=launch_id(),
                 wandb=options.wandb,
+                tensorboard=options.tensorboard,
             )
             kind = "go on" if self._resumed else "start"  # names of the events.jsonl format
             self.event(kind, step=self.loop.step, ranks=world.size)
@@ -463,7 +467,7 @@ class Session:
         self.event("stopped", step=self.loop.step, signal=self._signal.received)
         self._print0(
             f"stopped  after step {self.loop.step}; resume with the same command and "
-            "--training.resume=auto"
+            f"{self._options.resume_hint}"
         )
         raise Stopped(f"{self.path}: stopped after step {self.loop.step}")
 

@@ -52,6 +52,14 @@ class Checkpoint:
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
 
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose name starts with `prefix`, without it: `model.`, `ema.`."""
+        found = {}
+        for name, tensor in self.tensors.items():
+            if name.startswith(prefix):
+                found[name.removeprefix(prefix)] = tensor
+        return found
+
 
 class _HostCopy:
     """Tensors side by side in one block of host memory, pinned if they come from a GPU."""

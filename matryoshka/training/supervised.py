@@ -19,6 +19,7 @@ A program prepares a run, opens its session and writes the loop itself:
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -27,16 +28,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from matryoshka import checkpoint, config, distributed
-from matryoshka.checkpoint.transfer import start_model
-from matryoshka.data import Loader, open_dataset
-from matryoshka.data.augment import mix, mixed_loss, normalise, rand_augment
+from matryoshka.checkpoint.transfer import start_model, start_weights
+from matryoshka.data import CenterCrop, Loader, open_dataset
+from matryoshka.data.augment import Preprocessing, mix, mixed_loss, normalise, rand_augment
 from matryoshka.data.dataset import Dataset
 from matryoshka.data.loader import Batch
+from matryoshka.data.subset import Subset
 from matryoshka.distributed import World
 from matryoshka.evaluation.predict import predict
 from matryoshka.models import NestedModel, model_spec
@@ -53,20 +56,25 @@ from matryoshka.training.loaders import (
 from matryoshka.training.meter import EpochMeter
 from matryoshka.training.optim import lr_at, make_optimizer, parameter_groups, peak_epoch, peak_lr
 from matryoshka.training.progress import Forecast, Progress
-from matryoshka.training.run_folder import new_run_id
+from matryoshka.training.run_folder import accuracy_metrics, new_run_id
 from matryoshka.training.session import (
     Session,
     SessionOptions,
+    broadcast_checkpoint,
     launch_id,
     resolve_run_on_all_ranks,
 )
+from matryoshka.training.snapshot import Checkpoint
+from matryoshka.training.snapshot import read as read_checkpoint
 from matryoshka.training.state import TrainState
 from matryoshka.training.step import apply_gradients, begin_step, gradient_sync, micro_batches
 from matryoshka.training.sums import Sums
 
+INITIAL_IMAGES = 5000  # that trunks compute initial weights from
 LEFT_OUT_SHARE = 0.1  # of the images: a note if full batches leave out more than this
 FIT_HINT = "; matryoshka fit PHOTOS --minutes 10 chooses sizes that fit into a time"
 
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean, std of each channel
 # (logits [G, B, C], labels [B]) -> (scalar to minimise, detached loss per prefix [G])
 LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -82,10 +90,10 @@ class Evaluation(NamedTuple):
 class SupervisedRun:
     """A run that is set up from its options and ready for its first or next step.
 
-    cfg: sections of training/options.py. print0: prints a line on rank 0. datasets: opened training
-    and validation sets instead of data.train_dataset and data.val_dataset. sections: of the
-    program, which decide what a resumed run may change. loss: has the signature of
-    nested_cross_entropy.
+    cfg: sections of training/options.py. print0: prints a line on rank 0. sections: of the program,
+    which decide what a resumed run may change. datasets: opened training and validation sets
+    instead of data.train_dataset and data.val_dataset. normalisation: mean and std of the images,
+    used unless initial weights have their own. loss: has the signature of nested_cross_entropy.
 
     A finished run (`start.finished`) has no loaders and no model.
     """
@@ -103,6 +111,7 @@ class SupervisedRun:
         *,
         sections: Mapping[str, type],
         datasets: tuple[Dataset, Dataset] | None = None,
+        normalisation: Normalisation | None = None,
         loss: Callable = nested_cross_entropy,
     ) -> None:
         self.cfg = cfg
@@ -126,7 +135,7 @@ class SupervisedRun:
         if self.start.finished:
             return
         self._load_data(datasets)
-        notes = self._build_model()
+        notes = self._build_model(normalisation)
         self._build_state(loss)
         self._print_summary(notes)
 
@@ -160,7 +169,7 @@ class SupervisedRun:
         self.train_loader = training_loader(cfg, self.world, self.global_batch, train_set)
         self.val_loader = validation_loader(cfg, self.world, val_set)
 
-    def _build_model(self) -> list[str]:
+    def _build_model(self, normalisation: Normalisation | None) -> list[str]:
         """Build `model`, `ema` and `ddp`; return notes about its initial weights."""
         cfg = self.cfg
         dataset = self.train_loader.dataset
@@ -171,11 +180,16 @@ class SupervisedRun:
         model, notes = start_model(model_config, spec, dataset.classes)
         if resumed:
             model.preprocessing = checkpoint.preprocessing_of(resumed.metadata)
+        elif normalisation is not None and model.preprocessing == Preprocessing():
+            mean, std = normalisation
+            model.preprocessing = replace(model.preprocessing, mean=mean, std=std)
         model.preprocessing = replace(
             model.preprocessing, size=cfg.validation.resolution, ratio=cfg.validation.crop_ratio
         )
         model.classes = dataset.classes
         self.model = model.to(self.world.device).to(memory_format=torch.channels_last)
+        if not resumed and not start_weights(cfg.model):
+            self._initialise_from_data()
         if cfg.training.sync_bn:
             # In place: the model itself is not a batch norm, only its layers are replaced.
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -184,6 +198,24 @@ class SupervisedRun:
         self._ddp = distribute(self.model, self.world)
         self.precision = distributed.pick_precision(cfg.training.precision, self.world.device)
         return notes
+
+    def _initialise_from_data(self) -> None:
+        """Let a trunk that computes weights from images, such as fast_cnn's whitening, do so."""
+        initialise = getattr(self.model.trunk, "initialise_from", None)
+        if initialise is None:
+            return
+        scale = self.model.preprocessing
+        chosen = np.arange(min(INITIAL_IMAGES, len(self.train_loader.dataset)))
+        # The same images on every rank, so that all compute the same weights.
+        loader = Loader(
+            Subset(self.train_loader.dataset, chosen),
+            len(chosen),
+            order="sequential",
+            crop=CenterCrop(scale.size, scale.ratio),
+            device=self.world.device,
+        )
+        batch = next(iter(loader))
+        initialise(normalise(batch.images, scale.mean, scale.std))
 
     def _build_state(self, loss: Callable) -> None:
         cfg = self.cfg
@@ -246,13 +278,24 @@ class SupervisedRun:
         hint = FIT_HINT if self.world.device.type == "cpu" else ""
         return Progress(Forecast(self._resolutions, self.steps), self.print0, hint=hint)
 
+    def loader(self, dataset: Dataset) -> Loader:
+        """A loader that yields every image of another data set once, as in validation."""
+        return validation_loader(self.cfg, self.world, dataset)
+
     # ---------------------------------------------------------------- the loop's parts
 
-    def session(self) -> Session:
-        """The session of the run, which resumes the checkpoint that `start` found."""
+    def session(self, *, best_of_average: bool = False, resume_hint: str | None = None) -> Session:
+        """The session of the run, which resumes the checkpoint that `start` found.
+
+        best_of_average: the best checkpoint is that of the averaged weights, where there are any.
+        resume_hint: options that resume a stopped run, for the message.
+        """
         cfg = self.cfg
+        average = "ema_" if best_of_average and self.ema is not None else ""
         session_options = SessionOptions(
-            best_metric=f"top_1/{self.dims[-1]}",
+            best_metric=f"{average}top_1/{self.dims[-1]}",
+            tensorboard=cfg.logging.tensorboard,
+            resume_hint=resume_hint or SessionOptions.resume_hint,
             keep_last=cfg.training.keep_last,
             checkpoint_every_steps=cfg.training.checkpoint_every_steps,
             checkpoint_every_minutes=cfg.training.checkpoint_every_minutes,
@@ -317,6 +360,17 @@ class SupervisedRun:
             metrics[f"loss/{dim}"] = prefix_loss
         return metrics
 
+    def validation_metrics(self, session: Session, *, tta: bool = False) -> dict[str, float]:
+        """Metrics of the model, and of its average, on the validation set."""
+        result = self.evaluate(session, tta=tta)
+        self.progress.forecast.add_evaluation(result.seconds)
+        metrics = {"val_time": result.seconds, "val_loss": sum(result.loss.values())}
+        metrics |= accuracy_metrics(result.accuracy)
+        if self.ema is not None:
+            result = self.evaluate(session, model=self.ema.module, tta=tta)
+            metrics |= accuracy_metrics(result.accuracy, prefix="ema_")
+        return metrics
+
     def evaluate(
         self,
         session: Session,
@@ -343,6 +397,23 @@ class SupervisedRun:
             world=self.world,
             interruptible=interruptible,
         )
+
+    def best_model(self, session: Session) -> NestedModel:
+        """The model of the best checkpoint; without one, of the last step. A copy, on all ranks.
+
+        Of the averaged weights, where there are any.
+        """
+        average = self.ema is not None
+        model = copy.deepcopy(self.ema.module if self.ema is not None else self.model)
+        session.snapshots.wait()
+        best: Checkpoint | None = None
+        file = session.snapshots.folder / "best.safetensors"
+        if self.world.is_main and file.exists():
+            best = read_checkpoint(file)
+        best = broadcast_checkpoint(best, self.world)
+        if best is not None:
+            model.load_state_dict(best.part("ema." if average else "model."))
+        return model
 
 
 # ---------------------------------------------------------------- step and evaluation

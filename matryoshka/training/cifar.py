@@ -1,0 +1,196 @@
+"""What train_cifar10.py adds to a training run: data sets, and options that follow from others."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from matryoshka.config import ConfigError
+from matryoshka.data import Loader, open_dataset
+from matryoshka.data.named_sets import named_dataset, normalisation
+from matryoshka.data.split import stratified_split
+from matryoshka.data.subset import Subset
+from matryoshka.models import FAMILIES, model_spec, option_names
+from matryoshka.training.cifar_options import is_compression
+from matryoshka.training.cifar_outputs import newest_run
+from matryoshka.training.supervised import SupervisedRun
+
+WANDB_PROJECT = "cifar10-challange"  # as both repositories spell it
+CLASSES_OF_A_TRIAL = 10  # any number: the check of a model needs one before the data are there
+
+
+def resolved(cfg: SimpleNamespace) -> tuple[SimpleNamespace, list[str]]:
+    """Options with everything filled in that follows from others, and lines for the user.
+
+    Fetches and writes the data set if it is not in the cache. ConfigError or ModelError, one line,
+    for options that cannot be met; those that need no data come first.
+    """
+    cfg = SimpleNamespace(**vars(cfg))
+    lines = [_defaults_text(cfg)]
+    cfg.model, notes = _with_net_options(cfg)
+    model_spec(cfg.model, CLASSES_OF_A_TRIAL)  # its errors, before a download
+    cfg.training = _with_newest_run(cfg)
+    cfg.logging, wandb_notes = _with_wandb(cfg)
+    cfg.data = _with_data(cfg)
+    lines += [f"note     {note}" for note in (*notes, *wandb_notes)]
+    return cfg, lines
+
+
+class SmallImages:
+    """The opened data sets of a run.
+
+    train, validation, test: data sets. selects: whether the best epoch is chosen by `validation`.
+    text, test_text: what the sets are, for the user.
+    """
+
+    def __init__(self, cfg: SimpleNamespace) -> None:
+        c = cfg.cifar
+        train = open_dataset(cfg.data.train_dataset)
+        self.test = open_dataset(cfg.data.val_dataset)
+        self.selects = True
+        self.normalisation = normalisation(c.dataset)
+        own = _validation_folder(c.data)
+        if c.select_on_test:
+            self.train, self.validation = train, self.test
+            self.text = f"chosen   the best epoch on the {len(self.test):,} TEST images"
+        elif own is not None:
+            self.train, self.validation = train, open_dataset(own)
+            self.text = f"chosen   the best epoch on {len(self.validation):,} images of {own}"
+        elif c.val_share == 0:
+            self.train, self.validation = train, self.test
+            self.selects = False
+            self.text = "chosen   the weights of the last epoch, without validation"
+        else:
+            kept, held_out = stratified_split(train.labels, c.val_share, cfg.training.seed)
+            self.train, self.validation = Subset(train, kept), Subset(train, held_out)
+            held = f"{len(held_out):,} of the {len(train):,} training images"
+            self.text = f"chosen   the best epoch on {held}"
+        self._chose_on_test = c.select_on_test
+
+    def evaluations(self, run: SupervisedRun) -> Iterator[tuple[str, Loader, str]]:
+        """(name, loader, text) of the data sets that the best model is evaluated on."""
+        if self.selects and not self._chose_on_test:
+            text = f"{len(self.validation):,} images, which chose the epoch"
+            yield "validation", run.val_loader, text
+        text = "which chose the epoch" if self._chose_on_test else "used once"
+        yield "test", run.loader(self.test), f"{len(self.test):,} images, {text}"
+
+
+# ---------------------------------------------------------------- options
+
+
+def _defaults_text(cfg: SimpleNamespace) -> str:
+    given = {"model.arch": cfg.model.arch}
+    name = "vision-transformers-cifar10"
+    if is_compression(given):
+        name = "matryoshka-vit-compression"
+    return f"defaults {name}: {cfg.cifar.net or cfg.model.arch}, {cfg.training.epochs} epochs"
+
+
+def _with_net_options(cfg: SimpleNamespace) -> tuple[Any, list[str]]:
+    """Section `model` with the options of the net, and notes on those that it does not have."""
+    c = cfg.cifar
+    accepted = option_names(cfg.model.arch)
+    pairs: list[str] = list(cfg.model.arch_options or ())
+    given = {pair.partition("=")[0] for pair in pairs}
+    notes = []
+    wanted = {"image_size": c.size, "patch": c.patch, "kernel": c.convkernel}
+    if cfg.model.arch not in FAMILIES:
+        wanted["dim"] = c.dim
+    flags = {"patch": "--patch", "kernel": "--convkernel", "dim": "--dimhead"}
+    for name, value in wanted.items():
+        if value is None or name in given:
+            continue
+        if name in accepted:
+            pairs.append(f"{name}={value}")
+        elif name in flags:
+            notes.append(f"{flags[name]} {value}: {cfg.model.arch} has no such option")
+    model = replace(cfg.model, arch_options=tuple(pairs) or None)
+    if c.dim is not None and cfg.model.arch in FAMILIES and model.dims is None:
+        widths = tuple(2**k for k in range(cfg.model.nesting_start, c.dim.bit_length()))
+        model = replace(model, dims=tuple(sorted({*widths, c.dim})))
+    elif c.dim is not None and cfg.model.arch in FAMILIES and model.dims[-1] != c.dim:
+        raise ConfigError(
+            f"--dimhead {c.dim}: the widest of --mrl_dims is {model.dims[-1]}; leave one out"
+        )
+    return model, notes
+
+
+def _with_newest_run(cfg: SimpleNamespace) -> Any:
+    if cfg.training.resume != "newest":
+        return cfg.training
+    return replace(cfg.training, resume=str(newest_run(cfg)))
+
+
+def _with_wandb(cfg: SimpleNamespace) -> tuple[Any, list[str]]:
+    """Section `logging` with Weights & Biases where it is installed and configured."""
+    if cfg.logging.wandb == "off" or cfg.logging.wandb is not None:
+        wandb = None if cfg.logging.wandb == "off" else cfg.logging.wandb
+        return replace(cfg.logging, wandb=wandb), []
+    reason = _why_no_wandb()
+    if reason is None:
+        return replace(cfg.logging, wandb=WANDB_PROJECT), []
+    return cfg.logging, [f"no Weights & Biases: {reason}; --nowandb hides this note"]
+
+
+def _why_no_wandb() -> str | None:
+    if importlib.util.find_spec("wandb") is None:
+        return "wandb is not installed"
+    if os.environ.get("WANDB_MODE") in ("offline", "online", "shared"):
+        return None
+    if os.environ.get("WANDB_MODE") in ("disabled", "dryrun"):
+        return f"WANDB_MODE={os.environ['WANDB_MODE']}"
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    has_key = "WANDB_API_KEY" in os.environ or (
+        netrc.is_file() and "wandb" in netrc.read_text(errors="replace")
+    )
+    return None if has_key else "wandb is not configured (wandb login)"
+
+
+# ---------------------------------------------------------------- data
+
+
+def _with_data(cfg: SimpleNamespace) -> Any:
+    """Section `data` with the paths of the training and test set."""
+    c = cfg.cifar
+    if cfg.data.train_dataset is not None and cfg.data.val_dataset is not None:
+        return cfg.data
+    if c.data is None:
+        train = named_dataset(c.dataset, "train", c.cache)
+        test = named_dataset(c.dataset, "test", c.cache)
+    elif len(c.data) == 2:
+        train, test = c.data
+    elif len(c.data) == 1:
+        train, test = _parts(Path(c.data[0]))
+    else:
+        raise ConfigError(
+            f"--data {','.join(c.data)}: expected a folder, or TRAIN.beton,TEST.beton"
+        )
+    return replace(cfg.data, train_dataset=str(train), val_dataset=str(test))
+
+
+def _parts(folder: Path) -> tuple[Path, Path]:
+    """The training and the test images below `folder`."""
+    if not folder.is_dir():
+        raise ConfigError(
+            f"--data {folder}: no such folder; for .beton files give TRAIN.beton,TEST.beton"
+        )
+    for test in ("test", "val"):
+        if (folder / "train").is_dir() and (folder / test).is_dir():
+            return folder / "train", folder / test
+    raise ConfigError(f"--data {folder}: expected the folders train/ and test/ (or val/) in it")
+
+
+def _validation_folder(data: tuple[str, ...] | None) -> Path | None:
+    """The folder val/ of a data folder that has test/ as well."""
+    if data is None or len(data) != 1:
+        return None
+    folder = Path(data[0])
+    if (folder / "test").is_dir() and (folder / "val").is_dir():
+        return folder / "val"
+    return None

@@ -1,0 +1,188 @@
+"""Outputs under the names of vision-transformers-cifar10 and matryoshka-vit-compression.
+
+    checkpoint/{net}-{dataset}-{patch}-ckpt.t7     link to the newest run's best checkpoint
+    checkpoint/nested_models/{net}_{dataset}_patch{patch}_dim{dim}.pth     one file for each dim
+    log/log_{net}_{dataset}_patch{patch}.txt, .csv     links to the newest run's
+
+The files themselves are in the run folder, so that runs with equal names do not overwrite each
+other. A name of theirs that is a file and not a link is someone else's: it is left alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from matryoshka import checkpoint
+from matryoshka.checkpoint.vit_pth import save_vit_pth
+from matryoshka.config import ConfigError
+from matryoshka.files import write_atomically
+from matryoshka.models import FAMILIES, NestedModel, extract
+from matryoshka.training.run_folder import draw_chart
+from matryoshka.training.session import FINAL, Session
+from matryoshka.training.supervised import Evaluation, SupervisedRun
+
+DEFAULT_PATCH = 4  # in the names of nets without patches, too
+RESULTS = "results.json"
+
+
+class OutputNames:
+    """The names that both repositories use, for the options of a run."""
+
+    def __init__(self, cfg: SimpleNamespace) -> None:
+        net = cfg.cifar.net or cfg.model.arch.replace(":", "-")
+        dataset = cfg.cifar.dataset.replace("/", "-").replace(":", "-")
+        patch = cfg.cifar.patch or DEFAULT_PATCH
+        self.checkpoint = Path("checkpoint") / f"{net}-{dataset}-{patch}-ckpt.t7"
+        self.log = Path("log") / f"log_{net}_{dataset}_patch{patch}"
+        self.nested = Path("checkpoint/nested_models") / f"{net}_{dataset}_patch{patch}"
+
+
+def newest_run(cfg: SimpleNamespace) -> Path:
+    """The run folder that the link checkpoint/...t7 names. ConfigError if there is none."""
+    link = OutputNames(cfg).checkpoint
+    target = Path(os.path.realpath(link))
+    run = target.parent.parent  # <run>/checkpoints/best.safetensors
+    if not link.is_symlink() or not run.is_dir():
+        raise ConfigError(
+            f"--resume: {link} is no run of this net, data set and patch; start one without "
+            "--resume, or give --training.resume=RUN_FOLDER"
+        )
+    return run
+
+
+class CifarOutputs:
+    """Writes the outputs of a run, on rank 0."""
+
+    def __init__(self, run: SupervisedRun) -> None:
+        self._run = run
+        self._names = OutputNames(run.cfg)
+        self._wanted = run.cfg.cifar.seed_outputs
+        self._started = time.monotonic()
+
+    def write_epoch(self, session: Session, metrics: Mapping[str, float]) -> None:
+        """Write the epoch that `session.log_epoch` has logged, before `epoch_done` counts it."""
+        widest = self._run.dims[-1]
+        seconds = time.monotonic() - self._started
+        self._started = time.monotonic()
+        accuracy = metrics.get(f"top_1/{widest}")
+        loss = metrics.get("val_loss")
+        assert session.log is not None
+        board = {
+            "Loss/Train": metrics["loss"],
+            "Loss/Validation": loss,
+            "Accuracy/Validation": accuracy,
+            "Learning_Rate": metrics["lr"],
+            "Epoch_Time": seconds,
+        }
+        keys = {
+            "train_loss": metrics["loss"],
+            "val_loss": loss,
+            "val_acc": accuracy,
+            "lr": metrics["lr"],
+            "epoch_time": seconds,
+        }
+        epoch = session.loop.epoch
+        session.log.write_board(_known(board), epoch)
+        session.log.send(_known(keys), "epoch", epoch)
+        if self._wanted:
+            self._write_logs()
+            self._link_checkpoint()
+
+    def _write_logs(self) -> None:
+        """log.txt and log.csv of the run folder, from its `log`: also right after a resume."""
+        folder = self._run.start.path
+        widest = self._run.dims[-1]
+        key = "top_1" if len(self._run.dims) == 1 else f"top_1_{widest}"
+        lines, losses, accuracies = [], [], []
+        for line in (folder / "log").read_text().splitlines():
+            values = json.loads(line)
+            if key not in values:
+                continue  # not evaluated
+            losses.append(values["val_loss"])
+            accuracies.append(100 * values[key])
+            lines.append(
+                f"{time.ctime(values['timestamp'])} Epoch {values['epoch']}, "
+                f"lr: {values['current_lr']:.7f}, val loss: {losses[-1]:.5f}, "
+                f"acc: {accuracies[-1]:.5f}\n"
+            )
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows([losses, accuracies])
+        write_atomically(folder / "log.txt", "".join(lines).encode())
+        write_atomically(folder / "log.csv", table.getvalue().encode())
+        for suffix in ("txt", "csv"):
+            _link(
+                self._names.log.with_name(f"{self._names.log.name}.{suffix}"),
+                folder / f"log.{suffix}",
+            )
+
+    def _link_checkpoint(self) -> None:
+        checkpoints = self._run.start.path / "checkpoints"
+        best = checkpoints / "best.safetensors"
+        _link(self._names.checkpoint, best if best.exists() else checkpoints / "last.safetensors")
+
+    def write_final(
+        self, session: Session, model: NestedModel, results: Mapping[str, Evaluation]
+    ) -> list[str]:
+        """Write exports, results.json and the final model; return lines for the user.
+
+        results: of the model, on `validation` and `test`.
+        """
+        run = self._run
+        folder = run.start.path
+        session.snapshots.wait()
+        lines = []
+        if len(run.dims) > 1:
+            self._export(model)
+            lines.append(f"exports  {folder / 'nested_models'}: a model for each dim")
+        if self._wanted:
+            self._link_checkpoint()
+        values = {}
+        for name, result in results.items():
+            top1 = {dim: row["top1"] for dim, row in result.accuracy.items()}
+            values[name] = {"top_1": top1, "loss": result.loss}
+        write_atomically(folder / RESULTS, (json.dumps(values, indent=1) + "\n").encode())
+        checkpoint.save_upstream(model, folder / "final_weights.pt")
+        # Last, because this file marks the run as finished.
+        checkpoint.save_model(model, folder / FINAL, run.options)
+        draw_chart(folder, run.print0)
+        return [*lines, f"model    {folder / FINAL}"]
+
+    def _export(self, model: NestedModel) -> None:
+        """A model file for each dim, and for families the .pth of matryoshka-vit-compression."""
+        folder = self._run.start.path / "nested_models"
+        folder.mkdir(exist_ok=True)
+        for dim in model.dims:
+            alone = extract(model, dim)
+            name = f"{self._names.nested.name}_dim{dim}"
+            files = [folder / f"{name}.safetensors"]
+            checkpoint.save_model(alone, files[0], self._run.options)
+            if model.spec.arch in FAMILIES:
+                files.append(folder / f"{name}.pth")
+                save_vit_pth(alone, files[1])
+            if self._wanted:
+                for file in files:
+                    _link(self._names.nested.parent / file.name, file)
+
+
+def _known(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _link(name: Path, target: Path) -> None:
+    """Let `name` be a link to `target`, unless something else has this name."""
+    if name.exists() and not name.is_symlink():
+        return
+    name.parent.mkdir(parents=True, exist_ok=True)
+    temporary = name.with_name(f".{name.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    place = target.resolve().parent / target.name  # the link of the run's best, not its target
+    temporary.symlink_to(os.path.relpath(place, name.parent.resolve()))
+    os.replace(temporary, name)
