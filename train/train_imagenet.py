@@ -47,7 +47,13 @@ from matryoshka.training.loaders import (
     validation_loader,
 )
 from matryoshka.training.meter import EpochMeter
-from matryoshka.training.optim import lr_at, make_optimizer, parameter_groups, peak_epoch, peak_lr
+from matryoshka.training.optim import (
+    configured_optimizer,
+    lr_at,
+    parameter_groups,
+    peak_epoch,
+    peak_lr,
+)
 from matryoshka.training.progress import Forecast, Progress
 from matryoshka.training.run_folder import accuracy_metrics, new_run_id
 from matryoshka.training.session import (
@@ -157,7 +163,7 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
     groups = parameter_groups(model, t.weight_decay, t.bn_wd)
     state = TrainState(
         model=model,
-        optimizer=make_optimizer(t.optimizer, groups, peak, t.momentum, world.device),
+        optimizer=configured_optimizer(t, groups, peak, world.device),
         loader=train_loader,
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
         sums=Sums({"loss": (), "prefix_loss": (len(spec.dims),)}, world.device),
