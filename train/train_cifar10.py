@@ -89,7 +89,7 @@ def train(cfg: SimpleNamespace, world: World, notes: Sequence[str] = ()) -> None
                 metrics = run.metrics(session.end_epoch(), meter, lr)
                 if images.selects and (cfg.logging.log_level > 0 or epoch == epochs - 1):
                     metrics |= run.validation_metrics(session)
-                run.progress.print0(epoch_line(epoch, metrics, run.dims))
+                run.progress.print0(epoch_line(epoch, metrics, run.dims, run.trained_prefixes))
                 run.progress.announce(session.loop.step)
                 session.log_epoch(metrics)
                 if outputs is not None:

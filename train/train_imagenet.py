@@ -88,7 +88,7 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
                 metrics = run.metrics(session.end_epoch(), meter, lr)
                 if cfg.logging.log_level > 0 or epoch == epochs - 1:
                     metrics |= run.validation_metrics(session, tta=mirrored)
-                run.progress.print0(epoch_line(epoch, metrics, run.dims))
+                run.progress.print0(epoch_line(epoch, metrics, run.dims, run.trained_prefixes))
                 run.progress.announce(session.loop.step)
                 session.log_epoch(metrics)
                 session.epoch_done(metrics)

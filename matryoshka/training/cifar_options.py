@@ -16,6 +16,7 @@ from typing import Any
 from matryoshka import config
 from matryoshka.config import MixedParser, flat_parser, option
 from matryoshka.training.options import SECTIONS as TRAINING_SECTIONS
+from matryoshka.training.options import adan_betas
 
 FIXED_POSITIONS = "vitfixedposdualpatchnorm"
 # The nets of matryoshka-vit-compression; with one of them, its defaults apply.
@@ -218,7 +219,12 @@ def translate(flags: Mapping[str, Any]) -> dict[str, Any]:
     if "data" in flags:
         given["cifar.data"] = tuple(flags["data"].split(","))
     given |= _model(flags)
-
+    betas = {"adan_beta1": 0.02, "adan_beta2": 0.08, "adan_beta3": 0.01}
+    if any(name in flags for name in betas):
+        try:
+            given["training.betas"] = adan_betas(**{n: flags.get(n, betas[n]) for n in betas})
+        except ValueError as error:
+            raise config.ConfigError(f"--{error}") from None
     if flags.get("noaug"):
         given["data.randaugment"] = 0
     if flags.get("mixup"):
@@ -286,8 +292,6 @@ def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         "model.arch": "vit",
         "training.epochs": 100 if is_compression(given) else 200,
         "training.optimizer": "adam",
-        # SGD without momentum, as both have it
-        "training.momentum": 0.0 if optimizer == "sgd" else 0.9,
         "training.weight_decay": 0.02 if optimizer in ("adamw", "adan") else 0.0,
         "training.label_smoothing": 0.0,
         "training.batch_size": given.get("training.global_batch_size", 512),
@@ -303,8 +307,8 @@ def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         "validation.lr_tta": False,
         "logging.folder": f"runs/{net}_lr{rate}_{_as_name(dataset)}",
     }
-    if optimizer == "muon":
-        values["training.momentum"] = 0.95
+    if optimizer == "sgd":
+        values["training.momentum"] = 0.0  # as in both
     return values
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from matryoshka.nested import NestedLinear
-from matryoshka.training.options import OPTIMIZERS, LrConfig
+from matryoshka.training.muon import MuonRules, make_muon
+from matryoshka.training.options import ADAN_BETAS, OPTIMIZERS, LrConfig, TrainingConfig
 
 
 class OptimError(ValueError):
@@ -91,25 +91,61 @@ def parameter_groups(model: nn.Module, weight_decay: float, norm_weight_decay: f
     ]
 
 
+def configured_optimizer(
+    config: TrainingConfig, groups: Sequence[dict], lr: float, device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimizer that section `training` describes, for `parameter_groups`. See make_optimizer.
+
+    lr: the first rate; the loop sets it anew in each step.
+    """
+    rest_momentum = config.muon_rest_momentum
+    return make_optimizer(
+        config.optimizer,
+        groups,
+        lr,
+        config.momentum,
+        device,
+        betas=config.betas,
+        nesterov=config.nesterov,
+        muon=MuonRules(
+            steps=config.muon_steps,
+            scale=config.muon_scale,
+            rest=config.muon_rest,
+            rest_lr=config.muon_rest_lr,
+            rest_momentum=config.momentum if rest_momentum is None else rest_momentum,
+        ),
+    )
+
+
 def make_optimizer(
-    name: str, groups: Sequence[dict], lr: float, momentum: float, device: torch.device
+    name: str,
+    groups: Sequence[dict],
+    lr: float,
+    momentum: float,
+    device: torch.device,
+    *,
+    betas: Sequence[float] | None = None,
+    nesterov: bool = False,
+    muon: MuonRules | None = None,
 ) -> torch.optim.Optimizer:
     """Build one of OPTIMIZERS for `parameter_groups`. Raises OptimError if it is not available.
 
-    A learning rate set in a group overrides `lr`. momentum: also beta 1 of AdamW, whose beta 2 is
-    0.999.
+    A learning rate set in a group overrides `lr`. momentum: also beta 1 of Adam and AdamW, whose
+    beta 2 is 0.999; Adan has none. betas: instead of these, for adam, adamw, muon's AdamW (two) and
+    adan (three), as weights of the old means, see `adan_betas`. nesterov: of sgd and muon.
 
+    adam: weight decay is added to the gradient, as in torch; AdamW and Adan decay the weights.
+    adan (Xie et al. 2022, arXiv 2208.06677): timm's, with the paper's proximal decay.
     lars (You et al. 2017, arXiv 1708.03888): the trust ratio, with coefficient 0.001, scales the
     steps of all groups except those without both weight decay and matrices (norm layers).
-    muon (Jordan et al. 2024): kernels are matrices [out, in x h x w]; their steps are scaled to the
-    size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that one rate suits both. Vectors,
-    classifiers and very narrow matrices use AdamW.
+    muon (Jordan et al. 2024): see `muon.make_muon`. Vectors, classifiers and very narrow matrices
+    use AdamW, or SGD by `muon.rest`; without muon, its defaults, with beta 1 = momentum.
 
     The optimizer's state holds only tensors and numbers, and its groups only JSON values.
     """
     if name not in OPTIMIZERS:
         raise OptimError(f"training.optimizer={name!r}: expected one of {', '.join(OPTIMIZERS)}")
-    if name in ("adamw", "muon") and not 0 <= momentum < 1:
+    if name in ("adam", "adamw", "muon") and not 0 <= momentum < 1:
         raise OptimError(f"training.momentum={momentum}: {name} needs 0 or more, and less than 1")
 
     # Unknown keys of a group stay in the optimizer's param_groups, and so in every checkpoint.
@@ -120,17 +156,24 @@ def make_optimizer(
     # for the gradients, but it assumes equal memory layouts and is silently wrong without them
     # (torch 2.15).
     fused = True if device.type == "cuda" else None
-    betas = (float(momentum), 0.999)
+    pair = (float(momentum), 0.999)
+    if betas is not None and len(betas) == 2:
+        pair = (float(betas[0]), float(betas[1]))
     if name == "sgd":
-        optimizer = torch.optim.SGD(plain, lr=lr, momentum=momentum, fused=fused)
+        optimizer = torch.optim.SGD(plain, lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
         # A fused first step that a GradScaler skips leaves torch's own buffers uninitialised
         # (torch 2.15).
         if momentum:
             for group in plain:
                 for parameter in group["params"]:
                     optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    elif name == "adam":
+        optimizer = torch.optim.Adam(plain, lr=lr, betas=pair, fused=fused)
     elif name == "adamw":
-        optimizer = torch.optim.AdamW(plain, lr=lr, betas=betas, fused=fused)
+        optimizer = torch.optim.AdamW(plain, lr=lr, betas=pair, fused=fused)
+    elif name == "adan":
+        three = ADAN_BETAS if betas is None else tuple(float(beta) for beta in betas)
+        optimizer = _timm(name).Adan(plain, lr=lr, betas=three)
     elif name == "lars":
         # timm adapts only groups with weight decay; without any, its LARS would be SGD.
         adapted = []
@@ -139,9 +182,9 @@ def make_optimizer(
             adapted.append({**group, "always_adapt": has_matrices})
         optimizer = _timm(name).Lars(adapted, lr=lr, momentum=momentum)
     else:  # muon
-        muon = _muon_in_float32(_timm(name)) if device.type == "cpu" else _timm(name).Muon
-        split = _split_classifiers(groups)
-        optimizer = muon(split, lr=lr, momentum=momentum, betas=betas, eps=1e-8)
+        _timm(name)
+        rules = (muon or MuonRules())._replace(betas=pair, nesterov=nesterov)
+        optimizer = make_muon(groups, lr, momentum, rules, device)
     optimizer.register_load_state_dict_pre_hook(_keep_fused)
     optimizer.register_load_state_dict_post_hook(_restore_layout)
     return optimizer
@@ -155,38 +198,6 @@ def _timm(name: str) -> Any:
             f"training.optimizer={name} needs timm ({error}): pip install timm"
         ) from None
     return timm.optim
-
-
-def _muon_in_float32(timm_optim: Any) -> Any:
-    """timm's Muon in float32: its bf16 took 31 times as long on a CPU without AVX-512."""
-    module = timm_optim.muon
-
-    class Muon(module.Muon):
-        def step(self, closure=None):
-            # timm has no option for the type: replace the function for the time of the step.
-            orthogonal = module.zeropower_via_newtonschulz
-            module.zeropower_via_newtonschulz = partial(orthogonal, dtype=torch.float32)
-            try:
-                return super().step(closure)
-            finally:
-                module.zeropower_via_newtonschulz = orthogonal
-
-    return Muon
-
-
-def _split_classifiers(groups: Sequence[dict]) -> list[dict]:
-    """Put each group's classifiers in a separate group, for which timm's Muon uses AdamW."""
-    split = []
-    for group in groups:
-        end = len(group["params"]) - group.get("classifiers", 0)
-        others = group["params"][:end]
-        classifiers = group["params"][end:]
-        for params, use_adamw in ((others, False), (classifiers, True)):
-            if not params:
-                continue
-            decay = group["weight_decay"]
-            split.append({"params": params, "weight_decay": decay, "use_fallback": use_adamw})
-    return split
 
 
 def _keep_fused(optimizer: torch.optim.Optimizer, state: dict) -> dict:

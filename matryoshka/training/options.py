@@ -13,7 +13,10 @@ from matryoshka.data.options import ON_ERROR, ORDERS
 from matryoshka.models.options import ModelConfig
 from matryoshka.runtime import DEVICES, MAX_THREADS, PRECISIONS, DistConfig
 
-OPTIMIZERS = ("sgd", "adamw", "lars", "muon")
+OPTIMIZERS = ("sgd", "adam", "adamw", "adan", "lars", "muon")
+MOMENTUM = 0.9
+ADAN_BETAS = (0.98, 0.92, 0.99)  # of the authors' code
+BETAS = {"adam": 2, "adamw": 2, "adan": 3, "muon": 2}  # their number, by optimizer
 MAX_IMAGE_SIZE = 16384  # pixels of a side, as the crops allow
 
 
@@ -172,7 +175,34 @@ class TrainingConfig:
     )
     optimizer: str = option("sgd", help="optimizer", choices=OPTIMIZERS)
     momentum: float = option(
-        0.9, help="momentum of SGD, LARS and Muon; beta1 of AdamW", low=0, high=1
+        MOMENTUM, help="momentum of SGD, LARS and Muon; beta1 of Adam and AdamW", low=0, high=1
+    )
+    betas: tuple[float, ...] | None = option(
+        None,
+        help="weights of the old means: two for adam, adamw and muon's AdamW (default: "
+        "momentum,0.999), three for adan (default: 0.98,0.92,0.99)",
+        low=0,
+        below=1,
+    )
+    nesterov: bool = option(False, help="Nesterov's momentum for sgd and muon")
+    muon_steps: int = option(5, help="muon: Newton-Schulz iterations", low=1, high=20)
+    muon_scale: str = option(
+        "adamw",
+        help="muon: steps as large as AdamW's; filters: filters of a fixed norm, for convolutions "
+        "that a normalisation follows (with muon_rest=sgd)",
+        choices=("adamw", "filters"),
+    )
+    muon_rest: str = option(
+        "adamw",
+        help="muon: optimizer of vectors and classifiers; with muon_scale=filters of all but "
+        "filters",
+        choices=("adamw", "sgd"),
+    )
+    muon_rest_lr: float = option(
+        1.0, help="muon: rate of the rest, as a factor of the rate", above=0
+    )
+    muon_rest_momentum: float | None = option(
+        None, help="muon: momentum of muon_rest=sgd; unset: momentum", low=0, below=1
     )
     weight_decay: float = option(4e-5, help="weight decay of all but norm layers", low=0)
     bn_wd: float = option(0.0, help="weight decay of norm layers, found by their type", low=0)
@@ -267,6 +297,64 @@ class TrainingConfig:
                 f"training.global_batch_size={self.global_batch_size}: "
                 "give one, the other follows from it"
             )
+        self._check_optimizer()
+
+    def _check_optimizer(self) -> None:
+        """ValueError for an option that this optimizer has no use for."""
+        name = self.optimizer
+        if self.betas is not None:
+            count = BETAS.get(name)
+            shown = ",".join(map(str, self.betas))
+            if count is None or (name == "muon" and self.muon_rest == "sgd"):
+                raise ValueError(f"training.betas={shown}: SGD and LARS have none; leave it out")
+            if len(self.betas) != count:
+                raise ValueError(f"training.betas={shown}: {name} has {count}")
+            if name != "muon" and self.momentum != MOMENTUM:
+                raise ValueError(
+                    f"training.momentum={self.momentum} and training.betas={shown}: "
+                    "the momentum is the first beta; leave one out"
+                )
+        if name == "adan" and self.momentum != MOMENTUM:
+            raise ValueError(
+                f"training.momentum={self.momentum}: adan has none; give training.betas"
+            )
+        if self.nesterov and (name not in ("sgd", "muon") or not self.momentum):
+            raise ValueError(
+                "training.nesterov=1: needs training.optimizer=sgd or muon, and a momentum"
+            )
+        self._check_muon()
+
+    def _check_muon(self) -> None:
+        defaults = {"muon_steps": 5, "muon_scale": "adamw", "muon_rest": "adamw"}
+        defaults |= {"muon_rest_lr": 1.0, "muon_rest_momentum": None}
+        for option_name, default in defaults.items():
+            value = getattr(self, option_name)
+            if self.optimizer != "muon" and value != default:
+                raise ValueError(
+                    f"training.{option_name}={value}: needs training.optimizer=muon, not "
+                    f"{self.optimizer}"
+                )
+        if self.muon_rest != "sgd" and self.muon_scale == "filters":
+            raise ValueError("training.muon_scale=filters: needs training.muon_rest=sgd")
+        if self.muon_rest != "sgd" and self.muon_rest_momentum is not None:
+            raise ValueError(
+                f"training.muon_rest_momentum={self.muon_rest_momentum}: needs "
+                "training.muon_rest=sgd; AdamW has training.betas"
+            )
+
+
+def adan_betas(beta1: float, beta2: float, beta3: float) -> tuple[float, float, float]:
+    """`training.betas` for Adan's betas as adan-pytorch has them (seed flags --adan_beta1 .02 ...).
+
+    There, as in Algorithm 1 of the paper (arXiv 2208.06677), a beta is the weight of the new
+    gradient; here, as in the authors' code, in timm and in Adam, it is that of the old mean:
+    (.02, .08, .01) is (.98, .92, .99). ValueError outside 0 (exclusive) to 1.
+    """
+    for number, beta in enumerate((beta1, beta2, beta3), 1):
+        if not 0 < beta <= 1:
+            raise ValueError(f"adan_beta{number}={beta}: expected more than 0, at most 1")
+    # 1 - 0.08 is 0.92 only to 16 digits; the option should read as it would be typed
+    return (round(1 - beta1, 12), round(1 - beta2, 12), round(1 - beta3, 12))
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,9 @@ from matryoshka.data.loader import Batch
 from matryoshka.data.subset import Subset
 from matryoshka.distributed import World
 from matryoshka.evaluation.predict import predict
-from matryoshka.models import NestedModel, model_spec
+from matryoshka.models import FamilyModel, NestedModel, model_spec
 from matryoshka.models.ema import Ema
-from matryoshka.nested import nested_cross_entropy
+from matryoshka.nested import distilled_cross_entropy, nested_cross_entropy, sandwich
 from matryoshka.training.checks import global_batch_size, requested_batch_size
 from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.loaders import (
@@ -54,7 +54,13 @@ from matryoshka.training.loaders import (
     validation_loader,
 )
 from matryoshka.training.meter import EpochMeter
-from matryoshka.training.optim import lr_at, make_optimizer, parameter_groups, peak_epoch, peak_lr
+from matryoshka.training.optim import (
+    configured_optimizer,
+    lr_at,
+    parameter_groups,
+    peak_epoch,
+    peak_lr,
+)
 from matryoshka.training.progress import Forecast, Progress
 from matryoshka.training.run_folder import accuracy_metrics, new_run_id
 from matryoshka.training.session import (
@@ -152,6 +158,12 @@ class SupervisedRun:
     def dims(self) -> tuple[int, ...]:
         return self.model.spec.dims
 
+    @property
+    def trained_prefixes(self) -> int:
+        """Number of prefixes whose losses a step's loss is the sum of."""
+        extra = self.cfg.training.sandwich
+        return len(self.dims) if extra is None else min(len(self.dims), 2 + extra)
+
     # ---------------------------------------------------------------- set-up
 
     def _load_data(self, datasets: tuple[Dataset, Dataset] | None) -> None:
@@ -195,7 +207,10 @@ class SupervisedRun:
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.ema = Ema(self.model, cfg.training.ema) if cfg.training.ema else None
         # `model` remains the module to save and to evaluate: DDP's keys start with `module.`.
-        self._ddp = distribute(self.model, self.world)
+        # A step of the sandwich rule leaves out widths, which may have weights of their own.
+        self._ddp = distribute(
+            self.model, self.world, find_unused=cfg.training.sandwich is not None
+        )
         self.precision = distributed.pick_precision(cfg.training.precision, self.world.device)
         return notes
 
@@ -224,17 +239,24 @@ class SupervisedRun:
         weights = None  # of the prefixes; all 1
         if cfg.model.relative_importance:
             weights = torch.tensor(cfg.model.relative_importance, device=device)
+        if t.distill:
+            loss = partial(
+                distilled_cross_entropy, share=t.distill, temperature=t.distill_temperature
+            )
         self._loss_fn: LossFn = partial(loss, weights=weights, label_smoothing=t.label_smoothing)
 
         # Linear in the global batch, so a recipe is right for any number of GPUs.
         self._peak = peak_lr(cfg.lr, self.global_batch)
         groups = parameter_groups(self.model, t.weight_decay, t.bn_wd)
+        sums: dict[str, tuple[int, ...]] = {"loss": (), "prefix_loss": (len(self.dims),)}
+        if t.sandwich is not None:
+            sums["trained"] = (len(self.dims),)  # share of the images that trained a prefix
         self.state = TrainState(
             model=self.model,
-            optimizer=make_optimizer(t.optimizer, groups, self._peak, t.momentum, device),
+            optimizer=configured_optimizer(t, groups, self._peak, device),
             loader=self.train_loader,
             scaler=torch.amp.GradScaler(device.type, enabled=self.precision == "fp16"),
-            sums=Sums({"loss": (), "prefix_loss": (len(self.dims),)}, device),
+            sums=Sums(sums, device),
             metadata=checkpoint.describe(self.model),
             ema=self.ema,
         )
@@ -336,7 +358,7 @@ class SupervisedRun:
             session,
             self.progress,
             log_level=self.cfg.logging.log_level,
-            prefixes=len(self.dims),
+            prefixes=self.trained_prefixes,
         )
 
     def step(self, batch: Batch, lr: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -356,8 +378,10 @@ class SupervisedRun:
     def metrics(self, means: Mapping[str, Any], meter: EpochMeter, lr: float) -> dict[str, float]:
         """The metrics of an epoch's training steps, under the names of `run_folder`."""
         metrics = {"loss": means["loss"], "lr": lr, **meter.metrics(means["images"])}
-        for dim, prefix_loss in zip(self.dims, means["prefix_loss"], strict=True):
-            metrics[f"loss/{dim}"] = prefix_loss
+        trained = means.get("trained", [1.0] * len(self.dims))
+        for dim, loss, share in zip(self.dims, means["prefix_loss"], trained, strict=True):
+            if share:
+                metrics[f"loss/{dim}"] = loss / share
         return metrics
 
     def validation_metrics(self, session: Session, *, tta: bool = False) -> dict[str, float]:
@@ -439,6 +463,10 @@ def train_step(
     t = cfg.training
     scale = state.model.preprocessing
     rng = begin_step(state, seed=t.seed, rank=world.rank)
+    which = None  # all prefixes
+    if t.sandwich is not None:
+        which = sandwich(len(state.model.dims), t.sandwich, rng)
+        loss_fn = _loss_of(loss_fn, which)
     # drop_last: every global batch is full
     global_batch = state.loader.batch_size
     # Usually one part; more with gradient accumulation.
@@ -451,15 +479,40 @@ def train_step(
 
         with gradient_sync(ddp, part.sync):
             with distributed.autocast(images.device, precision):
-                logits = ddp(mixed.images)  # [G, B, C]
+                if which is None:
+                    logits = ddp(mixed.images)  # [G, B, C]
+                elif isinstance(state.model, FamilyModel):
+                    logits = ddp(mixed.images, which=which)
+                else:
+                    logits = ddp(mixed.images)[list(which)]
             # The loss in float32: its sums lose too much in half precision.
             loss, prefix_loss = mixed_loss(loss_fn, logits.float(), mixed)
             state.backward(loss * part.loss_weight)
-        state.sums.add(images=len(part), loss=loss, prefix_loss=prefix_loss)
+        sums = {"loss": loss, "prefix_loss": prefix_loss}
+        if which is not None:
+            sums |= _scattered(prefix_loss, which, len(state.model.dims))
+        state.sums.add(images=len(part), **sums)
 
     mean_loss = state.sums.step_mean("loss")
     norm, skipped = apply_gradients(state, guard, lr)
     return mean_loss, norm, skipped
+
+
+def _loss_of(loss_fn: LossFn, which: Sequence[int]) -> LossFn:
+    """The loss of the prefixes `which`, with their weights."""
+    assert isinstance(loss_fn, partial)
+    weights = loss_fn.keywords["weights"]
+    return partial(loss_fn, weights=None if weights is None else weights[list(which)])
+
+
+def _scattered(prefix_loss: Tensor, which: Sequence[int], count: int) -> dict[str, Tensor]:
+    """The losses of the prefixes `which` among zeros, and which these are: [G] each."""
+    columns = torch.tensor(which, device=prefix_loss.device)
+    empty = prefix_loss.new_zeros(count)
+    return {
+        "prefix_loss": empty.index_copy(0, columns, prefix_loss),
+        "trained": empty.index_fill(0, columns, 1.0),
+    }
 
 
 def evaluate(
@@ -489,18 +542,25 @@ def evaluate(
 # ---------------------------------------------------------------- lines for the terminal
 
 
-def epoch_line(epoch: int, metrics: Mapping[str, float], dims: Sequence[int]) -> str:
+def epoch_line(
+    epoch: int,
+    metrics: Mapping[str, float],
+    dims: Sequence[int],
+    trained_prefixes: int | None = None,
+) -> str:
     """The line that is printed after an epoch. The loss is the mean over the prefixes.
 
-    The loss that is minimised and logged is their sum (MRL, equation 1).
+    The loss that is minimised and logged is their sum (MRL, equation 1). trained_prefixes: how many
+    a step trains; None: all.
     """
     top1 = "not evaluated"
     if f"top_1/{dims[-1]}" in metrics:
         top1 = "  ".join(f"{dim}: {metrics[f'top_1/{dim}']:.1f}" for dim in dims)
     if f"ema_top_1/{dims[-1]}" in metrics:
         top1 += f"  (average {metrics[f'ema_top_1/{dims[-1]}']:.1f})"
+    loss = metrics["loss"] / (trained_prefixes or len(dims))
     return (
-        f"epoch {epoch:3d}  loss {metrics['loss'] / len(dims):.3f}  lr {metrics['lr']:.3g}  "
+        f"epoch {epoch:3d}  loss {loss:.3f}  lr {metrics['lr']:.3g}  "
         f"{metrics['images_per_s']:.0f} images/s  wait {100 * metrics['data_wait']:.0f} %  "
         f"top-1 {top1}"
     )
@@ -548,12 +608,15 @@ def batch_notes(cfg: SimpleNamespace, processes: int, global_batch: int, images:
 # ---------------------------------------------------------------- processes and compilation
 
 
-def distribute(model: NestedModel, world: World) -> nn.Module:
-    """Wrap the model in DDP if there are several processes."""
+def distribute(model: NestedModel, world: World, find_unused: bool = False) -> nn.Module:
+    """Wrap the model in DDP if there are several processes.
+
+    find_unused: a step may leave parameters without a gradient.
+    """
     if world.size == 1:
         return model
     device_ids = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids)
+    return DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=find_unused)
 
 
 def compile_model(ddp: nn.Module, cfg: SimpleNamespace, device: torch.device) -> str:

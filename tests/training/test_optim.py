@@ -16,15 +16,18 @@ from torch import nn
 from matryoshka import config
 from matryoshka.nested import NestedLinear
 from matryoshka.training import optim
+from matryoshka.training.muon import MuonRules
 from matryoshka.training.optim import (
     OPTIMIZERS,
     LrConfig,
     OptimError,
+    configured_optimizer,
     lr_at,
     make_optimizer,
     parameter_groups,
     peak_epoch,
 )
+from matryoshka.training.options import TrainingConfig, adan_betas
 
 CPU = torch.device("cpu")
 
@@ -191,7 +194,31 @@ def lars(w, g, state, *, step, lr, decay, momentum, adapted):
     return w - lr * state["m"]
 
 
-ORACLES = {"sgd": sgd, "adamw": adamw, "lars": lars}
+def adam(w, g, state, *, step, lr, decay, momentum, adapted):
+    return adamw(
+        w, g + decay * w, state, step=step, lr=lr, decay=0, momentum=momentum, adapted=adapted
+    )
+
+
+def adan(w, g, state, *, step, lr, decay, momentum, adapted, betas=(0.02, 0.08, 0.01)):
+    """Algorithm 1 of arXiv 2208.06677, with the bias corrections of the authors' code.
+
+    Its betas are the weights of the new gradient; the difference of gradients is 0 at first.
+    """
+    b1, b2, b3 = betas
+    difference = g - state.get("g", g)
+    state["m"] = (1 - b1) * state.get("m", 0) + b1 * g
+    state["v"] = (1 - b2) * state.get("v", 0) + b2 * difference
+    state["n"] = (1 - b3) * state.get("n", 0) + b3 * (g + (1 - b2) * difference) ** 2
+    state["g"] = g
+    corrected = []
+    for key, beta in (("m", b1), ("v", b2), ("n", b3)):
+        corrected.append(state[key] / (1 - (1 - beta) ** (step + 1)))
+    m, v, n = corrected
+    return (w - lr / (np.sqrt(n) + 1e-8) * (m + (1 - b2) * v)) / (1 + lr * decay)
+
+
+ORACLES = {"sgd": sgd, "adam": adam, "adamw": adamw, "adan": adan, "lars": lars}
 
 
 def expected(name, decay, norm_decay, momentum, *, steps=6, lr=0.01):
@@ -227,6 +254,140 @@ def test_updates_equal_the_formula(name, decay, norm_decay, momentum):
     want = expected(name, decay, norm_decay, momentum)
     for key, value in values(model).items():
         np.testing.assert_allclose(value, want[key], rtol=0, atol=1e-9, err_msg=key)
+
+
+@pytest.mark.parametrize("flags", [(0.02, 0.08, 0.01), (0.035, 0.11, 0.015), (0.5, 0.25, 0.75)])
+def test_the_betas_of_adan_in_both_conventions(flags):
+    """The seed's flags, converted, give the algorithm that the paper writes with these numbers."""
+    model, states = small(), {}
+    betas = adan_betas(*flags)
+    assert betas == pytest.approx([1 - beta for beta in flags], abs=1e-12)
+    optimizer = make_optimizer(
+        "adan", parameter_groups(model, 0.1, 0.2), 0.01, 0.9, CPU, betas=betas
+    )
+    now = values(model)
+    for step in range(5):
+        run(model, optimizer, [step])
+        for key, parameter in model.named_parameters():
+            now[key] = adan(
+                now[key],
+                parameter.grad.numpy(),
+                states.setdefault(key, {}),
+                step=step,
+                lr=0.01 / (step + 1),
+                decay=0.2 if key.startswith("norm") else 0.1,
+                momentum=None,
+                adapted=None,
+                betas=flags,
+            )
+    for key, value in values(model).items():
+        np.testing.assert_allclose(value, now[key], rtol=0, atol=1e-9, err_msg=key)
+
+
+def test_the_converted_betas_read_as_they_would_be_typed():
+    assert adan_betas(0.02, 0.08, 0.01) == (0.98, 0.92, 0.99)
+    for wrong in (0, -0.1, 1.5, math.nan):
+        with pytest.raises(ValueError, match=f"^adan_beta2={wrong}: expected"):
+            adan_betas(0.02, wrong, 0.01)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_betas_stand_for_the_momentum_and_its_second_beta(name):
+    ours, theirs = small(), small()
+    groups = parameter_groups(ours, 0.1, 0.1)
+    optimizer = make_optimizer(name, groups, 0.01, 0.3, CPU, betas=(0.5, 0.9))
+    kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+    reference = kind(theirs.parameters(), lr=0.01, betas=(0.5, 0.9), weight_decay=0.1)
+    run(ours, optimizer, range(4))
+    run(theirs, reference, range(4))
+    for key, value in values(theirs).items():
+        np.testing.assert_allclose(values(ours)[key], value, rtol=0, atol=1e-12, err_msg=key)
+
+
+def test_nesterov_equals_the_formula():
+    model = small()
+    now, buffers = values(model), {}
+    optimizer = make_optimizer(
+        "sgd", parameter_groups(model, 0.1, 0.0), 0.01, 0.9, CPU, nesterov=True
+    )
+    for step in range(4):
+        run(model, optimizer, [step])
+        for key, parameter in model.named_parameters():
+            g = parameter.grad.numpy() + (0 if key.startswith("norm") else 0.1) * now[key]
+            buffers[key] = 0.9 * buffers.get(key, 0) + g
+            now[key] = now[key] - 0.01 / (step + 1) * (g + 0.9 * buffers[key])
+    for key, value in values(model).items():
+        np.testing.assert_allclose(value, now[key], rtol=0, atol=1e-9, err_msg=key)
+
+
+def newton_schulz(matrix, steps, a=3.4445, b=-4.7750, c=2.0315):
+    """Jordan et al. 2024, with the coefficients of their text."""
+    x = matrix / np.linalg.norm(matrix)
+    tall = x.shape[0] > x.shape[1]
+    if tall:
+        x = x.T
+    for _ in range(steps):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.T if tall else x
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("steps", [3, 5])
+def test_filters_of_a_fixed_norm_and_sgd_for_the_rest(steps, nesterov):
+    """As airbench94_muon does; its momentum is a sum, whose direction is the mean's."""
+    model = small(torch.float32)
+    rules = MuonRules(steps, scale="filters", rest="sgd", rest_lr=0.25, rest_momentum=0.8)
+    optimizer = make_optimizer(
+        "muon", parameter_groups(model, 0.01, 0.02), 0.1, 0.6, CPU, nesterov=nesterov, muon=rules
+    )
+    now, buffers = {key: v.astype(np.float64) for key, v in values(model).items()}, {}
+    for step in range(4):
+        run(model, optimizer, [step], lr=0.1)
+        lr = 0.1 / (step + 1)
+        for key, parameter in model.named_parameters():
+            g, w = parameter.grad.numpy().astype(np.float64), now[key]
+            if key == "conv.weight":
+                buffers[key] = 0.6 * buffers.get(key, 0) + g
+                direction = g + 0.6 * buffers[key] if nesterov else buffers[key]
+                matrix = newton_schulz(direction.reshape(8, 45), steps).reshape(w.shape)
+                w = w * 8**0.5 / np.linalg.norm(w)
+                now[key] = (1 - lr * 0.01) * w - lr * matrix
+            else:
+                g = g + (0.02 if key.startswith("norm") else 0.01) * w
+                buffers[key] = 0.8 * buffers.get(key, 0) + g
+                move = g + 0.8 * buffers[key] if nesterov else buffers[key]
+                now[key] = w - 0.25 * lr * move
+    for key, value in values(model).items():
+        np.testing.assert_allclose(value, now[key], rtol=0, atol=2e-5, err_msg=key)
+
+
+def test_muon_with_sgd_takes_the_same_kernels_as_with_adamw():
+    """And the same steps of them, where their scale is AdamW's."""
+    after = []
+    for rest in ("adamw", "sgd"):
+        model = small(torch.float32)
+        optimizer = make_optimizer(
+            "muon", parameter_groups(model, 0.1, 0), 0.1, 0.9, CPU, muon=MuonRules(rest=rest)
+        )
+        run(model, optimizer, range(3))
+        after.append(values(model))
+    same = {key for key in after[0] if np.array_equal(after[0][key], after[1][key])}
+    assert same == {"conv.weight", "hidden.weight"}
+
+
+@pytest.mark.parametrize("rest", ["adamw", "sgd"])
+def test_the_rest_has_a_rate_of_its_own(rest):
+    after = []
+    for lr, rest_lr in ((0.02, 0.5), (0.01, 1.0)):
+        model = small(torch.float32)
+        rules = MuonRules(rest=rest, rest_lr=rest_lr)
+        optimizer = make_optimizer("muon", parameter_groups(model, 0, 0), 0.1, 0.9, CPU, muon=rules)
+        run(model, optimizer, range(3), lr=lr)
+        after.append(values(model))
+    for key in after[0]:
+        is_kernel = key in ("conv.weight", "hidden.weight")
+        assert np.allclose(after[0][key], after[1][key], rtol=0, atol=1e-7) != is_kernel, key
 
 
 @pytest.mark.parametrize("decay", [0, 0.5])
@@ -286,7 +447,8 @@ def test_every_option_changes_the_result(name):
 
     base, every = after(), set(after())
     assert different(base, after()) == set()
-    assert different(base, after(lr=0.02)) == different(base, after(momentum=0.5)) == every
+    assert different(base, after(lr=0.02)) == every
+    assert different(base, after(momentum=0.5)) == (set() if name == "adan" else every)
     norms = {"norm.weight", "norm.bias"}
     assert different(base, after(decay=0.2)) == every - norms
     assert different(base, after(norm_decay=0.2)) == norms
@@ -307,7 +469,7 @@ def test_groups_by_type_with_the_classifiers_last():
     assert all(name.startswith("head.") for name in shown[3:])
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 def test_any_fused_step_may_be_skipped(name, monkeypatch):
     """As a GradScaler does on CUDA; torch has fused kernels for a CPU, too."""
     monkeypatch.setattr(
@@ -333,12 +495,16 @@ def test_any_fused_step_may_be_skipped(name, monkeypatch):
         np.testing.assert_allclose(plain[key], value, rtol=0, atol=1e-9, err_msg=key)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "muon and sgd"])
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
 def test_a_state_without_pickle_continues_the_run(name, momentum):
+    kind, _, rest = name.partition(" and ")
+    muon = MuonRules(scale="filters", rest="sgd") if rest else None
+
     def start(seed):
         model = small(torch.float32, seed)
-        return model, make_optimizer(name, parameter_groups(model, 0.1, 0.0), 0.1, momentum, CPU)
+        groups = parameter_groups(model, 0.1, 0.0)
+        return model, make_optimizer(kind, groups, 0.1, momentum, CPU, muon=muon)
 
     model, optimizer = start(0)
     run(model, optimizer, range(3))
@@ -366,7 +532,7 @@ def test_a_state_without_pickle_continues_the_run(name, momentum):
         restored[int(k)][what] = value
     groups = (
         [{**group, "fused": True} for group in read["groups"]]
-        if name in ("sgd", "adamw")
+        if name in ("sgd", "adam", "adamw")
         else read["groups"]
     )
     resumed.load_state_dict({"state": restored, "param_groups": groups})
@@ -390,18 +556,84 @@ def test_a_state_without_pickle_continues_the_run(name, momentum):
 def test_mistakes_are_one_line(monkeypatch):
     groups = parameter_groups(small(), 0, 0)
     for name, momentum, word in (
-        ("adam", 0.9, "training.optimizer"),
+        ("adamax", 0.9, "training.optimizer"),
         ("adamw", 1.0, "training.momentum=1.0"),
+        ("adam", 1.0, "training.momentum=1.0"),
     ):
         with pytest.raises(OptimError, match=word):
             make_optimizer(name, groups, 0.1, momentum, CPU)
     monkeypatch.setitem(sys.modules, "timm.optim", None)
-    for name in ("lars", "muon"):
+    for name in ("adan", "lars", "muon"):
         with pytest.raises(
             OptimError, match=rf"^training.optimizer={name} needs timm .*: pip install timm$"
         ) as caught:
             make_optimizer(name, groups, 0.1, 0.9, CPU)
         assert caught.value.user_error
-    for name in ("sgd", "adamw"):  # they do without
+    for name in ("sgd", "adam", "adamw"):  # they do without
         make_optimizer(name, groups, 0.1, 0.9, CPU)
     assert "timm" not in vars(optim)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["optimizer=sgd", "betas=0.9,0.99"], ["betas=0.9,0.99", "leave it out"]),
+        (["optimizer=muon", "muon_rest=sgd", "betas=0.9,0.99"], ["betas", "leave it out"]),
+        (["optimizer=adan", "betas=0.9,0.99"], ["betas=0.9,0.99", "adan has 3"]),
+        (["optimizer=adamw", "betas=0.9,0.99,0.9"], ["adamw has 2"]),
+        (["optimizer=adamw", "betas=0.9,1"], ["training.betas", "less than 1"]),
+        (["optimizer=adam", "betas=0.9,0.99", "momentum=0.8"], ["momentum=0.8", "first beta"]),
+        (["optimizer=adan", "momentum=0.8"], ["momentum=0.8", "training.betas"]),
+        (["optimizer=adam", "nesterov=1"], ["training.nesterov=1", "sgd or muon"]),
+        (["nesterov=1", "momentum=0"], ["training.nesterov=1", "momentum"]),
+        (["muon_steps=3"], ["training.muon_steps=3", "training.optimizer=muon", "sgd"]),
+        (["optimizer=adamw", "muon_rest_lr=0.5"], ["training.muon_rest_lr=0.5"]),
+        (["optimizer=muon", "muon_scale=filters"], ["training.muon_rest=sgd"]),
+        (["optimizer=muon", "muon_rest_momentum=0.5"], ["training.muon_rest=sgd"]),
+    ],
+    ids=lambda given: given[-1] if "=" in given[-1] else "",
+)
+def test_an_option_without_a_use_is_refused(argv, words):
+    with pytest.raises(config.ConfigError) as caught:
+        config.read({"training": TrainingConfig}, [f"--training.{word}" for word in argv])
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_options_reach_the_optimizer():
+    """Each option of the section against the same call in Python."""
+    cases = (
+        (TrainingConfig(optimizer="adan", betas=(0.9, 0.8, 0.7)), {"betas": (0.9, 0.8, 0.7)}),
+        (TrainingConfig(optimizer="adam", betas=(0.5, 0.6)), {"betas": (0.5, 0.6)}),
+        (TrainingConfig(nesterov=True), {"nesterov": True}),
+        (TrainingConfig(optimizer="muon", muon_steps=2), {"muon": MuonRules(steps=2)}),
+        (
+            TrainingConfig(
+                optimizer="muon",
+                momentum=0.6,
+                nesterov=True,
+                muon_scale="filters",
+                muon_rest="sgd",
+                muon_rest_lr=0.2,
+                muon_rest_momentum=0.85,
+            ),
+            {"nesterov": True, "muon": MuonRules(5, "filters", "sgd", 0.2, 0.85)},
+        ),
+    )
+    for section, expected_options in cases:
+        after = []
+        for source in ("section", "call", "defaults"):
+            model = small(torch.float32)
+            groups = parameter_groups(model, 0.1, 0.0)
+            if source == "section":
+                optimizer = configured_optimizer(section, groups, 0.1, CPU)
+            else:
+                more = expected_options if source == "call" else {}
+                optimizer = make_optimizer(
+                    section.optimizer, groups, 0.1, section.momentum, CPU, **more
+                )
+            run(model, optimizer, range(3))
+            after.append(values(model))
+        by_section, by_call, by_default = after
+        assert all(np.array_equal(by_section[key], by_call[key]) for key in by_call)
+        assert any(not np.array_equal(by_section[key], by_default[key]) for key in by_call)

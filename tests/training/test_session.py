@@ -130,6 +130,43 @@ def test_signals_leave_a_checkpoint_and_the_run_resumes(
     assert losses(run) == losses(alone)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--training.optimizer=adan"],
+        [
+            "--training.optimizer=muon",
+            "--training.muon_rest=sgd",
+            "--training.muon_scale=filters",
+            "--training.nesterov=1",
+        ],
+    ],
+    ids=lambda more: more[0].rpartition("=")[2],
+)
+def test_every_optimizer_resumes_exactly(digits, tmp_path, monkeypatch, more):
+    more = ["--training.epochs=1", *more]
+    assert train_imagenet.main(options(digits, tmp_path, "undisturbed", *more)) == 0
+    original, steps = NonFiniteGuard.before_step, []
+
+    def at_step(self):
+        steps.append(0)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self)
+
+    monkeypatch.setattr(NonFiniteGuard, "before_step", at_step)
+    assert train_imagenet.main(options(digits, tmp_path, "run", *more)) == REQUEUE
+    again = options(digits, tmp_path, "run", "--training.resume=auto", *more)
+    assert train_imagenet.main(again) == 0
+    assert len(steps) == 4
+    ours, theirs = (
+        snapshot.read(tmp_path / run / "checkpoints" / "last.safetensors")
+        for run in ("run", "undisturbed")
+    )
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    assert all(torch.equal(ours.tensors[name], theirs.tensors[name]) for name in theirs.tensors)
+
+
 def test_refusals_of_resume(digits, tmp_path, alone, capsys):
     def line(*more, run="run", folder=alone.parent):
         with pytest.raises(SystemExit) as stop:
@@ -294,7 +331,7 @@ def test_a_run_that_stays_non_finite_ends(digits, tmp_path, monkeypatch):
     assert snapshot.newest(tmp_path / "run" / "checkpoints")[0].metadata["step"] == 0
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adan"])
 def test_a_skipped_step_changes_nothing(name):
     torch.manual_seed(0)
     model = torch.nn.Sequential(
