@@ -224,6 +224,7 @@ class FamilyModel(NestedModel):
                 f"{', '.join(map(str, self.dims))}, in rising order"
             )
         smaller = build(replace(self.spec, dims=dims))
+        assert isinstance(smaller, FamilyModel)
         kept = smaller.state_dict()
         for dim in dims:
             for name, weight in self.trunk.weights_of(dim).items():
@@ -350,9 +351,7 @@ def model_spec(config: ModelConfig, num_classes: int, blurpool: bool = False) ->
     )
 
 
-def _family_spec(
-    config: ModelConfig, num_classes: int, arch_options: dict[str, Any]
-) -> ModelSpec:
+def _family_spec(config: ModelConfig, num_classes: int, arch_options: dict[str, Any]) -> ModelSpec:
     """The ModelSpec of a family, which is nested without model.mrl."""
     if config.fixed_feature:
         raise ModelError(

@@ -8,7 +8,6 @@ from typing import Any
 
 from matryoshka.config import option
 
-
 # Families of transformers nested in their width: their dims are widths, see nested_vit.py.
 FAMILIES = ("vit_nested", "vit_independent", "vit_nested_proj")
 
