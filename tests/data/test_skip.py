@@ -25,7 +25,7 @@ from matryoshka.data.augment import Preprocessing
 from matryoshka.data.slots import Batch
 from matryoshka.distributed import World
 from matryoshka.nested import nested_cross_entropy
-from matryoshka.training import supervised
+from matryoshka.training import supervised_step
 from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.state import TrainState
 from matryoshka.training.sums import Sums
@@ -164,7 +164,7 @@ def test_the_gradient_is_that_of_the_images_that_are_left_over_the_whole_batch()
             sums=Sums({"loss": (), "prefix_loss": (1,)}, world.device),
             metadata={},
         )
-        supervised.train_step(
+        supervised_step.train_step(
             batch,
             0.0,
             cfg=cfg,

@@ -32,7 +32,8 @@ from matryoshka.evaluation.accuracy import PrefixAccuracy
 from matryoshka.models import ModelSpec, build
 from matryoshka.nested import nested_cross_entropy
 from matryoshka.evaluation.predict import predict
-from matryoshka.training import supervised as program
+from matryoshka.training import supervised_step as program
+from matryoshka.training.supervised import distribute
 from matryoshka.training.state import TrainState
 from matryoshka.training.sums import Sums
 
@@ -54,7 +55,7 @@ def work():
     with distributed.joined("cpu") as world:
         torch.manual_seed(0)
         model = build(ModelSpec("resnet10", 10, (8, 32, 512))).double()
-        ddp = program.distribute(model, world).eval()
+        ddp = distribute(model, world).eval()
         ranks = dict(rank=world.rank, world=world.size, num_workers=1)
         loader = Loader(beton, batch, crop=RandomResizedCrop(32), drop_last=True, seed=7, **ranks)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -67,7 +68,7 @@ def work():
         loss_fn = functools.partial(nested_cross_entropy, weights=weights, label_smoothing=0.1)
         cfg = SimpleNamespace(
             data=SimpleNamespace(mixup=0, cutmix=0, randaugment=0),
-            training=SimpleNamespace(seed=1, batch_size=micro),
+            training=SimpleNamespace(seed=1, batch_size=micro, sandwich=None),
         )
         order = []
         for k, b in enumerate(loader):
