@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from matryoshka import checkpoint, distributed
 from matryoshka.checkpoint.transfer import start_model
 from matryoshka.data import Loader, open_dataset
-from matryoshka.data.augment import mix, mixed_loss, normalise, rand_augment
+from matryoshka.data.augment import augmented, mixed_loss
 from matryoshka.data.loader import Batch
 from matryoshka.distributed import World
 from matryoshka.evaluation.predict import predict
@@ -41,6 +41,7 @@ from matryoshka.nested import nested_cross_entropy
 from matryoshka.training.checks import check, global_batch_size, requested_batch_size
 from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.loaders import (
+    is_resident,
     make_loaders,
     resolution_at,
     training_crop,
@@ -121,7 +122,9 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
     before = resumed.metadata["global_batch"] if resumed else None
     images = len(open_dataset(cfg.data.train_dataset))
     global_batch = global_batch_size(cfg, world.size, images=images, before=before)
-    train_loader, val_loader = make_loaders(cfg, world, global_batch)
+    # So do its pixels: a resident set is decoded exactly, a streamed one for speed.
+    resident = resumed.metadata.get("resident") if resumed else None
+    train_loader, val_loader = make_loaders(cfg, world, global_batch, resident=resident)
     dataset = train_loader.dataset
     steps = len(train_loader)
 
@@ -161,7 +164,7 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
         loader=train_loader,
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
         sums=Sums({"loss": (), "prefix_loss": (len(spec.dims),)}, world.device),
-        metadata=checkpoint.describe(model),
+        metadata={**checkpoint.describe(model), "resident": is_resident(train_loader)},
         ema=ema,
     )
     guard = NonFiniteGuard(model, world.device, t.clip)
@@ -310,22 +313,18 @@ def train_step(
 
     Returns (mean loss, gradient norm, whether the step was skipped), 0-d tensors on the device.
     """
-    data = cfg.data
     t = cfg.training
-    scale = state.model.preprocessing
+    preprocessing = state.model.preprocessing
     rng = begin_step(state, seed=t.seed, rank=world.rank)
     # drop_last: every global batch is full
     global_batch = state.loader.batch_size
     # Usually one part; more with gradient accumulation.
     for part in micro_batches(batch, t.batch_size, world=world, global_batch=global_batch):
-        images = part.images  # uint8 [B, H, W, 3]
-        if data.randaugment:
-            images = rand_augment(images, data.randaugment, rng)
-        images = normalise(images, scale.mean, scale.std)  # float [B, 3, H, W]
-        mixed = mix(images, part.labels, data.mixup, data.cutmix, rng)
+        # uint8 [B, H, W, 3] -> float [B, 3, H, W]
+        mixed = augmented(part.images, part.labels, cfg.data, preprocessing, rng)
 
         with gradient_sync(ddp, part.sync):
-            with distributed.autocast(images.device, precision):
+            with distributed.autocast(mixed.images.device, precision):
                 logits = ddp(mixed.images)  # [G, B, C]
             # The loss in float32: its sums lose too much in half precision.
             loss, prefix_loss = mixed_loss(loss_fn, logits.float(), mixed)
