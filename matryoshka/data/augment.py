@@ -210,7 +210,8 @@ def random_erasing(images: Tensor, probability: float, rng: np.random.Generator)
     x = torch.arange(width, device=images.device)
     rows = (y >= top[:, None]) & (y < bottom[:, None])  # [B, H]
     columns = (x >= left[:, None]) & (x < right[:, None])  # [B, W]
-    return images.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], 0)
+    erased = rows[:, None, :, None] & columns[:, None, None, :]  # [B, 1, H, W]
+    return images.clone().masked_fill_(erased, 0)  # clone keeps the layout, masked_fill may not
 
 
 def erased_rectangles(
