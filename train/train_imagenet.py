@@ -119,7 +119,7 @@ def evaluate_checkpoint(cfg: SimpleNamespace, world: World) -> None:
     """training.eval_only: print the accuracy of every prefix of training.path."""
     model = checkpoint.load_model(cfg.training.path)
     model = model.to(world.device).to(memory_format=torch.channels_last)
-    loader = validation_loader(cfg, world, cfg.data.val_dataset)
+    loader = validation_loader(cfg, world)
     model.check_classes(loader.dataset)
 
     result = evaluate(

@@ -297,7 +297,7 @@ def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         "training.batch_size": given.get("training.global_batch_size", 512),
         "lr.lr": 1e-4,
         "lr.lr_schedule_type": "cosine",
-        # "data.crop": "padded",
+        "data.crop": "padded",
         "data.randaugment": RANDAUGMENT,
         "cifar.size": size,
         "resolution.min_res": size,

@@ -47,9 +47,10 @@ from matryoshka.nested import distilled_cross_entropy, nested_cross_entropy
 from matryoshka.training.checks import global_batch_size
 from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.loaders import (
+    is_resident,
+    make_loaders,
     resolution_at,
     training_crop,
-    training_loader,
     validation_loader,
 )
 from matryoshka.training.meter import EpochMeter
@@ -156,18 +157,17 @@ class SupervisedRun:
 
     def _load_data(self, datasets: tuple[Dataset, Dataset] | None) -> None:
         cfg = self.cfg
-        train_set, val_set = datasets or (cfg.data.train_dataset, cfg.data.val_dataset)
-        if datasets is None:
-            images = len(open_dataset(cfg.data.train_dataset))
-        else:
-            images = len(datasets[0])
-        # A resumed run keeps its global batch, also with another number of processes.
-        before = None
+        images = len(open_dataset(cfg.data.train_dataset) if datasets is None else datasets[0])
+        # A resumed run keeps its global batch, also with another number of processes. So do its
+        # pixels: a resident set is decoded exactly, a streamed one for speed.
+        before, resident = None, None
         if self.start.checkpoint is not None:
             before = self.start.checkpoint.metadata["global_batch"]
+            resident = self.start.checkpoint.metadata.get("resident")
         self.global_batch = global_batch_size(cfg, self.world.size, images=images, before=before)
-        self.train_loader = training_loader(cfg, self.world, self.global_batch, train_set)
-        self.val_loader = validation_loader(cfg, self.world, val_set)
+        self.train_loader, self.val_loader = make_loaders(
+            cfg, self.world, self.global_batch, datasets=datasets, resident=resident
+        )
 
     def _build_model(self, normalisation: Normalisation | None) -> list[str]:
         """Build `model`, `ema` and `ddp`; return notes about its initial weights."""
@@ -245,7 +245,10 @@ class SupervisedRun:
             loader=self.train_loader,
             scaler=torch.amp.GradScaler(device.type, enabled=self.precision == "fp16"),
             sums=Sums(sums, device),
-            metadata=checkpoint.describe(self.model),
+            metadata={
+                **checkpoint.describe(self.model),
+                "resident": is_resident(self.train_loader),
+            },
             ema=self.ema,
         )
         self._guard = NonFiniteGuard(self.model, device, t.clip)

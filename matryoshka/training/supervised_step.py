@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from matryoshka import distributed
-from matryoshka.data.augment import mix, mixed_loss, normalise, rand_augment
+from matryoshka.data.augment import augmented, mixed_loss
 from matryoshka.data.loader import Batch
 from matryoshka.distributed import World
 from matryoshka.models import FamilyModel, NestedModel
@@ -39,9 +39,8 @@ def train_step(
 
     Returns (mean loss, gradient norm, whether the step was skipped), 0-d tensors on the device.
     """
-    data = cfg.data
     t = cfg.training
-    scale = state.model.preprocessing
+    preprocessing = state.model.preprocessing
     rng = begin_step(state, seed=t.seed, rank=world.rank)
     which = None  # all prefixes
     if t.sandwich is not None:
@@ -51,14 +50,11 @@ def train_step(
     global_batch = state.loader.batch_size
     # Usually one part; more with gradient accumulation.
     for part in micro_batches(batch, t.batch_size, world=world, global_batch=global_batch):
-        images = part.images  # uint8 [B, H, W, 3]
-        if data.randaugment:
-            images = rand_augment(images, data.randaugment, rng)
-        images = normalise(images, scale.mean, scale.std)  # float [B, 3, H, W]
-        mixed = mix(images, part.labels, data.mixup, data.cutmix, rng)
+        # uint8 [B, H, W, 3] -> float [B, 3, H, W]
+        mixed = augmented(part.images, part.labels, cfg.data, preprocessing, rng)
 
         with gradient_sync(ddp, part.sync):
-            with distributed.autocast(images.device, precision):
+            with distributed.autocast(mixed.images.device, precision):
                 if which is None:
                     logits = ddp(mixed.images)  # [G, B, C]
                 elif isinstance(state.model, FamilyModel):

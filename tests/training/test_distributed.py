@@ -28,6 +28,7 @@ from types import SimpleNamespace
 from matryoshka import distributed
 from matryoshka.data import Loader, RandomResizedCrop, augment
 from matryoshka.training.guard import NonFiniteGuard
+from matryoshka.training.options import DataConfig
 from matryoshka.evaluation.accuracy import PrefixAccuracy
 from matryoshka.models import ModelSpec, build
 from matryoshka.nested import nested_cross_entropy
@@ -41,7 +42,8 @@ beton, val, out = sys.argv[1:4]
 batch = int(sys.argv[4])
 micro = int(sys.argv[5])
 torch.set_num_threads(1)
-program.normalise = lambda images, *scale: augment.normalise(images, *scale, dtype=torch.float64)
+in_float32 = augment.normalise
+augment.normalise = lambda images, *scale: in_float32(images, *scale, dtype=torch.float64)
 program.nested_cross_entropy = None  # the step must use the loss that it is given
 
 class NoFloat(torch.nn.Module):  # keeps the logits in float64
@@ -67,7 +69,7 @@ def work():
         weights = torch.tensor([2.0, 1.0, 1.0]).double()
         loss_fn = functools.partial(nested_cross_entropy, weights=weights, label_smoothing=0.1)
         cfg = SimpleNamespace(
-            data=SimpleNamespace(mixup=0, cutmix=0, randaugment=0),
+            data=DataConfig(),
             training=SimpleNamespace(seed=1, batch_size=micro, sandwich=None),
         )
         order = []
