@@ -132,14 +132,12 @@ def read(
             f"{path}: no such checkpoint file; give a model.safetensors or a .pt file"
         )
     if path.suffix == ".safetensors":
-        if old_ckpt:
-            raise CheckpointError(
-                f"{path}: a Matryoshka checkpoint, not one of upstream's old style; drop old_ckpt"
-            )
+        _refuse_old_style(path, old_ckpt)
         contents = _read_safetensors(path)
     else:
         stored = load_plain(path)
         if vit_pth.is_vit_pth(stored):
+            _refuse_old_style(path, old_ckpt)
             contents = vit_pth.read(path, stored)
         else:
             contents = upstream.read(
@@ -151,6 +149,13 @@ def read(
             f"{path}: {problem}; write the checkpoint again, or get another copy of it"
         )
     return contents
+
+
+def _refuse_old_style(path: Path, old_ckpt: bool) -> None:
+    if old_ckpt:
+        raise CheckpointError(
+            f"{path}: a Matryoshka checkpoint, not one of upstream's old style; drop old_ckpt"
+        )
 
 
 def _read_safetensors(path: Path) -> Contents:
