@@ -45,11 +45,12 @@ from matryoshka.evaluation.prediction_arrays import (
     from_files,
     from_results,
 )
+from matryoshka.evaluation.width_table import WidthImages, width_analysis, width_lines
 from matryoshka.files import write_atomically
 from matryoshka.report import statements
 from matryoshka.report.claims import against_constant, paired
 
-NEED_SCORES = ("cascade", "calibration")
+NEED_SCORES = ("cascade", "widths", "calibration")
 # Images that a temperature is fitted on: one parameter needs no more, and Newton's method computes
 # the softmax of all of them in each iteration.
 MAX_FIT_IMAGES = 5000
@@ -74,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # By default, an analysis that these arrays do not allow is left out; a requested one is an
     # error.
     explicit = args.only != ANALYSES
-    analyses = possible_analyses(requested, arrays, args.learn, explicit)
+    analyses = possible_analyses(requested, arrays, args, explicit)
+    validation = open_validation(args, arrays)
     output = Path(args.output) if args.output else Path(args.results or "").parent / "analysis.json"
     if not output.resolve().parent.is_dir():
         raise config.ConfigError(f"--output {output}: its folder does not exist; make it first")
@@ -102,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in analyses:
         if name == "cascade":
             found[name] = analyze_cascade(answers, args, epsilons)
+        elif name == "widths":
+            found[name] = analyze_widths(answers, validation, args, epsilons)
         elif name == "oracle":
             found[name] = analyze_oracle(answers)
         elif name == "superclasses":
@@ -134,29 +138,61 @@ def check(args: SimpleNamespace) -> tuple[list[str], list[float]]:
         raise config.ConfigError(
             f"--results {args.results}: names its own arrays; drop --{arrays[0]}, or --results"
         )
+    if args.results and args.macs:
+        raise config.ConfigError(
+            f"--results {args.results}: has the multiply-adds of its widths; drop --macs"
+        )
     return list(args.only), list(args.epsilon)
 
 
+def open_validation(args: SimpleNamespace, arrays: PredictionArrays) -> PredictionArrays | None:
+    """The predictions of --validation. ArrayError unless they are of the same widths."""
+    if args.validation is None:
+        return None
+    if "widths" not in args.only or arrays.macs is None:
+        raise ArrayError(
+            f"--validation {args.validation}: is for the analysis `widths` of a family of widths, "
+            "such as vit_nested; leave it out"
+        )
+    validation = from_results(args.validation)
+    file = f"--validation {args.validation}"
+    if validation.scores is None:
+        raise ArrayError(f"{file}: has predictions only; evaluate with --save_logits")
+    if (validation.dims, validation.num_classes) != (arrays.dims, arrays.num_classes):
+        raise ArrayError(
+            f"{file}: has widths {list(validation.dims)} and {validation.num_classes} classes, not "
+            f"{list(arrays.dims)} and {arrays.num_classes}; evaluate the same model on other images"
+        )
+    for key, what in (("checkpoint", "another model"), ("data", "the same images")):
+        ours, theirs = arrays.metadata.get(key), validation.metadata.get(key)
+        known = ours is not None and theirs is not None
+        if known and (ours == theirs) == (key == "data"):
+            raise ArrayError(
+                f"{file}: is of {what}, {theirs}; thresholds need the same model on other images"
+            )
+    return validation
+
+
 def possible_analyses(
-    requested: Sequence[str], arrays: PredictionArrays, learn: float, explicit: bool
+    requested: Sequence[str], arrays: PredictionArrays, args: SimpleNamespace, explicit: bool
 ) -> list[str]:
     """The requested analyses that the arrays allow; for the others a note, or an error.
 
     explicit: whether --only names them, which makes it an error.
     """
     possible = []
-    reasons = impossible_analyses(arrays, learn)
+    reasons = impossible_analyses(arrays, args)
     for name in requested:
         if name not in reasons:
             possible.append(name)
         elif explicit:
             raise ArrayError(f"--only {name}: {reasons[name]}")
-        else:
+        elif name != "widths" or arrays.macs is not None:  # most models are no family
             print(f"note: no {name}: {reasons[name]}")
     return possible
 
 
-def impossible_analyses(arrays: PredictionArrays, learn: float) -> dict[str, str]:
+def impossible_analyses(arrays: PredictionArrays, args: SimpleNamespace) -> dict[str, str]:
     """The analyses that the arrays do not allow, with the reason."""
     n = len(arrays.labels)
     if arrays.scores is None:
@@ -164,10 +200,19 @@ def impossible_analyses(arrays: PredictionArrays, learn: float) -> dict[str, str
             NEED_SCORES, "needs --logits or --softmax; save them with eval --save_logits"
         )
     if len(arrays.dims) < 2:
-        return {"cascade": "needs two prefixes or more"}
-    if not 0 < round(learn * n) < n:
-        return {"cascade": f"needs more than {n} images, to learn from some and measure on others"}
-    return {}
+        return dict.fromkeys(("cascade", "widths"), "needs two prefixes or more")
+    reasons = {}
+    if not 0 < round(args.learn * n) < n:
+        too_few = f"needs more than {n} images, to learn from some and measure on others"
+        reasons["cascade"] = too_few
+        if args.validation is None:
+            reasons["widths"] = too_few
+    if arrays.macs is None:
+        reasons["widths"] = (
+            "is for a family of widths (vit_nested, ...): the prefixes of one trunk come from one "
+            "pass; results.json of such a model has its multiply-adds, for arrays give --macs"
+        )
+    return reasons
 
 
 # ---------------------------------------------------------------- numbers for JSON
@@ -308,6 +353,49 @@ def analyze_certificate(answers: Answers, args: SimpleNamespace, points: float) 
             "above": above,
         },
     }
+
+
+def analyze_widths(
+    answers: Answers,
+    validation: PredictionArrays | None,
+    args: SimpleNamespace,
+    epsilons: Sequence[float],
+) -> dict[str, Any]:
+    """Cascades over widths that each run on their own; thresholds come from other images."""
+    arrays = answers.arrays
+    assert arrays.macs is not None
+    whole = WidthImages(arrays_confidence(arrays, args.confidence), answers.correct)
+    if validation is not None:
+        right = validation.answers()[0] == validation.labels
+        learn, test = WidthImages(arrays_confidence(validation, args.confidence), right), whole
+    else:
+        n = len(arrays.labels)
+        ((part, rest),) = split_indices(n, 1, round(args.learn * n), args.seed)
+        learn, test = whole.some(part), whole.some(rest)
+    found = {
+        "confidence": args.confidence,
+        "validation": args.validation,
+        **width_analysis(
+            (arrays.dims, arrays.macs),
+            learn,
+            test,
+            epsilons=epsilons,
+            delta=args.delta,
+            seed=args.seed,
+        ),
+    }
+    source = args.validation or "a share of the images"
+    print(
+        f"\n== widths: thresholds from {found['learn_images']:,} images ({source}), measured on "
+        f"{found['test_images']:,}; confidence: {args.confidence}"
+    )
+    print("\n".join(f"  {line}" for line in width_lines(found)))
+    return found
+
+
+def arrays_confidence(arrays: PredictionArrays, kind: str) -> np.ndarray:
+    """Confidence of all images, float32 [G, N]; kind: one of CONFIDENCES."""
+    return arrays.entropy_confidence() if kind == "entropy" else arrays.answers()[1]
 
 
 def analyze_oracle(answers: Answers) -> dict[str, Any]:

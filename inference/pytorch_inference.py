@@ -58,7 +58,7 @@ from matryoshka.evaluation.preprocessing import set_preprocessing
 from matryoshka.evaluation.retrieval_arrays import array_path, open_splits, sample, write_arrays
 from matryoshka.evaluation.saved_arrays import ArrayCollector, file_names, write_array
 from matryoshka.files import write_atomically
-from matryoshka.models import NestedModel, with_prefixes
+from matryoshka.models import NestedModel, multiply_adds, with_prefixes
 from matryoshka.report.tables import accuracy_table
 
 Data = BetonFile | ImageFolder | Subset
@@ -356,6 +356,8 @@ def results_json(request: Request, outcome: Outcome) -> dict[str, Any]:
         "dims": list(model.dims),
         "dataset": request.name,
         "data": str(dataset.path),
+        "macs": {str(d): n for d, n in multiply_adds(model, preprocessing.size).items()},
+        "one_pass": model.one_pass,
         "classes": classes,
         "class_names": mapping.names or model.classes,
         "images": images,

@@ -5,16 +5,17 @@ from typing import TYPE_CHECKING
 from matryoshka import lazy
 
 if TYPE_CHECKING:
-    from matryoshka.checkpoint.contents import FORMAT, TRAINING_FORMAT, CheckpointError, Contents
-    from matryoshka.checkpoint.model_file import (
-        describe,
-        load_model,
+    from matryoshka.checkpoint.contents import (
+        FORMAT,
+        TRAINING_FORMAT,
+        CheckpointError,
+        Contents,
         preprocessing_of,
-        read,
-        save_model,
     )
+    from matryoshka.checkpoint.model_file import describe, load_model, read, save_model
     from matryoshka.checkpoint.options import CheckpointOptions
     from matryoshka.checkpoint.upstream import from_upstream, save_upstream, to_upstream
+    from matryoshka.checkpoint.vit_pth import save_vit_pth
 
 __all__ = [
     "FORMAT",
@@ -29,15 +30,23 @@ __all__ = [
     "read",
     "save_model",
     "save_upstream",
+    "save_vit_pth",
     "to_upstream",
 ]
 
 __getattr__ = lazy.attribute(
     __name__,
     {
-        "contents": ("FORMAT", "TRAINING_FORMAT", "CheckpointError", "Contents"),
-        "model_file": ("describe", "load_model", "preprocessing_of", "read", "save_model"),
+        "contents": (
+            "FORMAT",
+            "TRAINING_FORMAT",
+            "CheckpointError",
+            "Contents",
+            "preprocessing_of",
+        ),
+        "model_file": ("describe", "load_model", "read", "save_model"),
         "options": ("CheckpointOptions",),
         "upstream": ("from_upstream", "save_upstream", "to_upstream"),
+        "vit_pth": ("save_vit_pth",),
     },
 )

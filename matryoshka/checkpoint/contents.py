@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -27,6 +28,12 @@ class Contents(NamedTuple):
     classes: list[str] | None
     notes: list[str]  # assumptions made while reading, for the user to check
     state: dict[str, Tensor]  # weights under NestedModel's names
+
+
+def preprocessing_of(metadata: Mapping) -> Preprocessing:
+    """The Preprocessing that `describe` stored. JSON has turned its tuples into lists."""
+    stored = metadata["preprocessing"]
+    return Preprocessing(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
 
 
 def first_line(error: Exception) -> str:

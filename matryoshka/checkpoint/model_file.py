@@ -1,7 +1,8 @@
 """Save and load models.
 
 `model.safetensors` holds the weights and, in its metadata, everything else that rebuilds the model.
-Plain state_dicts of other repositories (`.pt`) are read and written by upstream.py.
+Plain state_dicts of other repositories (`.pt`) are read and written by upstream.py, exports of
+Matryoshka ViT compression (`.pth`) by vit_pth.py.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from matryoshka.checkpoint import upstream
+from matryoshka.checkpoint import upstream, vit_pth
 from matryoshka.checkpoint.contents import (
     FORMAT,
     TRAINING_FORMAT,
     CheckpointError,
     Contents,
     first_line,
+    preprocessing_of,
 )
+from matryoshka.checkpoint.torch_files import load_plain
 from matryoshka.data import CenterCrop
 from matryoshka.data.augment import Preprocessing
 from matryoshka.files import write_atomically
-from matryoshka.models import ModelSpec, NestedModel, build
+from matryoshka.models import FAMILIES, ModelSpec, NestedModel, build
 
 # ---------------------------------------------------------------- writing
 
@@ -55,12 +58,6 @@ def describe(model: NestedModel) -> dict[str, Any]:
         "preprocessing": asdict(model.preprocessing),
         "classes": model.classes,
     }
-
-
-def preprocessing_of(metadata: Mapping) -> Preprocessing:
-    """The Preprocessing that `describe` stored. JSON has turned its tuples into lists."""
-    stored = metadata["preprocessing"]
-    return Preprocessing(**{**stored, "mean": tuple(stored["mean"]), "std": tuple(stored["std"])})
 
 
 # ---------------------------------------------------------------- reading
@@ -100,8 +97,8 @@ def load_model(
     _check_requested(path, contents.spec, requested)
     _check_head(path, contents.spec, contents.state)
     try:
-        # Options can claim any width; without them the width is that of a known architecture.
-        if contents.spec.arch_options:
+        # Options and the dims of a family can claim any width; otherwise the architecture has one.
+        if contents.spec.arch_options or contents.spec.arch in FAMILIES:
             _check_shapes(path, contents.spec, contents.state)
         model = build(contents.spec)
     except CheckpointError:
@@ -135,19 +132,30 @@ def read(
             f"{path}: no such checkpoint file; give a model.safetensors or a .pt file"
         )
     if path.suffix == ".safetensors":
-        if old_ckpt:
-            raise CheckpointError(
-                f"{path}: a Matryoshka checkpoint, not one of upstream's old style; drop old_ckpt"
-            )
+        _refuse_old_style(path, old_ckpt)
         contents = _read_safetensors(path)
     else:
-        contents = upstream.read(path, efficient=efficient, dims=dims, arch=arch, old_ckpt=old_ckpt)
+        stored = load_plain(path)
+        if vit_pth.is_vit_pth(stored):
+            _refuse_old_style(path, old_ckpt)
+            contents = vit_pth.read(path, stored)
+        else:
+            contents = upstream.read(
+                path, stored, efficient=efficient, dims=dims, arch=arch, old_ckpt=old_ckpt
+            )
     problem = _problem(contents)
     if problem:
         raise CheckpointError(
             f"{path}: {problem}; write the checkpoint again, or get another copy of it"
         )
     return contents
+
+
+def _refuse_old_style(path: Path, old_ckpt: bool) -> None:
+    if old_ckpt:
+        raise CheckpointError(
+            f"{path}: a Matryoshka checkpoint, not one of upstream's old style; drop old_ckpt"
+        )
 
 
 def _read_safetensors(path: Path) -> Contents:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import io
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.checkpoint.contents import CheckpointError, Contents
+from matryoshka.checkpoint.torch_files import is_whole
 from matryoshka.data.augment import Preprocessing
 from matryoshka.files import write_atomically
 from matryoshka.models import BACKBONES, RESNETS, TIMM, ModelSpec, NestedModel, backbone
@@ -64,14 +64,15 @@ def from_upstream(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def read(
     path: Path,
+    stored: Any,
     *,
     efficient: bool = False,
     dims: tuple[int, ...] | None = None,
     arch: str | None = None,
     old_ckpt: bool = False,
 ) -> Contents:
-    """Read an upstream `.pt`. The arguments are those of load_model."""
-    state = _read_state_dict(path)
+    """Read an upstream `.pt`. stored: what the file holds. Further arguments: see load_model."""
+    state = _state_dict(path, stored)
     params = _read_params(path)
     notes: list[str] = []
     names = _classifier_names(path, state)
@@ -122,24 +123,8 @@ def read(
     return Contents(spec, preprocessing, None, notes, from_upstream(state))
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read an upstream state_dict and remove its `module.` prefix.
-
-    weights_only: a pickle that needs more than tensors is refused, because it could run code.
-    """
-    try:
-        with warnings.catch_warnings():  # torch warns of plain pickles before it refuses them
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except Exception:
-        # Damaged files make the unpickler raise nearly any type. torch's own message is dropped:
-        # it advises to run the file's code.
-        raise CheckpointError(
-            f"{path}: not a checkpoint of plain tensors (an HTML page? a pickle that would run "
-            "code? truncated?); give a state_dict that torch.save wrote, or a model.safetensors"
-        ) from None
+def _state_dict(path: Path, state: Any) -> dict[str, Tensor]:
+    """Check an upstream state_dict and remove its `module.` prefix."""
     plain = isinstance(state, Mapping) and all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     )
@@ -189,11 +174,7 @@ def _classifier_names(path: Path, state: Mapping[str, Tensor]) -> list[str]:
         )
     for name in names:
         weight = state[name]
-        is_matrix = (
-            weight.layout == torch.strided and weight.device.type == "cpu" and weight.ndim == 2
-        )
-        # A small file can claim any shape: compare it with the bytes that are there.
-        if not is_matrix or weight.untyped_storage().nbytes() < weight.nbytes:
+        if weight.ndim != 2 or not is_whole(weight):
             raise CheckpointError(
                 f"{path}: {name}, {list(weight.shape)}, is not a whole matrix; get another copy "
                 "of the file"

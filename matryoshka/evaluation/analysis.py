@@ -58,9 +58,7 @@ def top_confidence(
     return predictions, confidence
 
 
-def entropy_confidence(
-    scores: np.ndarray, *, logits: bool = True, chunk: int = ROWS
-) -> np.ndarray:
+def entropy_confidence(scores: np.ndarray, *, logits: bool = True, chunk: int = ROWS) -> np.ndarray:
     """1 - H / log C, H the entropy of the softmax: float32 [G, N], 0 (even) to 1 (one class).
 
     Arguments as for `top_confidence`.

@@ -117,8 +117,9 @@ def from_results(path: str | Path) -> PredictionArrays:
 
 def _macs_of(file: Path, macs: Any, dims: Sequence[int]) -> tuple[int, ...]:
     """The multiply-adds of each width, from results.json."""
-    values = [macs.get(str(dim)) for dim in dims] if isinstance(macs, Mapping) else [None]
-    if not all(type(value) is int and value > 0 for value in values):
+    stored = macs if isinstance(macs, Mapping) else {}
+    values = [value for dim in dims if type(value := stored.get(str(dim))) is int and value > 0]
+    if len(values) < len(dims):
         raise ArrayError(
             f"{file}: damaged: macs must hold the multiply-adds of each width; make it again with "
             "eval --output"

@@ -64,9 +64,7 @@ class Candidate(NamedTuple):
     macs: float
 
 
-def frontier(
-    confidence: np.ndarray, correct: np.ndarray, macs: Sequence[float]
-) -> list[Candidate]:
+def frontier(confidence: np.ndarray, correct: np.ndarray, macs: Sequence[float]) -> list[Candidate]:
     """The cascades that none other beats in both accuracy and cost, by rising cost.
 
     All sets of up to MAX_STAGES widths with the last one, and for each set one threshold on a grid

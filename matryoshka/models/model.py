@@ -224,6 +224,7 @@ class FamilyModel(NestedModel):
                 f"{', '.join(map(str, self.dims))}, in rising order"
             )
         smaller = build(replace(self.spec, dims=dims))
+        assert isinstance(smaller, FamilyModel)
         kept = smaller.state_dict()
         for dim in dims:
             for name, weight in self.trunk.weights_of(dim).items():

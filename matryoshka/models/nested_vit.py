@@ -24,6 +24,7 @@ from torch.func import functional_call
 
 from matryoshka.models.backbones import backbone
 from matryoshka.models.options import FAMILIES, ModelError
+from matryoshka.models.vit import Attention
 from matryoshka.nested import check_dims
 
 MEMBER = "vitfixedposdualpatchnorm"
@@ -147,8 +148,9 @@ def vit_family(arch: str, dims: Sequence[int], options: Mapping[str, Any]) -> Wi
         raise ModelError(f"model.dims: {len(dims)} widths; {arch} takes at most {MAX_WIDTHS}")
     sharing, shared_options = _split_options(arch, options)
     members = [_member(dims, dim, shared_options) for dim in dims]
-    heads = members[-1].get_submodule("blocks.0.attention").heads
-    return WidthFamily(dims, members, heads, _ownership(arch, sharing, members[0]))
+    attention = members[-1].get_submodule("blocks.0.attention")
+    assert isinstance(attention, Attention)
+    return WidthFamily(dims, members, attention.heads, _ownership(arch, sharing, members[0]))
 
 
 def member_options(options: Mapping[str, Any]) -> dict[str, Any]:

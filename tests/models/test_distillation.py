@@ -34,19 +34,16 @@ def oracle(logits, labels, weights, *, smoothing, share, temperature):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    prefixes=st.integers(1, 4),
-    batch=st.integers(1, 4),
-    classes=st.integers(2, 5),
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(2, 5)),
     share=st.sampled_from([0.0, 0.3, 1.0]),
     temperature=st.sampled_from([0.5, 1.0, 4.0]),
     smoothing=st.sampled_from([0.0, 0.1]),
     seed=st.integers(0, 99),
 )
-def test_distillation_against_its_formula(
-    prefixes, batch, classes, share, temperature, smoothing, seed
-):
+def test_distillation_against_its_formula(shape, share, temperature, smoothing, seed):
+    prefixes, batch, classes = shape
     rng = np.random.default_rng(seed)
-    logits = 3 * rng.standard_normal((prefixes, batch, classes))
+    logits = 3 * rng.standard_normal(shape)
     labels = rng.integers(classes, size=batch)
     weights = rng.uniform(0.1, 2, prefixes)
     total, per_prefix = distilled_cross_entropy(
