@@ -88,6 +88,11 @@ PROGRAMS = {
         "1-NN, class means, SVD, random features of a checkpoint",
         "matryoshka.evaluation.options:baselines_parser",
     ),
+    "export": Program(
+        "matryoshka.inference.export_models",
+        "a model as ONNX, torch.export, TorchScript or int8 file",
+        "matryoshka.export.options:export_parser",
+    ),
     "report": Program("matryoshka.inference.report", "one HTML page that shows a model"),
 }
 # Commands of two words.
