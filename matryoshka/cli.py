@@ -42,6 +42,9 @@ PROGRAMS = {
         "train MRL, MRL-E or a fixed feature",
         "matryoshka.training.options:parser",
     ),
+    "sweep": Program(
+        "matryoshka.train.sweep", "search for options: a sweep file of W&B, with Optuna"
+    ),
     "runs": Program("matryoshka.train.list_runs", "table of the training runs in a folder"),
     "probe": Program(
         "matryoshka.train.linear_probe",
