@@ -47,6 +47,9 @@ PROGRAMS = {
         "train small nets and vision transformers on CIFAR-10 and the like",
         "matryoshka.training.cifar_options:parser",
     ),
+    "sweep": Program(
+        "matryoshka.train.sweep", "search for options: a sweep file of W&B, with Optuna"
+    ),
     "runs": Program("matryoshka.train.list_runs", "table of the training runs in a folder"),
     "probe": Program(
         "matryoshka.train.linear_probe",
