@@ -47,6 +47,9 @@ PROGRAMS = {
         "train small nets and vision transformers on CIFAR-10 and the like",
         "matryoshka.training.cifar_options:parser",
     ),
+    "sweep": Program(
+        "matryoshka.train.sweep", "search for options: a sweep file of W&B, with Optuna"
+    ),
     "runs": Program("matryoshka.train.list_runs", "table of the training runs in a folder"),
     "probe": Program(
         "matryoshka.train.linear_probe",
@@ -87,6 +90,11 @@ PROGRAMS = {
         "matryoshka.inference.baselines",
         "1-NN, class means, SVD, random features of a checkpoint",
         "matryoshka.evaluation.options:baselines_parser",
+    ),
+    "export": Program(
+        "matryoshka.inference.export_models",
+        "a model as ONNX, torch.export, TorchScript or int8 file",
+        "matryoshka.export.options:export_parser",
     ),
     "report": Program("matryoshka.inference.report", "one HTML page that shows a model"),
 }

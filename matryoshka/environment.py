@@ -16,6 +16,36 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def free_memory() -> int | None:
+    """Bytes of memory that this process can still use; None where the system does not say."""
+    limits = []
+    if (available := _number_in("/proc/meminfo", "MemAvailable:")) is not None:
+        limits.append(1024 * available)
+    # a container's own limit, version 2 of control groups; `max` where it has none
+    group = "/sys/fs/cgroup/memory."
+    most = _number_in(f"{group}max")
+    used = _number_in(f"{group}current")
+    if most is not None and used is not None:
+        # the page cache counts as used, and is dropped when memory is needed
+        limits.append(most - used + (_number_in(f"{group}stat", "file ") or 0))
+    if not limits and "SC_PHYS_PAGES" in os.sysconf_names:  # macOS: all of it
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return max(min(limits), 0) if limits else None
+
+
+def _number_in(path: str, prefix: str = "") -> int | None:
+    """The number after `prefix`, in the first line that starts with it; None without one."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith(prefix):
+            words = line.removeprefix(prefix).split()
+            return int(words[0]) if words and words[0].isdigit() else None
+    return None
+
+
 def environment() -> dict:
     """Versions, commit and hardware, as JSON holds them (env.json)."""
     import torch  # here: it takes seconds, and the other functions do not need it

@@ -198,7 +198,8 @@ ALL_RUNS = (
     "--model.arch=resnet10 --training.epochs=2 --training.batch_size=20 --training.device=cpu "
     "--training.deterministic=1 --training.checkpoint_every_steps=2 --training.keep_last=3 "
     "--training.checkpoint_every_minutes=0 --resolution.min_res=32 --resolution.max_res=32 "
-    "--validation.resolution=32 --data.num_workers=1 --lr.lr_peak_epoch=1 --lr.lr=0.00003"
+    "--validation.resolution=32 --data.num_workers=1 --data.resident=0 --lr.lr_peak_epoch=1 "
+    "--lr.lr=0.00003"
 )
 
 

@@ -29,7 +29,8 @@ from matryoshka.training.checks import check
 from matryoshka.training.cifar import SmallImages, resolved
 from matryoshka.training.cifar_outputs import CifarOutputs
 from matryoshka.training.session import FINAL
-from matryoshka.training.supervised import SupervisedRun, accuracy_text, epoch_line
+from matryoshka.training.summary import accuracy_text, epoch_line
+from matryoshka.training.supervised import SupervisedRun
 from matryoshka.training.watch import Stopped
 
 

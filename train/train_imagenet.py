@@ -26,12 +26,14 @@ import torch
 
 from matryoshka import checkpoint, distributed
 from matryoshka.distributed import World
+from matryoshka.evaluation.evaluate import evaluate
 from matryoshka.nested import nested_cross_entropy
 from matryoshka.training.checks import check
 from matryoshka.training.loaders import validation_loader
 from matryoshka.training.run_folder import draw_chart
 from matryoshka.training.session import FINAL
-from matryoshka.training.supervised import SupervisedRun, accuracy_text, epoch_line, evaluate
+from matryoshka.training.summary import accuracy_text, epoch_line
+from matryoshka.training.supervised import SupervisedRun
 from matryoshka.training.watch import Stopped
 
 
@@ -117,7 +119,7 @@ def evaluate_checkpoint(cfg: SimpleNamespace, world: World) -> None:
     """training.eval_only: print the accuracy of every prefix of training.path."""
     model = checkpoint.load_model(cfg.training.path)
     model = model.to(world.device).to(memory_format=torch.channels_last)
-    loader = validation_loader(cfg, world, cfg.data.val_dataset)
+    loader = validation_loader(cfg, world)
     model.check_classes(loader.dataset)
 
     result = evaluate(

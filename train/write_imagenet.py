@@ -1,24 +1,28 @@
-"""Write a folder of images as one .beton file.
+"""Write a folder of images, or a public data set, as one .beton file.
 
     matryoshka write photos/train train.beton
+    matryoshka write --cfg.dataset=cifar10 --cfg.split=train --cfg.write_path=train.beton
     python train/write_imagenet.py --cfg.data_dir=imagenet/train --cfg.write_path=train.beton \\
         --cfg.max_resolution=500 --cfg.write_mode=proportion --cfg.compress_probability=0.5
 
 PHOTOS holds one folder per class. The first form means --cfg.write_mode=jpg and
---cfg.max_resolution=500 unless these are given. `--cfg.dataset=digits --cfg.split=train` needs no
-image files. Class names, options and lists of problem images are written to `<write_path>.json`.
-Exit status 2 if nothing could be written.
+--cfg.max_resolution=500 unless these are given. A named set is downloaded to --cfg.cache_dir, and
+stored raw at its own size; `--cfg.dataset=digits` needs no download. Class names, options and lists
+of problem images are written to `<write_path>.json`. Exit status 2 if nothing could be written.
 """
 
-import sys
 import time
-
-from tqdm import tqdm
+from functools import partial
 
 from matryoshka.config import ConfigError, SectionParser, ShortForm, program, section_parser
-from matryoshka.data import BetonError, Digits, ImageFolder, WriterConfig, write_beton
+from matryoshka.data import BetonError, ImageFolder, WriterConfig, write_beton
+from matryoshka.data.bars import Bars
+from matryoshka.data.catalogue import FOLDER
+from matryoshka.data.downloads import Progress
+from matryoshka.data.named import named_source
 from matryoshka.data.reader import manifest_path
 from matryoshka.data.sources import parts_in
+from matryoshka.data.writer import Source
 
 SHOWN = 10  # images that a list on the terminal names
 LISTS = {  # of the manifest
@@ -39,11 +43,16 @@ def parser() -> SectionParser:
     )
 
 
-def open_source(cfg: WriterConfig) -> ImageFolder | Digits:
-    if cfg.dataset == "digits":
-        if cfg.split is None:
-            raise BetonError("cfg.dataset=digits needs cfg.split=train or cfg.split=val")
-        return Digits(cfg.split)
+def open_source(cfg: WriterConfig, progress: Progress) -> Source:
+    if cfg.dataset != FOLDER:
+        return named_source(
+            cfg.dataset,
+            cfg.split,
+            cache=cfg.cache_dir,
+            image_column=cfg.image_column,
+            label_column=cfg.label_column,
+            progress=progress,
+        )
     if cfg.data_dir is None:
         raise BetonError(
             f"cfg.dataset={cfg.dataset} needs cfg.data_dir, the folder of class folders"
@@ -76,10 +85,9 @@ def summary(manifest: dict, path: str, seconds: float) -> str:
     """The text that the program prints after writing."""
     counts = manifest["counts"]
     written = manifest["num_samples"]
-    first = (
-        f"{written:,} images of {len(manifest['classes'])} classes: {counts['jpg']:,} jpg, "
-        f"{counts['raw']:,} raw"
-    )
+    classes = manifest["classes"]
+    names = "labels without names" if classes is None else f"{len(classes)} classes"
+    first = f"{written:,} images of {names}: {counts['jpg']:,} jpg, {counts['raw']:,} raw"
     if "resized" in counts:  # FFCV's writer does not count them
         first += (
             f", {counts['resized']:,} reduced to {manifest['options']['max_resolution']} pixels"
@@ -109,21 +117,15 @@ def summary(manifest: dict, path: str, seconds: float) -> str:
 @program
 def main(argv=None):
     cfg = parser().parse_args(argv).cfg
-    source = open_source(cfg)
-    start = time.perf_counter()
-    # disable=None: no bar if stderr is not a terminal.
-    with tqdm(total=None, unit=" images", disable=None, file=sys.stderr) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with Bars() as bars:
+        source = open_source(cfg, bars)
+        start = time.perf_counter()
         manifest = write_function(cfg)(
             source,
             cfg.write_path,
             num_workers=cfg.num_workers,
             chunk_size=cfg.chunk_size,
-            progress=progress,
+            progress=partial(bars, "write"),
             **cfg.options(),
         )
     print(summary(manifest, cfg.write_path, time.perf_counter() - start))

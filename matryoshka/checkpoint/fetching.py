@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import socket
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 from matryoshka.checkpoint.transfer import FIRST_WEIGHTS
-
-NETWORK_SECONDS = 10.0  # to reach the server, and the longest stall of a download
+from matryoshka.data.downloads import NETWORK_SECONDS, within
 
 
 def why_no_weights(arch: str) -> str:
@@ -58,24 +55,3 @@ def download(url: str, file: Path) -> None:
         download_url_to_file(url, str(file), file.stem.rpartition("-")[2], progress=False)
     finally:
         socket.setdefaulttimeout(before)
-
-
-def within(seconds: float, work: Callable[[], None]) -> bool:
-    """Whether `work` ends in time; its exception is raised.
-
-    The lookup of a host's address has no time limit of its own, so the work is left to a thread.
-    """
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            work()
-        except Exception as error:  # raised again below, in the caller's thread
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="matryoshka-weights", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    return not thread.is_alive()

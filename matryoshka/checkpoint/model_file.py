@@ -132,14 +132,12 @@ def read(
             f"{path}: no such checkpoint file; give a model.safetensors or a .pt file"
         )
     if path.suffix == ".safetensors":
-        if old_ckpt:
-            raise CheckpointError(
-                f"{path}: a Matryoshka checkpoint, not one of upstream's old style; drop old_ckpt"
-            )
+        _refuse_old_style(path, old_ckpt)
         contents = _read_safetensors(path)
     else:
         stored = load_plain(path)
         if vit_pth.is_vit_pth(stored):
+            _refuse_old_style(path, old_ckpt)
             contents = vit_pth.read(path, stored)
         else:
             contents = upstream.read(
@@ -151,6 +149,13 @@ def read(
             f"{path}: {problem}; write the checkpoint again, or get another copy of it"
         )
     return contents
+
+
+def _refuse_old_style(path: Path, old_ckpt: bool) -> None:
+    if old_ckpt:
+        raise CheckpointError(
+            f"{path}: a Matryoshka checkpoint, not one of upstream's old style; drop old_ckpt"
+        )
 
 
 def _read_safetensors(path: Path) -> Contents:
@@ -196,6 +201,9 @@ def _problem(contents: Contents) -> str | None:
         )
     if not isinstance(spec.arch_options, dict):
         return f"its arch_options are {spec.arch_options!r}, not names and values"
+    # A saved model has the encoder's sizes there: opening a checkpoint opens no other file.
+    if isinstance(spec.arch_options.get("vqvae"), str):
+        return f"its arch_options name another file, vqvae={spec.arch_options['vqvae']!r}"
     if type(spec.num_classes) is not int or spec.num_classes < 1:
         return f"its number of classes is {spec.num_classes!r}"
     dims_are_int = all(type(d) is int for d in spec.dims)  # a bool is an int to isinstance

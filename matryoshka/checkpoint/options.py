@@ -9,8 +9,8 @@ from matryoshka.config import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointOptions:
-    """Arguments of `load_any`. The flags but --path are for upstream's .pt files alone."""
+class PathOption:
+    """The checkpoint."""
 
     path: str = option(
         help="model.safetensors, upstream's final_weights.pt, or a published baseline: "
@@ -18,6 +18,12 @@ class CheckpointOptions:
         common=True,
         existing=True,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """What upstream's .pt files do not say about themselves; for these files alone."""
+
     mrl: bool = option(False, help="an upstream checkpoint trained with MRL", common=True)
     efficient: bool = option(False, help="with --mrl: MRL-E")
     rep_size: int | None = option(
@@ -28,8 +34,13 @@ class CheckpointOptions:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions(HeadOptions, PathOption):  # fields in the order path, mrl, ...
+    """Arguments of `load_any`."""
+
+
 def load_flags(args: Any) -> dict[str, Any]:
-    """The keyword arguments of `load_any` that the flags of CheckpointOptions mean."""
+    """The keyword arguments of `load_any` that the flags of HeadOptions mean."""
     return {
         "mrl": args.mrl and not args.efficient,  # upstream's MRL-E is --mrl --efficient
         "efficient": args.efficient,

@@ -59,6 +59,7 @@ BLOCK_NAMES = (
     ("mlp.fc2", "1.fn.net.3"),
 )
 OPTIONS = {"image_size": "image_size", "patch_size": "patch", "depth": "depth", "heads": "heads"}
+DEFAULTS = {"image_size": 32, "patch_size": 4, "depth": 6, "heads": 8}  # of our nets
 KEYS = ("model_state_dict", "dim", "vit_class", "vit_kwargs")
 
 # ---------------------------------------------------------------- names of weights
@@ -81,9 +82,9 @@ def _their_name(name: str, layout: Layout) -> str:
     return fixed[name]
 
 
-def _our_names(depth: int, layout: Layout, pool: str) -> list[str]:
+def _our_names(depth: int, layout: Layout) -> list[str]:
     """All parameters of a member of ours."""
-    names = [] if pool == "mean" else ["trunk.cls"]
+    names = ["trunk.cls"]
     if not layout.fixed_positions:
         names.append("trunk.positions")
     for part in ("trunk.patches.project", "trunk.norm", "head.heads.0"):
@@ -122,23 +123,24 @@ def save_vit_pth(model: NestedModel, path: str | Path) -> None:
     options = dict(spec.arch_options)
     dim = options.pop("dim", 512)
     dropout = options.pop("dropout", 0.1)
-    named = {theirs: options.pop(ours, None) for theirs, ours in OPTIONS.items()}
-    defaults = {"image_size": 32, "patch_size": 4, "depth": 6, "heads": 8}
-    pool = options.pop("pool", "cls")
+    named = {theirs: options.pop(ours, DEFAULTS[theirs]) for theirs, ours in OPTIONS.items()}
+    if options.get("pool") == "cls":
+        options.pop("pool")
     layout = CLASSES[OUTPUT]
     if spec.arch != layout.arch or spec.dims != (dim,):
         raise CheckpointError(
             f"{path}: the .pth layout holds one {layout.arch} with one classifier, not a "
             f"{spec.arch} with dims {list(spec.dims)}; extract a width of it first"
         )
-    if options or pool != "cls" or named["heads"] == 1:
-        given = ", ".join(options) or ("heads=1" if pool == "cls" else f"pool={pool}")
+    # With one head, that repository leaves out the output projection.
+    if options or named["heads"] == 1:
+        given = next((f"{name}={value}" for name, value in options.items()), "heads=1")
         raise CheckpointError(f"{path}: the .pth layout has no {given}; save a model.safetensors")
 
     kwargs = {
-        **{name: defaults[name] if value is None else value for name, value in named.items()},
+        **named,
         "num_classes": spec.num_classes,
-        "pool": pool,
+        "pool": "cls",
         "channels": 3,
         "dropout": dropout,
         "emb_dropout": dropout,
@@ -191,16 +193,13 @@ def read(path: Path, stored: Mapping[str, Any]) -> Contents:
             f"{path}: its vit_class is {class_name!r}; readable are {', '.join(CLASSES)}"
         )
     _check_kwargs(path, dim, kwargs, layout)
-    pool = kwargs.get("pool", "cls")
     options: dict[str, Any] = {ours: kwargs[theirs] for theirs, ours in OPTIONS.items()}
     options |= {"dim": dim, "dropout": kwargs.get("dropout", 0.0)}
-    if pool != "cls":
-        options["pool"] = pool
 
     if layout.fixed_positions:
         _check_positions(path, _weight(path, state, "pos_embedding"), kwargs, dim)
     weights = {}
-    for name in _our_names(kwargs["depth"], layout, pool):
+    for name in _our_names(kwargs["depth"], layout):
         weight = _weight(path, state, _their_name(name, layout))
         if name.startswith("trunk.patches.project."):
             weight = weight[:dim]
@@ -231,8 +230,8 @@ def _check_kwargs(path: Path, dim: Any, kwargs: Any, layout: Layout) -> None:
         raise CheckpointError(f"{path}: its dim is {dim}, and fixed positions need a multiple of 4")
     if kwargs.get("channels", 3) != 3:
         raise CheckpointError(f"{path}: takes {kwargs['channels']} channels; only 3 are supported")
-    if kwargs.get("pool", "cls") not in ("cls", "mean"):
-        raise CheckpointError(f"{path}: its pool is {kwargs['pool']!r}, not cls or mean")
+    if kwargs.get("pool", "cls") != "cls":  # their mean includes the CLS token, ours has none
+        raise CheckpointError(f"{path}: its pool is {kwargs['pool']!r}; only cls is supported")
 
 
 def _weight(path: Path, state: Any, name: str) -> Tensor:

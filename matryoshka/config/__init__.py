@@ -20,7 +20,7 @@ outcome.py   errors that a user can correct become one line and exit status 2
 from matryoshka.config.check_first import check_first
 from matryoshka.config.flags import CommandParser, FlagParser, command_parser, flat_parser
 from matryoshka.config.mixed import MixedParser
-from matryoshka.config.options import ConfigError, check_fields, check_name, option
+from matryoshka.config.options import AUTO, ConfigError, check_fields, check_name, option
 from matryoshka.config.outcome import program
 from matryoshka.config.sections import (
     SectionParser,
@@ -34,6 +34,7 @@ from matryoshka.config.sections import (
 )
 
 __all__ = [
+    "AUTO",
     "CommandParser",
     "ConfigError",
     "FlagParser",

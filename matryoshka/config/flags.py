@@ -146,8 +146,11 @@ class FlagParser:
                 )
         return found
 
-    def help_text(self, everything: bool = False) -> str:
-        """Usage, description and a row for every option, or for the common ones of many."""
+    def help_text(self, everything: bool = False, others: int = 0) -> str:
+        """Usage, description and a row for every option, or for the common ones of many.
+
+        others: number of options that `--help-all` lists beside these.
+        """
         is_common = {
             name: bool(field.metadata.get("common")) or _is_positional(field)
             for name, (field, _) in self._options.items()
@@ -160,7 +163,9 @@ class FlagParser:
         heading = "arguments and options" if positionals else "options"
         rows = [("", self._description.strip()), ("", heading)]
         rows += [_row(*self._options[name]) for name in self._options if name in shown]
-        rows += [HELP, *remainder(shown, self._options)]
+        rows += [HELP]
+        if len(shown) < len(self._options):
+            rows += remainder(len(self._options) + others)
         return help_text(" ".join([self.prog, *positionals, "[options]"]), rows)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 Row = tuple[str, str]  # (option, explanation); a row without an option is a heading
 EXAMPLE = 4  # indentation of an example's command; its further lines have more
@@ -38,11 +38,9 @@ def shortened(options: Mapping[str, bool], everything: bool) -> set[str]:
     return {name for name, common in options.items() if common or few or everything}
 
 
-def remainder(shown: Collection[str], options: Collection[str]) -> list[Row]:
-    """The last line of a help text that lists only `shown`."""
-    if len(shown) == len(options):
-        return []
-    return [("", f"--help-all lists all {len(options)} options.")]
+def remainder(count: int) -> list[Row]:
+    """The last line of a help text that lists only some of `count` options."""
+    return [("", f"--help-all lists all {count} options.")]
 
 
 def _joined(text: str) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -35,8 +36,8 @@ class MixedParser(NamedTuple):
     def parse_args(self, argv: Sequence[str] | None = None) -> SimpleNamespace:
         """One instance of each section; `--help` and `--print-config` print and exit."""
         flag_words, section_words = _divided(sys.argv[1:] if argv is None else argv)
-        if "--help-all" in flag_words:
-            print(self.help_text(everything=True), flush=True)
+        if {"-h", "--help", "--help-all"} & set(flag_words):
+            print(self.help_text(everything="--help-all" in flag_words), flush=True)
             raise SystemExit(0)
         given = self.flags.parse_given(flag_words)
         words = [f"--{key}={_text(value)}" for key, value in self.translate(given).items()]
@@ -47,11 +48,12 @@ class MixedParser(NamedTuple):
         return self._sections_alone().paths(args)
 
     def help_text(self, everything: bool = False) -> str:
-        """The flags; with `everything`, the options of the sections as well."""
-        text = self.flags.help_text(everything=True)
-        if not everything:
-            return text
-        return f"{text}\n\n{self._sections_alone().help_text(everything=True)}"
+        """The common flags; with `everything`, all flags and the options of the sections."""
+        count = sum(len(fields(section)) for section in self.sections.values())
+        text = self.flags.help_text(everything, others=count)
+        if everything:
+            text += f"\n\n{self._sections_alone().help_text(everything=True)}"
+        return text
 
     def _sections_alone(self) -> SectionParser:
         return section_parser(self.flags.prog, "The same options, in sections.", self.sections)

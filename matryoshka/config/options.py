@@ -20,6 +20,7 @@ from fastargs.validation import Checker
 
 TRUE = ("true", "1", "yes", "on")
 FALSE = ("false", "0", "no", "off")
+AUTO = ("auto", "1", "0")  # choices of a switch that may also be left to the program
 NONE = ("none", "null", "")
 MAX_NAME_BYTES = 200  # file systems allow 255 bytes; the rest is for suffixes
 
@@ -175,8 +176,11 @@ class Option(Checker):
 
     def check(self, value: object) -> object:
         """The typed value. ValueError whose text is the reason; OutOfRange for a number."""
-        if self.optional and str(value).strip().lower() in NONE:
+        word = str(value).strip().lower()
+        if self.optional and word in NONE:
             return None
+        if self.choices == AUTO and word in TRUE + FALSE:  # yaml's true is a bool, not text
+            value = "1" if word in TRUE else "0"
         return self._typed(value, self.help())
 
     def check_flag(self, value: object) -> object:

@@ -298,7 +298,9 @@ def _help(parser: SectionParser, declared: fastargs.Config, everything: bool) ->
     ]
     # The sections' own come first where they are few, and last where they fill pages.
     parts = [*rows, *general] if len(shown) < len(is_common) else [*general, *rows]
-    rows = [("", parser.description.strip()), ("", "options"), *parts, *remainder(shown, is_common)]
+    rows = [("", parser.description.strip()), ("", "options"), *parts]
+    if len(shown) < len(is_common):
+        rows += remainder(len(is_common))
     words = list(parser.short_form.words.values()) if parser.short_form else []
     usage = [parser.prog, *words, "[--config-file=FILE ...]", "[--section.option=value ...]"]
     return help_text(" ".join(usage), rows)

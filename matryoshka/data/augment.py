@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Number = float | np.ndarray  # one number for all images, or [n]
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from matryoshka.data.colour_jitter import colour_jitter
+from matryoshka.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from matryoshka.data.rand_augment import rand_augment
 
 
 @dataclass(frozen=True)
@@ -190,153 +189,92 @@ def mixed_loss(
     return share * loss + (1 - share) * other, share * per_prefix + (1 - share) * other_per_prefix
 
 
-# ---------------------------------------------------------------- RandAugment
+# ---------------------------------------------------------------- random erasing
+
+# torchvision's ranges; those of the paper, section 5, are (0.02, 0.4) and (0.3, 1 / 0.3)
+ERASED_AREA = (0.02, 0.33)  # as a share of the image
+ERASED_RATIO = (0.3, 3.3)  # height / width
+_ATTEMPTS = 10  # to draw a rectangle that fits; torchvision's number
 
 
-def rand_augment(images: Tensor, magnitude: float, rng: np.random.Generator) -> Tensor:
-    """RandAugment (Cubuk et al. 2020, arXiv 1909.13719): two random operations for each image.
+def random_erasing(images: Tensor, probability: float, rng: np.random.Generator) -> Tensor:
+    """Erase a random rectangle of each image with this probability (Zhong et al. 2017, arXiv
+    1708.04896): its values become 0, the mean of normalised images.
 
-    images: uint8 [B, H, W, 3], as the result. magnitude: 0 (unchanged) to 10, the paper's scale;
-    torchvision's scale ends at 30, with the same strengths. Every operation grows stronger with it.
-    ValueError outside of this range.
+    images: float [B, 3, H, W], whose memory layout is kept.
     """
-    if not 0 <= magnitude <= 10:
-        raise ValueError(f"magnitude={magnitude}: expected 0 to 10")
-    if magnitude == 0:
-        return images
-    for _ in range(2):
-        operations = rng.integers(len(OPERATIONS), size=len(images))
-        signs = 1 - 2 * rng.integers(2, size=len(images))
-        images = distorted(images, operations, signs * (magnitude / 10))
-    return images
+    height, width = images.shape[2:]
+    rectangles = erased_rectangles(len(images), height, width, probability=probability, rng=rng)
+    top, left, bottom, right = torch.from_numpy(rectangles).to(images.device).unbind(1)
+    y = torch.arange(height, device=images.device)
+    x = torch.arange(width, device=images.device)
+    rows = (y >= top[:, None]) & (y < bottom[:, None])  # [B, H]
+    columns = (x >= left[:, None]) & (x < right[:, None])  # [B, W]
+    erased = rows[:, None, :, None] & columns[:, None, None, :]  # [B, 1, H, W]
+    return images.clone().masked_fill_(erased, 0)  # clone keeps the layout, masked_fill may not
 
 
-def distorted(images: Tensor, operations: np.ndarray, levels: np.ndarray) -> Tensor:
-    """Apply operation number `operations[i]` of OPERATIONS to image i.
+def erased_rectangles(
+    n: int, height: int, width: int, *, probability: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Rows (top, left, bottom, right), int64 [n, 4]; zeros where nothing is erased.
 
-    images: uint8 [B, H, W, 3], as the result. operations: integers [B]. levels: float [B], -1 to 1;
-    the sign affects geometry and enhancement only.
+    The area is uniform, the logarithm of the ratio is uniform. A rectangle that does not fit into
+    the image is drawn again.
     """
-    # sorted, so that each operation processes all of its images in one call
-    order = np.argsort(operations, kind="stable")
-    # One copy to the device for both permutations.
-    to_sorted, to_original = _on_device(np.stack([order, np.argsort(order)]), images)
-    images = images[to_sorted]
-    levels = levels[order]
-    ends = np.searchsorted(operations[order], np.arange(len(OPERATIONS) + 1)).tolist()
-    for k, operation in enumerate(OPERATIONS.values()):
-        own = slice(ends[k], ends[k + 1])
-        if own.start < own.stop:
-            images[own] = operation(images[own], levels[own])
-    return images[to_original]
+    chosen = rng.random(n) < probability
+    tries = n, _ATTEMPTS
+    area = rng.uniform(ERASED_AREA[0], ERASED_AREA[1], tries) * height * width
+    ratio = np.exp(rng.uniform(np.log(ERASED_RATIO[0]), np.log(ERASED_RATIO[1]), tries))
+    heights = np.round(np.sqrt(area * ratio)).astype(np.int64)
+    widths = np.round(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (heights < height) & (widths < width)
+    first = np.arange(n), fits.argmax(axis=1)  # 0 where none fits, which `erased` leaves out
+    erased = chosen & fits.any(axis=1)
+    h = np.where(erased, heights[first], 0)
+    w = np.where(erased, widths[first], 0)
+    top = np.floor(rng.random(n) * (height - h + 1)).astype(np.int64)
+    left = np.floor(rng.random(n) * (width - w + 1)).astype(np.int64)
+    rows = np.stack([top, left, top + h, left + w], axis=1)
+    return np.where(erased[:, None], rows, 0)
 
 
-# AutoAugment (Cubuk et al. 2019, arXiv 1805.09501) gives 150 pixels for images of 331; as a share
-# it suits every size.
-SHIFT = 150 / 331  # of the image's side, at the highest level
-
-# uint8 [n, H, W, 3], float [n] -> uint8 [n, H, W, 3], with Pillow's arithmetic. Not torchvision's
-# functionals: they take one level for all images, and its affine and sharpness copy constants from
-# the host, which waits for the device.
-OPERATIONS: dict[str, Callable[[Tensor, np.ndarray], Tensor]] = {
-    "identity": lambda images, levels: images,
-    "shear_x": lambda images, levels: _affine(images, (1, 0.3 * levels, 0), (0, 1, 0)),
-    "shear_y": lambda images, levels: _affine(images, (1, 0, 0), (0.3 * levels, 1, 0)),
-    "translate_x": lambda images, levels: _affine(
-        images, (1, 0, -SHIFT * images.shape[2] * levels), (0, 1, 0)
-    ),
-    "translate_y": lambda images, levels: _affine(
-        images, (1, 0, 0), (0, 1, -SHIFT * images.shape[1] * levels)
-    ),
-    "rotate": lambda images, levels: _rotated(images, np.radians(30 * levels)),
-    "brightness": lambda images, levels: _away_from(torch.zeros_like(images), images, levels),
-    "color": lambda images, levels: _away_from(_grey(images), images, levels),
-    "contrast": lambda images, levels: _away_from(_mean_grey(images), images, levels),
-    "sharpness": lambda images, levels: _away_from(_smooth(images), images, levels),
-    "posterize": lambda images, levels: (
-        images & _each(256 - 2 ** np.round(4 * abs(levels)), images, np.uint8)
-    ),
-    "solarize": lambda images, levels: torch.where(
-        images < _each(255 * (1 - abs(levels)), images), images, ~images
-    ),
-    "autocontrast": lambda images, levels: _torchvision("autocontrast", images),
-    "equalize": lambda images, levels: _torchvision("equalize", images),
-}
+# ---------------------------------------------------------------- all of them
 
 
-def _on_device(numbers: np.ndarray, images: Tensor) -> Tensor:
-    return torch.from_numpy(numbers).to(images.device, non_blocking=True)
+class Augmentations(Protocol):
+    """The options of `augmented`, as section `data` of a training run has them."""
+
+    @property
+    def color_jitter(self) -> tuple[float, float, float, float]: ...
+    @property
+    def randaugment(self) -> float: ...
+    @property
+    def randaugment_ops(self) -> int: ...
+    @property
+    def random_erasing(self) -> float: ...
+    @property
+    def mixup(self) -> float: ...
+    @property
+    def cutmix(self) -> float: ...
 
 
-def _each(numbers: np.ndarray, images: Tensor, dtype: type = np.float32) -> Tensor:
-    """One number per image on the device, [n, 1, 1, 1]."""
-    return _on_device(numbers.astype(dtype), images).view(-1, 1, 1, 1)
+def augmented(
+    images: Tensor,
+    labels: Tensor,
+    options: Augmentations,
+    preprocessing: Preprocessing,
+    rng: np.random.Generator,
+) -> Mixed:
+    """A training batch as the network takes it: uint8 [B, H, W, 3] -> float [B, 3, H, W].
 
-
-def _affine(images: Tensor, column: tuple[Number, ...], row: tuple[Number, ...]) -> Tensor:
-    """Affine transform with nearest-neighbour sampling; black outside.
-
-    The output pixel with its centre at (x, y) is the input pixel that contains the point (column .
-    (x, y, 1), row . (x, y, 1)); coordinates are in pixels from the image's corner.
+    Colour jitter, RandAugment, normalisation, random erasing, then mixup or CutMix; what the
+    options leave off draws no random numbers. labels: int64 [B].
     """
-    n, height, width, _ = images.shape
-    coefficients = [np.broadcast_to(number, n) for number in (*column, *row)]
-    matrix = np.stack(coefficients).astype(np.float32)
-    a, b, c, d, e, f = _on_device(matrix, images).view(6, n, 1, 1)
-    x = torch.arange(width, device=images.device) + 0.5
-    y = torch.arange(height, device=images.device)[:, None] + 0.5
-    u = (a * x + b * y + c).floor().long()  # [n, H, W]
-    v = (d * x + e * y + f).floor().long()
-    inside = (u >= 0) & (u < width) & (v >= 0) & (v < height)
-    which = torch.arange(n, device=images.device)[:, None, None]
-    return images[which, v.clamp(0, height - 1), u.clamp(0, width - 1)] * inside[..., None]
-
-
-def _rotated(images: Tensor, angle: np.ndarray) -> Tensor:
-    """Rotate about the centre, anticlockwise, by `angle` radians [n]."""
-    cos = np.cos(angle)
-    sin = np.sin(angle)
-    x = images.shape[2] / 2
-    y = images.shape[1] / 2
-    return _affine(images, (cos, -sin, x - cos * x + sin * y), (sin, cos, y - sin * x - cos * y))
-
-
-def _away_from(plain: Tensor, images: Tensor, levels: np.ndarray) -> Tensor:
-    """Pillow's ImageEnhance: extrapolate away from `plain` for positive levels, interpolate towards
-    it for negative ones.
-    """
-    plain = plain.int()
-    enhanced = plain + _each(1 + 0.9 * levels, images) * (images - plain)
-    return enhanced.clamp_(0, 255).to(torch.uint8)
-
-
-def _grey(images: Tensor) -> Tensor:
-    """Pillow's mode "L" (ITU-R 601-2 luma in 16-bit fixed point), int32 [n, H, W, 1]."""
-    red, green, blue = images.int().split(1, dim=3)
-    return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
-
-
-def _mean_grey(images: Tensor) -> Tensor:
-    """The rounded mean, [n, 1, 1, 1]; integer sums do not depend on the order of addition."""
-    pixels = images.shape[1] * images.shape[2]
-    return (2 * _grey(images).sum((1, 2, 3), keepdim=True) + pixels) // (2 * pixels)
-
-
-def _smooth(images: Tensor) -> Tensor:
-    """Pillow's SMOOTH: the mean of 3 x 3 pixels, the middle one with weight 5; border pixels are
-    unchanged.
-    """
-    if min(images.shape[1:3]) < 3:
-        return images
-    planes = images.permute(0, 3, 1, 2).float()
-    sums = F.avg_pool2d(planes, 3, 1, divisor_override=1) + 4 * planes[:, :, 1:-1, 1:-1]
-    smooth = images.clone()
-    smooth[:, 1:-1, 1:-1] = (sums / 13 + 0.5).to(torch.uint8).permute(0, 2, 3, 1)
-    return smooth
-
-
-def _torchvision(name: str, images: Tensor) -> Tensor:
-    # Imported on use: it takes seconds, which programs without RandAugment should not spend.
-    from torchvision.transforms.v2 import functional
-
-    return getattr(functional, name)(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    images = colour_jitter(images, options.color_jitter, rng)
+    if options.randaugment:
+        images = rand_augment(images, options.randaugment, rng, options.randaugment_ops)
+    images = normalise(images, preprocessing.mean, preprocessing.std)
+    if options.random_erasing:
+        images = random_erasing(images, options.random_erasing, rng)
+    return mix(images, labels, options.mixup, options.cutmix, rng)

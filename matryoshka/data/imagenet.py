@@ -1,4 +1,6 @@
-"""ImageNet-1K and its test sets: class lists, and the folders of the sets below one root."""
+"""ImageNet-1K and its test sets: class lists, normalisation, and the folders of the sets below one
+root.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,8 @@ FOLDERS = {
 OOD_FOLDER = "imagenet-o"  # ImageNet-O's own images, of classes that ImageNet-1K lacks
 CLASSES = 1000
 SUBSETS = ("A", "R", "O")  # 200 of the 1000 classes each
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class ImageNetError(ValueError):

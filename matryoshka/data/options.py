@@ -6,6 +6,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from matryoshka.config import check_fields, option
+from matryoshka.data.catalogue import (
+    FOLDER,
+    HUGGING_FACE,
+    SETS,
+    check_set_name,
+    check_split,
+    known_names,
+)
 from matryoshka.data.layout import BetonError
 
 ORDERS = ("random", "quasi_random", "sequential")
@@ -76,15 +84,31 @@ class WriterConfig(WriteOptions):
     write_path: str = option(
         help="the .beton to write; an old one is replaced once the new one is complete", common=True
     )
+    max_resolution: int | None = option(  # type: ignore[assignment]
+        None,
+        help="longest side in pixels; larger images are reduced to it; default: that of a set "
+        "named in cfg.dataset",
+        low=1,
+        high=MAX_RESOLUTION,
+        common=True,
+    )
     dataset: str = option(
-        "imagenet",
-        help="imagenet: any folder of class folders; digits",
-        choices=("imagenet", "digits"),
+        FOLDER,
+        help=f"{FOLDER}: any folder of class folders; or a set to download: {known_names()}",
+        check=check_set_name,
+        common=True,
     )
     split: str | None = option(
-        None, help="part of digits; for a folder, data_dir decides", choices=("train", "val")
+        None, help="part of a named set, such as train; for a folder, data_dir decides", common=True
     )
     data_dir: str | None = option(None, help="the folder that holds the class folders", common=True)
+    cache_dir: str = option("./data", help="folder for the downloads of named sets")
+    image_column: str | None = option(
+        None, help="for hf: column of the images; default: the only one of that type"
+    )
+    label_column: str | None = option(
+        None, help="for hf: column of the labels; default: the only one of that type"
+    )
     num_workers: int = option(
         0,
         help="threads, 0: all cores; does not change the file",
@@ -101,6 +125,27 @@ class WriterConfig(WriteOptions):
     writer: str = option(
         "native", help="ffcv: FFCV's own writer, for comparison", choices=("native", "ffcv")
     )
+
+    def __post_init__(self) -> None:
+        is_public = self.dataset in SETS
+        if self.max_resolution is None:
+            if not is_public:
+                raise BetonError("cfg.max_resolution is required: longest side in pixels")
+            object.__setattr__(self, "max_resolution", SETS[self.dataset].side)
+        super().__post_init__()
+        if is_public:
+            try:
+                check_split(self.dataset, self.split)
+            except ValueError as error:
+                raise BetonError(f"cfg.dataset={error}; give cfg.split") from None
+        unused = []
+        if self.dataset != FOLDER:
+            unused.append("data_dir")
+        if not self.dataset.startswith(HUGGING_FACE):
+            unused += ["image_column", "label_column"]
+        for name in unused:
+            if (value := getattr(self, name)) is not None:
+                raise BetonError(f"cfg.{name}={value} is not used with cfg.dataset={self.dataset}")
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of write_beton."""

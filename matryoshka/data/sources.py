@@ -1,8 +1,8 @@
 """Sources of images for the writer: image folders and scikit-learn's digits.
 
-A source has `classes` (list of str), `labels` (int64 [N]), `len()`, `read(i)` -> the bytes of an
-image file, and `name(i)` -> its name for lists and messages. `write_beton` needs no more: a new
-source is one class here. `decode_image` decodes the bytes of any image file to RGB.
+A source has `classes` (list of str, or None), `labels` (int64 [N]), `len()`, `read(i)` -> the bytes
+of an image file, and `name(i)` -> its name for lists and messages. `write_beton` needs no more: a
+new source is one class. `decode_image` decodes the bytes of any image file to RGB.
 """
 
 from __future__ import annotations
@@ -411,14 +411,15 @@ class Digits:
 
         if split not in ("train", "val"):
             raise BetonError(f"digits: split={split!r}: expected train or val")
-        pixels, labels = load_digits(return_X_y=True)
+        loaded = load_digits(return_X_y=True)
+        pixels, labels = np.asarray(loaded[0]), np.asarray(loaded[1])
         everything = np.arange(len(labels))
         train, val = train_test_split(everything, test_size=0.2, random_state=0, stratify=labels)
         self._positions = np.sort(train if split == "train" else val)
         # Grey levels 0 to 16 become 0 to 255.
         self._images = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         self.classes = [str(digit) for digit in range(10)]
-        self.labels = labels[self._positions].astype(np.int64)
+        self.labels: np.ndarray = labels[self._positions].astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -37,7 +37,19 @@ class Subset:
         return self.dataset.fetch(self.indices[indices])
 
     def feed(self, batches: list[np.ndarray], unreadable: dict[int, str] | None = None) -> MapFeed:
-        return MapFeed(self.fetch, batches)
+        if unreadable is None or not isinstance(self.dataset, ImageFolder):
+            return MapFeed(self.fetch, batches)
+        folder = self.dataset
+
+        def fetch(indices: np.ndarray) -> list[Samples]:
+            of_folder: dict[int, str] = {}
+            samples = folder.fetch(self.indices[indices], of_folder)
+            for index in indices.tolist():
+                if (reason := of_folder.get(int(self.indices[index]))) is not None:
+                    unreadable[index] = reason
+            return samples
+
+        return MapFeed(fetch, batches)
 
     def pages(self) -> None:
         return None

@@ -4,7 +4,13 @@ options.py      ModelConfig (section `model`) and ModelSpec, which rebuilds a mo
 model.py        NestedModel, build, with_prefixes, model_spec
 backbones.py    BACKBONES: trunks by name; start here to add one
 resnets.py      torchvision's ResNets and a ResNet-10
-timm_models.py  `timm:NAME`
+timm_models.py  `timm:NAME`, mobilevit, vit_timm
+vit.py          transformers for small images: vit, vit_small, ..., cct; patches.py: their tokens
+cait.py swin.py mixers.py   CaiT, Swin, MLP-Mixer and ConvMixer for small images
+small.py        ResNets and VGG for small images
+fast_cnn.py     a convolutional net that learns small images fast
+vqvae.py        VQ-VAE whose encoder makes tokens
+sizes.py        checks of a net's options
 blurpool.py     anti-aliased strided convolutions
 """
 
@@ -26,13 +32,14 @@ if TYPE_CHECKING:
         with_prefixes,
     )
     from matryoshka.models.resnets import RESNETS
-    from matryoshka.models.timm_models import TIMM, import_timm, one_line
+    from matryoshka.models.timm_models import TIMM, TIMM_NAMES, import_timm, one_line
 
 __all__ = [
     "BACKBONES",
     "FAMILIES",
     "RESNETS",
     "TIMM",
+    "TIMM_NAMES",
     "FamilyModel",
     "ModelConfig",
     "ModelError",
@@ -65,6 +72,6 @@ __getattr__ = lazy.attribute(
             "with_prefixes",
         ),
         "resnets": ("RESNETS",),
-        "timm_models": ("TIMM", "import_timm", "one_line"),
+        "timm_models": ("TIMM", "TIMM_NAMES", "import_timm", "one_line"),
     },
 )

@@ -28,6 +28,7 @@ from matryoshka.models.vit import Attention
 from matryoshka.nested import check_dims
 
 MEMBER = "vitfixedposdualpatchnorm"
+SHARING = ("norms", "decoupled")  # options of vit_nested that its members do not have
 MAX_WIDTHS = 32  # of a family: a damaged file can claim any number
 NORMS = ("shared", "per_width")
 
@@ -154,7 +155,7 @@ def vit_family(arch: str, dims: Sequence[int], options: Mapping[str, Any]) -> Wi
 
 def member_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a family that its members have, too."""
-    return {name: value for name, value in options.items() if name not in ("norms", "decoupled")}
+    return {name: value for name, value in options.items() if name not in SHARING}
 
 
 def _split_options(arch: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -162,7 +163,7 @@ def _split_options(arch: str, options: Mapping[str, Any]) -> tuple[dict[str, Any
     where = f"model.arch_options: {arch}"
     if "dim" in options:
         raise ModelError(f"{where}: dim={options['dim']}: the widths are model.dims; leave it out")
-    given = {name: options[name] for name in ("norms", "decoupled") if name in options}
+    given = {name: options[name] for name in SHARING if name in options}
     if given and arch != "vit_nested":
         raise ModelError(
             f"{where}: {next(iter(given))} is for vit_nested, where the widths share these weights"

@@ -55,6 +55,31 @@ def plot_accuracy(
     figure.savefig(path)
 
 
+def plot_importances(path: str | Path, shares: Mapping[str, float], title: str) -> None:
+    """Plot how much of a metric's variance each option explains as PNG.
+
+    shares: {option: 0 to 1}, from top to bottom.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(shares)[::-1]  # a bar chart begins at the bottom
+    percent = [100 * shares[name] for name in names]
+    height = 1.2 + 0.36 * len(names)
+    figure = Figure(figsize=(6.4, height), layout="constrained", dpi=150)
+    axes = figure.add_subplot()
+    bars = axes.barh(range(len(names)), percent, color=BLUE, height=0.6)
+    axes.bar_label(bars, [f"{value:.0f} %" for value in percent], padding=4, fontsize="small")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlim(0, 110)
+    axes.set_xticks(list(range(0, 101, 20)))
+    axes.set_xlabel("share of the variance (%)")
+    axes.set_title(title, loc="left", parse_math=False)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png")
+
+
 def _plot_curve(
     axes: Axes,
     prefixes: Mapping[int, Mapping[str, float]],

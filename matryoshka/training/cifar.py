@@ -12,7 +12,9 @@ from typing import Any
 
 from matryoshka.config import ConfigError
 from matryoshka.data import Loader, open_dataset
-from matryoshka.data.named_sets import named_dataset, normalisation
+from matryoshka.data.bars import Bars
+from matryoshka.data.catalogue import normalisation
+from matryoshka.data.named import named_dataset
 from matryoshka.data.split import stratified_split
 from matryoshka.data.subset import Subset
 from matryoshka.models import FAMILIES, model_spec, option_names
@@ -95,7 +97,7 @@ def _defaults_text(cfg: SimpleNamespace) -> str:
 def _with_net_options(cfg: SimpleNamespace) -> tuple[Any, list[str]]:
     """Section `model` with the options of the net, and notes on those that it does not have."""
     c = cfg.cifar
-    accepted = option_names(cfg.model.arch)
+    accepted = option_names(cfg.model.arch) or ()
     pairs: list[str] = list(cfg.model.arch_options or ())
     given = {pair.partition("=")[0] for pair in pairs}
     notes = []
@@ -160,30 +162,18 @@ def _with_data(cfg: SimpleNamespace) -> Any:
     c = cfg.cifar
     if cfg.data.train_dataset is not None and cfg.data.val_dataset is not None:
         return cfg.data
-    if c.data is None:
-        train = named_dataset(c.dataset, "train", c.cache)
-        test = named_dataset(c.dataset, "test", c.cache)
-    elif len(c.data) == 2:
+    if c.data is not None and len(c.data) == 2:
         train, test = c.data
-    elif len(c.data) == 1:
-        train, test = _parts(Path(c.data[0]))
-    else:
+    elif c.data is not None and len(c.data) != 1:
         raise ConfigError(
             f"--data {','.join(c.data)}: expected a folder, or TRAIN.beton,TEST.beton"
         )
+    else:
+        name = c.dataset if c.data is None else c.data[0]
+        with Bars() as progress:
+            train = named_dataset(name, "train", c.cache, progress=progress)
+            test = named_dataset(name, "test", c.cache, progress=progress)
     return replace(cfg.data, train_dataset=str(train), val_dataset=str(test))
-
-
-def _parts(folder: Path) -> tuple[Path, Path]:
-    """The training and the test images below `folder`."""
-    if not folder.is_dir():
-        raise ConfigError(
-            f"--data {folder}: no such folder; for .beton files give TRAIN.beton,TEST.beton"
-        )
-    for test in ("test", "val"):
-        if (folder / "train").is_dir() and (folder / test).is_dir():
-            return folder / "train", folder / test
-    raise ConfigError(f"--data {folder}: expected the folders train/ and test/ (or val/) in it")
 
 
 def _validation_folder(data: tuple[str, ...] | None) -> Path | None:

@@ -89,23 +89,28 @@ SECTIONS = {"cifar": CifarConfig, **TRAINING_SECTIONS}
 class Flags:
     """Flags of both repositories, and a few more. None of them is required."""
 
-    net: str | None = option(None, help="architecture (vit; vitfixedposdualpatchnorm with MRL)")
+    net: str | None = option(
+        None, help="architecture (vit; vitfixedposdualpatchnorm with MRL)", common=True
+    )
     dataset: str | None = option(
-        None, help="cifar10, cifar100, stl10, tiny-imagenet or hf:OWNER/NAME (cifar10)"
+        None, help="cifar10, cifar100, stl10, tiny-imagenet or hf:OWNER/NAME (cifar10)", common=True
     )
     data: str | None = option(
         None,
         help="instead of a download: a folder with train/ and test/ (and val/), or "
         "TRAIN.beton,TEST.beton",
+        common=True,
     )
     cache: str | None = option(None, help="folder of downloaded data sets (data)")
-    lr: float | None = option(None, help="peak learning rate (0.0001)", low=0)
-    opt: str | None = option(None, help="optimizer (adam)", choices=OPTIMIZERS)
-    bs: int | None = option(None, help="images per step (512)", low=1)
-    n_epochs: int | None = option(None, help="epochs (200; 100 with MRL)", flag="--n_epochs", low=1)
-    size: int | None = option(None, help="pixels of a side (32)", low=8)
-    patch: int | None = option(None, help="pixels of a patch's side (4)", low=1)
-    dimhead: int | None = option(None, help="width of the transformer (512)", low=1)
+    lr: float | None = option(None, help="peak learning rate (0.0001)", low=0, common=True)
+    opt: str | None = option(None, help="optimizer (adam)", choices=OPTIMIZERS, common=True)
+    bs: int | None = option(None, help="images per step (512)", low=1, common=True)
+    n_epochs: int | None = option(
+        None, help="epochs (200; 100 with MRL)", flag="--n_epochs", low=1, common=True
+    )
+    size: int | None = option(None, help="pixels of a side (32)", low=8, common=True)
+    patch: int | None = option(None, help="pixels of a patch's side (4)", low=1, common=True)
+    dimhead: int | None = option(None, help="width of the transformer (512)", low=1, common=True)
     embedding_dim: int | None = option(
         None, help="another name of --dimhead", flag="--embedding_dim", low=1
     )
@@ -125,12 +130,15 @@ class Flags:
     adan_beta3: float | None = option(
         None, help="1 - beta3 of Adan's paper (0.01)", flag="--adan_beta3", low=0, high=1
     )
-    mrl_flag: bool = option(False, help="train all of --mrl_dims at once", flag="--mrl_flag")
+    mrl_flag: bool = option(
+        False, help="train all of --mrl_dims at once", flag="--mrl_flag", common=True
+    )
     mrl_dims: tuple[int, ...] | None = option(
         None,
         help="dims of --mrl_flag (powers of two from 8 to the width)",
         flag="--mrl_dims",
         low=1,
+        common=True,
     )
     nested_proj_mrl: bool = option(
         False, help="short for --mrl_kind nested_proj", flag="--nested_proj_mrl"
@@ -141,17 +149,18 @@ class Flags:
         + f" (independent for {FIXED_POSITIONS}, else prefixes)",
         flag="--mrl_kind",
         choices=tuple(NESTED),
+        common=True,
     )
     noaug: bool = option(False, help="no RandAugment")
     mixup: bool = option(False, help="mixup with alpha 1")
     noamp: bool = option(False, help="float32 on a GPU as well")
     dp: bool = option(False, help="train on all visible GPUs")
-    device: str | None = option(None, help="cuda, mps or cpu (the first of them that there is)")
+    device: str | None = option(
+        None, help="cuda, mps or cpu (the first of them that there is)", common=True
+    )
     seed: int | None = option(None, help="seed of everything random (0)", low=0)
     resume: bool = option(
-        False,
-        help="resume the newest run of this net, data set and patch",
-        short="-r",
+        False, help="resume the newest run of this net, data set and patch", short="-r", common=True
     )
     notb: bool = option(False, help="no TensorBoard")
     nowandb: bool = option(False, help="no Weights & Biases")
@@ -297,7 +306,7 @@ def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         "training.batch_size": given.get("training.global_batch_size", 512),
         "lr.lr": 1e-4,
         "lr.lr_schedule_type": "cosine",
-        # "data.crop": "padded",
+        "data.crop": "padded",
         "data.randaugment": RANDAUGMENT,
         "cifar.size": size,
         "resolution.min_res": size,

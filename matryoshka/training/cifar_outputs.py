@@ -23,11 +23,12 @@ from typing import Any
 from matryoshka import checkpoint
 from matryoshka.checkpoint.vit_pth import save_vit_pth
 from matryoshka.config import ConfigError
+from matryoshka.evaluation.evaluate import Evaluation
 from matryoshka.files import write_atomically
 from matryoshka.models import FAMILIES, NestedModel, extract
 from matryoshka.training.run_folder import draw_chart
 from matryoshka.training.session import FINAL, Session
-from matryoshka.training.supervised import Evaluation, SupervisedRun
+from matryoshka.training.supervised import SupervisedRun
 
 DEFAULT_PATCH = 4  # in the names of nets without patches, too
 RESULTS = "results.json"

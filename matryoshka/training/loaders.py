@@ -4,71 +4,125 @@ from __future__ import annotations
 
 import os
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
 from matryoshka.config import ConfigError
-from matryoshka.data import CenterCrop, Loader, RandomResizedCrop, ResidentLoader
+from matryoshka.data import (
+    CenterCrop,
+    Loader,
+    PadCrop,
+    RandomResizedCrop,
+    ResidentLoader,
+    open_dataset,
+)
+from matryoshka.data.crops import Crop
 from matryoshka.data.dataset import Dataset
+from matryoshka.data.resident import NotResidentError, suits_residence
 from matryoshka.distributed import World
 from matryoshka.environment import available_cores
 from matryoshka.training.options import DataConfig, ResolutionConfig
 
 
-def training_loader(
-    cfg: SimpleNamespace, world: World, global_batch: int, dataset: str | Dataset
-) -> Loader:
-    """Build the training loader: only full global batches, at the first epoch's resolution."""
+def make_loaders(
+    cfg: SimpleNamespace,
+    world: World,
+    global_batch: int,
+    *,
+    datasets: tuple[Dataset, Dataset] | None = None,
+    resident: bool | None = None,
+) -> tuple[Loader, Loader]:
+    """Build the training loader (only full global batches) and the validation loader.
+
+    datasets: training and validation set; default: data.train_dataset and data.val_dataset.
+    resident: how data.resident=auto was decided for the training set when the run started.
+    """
+    train_set, val_set = datasets or (cfg.data.train_dataset, cfg.data.val_dataset)
     native = {}  # options that FFCV's loader does not have
     if cfg.data.loader == "native":
         native = {"window_pages": cfg.data.window_pages, "on_error": cfg.data.on_error}
-    loader = loader_class(cfg)(
-        dataset,
+    train_loader = _new_loader(
+        cfg,
+        world,
+        train_set,
         global_batch,
-        order=training_order(cfg, world),
+        resident=resident,
+        order=training_order(cfg, world, train_set),
         crop=training_crop(cfg, resolution_at(0, cfg.resolution)),
         drop_last=True,
         seed=cfg.training.seed,
         **native,
-        **loader_resources(cfg, world),
     )
     # A resident loader decodes the whole file once and never reads it again.
-    if cfg.data.in_memory and not cfg.data.resident:
-        loader.dataset.preload()
-    return loader
+    if cfg.data.in_memory and not is_resident(train_loader):
+        train_loader.dataset.preload()
+    return train_loader, validation_loader(cfg, world, val_set)
 
 
-def validation_loader(cfg: SimpleNamespace, world: World, dataset: str | Dataset) -> Loader:
-    """Build the loader that yields every validation image once, over all ranks.
+def validation_loader(cfg: SimpleNamespace, world: World, val_set: Dataset | None = None) -> Loader:
+    """Build the loader that yields every image of `val_set`, or of data.val_dataset, once over all
+    ranks.
 
     An image that cannot be decoded is always an error.
     """
-    return loader_class(cfg)(
-        dataset,
+    return _new_loader(
+        cfg,
+        world,
+        cfg.data.val_dataset if val_set is None else val_set,
         cfg.validation.batch_size * world.size,
         order="sequential",
         crop=CenterCrop(cfg.validation.resolution, cfg.validation.crop_ratio),
-        **loader_resources(cfg, world),
     )
 
 
-def loader_class(cfg: SimpleNamespace) -> type[Loader]:
-    """The class with Loader's interface that data.loader and data.resident select."""
-    if cfg.data.loader == "native":
-        return ResidentLoader if cfg.data.resident else Loader
-    # Here, because FFCV is an optional package.
-    from matryoshka.data.ffcv_backend import FFCVLoader
-
-    return cast(type[Loader], FFCVLoader)
+def is_resident(loader: Loader) -> bool:
+    return isinstance(loader, ResidentLoader)
 
 
-def training_order(cfg: SimpleNamespace, world: World) -> str:
+def _new_loader(
+    cfg: SimpleNamespace,
+    world: World,
+    dataset: str | Dataset,
+    batch_size: int,
+    *,
+    crop: Crop,
+    resident: bool | None = None,
+    **options: Any,
+) -> Loader:
+    """A loader of the class that data.loader and data.resident select."""
+    options |= {"crop": crop, **loader_resources(cfg, world)}
+    if cfg.data.loader == "ffcv":
+        # Here, because FFCV is an optional package.
+        from matryoshka.data.ffcv_backend import FFCVLoader
+
+        return cast(Loader, FFCVLoader(cast(str, dataset), batch_size, **options))
+    if cfg.data.resident == "1":
+        return ResidentLoader(dataset, batch_size, **options)
+    # data.in_memory=0 asks for bounded memory.
+    if cfg.data.resident == "auto" and cfg.data.in_memory:
+        if isinstance(dataset, str):
+            dataset = open_dataset(dataset)
+        if resident is None:
+            resident = suits_residence(dataset, world.device, crop, copies=world.local_size)
+        if resident:
+            try:
+                return ResidentLoader(dataset, batch_size, **options)
+            except NotResidentError:
+                pass  # of a folder only some sizes were known; or the memory is used by now
+    return Loader(dataset, batch_size, **options)
+
+
+def training_order(cfg: SimpleNamespace, world: World, train_set: str | Dataset) -> str:
     """Resolve data.order=auto."""
     if cfg.data.order != "auto":
         return cfg.data.order
-    if cfg.data.in_memory or os.path.isdir(cfg.data.train_dataset):
-        return "random"  # no pages to read in order
+    if isinstance(train_set, str):
+        has_pages = not os.path.isdir(train_set)
+    else:
+        has_pages = train_set.pages() is not None
+    if cfg.data.in_memory or not has_pages:
+        return "random"
     if cfg.data.loader == "ffcv" and world.size > 1:
         return "random"  # FFCV supports quasi_random for one process only
     return "quasi_random"
@@ -87,7 +141,9 @@ def loader_resources(cfg: SimpleNamespace, world: World) -> dict:
     }
 
 
-def training_crop(cfg: SimpleNamespace, resolution: int) -> RandomResizedCrop:
+def training_crop(cfg: SimpleNamespace, resolution: int) -> RandomResizedCrop | PadCrop:
+    if cfg.data.crop == "padded":
+        return PadCrop(resolution, cfg.data.padding, cfg.data.flip)
     return RandomResizedCrop(resolution, cfg.data.scale, cfg.data.ratio, cfg.data.flip)
 
 
@@ -107,7 +163,15 @@ def resolution_at(epoch: int, c: ResolutionConfig) -> int:
 
 def check_crops(cfg: SimpleNamespace) -> None:
     """Raise ConfigError if a crop cannot be built from the options."""
-    crop = "data.scale, data.ratio or data.flip"
+    unused = ("scale", "ratio") if cfg.data.crop == "padded" else ("padding",)
+    for name in unused:
+        value = getattr(cfg.data, name)
+        if value != getattr(DataConfig, name):
+            shown = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
+            raise ConfigError(f"data.{name}={shown} is not used with data.crop={cfg.data.crop}")
+    crop = "data.padding or data.flip"
+    if cfg.data.crop == "resized":
+        crop = "data.scale, data.ratio or data.flip"
     # The crops know their own ranges: build each one, and name the options that it is made of.
     options = f"resolution.min_res, {crop}"
     try:
@@ -135,10 +199,11 @@ def check_loader(cfg: SimpleNamespace) -> None:
     if data.loader == "ffcv":
         from matryoshka.data.ffcv_backend import check_installed
 
-        for name in ("resident", "window_pages", "on_error"):
-            if getattr(data, name) != getattr(DataConfig, name):
+        for name in ("resident", "window_pages", "on_error", "crop"):
+            value = getattr(data, name)
+            if value != getattr(DataConfig, name) and (name, value) != ("resident", "0"):
                 raise ConfigError(
-                    f"data.{name}={getattr(data, name)}: works with data.loader=native only; "
+                    f"data.{name}={value}: works with data.loader=native only; "
                     "FFCV's loader does not support it"
                 )
         check_installed("data.loader=ffcv")

@@ -2,7 +2,7 @@
 
 A kernel [out, in, h, w] is a matrix [out, in x h x w]. The orthogonal matrix next to its momentum
 comes from Newton-Schulz iterations, which timm has; here is what timm does not offer: float32 on a
-CPU, SGD for the parameters that are no kernels, and filters of a fixed norm.
+CPU, SGD for all other parameters, and filters of a fixed norm.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def make_muon(
         "adjust_lr_fn": "match_rms_adamw" if rules.scale == "adamw" else None,
     }
     if rules.rest == "adamw":
-        # timm itself finds the kernels among the parameters that are no classifiers.
+        # timm itself finds the kernels; the classifiers must be kept from it.
         split = _split(groups, "use_fallback", lambda parameter: True)
         betas = {"betas": rules.betas, "fallback_lr_scale": rules.rest_lr}
         return _timm_class(module, device)(split, lr=lr, **settings, **betas)

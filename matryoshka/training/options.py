@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from matryoshka import config
-from matryoshka.config import check_fields, check_name, option
+from matryoshka.config import AUTO, check_fields, check_name, option
 from matryoshka.data.options import ON_ERROR, ORDERS
 from matryoshka.models.options import ModelConfig
 from matryoshka.runtime import DEVICES, MAX_THREADS, PRECISIONS, DistConfig
@@ -17,6 +17,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "adan", "lars", "muon")
 MOMENTUM = 0.9
 ADAN_BETAS = (0.98, 0.92, 0.99)  # of the authors' code
 BETAS = {"adam": 2, "adamw": 2, "adan": 3, "muon": 2}  # their number, by optimizer
+CROPS = ("resized", "padded")
 MAX_IMAGE_SIZE = 16384  # pixels of a side, as the crops allow
 
 
@@ -32,6 +33,12 @@ class ResolutionConfig:
     )
     start_ramp: int = option(0, help="epoch at which images start to grow", low=0)
     end_ramp: int = option(0, help="epoch from which images have max_res", low=0)
+
+
+def check_color_jitter(strengths: tuple[float, float, float, float]) -> None:
+    """ValueError for a hue that would turn by more than half the colour wheel."""
+    if strengths[3] > 0.5:
+        raise ValueError(f"expected a hue of 0 to 0.5, got {strengths[3]:g}")
 
 
 @dataclass(frozen=True)
@@ -79,8 +86,10 @@ class DataConfig:
         help="pages (8 MB each) that quasi_random mixes and, with in_memory=0, holds",
         low=1,
     )
-    resident: bool = option(
-        False, help="keep both sets on the device, decoded; for small images of one size"
+    resident: str = option(
+        "auto",
+        help="1: keep both sets on the device, decoded; auto: small images of one size that fit",
+        choices=AUTO,
     )
     on_error: str = option(
         "error",
@@ -89,6 +98,14 @@ class DataConfig:
         choices=ON_ERROR,
     )
     flip: float = option(0.5, help="probability of a horizontal flip", low=0, high=1)
+    crop: str = option(
+        "resized",
+        help="resized: a random part, resized; padded: shifted by up to data.padding pixels",
+        choices=CROPS,
+    )
+    padding: int = option(
+        4, help="black pixels around the image, for crop=padded", low=0, high=MAX_IMAGE_SIZE
+    )
     scale: tuple[float, float] = option(
         (0.08, 1.0), help="crop area, share of the image: low,high", above=0, high=1
     )
@@ -99,9 +116,19 @@ class DataConfig:
     cutmix: float = option(0.0, help="alpha of CutMix; 0: off", low=0)
     randaugment: float = option(
         0.0,
-        help="magnitude of RandAugment on the paper's scale, 2 operations per image; 0: off",
+        help="magnitude of RandAugment on the paper's scale; 0: off",
         low=0,
         high=10,
+    )
+    randaugment_ops: int = option(2, help="operations of RandAugment per image", low=1, high=16)
+    color_jitter: tuple[float, float, float, float] = option(
+        (0.0, 0.0, 0.0, 0.0),
+        help="strength of random brightness,contrast,saturation,hue, as torchvision's; 0: off",
+        low=0,
+        check=check_color_jitter,
+    )
+    random_erasing: float = option(
+        0.0, help="probability that a rectangle of the image is erased", low=0, high=1
     )
 
 

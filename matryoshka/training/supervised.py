@@ -20,13 +20,12 @@ A program prepares a run, opens its session and writes the loop itself:
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,21 +35,22 @@ from torch.nn.parallel import DistributedDataParallel
 from matryoshka import checkpoint, config, distributed
 from matryoshka.checkpoint.transfer import start_model, start_weights
 from matryoshka.data import CenterCrop, Loader, open_dataset
-from matryoshka.data.augment import Preprocessing, mix, mixed_loss, normalise, rand_augment
+from matryoshka.data.augment import Preprocessing, normalise
 from matryoshka.data.dataset import Dataset
 from matryoshka.data.loader import Batch
 from matryoshka.data.subset import Subset
 from matryoshka.distributed import World
-from matryoshka.evaluation.predict import predict
-from matryoshka.models import FamilyModel, NestedModel, model_spec
+from matryoshka.evaluation.evaluate import Evaluation, evaluate
+from matryoshka.models import NestedModel, model_spec
 from matryoshka.models.ema import Ema
-from matryoshka.nested import distilled_cross_entropy, nested_cross_entropy, sandwich
-from matryoshka.training.checks import global_batch_size, requested_batch_size
+from matryoshka.nested import distilled_cross_entropy, nested_cross_entropy
+from matryoshka.training.checks import global_batch_size
 from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.loaders import (
+    is_resident,
+    make_loaders,
     resolution_at,
     training_crop,
-    training_loader,
     validation_loader,
 )
 from matryoshka.training.meter import EpochMeter
@@ -58,7 +58,6 @@ from matryoshka.training.optim import (
     configured_optimizer,
     lr_at,
     parameter_groups,
-    peak_epoch,
     peak_lr,
 )
 from matryoshka.training.progress import Forecast, Progress
@@ -73,24 +72,14 @@ from matryoshka.training.session import (
 from matryoshka.training.snapshot import Checkpoint
 from matryoshka.training.snapshot import read as read_checkpoint
 from matryoshka.training.state import TrainState
-from matryoshka.training.step import apply_gradients, begin_step, gradient_sync, micro_batches
+from matryoshka.training.summary import batch_notes, schedule_notes, size_text
 from matryoshka.training.sums import Sums
+from matryoshka.training.supervised_step import LossFn, train_step
 
 INITIAL_IMAGES = 5000  # that trunks compute initial weights from
-LEFT_OUT_SHARE = 0.1  # of the images: a note if full batches leave out more than this
 FIT_HINT = "; matryoshka fit PHOTOS --minutes 10 chooses sizes that fit into a time"
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean, std of each channel
-# (logits [G, B, C], labels [B]) -> (scalar to minimise, detached loss per prefix [G])
-LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-class Evaluation(NamedTuple):
-    """accuracy: {dim: {top1, top5}} in percent. loss: {dim: mean cross-entropy}."""
-
-    accuracy: dict[int, dict[str, float]]
-    loss: dict[int, float]
-    seconds: float
 
 
 class SupervisedRun:
@@ -168,18 +157,17 @@ class SupervisedRun:
 
     def _load_data(self, datasets: tuple[Dataset, Dataset] | None) -> None:
         cfg = self.cfg
-        train_set, val_set = datasets or (cfg.data.train_dataset, cfg.data.val_dataset)
-        if datasets is None:
-            images = len(open_dataset(cfg.data.train_dataset))
-        else:
-            images = len(datasets[0])
-        # A resumed run keeps its global batch, also with another number of processes.
-        before = None
+        images = len(open_dataset(cfg.data.train_dataset) if datasets is None else datasets[0])
+        # A resumed run keeps its global batch, also with another number of processes. So do its
+        # pixels: a resident set is decoded exactly, a streamed one for speed.
+        before, resident = None, None
         if self.start.checkpoint is not None:
             before = self.start.checkpoint.metadata["global_batch"]
+            resident = self.start.checkpoint.metadata.get("resident")
         self.global_batch = global_batch_size(cfg, self.world.size, images=images, before=before)
-        self.train_loader = training_loader(cfg, self.world, self.global_batch, train_set)
-        self.val_loader = validation_loader(cfg, self.world, val_set)
+        self.train_loader, self.val_loader = make_loaders(
+            cfg, self.world, self.global_batch, datasets=datasets, resident=resident
+        )
 
     def _build_model(self, normalisation: Normalisation | None) -> list[str]:
         """Build `model`, `ema` and `ddp`; return notes about its initial weights."""
@@ -257,7 +245,10 @@ class SupervisedRun:
             loader=self.train_loader,
             scaler=torch.amp.GradScaler(device.type, enabled=self.precision == "fp16"),
             sums=Sums(sums, device),
-            metadata=checkpoint.describe(self.model),
+            metadata={
+                **checkpoint.describe(self.model),
+                "resident": is_resident(self.train_loader),
+            },
             ema=self.ema,
         )
         self._guard = NonFiniteGuard(self.model, device, t.clip)
@@ -438,171 +429,6 @@ class SupervisedRun:
         if best is not None:
             model.load_state_dict(best.part("ema." if average else "model."))
         return model
-
-
-# ---------------------------------------------------------------- step and evaluation
-
-
-def train_step(
-    batch: Batch,
-    lr: float,
-    *,
-    cfg: SimpleNamespace,
-    world: World,
-    ddp: nn.Module,
-    state: TrainState[NestedModel],
-    guard: NonFiniteGuard,
-    loss_fn: LossFn,
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One optimizer step on this rank's part of a global batch.
-
-    Returns (mean loss, gradient norm, whether the step was skipped), 0-d tensors on the device.
-    """
-    data = cfg.data
-    t = cfg.training
-    scale = state.model.preprocessing
-    rng = begin_step(state, seed=t.seed, rank=world.rank)
-    which = None  # all prefixes
-    if t.sandwich is not None:
-        which = sandwich(len(state.model.dims), t.sandwich, rng)
-        loss_fn = _loss_of(loss_fn, which)
-    # drop_last: every global batch is full
-    global_batch = state.loader.batch_size
-    # Usually one part; more with gradient accumulation.
-    for part in micro_batches(batch, t.batch_size, world=world, global_batch=global_batch):
-        images = part.images  # uint8 [B, H, W, 3]
-        if data.randaugment:
-            images = rand_augment(images, data.randaugment, rng)
-        images = normalise(images, scale.mean, scale.std)  # float [B, 3, H, W]
-        mixed = mix(images, part.labels, data.mixup, data.cutmix, rng)
-
-        with gradient_sync(ddp, part.sync):
-            with distributed.autocast(images.device, precision):
-                if which is None:
-                    logits = ddp(mixed.images)  # [G, B, C]
-                elif isinstance(state.model, FamilyModel):
-                    logits = ddp(mixed.images, which=which)
-                else:
-                    logits = ddp(mixed.images)[list(which)]
-            # The loss in float32: its sums lose too much in half precision.
-            loss, prefix_loss = mixed_loss(loss_fn, logits.float(), mixed)
-            state.backward(loss * part.loss_weight)
-        sums = {"loss": loss, "prefix_loss": prefix_loss}
-        if which is not None:
-            sums |= _scattered(prefix_loss, which, len(state.model.dims))
-        state.sums.add(images=len(part), **sums)
-
-    mean_loss = state.sums.step_mean("loss")
-    norm, skipped = apply_gradients(state, guard, lr)
-    return mean_loss, norm, skipped
-
-
-def _loss_of(loss_fn: LossFn, which: Sequence[int]) -> LossFn:
-    """The loss of the prefixes `which`, with their weights."""
-    assert isinstance(loss_fn, partial)
-    weights = loss_fn.keywords["weights"]
-    return partial(loss_fn, weights=None if weights is None else weights[list(which)])
-
-
-def _scattered(prefix_loss: Tensor, which: Sequence[int], count: int) -> dict[str, Tensor]:
-    """The losses of the prefixes `which` among zeros, and which these are: [G] each."""
-    columns = torch.tensor(which, device=prefix_loss.device)
-    empty = prefix_loss.new_zeros(count)
-    return {
-        "prefix_loss": empty.index_copy(0, columns, prefix_loss),
-        "trained": empty.index_fill(0, columns, 1.0),
-    }
-
-
-def evaluate(
-    model: NestedModel,
-    loader: Loader,
-    *,
-    precision: str,
-    tta: bool,
-    world: World,
-    interruptible: Callable[[Iterable], Iterable] = iter,
-) -> Evaluation:
-    """Accuracy and loss of every prefix over the images of all ranks."""
-    # torchmetrics takes seconds to import: not before it is needed
-    from matryoshka.evaluation.accuracy import PrefixAccuracy, PrefixLoss
-
-    began = time.perf_counter()
-    # Ranks have different batch-norm statistics: all evaluate the model that rank 0 saves.
-    distributed.broadcast_buffers(model, world)
-    accuracy = PrefixAccuracy(model.dims).to(world.device)
-    loss = PrefixLoss(model.dims).to(world.device)
-    for prediction in interruptible(predict(model, loader, precision, tta)):
-        accuracy.update(prediction.logits, prediction.labels)
-        loss.update(prediction.logits, prediction.labels)
-    return Evaluation(accuracy.compute(), loss.compute(), time.perf_counter() - began)
-
-
-# ---------------------------------------------------------------- lines for the terminal
-
-
-def epoch_line(
-    epoch: int,
-    metrics: Mapping[str, float],
-    dims: Sequence[int],
-    trained_prefixes: int | None = None,
-) -> str:
-    """The line that is printed after an epoch. The loss is the mean over the prefixes.
-
-    The loss that is minimised and logged is their sum (MRL, equation 1). trained_prefixes: how many
-    a step trains; None: all.
-    """
-    top1 = "not evaluated"
-    if f"top_1/{dims[-1]}" in metrics:
-        top1 = "  ".join(f"{dim}: {metrics[f'top_1/{dim}']:.1f}" for dim in dims)
-    if f"ema_top_1/{dims[-1]}" in metrics:
-        top1 += f"  (average {metrics[f'ema_top_1/{dims[-1]}']:.1f})"
-    loss = metrics["loss"] / (trained_prefixes or len(dims))
-    return (
-        f"epoch {epoch:3d}  loss {loss:.3f}  lr {metrics['lr']:.3g}  "
-        f"{metrics['images_per_s']:.0f} images/s  wait {100 * metrics['data_wait']:.0f} %  "
-        f"top-1 {top1}"
-    )
-
-
-def accuracy_text(accuracy: Mapping[int, Mapping[str, float]]) -> str:
-    return "top-1 " + "  ".join(f"{dim}: {row['top1']:.2f}" for dim, row in accuracy.items())
-
-
-def schedule_notes(cfg: SimpleNamespace) -> list[str]:
-    """Notes on a learning-rate peak that lies beyond the run and was moved into it."""
-    name = "lr_peak_epoch" if cfg.lr.lr_schedule_type == "cyclic" else "warmup_epochs"
-    requested = getattr(cfg.lr, name)
-    actual = peak_epoch(cfg.lr, cfg.training.epochs)
-    if actual == requested:
-        return []
-    epochs = cfg.training.epochs
-    return [f"lr.{name}={requested} is beyond these {epochs} epochs: peak at {actual}"]
-
-
-def size_text(resolutions: Sequence[int]) -> str:
-    """`160 px`, or `160 to 224 px` for a ramp."""
-    low, high = min(resolutions), max(resolutions)
-    return f"{low} px" if low == high else f"{low} to {high} px"
-
-
-def batch_notes(cfg: SimpleNamespace, processes: int, global_batch: int, images: int) -> list[str]:
-    """Notes on a batch that was lowered, and on images that full batches leave out."""
-    notes = []
-    requested = requested_batch_size(cfg, processes)
-    if requested > images:
-        notes.append(
-            f"batches of {requested} images are more than the {images} of the training set: "
-            f"lowered to {global_batch}"
-        )
-    left_out = images % global_batch
-    if left_out >= LEFT_OUT_SHARE * images:
-        notes.append(
-            f"each epoch leaves out {left_out} of {images} images, chosen anew: only full batches "
-            f"of {global_batch} are trained on; see training.batch_size"
-        )
-    return notes
 
 
 # ---------------------------------------------------------------- processes and compilation

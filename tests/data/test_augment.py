@@ -12,17 +12,9 @@ from scipy import stats
 from torchvision.transforms.v2 import RandAugment
 from torchvision.transforms.v2 import functional as tv
 
-from matryoshka.data import augment
-from matryoshka.data.augment import (
-    OPERATIONS,
-    Mixed,
-    distorted,
-    mix,
-    mixed_loss,
-    normalise,
-    rand_augment,
-    step_rng,
-)
+from matryoshka.data import rand_augment as module
+from matryoshka.data.augment import Mixed, mix, mixed_loss, normalise, step_rng
+from matryoshka.data.rand_augment import OPERATIONS, distorted, rand_augment
 from matryoshka.nested import nested_cross_entropy
 
 NAMES = list(OPERATIONS)
@@ -338,6 +330,11 @@ def test_any_shape_is_augmented_image_by_image(b, height, width, magnitude, seed
                 one(NAMES[k], image.numpy(), sign * (magnitude / 10))
                 for k, sign, image in zip(operations, signs, before, strict=True)
             ]
+            # an operation that would leave one colour is not applied
+            alone = [
+                after if (after != after[0, 0]).any() else image.numpy()
+                for after, image in zip(alone, before, strict=True)
+            ]
             before = torch.from_numpy(np.array(alone, np.uint8).reshape(images.shape))
     assert torch.equal(result, before)
 
@@ -360,10 +357,50 @@ def test_magnitudes():
             rand_augment(images, wrong, np.random.default_rng(0))
 
 
+def one_colour(images) -> int:
+    """How many pictures have the same pixel everywhere, counted one by one."""
+    return sum((image == image[0, 0]).all() for image in images.numpy())
+
+
+def small_pictures(photo, n):
+    """Pictures of 32 px, of every brightness and contrast."""
+    rng = np.random.default_rng(3)
+    pictures = []
+    for i in range(n):
+        low = rng.uniform(0, 225)
+        high = rng.uniform(low + 30, 256)
+        pictures.append(low + (high - low) / 255 * photo(32, 32, i).astype(float))
+    return torch.from_numpy(np.array(pictures).astype(np.uint8))
+
+
+@pytest.mark.parametrize("magnitude", range(1, 11))
+def test_no_small_picture_becomes_blank(magnitude, photo):
+    """Pixels as a unit of translations, as in AutoAugment, blank 22 % of pictures of 32 px."""
+    pictures = small_pictures(photo, 500).repeat(9, 1, 1, 1)  # 4,500 draws
+    assert one_colour(pictures) == 0
+    blank = one_colour(rand_augment(pictures, magnitude, np.random.default_rng(magnitude), 2))
+    assert blank == 0, f"{blank} of {len(pictures)} pictures are blank"
+
+
+def test_without_the_guard_some_would_be_blank(photo):
+    pictures = small_pictures(photo, 500)
+    darker = distorted(pictures, np.full(500, NAMES.index("brightness")), np.full(500, -1.0))
+    posterized = distorted(darker, np.full(500, NAMES.index("posterize")), np.full(500, 1.0))
+    assert one_colour(posterized) > 100
+
+
+@pytest.mark.parametrize("ops", [1, 3])
+def test_the_number_of_operations(ops, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(module, "distorted", lambda images, *n: drawn.append(n) or images)
+    rand_augment(torch.zeros(5, 2, 2, 3, dtype=torch.uint8), 9, np.random.default_rng(0), ops)
+    assert len(drawn) == ops
+
+
 def test_images_draw_their_operations_and_signs_independently(monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        augment, "distorted", lambda images, *numbers: drawn.append(numbers) or images
+        module, "distorted", lambda images, *numbers: drawn.append(numbers) or images
     )
     rand_augment(torch.zeros(3000, 1, 1, 3, dtype=torch.uint8), 9, np.random.default_rng(5))
     (first, one_level), (second, other_level) = drawn

@@ -1,6 +1,7 @@
 """Resident sets and pad-crops against the streaming loader and slow NumPy."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -12,16 +13,24 @@ from matryoshka.train import train_imagenet
 from oracles import area_weights
 from training_commands import options as program_options
 
+from matryoshka.config import ConfigError
 from matryoshka.data import (
     BetonError,
     BetonFile,
     CenterCrop,
+    ImageFolder,
     Loader,
     PadCrop,
     RandomResizedCrop,
     ResidentLoader,
+    Subset,
 )
 from matryoshka.data.augment import resized_crops
+from matryoshka.data.resident import suits_residence
+from matryoshka.distributed import World
+from matryoshka.environment import free_memory
+from matryoshka.training.loaders import is_resident, make_loaders
+from matryoshka.training.options import parser as options_parser
 
 
 @pytest.fixture(scope="module")
@@ -182,16 +191,125 @@ def test_a_set_that_does_not_fit(noise, monkeypatch):
         ResidentLoader(noise, 4)
 
 
-def test_training_on_a_resident_set(digits, tmp_path):
+@pytest.mark.parametrize("crop", [CenterCrop(29, 1.0), CenterCrop(13), CenterCrop(32, 0.9)])
+def test_evaluation_crops_are_exact(noise, crop):
+    """Unless they are larger than the images: those are kept whole."""
+    options = {"order": "sequential", "num_workers": 2, "crop": crop}
+    streaming, resident = Loader(noise, 16, **options), ResidentLoader(noise, 16, **options)
+    assert resident._images.shape[1:3] == (crop.size, crop.size)
+    for a, b in zip(streaming, resident, strict=True):
+        assert torch.equal(a.images, b.images)
+    for other in (CenterCrop(20), RandomResizedCrop(20), CenterCrop(40)):
+        streaming.crop = resident.crop = other
+        for a, b in zip(streaming, resident, strict=True):
+            difference = (a.images.int() - b.images.int()).abs().max()
+            assert difference <= (0 if other == CenterCrop(20) else 1)
+
+
+CPU = torch.device("cpu")
+
+
+def test_which_sets_suit_residence(tmp_path, noise, folder, digits, monkeypatch):
+    train = RandomResizedCrop(224)
+    assert suits_residence(BetonFile(noise), CPU, train)
+    assert suits_residence(Subset(BetonFile(noise), np.array([3, 5])), CPU, CenterCrop(32))
+    assert not suits_residence(BetonFile(noise), CPU, CenterCrop(33))  # 33 x 33 > 37 x 29
+    assert not suits_residence(ImageFolder(folder / "train"), CPU, train)
+    for sizes, expected in (
+        ([(96, 96)] * 3, True),
+        ([(97, 96)] * 3, False),
+        ([(20, 20)] * 99 + [(20, 21)], False),
+    ):
+        path = raw_beton(tmp_path / "sizes.beton", sizes)
+        assert suits_residence(BetonFile(path), CPU, train) is expected
+    need = 3 * 90 * 37 * 29
+    for free, copies, expected in (
+        (4 * need, 1, True),
+        (4 * need - 4, 1, False),
+        (8 * need, 2, True),
+        (8 * need - 8, 2, False),
+        (None, 1, False),
+    ):
+        monkeypatch.setattr("matryoshka.data.resident.free_memory", lambda free=free: free)
+        assert suits_residence(BetonFile(noise), CPU, train, copies=copies) is expected
+
+
+def test_free_memory_is_a_part_of_the_machines():
+    free = free_memory()
+    assert free is not None
+    assert 0 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [("auto", True), ("1", True), ("true", True), ("0", False), ("false", False)],
+)
+def test_the_option_selects_the_loaders(option, expected, digits, tmp_path):
+    cfg = options_parser().parse_args(
+        program_options(digits, tmp_path, "run", f"--data.resident={option}")
+    )
+    for loader in make_loaders(cfg, World(CPU), 50):
+        assert is_resident(loader) is expected
+
+
+def test_yaml_words_of_the_option(tmp_path):
+    for text, expected in (("true", "1"), ("1", "1"), ("false", "0"), ("auto", "auto")):
+        file = tmp_path / "a.yaml"
+        file.write_text(f"data: {{resident: {text}}}\n")
+        assert options_parser().parse_args(["-C", str(file)]).data.resident == expected
+    with pytest.raises(ConfigError, match="expected one of auto, 1, 0"):
+        options_parser().parse_args(["--data.resident=maybe"])
+
+
+def test_auto_streams_what_does_not_suit(folder, digits, tmp_path, monkeypatch):
+    def loaders(data, *more, **options):
+        argv = program_options(data, tmp_path, "run", *more)
+        return make_loaders(options_parser().parse_args(argv), World(CPU), 9, **options)
+
+    photos = {split: folder / split for split in ("train", "val")}
+    assert not any(map(is_resident, loaders(photos)))
+    assert not any(map(is_resident, loaders(digits, "--data.in_memory=0")))
+    # 32 px are enlarged to 64: those of a Loader are exact
+    train, val = loaders(digits, "--validation.resolution=64")
+    assert (is_resident(train), is_resident(val)) == (True, False)
+    # as it was decided when the run started
+    assert not is_resident(loaders(digits, resident=False)[0])
+    assert is_resident(loaders(digits, resident=True)[0])
+    # opened sets, such as the parts of one
+    data = BetonFile(digits["train"])
+    parts = Subset(data, np.arange(0, 400, 2)), Subset(data, np.arange(1, 400, 2))
+    train, val = loaders(digits, datasets=parts)
+    assert is_resident(train)
+    assert len(next(iter(val)).labels) == 200
+    # images that were not looked at differ
+    monkeypatch.setattr("matryoshka.data.resident._LOOKED_AT", 1)
+    first = {split: folder / split for split in ("train", "val")}
+    assert not any(map(is_resident, loaders(first)))
+
+
+class Reached(Exception):
+    pass
+
+
+def test_training_on_a_resident_set(digits, tmp_path, monkeypatch):
     """The same order as with the streaming loader, and a loss like its: crops are decoded a little
-    differently.
+    differently. A resumed run keeps what `auto` decided: free memory may change, pixels must not.
     """
-    lines = {}
-    for resident in (0, 1):
-        more = ["--training.epochs=1", f"--data.resident={resident}", "--data.order=quasi_random"]
-        assert train_imagenet.main(program_options(digits, tmp_path, f"run{resident}", *more)) == 0
+    lines, argv = {}, []
+    for resident, option in enumerate(("0", "auto")):
+        more = ["--training.epochs=1", f"--data.resident={option}", "--data.order=quasi_random"]
+        argv = program_options(digits, tmp_path, f"run{resident}", *more)
+        assert train_imagenet.main(argv) == 0
         lines[resident] = json.loads((tmp_path / f"run{resident}" / "log").read_text())
     assert lines[1]["train_loss"] == pytest.approx(lines[0]["train_loss"], rel=0.1), (
         "train_loss of the resident and the streaming run"
     )
     assert lines[1]["data_wait"] < 0.5, f"waited {lines[1]['data_wait']} for data"
+
+    def reached(*_, resident=None, **__):
+        raise Reached(resident)
+
+    monkeypatch.setattr(train_imagenet, "make_loaders", reached)
+    (tmp_path / "run1" / "model.safetensors").unlink()  # as if it had been killed before its end
+    with pytest.raises(Reached, match="True"):
+        train_imagenet.main([*argv, "--training.resume=auto"])

@@ -25,8 +25,9 @@ from matryoshka.data.augment import Preprocessing
 from matryoshka.data.slots import Batch
 from matryoshka.distributed import World
 from matryoshka.nested import nested_cross_entropy
-from matryoshka.training import supervised
+from matryoshka.training import supervised_step
 from matryoshka.training.guard import NonFiniteGuard
+from matryoshka.training.options import DataConfig
 from matryoshka.training.state import TrainState
 from matryoshka.training.sums import Sums
 
@@ -146,8 +147,8 @@ def test_the_gradient_is_that_of_the_images_that_are_left_over_the_whole_batch()
         torch.nn.Flatten(), torch.nn.Linear(48, 3), torch.nn.Unflatten(0, (1, -1))
     )
     model.preprocessing, model.no_sync = Preprocessing(), contextlib.nullcontext
-    plain = SimpleNamespace(mixup=0, cutmix=0, randaugment=0)
-    cfg = SimpleNamespace(data=plain, training=SimpleNamespace(seed=0, batch_size=3))
+    plain = DataConfig()
+    cfg = SimpleNamespace(data=plain, training=SimpleNamespace(seed=0, batch_size=3, sandwich=None))
     loss_fn = functools.partial(nested_cross_entropy, weights=None, label_smoothing=0.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     world = World(torch.device("cpu"), 0, 2)
@@ -164,7 +165,7 @@ def test_the_gradient_is_that_of_the_images_that_are_left_over_the_whole_batch()
             sums=Sums({"loss": (), "prefix_loss": (1,)}, world.device),
             metadata={},
         )
-        supervised.train_step(
+        supervised_step.train_step(
             batch,
             0.0,
             cfg=cfg,

@@ -171,7 +171,7 @@ def test_every_width_learns_and_every_parameter_is_used(arch, options):
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter -= 0.02 * parameter.grad
+            parameter.sub_(parameter.grad, alpha=0.02)
     after = nested_cross_entropy(model(images), labels)[1]
     assert (after < per_width).all(), "a step along the gradient raises a loss"
 

@@ -28,11 +28,13 @@ from types import SimpleNamespace
 from matryoshka import distributed
 from matryoshka.data import Loader, RandomResizedCrop, augment
 from matryoshka.training.guard import NonFiniteGuard
+from matryoshka.training.options import DataConfig
 from matryoshka.evaluation.accuracy import PrefixAccuracy
 from matryoshka.models import ModelSpec, build
 from matryoshka.nested import nested_cross_entropy
 from matryoshka.evaluation.predict import predict
-from matryoshka.training import supervised as program
+from matryoshka.training import supervised_step as program
+from matryoshka.training.supervised import distribute
 from matryoshka.training.state import TrainState
 from matryoshka.training.sums import Sums
 
@@ -40,7 +42,8 @@ beton, val, out = sys.argv[1:4]
 batch = int(sys.argv[4])
 micro = int(sys.argv[5])
 torch.set_num_threads(1)
-program.normalise = lambda images, *scale: augment.normalise(images, *scale, dtype=torch.float64)
+in_float32 = augment.normalise
+augment.normalise = lambda images, *scale: in_float32(images, *scale, dtype=torch.float64)
 program.nested_cross_entropy = None  # the step must use the loss that it is given
 
 class NoFloat(torch.nn.Module):  # keeps the logits in float64
@@ -54,7 +57,7 @@ def work():
     with distributed.joined("cpu") as world:
         torch.manual_seed(0)
         model = build(ModelSpec("resnet10", 10, (8, 32, 512))).double()
-        ddp = program.distribute(model, world).eval()
+        ddp = distribute(model, world).eval()
         ranks = dict(rank=world.rank, world=world.size, num_workers=1)
         loader = Loader(beton, batch, crop=RandomResizedCrop(32), drop_last=True, seed=7, **ranks)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -66,8 +69,8 @@ def work():
         weights = torch.tensor([2.0, 1.0, 1.0]).double()
         loss_fn = functools.partial(nested_cross_entropy, weights=weights, label_smoothing=0.1)
         cfg = SimpleNamespace(
-            data=SimpleNamespace(mixup=0, cutmix=0, randaugment=0),
-            training=SimpleNamespace(seed=1, batch_size=micro),
+            data=DataConfig(),
+            training=SimpleNamespace(seed=1, batch_size=micro, sandwich=None),
         )
         order = []
         for k, b in enumerate(loader):
