@@ -3,6 +3,7 @@
     python pytorch_inference.py --path model.safetensors --data-root val.beton
     python pytorch_inference.py --path final_weights.pt --mrl --dataset V1 --data-root imagenet
     python pytorch_inference.py --path torchvision:resnet50 --dataset R --save_predictions --save_gt
+    python pytorch_inference.py --path model.safetensors --dataset cifar10
 
 model.safetensors needs no further flag. Upstream's .pt files take upstream's flags: --mrl,
 --efficient, --rep_size. Under torchrun every image is evaluated exactly once.
@@ -42,15 +43,15 @@ from matryoshka.data.imagenet import (
     FOLDERS,
     OOD_FOLDER,
     ImageNetError,
-    canonical_name,
-    find_dataset,
     find_imagenet_o,
+    imagenet_root,
 )
 from matryoshka.data.resized_images import ResizedImages
 from matryoshka.data.subset import Subset
 from matryoshka.environment import environment
 from matryoshka.evaluation import analysis
 from matryoshka.evaluation.embedding import EmbeddingJob, EmbeddingOptions
+from matryoshka.evaluation.evaluation_set import find_images
 from matryoshka.evaluation.imagenet_sets import LabelMapping, match
 from matryoshka.evaluation.options import KINDS, SaveOptions
 from matryoshka.evaluation.predict import predict
@@ -65,6 +66,8 @@ Data = BetonFile | ImageFolder | Subset
 
 # Options that --retrieval refuses, because it writes features and no predictions.
 NOT_FOR_RETRIEVAL = (
+    "split",
+    "cache",
     "tta",
     "ood",
     "nesting_list",
@@ -143,7 +146,7 @@ class Request:
     args: SimpleNamespace
     model: NestedModel
     head: str  # of the checkpoint; --nesting-list may leave one prefix of an MRL model
-    name: str  # of the data set, a key of FOLDERS
+    name: str  # of the data set: a key of FOLDERS, or of a public one
     dataset: BetonFile | ImageFolder
     data: Data  # the images of `dataset` that have a label
     mapping: LabelMapping
@@ -154,13 +157,13 @@ class Request:
 
 def resolve(args: SimpleNamespace) -> Request:
     """Open data sets and model; raise errors for contradictory options before any forward pass."""
-    name = canonical_name(args.dataset)
+    name, path = find_images(args)
     if name == "O" and args.ood:
         raise config.ConfigError(
             f"--ood {args.ood}: --dataset O has its own images, {OOD_FOLDER}/; drop one of the two"
         )
-    ood_path = find_imagenet_o(args.data_root) if name == "O" else args.ood
-    dataset = open_dataset(find_dataset(name, args.data_root))
+    ood_path = find_imagenet_o(imagenet_root(args.data_root)) if name == "O" else args.ood
+    dataset = open_dataset(path)
     ood_dataset = open_dataset(ood_path) if ood_path else None
 
     model = load(args)
@@ -332,13 +335,13 @@ def results_json(request: Request, outcome: Outcome) -> dict[str, Any]:
     images = len(request.data)
     preprocessing = model.preprocessing
     # V2 has variants, and a .beton any name: the file name then includes the folder.
-    usual_folder = dataset.path.name in FOLDERS[request.name]
+    usual_folder = dataset.path.name in FOLDERS.get(request.name, ())
     arrays = file_names(
         request.kinds,
         head=request.head,
         dims=model.dims,
         checkpoint=args.path,
-        dataset=request.name,
+        dataset=request.name.replace("/", "-").replace(":", "-"),
         variant="" if usual_folder else dataset.path.name,
         settings=[f"{args.preprocessing}{preprocessing.size}", outcome.precision],
         tta=args.tta,
@@ -438,7 +441,7 @@ def write_retrieval_arrays(args: SimpleNamespace) -> int:
             f"--retrieval_array_path {prefix}: the folder {folder} does not exist; make it first"
         )
     name = args.dataset.upper()
-    datasets = open_splits(name, args.data_root)
+    datasets = open_splits(name, imagenet_root(args.data_root))
     model = load(args)
     options = EmbeddingOptions(
         checkpoint=args.path,

@@ -131,7 +131,8 @@ def read(
         raise CheckpointError(
             f"{path}: no such checkpoint file; give a model.safetensors or a .pt file"
         )
-    if path.suffix == ".safetensors":
+    # A link may have a name of another repository, such as checkpoint/vit-cifar10-4-ckpt.t7.
+    if path.resolve().suffix == ".safetensors":
         _refuse_old_style(path, old_ckpt)
         contents = _read_safetensors(path)
     else:

@@ -5,6 +5,7 @@ root.
 from __future__ import annotations
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 
@@ -49,6 +50,11 @@ def canonical_name(name: str) -> str:
     if name.lower() not in known:
         raise ImageNetError(f"--dataset {name}: unknown; known: {', '.join(FOLDERS)}")
     return known[name.lower()]
+
+
+def imagenet_root(given: str | None) -> str:
+    """The folder of the data sets: `given`, else $IMAGENET_DIR, else upstream's default."""
+    return given or os.environ.get("IMAGENET_DIR", "../../IMAGENET")
 
 
 def find_dataset(name: str, root: str | Path) -> Path:

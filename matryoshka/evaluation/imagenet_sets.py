@@ -38,9 +38,9 @@ def match(name: str, dataset: BetonFile | ImageFolder, model: NestedModel) -> La
     """The LabelMapping of `dataset`, opened as data set `name`, for `model`.
 
     A class folder is matched by its name, a WordNet id or (V2) a class number, never by its rank
-    among the folders present. A .beton file without class names has the set's own labels. V1
-    accepts any data set with the model's classes. For O, images of V1 outside of its 200 classes
-    get the label -1. ImageNetError or ModelError names the disagreement.
+    among the folders present. A .beton file without class names has the set's own labels. V1, and
+    names that are not ImageNet's, accept any data set with the model's classes. For O, images of V1
+    outside of its 200 classes get the label -1. ImageNetError or ModelError names the disagreement.
     """
     if len(dataset) and not 0 <= dataset.labels.min() <= dataset.labels.max() < dataset.num_classes:
         raise ImageNetError(
@@ -49,6 +49,9 @@ def match(name: str, dataset: BetonFile | ImageFolder, model: NestedModel) -> La
         )
     names = dataset.classes
     identity = LabelMapping(torch.arange(dataset.num_classes), None, names)
+    if name not in FOLDERS:
+        model.check_classes(dataset)
+        return identity
     if name == "V1":
         if names and names == model.classes:
             return identity

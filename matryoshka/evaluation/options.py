@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,6 +18,7 @@ ANALYSES = ("cascade", "widths", "oracle", "superclasses", "trends", "calibratio
 CONFIDENCES = ("softmax", "entropy")
 METHODS = ("linear", "1nn", "ncm", "svd", "svd-1nn", "rand-fs", "rand-lp")
 FORMATS = ("png", "jpg")
+CACHE = "data"  # folder of public data sets
 MAX_SEED = 2**63 - 1  # torch's generators
 
 
@@ -63,28 +63,41 @@ class ImagesOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions(PreprocessingOptions):
-    """Inputs of an evaluation."""
+class EvaluationSetOptions:
+    """The images of an evaluation; see evaluation_set.py."""
 
     dataset: str = option(
         "V1",
-        help="V1 (the validation set of ImageNet-1K), V2, A, R, Sketch or O; with --retrieval 1K, "
-        "V2 or 4K",
+        help="V1 (the validation set of ImageNet-1K, or images of your own: --data-root), V2, A, "
+        "R, Sketch or O; cifar10, cifar100, stl10, tiny-imagenet or hf:OWNER/NAME",
     )
+    data_root: str | None = option(
+        None,
+        help="folder that holds the data set's folder (val, "
+        "imagenetv2-matched-frequency-format-val, imagenet-a, imagenet-r or imagenet-r_, sketch; "
+        "test or val); or itself a .beton file or a folder of class folders, such as another "
+        "imagenetv2-*; unset: $IMAGENET_DIR, else upstream's ../../IMAGENET, and for cifar10 and "
+        "the like a download",
+        metavar="PATH",
+        existing=True,
+    )
+    split: str | None = option(
+        None, help="cifar10 and the like: the part to evaluate on; unset: test or val"
+    )
+    cache: str | None = option(
+        None, help=f"cifar10 and the like: folder of downloads; unset: {CACHE}", metavar="DIR"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(PreprocessingOptions, EvaluationSetOptions):
+    """Inputs of an evaluation."""
+
     ood: str | None = option(
         None,
         help="images of none of the model's classes (a .beton, a folder of folders): how well "
         "confidence separates them from the data set; --dataset O does so for ImageNet-O",
         metavar="DATA",
-        existing=True,
-    )
-    data_root: str = option(
-        factory=lambda: os.environ.get("IMAGENET_DIR", "../../IMAGENET"),
-        help="folder that holds the data set's folder (val, "
-        "imagenetv2-matched-frequency-format-val, imagenet-a, imagenet-r or imagenet-r_, sketch); "
-        "or itself a .beton file or a folder of class folders, such as another imagenetv2-*; "
-        "unset: $IMAGENET_DIR, else upstream's ../../IMAGENET",
-        metavar="PATH",
         existing=True,
     )
     nesting_list: tuple[int, ...] | None = option(
@@ -142,7 +155,8 @@ def eval_parser() -> FlagParser:
         "Accuracy of every prefix of a checkpoint, all from one forward pass per image.\n\n"
         "    matryoshka eval --path model.safetensors --data-root val.beton\n"
         "    matryoshka eval --path final_weights.pt --mrl --dataset V1 --data-root imagenet\n"
-        "    matryoshka eval --path torchvision:resnet50 --dataset R --save_predictions\n\n"
+        "    matryoshka eval --path torchvision:resnet50 --dataset R --save_predictions\n"
+        "    matryoshka eval --path model.safetensors --dataset cifar10\n\n"
         "model.safetensors needs no further flag; upstream's .pt files take upstream's flags. Runs "
         "under torchrun, too: every image counts once. Saved arrays: logits and softmax, float32 "
         "[prefixes, images, classes]; predictions, int64 [prefixes, images]; labels (gt), int64 "
