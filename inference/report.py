@@ -1,12 +1,13 @@
 """Self-contained HTML report of a model: accuracy by length, analyses, samples, provenance.
 
-    matryoshka report --run trainlogs/first --output report.html
+    matryoshka report trainlogs/first
     matryoshka report --results mrl.json ff8.json ff512.json v2.json --analysis analysis.json \\
         --gradcam maps/
 
---run uses results.json, analysis.json, baselines.json and gradcam/ of the folder. The first file of
---results is the subject. Results of the same checkpoint are shown as other test sets, results of
-other checkpoints on the same images as models to compare with. The page needs no network.
+A run's results.json, analysis.json, baselines.json, dims/dims.json and gradcam/ are used. The first
+file of --results is the subject. Results of the same checkpoint are shown as other test sets,
+results of other checkpoints on the same images as models to compare with. The page needs no
+network.
 """
 
 from __future__ import annotations
@@ -23,13 +24,17 @@ import numpy as np
 from PIL import Image
 
 from matryoshka import config
+from matryoshka.data.imagenet import FOLDERS
 from matryoshka.evaluation import analysis
 from matryoshka.evaluation.superclasses import name_of
 from matryoshka.files import write_atomically
 from matryoshka.report import Run, RunError, read_run, short_dims
+from matryoshka.report.dims import dims_table
 from matryoshka.report.page import MAX_IMAGE_BYTES, Answer, Evidence, Picture, Sample, render
 
-FILES = ("results.json", "analysis.json", "baselines.json")  # searched in --run
+# Searched in the run folder.
+FILES = ("results.json", "analysis.json", "baselines.json")
+DIMS = "dims/dims.json"
 REQUIRED_KEYS = (
     "checkpoint",
     "arch",
@@ -40,6 +45,8 @@ REQUIRED_KEYS = (
     "classes",
     "resolution",
 )  # of results.json
+DIMS_KEYS = (*REQUIRED_KEYS, "dims", "class_names", "loss", "macs", "costs", "confused")
+PARTS = ("train", "val", "test")  # folders of a data set
 THUMBNAIL, HEAT_MAP = 160, 1500  # maximum length of the longer side, in pixels
 
 
@@ -53,17 +60,23 @@ class ReportError(ValueError):
 class ReportOptions:
     """Inputs of the page."""
 
-    run: str | None = config.option(
+    folder: str | None = config.option(
         None,
-        help=f"run folder; {', '.join(FILES)} and gradcam/ in it are used unless given",
-        metavar="DIR",
+        help=f"run folder; {', '.join(FILES)}, {DIMS} and gradcam/ in it are used unless given",
+        metavar="RUN",
+        positional=True,
+        existing=True,
     )
+    run: str | None = config.option(None, help="the same as RUN", metavar="DIR")
     results: tuple[str, ...] = config.option(
         (), help="results.json of evaluations", metavar="FILE ...", words=True
     )
     analysis: str | None = config.option(None, help="analysis.json of the subject", metavar="FILE")
     baselines: str | None = config.option(
         None, help="baselines.json of the subject", metavar="FILE"
+    )
+    dims: str | None = config.option(
+        None, help="dims.json that matryoshka dims wrote, of the subject", metavar="FILE"
     )
     gradcam: str | None = config.option(
         None, help="folder that matryoshka gradcam wrote", metavar="DIR"
@@ -83,18 +96,24 @@ def parser() -> config.FlagParser:
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    if args.folder and args.run:
+        raise config.ConfigError(f"{args.folder} and --run {args.run}: give one run folder")
+    args.run = args.run or args.folder
 
     # ---- input files ----
     run = training_run(args.run)
     in_run = files_in_run(args.run)
+    dims_file = args.dims or in_run.get(DIMS)
     results_files = [Path(path) for path in args.results]
     if not results_files and "results.json" in in_run:
         results_files = [in_run["results.json"]]
+    if not results_files and dims_file:
+        results_files = [Path(dims_file)]
     if not results_files:
-        problem = f"{args.run}: has no results.json; " if args.run else ""
+        problem = f"{args.run}: has no results.json of an evaluation; " if args.run else ""
         raise ReportError(
             f"{problem}give --results, or evaluate with matryoshka eval --output "
-            f"{args.run or '.'}/results.json"
+            f"{args.run or '.'}/results.json, or matryoshka dims --path {args.run or 'RUN'}"
         )
     analysis_file = args.analysis or in_run.get("analysis.json")
     baselines_file = args.baselines or in_run.get("baselines.json")
@@ -115,6 +134,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             Path(baselines_file), "methods", "baselines of matryoshka baselines"
         )
         check_baselines(evidence.baselines, subject, str(baselines_file))
+    if dims_file:
+        evidence.dims = read_results(Path(dims_file), DIMS_KEYS, "results of matryoshka dims")
+        check_dims(evidence.dims, subject, str(dims_file))
+        print(dims_table(evidence.dims))
     if run:
         evidence.environment = read_json(
             Path(args.run) / "env.json", "versions", "environment of a run"
@@ -156,7 +179,21 @@ def files_in_run(folder: str | None) -> dict[str, Path]:
     """The JSON files that exist in the run folder."""
     if not folder:
         return {}
-    return {name: Path(folder) / name for name in FILES if (Path(folder) / name).is_file()}
+    found = {}
+    for name in (*FILES, DIMS):
+        path = Path(folder) / name
+        if path.is_file() and not (name == FILES[0] and is_of_training(path)):
+            found[name] = path
+    return found
+
+
+def is_of_training(results: Path) -> bool:
+    """Whether a results.json is of train_cifar10.py: its accuracies, not an evaluation's."""
+    try:
+        value = json.loads(results.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and "test" in value and "prefixes" not in value
 
 
 def read_json(path: Path, key: str, what: str) -> dict[str, Any]:
@@ -170,20 +207,28 @@ def read_json(path: Path, key: str, what: str) -> dict[str, Any]:
     return value
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    results = read_json(path, "prefixes", "results of matryoshka eval")
-    for key in REQUIRED_KEYS:
+def read_results(
+    path: Path,
+    keys: Sequence[str] = REQUIRED_KEYS,
+    what: str = "results of matryoshka eval",
+) -> dict[str, Any]:
+    results = read_json(path, "prefixes", what)
+    for key in keys:
         if key not in results:
-            raise ReportError(f"{path}: not the results of matryoshka eval: {key!r} is missing")
+            raise ReportError(f"{path}: not the {what}: {key!r} is missing")
     return results
 
 
 def title_of(subject: Mapping[str, Any]) -> str:
     dims = short_dims([int(d) for d in subject["prefixes"]])
     if subject["dataset"] == "V1":
-        data = Path(subject["data"]).stem
-    else:
+        path = Path(subject["data"])
+        # photos/test is a part of the photos
+        data = path.parent.name if path.name in PARTS and path.parent.name else path.stem
+    elif subject["dataset"] in FOLDERS:
         data = f"ImageNet {subject['dataset']}"
+    else:
+        data = subject["dataset"]
     words = [subject["arch"], subject["head"].upper(), dims, "on", data]
     return " ".join(word for word in words if word)
 
@@ -215,6 +260,16 @@ def check_baselines(found: Mapping[str, Any], subject: Mapping[str, Any], path: 
         raise ReportError(
             f"{path}: is of {baseline_checkpoint}, the results of {subject_checkpoint}; run "
             "matryoshka baselines on this checkpoint"
+        )
+
+
+def check_dims(found: Mapping[str, Any], subject: Mapping[str, Any], path: str) -> None:
+    """Check that dims.json is of the subject's images and dims."""
+    if found["images"] != subject["images"] or not set(subject["prefixes"]) & set(found["macs"]):
+        raise ReportError(
+            f"{path}: is of {found['images']} images and dims {found['dims']}, the results of "
+            f"{subject['images']} images and {[int(d) for d in subject['prefixes']]}; run "
+            "matryoshka dims on the same model and images"
         )
 
 

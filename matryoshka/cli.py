@@ -61,6 +61,11 @@ PROGRAMS = {
         "accuracy of every prefix of a checkpoint",
         "matryoshka.evaluation.options:eval_parser",
     ),
+    "dims": Program(
+        "matryoshka.inference.compare_dims",
+        "every dim of a model: accuracy, cost, confusion matrices, maps",
+        "matryoshka.evaluation.dims_options:dims_parser",
+    ),
     "embed": Program(
         "matryoshka.inference.embed",
         "a data set's embeddings as memory-mapped arrays",

@@ -52,20 +52,25 @@ class EmbeddingMap(NamedTuple):
 
 
 def embedding_map(
-    embeddings: np.ndarray, *, method: str = "pca", seed: int = 0, max_rows: int = MAX_ROWS
+    embeddings: np.ndarray,
+    *,
+    method: str = "pca",
+    seed: int = 0,
+    max_rows: int = MAX_ROWS,
+    perplexity: float = PERPLEXITY,
 ) -> np.ndarray:
     """A point of the plane for each embedding, float32 [N, 2], by scikit-learn's PCA or t-SNE.
 
     embeddings: float [N, D]; each is scaled to length 1, because searches compare cosines. Rows
-    outside of a random sample of `max_rows`, and rows with NaN or infinity, get NaN. ValueError for
-    another method.
+    outside of a random sample of `max_rows`, and rows with NaN or infinity, get NaN. perplexity: of
+    t-SNE, at most a third of the rows. ValueError for another method.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r}: expected one of {', '.join(METHODS)}")
     rows = sample_rows(embeddings, max_rows, seed)
     out = np.full((len(embeddings), 2), np.nan, np.float32)
     chosen = unit_prefixes(embeddings[rows], embeddings.shape[1])
-    out[rows] = _points(chosen, method, seed)[0]
+    out[rows] = _points(chosen, method, seed, perplexity)[0]
     return out
 
 
@@ -116,7 +121,9 @@ def unit_prefixes(embeddings: np.ndarray, dim: int) -> np.ndarray:
     return prefixes / np.where(length > 0, length, 1)
 
 
-def _points(rows: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, Any, Any]:
+def _points(
+    rows: np.ndarray, method: str, seed: int, perplexity: float = PERPLEXITY
+) -> tuple[np.ndarray, Any, Any]:
     """Points [n, 2] of rows [n, d], and PCA's mean and components; zeros where no axis exists."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -129,7 +136,7 @@ def _points(rows: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, Any, 
         if n > 3 and is_spread:
             # PCA as the start makes the global arrangement reproducible.
             init = "pca" if d > 1 else "random"
-            tsne = TSNE(perplexity=min(PERPLEXITY, (n - 1) / 3), init=init, random_state=seed)
+            tsne = TSNE(perplexity=min(perplexity, (n - 1) / 3), init=init, random_state=seed)
             points[:] = tsne.fit_transform(rows)
         return points, None, None
     if not is_spread:

@@ -72,15 +72,16 @@ class Evidence:
     """Inputs of the page; sections without input are omitted.
 
     results: results.json of evaluations, the first one is of the model on show (the subject).
-    analysis, baselines: analysis.json, baselines.json. run: the training run of the subject.
-    environment: env.json of that run. heat_map_layer: a sentence on the layer of the heat maps.
-    notes: sentences below the headline.
+    analysis, baselines, dims: analysis.json, baselines.json, dims.json. run: the training run of
+    the subject. environment: env.json of that run. heat_map_layer: a sentence on the layer of the
+    heat maps. notes: sentences below the headline.
     """
 
     title: str
     results: list[dict[str, Any]]
     analysis: dict[str, Any] | None = None
     baselines: dict[str, Any] | None = None
+    dims: dict[str, Any] | None = None
     run: Run | None = None
     environment: dict[str, Any] | None = None
     heat_maps: list[Picture] = field(default_factory=list)

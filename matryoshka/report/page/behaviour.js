@@ -24,18 +24,19 @@
   });
   addEventListener("afterprint", () => { for (const d of folded) d.open = false; folded = []; });
 
-  // Confusion of superclasses: one square per pair, shaded by its share of the true group.
-  const confusion = read("confusion-data");
-  if (confusion) {
+  // Confusion of superclasses or classes: one square per pair, shaded by its share of the true one.
+  const matrix = (id, what) => {
+    const confusion = read(`${id}-data`);
+    if (!confusion) return;
     const shorter = (name) => (name.length > 30 ? `${name.slice(0, 29)}…` : name);
     const draw = () => {
-      const dim = byId("confusion-dim").value;
+      const dim = byId(`${id}-dim`).value;
       const counts = confusion.confusion[dim];
       const kept = confusion.names.map((_, k) => k).filter((k) => counts[k].some((n) => n) || counts.some((row) => row[k]));
       const side = kept.length > 16 ? 19 : 34, longest = Math.max(...kept.map((k) => shorter(confusion.names[k]).length)),
         left = 14 + 7.4 * longest, top = 14 + 6.6 * longest, right = 20 + 3.8 * longest, size = side * kept.length;
       const svg = make("svg", { class: "chart", viewBox: `0 0 ${left + size + right} ${top + size + 6}`, role: "img",
-        style: `width:${left + size + right}px;max-width:none`, "aria-label": `confusion of superclasses with ${dim} dimensions` }, null, SVG);
+        style: `width:${left + size + right}px;max-width:none`, "aria-label": `confusion by ${what} with ${dim} dimensions` }, null, SVG);
       let hits = 0, all = 0;
       kept.forEach((k, i) => {
         const total = counts[k].reduce((a, b) => a + b, 0);
@@ -51,12 +52,14 @@
           svg.append(cell);
         });
       });
-      byId("confusion").replaceChildren(svg);
-      byId("confusion-said").textContent = `rows: true group; columns: predicted group; ${(100 * hits / all).toFixed(2)} % on the diagonal`;
+      byId(id).replaceChildren(svg);
+      byId(`${id}-said`).textContent = `rows: true ${what}; columns: predicted ${what}; ${(100 * hits / all).toFixed(2)} % on the diagonal`;
     };
-    byId("confusion-dim").addEventListener("change", draw);
+    byId(`${id}-dim`).addEventListener("change", draw);
     draw();
-  }
+  };
+  matrix("confusion", "group");
+  matrix("class-confusion", "class");
 
   // Table of classes: sortable by any column, searchable, paginated.
   const classes = read("class-data");

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from matryoshka.report import statements
-from matryoshka.report.page import paper
+from matryoshka.report.page import dim_sections, paper
 from matryoshka.report.page.charts import (
     Series,
     bar_chart,
@@ -54,6 +54,9 @@ def build(evidence: Evidence) -> dict[str, Any]:
         "calibration": calibration(analysis),
         "agreement": agreement(analysis),
         "classes": classes(analysis),
+        "cost": dim_sections.cost(evidence.dims),
+        "confusion": dim_sections.class_confusion(evidence.dims),
+        "maps": dim_sections.maps(evidence.dims),
         "provenance": provenance(evidence),
     }
 

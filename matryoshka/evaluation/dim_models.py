@@ -1,0 +1,113 @@
+"""Model files whose dims are compared: a nested model, or exports with one dim each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matryoshka.checkpoint.published import PREFIXES, load_any
+from matryoshka.config import ConfigError
+from matryoshka.evaluation.preprocessing import set_preprocessing
+from matryoshka.models import NestedModel
+
+FINAL = "model.safetensors"  # of a run folder
+EXPORTS = (".safetensors", ".pth")  # the first is preferred where both exist
+PARAMS = "params.json"  # options of a run
+
+
+@dataclass(frozen=True)
+class DimModel:
+    """A loaded model and its file; its dims are compared with each other and with other files'."""
+
+    path: str
+    model: NestedModel
+
+
+def load_dim_models(names: Sequence[str], resolution: int | None = None) -> list[DimModel]:
+    """Load the models that `names` mean, on the CPU, the smallest dim first.
+
+    names: model files, published models, run folders, or folders of exports. resolution: pixels of
+    a side, in place of the checkpoints'. ConfigError unless each dim has one model, and all models
+    the same classes and image size.
+    """
+    models = []
+    for path in _files(names):
+        model = load_any(path)
+        set_preprocessing(model, "checkpoint", resolution)
+        models.append(DimModel(path, model))
+    models.sort(key=lambda each: each.model.dims)
+
+    owners: dict[int, str] = {}
+    for each in models:
+        for dim in each.model.dims:
+            if dim in owners:
+                raise ConfigError(
+                    f"--path: {owners[dim]} and {each.path} both have dim {dim}; give one of them"
+                )
+            owners[dim] = each.path
+        if _task(each.model) != _task(models[0].model):
+            raise ConfigError(
+                f"--path: {models[0].path} and {each.path} differ in their classes or image size; "
+                "compare models of the same data"
+            )
+    return models
+
+
+def _files(names: Sequence[str]) -> list[str]:
+    """The model files that are named, or that lie in a folder."""
+    files = []
+    for name in names:
+        folder = Path(name)
+        if name.startswith(PREFIXES) or not folder.is_dir():
+            files.append(name)
+        elif (folder / FINAL).exists():
+            files.append(str(folder / FINAL))
+        else:
+            found = _exports(folder)
+            if not found:
+                raise ConfigError(
+                    f"--path {name}: has no {FINAL} and no exports ({', '.join(EXPORTS)}); give a "
+                    "run folder, a folder of exports, or a model file"
+                )
+            files += found
+    return files
+
+
+def _exports(folder: Path) -> list[str]:
+    """The model files of a folder; of two with the same name, that with the first ending."""
+    by_name: dict[str, Path] = {}
+    for ending in EXPORTS:
+        for path in sorted(folder.glob(f"*{ending}")):
+            by_name.setdefault(path.stem, path)
+    return [str(by_name[name]) for name in sorted(by_name)]
+
+
+def _task(model: NestedModel) -> tuple:
+    return model.spec.num_classes, model.preprocessing.size, model.preprocessing.ratio
+
+
+# ---------------------------------------------------------------- the run of a model
+
+
+def run_of(path: str) -> Path | None:
+    """The run folder that a model file lies in; None for a file without one."""
+    real = Path(path).resolve()
+    for folder in list(real.parents)[:2]:  # exports are in a folder of the run
+        if (folder / PARAMS).is_file():
+            return folder
+    return None
+
+
+def test_set_of(run: Path) -> tuple[str | None, Path | None]:
+    """(name of the public data set or None, path) of the images that a run is evaluated on."""
+    try:
+        params: dict[str, Any] = json.loads((run / PARAMS).read_text(encoding="utf-8"))
+        path = params.get("data.val_dataset")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return None, None
+    own = params.get("cifar.data") is not None
+    name = None if own else params.get("cifar.dataset")
+    return name, Path(path) if isinstance(path, str) else None
