@@ -86,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         found["map"] = maps(args, found["dims"], answers)
     for line in write_all(folder, found):
         print(line)
+    if args.tensorboard:
+        write_board(Path(args.tensorboard), found)
+        print(f"written  {args.tensorboard}: TensorBoard")
     return 0
 
 
@@ -273,6 +276,22 @@ def write_all(folder: Path, found: dict[str, Any]) -> list[str]:
     errors = error_lines(found["confused"][widest][:3], names)
     lines = [f"errors   dim {widest}, the most frequent: {'; '.join(errors)}"] if errors else []
     return [*lines, f"written  {folder}: dims.json, dims.csv and {len(files) - 2} plots and tables"]
+
+
+def write_board(folder: Path, found: dict[str, Any]) -> None:
+    """Loss, accuracy and accuracy of each class as scalars, under the tags of
+    matryoshka-vit-compression; the step is the dim.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as board:
+        for dim in found["dims"]:
+            row = found["prefixes"][str(dim)]
+            board.add_scalar("Evaluation/Loss", found["loss"][str(dim)], dim)
+            board.add_scalar("Evaluation/Accuracy", row["top1"], dim)
+            for label, images in enumerate(found["confusion"].get(str(dim), [])):
+                share = 100 * images[label] / max(sum(images), 1)
+                board.add_scalar(f"PerClass/Class_{label}", share, dim)
 
 
 def matrix_csv(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> str:

@@ -137,7 +137,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if dims_file:
         evidence.dims = read_results(Path(dims_file), DIMS_KEYS, "results of matryoshka dims")
         check_dims(evidence.dims, subject, str(dims_file))
-        print(dims_table(evidence.dims))
     if run:
         evidence.environment = read_json(
             Path(args.run) / "env.json", "versions", "environment of a run"
@@ -152,6 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     page = render(evidence)
     write_atomically(output, page)
+    if evidence.dims:
+        print(dims_table(evidence.dims))
     for note in evidence.notes:
         print(f"note: {note}")
     print(f"report  {output}  ({len(page) / 1e6:.2f} MB)")

@@ -1,5 +1,6 @@
 """Small real data for all tests: scikit-learn's digits as an image folder and as .beton files."""
 
+import contextlib
 import os
 import shutil
 
@@ -57,6 +58,20 @@ def digits(tmp_path_factory):
             subset=n,
         )
     return {split: root / f"{split}.beton" for split in ("train", "val")}
+
+
+@pytest.fixture(scope="session")
+def small_nested(digits, tmp_path_factory):
+    """A folder in which train_cifar10.py has trained two nested transformers on digits."""
+    from matryoshka.train import train_cifar10
+
+    root = tmp_path_factory.mktemp("small")
+    data = f"{digits['train']},{digits['val']}"
+    options = "--mrl_flag --nested_proj_mrl --mrl_dims 8,16 --patch 8 --lr 0.01 --bs 100 --noaug"
+    with contextlib.chdir(root):
+        words = [*options.split(), "--n_epochs", "1", "--data", data, "--nowandb", "--notb"]
+        assert train_cifar10.main(words) == 0
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,11 @@ class DimsOptions:
     )
     perplexity: float = option(30.0, help="neighbours that t-SNE counts", above=0, below=1e6)
     seed: int = option(42, help="seed of the sample and of t-SNE", low=0, high=2**32 - 1)
+    tensorboard: str | None = option(
+        None,
+        help="also write loss and accuracy to this folder of TensorBoard, with the dim as step",
+        metavar="DIR",
+    )
     no_latency: bool = option(False, help="do not measure the latency")
     batches: tuple[int, ...] = option(
         (1, 128), help="batch sizes of the latency", low=1, high=65536, nonempty=True

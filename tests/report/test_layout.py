@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from dims_results import write_dims
 from matryoshka.inference import analyze, report
 from random_scores import write_scores
 
@@ -65,7 +66,8 @@ def page_of(folder, dims, strengths, names, images=50):
         mirrored={"prefixes": {}},  # a key of another version
     )
     assert analyze.main([f"--results={folder / 'results.json'}", "--splits=2"]) == 0
-    assert report.main([f"--run={folder}", "--samples=0"]) == 0
+    write_dims(folder, dims=dims, names=names, images=images)
+    assert report.main([str(folder), "--samples=0"]) == 0
     return folder / "report.html"
 
 
