@@ -231,7 +231,7 @@ def translate(flags: Mapping[str, Any]) -> dict[str, Any]:
     betas = {"adan_beta1": 0.02, "adan_beta2": 0.08, "adan_beta3": 0.01}
     if any(name in flags for name in betas):
         try:
-            given["training.betas"] = adan_betas(**{n: flags.get(n, betas[n]) for n in betas})
+            given["training.betas"] = adan_betas(*(flags.get(n, betas[n]) for n in betas))
         except ValueError as error:
             raise config.ConfigError(f"--{error}") from None
     if flags.get("noaug"):
