@@ -19,32 +19,14 @@ from matryoshka.training import cifar_outputs, snapshot
 from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.watch import REQUEUE
 
-TINY = [
-    "--bs",
-    "90",
-    "--nowandb",
-    "--size",
-    "16",
-    "--patch",
-    "4",
-    "--device",
-    "cpu",
-    "--data.num_workers=1",
-]
-NESTED = [
-    "--mrl_flag",
-    "--mrl_kind",
-    "nested",
-    "--mrl_dims",
-    "8,16",
-    "--model.arch_options=depth=1",
-]
+SMALL = ["--bs=90", "--size=16", "--patch=4", "--device=cpu", "--nowandb", "--data.num_workers=1"]
+NESTED = ["--mrl_flag", "--mrl_kind=nested", "--mrl_dims=8,16", "--model.arch_options=depth=1"]
 NAME = "vitfixedposdualpatchnorm_cifar10_patch4"
 
 
 def command(digits, *more):
     data = f"--data={digits['train']},{digits['val']}"
-    return [*TINY, data, "--n_epochs=2", "--lr=0.003", *more]
+    return [*SMALL, data, "--n_epochs=2", "--lr=0.003", *more]
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The flags of train_cifar10.py: each stands for options in sections, with both sets of defaults."""
+"""The flags of train_cifar10.py stand for options in sections, with two sets of defaults."""
 
 import pytest
 
@@ -151,7 +151,7 @@ def test_files_flags_and_sections_win_in_this_order(tmp_path):
 
 def test_printed_options_are_read_back(capsys, tmp_path):
     argv = ["--mrl_flag", "--mrl_kind", "nested", "--opt", "adan"]
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         parser().parse_args([*argv, "--print-config"])
     file = tmp_path / "printed.yaml"
     file.write_text(capsys.readouterr().out)
