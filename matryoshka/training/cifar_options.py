@@ -314,12 +314,15 @@ def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         "validation.resolution": size,
         "validation.crop_ratio": 1.0,
         "validation.lr_tta": False,
-        "logging.folder": f"runs/{net}_lr{rate}_{_as_name(dataset)}",
+        "logging.folder": f"runs/{as_name(net)}_lr{rate}_{as_name(dataset)}",
     }
+    if net == "vit_timm":
+        values["model.pretrained"] = True
     if optimizer == "sgd":
         values["training.momentum"] = 0.0  # as in both
     return values
 
 
-def _as_name(dataset: str) -> str:
-    return dataset.replace("/", "-").replace(":", "-")
+def as_name(text: str) -> str:
+    """`text` as a part of a file's name: timm:NAME, hf:OWNER/NAME."""
+    return text.replace("/", "-").replace(":", "-")

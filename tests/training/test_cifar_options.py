@@ -1,11 +1,16 @@
 """The flags of train_cifar10.py stand for options in sections, with two sets of defaults."""
 
+from pathlib import Path
+
 import pytest
 
 from matryoshka import config
 from matryoshka.config import ConfigError
+from matryoshka.models import model_spec
 from matryoshka.training import cifar
 from matryoshka.training.cifar_options import SECTIONS, parser
+
+RECIPES = Path(__file__).resolve().parents[2] / "vit_configs"
 
 
 def options(*argv):
@@ -202,3 +207,22 @@ def test_weights_and_biases_is_used_where_it_is_configured(monkeypatch):
 def test_every_section_of_train_imagenet_is_accepted():
     names = {"model", "resolution", "data", "lr", "logging", "validation", "training", "dist"}
     assert set(SECTIONS) == {"cifar", *names}
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_a_run(recipe, monkeypatch):
+    """Its options are legal and it says what it gives and how it is run."""
+    monkeypatch.setattr(cifar, "_with_data", lambda cfg: cfg.data)
+    cfg, _ = cifar.resolved(parser().parse_args(["--config-file", str(recipe), "--nowandb"]))
+    spec = model_spec(cfg.model, 10)
+    assert spec.arch == cfg.model.arch
+    head = recipe.read_text().splitlines()[:4]
+    assert all(line.startswith("# ") for line in head)
+    assert head[1] == f"#   matryoshka cifar --config-file vit_configs/{recipe.name}"
+    assert head[2].startswith("# Expected: ")
+    assert head[3].startswith("# Cost: ")
+
+
+def test_the_guide_lists_every_recipe():
+    guide = (RECIPES.parent / "docs" / "small_images.md").read_text()
+    assert [path.name for path in RECIPES.glob("*.yaml") if f"`{path.name}`" not in guide] == []
