@@ -34,6 +34,7 @@ PARSED_ONLY = {
     r"\bserve\b": "runs until it is stopped",
     r"lancedb": "a database of its own; tests/retrieval/test_lance.py runs it",
     r"matryoshka\.fit\(": "takes its minutes; tests/fitting/test_fit.py runs it",
+    r"dataset=(cifar|stl|tiny|hf:)": "a download; tests/data/test_small_sets.py writes the like",
     r"labels\.csv|resnet34": "tests/fitting/test_fit.py runs the like",
     r"licence": "a column that the reader has added",
 }

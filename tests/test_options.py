@@ -27,6 +27,7 @@ from matryoshka.evaluation import options as evaluation
 from matryoshka.models import ModelSpec, build
 from matryoshka.retrieval.store import Index
 from matryoshka.training import session
+from matryoshka.training.snapshot import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 LAZY = ["checkpoint", "data", "embeddings", "models", "retrieval", "search_page"]
@@ -272,6 +273,7 @@ def test_options_that_a_resumed_run_may_change():
         "logging.folder",
         "logging.run_id",
         "logging.log_level",
+        "logging.tensorboard",
         "logging.wandb",
         "dist.world_size",
         "dist.address",
@@ -284,6 +286,21 @@ def test_a_run_id_stays_in_its_folder(tmp_path, run_id):
     """Also one that comes from torchrun's environment."""
     with pytest.raises(session.SessionError, match=r"logging\.run_id=.*no leading dot"):
         session.resolve_run(tmp_path, run_id, None, {})
+
+
+def test_a_run_of_an_older_version_resumes_with_the_defaults_of_newer_options():
+    """Options that it does not have had their defaults' effect; data.resident was a number."""
+    sections = train_imagenet.SECTIONS
+    now = config.flat(config.read(sections, ["--data.resident=0"]))
+    older = {name: value for name, value in now.items() if name != "training.distill"}
+    run = Checkpoint(Path("run"), {"config": {**older, "data.resident": 0}}, {})
+    rules = {
+        "neutral": config.neutral_options(sections),
+        "defaults": config.default_options(sections),
+    }
+    session.check_options(run, now, **rules)
+    with pytest.raises(session.SessionError, match=r"training.distill was 0.0 and is 0.5;"):
+        session.check_options(run, {**now, "training.distill": 0.5}, **rules)
 
 
 def test_options_of_a_backbone_are_kept_in_the_file(tmp_path):

@@ -13,6 +13,7 @@ of problem images are written to `<write_path>.json`. Exit status 2 if nothing c
 
 import time
 from functools import partial
+from pathlib import Path
 
 from matryoshka.config import ConfigError, SectionParser, ShortForm, program, section_parser
 from matryoshka.data import BetonError, ImageFolder, WriterConfig, write_beton
@@ -22,7 +23,7 @@ from matryoshka.data.downloads import Progress
 from matryoshka.data.named import named_source
 from matryoshka.data.reader import manifest_path
 from matryoshka.data.sources import parts_in
-from matryoshka.data.writer import Source
+from matryoshka.data.writer import Source, check_destination
 
 SHOWN = 10  # images that a list on the terminal names
 LISTS = {  # of the manifest
@@ -117,6 +118,7 @@ def summary(manifest: dict, path: str, seconds: float) -> str:
 @program
 def main(argv=None):
     cfg = parser().parse_args(argv).cfg
+    check_destination(Path(cfg.write_path))  # before a long download
     with Bars() as bars:
         source = open_source(cfg, bars)
         start = time.perf_counter()

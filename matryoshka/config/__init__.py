@@ -25,6 +25,7 @@ from matryoshka.config.outcome import program
 from matryoshka.config.sections import (
     SectionParser,
     ShortForm,
+    default_options,
     flat,
     names_a_pipe,
     neutral_options,
@@ -45,6 +46,7 @@ __all__ = [
     "check_first",
     "check_name",
     "command_parser",
+    "default_options",
     "flat",
     "flat_parser",
     "names_a_pipe",

@@ -316,6 +316,17 @@ def neutral_options(sections: Mapping[str, type]) -> frozenset[str]:
     )
 
 
+def default_options(sections: Mapping[str, type]) -> dict[str, Any]:
+    """`section.option` -> default, in the format of `flat`; without those that are required."""
+    found = {}
+    for name, section in sections.items():
+        for field in fields(section):
+            default = default_of(field)
+            if default is not MISSING:
+                found[f"{name}.{field.name}"] = _plain(default)
+    return found
+
+
 def flat(config: SimpleNamespace) -> dict[str, Any]:
     """`section.option` -> value in declaration order, the format of params.json: bools as 0 or 1,
     tuples as lists.
@@ -323,13 +334,15 @@ def flat(config: SimpleNamespace) -> dict[str, Any]:
     plain = {}
     for name, section in vars(config).items():
         for field in fields(section):
-            value = getattr(section, field.name)
-            if isinstance(value, bool):
-                value = int(value)
-            elif isinstance(value, tuple):
-                value = list(value)
-            plain[f"{name}.{field.name}"] = value
+            plain[f"{name}.{field.name}"] = _plain(getattr(section, field.name))
     return plain
+
+
+def _plain(value: Any) -> Any:
+    """An option's value as params.json has it."""
+    if isinstance(value, bool):
+        return int(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def to_yaml(config: SimpleNamespace, sources: Mapping[str, str] | None = None) -> str:

@@ -205,7 +205,8 @@ def random_erasing(images: Tensor, probability: float, rng: np.random.Generator)
     """
     height, width = images.shape[2:]
     rectangles = erased_rectangles(len(images), height, width, probability=probability, rng=rng)
-    top, left, bottom, right = torch.from_numpy(rectangles).to(images.device).unbind(1)
+    edges = torch.from_numpy(rectangles).to(images.device, non_blocking=True)
+    top, left, bottom, right = edges.unbind(1)
     y = torch.arange(height, device=images.device)
     x = torch.arange(width, device=images.device)
     rows = (y >= top[:, None]) & (y < bottom[:, None])  # [B, H]

@@ -86,8 +86,7 @@ def _fetched(file: RemoteFile, path: Path, progress: Progress | None) -> bool:
         try:
             _receive(file, path, output, progress)
         finally:
-            output.flush()
-            if output.tell() == 0:
+            if os.fstat(output.fileno()).st_size == 0:
                 part.unlink()
         os.fsync(output.fileno())
         found = _md5(part)
@@ -113,7 +112,7 @@ def _receive(file: RemoteFile, path: Path, output: BinaryIO, progress: Progress 
                 if start and response.status != 206:  # the server sends all of it
                     start = _emptied(output)
                 while output.tell() < file.size and (block := response.read(_BLOCK)):
-                    output.write(block)
+                    _append(block, output, path)
                     if progress is not None:
                         progress(f"download {file.name}", output.tell(), file.size)
         except (OSError, HTTPException) as error:
@@ -132,6 +131,14 @@ def _receive(file: RemoteFile, path: Path, output: BinaryIO, progress: Progress 
                 f"{file.url}: cannot be fetched{received} ({reason}); start again with a network "
                 f"connection to continue, or put the file at {path}"
             )
+
+
+def _append(block: bytes, output: BinaryIO, path: Path) -> None:
+    try:
+        output.write(block)
+        output.flush()
+    except OSError as error:  # a full disk, which must not look like a problem of the network
+        raise DownloadError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _emptied(output: BinaryIO) -> int:
@@ -158,7 +165,9 @@ def _opened(url: str, start: int):
 def _check_length(file: RemoteFile, start: int, response) -> None:
     """DownloadError before the bytes of another file are received, such as an error page."""
     length = response.headers.get("Content-Length")
-    whole = int(length) + (start if response.status == 206 else 0) if length else file.size
+    if not length or not length.isdigit():
+        return  # the checksum decides
+    whole = int(length) + (start if response.status == 206 else 0)
     if whole != file.size:
         raise DownloadError(
             f"{file.url}: the server's file has {whole:,} bytes, not {file.size:,}; put the right "

@@ -6,9 +6,9 @@ import zlib
 
 import numpy as np
 
+from matryoshka.data.dataset import Dataset
 from matryoshka.data.layout import Samples
 from matryoshka.data.pages import MapFeed
-from matryoshka.data.reader import BetonFile
 from matryoshka.data.sources import ImageFolder
 
 
@@ -19,7 +19,7 @@ class Subset:
     open. A subset has no pages: it is always read through `dataset.fetch`.
     """
 
-    def __init__(self, dataset: BetonFile | ImageFolder, indices: np.ndarray) -> None:
+    def __init__(self, dataset: Dataset, indices: np.ndarray) -> None:
         self.dataset = dataset
         self.indices = np.asarray(indices, np.int64)
         self.path = dataset.path

@@ -231,7 +231,7 @@ def translate(flags: Mapping[str, Any]) -> dict[str, Any]:
     betas = {"adan_beta1": 0.02, "adan_beta2": 0.08, "adan_beta3": 0.01}
     if any(name in flags for name in betas):
         try:
-            given["training.betas"] = adan_betas(**{n: flags.get(n, betas[n]) for n in betas})
+            given["training.betas"] = adan_betas(*(flags.get(n, betas[n]) for n in betas))
         except ValueError as error:
             raise config.ConfigError(f"--{error}") from None
     if flags.get("noaug"):
@@ -314,12 +314,15 @@ def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         "validation.resolution": size,
         "validation.crop_ratio": 1.0,
         "validation.lr_tta": False,
-        "logging.folder": f"runs/{net}_lr{rate}_{_as_name(dataset)}",
+        "logging.folder": f"runs/{as_name(net)}_lr{rate}_{as_name(dataset)}",
     }
+    if net == "vit_timm":
+        values["model.pretrained"] = True
     if optimizer == "sgd":
         values["training.momentum"] = 0.0  # as in both
     return values
 
 
-def _as_name(dataset: str) -> str:
-    return dataset.replace("/", "-").replace(":", "-")
+def as_name(text: str) -> str:
+    """`text` as a part of a file's name: timm:NAME, hf:OWNER/NAME."""
+    return text.replace("/", "-").replace(":", "-")

@@ -26,6 +26,7 @@ from matryoshka.config import ConfigError
 from matryoshka.evaluation.evaluate import Evaluation
 from matryoshka.files import write_atomically
 from matryoshka.models import FAMILIES, NestedModel, extract
+from matryoshka.training.cifar_options import as_name
 from matryoshka.training.run_folder import draw_chart
 from matryoshka.training.session import FINAL, Session
 from matryoshka.training.supervised import SupervisedRun
@@ -38,8 +39,8 @@ class OutputNames:
     """The names that both repositories use, for the options of a run."""
 
     def __init__(self, cfg: SimpleNamespace) -> None:
-        net = cfg.cifar.net or cfg.model.arch.replace(":", "-")
-        dataset = cfg.cifar.dataset.replace("/", "-").replace(":", "-")
+        net = as_name(cfg.cifar.net or cfg.model.arch)
+        dataset = as_name(cfg.cifar.dataset)
         patch = cfg.cifar.patch or DEFAULT_PATCH
         self.checkpoint = Path("checkpoint") / f"{net}-{dataset}-{patch}-ckpt.t7"
         self.log = Path("log") / f"log_{net}_{dataset}_patch{patch}"

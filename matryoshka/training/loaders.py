@@ -217,7 +217,14 @@ def check_loader(cfg: SimpleNamespace) -> None:
 
 
 def check_classes(train_set, val_set) -> None:
-    """Raise ConfigError, which names both sets, if a label means different classes in them."""
+    """Raise ConfigError, which names both sets, if a label means different classes in them, or if
+    images have no label.
+    """
+    for data in (train_set, val_set):
+        if without := int((data.labels < 0).sum()):
+            raise ConfigError(
+                f"{data.path}: {without:,} of its {len(data):,} images have no label (-1)"
+            )
     if train_set.classes and val_set.classes and train_set.classes != val_set.classes:
         raise ConfigError(
             f"{val_set.path}: its {val_set.num_classes} classes are not the "

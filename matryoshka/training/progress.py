@@ -145,6 +145,6 @@ class Progress:
     def batches(self, batches: Iterable[T], total: int, what: str) -> Iterator[T]:
         """Yield the batches; print a line every LINE_SECONDS. total: their number."""
         for done, batch in enumerate(batches):
-            if self.is_due():
+            if done and self.is_due():  # 0 % is no news: the epoch before it was long
                 self.print0(f"{what} {100 * done / max(1, total):.0f} %")
             yield batch

@@ -130,6 +130,7 @@ def resolve_run(
     options: Mapping[str, Any],
     *,
     neutral: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> ResumePoint:
     """Find where the run in `<folder>/<run_id>` starts.
 
@@ -137,7 +138,8 @@ def resolve_run(
     the same torchrun is a restart, which implies "auto". Raises RunExists if the folder is not
     empty and resume is None, and SessionError if the path is not a run or if `options` would give
     another result than the run's options. neutral: names of options that may differ, see
-    `config.neutral_options`.
+    `config.neutral_options`. defaults: values of options that an older run does not have, see
+    `config.default_options`.
     """
     try:
         check_name(run_id)
@@ -168,7 +170,7 @@ def resolve_run(
     if checkpoint is None and resume not in (None, "auto"):
         raise SessionError(f"training.resume={resume}: contains no valid checkpoint")
     if checkpoint is not None:
-        check_options(checkpoint, options, neutral)
+        check_options(checkpoint, options, neutral, defaults or {})
     # A chosen checkpoint continues a finished run from there.
     finished = (path / FINAL).exists() and chosen is None
     return ResumePoint(path, checkpoint, finished, tuple(notes))
@@ -181,6 +183,7 @@ def resolve_run_on_all_ranks(
     *,
     options: Mapping[str, Any],
     neutral: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
     world: World,
 ) -> ResumePoint:
     """`resolve_run` on rank 0, with the result on all ranks."""
@@ -188,7 +191,7 @@ def resolve_run_on_all_ranks(
 
     def resolve() -> ResumePoint:
         nonlocal checkpoint
-        resolved = resolve_run(folder, run_id, resume, options, neutral=neutral)
+        resolved = resolve_run(folder, run_id, resume, options, neutral=neutral, defaults=defaults)
         checkpoint = resolved.checkpoint
         # on_main pickles its result; the tensors travel separately, without pickle.
         return replace(resolved, checkpoint=None)
@@ -209,20 +212,26 @@ def _is_restart(path: Path) -> bool:
 
 
 def check_options(
-    checkpoint: Checkpoint, options: Mapping[str, Any], neutral: Collection[str]
+    checkpoint: Checkpoint,
+    options: Mapping[str, Any],
+    neutral: Collection[str],
+    defaults: Mapping[str, Any],
 ) -> None:
     """Raise SessionError with the options that affect the result and differ from the run's.
 
-    neutral: names of the options that do not affect it.
+    neutral: names of the options that do not affect it. defaults: of all options.
     """
     before = checkpoint.metadata["config"]
     # Through JSON, as the checkpoint's own options went: tuples become lists.
     now = json.loads(json.dumps(dict(options)))
-    differences = [
-        f"{name} was {before.get(name)} and is {now.get(name)}"
-        for name in {**before, **now}
-        if name not in neutral and before.get(name) != now.get(name)
-    ]
+    differences = []
+    for name in {**before, **now}:
+        # An option of a newer version is missing in an older run, which had its default.
+        old = before.get(name, defaults.get(name))
+        new = now.get(name)
+        # As text, too: data.resident=0 was a number until it also took a word.
+        if name not in neutral and old != new and str(old) != str(new):
+            differences.append(f"{name} was {old} and is {new}")
     if differences:
         raise SessionError(
             f"{checkpoint.path}: cannot resume with other options: {', '.join(differences)}; "

@@ -125,6 +125,7 @@ class SupervisedRun:
             t.resume,
             options=self.options,
             neutral=config.neutral_options(sections),
+            defaults=config.default_options(sections),
             world=world,
         )
         if self.start.finished:

@@ -154,3 +154,16 @@ def test_the_gpu_script_without_a_gpu(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     lines = (tmp_path / "summary.txt").read_text().splitlines()
     assert lines == [f"{step:10} skipped: torch sees no GPU" for step in ("build", "suite")]
+
+
+def test_the_bench_of_resident_sets(capsys, tmp_path):
+    import resident as bench
+
+    few = ["--arch", "resnet10", "--batch", "8", "--blocks", "1", "--seconds", "0.01"]
+    assert bench.main([*few, "--device", "cpu"]) == 0
+    assert "crop, flip" in capsys.readouterr().out
+    rows = rows_of(tmp_path / "resident.jsonl")
+    assert [row["case"] for row in rows] == [f"resnet10, {name}" for name in bench.CASES]
+    for row in rows:
+        share = row["share of a step"]
+        assert 0 < share["min"] <= share["median"] <= share["max"] < 1

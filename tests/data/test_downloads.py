@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -163,6 +164,15 @@ def test_without_a_network_the_message_says_where_the_file_goes(server, tmp_path
         assert message.endswith(f"or put the file at {tmp_path / file.name}")
         assert "\n" not in message
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_is_named(server, tmp_path):
+    (tmp_path / "a.tar.gz.part").symlink_to("/dev/full")
+    with pytest.raises(DownloadError, match=r"a\.tar\.gz: .*No space left on device"):
+        downloaded(remote(server), tmp_path)
+    assert len(server.asked) == 1
+    assert not (tmp_path / "a.tar.gz").exists()
 
 
 def test_a_server_that_always_stops_is_given_up(server, tmp_path, monkeypatch):

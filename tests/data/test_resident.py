@@ -29,6 +29,7 @@ from matryoshka.data.augment import resized_crops
 from matryoshka.data.resident import suits_residence
 from matryoshka.distributed import World
 from matryoshka.environment import free_memory
+from matryoshka.training import supervised
 from matryoshka.training.loaders import is_resident, make_loaders
 from matryoshka.training.options import parser as options_parser
 
@@ -309,7 +310,7 @@ def test_training_on_a_resident_set(digits, tmp_path, monkeypatch):
     def reached(*_, resident=None, **__):
         raise Reached(resident)
 
-    monkeypatch.setattr(train_imagenet, "make_loaders", reached)
+    monkeypatch.setattr(supervised, "make_loaders", reached)
     (tmp_path / "run1" / "model.safetensors").unlink()  # as if it had been killed before its end
     with pytest.raises(Reached, match="True"):
         train_imagenet.main([*argv, "--training.resume=auto"])

@@ -5,6 +5,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from matryoshka.train import train_imagenet
 from small_archives import (
     announce,
     cifar10_files,
@@ -13,6 +14,8 @@ from small_archives import (
     tar_of,
     tiny_imagenet_zip,
 )
+from training_commands import options as program_options
+from training_commands import refused
 
 from matryoshka import cli
 from matryoshka.data import BetonError, BetonFile, catalogue, named, named_dataset, normalisation
@@ -102,6 +105,23 @@ def test_writing_a_named_set_with_the_program(tmp_path, monkeypatch, capsys):
     manifest = json.loads((tmp_path / "fold3.beton.json").read_text())
     assert manifest["classes"] == ["airplane", "bird", "car"]
     assert manifest["options"]["max_resolution"] == 96
+
+
+def test_training_on_unlabeled_images_is_refused(tmp_path, monkeypatch, digits, capsys):
+    files, _ = stl10_files(np.random.default_rng(0))
+    announce(monkeypatch, "stl10", tar_of(tmp_path / "stl10_binary.tar.gz", files))
+    unlabeled = named_dataset("stl10", "unlabeled", tmp_path)
+    argv = program_options({"train": unlabeled, "val": digits["val"]}, tmp_path)
+    line = refused(train_imagenet.main, argv, capsys)
+    assert "stl10-unlabeled.beton: 2 of its 2 images have no label (-1)" in line
+
+
+def test_a_destination_is_checked_before_a_download(tmp_path, capsys):
+    argv = ["--cfg.dataset=cifar10", "--cfg.split=train", f"--cfg.cache_dir={tmp_path / 'data'}"]
+    with pytest.raises(SystemExit, match=r"^2$"):
+        cli.main(["write", *argv, f"--cfg.write_path={tmp_path / 'no' / 'such' / 'a.beton'}"])
+    assert "does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(
