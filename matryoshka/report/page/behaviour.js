@@ -29,12 +29,15 @@
     const confusion = read(`${id}-data`);
     if (!confusion) return;
     const shorter = (name) => (name.length > 30 ? `${name.slice(0, 29)}…` : name);
+    const ruler = make("canvas").getContext("2d");
+    ruler.font = `13px ${getComputedStyle(document.body).fontFamily}`;
+    const widthOf = (name) => ruler.measureText(shorter(name)).width;
     const draw = () => {
       const dim = byId(`${id}-dim`).value;
       const counts = confusion.confusion[dim];
       const kept = confusion.names.map((_, k) => k).filter((k) => counts[k].some((n) => n) || counts.some((row) => row[k]));
-      const side = kept.length > 16 ? 19 : 34, longest = Math.max(...kept.map((k) => shorter(confusion.names[k]).length)),
-        left = 14 + 7.4 * longest, top = 14 + 6.6 * longest, right = 20 + 3.8 * longest, size = side * kept.length;
+      const side = kept.length > 16 ? 19 : innerWidth < 600 ? 20 : 34, longest = Math.max(...kept.map((k) => widthOf(confusion.names[k]))),
+        left = 14 + longest, top = 16 + 0.87 * longest, right = 20 + 0.5 * longest, size = side * kept.length;
       const svg = make("svg", { class: "chart", viewBox: `0 0 ${left + size + right} ${top + size + 6}`, role: "img",
         style: `width:${left + size + right}px;max-width:none`, "aria-label": `confusion by ${what} with ${dim} dimensions` }, null, SVG);
       let hits = 0, all = 0;
@@ -42,7 +45,7 @@
         const total = counts[k].reduce((a, b) => a + b, 0);
         hits += counts[k][k]; all += total;
         svg.append(make("text", { class: "tick", x: left - 6, y: top + (i + 0.5) * side + 4, "text-anchor": "end" }, shorter(confusion.names[k]), SVG));
-        const turned = make("text", { class: "tick", transform: `translate(${left + (i + 0.5) * side + 4} ${top - 6}) rotate(-60)` }, shorter(confusion.names[k]), SVG);
+        const turned = make("text", { class: "label", transform: `translate(${left + (i + 0.5) * side + 4} ${top - 6}) rotate(-60)` }, shorter(confusion.names[k]), SVG);
         svg.append(turned);
         kept.forEach((j, at) => {
           const share = total ? counts[k][j] / total : 0;
