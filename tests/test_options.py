@@ -29,7 +29,7 @@ from matryoshka.retrieval.store import Index
 from matryoshka.training import session
 
 ROOT = Path(__file__).resolve().parents[1]
-LAZY = ["checkpoint", "data", "embeddings", "models", "retrieval", "search_page"]
+LAZY = ["checkpoint", "data", "embeddings", "export", "models", "retrieval", "search_page"]
 OPTION_FILES = [
     *sorted((ROOT / "matryoshka").rglob("*options.py")),
     ROOT / "matryoshka" / "runtime.py",
