@@ -1,6 +1,7 @@
 """One model and its exported files, shared by the tests of this folder."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from matryoshka.inference import export_models
 
 from matryoshka.checkpoint import load_model, save_model
+from matryoshka.export.latency import latencies
 from matryoshka.models import ModelSpec, build
 
 DIM = 16
@@ -38,6 +40,7 @@ def exported(checkpoint, folder, tmp_path_factory):
         printed = []
         patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(parts)))
         patch.setattr(export_models, "TIMED", (1,))
+        patch.setattr(export_models, "latencies", partial(latencies, block_seconds=0.005))
         status = export_models.main(
             [
                 f"--checkpoint={checkpoint}",

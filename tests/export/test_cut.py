@@ -98,7 +98,7 @@ def test_a_cut_graph_computes_the_same_with_what_it_needs(family, trunk):
     assert numbers(cut) == NEEDED[trunk] + 5 * 3 + 5 * 5
 
 
-@pytest.mark.parametrize("dim", [3, 4, 12])
+@pytest.mark.parametrize("dim", [3, 12])  # 3 is not a prefix of the model
 def test_a_shared_classifier_is_cut_at_any_length(family, dim):
     model = family(Pooled, efficient=True)
     images = torch.randn(3, 3, SIZE, SIZE)
