@@ -41,7 +41,7 @@ def quantise(content: bytes, batches: Iterable[Tensor]) -> bytes:
             source.write_bytes(content)
             # Merges batch norms into convolutions. Symbolic shapes would need another package.
             quant_pre_process(source, prepared, skip_symbolic_shape=True)
-            graph = onnx.load(prepared).graph
+            graph = onnx.load_from_string(prepared.read_bytes()).graph
             kinds = {node.op_type for node in graph.node}
             quantization.quantize_static(
                 prepared,
@@ -55,7 +55,7 @@ def quantise(content: bytes, batches: Iterable[Tensor]) -> bytes:
                 weight_type=quantization.QuantType.QInt8,
                 calibrate_method=quantization.CalibrationMethod.MinMax,
             )
-            proto = onnx.load(result)
+            proto = onnx.load_from_string(result.read_bytes())
     except Exception as error:
         raise ExportError(
             f"--format int8: onnxruntime cannot quantise it: {one_line(error)}; "

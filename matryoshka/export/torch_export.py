@@ -22,7 +22,10 @@ def write_pt2(graph: Graph) -> bytes:
     facts = {name: json.loads(text) for name, text in graph.source.metadata().items()}
     try:
         with quiet():
-            torch.export.save(graph.exported(), buffer, extra_files={METADATA: json.dumps(facts)})
+            program = graph.exported()
+            for node in program.graph.nodes:  # lines of source code with their paths
+                node.meta.pop("stack_trace", None)
+            torch.export.save(program, buffer, extra_files={METADATA: json.dumps(facts)})
     except Exception as error:
         arch = graph.source.model.spec.arch
         raise ExportError(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -96,10 +97,14 @@ def test_metadata_of_the_other_formats(exported):
 
 
 def test_a_file_names_no_source_code(exported):
-    """The exporter notes the stack of every operation, with the paths of this machine."""
-    content = (exported.folder / FILES["onnx"]).read_bytes()
-    assert b".py" not in content
-    assert b"site-packages" not in content
+    """The exporters note the stack of every operation, with the paths of this machine."""
+    contents = [(exported.folder / FILES[name]).read_bytes() for name in ("onnx", "int8")]
+    for name in ("pt2", "torchscript"):
+        with zipfile.ZipFile(exported.folder / FILES[name]) as archive:
+            contents += [archive.read(entry) for entry in archive.namelist()]
+    for content in contents:
+        assert str(Path(__file__).parents[2]).encode() not in content
+        assert b"site-packages" not in content
 
 
 def test_the_printed_accuracies(exported, folder):
