@@ -221,7 +221,7 @@ def _cut_view(node: fx.Node, axis: int, length: int) -> bool:
     return _cut_arguments(node, {0: axis}, length)
 
 
-def _cut_mean(node: fx.Node, axis: int, length: int) -> bool:
+def _cut_reduction(node: fx.Node, axis: int, length: int) -> bool:
     rank = len(_shape(node.args[0]))
     axes: Any = node.args[1]
     reduced = {d % rank for d in axes}
@@ -258,7 +258,9 @@ RULES: dict[Any, Callable[[fx.Node, int, int], bool]] = {
     aten.conv2d.default: _cut_conv,
     aten.conv2d.padding: _cut_conv,
     aten.view.default: _cut_view,
-    aten.mean.dim: _cut_mean,
+    aten.mean.dim: _cut_reduction,
+    aten.sum.dim_IntList: _cut_reduction,
+    aten.amax.default: _cut_reduction,
     aten.select.int: _cut_select,
     aten.permute.default: _cut_permute,
     SLICE: _cut_slice,

@@ -24,14 +24,20 @@ class Residual(nn.Module):
     def forward(self, x):
         x = torch.relu_(self.norm(self.stem(x)))
         x = x + nn.functional.gelu(self.outside(self.inside(x)))
-        return nn.functional.adaptive_max_pool2d(self.depthwise(x), 1)[:, :, 0, 0].clone()
+        return self.pool(self.depthwise(x))
+
+    def pool(self, x):
+        return nn.functional.adaptive_max_pool2d(x, 1)[:, :, 0, 0].clone()
 
 
 class Pooled(Residual):
-    def forward(self, x):
-        x = torch.relu_(self.norm(self.stem(x)))
-        x = x + nn.functional.gelu(self.outside(self.inside(x)))
-        return nn.functional.adaptive_avg_pool2d(self.depthwise(x), 1).flatten(1)
+    def pool(self, x):
+        return nn.functional.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+class Largest(Residual):
+    def pool(self, x):
+        return nn.functional.max_pool2d(x, 2).amax((2, 3))
 
 
 class Tokens(nn.Module):
@@ -55,7 +61,8 @@ class Tokens(nn.Module):
 NEEDED = {
     # stem and its norm, inside, 4 rows of outside and of depthwise
     Pooled: 12 * 27 + 4 * 12 + 20 * 13 + 4 * 21 + 4 * 10,
-    # no rule for a maximum: everything, except the counter of the batch norm
+    Largest: 12 * 27 + 4 * 12 + 20 * 13 + 4 * 21 + 4 * 10,
+    # no rule for an adaptive maximum: everything, except the counter of the batch norm
     Residual: 12 * 27 + 4 * 12 + 20 * 13 + 12 * 21 + 12 * 10,
     # positions of the used size, 4 rows of the projection
     Tokens: 16 * 49 + 16 * 4 + 2 * 16 + 4 * 17,
