@@ -13,7 +13,7 @@ from matryoshka.export.options import ExportError
 from matryoshka.export.quiet import quiet
 from matryoshka.models import one_line
 
-METADATA = "matryoshka.json"  # a file inside the archive
+METADATA = "matryoshka-export.json"  # a file inside the archive
 
 
 def write_pt2(graph: Graph) -> bytes:
