@@ -134,7 +134,8 @@ def read(
         raise CheckpointError(
             f"{path}: no such checkpoint file; give a model.safetensors or a .pt file"
         )
-    if path.suffix == ".safetensors":
+    # Of the file itself: a link such as checkpoint/vit-4-ckpt.t7 may have any name.
+    if path.resolve().suffix == ".safetensors":
         if old_ckpt:
             raise CheckpointError(
                 f"{path}: a Matryoshka checkpoint, not one of upstream's old style; drop old_ckpt"

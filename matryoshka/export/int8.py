@@ -25,8 +25,8 @@ def quantise(content: bytes, batches: Iterable[Tensor]) -> bytes:
 
     batches: inputs of the file that set the ranges of activations (smallest to largest value).
     Weights have a scale per output channel and 7 bits, since x86 CPUs without VNNI add pairs of
-    8-bit products in 16 bits, which saturate. The embedding and the classifiers stay float32: they are
-    small, and a prefix of 8 numbers needs each of them.
+    8-bit products in 16 bits, which saturate. The embedding and the classifiers stay float32: they
+    are small, and a prefix of 8 numbers needs each of them.
     """
     import onnx
     from onnxruntime import quantization

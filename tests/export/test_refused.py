@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,6 +158,17 @@ def test_overwrite_and_a_failed_verification(tmp_path, monkeypatch, capsys):
     assert "verify: noise, batch 1, 3, 7" in capsys.readouterr().out
     assert old.read_bytes()[:2] == b"PK"  # an archive
     assert os.listdir(output) == [old.name]
+
+
+def test_a_link_with_another_name(tmp_path, monkeypatch):
+    """checkpoint/vit-4-ckpt.t7, the newest run's weights, as in vision-transformers-cifar10."""
+    checkpoint = save_small(Small, tmp_path / "small.safetensors", monkeypatch)
+    link = tmp_path / "small-4-ckpt.t7"
+    link.symlink_to(checkpoint)
+    args = SimpleNamespace(checkpoint=str(link), model_type="small", img_size=None)
+    for flag in ("mrl", "efficient", "rep_size", "old_ckpt"):
+        setattr(args, flag, None)
+    assert export_models.load(args).spec.arch == "small"
 
 
 def test_a_missing_package(checkpoint, tmp_path, monkeypatch, capsys):
