@@ -55,6 +55,7 @@ FAST = {
     "retrieve --sweep": ["--target-recall=0.05"],
     "baselines": ["--shots=1", "--draws=1"],
     "analyze": ["--splits=2"],
+    "export": ["--no-latency"],
 }
 
 

@@ -131,7 +131,8 @@ def read(
         raise CheckpointError(
             f"{path}: no such checkpoint file; give a model.safetensors or a .pt file"
         )
-    if path.suffix == ".safetensors":
+    # Of the file itself: a link such as checkpoint/vit-4-ckpt.t7 may have any name.
+    if path.resolve().suffix == ".safetensors":
         _refuse_old_style(path, old_ckpt)
         contents = _read_safetensors(path)
     else:
