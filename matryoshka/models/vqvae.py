@@ -31,6 +31,7 @@ from matryoshka.models.sizes import check_counts
 FORMAT = "matryoshka-vqvae-1"
 COMMITMENT = 0.25
 DECAY = 0.99
+UNUSED = 0.1  # a code restarts below this share of equal usage
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,9 @@ class Quantised(NamedTuple):
 class Codebook(nn.Module):
     """`count` codes of width `dim`; in training mode they follow the mean of what they stand for.
 
-    The moving averages have the decay `decay`. They are buffers: no optimizer sees them.
+    The moving averages have the decay `decay`. They are buffers: no optimizer sees them. A code
+    that is hardly used restarts at a random output of the encoder (Dhariwal et al. 2020, arXiv
+    2005.00341, section 3.1); so do all at the first step.
     """
 
     codes: Tensor
@@ -180,10 +183,15 @@ class Codebook(nn.Module):
         sums = torch.zeros_like(self.sums).index_add_(0, indices, vectors.float())
         self.usage.lerp_(count, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
-        # A code that nothing uses would be divided by zero: add a little to all, keep the sum.
-        total = self.usage.sum()
-        usage = (self.usage + 1e-5) / (total + len(self.codes) * 1e-5) * total
-        self.codes.copy_(self.sums / usage[:, None])
+        equal = len(vectors) / len(self.codes)  # usage if all codes were used equally often
+        # Without restarts all images end with a few codes: at first the encoder's outputs are all
+        # close to the same code, and the others never move.
+        unused = self.usage < UNUSED * equal
+        drawn = torch.randint(len(vectors), (len(self.codes),), device=vectors.device)
+        restarted = vectors[drawn].float()
+        self.usage.masked_fill_(unused, equal)
+        self.sums.copy_(torch.where(unused[:, None], restarted * equal, self.sums))
+        self.codes.copy_(self.sums / self.usage[:, None])
 
 
 class Reconstruction(NamedTuple):
