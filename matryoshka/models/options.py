@@ -43,7 +43,10 @@ class ModelConfig:
     """Section `model`."""
 
     arch: str = option(
-        "resnet18", help="backbone: a ResNet by its torchvision name, or timm:NAME", common=True
+        "resnet18",
+        help="backbone: a ResNet by its torchvision name, timm:NAME, or a net for small images "
+        "(docs/models.md)",
+        common=True,
     )
     arch_options: tuple[str, ...] | None = option(
         None,
