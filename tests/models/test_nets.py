@@ -1,6 +1,7 @@
 """Nets for small images: every net trains, is stored, and refuses what it cannot do."""
 
 import copy
+import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from matryoshka.checkpoint import load_model, save_model
+from matryoshka.checkpoint import CheckpointError, load_model, save_model
 from matryoshka.checkpoint.transfer import apply_freeze, check_start, start_model
+from matryoshka.checkpoint.upstream import save_upstream
 from matryoshka.models import (
     BACKBONES,
     RESNETS,
@@ -679,3 +681,41 @@ def test_a_checkpoint_that_names_a_file_is_refused(vqvae_file, tmp_path, monkeyp
 def test_a_patch_other_than_the_vqvaes_is_refused(vqvae_file):
     with pytest.raises(ModelError, match=r"patch=8, but the VQ-VAE has patch=4"):
         backbone("vitfixedposvqvae", options={"vqvae": str(vqvae_file), "patch": 8})
+
+
+# ---------------------------------------------------------------- plain state_dicts
+
+
+def test_a_pt_file_with_its_options_beside_it_is_read(tmp_path):
+    options = {"dim": 16, "depth": 1, "heads": 1}
+    model = build(ModelSpec("vit_tiny", 3, (8, 16), arch_options=options)).eval()
+    save_upstream(model, tmp_path / "final_weights.pt")
+    params = {"model.arch": "vit_tiny", "model.arch_options": ["dim=16", "depth=1", "heads=1"]}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    loaded = load_model(tmp_path / "final_weights.pt")
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(images), model(images))
+    assert loaded.spec.arch_options == options
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        (["dim=8", "depth=1", "heads=1"], "not those of a vit_tiny"),
+        (["dim"], "name=value"),
+        ([3], "model.arch_options"),
+        (7, "model.arch_options"),
+        (["patch=5"], "patch=5"),
+        (["vqvae=/etc/passwd"], "VQ-VAE"),
+    ],
+)
+def test_options_that_do_not_fit_a_pt_file_are_one_line(tmp_path, pairs, words):
+    options = {"dim": 16, "depth": 1, "heads": 1}
+    model = build(ModelSpec("vit_tiny", 3, (8, 16), arch_options=options))
+    save_upstream(model, tmp_path / "final_weights.pt")
+    params = {"model.arch": "vit_tiny", "model.arch_options": pairs}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    with pytest.raises(CheckpointError) as error:
+        load_model(tmp_path / "final_weights.pt")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
