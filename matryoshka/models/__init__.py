@@ -3,6 +3,8 @@
 options.py      ModelConfig (section `model`) and ModelSpec, which rebuilds a model; without torch
 model.py        NestedModel, build, with_prefixes, model_spec
 backbones.py    BACKBONES: trunks by name; start here to add one
+nested_vit.py   families of transformers nested in their width
+macs.py         multiply-adds of a model
 resnets.py      torchvision's ResNets and a ResNet-10
 timm_models.py  `timm:NAME`
 blurpool.py     anti-aliased strided convolutions
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
         extract,
         model_spec,
         shortest_prefix,
+        widest,
         with_prefixes,
     )
     from matryoshka.models.resnets import RESNETS
@@ -46,6 +49,7 @@ __all__ = [
     "multiply_adds",
     "one_line",
     "shortest_prefix",
+    "widest",
     "with_prefixes",
 ]
 
@@ -61,6 +65,7 @@ __getattr__ = lazy.attribute(
             "extract",
             "model_spec",
             "shortest_prefix",
+            "widest",
             "with_prefixes",
         ),
         "resnets": ("RESNETS",),
