@@ -42,6 +42,11 @@ PROGRAMS = {
         "train MRL, MRL-E or a fixed feature",
         "matryoshka.training.options:parser",
     ),
+    "vqvae": Program(
+        "matryoshka.train.train_vqvae",
+        "a VQ-VAE whose encoder cuts small images into tokens",
+        "matryoshka.training.vqvae_options:parser",
+    ),
     "runs": Program("matryoshka.train.list_runs", "table of the training runs in a folder"),
     "probe": Program(
         "matryoshka.train.linear_probe",

@@ -230,6 +230,9 @@ def _problem(contents: Contents) -> str | None:
         )
     if not isinstance(spec.arch_options, dict):
         return f"its arch_options are {spec.arch_options!r}, not names and values"
+    # A saved model has the encoder's sizes there: opening a checkpoint opens no other file.
+    if isinstance(spec.arch_options.get("vqvae"), str):
+        return f"its arch_options name another file, vqvae={spec.arch_options['vqvae']!r}"
     if type(spec.num_classes) is not int or spec.num_classes < 1:
         return f"its number of classes is {spec.num_classes!r}"
     dims_are_int = all(type(d) is int for d in spec.dims)  # a bool is an int to isinstance

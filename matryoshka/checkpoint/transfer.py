@@ -18,6 +18,7 @@ from matryoshka.data.augment import Preprocessing
 from matryoshka.models import (
     RESNETS,
     TIMM,
+    TIMM_NAMES,
     ModelConfig,
     ModelError,
     ModelSpec,
@@ -93,7 +94,7 @@ def check_start(
     if init and not _published(init, spec.arch):
         _from_file(init, model, classes)
     apply_freeze(model, config.freeze)
-    if spec.arch.startswith(TIMM):  # a ResNet accepts every size
+    if spec.arch not in ("resnet10", *RESNETS):  # which accept every size
         for size in sorted(set(sizes)):
             _check_size(model, size)
 
@@ -103,12 +104,13 @@ def _check_size(model: NestedModel, size: int) -> None:
     arch = model.spec.arch
     try:
         shape = tuple(model.features(torch.empty(2, 3, size, size, device="meta")).shape)
+    except ModelError as error:
+        raise ModelError(f"model.arch={arch}: {error}") from None
     except Exception as error:  # each timm model raises its own type for an unsupported size
         native_size = getattr(model.trunk, "pretrained_cfg", {}).get("input_size", ())[1:]
-        native = "x".join(str(n) for n in native_size)
+        native = f", its size is {'x'.join(map(str, native_size))}" if native_size else ""
         raise ModelError(
-            f"model.arch={arch} does not accept images of {size} pixels, its size is {native}: "
-            f"{one_line(error)}"
+            f"model.arch={arch} does not accept images of {size} pixels{native}: {one_line(error)}"
         ) from None
     if shape != (2, model.width):
         raise ModelError(
@@ -127,13 +129,19 @@ def start_weights(config: ModelConfig) -> str | None:
     """
     if not config.pretrained:
         return config.init or None
-    alias = config.arch if config.arch.startswith(TIMM) else f"{TORCHVISION}{config.arch}"
+    full_name = _full_name(config.arch)
+    alias = full_name if full_name.startswith(TIMM) else f"{TORCHVISION}{full_name}"
     if config.init and _untagged(config.init) != _untagged(alias):
         raise ModelError(
             f"model.pretrained=1 means model.init={alias}, but model.init={config.init}; leave "
             "one out"
         )
     return config.init or alias
+
+
+def _full_name(arch: str) -> str:
+    """vit_timm -> timm:vit_base_patch16_384; other names as they are."""
+    return f"{TIMM}{TIMM_NAMES[arch]}" if arch in TIMM_NAMES else arch
 
 
 def _untagged(name: str) -> str:
@@ -148,7 +156,7 @@ def _published(init: str, arch: str) -> str | None:
     if not init.startswith((TORCHVISION, TIMM)):
         return None
     init_arch = _untagged(init).removeprefix(TORCHVISION)  # in the notation of model.arch
-    if init_arch != _untagged(arch):
+    if init_arch != _untagged(_full_name(arch)):
         raise ModelError(
             f"model.init={init} does not fit model.arch={arch}; add --model.arch={init_arch}"
         )

@@ -6,7 +6,13 @@ backbones.py    BACKBONES: trunks by name; start here to add one
 nested_vit.py   families of transformers nested in their width
 macs.py         multiply-adds of a model
 resnets.py      torchvision's ResNets and a ResNet-10
-timm_models.py  `timm:NAME`
+timm_models.py  `timm:NAME`, mobilevit, vit_timm
+vit.py          transformers for small images: vit, vit_small, ..., cct; patches.py: their tokens
+cait.py swin.py mixers.py   CaiT, Swin, MLP-Mixer and ConvMixer for small images
+small.py        ResNets and VGG for small images
+fast_cnn.py     a convolutional net that learns small images fast
+vqvae.py        VQ-VAE whose encoder makes tokens
+sizes.py        checks of a net's options
 blurpool.py     anti-aliased strided convolutions
 """
 
@@ -16,7 +22,7 @@ from matryoshka import lazy
 from matryoshka.models.options import FAMILIES, ModelConfig, ModelError, ModelSpec
 
 if TYPE_CHECKING:
-    from matryoshka.models.backbones import BACKBONES, backbone
+    from matryoshka.models.backbones import BACKBONES, backbone, option_names
     from matryoshka.models.macs import multiply_adds
     from matryoshka.models.model import (
         FamilyModel,
@@ -29,13 +35,14 @@ if TYPE_CHECKING:
         with_prefixes,
     )
     from matryoshka.models.resnets import RESNETS
-    from matryoshka.models.timm_models import TIMM, import_timm, one_line
+    from matryoshka.models.timm_models import TIMM, TIMM_NAMES, import_timm, one_line
 
 __all__ = [
     "BACKBONES",
     "FAMILIES",
     "RESNETS",
     "TIMM",
+    "TIMM_NAMES",
     "FamilyModel",
     "ModelConfig",
     "ModelError",
@@ -48,6 +55,7 @@ __all__ = [
     "model_spec",
     "multiply_adds",
     "one_line",
+    "option_names",
     "shortest_prefix",
     "widest",
     "with_prefixes",
@@ -56,7 +64,7 @@ __all__ = [
 __getattr__ = lazy.attribute(
     __name__,
     {
-        "backbones": ("BACKBONES", "backbone"),
+        "backbones": ("BACKBONES", "backbone", "option_names"),
         "macs": ("multiply_adds",),
         "model": (
             "FamilyModel",
@@ -69,6 +77,6 @@ __getattr__ = lazy.attribute(
             "with_prefixes",
         ),
         "resnets": ("RESNETS",),
-        "timm_models": ("TIMM", "import_timm", "one_line"),
+        "timm_models": ("TIMM", "TIMM_NAMES", "import_timm", "one_line"),
     },
 )

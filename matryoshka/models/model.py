@@ -305,7 +305,16 @@ def build(spec: ModelSpec, weights: str | None = None) -> NestedModel:
     head = NestedLinear(check_dims(spec.dims, width), spec.num_classes, spec.efficient)
     if spec.blurpool:
         apply_blurpool(trunk)
-    return NestedModel(trunk, head, width, spec)
+    # What a file of the options said is part of the model from now on: see backbones.py.
+    saved_options = getattr(trunk, "saved_options", {})
+    if saved_options:
+        spec = replace(spec, arch_options={**spec.arch_options, **saved_options})
+    model = NestedModel(trunk, head, width, spec)
+    normalisation = getattr(trunk, "normalisation", None)
+    if normalisation:
+        mean, std = normalisation
+        model.preprocessing = Preprocessing(mean=mean, std=std)
+    return model
 
 
 def with_prefixes(model: NestedModel, dims: Sequence[int]) -> NestedModel:

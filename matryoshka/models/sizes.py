@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import Tensor
+
 from matryoshka.models.options import ModelError
 
 # Upper bounds, far above any sensible net: a checkpoint can claim any number, and building a net of
@@ -13,6 +15,7 @@ LIMITS = {
     "patch": 1024,
     "dim": 16384,
     "depth": 256,
+    "cls_depth": 256,
     "heads": 256,
     "head_dim": 16384,
     "mlp_dim": 65536,
@@ -41,6 +44,15 @@ def check_shares(net: str, **shares: object) -> None:
         if type(value) not in (int, float) or not 0 <= value < 1:  # pyright: ignore[reportOperatorIssue]
             raise ModelError(
                 f"model.arch_options: {net}: {name}={value}: expected 0 or more, and less than 1"
+            )
+
+
+def check_scales(net: str, **scales: object) -> None:
+    """Each of `scales` is a number above 0, at most 100."""
+    for name, value in scales.items():
+        if type(value) not in (int, float) or not 0 < value <= 100:  # pyright: ignore[reportOperatorIssue]
+            raise ModelError(
+                f"model.arch_options: {net}: {name}={value}: expected more than 0, at most 100"
             )
 
 
@@ -83,6 +95,25 @@ def check_multiple(net: str, of: int, reason: str, **counts: int) -> None:
                 f"model.arch_options: {net}: {name}={value} is not a multiple of {of}, which "
                 f"{reason}; try {name}={near}"
             )
+
+
+def check_least(net: str, least: int, reason: str, **counts: int) -> None:
+    """Each of `counts` is `least` or more, because the net `reason`."""
+    for name, value in counts.items():
+        if value < least:
+            raise ModelError(
+                f"model.arch_options: {net}: {name}={value}: {net} {reason}; legal: {least} or more"
+            )
+
+
+def check_images(images: Tensor, size: int) -> None:
+    """`images` [B, 3, H, W] have the size that a net's positions are for."""
+    height, width = images.shape[-2:]
+    if (height, width) != (size, size):
+        raise ModelError(
+            f"the net takes images of {size} x {size} pixels, not {height} x {width}: it has a "
+            f"position for each patch; model.arch_options=image_size=... sets the size"
+        )
 
 
 def refuse_weights(net: str, weights: str | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from matryoshka.models.options import ModelError
+from matryoshka.models.sizes import check_counts, check_multiple
 
 TIMM = "timm:"  # prefix of a timm model's name in model.arch, model.init and --path
 
@@ -61,6 +62,26 @@ def timm_model(name: str, weights: str | None = None, **options: Any) -> tuple[n
     # A hidden layer before the classifier belongs to the trunk; then the two widths differ.
     width: Any = getattr(trunk, "head_hidden_size", None) or trunk.num_features
     return trunk, width
+
+
+# Our short names of timm's models, with their sizes.
+TIMM_NAMES = {"mobilevit": "mobilevit_xxs", "vit_timm": "vit_base_patch16_384"}
+
+
+def mobilevit(weights: str | None = None, *, image_size: int = 64) -> tuple[nn.Module, int]:
+    """(trunk, 320) of MobileViT-XXS (Mehta and Rastegari 2022, arXiv 2110.02178)."""
+    check_counts("mobilevit", image_size=image_size)
+    check_multiple(
+        "mobilevit", 64, "its five halvings and patches of 2 pixels need", image_size=image_size
+    )
+    return timm_model(TIMM_NAMES["mobilevit"], weights)
+
+
+def vit_timm(weights: str | None = None, *, image_size: int = 384) -> tuple[nn.Module, int]:
+    """(trunk, 768) of a ViT-B/16; published weights are for 384 px, positions are resampled."""
+    check_counts("vit_timm", image_size=image_size)
+    check_multiple("vit_timm", 16, "is the side of its patches", image_size=image_size)
+    return timm_model(TIMM_NAMES["vit_timm"], weights)
 
 
 def import_timm(option: str):

@@ -9,6 +9,9 @@ Sources: Dosovitskiy et al. 2021 (arXiv 2010.11929); pre-norm blocks, no dropout
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -28,11 +31,14 @@ from matryoshka.models.sizes import (
     check_choices,
     check_counts,
     check_heads,
+    check_images,
     check_multiple,
     check_patches,
+    check_scales,
     check_shares,
     refuse_weights,
 )
+from matryoshka.models.vqvae import Encoder, VqvaePatches, checked_sizes, read_encoder
 
 # ---------------------------------------------------------------- parts
 
@@ -85,7 +91,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.temperature: nn.Parameter | None = None
         if local:
-            self.temperature = nn.Parameter(torch.tensor(head_dim**-0.5).log())
+            self.temperature = nn.Parameter(torch.tensor(math.log(head_dim**-0.5)))
 
     def forward(self, x: Tensor, first: int | None = None) -> Tensor:
         """`first`: only the outputs of that many tokens, [B, first, dim]; they attend to all N."""
@@ -169,6 +175,7 @@ class VisionTransformer(nn.Module):
     patches: images [B, 3, image_size, image_size] -> tokens [B, N, dim].
     pool: "cls" adds a learned token in front and returns it; "mean" and "sequence" have no such
     token. positions: "fixed" (a buffer that is computed, not stored), "learned" or "none".
+    saved_options and normalisation: see backbones.py.
     """
 
     positions: Tensor | None
@@ -188,6 +195,8 @@ class VisionTransformer(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
+        self.saved_options: dict[str, Any] = {}
+        self.normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
         self.image_size = image_size
         self.pool = pool
         self.patches = patches
@@ -209,13 +218,7 @@ class VisionTransformer(nn.Module):
             self.positions = None
 
     def forward(self, images: Tensor) -> Tensor:
-        size = self.image_size
-        if images.shape[-2:] != (size, size):
-            height, width = images.shape[-2:]
-            raise ModelError(
-                f"this transformer takes images of {size} x {size} pixels, not {height} x {width}: "
-                "its positions are for one size; model.arch_options=image_size=... sets it"
-            )
+        check_images(images, self.image_size)
         x = self.patches(images)
         if self.cls is not None:
             x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
@@ -267,7 +270,9 @@ VIT_NETS: dict[str, dict[str, Any]] = {
     "vitfixedpos": {"positions": "fixed"},
     "vitlearnedpos": {"positions": "learned"},
     "vitfixedposdualpatchnorm": {"positions": "fixed", "patches": "dual_norm"},
+    "vitfixedposvqvae": {"positions": "fixed", "patches": "vqvae"},
 }
+PATCHES = ("linear", "dual_norm", "shifted", "conv", "vqvae")
 
 
 def vision_transformer(
@@ -290,6 +295,7 @@ def vision_transformer(
     pool: str = "cls",
     attention: str = "full",
     norm: str = "layer",
+    vqvae: str | Mapping[str, int] | None = None,
 ) -> tuple[VisionTransformer, int]:
     """(trunk, dim) of a transformer for square images of `image_size` pixels.
 
@@ -297,8 +303,10 @@ def vision_transformer(
     dropout: of tokens and both layers of the MLP; of attention, too, without attention_dropout.
     drop_path: stochastic depth of the last block, falling linearly to 0 at the first (Huang et al.
     2016, arXiv 1603.09382).
-    patches: linear, dual_norm, shifted, conv (patch=2). positions: fixed, learned, none.
+    patches: linear, dual_norm, shifted, conv (patch=2), vqvae. positions: fixed, learned, none.
     pool: cls, mean, sequence. attention: full, local. norm: layer, tanh.
+    vqvae: the file of `matryoshka vqvae` whose encoder makes the tokens. A saved model holds the
+    encoder's weights, and its options the sizes in place of the name (`saved_options`).
 
     ModelError for a combination that is not possible.
     """
@@ -317,7 +325,8 @@ def vision_transformer(
     )
     attention_dropout = dropout if attention_dropout is None else attention_dropout
     check_shares(net, dropout=dropout, attention_dropout=attention_dropout, drop_path=drop_path)
-    check_choices(net, ("linear", "dual_norm", "shifted", "conv"), patches=patches)
+    check_scales(net, position_scale=position_scale)
+    check_choices(net, PATCHES, patches=patches)
     check_choices(net, ("fixed", "learned", "none"), positions=positions)
     check_choices(net, ("cls", "mean", "sequence"), pool=pool)
     check_choices(net, ("full", "local"), attention=attention)
@@ -330,6 +339,13 @@ def vision_transformer(
         )
     if positions == "fixed":
         check_multiple(net, 4, "the sines and cosines of x and y need", dim=dim)
+    if patches == "vqvae" and vqvae is None:
+        raise ModelError(
+            f"model.arch_options: {net} needs vqvae=FILE, the encoder of its patches; `matryoshka "
+            "vqvae` writes one"
+        )
+    if patches != "vqvae" and vqvae is not None:
+        raise ModelError(f"model.arch_options: {net}: vqvae=... is for patches=vqvae only")
     local = attention == "local"
     if local and pool != "cls" and image_size == patch:
         raise ModelError(
@@ -351,8 +367,9 @@ def vision_transformer(
         path = drop_path * layer / max(1, depth - 1)
         norms = (make_norm(dim), make_norm(dim))
         blocks.append(Block(attend, Mlp(dim, mlp_dim, dropout), norms, path))
+    tokens = _patches(patches, patch, dim) if vqvae is None else _vqvae(vqvae, patch, dim)
     trunk = VisionTransformer(
-        _patches(patches, patch, dim),
+        tokens,
         blocks,
         make_norm(dim),
         image_size=image_size,
@@ -363,7 +380,30 @@ def vision_transformer(
         position_scale=position_scale,
         dropout=dropout,
     )
+    if isinstance(tokens, VqvaePatches):
+        trunk.saved_options = {"vqvae": asdict(tokens.sizes)}
+        trunk.normalisation = tokens.normalisation
     return trunk, dim
+
+
+def _vqvae(vqvae: object, patch: int, dim: int) -> VqvaePatches:
+    """Tokens of the encoder in a file, or of one whose weights a checkpoint will fill in."""
+    normalisation = None
+    if isinstance(vqvae, str):
+        stored = read_encoder(vqvae)
+        encoder, sizes = stored.encoder, stored.sizes
+        normalisation = stored.mean, stored.std
+    elif isinstance(vqvae, Mapping):
+        sizes = checked_sizes(vqvae)
+        encoder = Encoder(sizes)
+    else:
+        raise ModelError(f"model.arch_options: vqvae={vqvae}: expected the name of a file")
+    if sizes.patch != patch:
+        raise ModelError(
+            f"model.arch_options: patch={patch}, but the VQ-VAE has patch={sizes.patch}; give both "
+            "the same"
+        )
+    return VqvaePatches(encoder, sizes, dim, normalisation)
 
 
 def _patches(kind: str, patch: int, dim: int) -> nn.Module:
@@ -377,29 +417,42 @@ def _patches(kind: str, patch: int, dim: int) -> nn.Module:
 
 
 def cct(
-    weights: str | None = None, *, dim: int = 256, heads: int = 4, **options: Any
+    weights: str | None = None,
+    *,
+    image_size: int = 32,
+    dim: int = 256,
+    depth: int = 7,
+    heads: int = 4,
+    mlp_dim: int | None = None,
+    dropout: float = 0.0,
+    attention_dropout: float = 0.1,
+    drop_path: float = 0.1,
+    positions: str = "learned",
 ) -> tuple[VisionTransformer, int]:
     """(trunk, dim) of a compact convolutional transformer, CCT-7/3x1 (arXiv 2104.05704).
 
-    Convolutional tokens, seven blocks, sequence pooling, stochastic depth 0.1; heads divides dim,
-    mlp_dim is 2 * dim. `options` are those of `vision_transformer`.
+    Convolutional tokens, sequence pooling, stochastic depth. heads divides dim; mlp_dim defaults to
+    2 * dim; the rest as in `vision_transformer`.
     """
     check_counts("cct", dim=dim, heads=heads)
     check_heads("cct", dim, heads)
-    settings: dict[str, Any] = {
-        "patch": ConvTokens.patch,
-        "patches": "conv",
-        "depth": 7,
-        "head_dim": dim // heads,
-        "mlp_dim": 2 * dim,
-        "pool": "sequence",
-        "positions": "learned",
-        "dropout": 0.0,
-        "attention_dropout": 0.1,
-        "drop_path": 0.1,
-    }
-    settings |= options
-    trunk, width = vision_transformer("cct", weights, dim=dim, heads=heads, **settings)
+    trunk, width = vision_transformer(
+        "cct",
+        weights,
+        image_size=image_size,
+        patch=ConvTokens.patch,
+        dim=dim,
+        depth=depth,
+        heads=heads,
+        head_dim=dim // heads,
+        mlp_dim=2 * dim if mlp_dim is None else mlp_dim,
+        dropout=dropout,
+        attention_dropout=attention_dropout,
+        drop_path=drop_path,
+        patches="conv",
+        positions=positions,
+        pool="sequence",
+    )
     _initialise_cct(trunk)
     return trunk, width
 
