@@ -245,13 +245,14 @@ def test_spec_from_options():
         ({"arch_options": ("norms=none",)}, r"norms=none: expected shared or per_width"),
         ({"arch_options": ("decoupled=2",)}, r"decoupled=2: expected true or false"),
         ({"arch_options": ("patch=5",)}, r"patch=5 does not divide image_size=32"),
-        ({"arch_options": ("colour=red",)}, r"model\.arch_options=.*colour"),
+        ({"arch_options": ("colour=red",)}, r"model\.arch_options: .* has no option colour"),
+        ({"arch_options": ("vqvae=codes.safetensors",)}, r"model\.arch_options: .*vqvae"),
         (
             {"arch": "vit_independent", "arch_options": ("norms=shared",)},
             r"vit_independent: norms is for vit_nested",
         ),
         ({"relative_importance": (1.0, 2.0)}, r"model\.relative_importance has 2 weights"),
-        ({"arch": "vit_nestd"}, r"did you mean vit_nested\?"),
+        ({"arch": "vit_nestd"}, r"did you mean vit_nested"),
     ],
 )
 def test_mistakes_are_one_line(settings, message):
