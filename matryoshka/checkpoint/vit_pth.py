@@ -43,7 +43,7 @@ CLASSES = {
 }
 OUTPUT = "ViTFixedPosDualPatchNorm"
 
-# That repository normalises with these, whatever its users' data: mean and std by class count.
+# Mean and std that the repository normalises with, by the number of classes.
 CIFAR = {
     10: ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     100: ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),

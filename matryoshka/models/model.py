@@ -248,8 +248,8 @@ class FamilyModel(NestedModel):
 def extract(model: NestedModel, dim: int) -> NestedModel:
     """One width of a family as a model of its own: a plain ViT with exactly its parameters.
 
-    The weights are copies; preprocessing and class names are the family's. ModelError for a model
-    that is no family, and for a width that it does not have.
+    The weights are copies; preprocessing and class names are the family's. ModelError for any other
+    kind of model, and for a width that the family does not have.
     """
     if not isinstance(model, FamilyModel):
         raise ModelError(

@@ -1,5 +1,8 @@
 """Families of widths: slices against loops, exports against the family, gradients, counts."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +20,7 @@ from matryoshka.models import (
     build,
     extract,
     model_spec,
+    multiply_adds,
     widest,
     with_prefixes,
 )
@@ -141,6 +145,19 @@ def test_parameters_of_every_width_and_of_the_family(arch):
         "vit_nested_proj": sum(alone.values()) - sum(49 * dim for dim in dims[:-1]),
     }
     assert count(model) == whole[arch]
+
+
+def test_the_table_of_the_documentation():
+    text = (Path(__file__).resolve().parents[2] / "docs/nested_vits.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ([\d,]+) \| ([\d,.]+) \|$", text, re.MULTILINE)
+    with torch.device("meta"):
+        model = build(ModelSpec("vit_nested", 10, tuple(TABLE), efficient=True))
+        costs = multiply_adds(model, 32)
+        expected = [
+            (str(dim), f"{count(extract(model, dim)):,}", f"{costs[dim] / 1e6:,.1f}")
+            for dim in TABLE
+        ]
+    assert rows == expected
 
 
 # ---------------------------------------------------------------- training
