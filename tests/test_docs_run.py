@@ -50,6 +50,7 @@ FAST = {
         "--training.device=cpu",
         "--data.num_workers=1",
     ],
+    "vqvae": ["--training.steps=2", "--training.batch_size=8", "--training.device=cpu"],
     "retrieve": ["--batches=1"],
     "retrieve --sweep": ["--target-recall=0.05"],
     "baselines": ["--shots=1", "--draws=1"],

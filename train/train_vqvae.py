@@ -9,6 +9,7 @@ used equally often. Runs as one process; the file appears when the training is o
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"data     {len(train_set):,} images", flush=True)
     train(model, train_set, cfg, device)
     error, perplexity = evaluate(model, val_set, cfg, device)
+    check_finite(error, cfg.training.lr)
     name = "validation" if cfg.data.val_dataset else "training"
     print(f"{name} set: error {error:.4f}  perplexity {perplexity:.1f}")
     save_vqvae(model, cfg.output.path, tuple(cfg.data.mean), tuple(cfg.data.std))
@@ -89,10 +91,7 @@ def train(model: VqVae, dataset, cfg: SimpleNamespace, device: torch.device) -> 
         since += 1
         if step % t.log_every == 0 or step == t.steps:
             error, distance, perplexity = (sums / since).tolist()
-            if not error < float("inf"):  # also NaN
-                raise config.ConfigError(
-                    f"training.lr={t.lr}: the loss is not finite at step {step}; lower it"
-                )
+            check_finite(error, t.lr)
             rate = since * t.batch_size / (time.perf_counter() - began)
             print(
                 f"step {step:6d}  error {error:.4f}  distance {distance:.4f}  "
@@ -103,6 +102,12 @@ def train(model: VqVae, dataset, cfg: SimpleNamespace, device: torch.device) -> 
             began, since = time.perf_counter(), 0
         if step == t.steps:
             return
+
+
+def check_finite(error: float, lr: float) -> None:
+    """Raise ConfigError if the error is NaN or infinity."""
+    if not math.isfinite(error):
+        raise config.ConfigError(f"training.lr={lr}: the loss is not finite any more; lower it")
 
 
 def training_images(dataset, cfg: SimpleNamespace, device: torch.device) -> Iterator[Tensor]:

@@ -104,7 +104,10 @@ def sincos_positions(rows: int, columns: int, dim: int, *, scale: float = 1.0) -
     dim / 4 frequencies 10000^(-k / (dim / 4)) (Vaswani et al. 2017, arXiv 1706.03762, for each
     axis). A row has the length scale * sqrt(dim / 2).
     """
-    # NumPy: arithmetic on the meta device, where sizes are checked, makes torch load its compiler.
+    # Where only sizes are checked there are no numbers: arithmetic there makes torch load its
+    # compiler, which takes seconds.
+    if torch.get_default_device().type == "meta":
+        return torch.empty(rows * columns, dim)
     frequencies = 10000.0 ** -(np.arange(dim // 4) / (dim // 4))
     x = np.arange(columns)[:, None] * frequencies  # [columns, dim / 4]
     y = np.arange(rows)[:, None] * frequencies

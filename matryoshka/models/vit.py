@@ -221,7 +221,7 @@ class VisionTransformer(nn.Module):
         check_images(images, self.image_size)
         x = self.patches(images)
         if self.cls is not None:
-            x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
+            x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
         if self.positions is not None:
             x = x + self.positions
         x = self.dropout(x)

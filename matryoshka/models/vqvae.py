@@ -302,7 +302,7 @@ def read_encoder(path: str | Path) -> StoredEncoder:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 if key.startswith(prefix):
                     state[key.removeprefix(prefix)] = file.get_tensor(key)
-        sizes = checked_sizes(metadata["sizes"])
+        sizes = _sizes_of(metadata, path)
         mean, std = _three(metadata["mean"]), _three(metadata["std"])
         with torch.device("meta"):  # a file may claim any size
             expected = {key: value.shape for key, value in Encoder(sizes).state_dict().items()}
@@ -317,6 +317,16 @@ def read_encoder(path: str | Path) -> StoredEncoder:
     if not any(value.is_meta for value in encoder.state_dict().values()):
         encoder.load_state_dict(state)
     return StoredEncoder(encoder, sizes, mean, std)
+
+
+def _sizes_of(metadata: Mapping[str, Any], path: str | Path) -> EncoderSizes:
+    values = metadata["sizes"]
+    if not isinstance(values, dict):
+        raise TypeError("its sizes are not names and values")
+    try:
+        return checked_sizes(values)
+    except ModelError as error:
+        raise ModelError(f"{error} ({path})") from None
 
 
 def _three(values: Any) -> tuple[float, ...]:

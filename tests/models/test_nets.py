@@ -268,6 +268,8 @@ def test_any_image_size_with_a_patch_that_divides(side, patch, dim, heads):
         ("vitfixedposvqvae", {"vqvae": {"patch": 4}}, ["vqvae", "code_dim"]),
         ("mobilevit", {"image_size": 32}, ["image_size=32", "multiple of 64", "image_size=64"]),
         ("swin", {"image_size": 36}, ["image_size=36", "multiple of 8"]),
+        ("swin", {"patch": 17}, ["patch=17", "1 to 16 tokens"]),
+        ("vit", {"image_size": 4096, "patch": 1}, ["patch=1", "128 patches", "patch=32"]),
         ("swin", {"dim": 100}, ["dim=100", "multiple of 32"]),
         ("vit_timm", {"image_size": 100}, ["image_size=100", "multiple of 16"]),
         ("vgg", {"image_size": 16}, ["image_size=16", "32 or more"]),
