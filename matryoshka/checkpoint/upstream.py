@@ -19,6 +19,7 @@ from matryoshka.data.augment import Preprocessing
 from matryoshka.files import write_atomically
 from matryoshka.models import (
     BACKBONES,
+    FAMILIES,
     RESNETS,
     TIMM,
     ModelError,
@@ -246,6 +247,10 @@ def _recognise(
     path: Path, trunk: dict[str, tuple[int, ...]], arch: str | None, options: Mapping[str, Any]
 ) -> tuple[str, int, bool]:
     """(arch, feature width, blurpool) of the backbone with exactly these keys and shapes."""
+    if arch in FAMILIES:
+        raise CheckpointError(
+            f"{path}: weights alone do not describe a {arch}; give the model.safetensors of its run"
+        )
     blurpool = any(key.endswith(".blur_filter") for key in trunk)
     known = arch is not None and (arch in BACKBONES or arch.startswith(TIMM))
     # Without a name all ResNets are tried: upstream has no other nets. Those for small images and

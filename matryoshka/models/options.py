@@ -47,8 +47,8 @@ class ModelConfig:
 
     arch: str = option(
         "resnet18",
-        help="backbone: a ResNet by its torchvision name, timm:NAME, a net for small images, or a "
-        "family of widths (docs/models.md, docs/nested_vits.md)",
+        help="backbone: a ResNet by its torchvision name, timm:NAME, a net for small images "
+        "(docs/models.md), or a family of widths (docs/nested_vits.md)",
         common=True,
     )
     arch_options: tuple[str, ...] | None = option(
