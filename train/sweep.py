@@ -27,6 +27,7 @@ from matryoshka.training.sweeps import (
     importances,
     read_study,
     run_sweep,
+    short,
 )
 
 PLOT = "importance.png"
@@ -113,13 +114,13 @@ def stop_signal(stopped: list[int]) -> threading.Event:
 
 def table(trials: Sequence[Trial], sweep: Sweep, top: int) -> str:
     """The best trials, and how many have ended in each state."""
-    names = [p.name for p in sweep.parameters if p.distribution != "constant"]
+    names = sweep.varied()
     rows = [["", "trial", sweep.metric, "epochs", "minutes", *names]]
     for rank, trial in enumerate(best_first(trials, sweep)[:top], 1):
-        values = [str(trial.values.get(name, "")) for name in names]
+        values = [short(trial.values.get(name, "")) for name in names]
         minutes = f"{trial.seconds / 60:.1f}"
-        number = f"{trial.value:.6g}"
-        rows.append([str(rank), str(trial.number), number, str(trial.epochs), minutes, *values])
+        facts = [str(trial.number), short(trial.value), str(trial.epochs), minutes]
+        rows.append([str(rank), *facts, *values])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
