@@ -138,7 +138,7 @@ def print_importance(sweep: Sweep, folder: Path) -> None:
     if not shares:
         print("note     the importance of the options needs four complete trials that differ")
         return
-    plot_importances(folder / PLOT, shares, f"{sweep.metric}, {sweep.path.stem}")
+    plot_importances(folder / PLOT, shares, f"What matters for {sweep.metric}: {sweep.path.stem}")
     texts = [f"{name} {100 * share:.0f} %" for name, share in shares.items()]
     print(f"matters  {', '.join(texts)}  ({folder / PLOT})")
 
