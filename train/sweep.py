@@ -9,10 +9,11 @@ continues a sweep that was interrupted. `--trials 0` shows the table of a sweep 
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,6 @@ from matryoshka.training.sweeps import (
 )
 
 PLOT = "importance.png"
-INTERRUPTED = 130
 STUDIES = Path("runs/sweeps")
 
 
@@ -87,19 +87,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             extra=args.extra,
             run_flags=args.run_flags,
         )
-        stop = stop_signal(stopped)
-        trials = run_sweep(
-            sweep, folder, options, report=lambda line: print(line, flush=True), stop=stop
-        )
+        with stop_signals(stopped) as stop:
+            trials = run_sweep(
+                sweep, folder, options, report=lambda line: print(line, flush=True), stop=stop
+            )
     print(table(trials, sweep, args.top), flush=True)
     print_importance(sweep, folder)
     if stopped:
         print("interrupted; the same command continues", file=sys.stderr)
-        return INTERRUPTED if stopped[0] == signal.SIGINT else 128 + stopped[0]
+        return 128 + stopped[0]
     return 0
 
 
-def stop_signal(stopped: list[int]) -> threading.Event:
+@contextlib.contextmanager
+def stop_signals(stopped: list[int]) -> Iterator[threading.Event]:
     """An event that SIGINT and SIGTERM set; the signal's number is appended to `stopped`."""
     stop = threading.Event()
 
@@ -107,9 +108,12 @@ def stop_signal(stopped: list[int]) -> threading.Event:
         stopped.append(number)
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-    return stop
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def table(trials: Sequence[Trial], sweep: Sweep, top: int) -> str:

@@ -206,7 +206,7 @@ def _open(sweep: Sweep, folder: Path) -> Any:
             if changed:
                 raise SweepError(
                     f"{folder}: its sweep has another {', '.join(changed)} than {sweep.path}; "
-                    "give another folder (--study)"
+                    "give another folder (--study), or delete this one"
                 )
         else:
             write_atomically(known, (json.dumps(searched, indent=1) + "\n").encode())
@@ -479,12 +479,13 @@ class _Worker:
                 f"{self._folder / 'trials' / name / 'log'}; it has {known}"
             )
         reason = "the metric is not finite" if status == 0 else process.last_words()
-        self._report(f"{name}  failed, status {status}: {reason}")
+        text = f"{name} failed, status {status}: {reason}"
         self._shared.failures += 1
         complete = self.study.get_trials(deepcopy=False, states=(self._states.COMPLETE,))
         # Status 2 is a refused option, which every other trial would also have.
         if (status == 2 and not complete) or self._shared.failures >= MAX_FAILURES:
-            raise SweepError(f"{name} failed, status {status}: {reason}")
+            raise SweepError(text)
+        self._report(text)
 
     def _look_at_target(self, value: float) -> None:
         target = self._sweep.target

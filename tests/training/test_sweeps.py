@@ -573,6 +573,26 @@ def test_the_program_prints_a_table_and_saves_a_plot(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == lines[at:]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_sweep_and_its_programs(tmp_path, capsys, number):
+    sweep = sweep_of(tmp_path)
+    study = tmp_path / "study"
+
+    def send():
+        wait_for(lambda: started(study) == 1)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    handler = signal.getsignal(number)
+    argv = [str(sweep.path), f"--study={study}", "--trials=2", "--", "--delay=60"]
+    assert program.main(argv) == 128 + number
+    thread.join()
+    assert signal.getsignal(number) is handler
+    assert "the same command continues" in capsys.readouterr().err
+    assert len(list(study.glob("trials/*/ended"))) == 1
+
+
 def test_a_plot_of_importances(tmp_path):
     """The longer share has the longer bar, and is above."""
     plot_importances(tmp_path / "plot.png", {"lr": 0.75, "$x_{1": 0.25}, "val_acc, $name_{")
