@@ -443,7 +443,9 @@ class _Worker:
                     continue
                 values.append(value)
                 trial.report(value, len(values))
-                if status is None and trial.should_prune():
+                # Asked of a program that has ended, too: later trials are compared with it.
+                is_bad = trial.should_prune()
+                if is_bad and status is None:
                     process.stop()
                     self.study.tell(trial, state=self._states.PRUNED)
                     self._tell_people(trial.number)
