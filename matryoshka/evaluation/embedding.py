@@ -90,7 +90,7 @@ class EmbeddingJob:
         self.precision = distributed.pick_precision(options.precision, world.device)
 
     @property
-    def source(self) -> BetonFile | ImageFolder:
+    def source(self) -> Dataset:
         """The data set behind a Subset."""
         return self.data.dataset if isinstance(self.data, Subset) else self.data
 
