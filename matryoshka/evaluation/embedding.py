@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from matryoshka import __version__, distributed
 from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader
+from matryoshka.data.dataset import Dataset
 from matryoshka.data.order import rank_slice
 from matryoshka.data.reader import printable
 from matryoshka.data.resized_images import ResizedImages
