@@ -1,20 +1,38 @@
-"""The paper's public names, with the signatures, attributes and state_dict keys of its repository.
+"""The public names of two repositories, for code that was written for them.
 
-`from MRL import MRL_Linear_Layer, Matryoshka_CE_Loss, FixedFeatureLayer` keeps working in code that
-was written for it. New code uses `matryoshka.nested`, which these classes call.
+MRL (the paper): MRL_Linear_Layer, Matryoshka_CE_Loss, FixedFeatureLayer, with its signatures,
+attributes and state_dict keys. New code uses `matryoshka.nested`, which these classes call.
+
+Matryoshka ViT compression: MRL_Entire_Transformer, MRL_Entire_Transformer_NestedProj,
+ViTFixedPosDualPatchNorm and load_vit_model, with its signatures and its files; state_dict keys are
+ours. New code uses `matryoshka.models.build` with vit_independent, vit_nested_proj or vit_nested.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from matryoshka.checkpoint import load_model, save_vit_pth
+from matryoshka.models import ModelSpec, NestedModel, build, extract
 from matryoshka.nested import check_dims, nested_logits
 
-__all__ = ["FixedFeatureLayer", "MRL_Linear_Layer", "Matryoshka_CE_Loss"]
+__all__ = [
+    "FixedFeatureLayer",
+    "MRL_Entire_Transformer",
+    "MRL_Entire_Transformer_NestedProj",
+    "MRL_Linear_Layer",
+    "Matryoshka_CE_Loss",
+    "ViTFixedPosDualPatchNorm",
+    "load_vit_model",
+]
+
+# ---------------------------------------------------------------- MRL
 
 
 class Matryoshka_CE_Loss(nn.Module):
@@ -84,3 +102,115 @@ class FixedFeatureLayer(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input[:, : self.in_features], self.weight, self.bias)
+
+
+# ---------------------------------------------------------------- Matryoshka ViT compression
+
+
+def _spec(arch: str, dims: Sequence[int], vit_kwargs: Mapping[str, Any]) -> ModelSpec:
+    """Their arguments of a ViT as a specification of ours."""
+    kwargs = {"pool": "cls", "channels": 3, "dropout": 0.0, "emb_dropout": 0.0, **vit_kwargs}
+    for name, only in (("pool", "cls"), ("channels", 3), ("emb_dropout", kwargs["dropout"])):
+        if kwargs[name] != only:
+            raise ValueError(f"{name}={kwargs[name]}: only {name}={only} is supported")
+    return ModelSpec(
+        arch=arch,
+        num_classes=kwargs["num_classes"],
+        dims=tuple(dims),
+        arch_options={
+            "image_size": kwargs["image_size"],
+            "patch": kwargs["patch_size"],
+            "depth": kwargs["depth"],
+            "heads": kwargs["heads"],
+            "dropout": kwargs["dropout"],
+        },
+    )
+
+
+class ViTFixedPosDualPatchNorm(nn.Module):
+    """One ViT: images [B, 3, H, W] -> logits [B, num_classes].
+
+    Keywords: image_size, patch_size, num_classes, dim, depth, heads, dropout; emb_dropout must be
+    the same as dropout, pool "cls", channels 3. `model` is the NestedModel.
+    """
+
+    def __init__(self, *, dim: int, **vit_kwargs) -> None:
+        super().__init__()
+        spec = _spec("vitfixedposdualpatchnorm", (dim,), vit_kwargs)
+        spec.arch_options["dim"] = dim
+        self.model = build(spec)
+
+    @classmethod
+    def of(cls, model: NestedModel) -> ViTFixedPosDualPatchNorm:
+        """Wrap a model of one width."""
+        vit = cls.__new__(cls)
+        nn.Module.__init__(vit)
+        vit.model = model
+        return vit
+
+    def forward(self, img: Tensor) -> Tensor:
+        return self.model(img)[-1]
+
+
+class MRL_Entire_Transformer(nn.Module):
+    """One independent ViT per width, `nesting_vit_{i}` -> tuple of logits [B, C], smallest first.
+
+    vit_class is called with vit_kwargs and dim=nesting_list[i].
+    """
+
+    def __init__(
+        self,
+        nesting_list: Sequence[int],
+        vit_class: Callable[..., nn.Module] = ViTFixedPosDualPatchNorm,
+        vit_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.nesting_list = list(check_dims(nesting_list, max(nesting_list, default=0)))
+        for i, dim in enumerate(self.nesting_list):
+            setattr(self, f"nesting_vit_{i}", vit_class(dim=dim, **(vit_kwargs or {})))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.get_vit_model(i)(x) for i in range(len(self.nesting_list)))
+
+    def get_vit_model(self, dim_index: int) -> nn.Module:
+        """The ViT of nesting_list[dim_index]; -1 is the largest."""
+        return getattr(self, f"nesting_vit_{range(len(self.nesting_list))[dim_index]}")
+
+    def save_vit_model(self, dim_index: int, save_path: str | Path) -> None:
+        """Write the .pth file of one ViT, which load_vit_model reads."""
+        vit = self.get_vit_model(dim_index)
+        if not isinstance(vit, ViTFixedPosDualPatchNorm):
+            raise TypeError(f"{type(vit).__name__}: only ViTFixedPosDualPatchNorm can be saved")
+        save_vit_pth(vit.model, save_path)
+
+
+class MRL_Entire_Transformer_NestedProj(nn.Module):
+    """Independent ViTs with one patch projection, of which width d uses the first d rows -> tuple
+    of logits [B, C], smallest first.
+
+    Keywords: those of ViTFixedPosDualPatchNorm but dim. `model` is the NestedModel.
+    """
+
+    def __init__(self, nesting_list: Sequence[int], **vit_kwargs) -> None:
+        super().__init__()
+        self.nesting_list = list(check_dims(nesting_list, max(nesting_list, default=0)))
+        self.model = build(_spec("vit_nested_proj", self.nesting_list, vit_kwargs))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.model(x))
+
+    def get_vit_model(self, dim_index: int) -> ViTFixedPosDualPatchNorm:
+        """A copy of the ViT of nesting_list[dim_index]; -1 is the largest."""
+        return ViTFixedPosDualPatchNorm.of(extract(self.model, self.nesting_list[dim_index]))
+
+    def save_vit_model(self, dim_index: int, save_path: str | Path) -> None:
+        """Write the .pth file of one ViT, which load_vit_model reads."""
+        save_vit_pth(self.get_vit_model(dim_index).model, save_path)
+
+
+def load_vit_model(path: str | Path) -> ViTFixedPosDualPatchNorm:
+    """The ViT of an exported .pth file, in eval mode on the CPU: images -> logits [B, C].
+
+    Reads files of that repository, also of its other classes, and ours.
+    """
+    return ViTFixedPosDualPatchNorm.of(load_model(path)).eval()

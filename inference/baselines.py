@@ -54,7 +54,7 @@ from matryoshka.evaluation.baseline_methods import (
 )
 from matryoshka.evaluation.predict import extract_features
 from matryoshka.files import write_atomically
-from matryoshka.models import ModelError, NestedModel
+from matryoshka.models import ModelError, NestedModel, widest
 from matryoshka.nested import default_dims
 
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # ---- model and data ----
     train, val = open_dataset(args.train_data), open_dataset(args.val_data)
     check_datasets(train, val)
-    model = load_any(args.path, **load_flags(args))
+    model = widest(load_any(args.path, **load_flags(args)))
     dims = prefixes_to_evaluate(args, model)
     # --only makes a method that does not apply an error; otherwise it is skipped with a note.
     methods = [m for m in requested if applies(m, model, (train, val), args.only is not None)]

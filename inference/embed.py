@@ -27,7 +27,7 @@ from matryoshka.checkpoint.published import load_any
 from matryoshka.data.sources import open_images
 from matryoshka.evaluation.embedding import EmbeddingJob, EmbeddingOptions, embed
 from matryoshka.evaluation.preprocessing import set_preprocessing
-from matryoshka.models import NestedModel
+from matryoshka.models import NestedModel, widest
 
 
 @config.program
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def load(args: SimpleNamespace) -> NestedModel:
     """The model of --path with the preprocessing of the options."""
-    model = load_any(args.path, **load_flags(args))
+    model = widest(load_any(args.path, **load_flags(args)))
     set_preprocessing(model, args.preprocessing, args.resolution)
     return model
 

@@ -1,8 +1,8 @@
 """Export a model: ONNX, torch.export, TorchScript, int8; verified and timed.
 
     matryoshka export --checkpoint model.safetensors --verify --images photos
-    matryoshka export --checkpoint model.safetensors --format onnx,int8 --calibration photos/train \\
-        --eval-data photos/val
+    matryoshka export --checkpoint model.safetensors --format onnx,int8 \\
+        --calibration photos/train --eval-data photos/val
     python export_models.py --checkpoint model.safetensors --model_type vit \\
         --output_dir exported_models
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -223,9 +224,8 @@ def latency_lines(
     with torch.inference_mode():
         for batch in batches:
             inputs = source.inputs(source.noise(batch))
-            calls = {"eager": lambda x=inputs: source.logits(x)}
-            for name, run in runs.items():
-                calls[name] = lambda run=run, x=inputs: run(x)
+            functions = {"eager": source.logits, **runs}
+            calls = {name: partial(function, inputs) for name, function in functions.items()}
             columns.append(latencies(calls))
     lines = [
         f"latency on the CPU, median of {BLOCKS} blocks in turns, {threads} threads: "

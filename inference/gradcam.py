@@ -53,7 +53,7 @@ from matryoshka.data.subset import Subset
 from matryoshka.evaluation.heat_maps import MIN_POSITIONS, Layer, find_layer, heat_maps
 from matryoshka.evaluation.montage import Cell, montage
 from matryoshka.files import write_atomically
-from matryoshka.models import NestedModel
+from matryoshka.models import NestedModel, widest
 
 BATCH = 16
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     # ---- model, images, classes to explain ----
-    model = load_any(args.path, **load_flags(args))
+    model = widest(load_any(args.path, **load_flags(args)))
     source = images_of(args.data, known_class_names(model), args.output)
     dims = chosen_prefixes(args.dims, model.dims)
     classes = readable_class_names(model)

@@ -39,7 +39,7 @@ from matryoshka.data.images import central_square
 from matryoshka.data.resized_images import resize_and_crop
 from matryoshka.embeddings.reading import trunk_sha256
 from matryoshka.evaluation.embedding import fingerprint
-from matryoshka.models import NestedModel
+from matryoshka.models import NestedModel, widest
 from matryoshka.retrieval.store import Index
 
 TOP = 3  # predicted classes of a query
@@ -158,7 +158,7 @@ def load(args: SimpleNamespace, index: Index) -> NestedModel:
     flags = {}
     if name.endswith(".pt"):  # weights alone do not always identify the head
         flags = {"mrl": head == "mrl", "efficient": head == "mrl-e"}
-    model = load_any(name, "--model", **flags)
+    model = widest(load_any(name, "--model", **flags))
     index.check_model(trunk_sha256(model), f"--model {name}")
     if args.threads:
         torch.set_num_threads(args.threads)

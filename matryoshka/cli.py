@@ -50,6 +50,11 @@ PROGRAMS = {
     "sweep": Program(
         "matryoshka.train.sweep", "search for options: a sweep file of W&B, with Optuna"
     ),
+    "vqvae": Program(
+        "matryoshka.train.train_vqvae",
+        "a VQ-VAE whose encoder cuts small images into tokens",
+        "matryoshka.training.vqvae_options:parser",
+    ),
     "runs": Program("matryoshka.train.list_runs", "table of the training runs in a folder"),
     "probe": Program(
         "matryoshka.train.linear_probe",

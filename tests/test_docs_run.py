@@ -20,6 +20,7 @@ import pytest
 from photo_workspace import write_workspace
 
 from matryoshka import cli
+from matryoshka.training.sweep_file import Parameter, read_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATED = ("results.md", "code_map.md")
@@ -36,6 +37,7 @@ PARSED_ONLY = {
     r"matryoshka\.fit\(": "takes its minutes; tests/fitting/test_fit.py runs it",
     r"dataset=(cifar|stl|tiny|hf:)": "a download; tests/data/test_small_sets.py writes the like",
     r"labels\.csv|resnet34": "tests/fitting/test_fit.py runs the like",
+    r"matryoshka sweep": "trains many models; tests/training/test_sweeps.py runs it",
     r"licence": "a column that the reader has added",
 }
 SHELL_WORDS = ("curl", "source", "cd", "trap", "wait", "export")
@@ -51,10 +53,12 @@ FAST = {
         "--training.device=cpu",
         "--data.num_workers=1",
     ],
+    "vqvae": ["--training.steps=2", "--training.batch_size=8", "--training.device=cpu"],
     "retrieve": ["--batches=1"],
     "retrieve --sweep": ["--target-recall=0.05"],
     "baselines": ["--shots=1", "--draws=1"],
     "analyze": ["--splits=2"],
+    "export": ["--no-latency"],
     "dims": ["--no-latency"],
 }
 
@@ -143,11 +147,21 @@ def parse_command(words: list[str]) -> None:
 
 
 def parse_yaml(block: Block) -> None:
-    """The call of a program in a YAML file, as a list of words or as a shell command."""
+    """A sweep file; or the call of a program, as a list of words or as a shell command."""
+    if re.search(r"^parameters:", block.text, re.MULTILINE):
+        path = Path("sweep.yaml")
+        path.write_text(block.text)
+        sweep = read_sweep(path)
+        given = [f"--{p.name}={p.value(p.grid()[0])}" for p in sweep.parameters if is_choice(p)]
+        return parse(parser_of(cli.PROGRAMS[sweep.program].module.rpartition(".")[2]), given)
     text = block.text.replace("\\\n", " ")
     found = re.search(r"train/train_imagenet\.py(.*?)(\]|\Z)", text, re.DOTALL)
     assert found is not None, f"{block.place}: no program to check"
-    parse(parser_of("train_imagenet.py"), re.split(r"[\s,]+", found[1].strip(", \n")))
+    return parse(parser_of("train_imagenet.py"), re.split(r"[\s,]+", found[1].strip(", \n")))
+
+
+def is_choice(parameter: Parameter) -> bool:
+    return parameter.domain().kind in ("choice", "constant")
 
 
 # ---------------------------------------------------------------- running

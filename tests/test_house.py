@@ -140,8 +140,16 @@ def test_no_test_folder_hides_a_standard_module():
     assert folders & set(sys.stdlib_module_names) == set()
 
 
+# Formats of PyTorch that can run code: read only from the bytes that this process has just written.
+OWN_BYTES = {
+    "matryoshka/export/torch_export.py": "torch.export.load(io.BytesIO(written))",
+    "matryoshka/export/torchscript.py": "torch.jit.load(io.BytesIO(written))",
+}
+
+
 def test_pickle_is_never_loaded():
     for path in [*LIBRARY, *PROGRAMS]:
+        allowed = OWN_BYTES.get(path.relative_to(ROOT).as_posix())
         for node in ast.walk(ast.parse(path.read_text())):
             if (
                 isinstance(node, ast.Call)
@@ -149,6 +157,8 @@ def test_pickle_is_never_loaded():
                 and node.func.attr in ("load", "loads")
             ):
                 owner = ast.unparse(node.func.value)
+                if ast.unparse(node) == allowed:
+                    continue
                 assert owner in ("json", "torch"), f"{path}: {ast.unparse(node)}"
                 if owner == "torch":
                     assert "weights_only=True" in ast.unparse(node), path

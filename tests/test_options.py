@@ -30,7 +30,7 @@ from matryoshka.training import session
 from matryoshka.training.snapshot import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-LAZY = ["checkpoint", "data", "embeddings", "models", "retrieval", "search_page"]
+LAZY = ["checkpoint", "data", "embeddings", "export", "models", "retrieval", "search_page"]
 OPTION_FILES = [
     *sorted((ROOT / "matryoshka").rglob("*options.py")),
     ROOT / "matryoshka" / "runtime.py",

@@ -43,7 +43,7 @@ from matryoshka.environment import environment
 from matryoshka.evaluation.predict import extract_features
 from matryoshka.evaluation.probe import Probe, ProbeError, choose_weight_decay, fit
 from matryoshka.files import write_atomically
-from matryoshka.models import NestedModel, shortest_prefix
+from matryoshka.models import NestedModel, shortest_prefix, widest
 from matryoshka.nested import NestedLinear, check_dims, default_dims
 from matryoshka.training.loaders import check_classes
 from matryoshka.training.run_folder import new_run_id
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "val": open_dataset(cfg.data.val_dataset),
     }
     check_sets(**sets)
-    model = load_any(cfg.model.path, "model.path")
+    model = widest(load_any(cfg.model.path, "model.path"))
     dims = prefixes(cfg, model)
     # Before hours of work: a folder that cannot be created ends the program now.
     run.mkdir(parents=True, exist_ok=True)

@@ -9,10 +9,11 @@ continues a sweep that was interrupted. `--trials 0` shows the table of a sweep 
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +28,10 @@ from matryoshka.training.sweeps import (
     importances,
     read_study,
     run_sweep,
+    short,
 )
 
 PLOT = "importance.png"
-INTERRUPTED = 130
 STUDIES = Path("runs/sweeps")
 
 
@@ -86,19 +87,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             extra=args.extra,
             run_flags=args.run_flags,
         )
-        stop = stop_signal(stopped)
-        trials = run_sweep(
-            sweep, folder, options, report=lambda line: print(line, flush=True), stop=stop
-        )
+        with stop_signals(stopped) as stop:
+            trials = run_sweep(
+                sweep, folder, options, report=lambda line: print(line, flush=True), stop=stop
+            )
     print(table(trials, sweep, args.top), flush=True)
     print_importance(sweep, folder)
     if stopped:
         print("interrupted; the same command continues", file=sys.stderr)
-        return INTERRUPTED if stopped[0] == signal.SIGINT else 128 + stopped[0]
+        return 128 + stopped[0]
     return 0
 
 
-def stop_signal(stopped: list[int]) -> threading.Event:
+@contextlib.contextmanager
+def stop_signals(stopped: list[int]) -> Iterator[threading.Event]:
     """An event that SIGINT and SIGTERM set; the signal's number is appended to `stopped`."""
     stop = threading.Event()
 
@@ -106,20 +108,23 @@ def stop_signal(stopped: list[int]) -> threading.Event:
         stopped.append(number)
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-    return stop
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def table(trials: Sequence[Trial], sweep: Sweep, top: int) -> str:
     """The best trials, and how many have ended in each state."""
-    names = [p.name for p in sweep.parameters if p.distribution != "constant"]
+    names = sweep.varied()
     rows = [["", "trial", sweep.metric, "epochs", "minutes", *names]]
     for rank, trial in enumerate(best_first(trials, sweep)[:top], 1):
-        values = [str(trial.values.get(name, "")) for name in names]
+        values = [short(trial.values.get(name, "")) for name in names]
         minutes = f"{trial.seconds / 60:.1f}"
-        number = f"{trial.value:.6g}"
-        rows.append([str(rank), str(trial.number), number, str(trial.epochs), minutes, *values])
+        facts = [str(trial.number), short(trial.value), str(trial.epochs), minutes]
+        rows.append([str(rank), *facts, *values])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -137,7 +142,7 @@ def print_importance(sweep: Sweep, folder: Path) -> None:
     if not shares:
         print("note     the importance of the options needs four complete trials that differ")
         return
-    plot_importances(folder / PLOT, shares, f"{sweep.metric}, {sweep.path.stem}")
+    plot_importances(folder / PLOT, shares, f"What matters for {sweep.metric}: {sweep.path.stem}")
     texts = [f"{name} {100 * share:.0f} %" for name, share in shares.items()]
     print(f"matters  {', '.join(texts)}  ({folder / PLOT})")
 

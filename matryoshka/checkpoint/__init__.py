@@ -12,7 +12,13 @@ if TYPE_CHECKING:
         Contents,
         preprocessing_of,
     )
-    from matryoshka.checkpoint.model_file import describe, load_model, read, save_model
+    from matryoshka.checkpoint.model_file import (
+        describe,
+        export_widths,
+        load_model,
+        read,
+        save_model,
+    )
     from matryoshka.checkpoint.options import CheckpointOptions
     from matryoshka.checkpoint.upstream import from_upstream, save_upstream, to_upstream
     from matryoshka.checkpoint.vit_pth import save_vit_pth
@@ -24,6 +30,7 @@ __all__ = [
     "CheckpointOptions",
     "Contents",
     "describe",
+    "export_widths",
     "from_upstream",
     "load_model",
     "preprocessing_of",
@@ -44,7 +51,7 @@ __getattr__ = lazy.attribute(
             "Contents",
             "preprocessing_of",
         ),
-        "model_file": ("describe", "load_model", "read", "save_model"),
+        "model_file": ("describe", "export_widths", "load_model", "read", "save_model"),
         "options": ("CheckpointOptions",),
         "upstream": ("from_upstream", "save_upstream", "to_upstream"),
         "vit_pth": ("save_vit_pth",),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -33,7 +33,9 @@ from matryoshka.checkpoint.torch_files import load_plain
 from matryoshka.data import CenterCrop
 from matryoshka.data.augment import Preprocessing
 from matryoshka.files import write_atomically
-from matryoshka.models import FAMILIES, ModelSpec, NestedModel, build
+from matryoshka.models import FAMILIES, ModelSpec, NestedModel, build, extract
+
+EXPORTS = ("safetensors", "pth")  # formats of `export_widths`
 
 # ---------------------------------------------------------------- writing
 
@@ -58,6 +60,33 @@ def describe(model: NestedModel) -> dict[str, Any]:
         "preprocessing": asdict(model.preprocessing),
         "classes": model.classes,
     }
+
+
+def export_widths(
+    model: NestedModel, folder: str | Path, stem: str, formats: Sequence[str] = EXPORTS
+) -> list[Path]:
+    """Write one file per width of a family and format: `<stem>_dim<d>.safetensors` and `.pth`.
+
+    Returns their paths. Files that are there are replaced. ModelError for a model that is no
+    family; CheckpointError for options that the .pth layout does not have, before any file is
+    written.
+    """
+    folder = Path(folder)
+    members = {dim: extract(model, dim) for dim in model.dims}
+    if "pth" in formats:
+        for dim, member in members.items():
+            vit_pth.vit_kwargs(member, folder / f"{stem}_dim{dim}.pth")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for dim, member in members.items():
+        for suffix in formats:
+            path = folder / f"{stem}_dim{dim}.{suffix}"
+            if suffix == "pth":
+                vit_pth.save_vit_pth(member, path)
+            else:
+                save_model(member, path)
+            written.append(path)
+    return written
 
 
 # ---------------------------------------------------------------- reading
@@ -131,7 +160,7 @@ def read(
         raise CheckpointError(
             f"{path}: no such checkpoint file; give a model.safetensors or a .pt file"
         )
-    # A link may have a name of another repository, such as checkpoint/vit-cifar10-4-ckpt.t7.
+    # Of the file itself: a link such as checkpoint/vit-4-ckpt.t7 may have any name.
     if path.resolve().suffix == ".safetensors":
         _refuse_old_style(path, old_ckpt)
         contents = _read_safetensors(path)

@@ -13,12 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matryoshka.checkpoint.contents import CheckpointError, Contents
+from matryoshka.checkpoint.contents import CheckpointError, Contents, first_line
 from matryoshka.checkpoint.torch_files import is_whole
 from matryoshka.data.augment import Preprocessing
 from matryoshka.files import write_atomically
-from matryoshka.models import BACKBONES, RESNETS, TIMM, ModelSpec, NestedModel, backbone
+from matryoshka.models import (
+    BACKBONES,
+    FAMILIES,
+    RESNETS,
+    TIMM,
+    ModelError,
+    ModelSpec,
+    NestedModel,
+    backbone,
+)
 from matryoshka.models.blurpool import apply_blurpool
+from matryoshka.models.options import parse_arch_options
 from matryoshka.nested import check_dims, default_dims
 
 # ---------------------------------------------------------------- names of weights
@@ -79,7 +89,8 @@ def read(
     widths = tuple(state[name].shape[1] for name in names)
     widest = widths[-1]
     trunk = {key: tuple(value.shape) for key, value in state.items() if not key.startswith("fc.")}
-    arch, trunk_width, blurpool = _recognise(path, trunk, arch or params.get("model.arch"))
+    options = _arch_options(path, params)
+    arch, trunk_width, blurpool = _recognise(path, trunk, arch or params.get("model.arch"), options)
 
     # The keys below `fc.` of each kind of head, and where its dims come from:
     #   MRL                nesting_classifier_0, _1, ...  the widths of the classifiers
@@ -118,6 +129,7 @@ def read(
         dims=spec_dims,
         efficient=shared,
         blurpool=blurpool,
+        arch_options=options,
     )
     preprocessing = Preprocessing(size=int(size)) if size else Preprocessing()
     return Contents(spec, preprocessing, None, notes, from_upstream(state))
@@ -214,10 +226,31 @@ def _shared_dims(
     return assumed
 
 
+def _arch_options(path: Path, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the net in a params.json; ours are a list of `name=value`."""
+    pairs = params.get("model.arch_options") or ()
+    try:
+        options = parse_arch_options(tuple(pairs))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: its params.json has model.arch_options={pairs!r}: {first_line(error)}"
+        ) from None
+    if "vqvae" in options:  # opening a checkpoint opens no other file
+        raise CheckpointError(
+            f"{path}: does not say how its VQ-VAE encoder is built; use the model.safetensors of "
+            "the same run"
+        )
+    return options
+
+
 def _recognise(
-    path: Path, trunk: dict[str, tuple[int, ...]], arch: str | None
+    path: Path, trunk: dict[str, tuple[int, ...]], arch: str | None, options: Mapping[str, Any]
 ) -> tuple[str, int, bool]:
     """(arch, feature width, blurpool) of the backbone with exactly these keys and shapes."""
+    if arch in FAMILIES:
+        raise CheckpointError(
+            f"{path}: weights alone do not describe a {arch}; give the model.safetensors of its run"
+        )
     blurpool = any(key.endswith(".blur_filter") for key in trunk)
     known = arch is not None and (arch in BACKBONES or arch.startswith(TIMM))
     # Without a name all ResNets are tried: upstream has no other nets. Those for small images and
@@ -226,7 +259,10 @@ def _recognise(
     candidates = [arch] if arch is not None and known else resnets
     for name in candidates:
         with torch.device("meta"):  # shapes are enough: no memory, no initialisation
-            candidate, width = backbone(name)
+            try:
+                candidate, width = backbone(name, options=options)
+            except ModelError as error:
+                raise CheckpointError(f"{path}: {error}") from None
             if blurpool:
                 apply_blurpool(candidate)
         shapes = {key: tuple(value.shape) for key, value in candidate.state_dict().items()}

@@ -43,7 +43,7 @@ CLASSES = {
 }
 OUTPUT = "ViTFixedPosDualPatchNorm"
 
-# That repository normalises with these, whatever its users' data: mean and std by class count.
+# Mean and std that the repository normalises with, by the number of classes.
 CIFAR = {
     10: ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     100: ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
@@ -119,32 +119,9 @@ def _permute(name: str, weight: Tensor, order: Tensor) -> Tensor:
 
 def save_vit_pth(model: NestedModel, path: str | Path) -> None:
     """Write one ViT, such as `extract` gives it. CheckpointError for any other model."""
-    spec = model.spec
-    options = dict(spec.arch_options)
-    dim = options.pop("dim", 512)
-    dropout = options.pop("dropout", 0.1)
-    named = {theirs: options.pop(ours, DEFAULTS[theirs]) for theirs, ours in OPTIONS.items()}
-    if options.get("pool") == "cls":
-        options.pop("pool")
+    kwargs = vit_kwargs(model, path)
     layout = CLASSES[OUTPUT]
-    if spec.arch != layout.arch or spec.dims != (dim,):
-        raise CheckpointError(
-            f"{path}: the .pth layout holds one {layout.arch} with one classifier, not a "
-            f"{spec.arch} with dims {list(spec.dims)}; extract a width of it first"
-        )
-    # With one head, that repository leaves out the output projection.
-    if options or named["heads"] == 1:
-        given = next((f"{name}={value}" for name, value in options.items()), "heads=1")
-        raise CheckpointError(f"{path}: the .pth layout has no {given}; save a model.safetensors")
-
-    kwargs = {
-        **named,
-        "num_classes": spec.num_classes,
-        "pool": "cls",
-        "channels": 3,
-        "dropout": dropout,
-        "emb_dropout": dropout,
-    }
+    dim = model.width
     state = {}
     ours_of_theirs = _their_order(dim).argsort()
     for name, value in model.state_dict().items():
@@ -165,6 +142,35 @@ def save_vit_pth(model: NestedModel, path: str | Path) -> None:
         buffer,
     )
     write_atomically(path, buffer.getvalue())
+
+
+def vit_kwargs(model: NestedModel, path: str | Path) -> dict[str, Any]:
+    """The arguments of their class. CheckpointError for a model that the layout cannot hold."""
+    spec = model.spec
+    options = dict(spec.arch_options)
+    dim = options.pop("dim", 512)
+    dropout = options.pop("dropout", 0.1)
+    named = {theirs: options.pop(ours, DEFAULTS[theirs]) for theirs, ours in OPTIONS.items()}
+    if options.get("pool") == "cls":
+        options.pop("pool")
+    arch = CLASSES[OUTPUT].arch
+    if spec.arch != arch or spec.dims != (dim,):
+        raise CheckpointError(
+            f"{path}: the .pth layout holds one {arch} with one classifier, not a {spec.arch} with "
+            f"dims {list(spec.dims)}; extract a width of it first"
+        )
+    # With one head, that repository leaves out the output projection.
+    if options or named["heads"] == 1:
+        given = next((f"{name}={value}" for name, value in options.items()), "heads=1")
+        raise CheckpointError(f"{path}: the .pth layout has no {given}; save a model.safetensors")
+    return {
+        **named,
+        "num_classes": spec.num_classes,
+        "pool": "cls",
+        "channels": 3,
+        "dropout": dropout,
+        "emb_dropout": dropout,
+    }
 
 
 def _positions(side: int, dim: int) -> Tensor:

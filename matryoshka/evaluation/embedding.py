@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from matryoshka import __version__, distributed
 from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader
+from matryoshka.data.dataset import Dataset
 from matryoshka.data.order import rank_slice
 from matryoshka.data.reader import printable
 from matryoshka.data.resized_images import ResizedImages
@@ -90,7 +91,7 @@ class EmbeddingJob:
         self.precision = distributed.pick_precision(options.precision, world.device)
 
     @property
-    def source(self) -> BetonFile | ImageFolder:
+    def source(self) -> Dataset:
         """The data set behind a Subset."""
         return self.data.dataset if isinstance(self.data, Subset) else self.data
 

@@ -145,7 +145,7 @@ def from_files(options: Mapping[str, Any]) -> PredictionArrays:
         )
     kind = kinds[0]
     dims = list(options["dims"])
-    macs = options["macs"]
+    macs = options.get("macs")
     if macs is not None and len(macs) != len(dims):
         raise ArrayError(f"--macs names {len(macs)} costs, --dims {len(dims)} widths")
     arrays = _open(

@@ -14,10 +14,12 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 aten = torch.ops.aten
 SLICE = aten.slice.Tensor
@@ -181,13 +183,13 @@ def _cut_linear(node: fx.Node, axis: int, length: int) -> bool:
 
 
 def _cut_conv(node: fx.Node, axis: int, length: int) -> bool:
-    groups = node.args[6] if len(node.args) > 6 else 1
-    channels = _shape(node)[1]
+    source: Any = node.args[0]
+    groups: Any = node.args[6] if len(node.args) > 6 else 1
     if axis != 1:
         return False
     if groups == 1:
         return _cut_arguments(node, {1: 0, 2: 0}, length)
-    if groups == channels == _shape(node.args[0])[1]:  # depthwise
+    if groups == _shape(node)[1] == _shape(source)[1]:  # depthwise
         node.update_arg(6, length)
         return _cut_arguments(node, {0: 1, 1: 0, 2: 0}, length)
     return False
@@ -212,15 +214,17 @@ def _cut_view(node: fx.Node, axis: int, length: int) -> bool:
     added = {str(n) for n in (*before[common:], *after[common:])}
     if not same or axis >= common or added - {"1"}:
         return False
-    sizes = list(node.args[1])  # type: ignore[arg-type]
+    given: Any = node.args[1]
+    sizes = list(given)
     sizes[axis] = length
     node.update_arg(1, sizes)
     return _cut_arguments(node, {0: axis}, length)
 
 
-def _cut_mean(node: fx.Node, axis: int, length: int) -> bool:
+def _cut_reduction(node: fx.Node, axis: int, length: int) -> bool:
     rank = len(_shape(node.args[0]))
-    reduced = {d % rank for d in node.args[1]}  # type: ignore[union-attr]
+    axes: Any = node.args[1]
+    reduced = {d % rank for d in axes}
     keepdim = len(node.args) > 2 and node.args[2]
     kept = [d for d in range(rank) if keepdim or d not in reduced]
     if kept[axis] in reduced:
@@ -229,7 +233,8 @@ def _cut_mean(node: fx.Node, axis: int, length: int) -> bool:
 
 
 def _cut_select(node: fx.Node, axis: int, length: int) -> bool:
-    removed = node.args[1] % len(_shape(node.args[0]))  # type: ignore[operator]
+    position: Any = node.args[1]
+    removed = position % len(_shape(node.args[0]))
     return _cut_arguments(node, {0: axis if axis < removed else axis + 1}, length)
 
 
@@ -244,22 +249,25 @@ def _cut_slice(node: fx.Node, axis: int, length: int) -> bool:
 
 
 def _cut_permute(node: fx.Node, axis: int, length: int) -> bool:
-    order = [d % len(_shape(node)) for d in node.args[1]]  # type: ignore[union-attr]
-    return _cut_arguments(node, {0: order[axis]}, length)
+    order: Any = node.args[1]
+    return _cut_arguments(node, {0: order[axis] % len(order)}, length)
 
 
 RULES: dict[Any, Callable[[fx.Node, int, int], bool]] = {
     aten.linear.default: _cut_linear,
     aten.conv2d.default: _cut_conv,
+    aten.conv2d.padding: _cut_conv,
     aten.view.default: _cut_view,
-    aten.mean.dim: _cut_mean,
+    aten.mean.dim: _cut_reduction,
+    aten.sum.dim_IntList: _cut_reduction,
+    aten.amax.default: _cut_reduction,
     aten.select.int: _cut_select,
     aten.permute.default: _cut_permute,
     SLICE: _cut_slice,
 }
 
 
-def _shape(node: Any) -> tuple:
+def _shape(node: Any) -> tuple[Any, ...]:
     """The shape of a node's value, () for a value that is not a tensor."""
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, Tensor) else ()
@@ -301,11 +309,11 @@ def fold_constants(module: fx.GraphModule) -> None:
     """
     sources: dict[fx.Node, set[fx.Node]] = {}  # of a constant node: the weights that it uses
     for node in module.graph.nodes:
+        inputs = node.all_input_nodes
         if node.op == "get_attr":
             sources[node] = {node}
-        elif node.op == "call_function" and node.all_input_nodes:
-            if all(argument in sources for argument in node.all_input_nodes):
-                sources[node] = set().union(*(sources[a] for a in node.all_input_nodes))
+        if node.op == "call_function" and inputs and all(i in sources for i in inputs):
+            sources[node] = set().union(*(sources[i] for i in inputs))
 
     results: defaultdict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node, weights in sources.items():
@@ -331,11 +339,10 @@ def _value(module: fx.GraphModule, node: Any) -> Any:
         return node
     if node.op == "get_attr":
         return operator.attrgetter(str(node.target))(module)
-    arguments, keywords = fx.node.map_arg(
-        (node.args, node.kwargs), lambda argument: _value(module, argument)
-    )
+    arguments, keywords = map_arg((node.args, node.kwargs), partial(_value, module))
+    compute: Any = node.target
     with torch.no_grad():
-        return node.target(*arguments, **keywords)  # type: ignore[operator]
+        return compute(*arguments, **keywords)
 
 
 def _store(module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:

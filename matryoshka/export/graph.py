@@ -143,13 +143,27 @@ def record(source: Deployed, batch: int = 2) -> Graph:
             ) from error
         try:
             with quiet():
-                program = _export(source, example).run_decompositions({})
+                program = _recorded(source, example).run_decompositions({})
         except Exception as error:
             raise ExportError(f"torch.export cannot record {arch}: {one_line(error)}") from error
     return Graph(cut(program.module()), source, example)  # type: ignore[arg-type]
 
 
-def _export(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
-    batch = torch.export.Dim("batch")
+def _recorded(source: Deployed, example: Tensor) -> torch.export.ExportedProgram:
+    try:
+        return _export(source, example)
+    except Exception as error:
+        # `len(x)` in a model's code fixes the batch size in this mode. The strict one, which reads
+        # bytecode, is several times slower and follows it.
+        try:
+            return _export(source, example, strict=True)
+        except Exception:
+            raise error from None
+
+
+def _export(
+    module: nn.Module, example: Tensor, strict: bool = False
+) -> torch.export.ExportedProgram:
+    shapes = ({0: torch.export.Dim("batch")},)
     with torch.no_grad():
-        return torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
+        return torch.export.export(module, (example,), dynamic_shapes=shapes, strict=strict)

@@ -25,8 +25,8 @@ def quantise(content: bytes, batches: Iterable[Tensor]) -> bytes:
 
     batches: inputs of the file that set the ranges of activations (smallest to largest value).
     Weights have a scale per output channel and 7 bits, since x86 CPUs without VNNI add pairs of
-    products of 8 bits in 16 and overflow. The embedding and the classifiers stay float32: they are
-    small, and a prefix of 8 numbers needs each of them.
+    8-bit products in 16 bits, which saturate. The embedding and the classifiers stay float32: they
+    are small, and a prefix of 8 numbers needs each of them.
     """
     import onnx
     from onnxruntime import quantization
@@ -41,7 +41,7 @@ def quantise(content: bytes, batches: Iterable[Tensor]) -> bytes:
             source.write_bytes(content)
             # Merges batch norms into convolutions. Symbolic shapes would need another package.
             quant_pre_process(source, prepared, skip_symbolic_shape=True)
-            graph = onnx.load(prepared).graph
+            graph = onnx.load_from_string(prepared.read_bytes()).graph
             kinds = {node.op_type for node in graph.node}
             quantization.quantize_static(
                 prepared,
@@ -55,7 +55,7 @@ def quantise(content: bytes, batches: Iterable[Tensor]) -> bytes:
                 weight_type=quantization.QuantType.QInt8,
                 calibrate_method=quantization.CalibrationMethod.MinMax,
             )
-            proto = onnx.load(result)
+            proto = onnx.load_from_string(result.read_bytes())
     except Exception as error:
         raise ExportError(
             f"--format int8: onnxruntime cannot quantise it: {one_line(error)}; "

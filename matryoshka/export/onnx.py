@@ -28,6 +28,7 @@ def write_onnx(graph: Graph) -> bytes:
                 (graph.example,),
                 input_names=[INPUT],
                 output_names=list(OUTPUTS),
+                dynamic_shapes=({0: torch.export.Dim("batch")},),  # the name in the file
                 dynamo=True,
                 verbose=False,
             )

@@ -13,7 +13,7 @@ from matryoshka.export.options import ExportError
 from matryoshka.export.quiet import quiet
 from matryoshka.models import one_line
 
-METADATA = "matryoshka.json"  # a file inside the archive
+METADATA = "matryoshka-export.json"  # a file inside the archive
 
 
 def write_pt2(graph: Graph) -> bytes:
@@ -22,7 +22,10 @@ def write_pt2(graph: Graph) -> bytes:
     facts = {name: json.loads(text) for name, text in graph.source.metadata().items()}
     try:
         with quiet():
-            torch.export.save(graph.exported(), buffer, extra_files={METADATA: json.dumps(facts)})
+            program = graph.exported()
+            for node in program.graph.nodes:  # lines of source code with their paths
+                node.meta.pop("stack_trace", None)
+            torch.export.save(program, buffer, extra_files={METADATA: json.dumps(facts)})
     except Exception as error:
         arch = graph.source.model.spec.arch
         raise ExportError(

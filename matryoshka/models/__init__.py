@@ -3,6 +3,8 @@
 options.py      ModelConfig (section `model`) and ModelSpec, which rebuilds a model; without torch
 model.py        NestedModel, build, with_prefixes, model_spec
 backbones.py    BACKBONES: trunks by name; start here to add one
+nested_vit.py   families of transformers nested in their width
+macs.py         multiply-adds of a model
 resnets.py      torchvision's ResNets and a ResNet-10
 timm_models.py  `timm:NAME`, mobilevit, vit_timm
 vit.py          transformers for small images: vit, vit_small, ..., cct; patches.py: their tokens
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
         extract,
         model_spec,
         shortest_prefix,
+        widest,
         with_prefixes,
     )
     from matryoshka.models.resnets import RESNETS
@@ -54,6 +57,7 @@ __all__ = [
     "one_line",
     "option_names",
     "shortest_prefix",
+    "widest",
     "with_prefixes",
 ]
 
@@ -69,6 +73,7 @@ __getattr__ = lazy.attribute(
             "extract",
             "model_spec",
             "shortest_prefix",
+            "widest",
             "with_prefixes",
         ),
         "resnets": ("RESNETS",),

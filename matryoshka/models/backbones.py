@@ -79,7 +79,7 @@ def option_names(arch: str) -> tuple[str, ...] | None:
 
         # The widths of a family are its dims.
         members = option_names(MEMBER) or ()
-        return tuple(name for name in (*members, *SHARING) if name != "dim")
+        return tuple(name for name in (*members, *SHARING) if name not in ("dim", "vqvae"))
     parameters = inspect.signature(_builder(arch)).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
@@ -109,7 +109,8 @@ def _builder(arch: str) -> Callable[..., tuple[nn.Module, int]]:
         raise ModelError(
             f"model.arch={arch} is a family of widths, not one backbone; choose another one here"
         )
-    near = difflib.get_close_matches(arch, (*BACKBONES, *FAMILIES), n=3)
+    names = (*BACKBONES, *FAMILIES)
+    near = difflib.get_close_matches(arch, names, n=3)
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-    known = ", ".join(sorted((*BACKBONES, *FAMILIES)))
+    known = ", ".join(sorted(names))
     raise ModelError(f"model.arch={arch!r} is unknown{hint}; known: {known}, {TIMM}NAME")

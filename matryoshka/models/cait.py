@@ -109,7 +109,7 @@ class Cait(nn.Module):
         tokens = self.dropout(self.patches(images) + self.positions)
         for block in self.blocks:
             tokens = block(tokens)
-        cls = self.cls.expand(len(images), 1, -1)
+        cls = self.cls.expand(images.shape[0], 1, -1)
         for block in self.cls_blocks:
             cls = block(cls, tokens)
         return self.norm(cls[:, 0])

@@ -129,10 +129,10 @@ class FastCnn(nn.Module):
                 f"fast_cnn: images to whiten are {list(images.shape)} {images.dtype}; expected "
                 "normalised float [B, 3, H, W]"
             )
-        directions = whitening_directions(images)
-        if not len(images) or not directions.isfinite().all():
+        images = images[:WHITEN_IMAGES]
+        if not len(images) or not bool(images.isfinite().all()):
             raise ModelError("fast_cnn: the images to whiten are empty, or contain NaN or infinity")
-        self.whitening.filters.copy_(_as_filters(directions))
+        self.whitening.filters.copy_(_as_filters(whitening_directions(images)))
         self.whitening.is_set.fill_(True)
 
     def forward(self, images: Tensor) -> Tensor:

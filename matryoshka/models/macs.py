@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from matryoshka.models.model import NestedModel
 
@@ -22,12 +21,13 @@ def multiply_adds(
     runs. image_size: pixels of the side. dims: some of the model's dims, all by default.
 
     Runs the model on one black image, without gradients, on its own device; the mode of every
-    module is restored.
+    module and what is trained are restored.
     """
-    parameter = next(model.parameters())
-    image = parameter.new_zeros(1, 3, image_size, image_size)
+    image = next(model.parameters()).new_zeros(1, 3, image_size, image_size)
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    # The counter refuses a parameter that requires a gradient as the input of a module.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)
     counts = {}
     trunk = None
     try:
@@ -38,11 +38,16 @@ def multiply_adds(
     finally:
         for module, mode in modes:
             module.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)
     return counts
 
 
 def _products(model: NestedModel, image: torch.Tensor, dim: int) -> int:
     """Multiply-adds of the features of width `dim`."""
+    # Imports sympy: half a second, which a mistyped option must not wait for.
+    from torch.utils.flop_counter import FlopCounterMode
+
     # The plain attention: fused kernels are counted only in some versions of torch.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.features_of(image, dim)

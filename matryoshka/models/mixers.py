@@ -62,4 +62,11 @@ def convmixer(
     import_timm("model.arch=convmixer")
     from timm.models.convmixer import ConvMixer
 
-    return ConvMixer(dim, depth, kernel_size=kernel, patch_size=patch, num_classes=0), dim
+    trunk = ConvMixer(dim, depth, kernel_size=kernel, patch_size=patch, num_classes=0)
+    if kernel % 2 == 0:
+        for module in trunk.modules():
+            if isinstance(module, nn.Conv2d) and module.padding == "same":
+                # Zeros as before, but padded by an operator of their own: otherwise torch warns
+                # that an even kernel needs one more row on one side.
+                module.padding_mode = "constant"  # pyright: ignore[reportAttributeAccessIssue]
+    return trunk, dim

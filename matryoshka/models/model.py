@@ -271,6 +271,20 @@ def extract(model: NestedModel, dim: int) -> NestedModel:
     return alone.train(model.training)
 
 
+def widest(model: NestedModel) -> NestedModel:
+    """The widest member of a family, for programs that read the prefixes of one trunk's features;
+    any other model itself.
+    """
+    if model.one_pass:
+        return model
+    alone = extract(model, model.dims[-1])
+    alone.notes = [
+        *model.notes,
+        f"of the family {model.spec.arch}, only the widest member, {alone.width}, is used",
+    ]
+    return alone
+
+
 def build(spec: ModelSpec, weights: str | None = None) -> NestedModel:
     """Build the model of `spec`.
 

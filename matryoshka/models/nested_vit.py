@@ -163,6 +163,8 @@ def _split_options(arch: str, options: Mapping[str, Any]) -> tuple[dict[str, Any
     where = f"model.arch_options: {arch}"
     if "dim" in options:
         raise ModelError(f"{where}: dim={options['dim']}: the widths are model.dims; leave it out")
+    if "vqvae" in options:
+        raise ModelError(f"{where}: vqvae: every width has its own codes; leave it out")
     given = {name: options[name] for name in SHARING if name in options}
     if given and arch != "vit_nested":
         raise ModelError(

@@ -47,8 +47,8 @@ class ModelConfig:
 
     arch: str = option(
         "resnet18",
-        help="backbone: a ResNet by its torchvision name, a net for small images, a family of "
-        "widths (vit_nested, ...), or timm:NAME",
+        help="backbone: a ResNet by its torchvision name, timm:NAME, a net for small images "
+        "(docs/models.md), or a family of widths (docs/nested_vits.md)",
         common=True,
     )
     arch_options: tuple[str, ...] | None = option(

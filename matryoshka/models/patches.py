@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -103,13 +104,17 @@ def sincos_positions(rows: int, columns: int, dim: int, *, scale: float = 1.0) -
     dim / 4 frequencies 10000^(-k / (dim / 4)) (Vaswani et al. 2017, arXiv 1706.03762, for each
     axis). A row has the length scale * sqrt(dim / 2).
     """
-    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    x = torch.arange(columns, dtype=torch.float64)[:, None] * frequencies  # [columns, dim / 4]
-    y = torch.arange(rows, dtype=torch.float64)[:, None] * frequencies
-    across = torch.cat([x.sin(), x.cos()], dim=1).expand(rows, columns, dim // 2)
-    down = torch.cat([y.sin(), y.cos()], dim=1)[:, None].expand(rows, columns, dim // 2)
-    grid = torch.cat([across, down], dim=2).reshape(rows * columns, dim)
-    return (scale * grid).float()
+    # Where only sizes are checked there are no numbers: arithmetic there makes torch load its
+    # compiler, which takes seconds.
+    if torch.get_default_device().type == "meta":
+        return torch.empty(rows * columns, dim)
+    frequencies = 10000.0 ** -(np.arange(dim // 4) / (dim // 4))
+    x = np.arange(columns)[:, None] * frequencies  # [columns, dim / 4]
+    y = np.arange(rows)[:, None] * frequencies
+    grid = np.empty((rows, columns, dim))
+    grid[:, :, : dim // 2] = np.concatenate([np.sin(x), np.cos(x)], axis=1)
+    grid[:, :, dim // 2 :] = np.concatenate([np.sin(y), np.cos(y)], axis=1)[:, None]
+    return torch.tensor(scale * grid.reshape(rows * columns, dim), dtype=torch.float32)
 
 
 UNIT_VARIANCE = math.sqrt(2)  # scale at which a row's elements have the mean square 1

@@ -66,13 +66,21 @@ def check_choices(net: str, legal: Iterable[str], **choices: object) -> None:
             )
 
 
+MAX_SIDE = 128  # tokens per side of an image: attention has the square of all as its scores
+
+
 def check_patches(net: str, image_size: int, patch: int) -> None:
-    """`patch` divides `image_size`."""
+    """`patch` divides `image_size`, into MAX_SIDE patches per side at most."""
     if image_size % patch:
         legal = [p for p in range(1, image_size + 1) if image_size % p == 0]
         raise ModelError(
             f"model.arch_options: {net}: patch={patch} does not divide image_size={image_size}; "
             f"legal: {', '.join(map(str, legal))}"
+        )
+    if image_size // patch > MAX_SIDE:
+        raise ModelError(
+            f"model.arch_options: {net}: patch={patch} cuts image_size={image_size} into more than "
+            f"{MAX_SIDE} patches per side; try patch={-(-image_size // MAX_SIDE)} or more"
         )
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from matryoshka.models.options import ModelError
 from matryoshka.models.sizes import check_counts, check_multiple, check_shares, refuse_weights
 
 DEPTHS = (2, 2, 6, 2)
 HEAD_DIM = 32
+MAX_WINDOW = 32  # tokens per side; a block stores the square of the tokens of a window
 TOKEN = 2  # pixels per side of a token of the first stage
 
 
@@ -49,6 +51,11 @@ def swin(
     check_multiple(
         "swin", 8, "its tokens of 2 pixels and two mergings of 2 tokens need", image_size=image_size
     )
+    if patch > min(MAX_WINDOW, image_size // TOKEN):
+        raise ModelError(
+            f"model.arch_options: swin: patch={patch}: a window has 1 to "
+            f"{min(MAX_WINDOW, image_size // TOKEN)} tokens per side"
+        )
     check_multiple("swin", HEAD_DIM, "is the width of its heads", dim=dim)
     from torchvision.models import SwinTransformer
 

@@ -9,6 +9,7 @@ Sources: Dosovitskiy et al. 2021 (arXiv 2010.11929); pre-norm blocks, no dropout
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -90,7 +91,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.temperature: nn.Parameter | None = None
         if local:
-            self.temperature = nn.Parameter(torch.tensor(head_dim**-0.5).log())
+            self.temperature = nn.Parameter(torch.tensor(math.log(head_dim**-0.5)))
 
     def forward(self, x: Tensor, first: int | None = None) -> Tensor:
         """`first`: only the outputs of that many tokens, [B, first, dim]; they attend to all N."""
@@ -220,7 +221,7 @@ class VisionTransformer(nn.Module):
         check_images(images, self.image_size)
         x = self.patches(images)
         if self.cls is not None:
-            x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
+            x = torch.cat([self.cls.expand(x.shape[0], 1, -1), x], dim=1)
         if self.positions is not None:
             x = x + self.positions
         x = self.dropout(x)

@@ -31,6 +31,7 @@ from matryoshka.models.sizes import check_counts
 FORMAT = "matryoshka-vqvae-1"
 COMMITMENT = 0.25
 DECAY = 0.99
+UNUSED = 0.1  # a code restarts below this share of equal usage
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,9 @@ class Quantised(NamedTuple):
 class Codebook(nn.Module):
     """`count` codes of width `dim`; in training mode they follow the mean of what they stand for.
 
-    The moving averages have the decay `decay`. They are buffers: no optimizer sees them.
+    The moving averages have the decay `decay`. They are buffers: no optimizer sees them. A code
+    that is hardly used restarts at a random output of the encoder (Dhariwal et al. 2020, arXiv
+    2005.00341, section 3.1); so do all at the first step.
     """
 
     codes: Tensor
@@ -180,10 +183,15 @@ class Codebook(nn.Module):
         sums = torch.zeros_like(self.sums).index_add_(0, indices, vectors.float())
         self.usage.lerp_(count, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
-        # A code that nothing uses would be divided by zero: add a little to all, keep the sum.
-        total = self.usage.sum()
-        usage = (self.usage + 1e-5) / (total + len(self.codes) * 1e-5) * total
-        self.codes.copy_(self.sums / usage[:, None])
+        equal = len(vectors) / len(self.codes)  # usage if all codes were used equally often
+        # Without restarts all images end with a few codes: at first the encoder's outputs are all
+        # close to the same code, and the others never move.
+        unused = self.usage < UNUSED * equal
+        drawn = torch.randint(len(vectors), (len(self.codes),), device=vectors.device)
+        restarted = vectors[drawn].float()
+        self.usage.masked_fill_(unused, equal)
+        self.sums.copy_(torch.where(unused[:, None], restarted * equal, self.sums))
+        self.codes.copy_(self.sums / self.usage[:, None])
 
 
 class Reconstruction(NamedTuple):
@@ -294,7 +302,7 @@ def read_encoder(path: str | Path) -> StoredEncoder:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 if key.startswith(prefix):
                     state[key.removeprefix(prefix)] = file.get_tensor(key)
-        sizes = checked_sizes(metadata["sizes"])
+        sizes = _sizes_of(metadata, path)
         mean, std = _three(metadata["mean"]), _three(metadata["std"])
         with torch.device("meta"):  # a file may claim any size
             expected = {key: value.shape for key, value in Encoder(sizes).state_dict().items()}
@@ -309,6 +317,16 @@ def read_encoder(path: str | Path) -> StoredEncoder:
     if not any(value.is_meta for value in encoder.state_dict().values()):
         encoder.load_state_dict(state)
     return StoredEncoder(encoder, sizes, mean, std)
+
+
+def _sizes_of(metadata: Mapping[str, Any], path: str | Path) -> EncoderSizes:
+    values = metadata["sizes"]
+    if not isinstance(values, dict):
+        raise TypeError("its sizes are not names and values")
+    try:
+        return checked_sizes(values)
+    except ModelError as error:
+        raise ModelError(f"{error} ({path})") from None
 
 
 def _three(values: Any) -> tuple[float, ...]:

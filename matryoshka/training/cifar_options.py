@@ -122,13 +122,21 @@ class Flags:
         low=0,
     )
     adan_beta1: float | None = option(
-        None, help="1 - beta1 of Adan's paper (0.02)", flag="--adan_beta1", low=0, high=1
+        None,
+        help="Adan: weight of the new gradient in the first mean (0.02)",
+        flag="--adan_beta1",
+        low=0,
+        high=1,
     )
     adan_beta2: float | None = option(
-        None, help="1 - beta2 of Adan's paper (0.08)", flag="--adan_beta2", low=0, high=1
+        None,
+        help="Adan: of the new difference of gradients (0.08)",
+        flag="--adan_beta2",
+        low=0,
+        high=1,
     )
     adan_beta3: float | None = option(
-        None, help="1 - beta3 of Adan's paper (0.01)", flag="--adan_beta3", low=0, high=1
+        None, help="Adan: of the new square (0.01)", flag="--adan_beta3", low=0, high=1
     )
     mrl_flag: bool = option(
         False, help="train all of --mrl_dims at once", flag="--mrl_flag", common=True

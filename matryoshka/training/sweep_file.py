@@ -184,6 +184,10 @@ class Sweep:
     stopping: Stopping | None
     run_cap: int | None
 
+    def varied(self) -> list[str]:
+        """The names of the options that are not constant."""
+        return [p.name for p in self.parameters if p.distribution != "constant"]
+
     def points(self) -> int | None:
         """Number of points of a grid; None for the other methods. SweepError for too many."""
         if self.method != "grid":
@@ -237,7 +241,7 @@ def _sweep(path: Path, content: Any) -> Sweep:
     given = _mapping(content["parameters"], "parameters")
     for name, facts in given.items():
         parameters.append(_parameter(str(name), facts))
-    if not any(p.distribution != "constant" for p in parameters):
+    if all(p.distribution == "constant" for p in parameters):
         raise ValueError("parameters: none of them varies; give one values, or min and max")
     if method == "grid":
         for parameter in parameters:

@@ -142,7 +142,7 @@ def read_study(sweep: Sweep, folder: str | Path) -> list[Trial]:
     """The trials of a study that have ended. SweepError if the folder is not one of this sweep."""
     if not (Path(folder) / "study.db").exists():
         raise SweepError(f"{folder}: not the folder of a sweep")
-    study = _load(_open(sweep, Path(folder)), sweep, seed=0)
+    study = _load(_open(sweep, Path(folder)))
     return _ended(study, sweep, Path(folder))
 
 
@@ -158,7 +158,7 @@ def importances(sweep: Sweep, folder: str | Path) -> dict[str, float]:
     Empty where it cannot be known: fewer than 4 complete trials, or a metric that never varies.
     """
     optuna = _optuna()
-    study = _load(_open(sweep, Path(folder)), sweep, seed=0)
+    study = _load(_open(sweep, Path(folder)))
     complete = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
     if len(complete) < MIN_FOR_IMPORTANCE or len({t.value for t in complete}) == 1:
         return {}
@@ -194,8 +194,8 @@ def _open(sweep: Sweep, folder: Path) -> Any:
     optuna = _optuna()
     known = folder / "sweep.json"
     searched = json.loads(json.dumps(sweep.search()))
-    # A start that was killed early has left these two.
-    strangers = {path.name for path in folder.glob("*")} - {"lock", "trials"}
+    # A start that was killed early has left these two, and hidden temporary files.
+    strangers = {path.name for path in folder.glob("[!.]*")} - {"lock", "trials"}
     if strangers and not known.exists():
         raise SweepError(f"{folder}: exists and is not a sweep; give another folder (--study)")
     (folder / "trials").mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ def _open(sweep: Sweep, folder: Path) -> Any:
             if changed:
                 raise SweepError(
                     f"{folder}: its sweep has another {', '.join(changed)} than {sweep.path}; "
-                    "give another folder (--study)"
+                    "give another folder (--study), or delete this one"
                 )
         else:
             write_atomically(known, (json.dumps(searched, indent=1) + "\n").encode())
@@ -223,17 +223,8 @@ def _open(sweep: Sweep, folder: Path) -> Any:
     return storage
 
 
-def _load(storage: Any, sweep: Sweep, seed: int) -> Any:
-    optuna = _optuna()
-    pruner = optuna.pruners.NopPruner()
-    if sweep.stopping is not None:
-        pruner = optuna.pruners.HyperbandPruner(
-            min_resource=sweep.stopping.first,
-            max_resource=sweep.stopping.last or "auto",
-            reduction_factor=sweep.stopping.eta,
-        )
-    sampler = _sampler(sweep, seed)
-    return optuna.load_study(study_name=STUDY, storage=storage, sampler=sampler, pruner=pruner)
+def _load(storage: Any) -> optuna.Study:
+    return _optuna().load_study(study_name=STUDY, storage=storage)
 
 
 def _sampler(sweep: Sweep, seed: int) -> Any:
@@ -241,6 +232,29 @@ def _sampler(sweep: Sweep, seed: int) -> Any:
     if sweep.method == "bayes":
         return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
     return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _pruner(sweep: Sweep, every: Sequence[Any]) -> Any:
+    """Hyperband. Without max_iter, a trial is as long as the longest that is complete.
+
+    Optuna's "auto" would take an epoch more, and so sometimes a bracket in which nothing is judged.
+    """
+    optuna = _optuna()
+    stopping = sweep.stopping
+    if stopping is None:
+        return optuna.pruners.NopPruner()
+    complete = [t for t in every if t.state.name == "COMPLETE"]
+    longest = max((max(t.intermediate_values, default=0) for t in complete), default=0)
+    if stopping.last is None and not longest:
+        # The first bracket alone; it also keeps what later trials are compared with.
+        return optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=stopping.first, reduction_factor=stopping.eta
+        )
+    return optuna.pruners.HyperbandPruner(
+        min_resource=stopping.first,
+        max_resource=max(stopping.first, stopping.last or longest),
+        reduction_factor=stopping.eta,
+    )
 
 
 def _ended(study: optuna.Study, sweep: Sweep, folder: Path) -> list[Trial]:
@@ -308,7 +322,7 @@ class _Worker:
         self._options = options
         self._shared = shared
         self._report = report
-        self.study = _load(storage, sweep, options.seed)
+        self.study = _load(storage)
         self._states = _optuna().trial.TrialState
 
     def run(self) -> None:
@@ -370,6 +384,7 @@ class _Worker:
             drawn_before = sum("repeats" not in t.user_attrs for t in every)
             seed = np.random.SeedSequence([self._options.seed, drawn_before]).generate_state(1)
             self.study.sampler = _sampler(self._sweep, int(seed[0]))
+            self.study.pruner = _pruner(self._sweep, every)
             trial = self.study.ask()
             trial.set_user_attr("worker", identity(os.getpid()))
             trial.set_user_attr("values", self._suggest(trial))
@@ -428,7 +443,9 @@ class _Worker:
                     continue
                 values.append(value)
                 trial.report(value, len(values))
-                if status is None and trial.should_prune():
+                # Asked of a program that has ended, too: later trials are compared with it.
+                is_bad = trial.should_prune()
+                if is_bad and status is None:
                     process.stop()
                     self.study.tell(trial, state=self._states.PRUNED)
                     self._tell_people(trial.number)
@@ -464,12 +481,13 @@ class _Worker:
                 f"{self._folder / 'trials' / name / 'log'}; it has {known}"
             )
         reason = "the metric is not finite" if status == 0 else process.last_words()
-        self._report(f"{name}  failed, status {status}: {reason}")
+        text = f"{name} failed, status {status}: {reason}"
         self._shared.failures += 1
         complete = self.study.get_trials(deepcopy=False, states=(self._states.COMPLETE,))
         # Status 2 is a refused option, which every other trial would also have.
         if (status == 2 and not complete) or self._shared.failures >= MAX_FAILURES:
-            raise SweepError(f"{name} failed, status {status}: {reason}")
+            raise SweepError(text)
+        self._report(text)
 
     def _look_at_target(self, value: float) -> None:
         target = self._sweep.target
@@ -484,14 +502,18 @@ class _Worker:
         """Report a line about a trial that has ended."""
         for trial in _ended(self.study, self._sweep, self._folder):
             if trial.number == number:
-                self._report(line_of(trial, self._sweep.metric))
+                self._report(line_of(trial, self._sweep))
 
 
-def line_of(trial: Trial, metric: str) -> str:
+def line_of(trial: Trial, sweep: Sweep) -> str:
     """`trial_00003  complete  val_acc 53.01  5 epochs  80 s  lr=0.0009 ...`."""
-    shown = " ".join(f"{name}={value}" for name, value in trial.values.items())
-    value = "-" if trial.value is None else f"{trial.value:.6g}"
+    shown = [f"{name}={short(trial.values.get(name))}" for name in sweep.varied()]
     return (
-        f"{_name(trial.number)}  {trial.state:8}  {metric} {value}  {trial.epochs} epochs  "
-        f"{trial.seconds:.0f} s  {shown}"
+        f"{_name(trial.number)}  {trial.state:8}  {sweep.metric} {short(trial.value)}  "
+        f"{trial.epochs} epochs  {trial.seconds:.0f} s  {' '.join(shown)}"
     )
+
+
+def short(value: Any) -> str:
+    """A value for people: numbers with six digits."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -125,3 +125,51 @@ def test_bytes_that_a_crop_needs(subsampling, markers, crop):
             damaged[at] = 0x55
     assert (damaged == stream) == (needed == whole)
     assert (shown(stream) == shown(bytes(damaged))).all()
+
+
+FAKE_CIFAR = """
+import json, sys
+from pathlib import Path
+given = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:] if "=" in word)
+run = Path(given["logging.folder"], given["logging.run_id"])
+run.mkdir(parents=True)
+images = len(list(Path(given["data"], "train").glob("*/*.png")))
+test = len(list(Path(given["data"], "test").glob("*/*.png")))
+top1 = {"adan": 50, "adam": 40, "adamw": 45}[given["opt"]] + 2 * int(given["seed"])
+result = {"8": 1.0, "512": top1 + images / 100 + test / 1000}
+(run / "results.json").write_text(json.dumps({"test": {"top_1": result}}))
+(run / "flags").write_text(json.dumps(given))
+"""
+
+
+def test_the_study_of_adan(tmp_path, capsys, monkeypatch):
+    import adan_study
+    import record
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    program = tmp_path / "program.py"
+    program.write_text(FAKE_CIFAR)
+    monkeypatch.setattr(adan_study, "PROGRAM", program)
+    for part, count in (("train", 4), ("test", 1)):
+        for name in ("bird", "cat"):
+            folder = tmp_path / "data" / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                (folder / f"{number}.png").touch()
+    argv = [f"--data={tmp_path / 'data'}", f"--output={tmp_path / 'runs'}", "--images=3"]
+    argv += ["--record", "--adam=--lr=0.5"]
+    assert adan_study.main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    # 50, 52, 54: standard deviation 2, Student's t with two degrees of freedom is 4.303
+    assert "adan      52.03 +- 4.97" in lines
+    assert "adam      42.03 +- 4.97   against adan, paired: -10.00 +- 0.00" in lines
+    flags = json.loads((tmp_path / "runs" / "adan-1" / "flags").read_text())
+    assert (flags["adan_beta2"], flags["weight_decay"], flags["seed"]) == ("0.11", "0.02", "1")
+    flags = json.loads((tmp_path / "runs" / "adam-0" / "flags").read_text())
+    assert (flags["lr"], flags["n_epochs"]) == ("0.5", "5")
+    rows = (tmp_path / "results" / "adan_study.jsonl").read_text().splitlines()
+    assert [json.loads(row)["optimizer"] for row in rows] == ["adan", "adam", "adamw"]
+    program.unlink()  # the runs are there: none starts again
+    assert adan_study.main(argv) == 0
+    with pytest.raises(SystemExit, match="lower --images"):
+        adan_study.main([*argv, "--images=30"])

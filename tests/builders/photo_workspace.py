@@ -14,6 +14,8 @@ def write_workspace(root: Path) -> None:
             write_images(root / "photos" / split / name, range(count))
     write_images(root / "photos/train/cats", [17])
     write_images(root / "more-photos/cats", [1, 2])
+    for name, count in IMAGES["val"].items():
+        write_images(root / "test-photos" / name, range(10, 10 + count))
     for name in ("cat.jpg", "a.jpg", "b.png"):
         photo(40, 30).save(root / name)
     (root / "gone.txt").write_text("ant/0.jpg\n")

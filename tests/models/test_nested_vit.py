@@ -1,12 +1,16 @@
 """Families of widths: slices against loops, exports against the family, gradients, counts."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matryoshka.checkpoint import CheckpointError, load_model, save_model
+import MRL
+from matryoshka.checkpoint import CheckpointError, export_widths, load_model, save_model
 from matryoshka.models import (
     FAMILIES,
     FamilyModel,
@@ -16,6 +20,8 @@ from matryoshka.models import (
     build,
     extract,
     model_spec,
+    multiply_adds,
+    widest,
     with_prefixes,
 )
 from matryoshka.models.nested_vit import leading_slice
@@ -141,6 +147,19 @@ def test_parameters_of_every_width_and_of_the_family(arch):
     assert count(model) == whole[arch]
 
 
+def test_the_table_of_the_documentation():
+    text = (Path(__file__).resolve().parents[2] / "docs/nested_vits.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ([\d,]+) \| ([\d,.]+) \|$", text, re.MULTILINE)
+    with torch.device("meta"):
+        model = build(ModelSpec("vit_nested", 10, tuple(TABLE), efficient=True))
+        costs = multiply_adds(model, 32)
+        expected = [
+            (str(dim), f"{count(extract(model, dim)):,}", f"{costs[dim] / 1e6:,.1f}")
+            for dim in TABLE
+        ]
+    assert rows == expected
+
+
 # ---------------------------------------------------------------- training
 
 
@@ -243,13 +262,14 @@ def test_spec_from_options():
         ({"arch_options": ("norms=none",)}, r"norms=none: expected shared or per_width"),
         ({"arch_options": ("decoupled=2",)}, r"decoupled=2: expected true or false"),
         ({"arch_options": ("patch=5",)}, r"patch=5 does not divide image_size=32"),
-        ({"arch_options": ("colour=red",)}, r"model\.arch_options=.*colour"),
+        ({"arch_options": ("colour=red",)}, r"model\.arch_options: .* has no option colour"),
+        ({"arch_options": ("vqvae=codes.safetensors",)}, r"model\.arch_options: .*vqvae"),
         (
             {"arch": "vit_independent", "arch_options": ("norms=shared",)},
             r"vit_independent: norms is for vit_nested",
         ),
         ({"relative_importance": (1.0, 2.0)}, r"model\.relative_importance has 2 weights"),
-        ({"arch": "vit_nestd"}, r"did you mean vit_nested\?"),
+        ({"arch": "vit_nestd"}, r"did you mean vit_nested"),
     ],
 )
 def test_mistakes_are_one_line(settings, message):
@@ -283,3 +303,76 @@ def test_features_serve_as_embeddings():
     embeddings = model.encode(images, normalize=True)
     assert embeddings.shape == (2, 16)
     assert np.linalg.norm(embeddings.numpy(), axis=1) == pytest.approx([1, 1], abs=1e-5)
+
+
+# ---------------------------------------------------------------- names of the other repository
+
+VIT_KWARGS = {
+    "image_size": 8,
+    "patch_size": 4,
+    "num_classes": 5,
+    "depth": 2,
+    "heads": 2,
+    "dropout": 0.1,
+    "emb_dropout": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MRL.MRL_Entire_Transformer([4, 8], MRL.ViTFixedPosDualPatchNorm, VIT_KWARGS),
+        lambda: MRL.MRL_Entire_Transformer_NestedProj([4, 8], **VIT_KWARGS),
+    ],
+)
+def test_names_of_vit_compression(tmp_path, make):
+    net = make().eval()
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        logits = net(images)
+        assert isinstance(logits, tuple)
+        assert [tuple(part.shape) for part in logits] == [(2, 5), (2, 5)]
+        for i in (0, 1, -1):
+            net.save_vit_model(i, tmp_path / "vit.pth")
+            for vit in (net.get_vit_model(i), MRL.load_vit_model(tmp_path / "vit.pth")):
+                torch.testing.assert_close(vit(images), logits[i], atol=1e-5, rtol=1e-5)
+    labels = torch.tensor([0, 1])
+    MRL.Matryoshka_CE_Loss()(net.train()(images), labels).backward()
+    assert [n for n, p in net.named_parameters() if p.grad is None] == []
+
+
+def test_arguments_of_vit_compression_that_we_do_not_have():
+    for name, value in (("pool", "mean"), ("channels", 1), ("emb_dropout", 0.2)):
+        with pytest.raises(ValueError, match=f"only {name}="):
+            MRL.ViTFixedPosDualPatchNorm(dim=8, **{**VIT_KWARGS, name: value})
+    other = MRL.MRL_Entire_Transformer([4], lambda dim: torch.nn.Linear(dim, 2))
+    with pytest.raises(TypeError, match="Linear: only ViTFixedPosDualPatchNorm"):
+        other.save_vit_model(0, "unused.pth")
+
+
+def test_one_file_per_width_and_format(tmp_path):
+    model = family().eval()
+    images = torch.randn(2, 3, 8, 8)
+    paths = export_widths(model, tmp_path / "nested_models", "vit_cifar10_patch4")
+    names = [f"vit_cifar10_patch4_dim{d}.{s}" for d in (4, 8, 16) for s in ("safetensors", "pth")]
+    assert [path.name for path in paths] == names
+    with torch.no_grad():
+        logits = model(images)
+        for i, path in enumerate(paths):
+            torch.testing.assert_close(load_model(path)(images)[0], logits[i // 2])
+    with pytest.raises(CheckpointError, match="no drop_path"):
+        export_widths(family(drop_path=0.1), tmp_path / "other", "vit")
+    assert not (tmp_path / "other").exists()
+    export_widths(family(drop_path=0.1), tmp_path / "other", "vit", formats=["safetensors"])
+    assert len(list((tmp_path / "other").iterdir())) == 3
+
+
+def test_programs_that_read_one_trunk_see_the_widest_member():
+    model = family().eval()
+    alone = widest(model)
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(alone(images)[0], model(images)[-1])
+    assert alone.dims == (16,)
+    assert "only the widest member, 16" in alone.notes[-1]
+    assert widest(alone) is alone

@@ -130,21 +130,9 @@ def test_signals_leave_a_checkpoint_and_the_run_resumes(
     assert losses(run) == losses(alone)
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        ["--training.optimizer=adan"],
-        [
-            "--training.optimizer=muon",
-            "--training.muon_rest=sgd",
-            "--training.muon_scale=filters",
-            "--training.nesterov=1",
-        ],
-    ],
-    ids=lambda more: more[0].rpartition("=")[2],
-)
-def test_every_optimizer_resumes_exactly(digits, tmp_path, monkeypatch, more):
-    more = ["--training.epochs=1", *more]
+def test_a_run_with_adan_resumes_exactly(digits, tmp_path, monkeypatch):
+    small = ["--resolution.min_res=16", "--resolution.max_res=16", "--validation.resolution=16"]
+    more = ["--training.epochs=1", "--training.optimizer=adan", *small]
     assert train_imagenet.main(options(digits, tmp_path, "undisturbed", *more)) == 0
     original, steps = NonFiniteGuard.before_step, []
 
