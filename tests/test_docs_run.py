@@ -284,11 +284,12 @@ OTHERS = {
 
 
 def known_options() -> set[str]:
-    """All options of all programs, as their help texts show them."""
+    """All options of all programs, as their help texts show them, and of scripts/."""
     programs = {**cli.PROGRAMS, **cli.ROUTES}
     parsers = [parser_of(entry.module.rpartition(".")[2]) for entry in programs.values()]
     texts = [parser.help_text(everything=True) for parser in parsers]
     texts.append(parser_of("build_imagenet4k").help_text(everything=True))
+    texts += [path.read_text() for path in (ROOT / "scripts").glob("*.py")]
     return set(re.findall(r"(--[\w.-]*\w)", "\n".join(texts))) | {"--help-all"}
 
 
