@@ -301,7 +301,7 @@ MISTAKES = [
         ["training.accumulate", "global_batch_size"],
     ),
     (["--training.keep_last=0"], ["training.keep_last=0"]),
-    (["--training.optimizer=adam"], ["training.optimizer", "adam", "adamw"]),
+    (["--training.optimizer=adamm"], ["training.optimizer", "adamm", "adamw"]),
     (["--training.resume=nowhere"], ["training.resume=nowhere"]),
     (["--training.ema=2"], ["training.ema=2"]),
     (["--data.randaugment=30"], ["data.randaugment=30", "10"]),

@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from matryoshka import __version__, distributed
 from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader
-from matryoshka.data.dataset import Dataset
 from matryoshka.data.order import rank_slice
 from matryoshka.data.reader import printable
 from matryoshka.data.resized_images import ResizedImages
@@ -91,9 +90,11 @@ class EmbeddingJob:
         self.precision = distributed.pick_precision(options.precision, world.device)
 
     @property
-    def source(self) -> Dataset:
+    def source(self) -> BetonFile | ImageFolder:
         """The data set behind a Subset."""
-        return self.data.dataset if isinstance(self.data, Subset) else self.data
+        source = self.data.dataset if isinstance(self.data, Subset) else self.data
+        assert isinstance(source, BetonFile | ImageFolder)  # nothing makes subsets of subsets
+        return source
 
     def source_indices(self, rows: np.ndarray) -> np.ndarray:
         """Positions in `source` of the rows of `data`."""

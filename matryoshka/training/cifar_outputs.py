@@ -48,7 +48,7 @@ class OutputNames:
 
 
 def newest_run(cfg: SimpleNamespace) -> Path:
-    """The run folder that the link checkpoint/...t7 names. ConfigError if there is none."""
+    """The run folder that the link checkpoint/...t7 names. ConfigError without such a link."""
     link = OutputNames(cfg).checkpoint
     target = Path(os.path.realpath(link))
     run = target.parent.parent  # <run>/checkpoints/best.safetensors

@@ -237,9 +237,8 @@ def log_line(metrics: Mapping[str, float], epoch: int) -> dict[str, float]:
     One prefix has the keys top_1 and top_5, several have top_1_8, ..., top_5_8, ...
     """
     line: dict[str, float] = {"current_lr": metrics["lr"]}
-    for name in ("val_time", "val_loss"):
-        if name in metrics:
-            line[name] = metrics[name]
+    if "val_time" in metrics:
+        line["val_time"] = metrics["val_time"]
 
     several = sum(name.startswith("top_1/") for name in metrics) > 1
     for name, percent in metrics.items():
@@ -248,7 +247,8 @@ def log_line(metrics: Mapping[str, float], epoch: int) -> dict[str, float]:
             line[f"{kind}_{dim}" if several else kind] = percent / 100
 
     line |= {"train_loss": metrics["loss"], "epoch": epoch}
-    return line | {name: metrics[name] for name in ("images_per_s", "data_wait")}
+    ours = ("images_per_s", "data_wait", "val_loss")  # upstream does not have these
+    return line | {name: metrics[name] for name in ours if name in metrics}
 
 
 def epoch_scalars(metrics: Mapping[str, float]) -> dict[str, float]:

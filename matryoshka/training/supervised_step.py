@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from matryoshka import distributed
-from matryoshka.data.augment import augmented, mixed_loss
+from matryoshka.data.augment import augmented, mixed_loss, step_rng
 from matryoshka.data.loader import Batch
 from matryoshka.distributed import World
 from matryoshka.models import FamilyModel, NestedModel
@@ -19,6 +19,7 @@ from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.state import TrainState
 from matryoshka.training.step import apply_gradients, begin_step, gradient_sync, micro_batches
 
+SANDWICH = 2**32  # in place of a rank, for a random stream that no rank has
 # (logits [G, B, C], labels [B]) -> (scalar to minimise, detached loss per prefix [G])
 LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -44,7 +45,9 @@ def train_step(
     rng = begin_step(state, seed=t.seed, rank=world.rank)
     which = None  # all prefixes
     if t.sandwich is not None:
-        which = sandwich(len(state.model.dims), t.sandwich, rng)
+        # All ranks train the same widths: DDP averages the gradients of each parameter.
+        shared = step_rng(t.seed, state.loop.step, SANDWICH)
+        which = sandwich(len(state.model.dims), t.sandwich, shared)
         loss_fn = _loss_of(loss_fn, which)
     # drop_last: every global batch is full
     global_batch = state.loader.batch_size

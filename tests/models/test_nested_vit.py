@@ -280,13 +280,22 @@ def test_mistakes_are_one_line(settings, message):
 
 def test_widths_that_are_not_there():
     model = family()
-    with pytest.raises(ModelError, match="no width 5, only 4, 8, 16"):
+    with pytest.raises(ModelError, match="no dim 5, only 4, 8, 16"):
         extract(model, 5)
     for dims in ((4, 5), (8, 4), ()):
         with pytest.raises(ModelError, match="expected some of this family's widths, 4, 8, 16"):
             with_prefixes(model, dims)
-    with pytest.raises(ModelError, match="only the widths of vit_nested"):
-        extract(build(ModelSpec("resnet10", 3, (8,))), 8)
+
+
+@pytest.mark.parametrize("efficient", [False, True])
+def test_a_prefix_is_a_model_of_its_own(efficient, tmp_path):
+    model = build(ModelSpec("resnet10", 3, (8, 16), efficient)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    alone = extract(model, 8)
+    save_model(alone, tmp_path / "dim8.safetensors")
+    loaded = load_model(tmp_path / "dim8.safetensors")
+    assert loaded.dims == (8,)
+    torch.testing.assert_close(loaded(images)[0], model(images)[0])
 
 
 def test_a_file_that_claims_other_widths(tmp_path):

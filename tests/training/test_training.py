@@ -168,7 +168,7 @@ def test_the_last_lines_are_what_eval_measures(digits, tmp_path, capsys):
 def test_lines_of_an_epoch_without_a_terminal(digits, tmp_path, capsys, monkeypatch):
     """Every line has the step, the mean loss over the prefixes and the time that is left."""
     monkeypatch.setattr(progress, "LINE_SECONDS", 0)
-    train(digits, tmp_path, "run", "--logging.log_level=1")
+    train(digits, tmp_path, "run", "--logging.log_level=1", "--validation.batch_size=40")
     shown = capsys.readouterr().out
     pattern = (
         r"^epoch   0  step (\d)/5  loss (\S+)  \d+ images/s  (?:time left unknown|\d+ s left)$"
@@ -183,7 +183,7 @@ def test_lines_of_an_epoch_without_a_terminal(digits, tmp_path, capsys, monkeypa
     # Two prefixes: the log has the sum of their losses.
     logged = last_line(tmp_path / "run")["train_loss"]
     assert float(printed[1]) == pytest.approx(logged / 2, abs=6e-4)
-    assert "evaluated" in shown
+    assert "evaluated 33 %" in shown
     # Losses of single steps are means, too: near ln(10) for 10 classes, not twice that.
     assert all(1.5 < float(loss) < 3.5 for _, loss in lines)
 
