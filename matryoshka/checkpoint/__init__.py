@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     )
     from matryoshka.checkpoint.model_file import (
         describe,
-        export_widths,
+        export_dims,
         load_model,
         read,
         save_model,
@@ -30,7 +30,7 @@ __all__ = [
     "CheckpointOptions",
     "Contents",
     "describe",
-    "export_widths",
+    "export_dims",
     "from_upstream",
     "load_model",
     "preprocessing_of",
@@ -51,7 +51,7 @@ __getattr__ = lazy.attribute(
             "Contents",
             "preprocessing_of",
         ),
-        "model_file": ("describe", "export_widths", "load_model", "read", "save_model"),
+        "model_file": ("describe", "export_dims", "load_model", "read", "save_model"),
         "options": ("CheckpointOptions",),
         "upstream": ("from_upstream", "save_upstream", "to_upstream"),
         "vit_pth": ("save_vit_pth",),

@@ -35,7 +35,7 @@ from matryoshka.data.augment import Preprocessing
 from matryoshka.files import write_atomically
 from matryoshka.models import FAMILIES, ModelSpec, NestedModel, build, extract
 
-EXPORTS = ("safetensors", "pth")  # formats of `export_widths`
+EXPORTS = ("safetensors", "pth")  # formats of `export_dims`
 
 # ---------------------------------------------------------------- writing
 
@@ -62,14 +62,13 @@ def describe(model: NestedModel) -> dict[str, Any]:
     }
 
 
-def export_widths(
+def export_dims(
     model: NestedModel, folder: str | Path, stem: str, formats: Sequence[str] = EXPORTS
 ) -> list[Path]:
-    """Write one file per width of a family and format: `<stem>_dim<d>.safetensors` and `.pth`.
+    """Write one file per dim and format: `<stem>_dim<d>.safetensors`, and `.pth` for families.
 
-    Returns their paths. Files that are there are replaced. ModelError for a model that is no
-    family; CheckpointError for options that the .pth layout does not have, before any file is
-    written.
+    Returns their paths. Files that are there are replaced. CheckpointError for a model that the
+    .pth layout does not have, before any file is written.
     """
     folder = Path(folder)
     members = {dim: extract(model, dim) for dim in model.dims}

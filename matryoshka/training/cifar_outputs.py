@@ -21,11 +21,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from matryoshka import checkpoint
-from matryoshka.checkpoint.vit_pth import save_vit_pth
+from matryoshka.checkpoint.contents import CheckpointError
+from matryoshka.checkpoint.model_file import EXPORTS
 from matryoshka.config import ConfigError
 from matryoshka.evaluation.evaluate import Evaluation
 from matryoshka.files import write_atomically
-from matryoshka.models import FAMILIES, NestedModel, extract
+from matryoshka.models import FAMILIES, NestedModel
 from matryoshka.training.cifar_options import as_name
 from matryoshka.training.run_folder import draw_chart
 from matryoshka.training.session import FINAL, Session
@@ -142,8 +143,7 @@ class CifarOutputs:
         session.snapshots.wait()
         lines = []
         if len(run.dims) > 1:
-            self._export(model)
-            lines.append(f"exports  {folder / 'nested_models'}: a model for each dim")
+            lines += self._export(model)
         if self._wanted:
             self._link_checkpoint()
         values = {}
@@ -157,21 +157,21 @@ class CifarOutputs:
         draw_chart(folder, run.print0)
         return [*lines, f"model    {folder / FINAL}"]
 
-    def _export(self, model: NestedModel) -> None:
+    def _export(self, model: NestedModel) -> list[str]:
         """A model file for each dim, and for families the .pth of matryoshka-vit-compression."""
         folder = self._run.start.path / "nested_models"
-        folder.mkdir(exist_ok=True)
-        for dim in model.dims:
-            alone = extract(model, dim)
-            name = f"{self._names.nested.name}_dim{dim}"
-            files = [folder / f"{name}.safetensors"]
-            checkpoint.save_model(alone, files[0], self._run.options)
-            if model.spec.arch in FAMILIES:
-                files.append(folder / f"{name}.pth")
-                save_vit_pth(alone, files[1])
-            if self._wanted:
-                for file in files:
-                    _link(self._names.nested.parent / file.name, file)
+        stem = self._names.nested.name
+        lines = [f"exports  {folder}: a model for each dim"]
+        formats = EXPORTS if model.spec.arch in FAMILIES else EXPORTS[:1]
+        try:
+            files = checkpoint.export_dims(model, folder, stem, formats)
+        except CheckpointError as error:  # options that the other repository does not have
+            lines.append(f"note     no .pth files: {error}")
+            files = checkpoint.export_dims(model, folder, stem, EXPORTS[:1])
+        if self._wanted:
+            for file in files:
+                _link(self._names.nested.parent / file.name, file)
+        return lines
 
 
 def _known(values: Mapping[str, Any]) -> dict[str, float]:

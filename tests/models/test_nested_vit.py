@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import MRL
-from matryoshka.checkpoint import CheckpointError, export_widths, load_model, save_model
+from matryoshka.checkpoint import CheckpointError, export_dims, load_model, save_model
 from matryoshka.models import (
     FAMILIES,
     FamilyModel,
@@ -362,7 +362,7 @@ def test_arguments_of_vit_compression_that_we_do_not_have():
 def test_one_file_per_width_and_format(tmp_path):
     model = family().eval()
     images = torch.randn(2, 3, 8, 8)
-    paths = export_widths(model, tmp_path / "nested_models", "vit_cifar10_patch4")
+    paths = export_dims(model, tmp_path / "nested_models", "vit_cifar10_patch4")
     names = [f"vit_cifar10_patch4_dim{d}.{s}" for d in (4, 8, 16) for s in ("safetensors", "pth")]
     assert [path.name for path in paths] == names
     with torch.no_grad():
@@ -370,9 +370,9 @@ def test_one_file_per_width_and_format(tmp_path):
         for i, path in enumerate(paths):
             torch.testing.assert_close(load_model(path)(images)[0], logits[i // 2])
     with pytest.raises(CheckpointError, match="no drop_path"):
-        export_widths(family(drop_path=0.1), tmp_path / "other", "vit")
+        export_dims(family(drop_path=0.1), tmp_path / "other", "vit")
     assert not (tmp_path / "other").exists()
-    export_widths(family(drop_path=0.1), tmp_path / "other", "vit", formats=["safetensors"])
+    export_dims(family(drop_path=0.1), tmp_path / "other", "vit", formats=["safetensors"])
     assert len(list((tmp_path / "other").iterdir())) == 3
 
 

@@ -125,6 +125,16 @@ def test_an_export_gives_the_familys_logits(nested):
             torch.testing.assert_close(export(images)[0], family(images)[i], atol=1e-5, rtol=0)
 
 
+def test_a_family_that_the_pth_layout_cannot_hold_is_exported_all_the_same(digits, capsys):
+    options = "--model.arch_options=depth=1,heads=1"
+    argv = [word for word in command(digits, *NESTED, "--n_epochs=1") if "arch_options" not in word]
+    assert train_cifar10.main([*argv, options]) == 0
+    assert "note     no .pth files: " in capsys.readouterr().out
+    run = run_of(train_cifar10.Path())
+    assert {path.suffix for path in (run / "nested_models").iterdir()} == {".safetensors"}
+    assert (run / "model.safetensors").is_file()
+
+
 def test_tensorboard_has_the_tags_of_both_repositories(nested):
     run = run_of(nested)
     events = EventAccumulator(str(run / "tensorboard")).Reload()
