@@ -47,6 +47,7 @@ from matryoshka.evaluation.embedding_map import embedding_map
 from matryoshka.evaluation.evaluation_set import OWN, find_images, is_public
 from matryoshka.files import write_atomically
 from matryoshka.report import short_dims
+from matryoshka.report.claims import paired
 from matryoshka.report.dim_plots import plot_confusion, plot_dims, plot_map
 from matryoshka.report.dims import costs_differ, dims_csv, dims_table, error_lines
 
@@ -187,7 +188,12 @@ def all_answers(
 
 def accuracies(found: dict[str, Any], answers: DimAnswers) -> dict[str, Any]:
     dims = found["dims"]
-    return {"prefixes": by_dim(answers.accuracy, dims), "loss": by_dim(answers.loss, dims)}
+    right = {dim: answers.predictions[dim] == answers.labels for dim in dims}
+    return {
+        "prefixes": by_dim(answers.accuracy, dims),
+        "loss": by_dim(answers.loss, dims),
+        "paired": {str(dim): paired(right[dim], right[dims[-1]])._asdict() for dim in dims[:-1]},
+    }
 
 
 def costs(

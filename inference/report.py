@@ -144,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # ---- pictures ----
     budget = MAX_IMAGE_BYTES  # for samples and heat maps together
-    if args.samples:
+    # dims.json never has arrays: no note on that.
+    if args.samples and "costs" not in subject:
         budget -= add_samples(evidence, results_files[0], args.samples, args.seed, budget)
     if args.gradcam or (args.run and heat_maps.is_dir()):
         add_heat_maps(evidence, heat_maps, budget)

@@ -82,3 +82,5 @@ def _forward(model: NestedModel, images: Tensor) -> None:
     model(images)
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
+    elif images.is_mps:
+        torch.mps.synchronize()

@@ -40,6 +40,11 @@ def headline(subject: Json, analysis: Json) -> str:
     first, last = min(values), max(values)
     if first == last:
         text = f"{values[last]:.1f} % top-1 with {last} dimensions."
+    elif has_widths(subject):
+        text = (
+            f"{values[first]:.1f} % top-1 with width {first}, {values[last]:.1f} % with width "
+            f"{last}."
+        )
     else:
         text = (
             f"{values[first]:.1f} % top-1 with the first {_dimensions(first)}, "
@@ -55,12 +60,20 @@ def headline(subject: Json, analysis: Json) -> str:
     return f"{text} {_lengths(values, subject, analysis)}"
 
 
+def has_widths(subject: Json) -> bool:
+    """Whether each dim is a forward pass of its own: a width, not a prefix of one embedding."""
+    return subject.get("one_pass") is False
+
+
 def _dimensions(count: int) -> str:
     return "dimension" if count == 1 else f"{count} dimensions"
 
 
-def _shorter(count: int) -> str:
-    return "The first dimension" if count == 1 else f"The first {count}"
+def _shorter(count: int, widths: bool) -> tuple[str, bool]:
+    """A prefix or a width as the subject of a sentence, and whether that is a plural."""
+    if widths:
+        return f"Width {count}", False
+    return ("The first dimension", False) if count == 1 else (f"The first {count}", True)
 
 
 def is_chance(analysis: Json, dim: int) -> bool:
@@ -100,18 +113,28 @@ def _lengths(values: Mapping[int, float], subject: Json, analysis: Json) -> str:
     else:
         enough = _shortest_within_unpaired(values, images)
         against_last = "unknown"
+    widths = has_widths(subject)
+    whole = f"width {last}" if widths else f"all {last}"
+    shorter, is_plural = _shorter(first, widths)
     if against_last == "better":
-        verb = "are" if first > 1 else "is"
-        return f"{_shorter(first)} {verb} more accurate than all {last} {SUPPORTED}."
+        verb = "are" if is_plural else "is"
+        return f"{shorter} {verb} more accurate than {whole} {SUPPORTED}."
     if enough is not None:
-        verb = "lose" if enough > 1 else "loses"
-        return f"{_shorter(enough)} {verb} at most one point against all {last} {SUPPORTED}."
+        shorter, is_plural = _shorter(enough, widths)
+        verb = "lose" if is_plural else "loses"
+        return f"{shorter} {verb} at most one point against {whole} {SUPPORTED}."
     if against_last == "worse":
-        return f"All {last} are more accurate than {_shorter(first).lower()} {SUPPORTED}."
+        verb = "is" if widths else "are"
+        return f"{whole.capitalize()} {verb} more accurate than {shorter.lower()} {SUPPORTED}."
     low, high = wilson_interval(values[first], images)
+    if widths:
+        return (
+            f"Between {low:.1f} and {high:.1f} % with width {first}: {images:,} images are too few "
+            f"to say whether it matches {whole}."
+        )
     return (
         f"Between {low:.1f} and {high:.1f} % with {first}: {images:,} images are too few to say "
-        f"whether {first} match all {last}."
+        f"whether {first} match {whole}."
     )
 
 

@@ -63,6 +63,12 @@ def test_numbers_are_those_of_eval(compared, evaluated):
         for label, prediction in zip(labels, predictions[g], strict=True):
             matrix[label][prediction] += 1
         assert compared["confusion"][str(dim)] == matrix
+    small, large = (row == labels for row in predictions)
+    assert compared["paired"]["8"] == {
+        "first_only": sum(a and not b for a, b in zip(small, large, strict=True)),
+        "second_only": sum(b and not a for a, b in zip(small, large, strict=True)),
+        "images": 100,
+    }
 
 
 def test_costs_are_those_of_the_exports(compared, run):

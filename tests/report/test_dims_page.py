@@ -74,6 +74,24 @@ def test_prefixes_of_one_backbone_cost_the_same(tmp_path):
     assert "multiply-adds per image" not in text
 
 
+@pytest.mark.parametrize(
+    ("small", "images", "text"),
+    [
+        (0, 1000, "Width 512 is more accurate than width 8"),
+        (300, 1000, "Width 8 is more accurate than width 512"),
+        (100, 100_000, "Width 8 loses at most one point against width 512"),
+    ],
+)
+def test_widths_are_no_prefixes(tmp_path, small, images, text):
+    """The paired counts decide; a width is not the first numbers of an embedding."""
+    pair = {"first_only": small, "second_only": 100, "images": images}
+    write_dims(tmp_path, dims=[8, 512], names=NAMES, one_pass=False, paired={"8": pair})
+    headline = re.search(r'<p class="headline">(.*?)</p>', page(tmp_path), re.DOTALL)[1]
+    assert "% top-1 with width 8" in headline
+    assert text in headline
+    assert "first" not in headline
+
+
 def test_results_of_a_training_run_are_not_those_of_an_evaluation(found, tmp_path, capsys):
     """train_cifar10.py writes a results.json of its own."""
     (tmp_path / "results.json").write_text('{"test": {"top_1": {"8": 50.0}}}')

@@ -148,6 +148,7 @@ def accuracy(results: Sequence[Json]) -> dict[str, Any]:
         "columns": [label for label, _ in columns],
         "rows": rows,
         "images": images,
+        "widths": statements.has_widths(subject),
         "paper": None if comparable else _reference_chart(reference),
     }
 
