@@ -190,6 +190,34 @@ def fits() -> list[str]:
     ]
 
 
+def small_images() -> list[str]:
+    rows = read("small_images")
+    body = []
+    for row in rows:
+        cells = []
+        for dim, value in row["top1"].items():
+            low, high = row["interval"][dim]
+            cells.append(f"{dim}: {value:.2f} ({low:.2f} to {high:.2f})")
+        body.append(
+            [
+                f"`{row['recipe']}`, {row['data']}",
+                f"{row['minutes']:.0f} min, {row['epochs']} epochs, {row['precision']}",
+                ", ".join(cells),
+                commit(row),
+            ]
+        )
+    return [
+        "## Small images",
+        "",
+        "Test top-1 % of every dim with its 95 % interval over the images; one run a row, one view "
+        "of each image. The test set was used once, after the training.",
+        "",
+        provenance(rows, "bench/small_images.py"),
+        "",
+        *table(["recipe, data", "training", "top-1", "commit"], body),
+    ]
+
+
 # ---- training ----
 
 
@@ -465,6 +493,7 @@ SECTIONS: tuple[Section, ...] = (
     classification,
     retrieval_accuracy,
     fits,
+    small_images,
     training_step,
     kills,
     evaluation,

@@ -75,6 +75,8 @@ def train(cfg: SimpleNamespace, world: World, notes: Sequence[str] = ()) -> None
     outputs = CifarOutputs(run) if world.is_main else None
     epochs = cfg.training.epochs
     with run.session(best_of_average=True, resume_hint="--resume") as session:
+        if outputs is not None:
+            outputs.start(session)
         while session.loop.epoch < epochs:
             with session.rollback():
                 epoch = session.loop.epoch

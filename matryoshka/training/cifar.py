@@ -10,16 +10,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from matryoshka.config import ConfigError
 from matryoshka.data import Loader, open_dataset
 from matryoshka.data.bars import Bars
 from matryoshka.data.catalogue import normalisation
+from matryoshka.data.dataset import Dataset
 from matryoshka.data.named import named_dataset
 from matryoshka.data.split import stratified_split
 from matryoshka.data.subset import Subset
 from matryoshka.models import FAMILIES, model_spec, option_names
 from matryoshka.training.cifar_options import is_compression
 from matryoshka.training.cifar_outputs import newest_run
+from matryoshka.training.loaders import check_classes
 from matryoshka.training.supervised import SupervisedRun
 
 WANDB_PROJECT = "cifar10-challange"  # as both repositories spell it
@@ -33,6 +37,7 @@ def resolved(cfg: SimpleNamespace) -> tuple[SimpleNamespace, list[str]]:
     for options that cannot be met; those that need no data come first.
     """
     cfg = SimpleNamespace(**vars(cfg))
+    _refuse_other_purposes(cfg)
     lines = [_defaults_text(cfg)]
     cfg.model, notes = _with_net_options(cfg)
     model_spec(cfg.model, CLASSES_OF_A_TRIAL)  # its errors, before a download
@@ -57,6 +62,8 @@ class SmallImages:
         self.selects = True
         self.normalisation = normalisation(c.dataset)
         own = _validation_folder(c.data)
+        if own is not None and not c.select_on_test:
+            check_classes(train, open_dataset(own))
         if c.select_on_test:
             self.train, self.validation = train, self.test
             self.text = f"chosen   the best epoch on the {len(self.test):,} TEST images"
@@ -68,7 +75,7 @@ class SmallImages:
             self.selects = False
             self.text = "chosen   the weights of the last epoch, without validation"
         else:
-            kept, held_out = stratified_split(train.labels, c.val_share, cfg.training.seed)
+            kept, held_out = _split(train, c.val_share, cfg.training.seed)
             self.train, self.validation = Subset(train, kept), Subset(train, held_out)
             held = f"{len(held_out):,} of the {len(train):,} training images"
             self.text = f"chosen   the best epoch on {held}"
@@ -83,11 +90,38 @@ class SmallImages:
         yield "test", run.loader(self.test), f"{len(self.test):,} images, {text}"
 
 
+def _split(train: Dataset, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        return stratified_split(train.labels, share, seed)
+    except ValueError as error:
+        raise ConfigError(
+            f"--val_share {share:g}: {error}; give another share, or 0 to train on all images"
+        ) from None
+
+
 # ---------------------------------------------------------------- options
 
 
+def _refuse_other_purposes(cfg: SimpleNamespace) -> None:
+    """ConfigError for options of train_imagenet.py that have no place here."""
+    if cfg.training.eval_only or cfg.training.path is not None:
+        raise ConfigError(
+            "training.eval_only: matryoshka cifar trains; evaluate with matryoshka eval --path"
+        )
+    if cfg.validation.lr_tta:
+        raise ConfigError(
+            "validation.lr_tta=1: matryoshka cifar looks at one view of each image; for mirror "
+            "images use matryoshka eval --tta"
+        )
+    paths = (cfg.data.train_dataset, cfg.data.val_dataset)
+    if any(path is not None for path in paths):
+        raise ConfigError(
+            "data.train_dataset and data.val_dataset: give --data TRAIN.beton,TEST.beton"
+        )
+
+
 def _defaults_text(cfg: SimpleNamespace) -> str:
-    given = {"model.arch": cfg.model.arch}
+    given = {"model.arch": cfg.model.arch, "model.mrl": cfg.model.mrl}
     name = "vision-transformers-cifar10"
     if is_compression(given):
         name = "matryoshka-vit-compression"
@@ -160,8 +194,6 @@ def _why_no_wandb() -> str | None:
 def _with_data(cfg: SimpleNamespace) -> Any:
     """Section `data` with the paths of the training and test set."""
     c = cfg.cifar
-    if cfg.data.train_dataset is not None and cfg.data.val_dataset is not None:
-        return cfg.data
     if c.data is not None and len(c.data) == 2:
         train, test = c.data
     elif c.data is not None and len(c.data) != 1:
@@ -173,6 +205,11 @@ def _with_data(cfg: SimpleNamespace) -> Any:
         with Bars() as progress:
             train = named_dataset(name, "train", c.cache, progress=progress)
             test = named_dataset(name, "test", c.cache, progress=progress)
+    if Path(train).resolve() == Path(test).resolve():
+        raise ConfigError(
+            f"{train}: the same images to train and to test on; give a folder with train/ and "
+            "test/ (or val/) alone, or TRAIN.beton,TEST.beton"
+        )
     return replace(cfg.data, train_dataset=str(train), val_dataset=str(test))
 
 

@@ -294,7 +294,8 @@ def is_compression(given: Mapping[str, Any]) -> bool:
     given: the given options in sections.
     """
     net = given.get("model.arch")
-    return net in COMPRESSION_NETS or net in FAMILY_OF.values()
+    nested = str(given.get("model.mrl", 0)).lower() in ("1", "true")
+    return nested or net in COMPRESSION_NETS or net in FAMILY_OF.values()
 
 
 def defaults(given: Mapping[str, Any]) -> dict[str, Any]:

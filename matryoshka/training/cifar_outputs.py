@@ -70,6 +70,12 @@ class CifarOutputs:
         self._wanted = run.cfg.cifar.seed_outputs
         self._started = time.monotonic()
 
+    def start(self, session: Session) -> None:
+        """Link the checkpoint of the run's start: `--resume` finds a run that is stopped early."""
+        session.snapshots.wait()
+        if self._wanted:
+            self._link_checkpoint()
+
     def write_epoch(self, session: Session, metrics: Mapping[str, float]) -> None:
         """Write the epoch that `session.log_epoch` has logged, before `epoch_done` counts it."""
         widest = self._run.dims[-1]

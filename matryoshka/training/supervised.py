@@ -209,7 +209,9 @@ class SupervisedRun:
         if initialise is None:
             return
         scale = self.model.preprocessing
-        chosen = np.arange(min(INITIAL_IMAGES, len(self.train_loader.dataset)))
+        count = len(self.train_loader.dataset)
+        # Evenly over the set: a folder is in the order of its classes.
+        chosen = np.unique(np.linspace(0, count - 1, min(INITIAL_IMAGES, count)).astype(np.int64))
         # The same images on every rank, so that all compute the same weights.
         loader = Loader(
             Subset(self.train_loader.dataset, chosen),
@@ -217,6 +219,7 @@ class SupervisedRun:
             order="sequential",
             crop=CenterCrop(scale.size, scale.ratio),
             device=self.world.device,
+            on_error=self.cfg.data.on_error,
         )
         batch = next(iter(loader))
         initialise(normalise(batch.images, scale.mean, scale.std))

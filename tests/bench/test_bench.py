@@ -173,3 +173,22 @@ def test_the_study_of_adan(tmp_path, capsys, monkeypatch):
     assert adan_study.main(argv) == 0
     with pytest.raises(SystemExit, match="lower --images"):
         adan_study.main([*argv, "--images=30"])
+
+
+def test_runs_of_small_images_are_kept(small_nested, monkeypatch, tmp_path, capsys):
+    import small_images as bench
+
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    (run,) = (small_nested / "runs").glob("*/*")
+    words = [str(run), "--recipe", "tiny", "--data", "digits", "--record"]
+    assert bench.main(words) == 0
+    row = json.loads((tmp_path / "small_images.jsonl").read_text())
+    results = json.loads((run / "results.json").read_text())
+    assert row["top1"] == results["test"]["top_1"]
+    assert row["images"] == 100
+    for dim, value in row["top1"].items():
+        low, high = row["interval"][dim]
+        assert low <= value <= high
+    assert [point["epoch"] for point in row["curve"]] == [0]
+    assert row["git"]["commit"] == json.loads((run / "env.json").read_text())["git"]["commit"]
+    assert "100 images" in capsys.readouterr().out

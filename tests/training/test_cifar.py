@@ -171,12 +171,15 @@ def test_a_second_run_of_the_same_name_overwrites_nothing(nested, digits, monkey
 # ---------------------------------------------------------------- stop and resume
 
 
-def test_a_stopped_run_resumes_to_the_same_weights(digits, nested, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("stop", "epoch"), [(2, 0), (6, 1)])
+def test_a_stopped_run_resumes_to_the_same_weights(
+    digits, nested, tmp_path, monkeypatch, capsys, *, stop, epoch
+):
     original, steps = NonFiniteGuard.before_step, []
 
     def at_step(self):
         steps.append(0)
-        if len(steps) == 6:  # in the second epoch
+        if len(steps) == stop:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self)
 
@@ -185,7 +188,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(digits, nested, tmp_path, mon
     assert "resume with the same command and --resume" in capsys.readouterr().out
     monkeypatch.setattr(NonFiniteGuard, "before_step", original)
     assert train_cifar10.main(command(digits, *NESTED, "--resume")) == 0
-    assert "resume   after step 6, epoch 1" in capsys.readouterr().out
+    assert f"resume   after step {stop}, epoch {epoch}" in capsys.readouterr().out
     ours, theirs = (
         (run_of(folder) / "model.safetensors").read_bytes() for folder in (tmp_path, nested)
     )
@@ -299,8 +302,15 @@ def test_weights_and_biases_get_the_keys_of_both_repositories(digits, monkeypatc
         (["--data=nowhere"], "nowhere"),
         (["--data=a,b,c"], "TRAIN.beton,TEST.beton"),
         (["--bs=0"], "1 or more"),
+        (["--data={train}"], "the same images to train and to test on"),
+        (["--data={train},{train}"], "the same images to train and to test on"),
+        (["--val_share=0.001"], "--val_share 0.001: "),
+        (["--training.eval_only=1"], "evaluate with matryoshka eval"),
+        (["--validation.lr_tta=1"], "matryoshka eval --tta"),
+        (["--data.val_dataset=x.beton"], "give --data TRAIN.beton,TEST.beton"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(digits, tmp_path, more, message, capsys):
-    assert message in refused([*command(digits), *more], capsys)
+    words = [word.format(**digits) for word in more]
+    assert message in refused([*command(digits), *words], capsys)
     assert list(tmp_path.iterdir()) == []

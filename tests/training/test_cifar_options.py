@@ -117,8 +117,7 @@ def test_mrl_flag_chooses_the_kind_of_nesting(argv, arch, efficient, name):
     assert given["model.mrl"] == 1
     assert given.get("model.efficient", 0) == efficient
     assert given["model.dims"] == [8, 16]
-    compression = name == "vitfixedposdualpatchnorm"
-    assert given.get("training.epochs", 200) == (100 if compression else 200)
+    assert given["training.epochs"] == 100
 
 
 @pytest.mark.parametrize(
