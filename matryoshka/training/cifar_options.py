@@ -233,10 +233,17 @@ def translate(flags: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("dimhead", "embedding_dim"):
         if name in flags:
             given["cifar.dim"] = flags[name]
+    if flags.get("select_on_test") and "val_share" in flags:
+        raise config.ConfigError(
+            "--val_share and --select_on_test: the epoch is chosen on one of them; give one"
+        )
     if "data" in flags:
         given["cifar.data"] = tuple(flags["data"].split(","))
     given |= _model(flags)
     betas = {"adan_beta1": 0.02, "adan_beta2": 0.08, "adan_beta3": 0.01}
+    for name in betas:
+        if name in flags and flags.get("opt", "adan") != "adan":
+            raise config.ConfigError(f"--{name} needs --opt adan")
     if any(name in flags for name in betas):
         try:
             given["training.betas"] = adan_betas(*(flags.get(n, betas[n]) for n in betas))
@@ -305,7 +312,7 @@ def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     size = given.get("cifar.size", 384 if net == "vit_timm" else CifarConfig.size)
     optimizer = given.get("training.optimizer", "adam")
     dataset = given.get("cifar.dataset", CifarConfig.dataset)
-    rate = given.get("lr.lr", 1e-4)
+    rate = given.get("lr.lr", given.get("lr.lr_per_256", 1e-4))
     values = {
         "model.arch": "vit",
         "training.epochs": 100 if is_compression(given) else 200,
@@ -325,6 +332,8 @@ def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         "validation.lr_tta": False,
         "logging.folder": f"runs/{as_name(net)}_lr{rate}_{as_name(dataset)}",
     }
+    if "lr.lr_per_256" in given:
+        del values["lr.lr"]  # it would win
     if net == "vit_timm":
         values["model.pretrained"] = True
     if optimizer == "sgd":

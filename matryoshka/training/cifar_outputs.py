@@ -68,6 +68,8 @@ class CifarOutputs:
         self._run = run
         self._names = OutputNames(run.cfg)
         self._wanted = run.cfg.cifar.seed_outputs
+        # Of the averaged weights where there are any: they choose the best epoch.
+        self._accuracy = "ema_top_1" if run.ema is not None else "top_1"
         self._started = time.monotonic()
 
     def start(self, session: Session) -> None:
@@ -81,7 +83,7 @@ class CifarOutputs:
         widest = self._run.dims[-1]
         seconds = time.monotonic() - self._started
         self._started = time.monotonic()
-        accuracy = metrics.get(f"top_1/{widest}")
+        accuracy = metrics.get(f"{self._accuracy}/{widest}")
         loss = metrics.get("val_loss")
         assert session.log is not None
         board = {
@@ -109,7 +111,7 @@ class CifarOutputs:
         """log.txt and log.csv of the run folder, from its `log`: also right after a resume."""
         folder = self._run.start.path
         widest = self._run.dims[-1]
-        key = "top_1" if len(self._run.dims) == 1 else f"top_1_{widest}"
+        key = self._accuracy if len(self._run.dims) == 1 else f"{self._accuracy}_{widest}"
         lines, losses, accuracies = [], [], []
         for line in (folder / "log").read_text().splitlines():
             values = json.loads(line)
@@ -175,6 +177,10 @@ class CifarOutputs:
             lines.append(f"note     no .pth files: {error}")
             files = checkpoint.export_dims(model, folder, stem, EXPORTS[:1])
         if self._wanted:
+            # Links of an earlier run with other dims would mix two runs in one table.
+            for old in self._names.nested.parent.glob(f"{stem}_dim*"):
+                if old.is_symlink():
+                    old.unlink()
             for file in files:
                 _link(self._names.nested.parent / file.name, file)
         return lines

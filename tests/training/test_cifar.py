@@ -160,6 +160,11 @@ def test_a_second_run_of_the_same_name_overwrites_nothing(nested, digits, monkey
     assert (first / "model.safetensors").read_bytes() == before
     link = nested / "checkpoint" / "vitfixedposdualpatchnorm-cifar10-4-ckpt.t7"
     assert second in link.resolve().parents
+    # other dims: no export of the earlier run is left under the common name
+    wider = [word.replace("8,16", "16,24") for word in NESTED]
+    assert train_cifar10.main(command(digits, *wider, "--n_epochs=1")) == 0
+    exports = (nested / "checkpoint" / "nested_models").iterdir()
+    assert {path.stem.rpartition("_")[2] for path in exports} == {"dim16", "dim24"}
     # a file of the user under such a name stays
     text = nested / "log" / f"log_{NAME}.txt"
     text.unlink()

@@ -36,6 +36,10 @@ def test_the_defaults_are_those_of_vision_transformers_cifar10():
     ("argv", "expected"),
     [
         ("--lr 1e-3", {"lr.lr": 1e-3, "logging.folder": "runs/vit_lr0.001_cifar10"}),
+        (
+            "--lr.lr_per_256=0.1",
+            {"lr.lr": None, "lr.lr_per_256": 0.1, "logging.folder": "runs/vit_lr0.1_cifar10"},
+        ),
         ("--bs 128", {"training.global_batch_size": 128, "training.batch_size": 128}),
         ("--n_epochs 7", {"training.epochs": 7}),
         ("--patch 2", {"cifar.patch": 2}),
@@ -129,6 +133,8 @@ def test_mrl_flag_chooses_the_kind_of_nesting(argv, arch, efficient, name):
         ("--mrl_flag --net res18 --mrl_kind nested", "use prefixes or shared"),
         ("--dimhead 8 --embedding_dim 16", "give one"),
         ("--opt adan --adan_beta1 0", "adan_beta1"),
+        ("--opt adam --adan_beta1 .1", "--adan_beta1 needs --opt adan"),
+        ("--select_on_test --val_share .2", "give one"),
         ("--opt lion", "expected one of adam"),
         ("--nett vit", "unknown option '--nett'"),
         ("--training.emma=1", "unknown option 'training.emma'"),
