@@ -21,6 +21,7 @@ from torch import Tensor
 from matryoshka.checkpoint.contents import CheckpointError, Contents, preprocessing_of
 from matryoshka.checkpoint.torch_files import is_whole
 from matryoshka.data.augment import Preprocessing
+from matryoshka.data.catalogue import normalisation
 from matryoshka.files import write_atomically
 from matryoshka.models import ModelSpec, NestedModel
 from matryoshka.models.patches import UNIT_VARIANCE, sincos_positions
@@ -42,12 +43,6 @@ CLASSES = {
     "ViT_LearnPos": Layout("vitlearnedpos", "to_patch_embedding.1", False),
 }
 OUTPUT = "ViTFixedPosDualPatchNorm"
-
-# Mean and std that the repository normalises with, by the number of classes.
-CIFAR = {
-    10: ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    100: ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-}
 
 # (name below a block of ours, name below a layer of theirs)
 BLOCK_NAMES = (
@@ -279,7 +274,8 @@ def _extra(
                 f"{path}: its preprocessing is damaged; get another copy of it"
             ) from None
     classes = kwargs["num_classes"]
-    mean, std = CIFAR.get(classes, CIFAR[10])
+    # What the repository trains on, by the number of classes.
+    data, name = ("cifar100", "CIFAR-100") if classes == 100 else ("cifar10", "CIFAR-10")
+    mean, std = normalisation(data)
     preprocessing = Preprocessing(size=kwargs["image_size"], ratio=1.0, mean=mean, std=std)
-    name = "CIFAR-100" if classes == 100 else "CIFAR-10"
     return preprocessing, None, [f"the file has no mean and std, assumed those of {name}"]

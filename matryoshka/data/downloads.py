@@ -79,6 +79,10 @@ def _fetched(file: RemoteFile, path: Path, progress: Progress | None) -> bool:
     with open(part, "ab") as output:
         # Two processes that append to one file would damage it: the second one waits.
         fcntl.flock(output, fcntl.LOCK_EX)
+        if not part.exists() or not os.path.samestat(os.fstat(output.fileno()), part.stat()):
+            # The other process has finished, or has refused what it received: look again.
+            return not path.exists() and _fetched(file, path, progress)
+        output.seek(0, os.SEEK_END)  # the position from before the wait
         if path.exists():
             if os.fstat(output.fileno()).st_size == 0:  # created by the line above
                 part.unlink(missing_ok=True)

@@ -113,6 +113,11 @@ def _refuse_other_purposes(cfg: SimpleNamespace) -> None:
             "validation.lr_tta=1: matryoshka cifar looks at one view of each image; for mirror "
             "images use matryoshka eval --tta"
         )
+    if cfg.data.loader != "native":
+        raise ConfigError(
+            f"data.loader={cfg.data.loader}: reads whole .beton files alone, not the part that "
+            "validation leaves; use data.loader=native"
+        )
     paths = (cfg.data.train_dataset, cfg.data.val_dataset)
     if any(path is not None for path in paths):
         raise ConfigError(

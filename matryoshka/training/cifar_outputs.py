@@ -67,7 +67,7 @@ class CifarOutputs:
     def __init__(self, run: SupervisedRun) -> None:
         self._run = run
         self._names = OutputNames(run.cfg)
-        self._wanted = run.cfg.cifar.seed_outputs
+        self._wanted = run.cfg.cifar.seed_outputs and _links_work(run)
         # Of the averaged weights where there are any: they choose the best epoch.
         self._accuracy = "ema_top_1" if run.ema is not None else "top_1"
         self._started = time.monotonic()
@@ -188,6 +188,22 @@ class CifarOutputs:
 
 def _known(values: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _links_work(run: SupervisedRun) -> bool:
+    """Whether this folder takes the links; a note if it does not, on FAT for example."""
+    try:
+        for folder in (Path("checkpoint"), Path("log")):
+            folder.mkdir(exist_ok=True)
+        _link(Path("log") / f".try-{run.start.path.name}", run.start.path)
+        (Path("log") / f".try-{run.start.path.name}").unlink()
+    except OSError as error:
+        run.print0(
+            f"note     no links in checkpoint/ and log/: {error.strerror or error}; all outputs "
+            f"are in {run.start.path}"
+        )
+        return False
+    return True
 
 
 def _link(name: Path, target: Path) -> None:

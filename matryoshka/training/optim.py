@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from matryoshka.models.vit import DynamicTanh
 from matryoshka.nested import NestedLinear
 from matryoshka.training.muon import MuonRules, make_muon
 from matryoshka.training.options import ADAN_BETAS, OPTIMIZERS, LrConfig, TrainingConfig
@@ -72,7 +73,13 @@ def parameter_groups(model: nn.Module, weight_decay: float, norm_weight_decay: f
     ResNet's `downsample.1`. The last `classifiers` (a count) parameters of a group belong to nested
     heads: `make_optimizer` treats them apart.
     """
-    norm_types = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+    norm_types = (
+        nn.modules.batchnorm._NormBase,
+        nn.LayerNorm,
+        nn.GroupNorm,
+        nn.RMSNorm,
+        DynamicTanh,  # stands in place of a norm
+    )
     in_norms: set[int] = set()
     in_heads: set[int] = set()
     for module in model.modules():

@@ -199,6 +199,26 @@ def test_two_at_a_time_give_one_file(server, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.tar.gz"]
 
 
+@pytest.mark.parametrize("what", ["part", "refused"])
+def test_a_download_continues_what_another_process_left(server, tmp_path, monkeypatch, what):
+    """While this one waited, the other has received a part, or has deleted what it received."""
+    lock = downloads.fcntl.flock
+    part = tmp_path / "a.tar.gz.part"
+
+    def after_waiting(output, operation):
+        monkeypatch.setattr(downloads.fcntl, "flock", lock)
+        if what == "part":
+            part.write_bytes(BODY[:1000])
+        else:
+            part.unlink()
+        lock(output, operation)
+
+    monkeypatch.setattr(downloads.fcntl, "flock", after_waiting)
+    file = remote(server)
+    assert downloaded(file, tmp_path).read_bytes() == BODY
+    assert server.asked == (["bytes=1000-"] if what == "part" else [None])
+
+
 def test_a_folder_that_cannot_be_created(server, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DownloadError, match="file"):

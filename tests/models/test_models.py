@@ -341,6 +341,15 @@ def test_rate_is_linear_in_the_global_batch():
     assert peak_lr(LrConfig(lr=0.5, lr_per_256=9), 4096) == 0.5, "lr overrides lr_per_256"
 
 
+def test_dynamic_tanh_has_the_weight_decay_of_a_norm():
+    options = {"dim": 16, "depth": 1, "heads": 2}
+    model = build(ModelSpec("dyt", 3, (16,), arch_options=options))
+    norms, _ = parameter_groups(model, 1e-4, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)].removeprefix("trunk.blocks.0.norm1.") for p in norms["params"]}
+    assert {"alpha", "weight", "bias"} <= found
+
+
 def test_weight_decay_groups_by_type():
     model = build(ModelSpec("resnet18", 10, (8, 512)))
     norms, others = parameter_groups(model, 1e-4, 0.0)

@@ -173,6 +173,15 @@ def test_a_second_run_of_the_same_name_overwrites_nothing(nested, digits, monkey
     assert text.read_text() == "mine"
 
 
+def test_a_folder_without_links_gets_a_note(digits, tmp_path, capsys):
+    """A file called log, or a file system without links, must not end a run after an epoch."""
+    (tmp_path / "log").write_text("mine")
+    assert train_cifar10.main(command(digits, *NESTED, "--n_epochs=1")) == 0
+    assert "note     no links in checkpoint/ and log/: " in capsys.readouterr().out
+    assert (run_of(tmp_path) / "model.safetensors").is_file()
+    assert (tmp_path / "log").read_text() == "mine"
+
+
 # ---------------------------------------------------------------- stop and resume
 
 
@@ -310,6 +319,7 @@ def test_weights_and_biases_get_the_keys_of_both_repositories(digits, monkeypatc
         (["--data={train}"], "the same images to train and to test on"),
         (["--data={train},{train}"], "the same images to train and to test on"),
         (["--val_share=0.001"], "--val_share 0.001: "),
+        (["--data.loader=ffcv"], "use data.loader=native"),
         (["--training.eval_only=1"], "evaluate with matryoshka eval"),
         (["--validation.lr_tta=1"], "matryoshka eval --tta"),
         (["--data.val_dataset=x.beton"], "give --data TRAIN.beton,TEST.beton"),
