@@ -74,9 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for each in models:
             each.model.to(world.device).to(memory_format=torch.channels_last)
         found = about(args, models, dataset, name)
+        named = "" if name == OWN else f"{name}, "
         print(f"{found['checkpoint']}: {found['arch']}, dims {' '.join(map(str, found['dims']))}")
         print(
-            f"{found['data']}: {name}, {found['images']:,} images at {found['resolution']} px",
+            f"{found['data']}: {named}{found['images']:,} images at {found['resolution']} px",
             flush=True,
         )
         answers = all_answers(args, models, dataset, world)

@@ -65,6 +65,7 @@ def train(cfg: SimpleNamespace, world: World, notes: Sequence[str] = ()) -> None
         sections=SECTIONS,
         datasets=(images.train, images.validation),
         normalisation=images.normalisation,
+        val_role=images.val_role,
     )
     folder = run.start.path
     if run.start.finished:

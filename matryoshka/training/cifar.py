@@ -81,6 +81,11 @@ class SmallImages:
             self.text = f"chosen   the best epoch on {held}"
         self._chose_on_test = c.select_on_test
 
+    @property
+    def val_role(self) -> str:
+        """What `validation` is for, in the line about the data."""
+        return "to test" if self.validation is self.test else "for validation"
+
     def evaluations(self, run: SupervisedRun) -> Iterator[tuple[str, Loader, str]]:
         """(name, loader, text) of the data sets that the best model is evaluated on."""
         if self.selects and not self._chose_on_test:

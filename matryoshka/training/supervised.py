@@ -88,7 +88,7 @@ class SupervisedRun:
     cfg: sections of training/options.py. print0: prints a line on rank 0. sections: of the program,
     which decide what a resumed run may change. datasets: opened training and validation sets
     instead of data.train_dataset and data.val_dataset. normalisation: mean and std of the images,
-    used unless initial weights have their own. loss: has the signature of nested_cross_entropy.
+    used unless initial weights have their own. val_role: what the validation set is for. loss: has the signature of nested_cross_entropy.
 
     A finished run (`start.finished`) has no loaders and no model.
     """
@@ -107,11 +107,13 @@ class SupervisedRun:
         sections: Mapping[str, type],
         datasets: tuple[Dataset, Dataset] | None = None,
         normalisation: Normalisation | None = None,
+        val_role: str = "for validation",
         loss: Callable = nested_cross_entropy,
     ) -> None:
         self.cfg = cfg
         self.world = world
         self.print0 = print0
+        self._val_role = val_role
         t = cfg.training
         distributed.prepare(world.device, t.seed, t.deterministic)
 
@@ -265,7 +267,7 @@ class SupervisedRun:
         self.print0(f"run      {self.start.path}")
         self.print0(
             f"data     {len(dataset):,} images, {dataset.num_classes} classes; "
-            f"{len(self.val_loader.dataset):,} for validation"
+            f"{len(self.val_loader.dataset):,} {self._val_role}"
         )
         self.print0(f"model    {spec.arch}, {spec.head_name}, dims {list(spec.dims)}")
         # compile() changes DDP's wrapper in place: the model's keys stay, and evaluation is not

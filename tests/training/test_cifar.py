@@ -249,7 +249,7 @@ def test_without_validation_images_the_last_weights_are_the_model(digits, capsys
     assert train_cifar10.main(command(digits, *NESTED, *average)) == 0
     out = capsys.readouterr().out
     assert "the weights of the last epoch, without validation" in out
-    assert "400 images, 10 classes" in out
+    assert "400 images, 10 classes; 100 to test" in out
     run = run_of(train_cifar10.Path())
     last = snapshot.read(run / "checkpoints" / "last.safetensors").part("ema.")
     weights = checkpoint.load_model(run / "model.safetensors").state_dict()
