@@ -88,7 +88,8 @@ class SupervisedRun:
     cfg: sections of training/options.py. print0: prints a line on rank 0. sections: of the program,
     which decide what a resumed run may change. datasets: opened training and validation sets
     instead of data.train_dataset and data.val_dataset. normalisation: mean and std of the images,
-    used unless initial weights have their own. val_role: what the validation set is for. loss: has the signature of nested_cross_entropy.
+    used unless initial weights have their own. val_role: what the validation set is for. loss: has
+    the signature of nested_cross_entropy.
 
     A finished run (`start.finished`) has no loaders and no model.
     """
