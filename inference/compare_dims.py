@@ -31,7 +31,8 @@ import torch
 from tqdm import tqdm
 
 from matryoshka import distributed
-from matryoshka.data import CenterCrop, Loader, open_dataset
+from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader
+from matryoshka.data.subset import Subset
 from matryoshka.environment import environment
 from matryoshka.evaluation.dim_answers import (
     DimAnswers,
@@ -42,15 +43,17 @@ from matryoshka.evaluation.dim_answers import (
     sample_of,
 )
 from matryoshka.evaluation.dim_costs import BLOCKS, dim_costs
-from matryoshka.evaluation.dim_models import DimModel, load_dim_models, run_of, test_set_of
+from matryoshka.evaluation.dim_models import DimModel, load_dim_models
 from matryoshka.evaluation.embedding_map import embedding_map
-from matryoshka.evaluation.evaluation_set import OWN, find_images, is_public
+from matryoshka.evaluation.evaluation_set import OWN, is_own, is_public, open_images
+from matryoshka.evaluation.run_images import run_of, run_with_images
 from matryoshka.files import write_atomically
 from matryoshka.report import short_dims
 from matryoshka.report.claims import paired
 from matryoshka.report.dim_plots import plot_confusion, plot_dims, plot_map
 from matryoshka.report.dims import costs_differ, dims_csv, dims_table, error_lines
 
+Data = BetonFile | ImageFolder | Subset
 MAX_CLASSES = 100  # of confusion matrices: 100 x 100 numbers for each dim
 MAX_ERRORS = 15  # most frequent errors that are kept
 FOLDER = "dims"
@@ -60,8 +63,7 @@ FOLDER = "dims"
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     models = load_dim_models(args.path, args.resolution)
-    name, path = images_of(args, models)
-    dataset = open_dataset(path)
+    name, dataset = images_of(args, models)
     for each in models:
         each.model.check_classes(dataset)
     folder = output_folder(args, models)
@@ -74,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for each in models:
             each.model.to(world.device).to(memory_format=torch.channels_last)
         found = about(args, models, dataset, name)
-        named = "" if name == OWN else f"{name}, "
+        named = "".join(f"{word}, " for word in (name, args.split) if word not in (OWN, None))
         print(f"{found['checkpoint']}: {found['arch']}, dims {' '.join(map(str, found['dims']))}")
         print(
             f"{found['data']}: {named}{found['images']:,} images at {found['resolution']} px",
@@ -97,25 +99,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ---------------------------------------------------------------- options
 
 
-def images_of(args: SimpleNamespace, models: Sequence[DimModel]) -> tuple[str, Path]:
-    """(name of the data set, path): of the options, else the test set of the models' run."""
+def images_of(args: SimpleNamespace, models: Sequence[DimModel]) -> tuple[str, Data]:
+    """(name of the data set, images): of the options, else of the models' run."""
+    path = models[0].path
     if args.dataset is not None or args.data_root is not None:
-        if args.dataset is not None and not is_public(args.dataset):
+        if args.dataset is not None and not (is_public(args.dataset) or is_own(args.dataset)):
             raise config.ConfigError(
-                f"--dataset {args.dataset}: expected cifar10, cifar100, stl10, tiny-imagenet or "
-                "hf:OWNER/NAME; for your own images give --data-root"
+                f"--dataset {args.dataset}: expected cifar10, cifar100, stl10, tiny-imagenet, "
+                "hf:OWNER/NAME, or a path of your own"
             )
-        options = SimpleNamespace(**vars(args) | {"dataset": args.dataset or OWN})
-        return find_images(options)
-    for flag in ("split", "cache"):
-        if getattr(args, flag) is not None:
-            raise config.ConfigError(f"--{flag} needs --dataset")
-    run = run_of(models[0].path)
-    name, path = test_set_of(run) if run is not None else (None, None)
-    if path is None or not path.exists():
-        problem = "" if path is None else f"{path}, the run's test set, does not exist here; "
-        raise config.ConfigError(f"{problem}give the images: --dataset cifar10, or --data-root")
-    return name or OWN, path
+    elif run_with_images(path) is None:
+        raise config.ConfigError(f"give the images of {path}: --dataset cifar10, or --data-root")
+    return open_images(args, path)
 
 
 def output_folder(args: SimpleNamespace, models: Sequence[DimModel]) -> Path:
@@ -151,6 +146,7 @@ def about(
         "dims": dims,
         "dataset": name,
         "data": str(dataset.path),
+        "split": args.split,
         "one_pass": single and first.one_pass,
         "classes": classes,
         "class_names": list(names),

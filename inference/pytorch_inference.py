@@ -51,7 +51,7 @@ from matryoshka.data.subset import Subset
 from matryoshka.environment import environment
 from matryoshka.evaluation import analysis
 from matryoshka.evaluation.embedding import EmbeddingJob, EmbeddingOptions
-from matryoshka.evaluation.evaluation_set import find_images
+from matryoshka.evaluation.evaluation_set import OWN, open_images
 from matryoshka.evaluation.imagenet_sets import LabelMapping, match
 from matryoshka.evaluation.options import KINDS, SaveOptions
 from matryoshka.evaluation.predict import predict
@@ -147,7 +147,7 @@ class Request:
     model: NestedModel
     head: str  # of the checkpoint; --nesting-list may leave one prefix of an MRL model
     name: str  # of the data set: a key of FOLDERS, or of a public one
-    dataset: BetonFile | ImageFolder
+    dataset: Data
     data: Data  # the images of `dataset` that have a label
     mapping: LabelMapping
     ood_dataset: BetonFile | ImageFolder | None  # images of none of the model's classes
@@ -157,13 +157,12 @@ class Request:
 
 def resolve(args: SimpleNamespace) -> Request:
     """Open data sets and model; raise errors for contradictory options before any forward pass."""
-    name, path = find_images(args)
+    name, dataset = open_images(args, args.path)
     if name == "O" and args.ood:
         raise config.ConfigError(
             f"--ood {args.ood}: --dataset O has its own images, {OOD_FOLDER}/; drop one of the two"
         )
     ood_path = find_imagenet_o(imagenet_root(args.data_root)) if name == "O" else args.ood
-    dataset = open_dataset(path)
     ood_dataset = open_dataset(ood_path) if ood_path else None
 
     model = load(args)
@@ -198,7 +197,7 @@ def load(args: SimpleNamespace) -> NestedModel:
     return model
 
 
-def labelled_images(dataset: BetonFile | ImageFolder, mapping: LabelMapping) -> Data:
+def labelled_images(dataset: Data, mapping: LabelMapping) -> Data:
     """The images whose label is one of the evaluated classes."""
     is_labelled = mapping.labels.numpy()[dataset.labels] >= 0
     if not is_labelled.any():
@@ -342,7 +341,7 @@ def results_json(request: Request, outcome: Outcome) -> dict[str, Any]:
         dims=model.dims,
         checkpoint=args.path,
         dataset=request.name.replace("/", "-").replace(":", "-"),
-        variant="" if usual_folder else dataset.path.name,
+        variant="" if usual_folder else "-".join([dataset.path.name, *(args.split or "").split()]),
         settings=[f"{args.preprocessing}{preprocessing.size}", outcome.precision],
         tta=args.tta,
         upstream=args.upstream_names,
@@ -359,6 +358,7 @@ def results_json(request: Request, outcome: Outcome) -> dict[str, Any]:
         "dims": list(model.dims),
         "dataset": request.name,
         "data": str(dataset.path),
+        "split": args.split,
         "macs": {str(d): n for d, n in multiply_adds(model, preprocessing.size).items()},
         "one_pass": model.one_pass,
         "classes": classes,
@@ -391,8 +391,9 @@ def summary(request: Request, results: dict[str, Any]) -> list[str]:
         f"{args.path}: {results['arch']}, {results['head']}, {model.spec.num_classes} classes"
     )
     tta = ", tta" if args.tta else ""
+    part = f", {args.split}" if args.split else ""
     lines.append(
-        f"{results['data']}: {results['dataset']}, {results['images']:,} images at "
+        f"{results['data']}: {results['dataset']}{part}, {results['images']:,} images at "
         f"{results['resolution']} px{tta}"
     )
     present = set(mapping.labels[mapping.labels >= 0].tolist())
@@ -440,7 +441,7 @@ def write_retrieval_arrays(args: SimpleNamespace) -> int:
         raise config.ConfigError(
             f"--retrieval_array_path {prefix}: the folder {folder} does not exist; make it first"
         )
-    name = args.dataset.upper()
+    name = (args.dataset or OWN).upper()
     datasets = open_splits(name, imagenet_root(args.data_root))
     model = load(args)
     options = EmbeddingOptions(

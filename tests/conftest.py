@@ -8,9 +8,13 @@ os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", ".hypothesis")
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from matryoshka.data import Digits, write_beton
+
+settings.register_profile("shared machine", deadline=None)  # time is for bench/
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session")

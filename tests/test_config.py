@@ -373,7 +373,7 @@ TYPES = {
 Every = make_dataclass("Every", [(name, kind) for name, (kind, _) in TYPES.items()], frozen=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.fixed_dictionaries({name: values for name, (_, values) in TYPES.items()}))
 def test_yaml_round_trip(tmp_path_factory, values):
     config = SimpleNamespace(every=Every(**values))

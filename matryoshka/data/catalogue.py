@@ -8,6 +8,8 @@ from matryoshka.config.options import did_you_mean
 from matryoshka.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 
 FOLDER = "imagenet"  # the papers' name of any folder of class folders
+# Names of the part to evaluate on; a set has one of them, or two.
+HELD_OUT = ("val", "valid", "validation", "test")
 HUGGING_FACE = "hf:"  # prefix of a data set of the Hugging Face hub, or of local parquet files
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from matryoshka.data.catalogue import HUGGING_FACE
+from matryoshka.data.catalogue import HELD_OUT, HUGGING_FACE
 from matryoshka.data.downloads import NETWORK_SECONDS, within
 from matryoshka.data.layout import BetonError
 from matryoshka.data.reader import printable
@@ -20,7 +20,8 @@ from matryoshka.data.reader import printable
 class HuggingFaceImages:
     """An image and a label column of one split, as a source (see sources.py).
 
-    name: OWNER/NAME on the hub, or a local parquet file or folder of parquet files. The set is
+    name: OWNER/NAME on the hub, or a local parquet file or folder of parquet files. split: a name
+    or an expression of `datasets`; a name of HELD_OUT also finds another of them. The set is
     downloaded, and kept as Arrow files in `cache`, by `datasets`; images are then read one by one.
 
     image_column: default: the column of images. label_column: default: the column of class labels,
@@ -85,9 +86,9 @@ class HuggingFaceImages:
                     files = {split: str(path)}
                     return datasets.load_dataset("parquet", data_files=files, **options)
                 if path.is_dir():
-                    return datasets.load_dataset(str(path.resolve()), **options)
+                    return self._part(datasets, str(path.resolve()), options)
                 with _offline_without_network():
-                    return datasets.load_dataset(name, **options)
+                    return self._part(datasets, name, options)
         except Exception as error:  # datasets and its back ends raise many types
             text = str(error).strip() or type(error).__name__
             reason = printable(text.splitlines()[0])[:300]
@@ -97,6 +98,18 @@ class HuggingFaceImages:
             raise BetonError(
                 f"{self._shown}: split {split} cannot be read: {reason}{remedy}"
             ) from error
+
+    @staticmethod
+    def _part(datasets: Any, path: str, options: dict[str, Any]) -> Any:
+        """The rows of options["split"]; `test` and `val` are whatever part is held out."""
+        split = options["split"]
+        if split in HELD_OUT:
+            parts = datasets.load_dataset(path, cache_dir=options["cache_dir"])
+            for name in sorted(HELD_OUT, key=lambda name: name != split):
+                if name in parts:
+                    return parts[name]
+            raise ValueError(f"its splits are {', '.join(parts)}")
+        return datasets.load_dataset(path, **options)
 
     def _image_column(self, datasets: Any, features: dict[str, Any], wanted: str | None) -> str:
         if wanted is not None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import re
 import zlib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from matryoshka.config.options import did_you_mean
 from matryoshka.data.catalogue import (
     FOLDER,
+    HELD_OUT,
     HUGGING_FACE,
     SETS,
     check_split,
@@ -30,7 +32,14 @@ from matryoshka.data.small_sets import READERS
 from matryoshka.data.sources import PARTS, Digits
 from matryoshka.data.writer import Source, write_beton
 
-__all__ = ["CACHE", "named_dataset", "named_source", "normalisation"]
+__all__ = [
+    "CACHE",
+    "named_dataset",
+    "named_source",
+    "normalisation",
+    "part_of",
+    "validation_folder",
+]
 
 CACHE = "./data"
 _RAW_BYTES = 3 * 96 * 96  # larger images of hf: data sets are stored as JPEG
@@ -113,7 +122,7 @@ def named_dataset(
             "smart_threshold": _RAW_BYTES,
         }
     else:
-        return _part_of(Path(name), split)
+        return part_of(Path(name), split)
     path = Path(cache) / f"{stem}.beton"
     if path.exists():
         BetonFile(path).close()  # an error that names it, if it is damaged
@@ -144,8 +153,11 @@ def _changes(name: str) -> list[tuple[str, int, int]]:
     return [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
-def _part_of(path: Path, split: str) -> Path:
-    """The part of a folder that `split` means; the path itself if it has no parts."""
+def part_of(path: Path, split: str) -> Path:
+    """The part of a folder that `split` means; the path itself if it has no parts.
+
+    BetonError if nothing is there, or if the folder has parts, but not this one.
+    """
     if path.is_file():
         return path
     if not path.is_dir():
@@ -160,11 +172,20 @@ def _part_of(path: Path, split: str) -> Path:
     candidates |= {part: file for part, file in files.items() if file.is_file()}
     if not candidates:
         return path
-    held_out = [part for part in PARTS if part != "train"]
     wanted = [split]
-    if split in held_out:
-        wanted = sorted(held_out, key=lambda part: part != split)
+    if split in HELD_OUT:
+        wanted = sorted(HELD_OUT, key=lambda part: part != split)
     for part in wanted:
         if part in candidates:
             return candidates[part]
     raise BetonError(f"{path}: has {', '.join(candidates)}, but no {' or '.join(wanted)}")
+
+
+def validation_folder(data: Sequence[str] | None) -> Path | None:
+    """val/ of the one folder `data`, if it has test/ as well: then val/ is for validation."""
+    if data is None or len(data) != 1:
+        return None
+    folder = Path(data[0])
+    if (folder / "test").is_dir() and (folder / "val").is_dir():
+        return folder / "val"
+    return None

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from matryoshka.data import _native
+from matryoshka.data.catalogue import HELD_OUT
 from matryoshka.data.layout import JPG, RAW, BetonError, Samples
 from matryoshka.data.pages import MapFeed
 from matryoshka.data.reader import BetonFile
@@ -184,7 +185,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 # Names of a data set's parts, not of classes: train, and one or more of the others.
-PARTS = ("train", "val", "valid", "validation", "test")
+PARTS = ("train", *HELD_OUT)
 
 
 def parts_in(folder: str | os.PathLike) -> list[str]:

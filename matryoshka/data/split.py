@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from matryoshka.data.dataset import Dataset
+from matryoshka.data.subset import Subset
+
+
+def held_out(train: Dataset, share: float, seed: int) -> tuple[Subset, Subset]:
+    """(training part, validation part) of a training set; see stratified_split."""
+    kept, taken = stratified_split(train.labels, share, seed)
+    return Subset(train, kept), Subset(train, taken)
+
 
 def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions of (training, validation) samples, int64, both sorted: a part of every class.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from matryoshka.checkpoint.published import PREFIXES, load_any
 from matryoshka.config import ConfigError
@@ -15,7 +13,6 @@ from matryoshka.models import NestedModel
 
 FINAL = "model.safetensors"  # of a run folder
 EXPORTS = (".safetensors", ".pth")  # the first is preferred where both exist
-PARAMS = "params.json"  # options of a run
 
 
 @dataclass(frozen=True)
@@ -87,27 +84,3 @@ def _exports(folder: Path) -> list[str]:
 
 def _task(model: NestedModel) -> tuple:
     return model.spec.num_classes, model.preprocessing.size, model.preprocessing.ratio
-
-
-# ---------------------------------------------------------------- the run of a model
-
-
-def run_of(path: str) -> Path | None:
-    """The run folder that a model file lies in; None for a file without one."""
-    real = Path(path).resolve()
-    for folder in list(real.parents)[:2]:  # exports are in a folder of the run
-        if (folder / PARAMS).is_file():
-            return folder
-    return None
-
-
-def test_set_of(run: Path) -> tuple[str | None, Path | None]:
-    """(name of the public data set or None, path) of the images that a run is evaluated on."""
-    try:
-        params: dict[str, Any] = json.loads((run / PARAMS).read_text(encoding="utf-8"))
-        path = params.get("data.val_dataset")
-    except (OSError, ValueError, RecursionError, AttributeError):
-        return None, None
-    own = params.get("cifar.data") is not None
-    name = None if own else params.get("cifar.dataset")
-    return name, Path(path) if isinstance(path, str) else None

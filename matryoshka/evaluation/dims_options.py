@@ -26,7 +26,8 @@ class DimsOptions:
     )
     dataset: str | None = option(
         None,
-        help="cifar10, cifar100, stl10, tiny-imagenet or hf:OWNER/NAME; unset: the run's test set",
+        help="cifar10, cifar100, stl10, tiny-imagenet, hf:OWNER/NAME or a path of your own; unset: "
+        "the run's test set",
         common=True,
     )
     data_root: str | None = option(
@@ -38,7 +39,9 @@ class DimsOptions:
         existing=True,
     )
     split: str | None = option(
-        None, help="part of --dataset to evaluate on; unset: test or val", common=True
+        None,
+        help="part of --dataset to evaluate on, unset: test or val; of a run: test or validation",
+        common=True,
     )
     cache: str | None = option(
         None, help=f"folder of downloaded data sets; unset: {CACHE}", metavar="DIR"

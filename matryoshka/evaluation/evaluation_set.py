@@ -1,7 +1,6 @@
 """The images of an evaluation: a test set of ImageNet, a public set by name, or the user's own.
 
-name, path = find_images(options)       # ("cifar10", data/cifar10-test.beton)
-dataset = open_dataset(path)
+name, dataset = open_images(options, "model.safetensors")  # ("cifar10", data/cifar10-test.beton)
 """
 
 from __future__ import annotations
@@ -11,14 +10,36 @@ from types import SimpleNamespace
 
 from matryoshka.config import ConfigError
 from matryoshka.config.options import did_you_mean
+from matryoshka.data import BetonFile, ImageFolder, open_dataset
 from matryoshka.data.bars import Bars
 from matryoshka.data.catalogue import HUGGING_FACE, SETS
 from matryoshka.data.imagenet import FOLDERS, canonical_name, find_dataset, imagenet_root
-from matryoshka.data.named import named_dataset
+from matryoshka.data.named import named_dataset, part_of
+from matryoshka.data.subset import Subset
 from matryoshka.evaluation.options import CACHE
+from matryoshka.evaluation.run_images import images_of_run, run_with_images
 
 OWN = "V1"  # the data set whose folder may be any folder
-HELD_OUT = ("test", "val")  # names of the part to evaluate on
+HELD_OUT = "test"  # the part to evaluate on; a set may call it val
+
+
+def open_images(
+    options: SimpleNamespace, model: str
+) -> tuple[str, BetonFile | ImageFolder | Subset]:
+    """(name of the data set, images) that EvaluationSetOptions mean for a model file.
+
+    Without --dataset and --data-root the images of the model's run, if it is one of
+    train_cifar10.py; else V1. ConfigError as find_images and images_of_run.
+    """
+    if options.dataset is None and options.data_root is None:
+        run = run_with_images(model)
+        if run is not None:
+            if options.cache is not None:
+                raise ConfigError(f"--cache: the images are those of {run}; add --dataset")
+            name, images = images_of_run(run, options.split)
+            return name or OWN, images
+    name, path = find_images(options)
+    return name, open_dataset(path)
 
 
 def find_images(options: SimpleNamespace) -> tuple[str, Path]:
@@ -28,18 +49,23 @@ def find_images(options: SimpleNamespace) -> tuple[str, Path]:
     has its images: a .beton file, a folder of class folders, or a folder with test/ or val/.
     ConfigError for a name that is unknown, and for options that this data set does not have.
     """
-    name, root = options.dataset, options.data_root
+    name, root = options.dataset or OWN, options.data_root
+    if is_own(name):
+        if root is not None or options.cache is not None:
+            flag = "cache" if root is None else "data-root"
+            raise ConfigError(f"--dataset {name} names the images itself; drop --{flag}")
+        return OWN, part_of(Path(name), options.split or HELD_OUT)
     if not is_public(name):
-        check_imagenet_name(options)
+        check_imagenet_name(name, options)
         name = canonical_name(name)
         root = imagenet_root(root)
         path = find_dataset(name, root)
         if name == OWN and path == Path(root) and (path / "train").is_dir():
-            path = part_of(path, HELD_OUT[0])
+            path = part_of(path, HELD_OUT)
         return name, path
 
     name = name if name.startswith(HUGGING_FACE) else name.lower()
-    split = options.split or HELD_OUT[0]
+    split = options.split or HELD_OUT
     if root is not None:
         if options.cache is not None:
             raise ConfigError("--cache is for data sets without --data-root; drop one of the two")
@@ -53,9 +79,14 @@ def is_public(name: str) -> bool:
     return name.lower() in SETS or name.startswith(HUGGING_FACE)
 
 
-def check_imagenet_name(options: SimpleNamespace) -> None:
-    """ConfigError unless --dataset is a test set of ImageNet, without options of other sets."""
-    name = options.dataset
+def is_own(name: str) -> bool:
+    """Whether this is a path of the user's own images; a name wins over a file called like it."""
+    is_name = is_public(name) or name.lower() in (key.lower() for key in FOLDERS)
+    return not is_name and Path(name).exists()
+
+
+def check_imagenet_name(name: str, options: SimpleNamespace) -> None:
+    """ConfigError unless `name` is a test set of ImageNet, without options of other sets."""
     if name.lower() not in (key.lower() for key in FOLDERS):
         known = [*FOLDERS, *SETS]
         raise ConfigError(
@@ -67,13 +98,3 @@ def check_imagenet_name(options: SimpleNamespace) -> None:
             raise ConfigError(
                 f"--{flag} is for public data sets such as cifar10; --dataset {name} has none"
             )
-
-
-def part_of(root: Path, split: str) -> Path:
-    """The part `split` of a folder with train/, test/ or val/; `root` itself if it has none."""
-    names = sorted(HELD_OUT, key=lambda part: part != split) if split in HELD_OUT else [split]
-    for name in names:
-        for path in (root / name, root / f"{name}.beton"):
-            if path.exists():
-                return path
-    return root

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from matryoshka.data import BetonFile, ImageFolder
 from matryoshka.data.imagenet import CLASSES, FOLDERS, SUBSETS, ImageNetError, wnids
+from matryoshka.data.subset import Subset
 from matryoshka.models import NestedModel
 
 
@@ -34,7 +35,7 @@ class LabelMapping(NamedTuple):
         return logits if self.columns is None else logits.index_select(2, self.columns)
 
 
-def match(name: str, dataset: BetonFile | ImageFolder, model: NestedModel) -> LabelMapping:
+def match(name: str, dataset: BetonFile | ImageFolder | Subset, model: NestedModel) -> LabelMapping:
     """The LabelMapping of `dataset`, opened as data set `name`, for `model`.
 
     A class folder is matched by its name, a WordNet id or (V2) a class number, never by its rank

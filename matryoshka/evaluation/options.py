@@ -66,10 +66,12 @@ class ImagesOptions:
 class EvaluationSetOptions:
     """The images of an evaluation; see evaluation_set.py."""
 
-    dataset: str = option(
-        "V1",
+    dataset: str | None = option(
+        None,
         help="V1 (the validation set of ImageNet-1K, or images of your own: --data-root), V2, A, "
-        "R, Sketch or O; cifar10, cifar100, stl10, tiny-imagenet or hf:OWNER/NAME",
+        "R, Sketch or O; cifar10, cifar100, stl10, tiny-imagenet or hf:OWNER/NAME; a path of "
+        "your own; unset: the "
+        "test set of the model's run, else V1",
     )
     data_root: str | None = option(
         None,
@@ -82,7 +84,9 @@ class EvaluationSetOptions:
         existing=True,
     )
     split: str | None = option(
-        None, help="cifar10 and the like: the part to evaluate on; unset: test or val"
+        None,
+        help="cifar10 and the like: the part to evaluate on; unset: test or val; of a run: test "
+        "or validation",
     )
     cache: str | None = option(
         None, help=f"cifar10 and the like: folder of downloads; unset: {CACHE}", metavar="DIR"

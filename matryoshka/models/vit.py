@@ -59,7 +59,22 @@ class DynamicTanh(nn.Module):
         return torch.tanh(self.alpha * x) * self.weight + self.bias
 
 
+WRITTEN_OUT = 128  # tokens up to which `attend` may do without the fused kernel
 NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "tanh": DynamicTanh}
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, drop: float) -> Tensor:
+    """softmax(Q K^T / sqrt(E)) V: [B, heads, N, E] each -> [B, heads, N, E].
+
+    Written out where PyTorch's fused kernel is slow: its backward pass in bfloat16 on a CPU, of few
+    tokens. Forward and backward of [256, 4, 64, 32] on two AMD EPYC cores with AVX-512 BF16: 70 ms
+    fused, 14 ms so; of 256 tokens the two are equal (bench/NOTES.md).
+    """
+    slow = queries.device.type == "cpu" and queries.dtype == torch.bfloat16
+    if not (slow and queries.requires_grad and keys.shape[2] <= WRITTEN_OUT):
+        return F.scaled_dot_product_attention(queries, keys, values, dropout_p=drop)
+    weights = (queries * queries.shape[3] ** -0.5 @ keys.transpose(2, 3)).softmax(3)
+    return F.dropout(weights, drop) @ values
 
 
 class Attention(nn.Module):
@@ -104,7 +119,7 @@ class Attention(nn.Module):
         queries, keys, values = self._split(queries), self._split(keys), self._split(values)
         drop = self.drop_scores if self.training else 0.0
         if self.temperature is None:
-            mixed = F.scaled_dot_product_attention(queries, keys, values, dropout_p=drop)
+            mixed = attend(queries, keys, values, drop)
         else:
             tokens = x.shape[1]
             others = ~torch.eye(tokens, dtype=torch.bool, device=x.device)[:first]

@@ -64,21 +64,7 @@ def check(cfg: SimpleNamespace, processes: int) -> None:
                 f"classes; give one of them, such as {value}/{parts[0]}"
             )
 
-    # ---- options by themselves and against the machine ----
-    check_crops(cfg)
-    check_loader(cfg)
-    distributed.check(training.distributed, training.device)
-    device = distributed.pick_device(training.device, 0)
-    distributed.pick_precision(training.precision, device)
-    if training.sync_bn and device.type != "cuda":
-        raise config.ConfigError(
-            f"training.sync_bn=1 needs GPUs, the device is {device.type}; leave it out"
-        )
-    if training.deterministic and training.compile:
-        raise config.ConfigError(
-            "training.compile=1 and training.deterministic=1: compiled code is not deterministic; "
-            "leave one out"
-        )
+    check_options(cfg)
     if training.eval_only:
         return
 
@@ -106,6 +92,27 @@ def check(cfg: SimpleNamespace, processes: int) -> None:
     check_classes(train_set, val_set)
     check_mixing(cfg, spec)
     global_batch_size(cfg, processes, images=len(train_set))
+
+
+def check_options(cfg: SimpleNamespace) -> None:
+    """ConfigError for options that are wrong by themselves or for this machine, whatever the data
+    are.
+    """
+    training = cfg.training
+    check_crops(cfg)
+    check_loader(cfg)
+    distributed.check(training.distributed, training.device)
+    device = distributed.pick_device(training.device, 0)
+    distributed.pick_precision(training.precision, device)
+    if training.sync_bn and device.type != "cuda":
+        raise config.ConfigError(
+            f"training.sync_bn=1 needs GPUs, the device is {device.type}; leave it out"
+        )
+    if training.deterministic and training.compile:
+        raise config.ConfigError(
+            "training.compile=1 and training.deterministic=1: compiled code is not deterministic; "
+            "leave one out"
+        )
 
 
 def check_mixing(cfg: SimpleNamespace, spec: ModelSpec) -> None:

@@ -10,17 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-
 from matryoshka.config import ConfigError
 from matryoshka.data import Loader, open_dataset
 from matryoshka.data.bars import Bars
-from matryoshka.data.catalogue import normalisation
-from matryoshka.data.dataset import Dataset
-from matryoshka.data.named import named_dataset
-from matryoshka.data.split import stratified_split
-from matryoshka.data.subset import Subset
+from matryoshka.data.catalogue import HUGGING_FACE, normalisation
+from matryoshka.data.named import named_dataset, validation_folder
+from matryoshka.data.split import held_out
 from matryoshka.models import FAMILIES, model_spec, option_names
+from matryoshka.training.checks import check_options
 from matryoshka.training.cifar_options import is_compression
 from matryoshka.training.cifar_outputs import newest_run
 from matryoshka.training.loaders import check_classes
@@ -43,6 +40,7 @@ def resolved(cfg: SimpleNamespace) -> tuple[SimpleNamespace, list[str]]:
     model_spec(cfg.model, CLASSES_OF_A_TRIAL)  # its errors, before a download
     cfg.training = _with_newest_run(cfg)
     cfg.logging, wandb_notes = _with_wandb(cfg)
+    check_options(cfg)
     cfg.data = _with_data(cfg)
     lines += [f"note     {note}" for note in (*notes, *wandb_notes)]
     return cfg, lines
@@ -61,7 +59,7 @@ class SmallImages:
         self.test = open_dataset(cfg.data.val_dataset)
         self.selects = True
         self.normalisation = normalisation(c.dataset)
-        own = _validation_folder(c.data)
+        own = validation_folder(c.data)
         if own is not None and not c.select_on_test:
             check_classes(train, open_dataset(own))
         if c.select_on_test:
@@ -75,9 +73,14 @@ class SmallImages:
             self.selects = False
             self.text = "chosen   the weights of the last epoch, without validation"
         else:
-            kept, held_out = _split(train, c.val_share, cfg.training.seed)
-            self.train, self.validation = Subset(train, kept), Subset(train, held_out)
-            held = f"{len(held_out):,} of the {len(train):,} training images"
+            try:
+                self.train, self.validation = held_out(train, c.val_share, cfg.training.seed)
+            except ValueError as error:
+                raise ConfigError(
+                    f"--val_share {c.val_share:g}: {error}; give another share, or 0 to train on "
+                    "all images"
+                ) from None
+            held = f"{len(self.validation):,} of the {len(train):,} training images"
             self.text = f"chosen   the best epoch on {held}"
         self._chose_on_test = c.select_on_test
 
@@ -93,15 +96,6 @@ class SmallImages:
             yield "validation", run.val_loader, text
         text = "which chose the epoch" if self._chose_on_test else "used once"
         yield "test", run.loader(self.test), f"{len(self.test):,} images, {text}"
-
-
-def _split(train: Dataset, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        return stratified_split(train.labels, share, seed)
-    except ValueError as error:
-        raise ConfigError(
-            f"--val_share {share:g}: {error}; give another share, or 0 to train on all images"
-        ) from None
 
 
 # ---------------------------------------------------------------- options
@@ -212,9 +206,13 @@ def _with_data(cfg: SimpleNamespace) -> Any:
         )
     else:
         name = c.dataset if c.data is None else c.data[0]
+        _check_columns(name, c)
+        columns = {"image_column": c.image_column, "label_column": c.label_column}
         with Bars() as progress:
-            train = named_dataset(name, "train", c.cache, progress=progress)
-            test = named_dataset(name, "test", c.cache, progress=progress)
+            train, test = (
+                named_dataset(name, part, c.cache, **columns, progress=progress)
+                for part in ("train", "test")
+            )
     if Path(train).resolve() == Path(test).resolve():
         raise ConfigError(
             f"{train}: the same images to train and to test on; give a folder with train/ and "
@@ -223,11 +221,14 @@ def _with_data(cfg: SimpleNamespace) -> Any:
     return replace(cfg.data, train_dataset=str(train), val_dataset=str(test))
 
 
-def _validation_folder(data: tuple[str, ...] | None) -> Path | None:
-    """The folder val/ of a data folder that has test/ as well."""
-    if data is None or len(data) != 1:
-        return None
-    folder = Path(data[0])
-    if (folder / "test").is_dir() and (folder / "val").is_dir():
-        return folder / "val"
-    return None
+def _check_columns(name: str, c: SimpleNamespace) -> None:
+    """ConfigError for columns of a set that has none, and for a file that is one part alone."""
+    if not name.startswith(HUGGING_FACE):
+        for option in ("image_column", "label_column"):
+            if getattr(c, option) is not None:
+                raise ConfigError(f"cifar.{option} is for {HUGGING_FACE} data sets; leave it out")
+    elif Path(name.removeprefix(HUGGING_FACE)).is_file():
+        raise ConfigError(
+            f"{name}: one file has no part to test on; give the folder of a train- and a "
+            "test-*.parquet"
+        )

@@ -52,6 +52,10 @@ class CifarConfig:
         affects_result=False,
     )
     cache: str = option("data", help="folder of downloaded data sets", affects_result=False)
+    image_column: str | None = option(None, help="of hf: data sets; unset: the column of images")
+    label_column: str | None = option(
+        None, help="of hf: data sets; unset: the column of class labels"
+    )
     net: str | None = option(
         None, help="name in the outputs; unset: model.arch", affects_result=False
     )

@@ -30,7 +30,7 @@ def batch(b, height, width, seed=0, layout=torch.channels_last):
 # ---------------------------------------------------------------- mixtures
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     b=st.integers(1, 5),
     height=st.integers(1, 12),
@@ -53,7 +53,7 @@ def test_mixup_equals_the_formula(*, b, height, width, alpha, seed, layout):
         assert (mixed.labels[i], mixed.other[i]) == (labels[i], labels[i - 1])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     b=st.integers(1, 5),
     height=st.integers(1, 12),
@@ -227,7 +227,7 @@ def test_each_operation_is_that_of_pillow(name, level, photo):
             )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(GEOMETRY),
     level=st.floats(-1, 1),
@@ -306,7 +306,7 @@ def test_operations_and_ranges_are_those_of_torchvision():
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     b=st.integers(0, 6),
     height=st.integers(1, 9),

@@ -85,7 +85,7 @@ def test_an_adjustment_that_is_off_is_left_out():
     assert not torch.equal(turned, images)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     b=st.integers(1, 5),
     height=st.integers(1, 20),

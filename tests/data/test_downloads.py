@@ -89,7 +89,7 @@ def test_a_file_is_fetched_once(server, tmp_path):
     assert [p.name for p in folder.iterdir()] == ["a.tar.gz"]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(cuts=st.lists(st.integers(1, 4000), max_size=5), ranges=st.booleans())
 def test_an_interrupted_download_continues(running, tmp_path_factory, cuts, ranges):
     tmp_path = tmp_path_factory.mktemp("cut")

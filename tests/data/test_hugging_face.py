@@ -192,3 +192,19 @@ def test_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(BetonError, match=r"pip install 'matryoshka-vision\[hf\]'"):
         opened("a/b", tmp_path)
+
+
+@pytest.mark.parametrize("held_out", ["validation", "test"])
+def test_the_part_to_evaluate_on_is_found_under_its_name(held_out, write, tmp_path):
+    write("set/train-00000-of-00001.parquet")
+    folder = write(f"set/{held_out}-00000-of-00001.parquet", kind=[1] * 12).parent
+    for wanted in ("test", "val"):
+        beton = named_dataset(f"hf:{folder}", wanted, tmp_path / "cache")
+        assert stored(beton)[1] == [1] * 12
+    assert stored(named_dataset(f"hf:{folder}", "train", tmp_path / "cache"))[1] != [1] * 12
+
+
+def test_a_set_without_a_part_to_evaluate_on_says_what_it_has(write, tmp_path):
+    folder = write("set/train-00000-of-00001.parquet").parent
+    with pytest.raises(BetonError, match="its splits are train"):
+        named_dataset(f"hf:{folder}", "test", tmp_path / "cache")

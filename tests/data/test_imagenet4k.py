@@ -135,7 +135,7 @@ def test_the_draw_is_the_seeds_and_a_classs_own(options, tmp_path):
     assert len(open_dataset(tmp_path / "d" / FILES[1])) == 5, "images in the database"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sets(st.text("abc0", min_size=1, max_size=5), max_size=30), st.integers(0, 2**64 - 1))
 def test_a_draw_is_a_permutation_that_the_order_of_the_folder_does_not_change(names, seed):
     order = build_imagenet4k.drawn(sorted(names), WNIDS[0], seed)

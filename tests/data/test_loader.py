@@ -40,7 +40,7 @@ def beton(tmp_path_factory, folder):
 # ---------------------------------------------------------------- order
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     n=st.integers(0, 200),
     batch=st.integers(1, 50),

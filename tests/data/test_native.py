@@ -127,7 +127,7 @@ ranges = st.tuples(st.floats(0.01, 20), st.floats(0.01, 20)).map(lambda pair: tu
 images = st.tuples(sizes, sizes, st.integers(-(2**63), 2**63 - 1))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(images, *[st.integers(0, 2**64 - 1)] * 2, st.tuples(ranges, ranges, st.floats(0, 1)))
 def test_random_crops_of_anything(image, seed, epoch, draw):
     check_crops([image], seed, epoch, draw)
@@ -179,7 +179,7 @@ def cropped_pictures(draw, limit=90):
     return picture(height, width, draw(st.integers(0, 9))), crop, out
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cropped_pictures(), st.sampled_from([*KINDS, "raw"]))
 def test_samples_of_every_kind(case, kind):
     pixels, crop, size = case

@@ -38,7 +38,7 @@ def most_at_a_time(groups):
     return most
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     pages=files(), window=st.integers(1, 50), seed=st.integers(0, 2**63), epoch=st.integers(0, 1000)
 )
@@ -51,7 +51,7 @@ def test_every_sample_once_and_few_pages_at_a_time(pages, window, seed, epoch):
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     pages=files(),
     window=st.integers(1, 20),
@@ -114,7 +114,7 @@ def test_quasi_random_is_pinned():
         epoch_order(12, "quasi_random", 0, 0, pages=pages, window_pages=0)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), max_size=80))
 def test_argsort_of_keys_that_share_their_upper_bits(drawn):
     keys = np.array([(high << 62) | low for high, low in drawn], np.uint64)

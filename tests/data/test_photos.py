@@ -304,7 +304,7 @@ def test_tables_that_cannot_be_read(tree):
     assert "names no image" in refusal(tree, write(table, "path,label\n1.txt,ant\n"))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.binary(max_size=60), suffix=st.sampled_from(["csv", "jsonl"]), head=st.booleans())
 def test_any_bytes_are_a_table_or_a_photo_error(tmp_path_factory, data, suffix, head):
     root = tmp_path_factory.getbasetemp() / "any-bytes"
@@ -347,7 +347,6 @@ def documented(count, share):
     return max(1, min(round(share * count), count // 2))
 
 
-@settings(deadline=None)
 @given(counts=COUNTS, share=SHARES, seed=SEEDS)
 def test_split_is_stratified_disjoint_and_complete(counts, share, seed):
     photos = make_photos(counts)
@@ -359,7 +358,6 @@ def test_split_is_stratified_disjoint_and_complete(counts, share, seed):
     assert photos.take(val).counts().tolist() == expected
 
 
-@settings(deadline=None)
 @given(counts=COUNTS, share=SHARES, seed=SEEDS, shuffled=SEEDS)
 def test_split_depends_on_seed_and_names_alone(counts, share, seed, shuffled):
     photos = make_photos(counts)
@@ -376,7 +374,6 @@ def test_other_seeds_choose_others():
     assert len(chosen) == 20
 
 
-@settings(deadline=None)
 @given(counts=COUNTS, share=SHARES, seed=SEEDS, data=st.data())
 def test_groups_stay_in_train(counts, share, seed, data):
     photos = make_photos(counts)

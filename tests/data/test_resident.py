@@ -84,7 +84,7 @@ def test_ranks_and_bounded_reading(noise, in_memory):
         assert torch.equal(index, batch.index)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     height=st.integers(1, 30),
     width=st.integers(1, 30),

@@ -28,7 +28,7 @@ PARTS_AND_SEEDS = {
 }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(**PARTS_AND_SEEDS)
 def test_the_counts_are_those_of_largest_remainders(labels, share, seed):
     labels = np.array(labels)

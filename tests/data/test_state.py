@@ -62,7 +62,7 @@ def same(a, b):
 whole_runs = {}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     epoch=st.integers(0, EPOCHS - 1),
     taken=st.integers(0, 5),

@@ -106,7 +106,7 @@ markers = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     width=st.integers(1, 200) | st.integers(1, 40),
     height=st.integers(1, 120) | st.integers(1, 40),

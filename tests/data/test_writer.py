@@ -47,9 +47,7 @@ def test_the_writer_follows_the_layout(tmp_path, mode):
     assert numbers == (modes.count(0), 30, len(data))
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=6),
     limit=st.integers(1, 90),

@@ -232,7 +232,7 @@ def test_encode_takes_both_kinds_of_images_and_leaves_the_model_as_it_was():
 # ---------------------------------------------------------------- parts
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 5), st.sets(st.integers(0, 59)))
 def test_every_missing_row_is_in_one_batch_of_one_process(rows, batch, world, there):
     done = merged([(i, i + 1) for i in there if i < rows])

@@ -34,7 +34,7 @@ META = {
 }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.text(st.characters(), max_size=12), min_size=1, max_size=20),
     st.integers(1, 5),
@@ -129,7 +129,7 @@ def sound(tmp_path_factory):
     return {file: (folder / file).read_bytes() for file in (*ARRAYS, "meta.json")}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from([*ARRAYS, "meta.json"]), st.data())
 def test_damaged_files_are_one_line(tmp_path_factory, sound, file, data):
     folder = tmp_path_factory.mktemp("damaged")

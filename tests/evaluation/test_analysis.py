@@ -16,7 +16,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from matryoshka.evaluation import analysis
 
 DIMS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 nothing = pytest.approx(float("nan"), nan_ok=True)
 
 

@@ -51,7 +51,7 @@ def ranked(database, queries, d):
     return np.array(rows)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_nearest_equals_loops(data):
     """Coordinates of -1, 0, 1 give many equal distances, duplicates and zeros."""
@@ -138,7 +138,7 @@ def test_votes():
 # ---------------------------------------------------------------- class means
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 99), st.integers(2, 5), st.integers(1, 4))
 def test_draws_of_shots(seed, classes, shots):
     labels = torch.tensor(

@@ -13,7 +13,7 @@ from scipy import stats
 from matryoshka.evaluation import cascade
 
 DIMS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 
 
 @st.composite

@@ -184,7 +184,7 @@ def test_it_stops_at_the_first_failure():
     assert later[0][1], "no later cascade passes: the test is vacuous"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), st.integers(1, 3), st.integers(2, 24), st.integers(0, 99))
 def test_few_images_equal_loops(data, g, n, seed):
     """The bounds are so loose that even a test on three images passes."""

@@ -193,9 +193,9 @@ def test_mistakes_are_one_line(run, small_nested, tmp_path, capsys):
     cases = {
         "both have dim 8; give one": ["--path", model, *exports],
         "has no model.safetensors and no exports": ["--path", str(tmp_path / "empty")],
-        "for your own images give --data-root": ["--path", model, "--dataset", "V1"],
-        "--split needs --dataset": ["--path", model, "--split", "test"],
-        "give the images: --dataset cifar10": ["--path", str(alone)],
+        "or a path of your own": ["--path", model, "--dataset", "V1"],
+        "has the parts test and validation": ["--path", model, "--split", "train"],
+        "alone.safetensors: --dataset cifar10, or --data-root": ["--path", str(alone)],
         "--output": ["--path", model, "--output", str(tmp_path / "file")],
         "no such file or folder": ["--path", model, "--data-root", str(tmp_path / "none")],
         "no such checkpoint": ["--path", str(tmp_path / "none.pth")],

@@ -83,7 +83,7 @@ def test_tsne_keeps_clusters_together():
     assert (distances.argmin(1) % 3 == np.arange(60) % 3).mean() > 0.9
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 6), st.integers(1, 4), st.floats(0, 1e30), st.sampled_from(["pca", "tsne"]))
 def test_few_rows_and_equal_rows_have_finite_points(n, d, scale, method):
     found = embedding_map(np.full((n, d), scale, np.float32), method=method)

@@ -1,6 +1,7 @@
 """`eval --dataset`: public sets by name, folders in their place, and models behind links."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from training_commands import refused
 
 from matryoshka.config import ConfigError
 from matryoshka.data import open_dataset
-from matryoshka.evaluation.evaluation_set import find_images, part_of
+from matryoshka.evaluation.evaluation_set import find_images
 
 
 def options(dataset="V1", root=None, split=None, cache=None):
@@ -51,7 +52,7 @@ def test_own_images_may_have_parts(tmp_path):
 def test_a_class_may_have_the_name_of_a_part(tmp_path):
     (tmp_path / "train").mkdir()  # a class of CIFAR-100
     (tmp_path / "tree").mkdir()
-    assert part_of(tmp_path, "test") == tmp_path
+    assert find_images(options("cifar100", tmp_path))[1] == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -90,3 +91,51 @@ def test_eval_on_a_link_of_another_name(small_nested, digits, tmp_path, capsys):
         pytorch_inference.main, [f"--path={pickle}", f"--data-root={digits['val']}"], capsys
     )
     assert "not a checkpoint of plain tensors" in line
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_run_knows_its_own_images(split, small_nested, tmp_path, capsys):
+    """The numbers of results.json are found again, without a word on where the images are."""
+    (model,) = (small_nested / "runs").glob("*/*/model.safetensors")
+    output = tmp_path / "results.json"
+    words = [f"--path={model}", f"--split={split}", f"--output={output}", "--workers=1"]
+    assert pytorch_inference.main(words) == 0
+    found = json.loads(output.read_text())
+    told = json.loads((model.parent / "results.json").read_text())[split]
+    images = {"test": 100, "validation": 40}[split]
+    assert found["images"] == images
+    assert {d: row["top1"] for d, row in found["prefixes"].items()} == pytest.approx(told["top_1"])
+    assert f"V1, {split}, {images} images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({}, "has the parts test and validation"),
+        ({"cifar.val_share": 0}, "kept no image for validation"),
+        ({"cifar.select_on_test": 1}, "chose its epoch on the test set"),
+        ({"data.train_dataset": "gone.beton"}, "gone.beton: images of "),
+    ],
+)
+def test_parts_that_a_run_does_not_have(change, text, small_nested, tmp_path, capsys):
+    (model,) = (small_nested / "runs").glob("*/*/model.safetensors")
+    params = json.loads((model.parent / "params.json").read_text())
+    shutil.copy(model, tmp_path / "copy.safetensors")
+    (tmp_path / "params.json").write_text(json.dumps(params | change))
+    split = "validation" if change else "tset"
+    words = [f"--path={tmp_path / 'copy.safetensors'}", f"--split={split}"]
+    line = refused(pytorch_inference.main, words, capsys)
+    assert text in line
+    assert "--cache: the images are those of" in refused(
+        pytorch_inference.main, [*words, "--cache=data"], capsys
+    )
+
+
+def test_a_path_is_a_data_set(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "test").mkdir()
+    assert find_images(options(str(tmp_path))) == ("V1", tmp_path / "test")
+    assert find_images(options(str(tmp_path), split="train")) == ("V1", tmp_path / "train")
+    for other in (options(str(tmp_path), root=tmp_path), options(str(tmp_path), cache="x")):
+        with pytest.raises(ConfigError, match="names the images itself; drop --"):
+            find_images(other)

@@ -118,7 +118,7 @@ def test_mrl_e_is_the_minimum_of_its_written_objective():
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_objective_and_gradient_by_finite_differences(data):
     n, width, classes = (

@@ -25,7 +25,7 @@ n02512053 n02000954 n02394477 n03699975 n04530566 n02484322 n07570720 n04451818 
 n02913152 n03528263 n03278248 n02083346 n03414162 n02104523 n01674464 n04586932 n01525720 n03738472
 """
 SOME = st.lists(st.sampled_from(CLASSES), min_size=1, max_size=60, unique=True)
-FEW = settings(max_examples=30, deadline=None)
+FEW = settings(max_examples=30)
 
 
 @cache

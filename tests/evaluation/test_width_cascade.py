@@ -21,7 +21,7 @@ from matryoshka.evaluation.width_cascade import (
     measure,
 )
 
-quick = settings(max_examples=50, deadline=None)
+quick = settings(max_examples=50)
 
 
 @st.composite

@@ -32,7 +32,7 @@ def oracle(logits, labels, weights, *, smoothing, share, temperature):
     return total, label_losses
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(2, 5)),
     share=st.sampled_from([0.0, 0.3, 1.0]),

@@ -370,7 +370,7 @@ def test_weight_decay_groups_by_type():
 # ---------------------------------------------------------------- accuracy
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     n=st.integers(2, 40),
     c=st.integers(6, 12),

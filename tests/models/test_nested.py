@@ -49,7 +49,7 @@ def oracle_loss(logits, labels, weights, smoothing):
     return float(np.dot(weights, per_prefix)), np.array(per_prefix)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     dims=dims_strategy,
     classes=st.integers(1, 5),
@@ -92,7 +92,7 @@ def test_logits_and_gradients_equal_the_formula(
             np.testing.assert_allclose(h.bias.grad, of.numpy().sum((0, 1)), rtol=0, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     g=st.integers(1, 4),
     n=st.integers(1, 4),

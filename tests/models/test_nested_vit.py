@@ -82,7 +82,7 @@ def test_every_head_is_sliced_by_itself():
 # ---------------------------------------------------------------- exports
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     variant=st.sampled_from([(arch, o) for arch, options in SHARING.items() for o in options]),
     dims=st.lists(st.sampled_from([4, 8, 12, 20]), min_size=1, max_size=3, unique=True).map(sorted),

@@ -233,7 +233,7 @@ def test_nets_at_48_pixels(net):
         assert model(torch.empty(2, 3, 48, 48)).shape == (1, 2, 10)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(1, 5), st.integers(1, 4), st.sampled_from([4, 8, 12]), st.integers(1, 3))
 def test_any_image_size_with_a_patch_that_divides(side, patch, dim, heads):
     size = side * patch

@@ -23,7 +23,7 @@ from matryoshka.models.vqvae import (
 SMALL = EncoderSizes(patch=4, hiddens=8, residual_hiddens=4, residual_layers=2, code_dim=3)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(2, 6), st.integers(1, 4), st.integers(0, 1000))
 def test_every_position_gets_its_nearest_code(count, dim, seed):
     torch.manual_seed(seed)
@@ -181,7 +181,7 @@ def test_a_file_that_is_no_vqvae_is_one_line(tmp_path, change, words):
     assert "\n" not in str(error.value)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("bytes") / "vqvae.safetensors"

@@ -26,7 +26,7 @@ def table(n, dim, seed):
     block=st.sampled_from([16, 64]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_exhaustive_search_and_funnel_against_the_cpus(device, n, k, block, seed):
     rows, queries = table(n, 32, seed), table(9, 32, seed + 1)
     bits = empty_bits(n)

@@ -329,7 +329,7 @@ def test_the_prefix_cache_changes_nothing():
 
 
 @given(st.integers(1, 40), st.integers(1, 60), st.sampled_from(KINDS[:3]), st.integers(0, 20))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_number_of_rows_and_neighbours(n, k, kind, seed):
     rows, asked = (
         np.random.default_rng(seed).standard_normal((n, 12)).astype(np.float32),

@@ -77,7 +77,7 @@ def scans(draw):
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @given(case=scans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_codes_against_loops(kernels, case):
     rows, chunks, k, queries, few, seed = case
     rng = np.random.default_rng(seed)
@@ -101,7 +101,7 @@ def test_codes_against_loops(kernels, case):
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @given(case=scans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_bits_against_loops(kernels, case):
     rows, words, k, queries, few, seed = case
     rng = np.random.default_rng(seed)
@@ -213,7 +213,7 @@ def test_the_native_module_refuses_what_does_not_fit():
     at_once=st.integers(1, 61),
     seed=st.integers(0, 50),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_exact_search_against_loops(*, rows, queries, k, dim, at_once, seed):
     """Rows of few values: equal rows, zero rows, and NaN."""
     rng = np.random.default_rng(seed)

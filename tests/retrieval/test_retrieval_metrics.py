@@ -15,7 +15,7 @@ from sklearn.metrics import average_precision_score
 
 from matryoshka.retrieval import ranking_metrics as metrics
 
-quick = settings(max_examples=80, deadline=None)
+quick = settings(max_examples=80)
 same = pytest.approx
 
 
@@ -296,7 +296,7 @@ def distribution(draw):
     return support[: len(weights)], [w / sum(weights) for w in weights]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(distribution(), min_size=1, max_size=2), st.sampled_from([0.2, 0.5, 0.8]))
 def test_the_bound_holds_exactly(parts, confidence):
     """All samples of 6 queries, 6 or 3 of each distribution, with their probabilities: too high a

@@ -262,9 +262,7 @@ def test_any_order_of_changes(tmp_path_factory):
     from hypothesis.stateful import run_state_machine_as_test
 
     machine = type("Machine", (Changes,), {"folder_maker": tmp_path_factory})
-    run_state_machine_as_test(
-        machine, settings=settings(max_examples=20, stateful_step_count=12, deadline=None)
-    )
+    run_state_machine_as_test(machine, settings=settings(max_examples=20, stateful_step_count=12))
 
 
 # ---------------------------------------------------------------- searches over parts
@@ -338,7 +336,7 @@ def test_few_lists_and_narrow_filters(tmp_path, monkeypatch):
 
 
 @given(st.integers(0, 200), st.integers(1, 200), st.integers(0, 100), st.integers(0, 99))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_bits_of_a_part(first, count, after, seed):
     bits = (np.random.default_rng(seed).random(first + count + after) < 0.5).tolist()
     packed = empty_bits(len(bits))
@@ -383,7 +381,7 @@ def test_mistakes_of_a_search(tmp_path):
         max_size=5,
     ),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_rows_are_stored_as_far_as_their_largest_number_allows(values):
     rows = np.array(values, np.float32)
     before = rows.copy()

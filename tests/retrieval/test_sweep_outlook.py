@@ -26,7 +26,7 @@ def clopper_pearson(queries: int, error: float) -> float:
 
 
 @given(st.floats(0.9, 0.998), st.integers(1, 400))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_against_the_exact_bound_for_hits_and_misses(target, settings_tried):
     """The bound holds for any distribution, so it needs more queries, but few more."""
     needed = queries_needed(target, settings_tried)
@@ -37,7 +37,7 @@ def test_against_the_exact_bound_for_hits_and_misses(target, settings_tried):
 
 
 @given(st.integers(1, 3000), st.integers(1, 400))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_highest_bound_by_its_definition(queries, settings_tried):
     """Wealth of a gambler on a search without loss: mean over stakes of (1 + s (1 - m)) ** n."""
     bound = highest_bound(queries, settings_tried)

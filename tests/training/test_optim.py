@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 # ---------------------------------------------------------------- schedules
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     kind=st.sampled_from(["step", "constant", "cosine"]),
     epochs=st.integers(1, 60),

@@ -35,7 +35,6 @@ def make_costs(step, evaluated_image=0.0, epoch=0.0):
 COSTS = st.builds(make_costs, st.floats(1e-4, 1), st.floats(0, 0.1), st.floats(0, 5))
 
 
-@settings(deadline=None)
 @given(facts=FACTS, seconds=SECONDS, rate=RATES, arch=ARCHS)
 def test_images_are_never_enlarged(facts, seconds, rate, arch):
     sizes = recipe.choose_model(facts, seconds=seconds, rate=rate, arch=arch)
@@ -44,7 +43,6 @@ def test_images_are_never_enlarged(facts, seconds, rate, arch):
     assert arch is None or sizes.arch == arch
 
 
-@settings(deadline=None)
 @given(facts=FACTS, seconds=SECONDS, rate=RATES, arch=ARCHS, factor=st.floats(1, 100))
 def test_more_time_never_chooses_a_smaller_resolution(facts, seconds, rate, arch, factor):
     less, more = (
@@ -87,14 +85,14 @@ def slow_seconds(resolution, epochs, *, steps, val_images, costs):
 PLAN = {"steps": st.integers(1, 1000), "val_images": st.integers(0, 10_000), "costs": COSTS}
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(resolution=RESOLUTIONS, epochs=EPOCHS, plan=st.fixed_dictionaries(PLAN))
 def test_run_seconds_against_a_sum_over_epochs(resolution, epochs, plan):
     seconds = recipe.run_seconds(resolution, epochs, **plan)
     assert math.isclose(seconds, slow_seconds(resolution, epochs, **plan), rel_tol=1e-9)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(resolution=RESOLUTIONS, plan=st.fixed_dictionaries(PLAN), factor=st.floats(0.5, 400))
 def test_epochs_are_the_largest_number_that_fits(resolution, plan, factor):
     seconds = factor * recipe.run_seconds(resolution, 1, **plan)
@@ -105,7 +103,7 @@ def test_epochs_are_the_largest_number_that_fits(resolution, plan, factor):
     assert (np.diff(times) > 0).all()
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(facts=FACTS, arch=ARCHS, data=st.data(), epochs=EPOCHS)
 def test_train_accepts_the_options(facts, arch, data, epochs):
     resolution = data.draw(st.sampled_from(recipe.resolutions(facts.side)))

@@ -117,7 +117,7 @@ def test_a_distribution_equals_its_definition(tmp_path, distribution):
     read = parameter(tmp_path, distribution=distribution, **facts)
     domain = read.domain()
 
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     @given(u=st.floats(1e-3, 1 - 1e-3))
     def check(u):
         low, high = domain.low, domain.high
@@ -204,7 +204,7 @@ def test_a_mistake_in_a_file_is_one_line(tmp_path, changes, words):
     assert all(word in text for word in words), text
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(content=st.binary(max_size=200))
 def test_any_bytes_are_one_line(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("bytes") / "sweep.yaml"
