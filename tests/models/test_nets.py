@@ -32,7 +32,7 @@ from matryoshka.models import (
 from matryoshka.models.ema import Ema
 from matryoshka.models.fast_cnn import WHITEN_IMAGES, whitening_directions
 from matryoshka.models.patches import ShiftedPatches, cut, sincos_positions
-from matryoshka.models.vit import DynamicTanh, SequencePool, VisionTransformer
+from matryoshka.models.vit import DynamicTanh, SequencePool, VisionTransformer, attend
 from matryoshka.models.vqvae import EncoderSizes, VqVae, save_vqvae
 from matryoshka.nested import NestedLinear, nested_cross_entropy
 
@@ -719,3 +719,18 @@ def test_options_that_do_not_fit_a_pt_file_are_one_line(tmp_path, pairs, words):
         load_model(tmp_path / "final_weights.pt")
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 64, 200])
+def test_attention_written_out_is_the_fused_one(tokens):
+    """`attend` in bfloat16 (written out on a CPU) against softmax(QK^T / sqrt(E)) V in float64."""
+    made = torch.Generator().manual_seed(tokens)
+    inputs = [torch.randn(2, 3, tokens, 8, generator=made).bfloat16() for _ in "qkv"]
+    given = [x.clone().requires_grad_() for x in inputs]
+    attend(*given, 0.0).float().square().sum().backward()
+    exact = [x.double().requires_grad_() for x in inputs]
+    scores = exact[0] @ exact[1].transpose(2, 3) / 8**0.5
+    (scores.softmax(3) @ exact[2]).square().sum().backward()
+    for mine, theirs in zip(given, exact, strict=True):
+        error = (mine.grad.double() - theirs.grad).norm()
+        assert error <= 0.03 * theirs.grad.norm() + 1e-6
