@@ -31,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 from matryoshka import distributed
+from matryoshka.checkpoint.run_files import run_of
 from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader
 from matryoshka.data.subset import Subset
 from matryoshka.environment import environment
@@ -46,7 +47,7 @@ from matryoshka.evaluation.dim_costs import BLOCKS, dim_costs
 from matryoshka.evaluation.dim_models import DimModel, load_dim_models
 from matryoshka.evaluation.embedding_map import embedding_map
 from matryoshka.evaluation.evaluation_set import OWN, is_own, is_public, open_images
-from matryoshka.evaluation.run_images import run_of, run_with_images
+from matryoshka.evaluation.run_images import run_with_images
 from matryoshka.files import write_atomically
 from matryoshka.report import short_dims
 from matryoshka.report.claims import paired

@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from matryoshka import checkpoint, distributed
 from matryoshka.checkpoint.published import load_any
+from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.data import CenterCrop, Loader, open_dataset
 from matryoshka.distributed import World
 from matryoshka.environment import environment
@@ -47,8 +48,6 @@ from matryoshka.models import NestedModel, shortest_prefix, widest
 from matryoshka.nested import NestedLinear, check_dims, default_dims
 from matryoshka.training.loaders import check_classes
 from matryoshka.training.run_folder import new_run_id
-
-FINAL = "model.safetensors"
 
 
 @config.program

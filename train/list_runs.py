@@ -29,9 +29,9 @@ from statistics import median
 from typing import Any
 
 from matryoshka import config
+from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.report import Run, RunError, read_run, short_dims
 
-FINAL = "model.safetensors"
 COLUMNS = 120
 # Seconds beyond the checkpoint interval after which a run that writes nothing has failed.
 QUIET = 300

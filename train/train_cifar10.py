@@ -24,11 +24,11 @@ if __name__ == "__main__":
     config.check_first(parser())  # torch takes two seconds to import
 
 from matryoshka import distributed
+from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.distributed import World
 from matryoshka.training.checks import check
 from matryoshka.training.cifar import SmallImages, resolved
 from matryoshka.training.cifar_outputs import CifarOutputs
-from matryoshka.training.session import FINAL
 from matryoshka.training.summary import accuracy_text, epoch_line
 from matryoshka.training.supervised import SupervisedRun
 from matryoshka.training.watch import Stopped

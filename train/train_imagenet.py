@@ -25,13 +25,13 @@ if __name__ == "__main__":
 import torch
 
 from matryoshka import checkpoint, distributed
+from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.distributed import World
 from matryoshka.evaluation.evaluate import evaluate
 from matryoshka.nested import nested_cross_entropy
 from matryoshka.training.checks import check
 from matryoshka.training.loaders import validation_loader
 from matryoshka.training.run_folder import draw_chart
-from matryoshka.training.session import FINAL
 from matryoshka.training.summary import accuracy_text, epoch_line
 from matryoshka.training.supervised import SupervisedRun
 from matryoshka.training.watch import Stopped

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matryoshka.checkpoint.published import PREFIXES, load_any
+from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.config import ConfigError
 from matryoshka.evaluation.preprocessing import set_preprocessing
 from matryoshka.models import NestedModel
 
-FINAL = "model.safetensors"  # of a run folder
 EXPORTS = (".safetensors", ".pth")  # the first is preferred where both exist
 
 

@@ -11,27 +11,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from matryoshka.checkpoint.run_files import PARAMS, run_of
 from matryoshka.config import ConfigError
 from matryoshka.data import BetonFile, ImageFolder, open_dataset
 from matryoshka.data.named import validation_folder
 from matryoshka.data.split import held_out
 from matryoshka.data.subset import Subset
 
-PARAMS = "params.json"  # options of a run
 PARTS = ("test", "validation")
 _NEEDED = (
     *("cifar.data", "cifar.dataset", "cifar.val_share", "cifar.select_on_test"),
     *("data.train_dataset", "data.val_dataset", "training.seed"),
 )
-
-
-def run_of(path: str) -> Path | None:
-    """The run folder that a model file lies in; None for a file without one."""
-    real = Path(path).resolve()
-    for folder in list(real.parents)[:2]:  # exports are in a folder of the run
-        if (folder / PARAMS).is_file():
-            return folder
-    return None
 
 
 def run_with_images(path: str) -> Path | None:

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from matryoshka import config
+from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.runtime import DEVICES
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 Report = Callable[[str], None]
 
-MODEL = "model.safetensors"
 STATE = "fit.json"
 
 
@@ -85,7 +85,7 @@ class FitResult:
 
     @property
     def model(self) -> Path:
-        return self.folder / MODEL
+        return self.folder / FINAL
 
     @property
     def index(self) -> Path:

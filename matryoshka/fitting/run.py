@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka import distributed
+from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.data.photos import Found, PhotoError, count_reasons, find_photos
 from matryoshka.data.writer import write_beton
 from matryoshka.files import write_atomically
-from matryoshka.fitting import MODEL, STATE, summary
+from matryoshka.fitting import STATE, summary
 from matryoshka.fitting.choices import Stored, choose, start_weights
 from matryoshka.fitting.looking import Photographed, check_classes, fingerprint, look
 from matryoshka.fitting.output import Progress
@@ -213,7 +214,7 @@ class Run:
     # -- programs
 
     def train(self) -> None:
-        if (self.folder / MODEL).exists():
+        if (self.folder / FINAL).exists():
             return
         self.progress.stage("training")
         words = recipe.flags(self.state["choices"])
@@ -231,7 +232,7 @@ class Run:
 
     def evaluate(self) -> None:
         """results.json, analysis.json, and test.json if there is a test part."""
-        model = ["--path", str(self.folder / MODEL), "--device", self.settings["device"]]
+        model = ["--path", str(self.folder / FINAL), "--device", self.settings["device"]]
         results = self.folder / "results.json"
         if not results.exists():
             self.progress.stage("evaluating every prefix")
@@ -256,7 +257,7 @@ class Run:
             if "embedded" in self.state and part in self.state["embedded"]:
                 continue
             self.progress.stage("embedding the photos")
-            words = ["--path", str(self.folder / MODEL), "--data", self.data(part)]
+            words = ["--path", str(self.folder / FINAL), "--data", self.data(part)]
             words += ["--device", self.settings["device"], "--output", str(output)]
             self.progress.call("inference.embed", words)
             self.state["embedded"] = [*self.state.get("embedded", []), part]
@@ -282,7 +283,7 @@ class Run:
         # Pictures are the first thing to leave out when the machine was slower than measured.
         if progress.elapsed() < 1.05 * progress.seconds and not maps.exists():
             progress.stage("drawing Grad-CAM maps")
-            words = ["--path", str(self.folder / MODEL), "--data", self.data("val")]
+            words = ["--path", str(self.folder / FINAL), "--data", self.data("val")]
             words += ["--output", str(maps), "--images", "4", "--device", self.settings["device"]]
             progress.call("inference.gradcam", words)
         progress.stage("writing the report")

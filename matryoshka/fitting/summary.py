@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from matryoshka.checkpoint import load_model
+from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.embeddings.reading import open_embeddings
-from matryoshka.fitting import MODEL
 from matryoshka.retrieval.store import Index
 
 
 def train_accuracy(folder: Path, images: int) -> float:
     """Top-1 in percent of the full width on the photos trained on, from their embeddings."""
-    model = load_model(folder / MODEL)
+    model = load_model(folder / FINAL)
     embeddings = open_embeddings(folder / "embeddings" / "train")
     hits = 0
     with torch.inference_mode():
@@ -71,7 +71,7 @@ def time_advice(*, known: float, new: float, epochs: int) -> str:
 def next_commands(root: Path, folder: Path, settings: Mapping[str, Any]) -> list[str]:
     """Three commands to continue with: search, test, train longer."""
     quoted = shlex.quote(str(folder))
-    model = shlex.quote(str(folder / MODEL))
+    model = shlex.quote(str(folder / FINAL))
     longer = f"matryoshka fit {shlex.quote(str(root))} --minutes {3 * settings['minutes']:g}"
     if settings["labels"]:
         longer += f" --labels {shlex.quote(settings['labels'])}"

@@ -23,13 +23,14 @@ from typing import Any
 from matryoshka import checkpoint
 from matryoshka.checkpoint.contents import CheckpointError
 from matryoshka.checkpoint.model_file import EXPORTS
+from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.config import ConfigError
 from matryoshka.evaluation.evaluate import Evaluation
 from matryoshka.files import write_atomically
 from matryoshka.models import FAMILIES, NestedModel
 from matryoshka.training.cifar_options import as_name
 from matryoshka.training.run_folder import draw_chart
-from matryoshka.training.session import FINAL, Session
+from matryoshka.training.session import Session
 from matryoshka.training.supervised import SupervisedRun
 
 DEFAULT_PATCH = 4  # in the names of nets without patches, too

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from matryoshka import distributed
+from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.config import check_name
 from matryoshka.distributed import World
 from matryoshka.training import snapshot
@@ -39,7 +40,6 @@ from matryoshka.training.state import LoopState, TrainState
 from matryoshka.training.watch import AnyRankFlags, HangWatch, Stopped, StopSignal
 
 T = TypeVar("T")
-FINAL = "model.safetensors"
 ROLLBACK_LR_FACTOR = 0.1  # of the learning rate after a rollback ...
 ROLLBACK_LR_STEPS = 100  # ... for this many steps after the bad one
 MAX_ROLLBACKS = 5
