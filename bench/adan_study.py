@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--record", action="store_true", help="append to bench/results/")
     args = parser.parse_args(argv)
 
-    data = subset(args.data, args.output / "images", args.images)
+    data = subset(args.data, args.output / f"images-{args.images}", args.images)
     rows = []
     for name in args.only:
         accuracies = []
@@ -71,12 +71,15 @@ def subset(data: Path, folder: Path, images: int) -> Path:
     """A folder of links to the first images of each class, and to the whole test set."""
     if images == 0:
         return data
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        return folder  # of an earlier call
+    made = folder.with_name(f".{folder.name}")  # whole before it has its name
+    shutil.rmtree(made, ignore_errors=True)
     classes = sorted(path for path in (data / "train").iterdir() if path.is_dir())
     for number, source in enumerate(classes):
         # As equal as possible: the first classes have one image more.
         count = images // len(classes) + (number < images % len(classes))
-        target = folder / "train" / source.name
+        target = made / "train" / source.name
         target.mkdir(parents=True)
         files = sorted(source.iterdir())
         if len(files) < count:
@@ -85,7 +88,8 @@ def subset(data: Path, folder: Path, images: int) -> Path:
             (target / file.name).symlink_to(file.resolve())
     for part in ("test", "val"):
         if (data / part).is_dir():
-            (folder / part).symlink_to((data / part).resolve())
+            (made / part).symlink_to((data / part).resolve())
+    made.rename(folder)
     return folder
 
 

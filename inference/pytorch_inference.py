@@ -40,6 +40,7 @@ from matryoshka.checkpoint.options import load_flags
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader, open_dataset
 from matryoshka.data.imagenet import (
+    CLASSES,
     FOLDERS,
     OOD_FOLDER,
     ImageNetError,
@@ -391,9 +392,10 @@ def summary(request: Request, results: dict[str, Any]) -> list[str]:
         f"{args.path}: {results['arch']}, {results['head']}, {model.spec.num_classes} classes"
     )
     tta = ", tta" if args.tta else ""
-    part = f", {args.split}" if args.split else ""
+    is_own = request.name == OWN and model.spec.num_classes != CLASSES
+    words = ["" if is_own else f"{request.name}, ", f"{args.split}, " if args.split else ""]
     lines.append(
-        f"{results['data']}: {results['dataset']}{part}, {results['images']:,} images at "
+        f"{results['data']}: {''.join(words)}{results['images']:,} images at "
         f"{results['resolution']} px{tta}"
     )
     present = set(mapping.labels[mapping.labels >= 0].tolist())

@@ -27,7 +27,8 @@ from matryoshka import distributed
 from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.distributed import World
 from matryoshka.training.checks import check
-from matryoshka.training.cifar import SmallImages, resolved
+from matryoshka.training.cifar import resolved
+from matryoshka.training.cifar_images import SmallImages
 from matryoshka.training.cifar_outputs import CifarOutputs
 from matryoshka.training.summary import accuracy_text, epoch_line
 from matryoshka.training.supervised import SupervisedRun

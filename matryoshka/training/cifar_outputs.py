@@ -158,7 +158,8 @@ class CifarOutputs:
         values = {}
         for name, result in results.items():
             top1 = {dim: row["top1"] for dim, row in result.accuracy.items()}
-            values[name] = {"top_1": top1, "loss": result.loss}
+            chose = name == "validation" or run.cfg.cifar.select_on_test
+            values[name] = {"top_1": top1, "loss": result.loss, "chose_the_epoch": chose}
         write_atomically(folder / RESULTS, (json.dumps(values, indent=1) + "\n").encode())
         checkpoint.save_upstream(model, folder / "final_weights.pt")
         # Last, because this file marks the run as finished.

@@ -105,7 +105,7 @@ def test_a_run_knows_its_own_images(split, small_nested, tmp_path, capsys):
     images = {"test": 100, "validation": 40}[split]
     assert found["images"] == images
     assert {d: row["top1"] for d, row in found["prefixes"].items()} == pytest.approx(told["top_1"])
-    assert f"V1, {split}, {images} images" in capsys.readouterr().out
+    assert f": {split}, {images} images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,9 @@ def test_selection_on_the_test_set_is_labelled(digits, capsys):
     assert "(100 images, which chose the epoch)" in out
     assert "validation top-1" not in out
     run = run_of(train_cifar10.Path())
-    assert list(json.loads((run / "results.json").read_text())) == ["test"]
+    results = json.loads((run / "results.json").read_text())
+    assert list(results) == ["test"]
+    assert results["test"]["chose_the_epoch"] is True
     assert not (run / "tensorboard").exists()
 
 

@@ -436,6 +436,7 @@ EVALUATION_FIELDS = {
     "head": "head",
     "data": "images of",
     "dataset": "data set",
+    "split": "part",
     "classes": "classes",
     "preprocessing": "preprocessing",
     "resolution": "pixels",
@@ -449,7 +450,10 @@ def provenance(evidence: Evidence) -> list[tuple[str, list[tuple[str, str]]]]:
     """Provenance of the numbers: (title, [(name, value)]) of each table."""
     subject = evidence.results[0]
     evaluation = []
+    is_own = subject.get("dataset") == "V1" and subject.get("classes") != IMAGENET
     for key, name in EVALUATION_FIELDS.items():
+        if key == "dataset" and is_own:
+            continue  # not ImageNet's: "images of" names the folder
         if subject.get(key) is not None:
             evaluation.append((name, _text(subject[key])))
     evaluation += _machine(subject.get("environment"))
