@@ -166,7 +166,7 @@ small() {
     --lr.lr_schedule_type=cyclic --lr.lr_peak_epoch=5 --training.label_smoothing=0.1 --data.random_erasing=0.5"
   local adamw="--opt adamw --weight_decay 0.06 --lr 0.001 --bs 512 --lr.warmup_epochs=3 --data.cutmix=1"
   # shellcheck disable=SC2086  # lists of options
-  one_net fast_cnn --config-file vit_configs/fast_cnn.yaml && one_net res18 --net res18 $sgd --n_epochs "${EPOCHS:-30}" &&
+  one_net fast_cnn --config-file vit_configs/fast_cnn.yaml ${EPOCHS:+--training.epochs="$EPOCHS"} && one_net res18 --net res18 $sgd --n_epochs "${EPOCHS:-30}" &&
     one_net res18_mrl --net res18 --mrl_flag $sgd --n_epochs "${EPOCHS:-30}" &&
     one_net cct_mrl --net cct --mrl_flag $adamw --n_epochs "${EPOCHS:-20}"
 }
