@@ -108,7 +108,7 @@ def train(cfg: SimpleNamespace, world: World, notes: Sequence[str] = ()) -> None
             results[name] = run.evaluate(session, model=model, loader=loader)
             print0(f"{name:8} {accuracy_text(results[name].accuracy)}  ({text})")
         if outputs is not None:
-            for line in outputs.write_final(session, model, results):
+            for line in outputs.write_final(session, model, results, images.chosen_on):
                 print0(line)
 
 

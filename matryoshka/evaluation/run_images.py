@@ -14,7 +14,7 @@ from typing import Any
 from matryoshka.checkpoint.run_files import PARAMS, run_of
 from matryoshka.config import ConfigError
 from matryoshka.data import BetonFile, ImageFolder, open_dataset
-from matryoshka.data.named import validation_folder
+from matryoshka.data.named import validation_part
 from matryoshka.data.split import held_out
 from matryoshka.data.subset import Subset
 
@@ -48,13 +48,13 @@ def images_of_run(
         raise ConfigError(f"--split {split}: {run} has the parts {' and '.join(PARTS)}")
     if options.select_on_test:
         raise ConfigError(f"--split {split}: {run} chose its epoch on the test set; use that")
-    if (folder := validation_folder(options.data)) is not None:
-        return name, _opened(run, folder)
     if options.val_share == 0:
         raise ConfigError(
             f"--split {split}: {run} kept no image for validation (--val_share 0); train with a "
             "share, or name other images with --data-root"
         )
+    if (path := validation_part(options.data)) is not None:
+        return name, _opened(run, path)
     train = _opened(run, options.train)
     return name, held_out(train, options.val_share, options.seed)[1]
 

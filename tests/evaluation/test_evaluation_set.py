@@ -85,6 +85,11 @@ def test_eval_on_a_link_of_another_name(small_nested, digits, tmp_path, capsys):
     assert found[0]["dataset"] == "cifar10"
     assert "cifar10, 100 images at 32 px" in capsys.readouterr().out
 
+    copy = tmp_path / "copy.t7"
+    shutil.copy(link, copy)
+    words = [f"--path={copy}", f"--data-root={digits['val']}", "--workers=1"]
+    assert pytorch_inference.main(words) == 0
+
     pickle = tmp_path / "old.t7"
     pickle.write_bytes(b"not a checkpoint")
     line = refused(

@@ -259,6 +259,32 @@ def test_without_validation_images_the_last_weights_are_the_model(digits, capsys
     assert not (run / "checkpoints" / "best.safetensors").exists()
 
 
+def test_one_evaluation_chooses_nothing(digits, capsys):
+    argv = command(digits, *NESTED, "--logging.log_level=0", "--notb")
+    assert train_cifar10.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "chosen   the last epoch, the only one that logging.log_level=0 evaluates" in out
+    assert "(40 images, held out)" in out
+    results = json.loads((run_of(train_cifar10.Path()) / "results.json").read_text())
+    assert [results[name]["chose_the_epoch"] for name in ("validation", "test")] == [False, False]
+
+
+@pytest.mark.parametrize("share", ["0", "0.2", None])
+def test_a_folder_with_images_for_validation(share, digits, tmp_path, capsys):
+    """val.beton beside test.beton; `--val_share 0` still means: choose nothing."""
+    for name, source in (("train", "train"), ("val", "val"), ("test", "val")):
+        (tmp_path / f"{name}.beton").symlink_to(digits[source])
+    argv = [*SMALL, f"--data={tmp_path}", "--n_epochs=1", "--net=fast_cnn", "--notb"]
+    argv += ["--model.arch_options=dim=16", *([f"--val_share={share}"] if share else [])]
+    if share == "0.2":
+        assert "the images for validation are" in refused(argv, capsys)
+        return
+    assert train_cifar10.main(argv) == 0
+    out = capsys.readouterr().out
+    wanted = "the last epoch" if share else f"the best epoch on 100 images of {tmp_path}/val.beton"
+    assert wanted in out
+
+
 # ---------------------------------------------------------------- other nets and steps
 
 
