@@ -1,4 +1,5 @@
-"""scripts/: each runs from the root and from its folder, with options that its program accepts.
+"""scripts/: each runs from the root and from its folder, with options that its program accepts; and
+the two programs under their old places in the root.
 
 Shell scripts find a program `matryoshka` that notes its words: these are parsed by the real one, or
 run in this process. Scripts in Python run in this process.
@@ -188,3 +189,24 @@ def test_tsne(root, digits):
     (root / "bin/python").unlink()
     assert call == ["scripts/tsne_nested_vit_embeddings.py", "--perplexity", "5"]
     assert dims_parser().parse_args(["--path", "x", "--perplexity", "5"]).perplexity == 5
+
+
+@pytest.mark.parametrize(
+    ("face", "program", "flag"),
+    [
+        ("train_cifar10.py", "cifar", "--mrl_flag"),
+        ("export_models.py", "export", "--model_type"),
+    ],
+)
+def test_old_names_in_the_root(face, program, flag, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [face, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPTS.parent / face), run_name="__main__")
+    assert not end.value.code
+    out = capsys.readouterr().out
+    assert f"matryoshka {program}" in out
+    assert flag in out
+    monkeypatch.setattr(sys, "argv", [face, "--no_such_option"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPTS.parent / face), run_name="__main__")
+    assert end.value.code == 2
