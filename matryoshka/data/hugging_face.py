@@ -100,7 +100,7 @@ class HuggingFaceImages:
 
     @staticmethod
     def _part(datasets: Any, path: str, options: dict[str, Any]) -> Any:
-        """The rows of options["split"]; `test` and `val` are whatever part is held out."""
+        """The rows of options["split"]; `test` and `val` are the part that is held out."""
         split = options["split"]
         if split in HELD_OUT:
             parts = datasets.load_dataset(path, cache_dir=options["cache_dir"])
