@@ -260,7 +260,8 @@ def write_all(folder: Path, found: dict[str, Any]) -> list[str]:
     names = found["class_names"]
     title = f"{found['arch']} {short_dims(found['dims'])}".strip()
     files = {"dims.csv": dims_csv(found).encode()}
-    files["accuracy.png"] = plot_dims(found, title)
+    if len(found["dims"]) > 1:
+        files["accuracy.png"] = plot_dims(found, title)
     if costs_differ(found):
         files["cost.png"] = plot_dims(found, title, against="macs")
     for dim, matrix in found["confusion"].items():

@@ -45,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     check(cfg, processes)
     if processes > 1:
         return distributed.launch(processes, cfg.dist, str(Path(__file__).resolve()), argv)
+    if cfg.training.distributed and not distributed.started_by_torchrun():
+        notes.append(
+            "note     --dp: one device, one process; --dist.world_size=2 --device cpu starts two"
+        )
     with distributed.joined(cfg.training.device) as world:
         try:
             train(cfg, world, notes)

@@ -175,7 +175,8 @@ class CifarOutputs:
         """A model file for each dim, and for families the .pth of matryoshka-vit-compression."""
         folder = self._run.start.path / "nested_models"
         stem = self._names.nested.name
-        lines = [f"exports  {folder}: a model for each dim"]
+        links = f"; links in {self._names.nested.parent}" if self._wanted else ""
+        lines = [f"exports  {folder}: a model for each dim{links}"]
         formats = EXPORTS if model.spec.arch in FAMILIES else EXPORTS[:1]
         try:
             files = checkpoint.export_dims(model, folder, stem, formats)

@@ -420,9 +420,10 @@ class _Worker:
         process = Process(
             command_line(self._sweep, self._program, values, words), folder / f"{name}.out"
         )
-        trial.set_user_attr("process", process.identity())
         log = Log(folder / name / "log")
         try:
+            trial.set_user_attr("process", process.identity())
+            process.begin()
             values = self._follow(trial, process, log)
         finally:
             process.stop()

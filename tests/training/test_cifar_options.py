@@ -207,6 +207,9 @@ def test_weights_and_biases_is_used_where_it_is_configured(monkeypatch):
     assert logged("--logging.wandb=mine") == ("mine", [])
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert logged()[0] is None
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("WANDB_MODE", "dryrun")  # the old word for offline, which needs no key
+    assert logged() == ("cifar10-challange", [])
 
 
 def test_every_section_of_train_imagenet_is_accepted():

@@ -438,7 +438,6 @@ def test_a_sweep_that_is_killed_continues(tmp_path, whole):
     words += ["--trials=4", "--workers=2", "--", "--delay=60"]
     running = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     wait_for(lambda: started(study) == 2)
-    time.sleep(0.2)  # the id of a program is stored just after its start
     running.send_signal(signal.SIGKILL)
     running.wait()
     lines = []
@@ -448,6 +447,37 @@ def test_a_sweep_that_is_killed_continues(tmp_path, whole):
     assert {trial.state for trial in trials} == {"complete"}
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
     assert f"--logging.folder={study}" not in left.stdout
+
+
+def test_a_kill_before_the_program_is_noted_leaves_none(tmp_path):
+    """The sweep dies between the start of the program and the note of its id."""
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from matryoshka.training.sweep_trial import Process\n"
+        "process = Process(['touch', sys.argv[1]], Path(sys.argv[2]))\n"
+        "print(process.identity(), flush=True)\n"
+        "if sys.argv[3] == 'begin': process.begin()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    trace = tmp_path / "trace"
+    words = [sys.executable, "-c", code, str(trace), str(tmp_path / "out")]
+    killed = subprocess.run([*words, ""], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    wait_for(lambda: not sweep_trial.is_alive(killed.stdout.strip()))
+    assert not trace.exists()
+    noted = subprocess.run([*words, "begin"], capture_output=True, text=True, check=False)
+    wait_for(lambda: not sweep_trial.is_alive(noted.stdout.strip()))
+    assert trace.exists()
+
+
+def test_a_program_that_waits_can_be_stopped(tmp_path):
+    process = sweep_trial.Process(["touch", str(tmp_path / "trace")], tmp_path / "out")
+    assert process.status() is None
+    process.stop()
+    assert process.status() == -signal.SIGTERM
+    assert not (tmp_path / "trace").exists()
+    with pytest.raises(SweepError, match="cannot start no-such-program: no such program"):
+        sweep_trial.Process(["no-such-program"], tmp_path / "out")
 
 
 def test_two_sweeps_share_a_study(tmp_path, whole):
