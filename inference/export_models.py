@@ -42,7 +42,7 @@ from matryoshka.export.latency import BLOCKS, latencies
 from matryoshka.export.packages import check_packages
 from matryoshka.export.torchscript import NOTE
 from matryoshka.export.verify import largest_difference
-from matryoshka.files import write_atomically
+from matryoshka.files import check_writable, write_atomically
 from matryoshka.models import TIMM, NestedModel
 
 VERIFIED = (1, 7)  # batch sizes; 7 is not that of the recorded example
@@ -66,6 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.eval_data:
         eval_data = open_dataset(args.eval_data)
         model.check_classes(eval_data)
+    for path in filter(None, (args.images, args.calibration)):
+        open_images([path])  # a folder without images is refused here
+    try:
+        check_writable(Path(args.output_dir))
+    except OSError as error:
+        raise config.ConfigError(f"--output_dir {args.output_dir}: {error.strerror}") from None
 
     # ---- export, verify, write ----
     print("\n".join(summary(args, source)), flush=True)

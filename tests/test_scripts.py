@@ -81,7 +81,7 @@ def run_python(root, script, *words, start="."):
 
 def test_scripts_are_short_and_tested():
     for path in SCRIPTS.iterdir():
-        assert len(path.read_text().splitlines()) <= 30
+        assert len(path.read_text().splitlines()) <= 35
         assert path.suffix == ".py" or os.access(path, os.X_OK)
         assert path.name in Path(__file__).read_text(), f"{path.name}: add a test"
 

@@ -59,6 +59,28 @@ def images_of_run(
     return name, held_out(train, options.val_share, options.seed)[1]
 
 
+def check_same_images(model: str, other: str, split: str | None = None) -> None:
+    """ConfigError if two models were trained with different images for `split` of their runs.
+
+    One model may have been trained on the validation images of the other, or on its test images.
+    """
+    runs = run_with_images(model), run_with_images(other)
+    if runs[0] == runs[1]:
+        return
+    names = ["test"]
+    if split not in (None, "test"):
+        names += ["train", "data", "val_share", "seed", "select_on_test"]
+    found = []
+    for run in runs:
+        options = None if run is None else _options(run)
+        found.append(None if options is None else [getattr(options, name) for name in names])
+    if None in found or found[0] != found[1]:
+        raise ConfigError(
+            f"{model} and {other} are of runs with different images; name those to compare them "
+            "on: --dataset cifar10, or --data-root"
+        )
+
+
 def _opened(run: Path, path: str | Path) -> BetonFile | ImageFolder:
     if not Path(path).exists():
         raise ConfigError(

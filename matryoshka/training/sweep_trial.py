@@ -29,7 +29,8 @@ def find_program(name: str, sweep_file: Path) -> list[str]:
     if not name.endswith(".py"):
         return ["-m", "matryoshka.cli", *name.removeprefix("matryoshka ").split()]
     places = [Path(), sweep_file.resolve().parent, ROOT, ROOT / "train", ROOT / "inference"]
-    places += [ROOT / "matryoshka" / "train", ROOT / "matryoshka" / "inference"]  # installed
+    installed = ROOT / "matryoshka"
+    places += [installed, installed / "train", installed / "inference"]
     for place in places:
         if (place / name).is_file():
             return [str(place / name)]

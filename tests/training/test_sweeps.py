@@ -356,13 +356,24 @@ def test_a_search_finds_the_best_and_what_matters(tmp_path):
 
 def test_a_grid_runs_every_point_once(tmp_path):
     parameters = {"x": {"values": [1, 2, 3]}, "y": {"values": [True, False]}, "z": {"value": 0}}
-    sweep = sweep_of(tmp_path, method="grid", parameters=parameters)
+    sweep = sweep_of(tmp_path, method="grid", parameters=parameters, run_cap=2)
     points = sorted(itertools.product([1, 2, 3], [True, False], [0]))
-    for options in (SweepOptions(trials=4), SweepOptions(workers=2)):
+    for options, count in ((None, 2), (SweepOptions(trials=9, workers=2), 6)):
         trials = run_sweep(sweep, tmp_path / "study", options)
         ran = sorted(tuple(trial.values.values()) for trial in trials)
-        assert len(set(ran)) == len(ran) == (4 if options.trials else 6)
+        assert len(set(ran)) == len(ran) == count
         assert set(ran) <= set(points)
+
+
+def test_a_point_is_not_lost_with_a_worker_that_was_drawing_it(tmp_path):
+    parameters = {"x": {"values": [1, 2]}, "y": {"values": [3, 4]}}
+    sweep = sweep_of(tmp_path, method="grid", parameters=parameters, run_cap=1)
+    run_sweep(sweep, tmp_path / "study")
+    study = sweeps._load(sweeps._open(sweep, tmp_path / "study"))
+    study.ask().suggest_categorical("x", ["1", "2"])  # and the process is killed
+    trials = run_sweep(sweep, tmp_path / "study", SweepOptions(trials=4))
+    ran = sorted(tuple(trial.values.values()) for trial in trials if trial.state == "complete")
+    assert ran == [(1, 3), (1, 4), (2, 3), (2, 4)]
 
 
 def test_a_bad_trial_is_pruned_by_a_signal(tmp_path):
