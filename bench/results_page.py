@@ -210,7 +210,8 @@ def small_images() -> list[str]:
         "## Small images",
         "",
         "Test top-1 % of every dim with its 95 % interval over the images; one run a row, one view "
-        "of each image. The test set was used once, after the training.",
+        "of each image. The test set was used once, after the training. Other programs ran beside "
+        "some of the runs: their minutes are too many.",
         "",
         provenance(rows, "bench/small_images.py"),
         "",
@@ -238,11 +239,11 @@ def width_families() -> list[str]:
         provenance([last], "bench/width_families.py"),
         "",
         *table(["dim", f"`{first}`", f"`{second}`", "difference"], body),
-        "",
         f"A cascade over the widths {' and '.join(map(str, cascade['asked']))} of `{first}`, its "
         f"threshold from the validation images: {cascade['macs_share']:.0f} % of the "
         f"multiply-adds of {cascade['asked'][-1]} alone, {cascade['loss']:.2f} points lost "
         f"({low:.2f} to {high:.2f}).",
+        "",
     ]
 
 
