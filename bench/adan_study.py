@@ -17,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,8 @@ def subset(data: Path, folder: Path, images: int) -> Path:
 
 def measure(name: str, seed: int, flags: Sequence[str], output: Path) -> float:
     """Top-1 in percent on the test set after a run, which is not repeated if it has ended."""
-    run = output / f"{name}-{seed}"
+    settings = zlib.crc32(shlex.join(flags).encode())  # other flags are another run
+    run = output / f"{name}-{seed}-{settings:08x}"
     results = run / "results.json"
     if not results.exists():
         words = [sys.executable, str(PROGRAM), f"--opt={name}", f"--seed={seed}", *flags]

@@ -218,6 +218,34 @@ def small_images() -> list[str]:
     ]
 
 
+def width_families() -> list[str]:
+    last = read("width_families")[-1]
+    body = []
+    for dim, found in last["dims"].items():
+        low, high = found["interval"]
+        difference = f"{found['difference']:+.2f} ({low:+.2f} to {high:+.2f})"
+        body.append([dim, f"{found['first']:.2f}", f"{found['second']:.2f}", difference])
+    cascade = last["cascade"]
+    low, high = cascade["interval"]
+    first, second = last["archs"]
+    return [
+        "### Families of widths",
+        "",
+        f"`{first}` ({last['parameters'][0]:,} parameters) and `{second}` "
+        f"({last['parameters'][1]:,}) of the recipes above, test top-1 % on the same "
+        f"{last['images']:,} images, and the paired difference with its 95 % interval.",
+        "",
+        provenance([last], "bench/width_families.py"),
+        "",
+        *table(["dim", f"`{first}`", f"`{second}`", "difference"], body),
+        "",
+        f"A cascade over the widths {' and '.join(map(str, cascade['asked']))} of `{first}`, its "
+        f"threshold from the validation images: {cascade['macs_share']:.0f} % of the "
+        f"multiply-adds of {cascade['asked'][-1]} alone, {cascade['loss']:.2f} points lost "
+        f"({low:.2f} to {high:.2f}).",
+    ]
+
+
 # ---- training ----
 
 
@@ -494,6 +522,7 @@ SECTIONS: tuple[Section, ...] = (
     retrieval_accuracy,
     fits,
     small_images,
+    width_families,
     training_step,
     kills,
     evaluation,

@@ -10,6 +10,7 @@ those of the run. The test set must still be where the run found it, to count it
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -59,7 +60,7 @@ def row_of(run: Path) -> dict:
         "seed": params["training.seed"],
         "precision": params["training.precision"],
         "epochs": len(log),
-        "minutes": log[-1]["relative_time"] / 60,
+        "minutes": sum(last_of_each_start([line["relative_time"] for line in log])) / 60,
         "images_per_s": statistics.median(line["images_per_s"] for line in log),
         "images": images,
         "top1": top1,
@@ -70,6 +71,11 @@ def row_of(run: Path) -> dict:
         "hardware": env["hardware"],
         "versions": env["versions"],
     }
+
+
+def last_of_each_start(seconds: list[float]) -> list[float]:
+    """A run's times at the ends of its epochs, which begin at 0 after each resume."""
+    return [a for a, b in itertools.pairwise([*seconds, 0.0]) if b < a]
 
 
 if __name__ == "__main__":

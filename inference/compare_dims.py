@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,8 +46,8 @@ from matryoshka.evaluation.dim_costs import BLOCKS, dim_costs
 from matryoshka.evaluation.dim_models import DimModel, load_dim_models
 from matryoshka.evaluation.embedding_map import embedding_map
 from matryoshka.evaluation.evaluation_set import OWN, is_own, is_public, open_images
-from matryoshka.evaluation.run_images import run_with_images
-from matryoshka.files import write_atomically
+from matryoshka.evaluation.run_images import check_same_images, run_with_images
+from matryoshka.files import check_writable, write_atomically
 from matryoshka.report import short_dims
 from matryoshka.report.claims import paired
 from matryoshka.report.dim_plots import plot_confusion, plot_dims, plot_map
@@ -111,18 +110,20 @@ def images_of(args: SimpleNamespace, models: Sequence[DimModel]) -> tuple[str, D
             )
     elif run_with_images(path) is None:
         raise config.ConfigError(f"give the images of {path}: --dataset cifar10, or --data-root")
+    else:
+        for other in models[1:]:
+            check_same_images(path, other.path, args.split)
     return open_images(args, path)
 
 
 def output_folder(args: SimpleNamespace, models: Sequence[DimModel]) -> Path:
-    """--output, dims/ in the run folder that --path names, or dims/ here; created and writable."""
+    """--output, dims/ in the run folder that --path names, or dims/ here; writable."""
     named = Path(args.path[0])
     is_run = len(args.path) == 1 and named.is_dir() and run_of(models[0].path) == named.resolve()
     default = named / FOLDER if is_run else Path(FOLDER)
     folder = default if args.output is None else Path(args.output)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        check_writable(folder)
     except OSError as error:
         raise config.ConfigError(f"--output {folder}: {error.strerror}") from None
     return folder
@@ -231,7 +232,7 @@ def confusions(found: dict[str, Any], answers: DimAnswers) -> dict[str, Any]:
 
 def maps(args: SimpleNamespace, dims: Sequence[int], answers: DimAnswers) -> dict[str, Any] | None:
     """Two-dimensional maps of a sample of the embeddings; None without them."""
-    if args.map == "none":
+    if args.map == "none" or args.max_samples == 0:
         return None
     points = {}
     for dim in tqdm(dims, leave=False, unit="map", disable=None):
@@ -260,7 +261,8 @@ def write_all(folder: Path, found: dict[str, Any]) -> list[str]:
     names = found["class_names"]
     title = f"{found['arch']} {short_dims(found['dims'])}".strip()
     files = {"dims.csv": dims_csv(found).encode()}
-    files["accuracy.png"] = plot_dims(found, title)
+    if len(found["dims"]) > 1:
+        files["accuracy.png"] = plot_dims(found, title)
     if costs_differ(found):
         files["cost.png"] = plot_dims(found, title, against="macs")
     for dim, matrix in found["confusion"].items():
@@ -273,6 +275,7 @@ def write_all(folder: Path, found: dict[str, Any]) -> list[str]:
             picture = plot_map(points, found["map"]["labels"], names, f"dim {dim}, {method}")
             files[f"{found['map']['method']}_dim{dim}.png"] = picture
     files["dims.json"] = (json.dumps(found) + "\n").encode()
+    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomically(folder / name, content)
 

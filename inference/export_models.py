@@ -32,6 +32,8 @@ import torch
 from matryoshka.checkpoint.options import load_flags
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader, open_dataset
+from matryoshka.data.sources import open_images
+from matryoshka.evaluation.run_images import images_of_run, run_with_images
 from matryoshka.export.formats import ENDINGS, WRITERS, open_written
 from matryoshka.export.graph import Deployed, Graph, Run, record
 from matryoshka.export.images import sample_images
@@ -40,7 +42,7 @@ from matryoshka.export.latency import BLOCKS, latencies
 from matryoshka.export.packages import check_packages
 from matryoshka.export.torchscript import NOTE
 from matryoshka.export.verify import largest_difference
-from matryoshka.files import write_atomically
+from matryoshka.files import check_writable, write_atomically
 from matryoshka.models import TIMM, NestedModel
 
 VERIFIED = (1, 7)  # batch sizes; 7 is not that of the recorded example
@@ -64,6 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.eval_data:
         eval_data = open_dataset(args.eval_data)
         model.check_classes(eval_data)
+    for path in filter(None, (args.images, args.calibration)):
+        open_images([path])  # a folder without images is refused here
+    try:
+        check_writable(Path(args.output_dir))
+    except OSError as error:
+        raise config.ConfigError(f"--output_dir {args.output_dir}: {error.strerror}") from None
 
     # ---- export, verify, write ----
     print("\n".join(summary(args, source)), flush=True)
@@ -157,7 +165,8 @@ def export(args: SimpleNamespace, graph: Graph) -> dict[str, bytes]:
             contents[name] = write(graph)
     if "int8" in args.format:
         preprocessing = source.model.preprocessing
-        images = sample_images(args.calibration, args.calibration_images, preprocessing)
+        photos = open_images([args.calibration])
+        images = sample_images(photos, args.calibration_images, preprocessing)
         print(f"int8: calibrated on {len(images)} images of {args.calibration}", flush=True)
         batches = (source.inputs(part) for part in images.split(BATCH))
         contents["int8"] = quantise(contents["onnx"], batches)
@@ -167,12 +176,7 @@ def export(args: SimpleNamespace, graph: Graph) -> dict[str, bytes]:
 def verify(args: SimpleNamespace, source: Deployed, runs: Mapping[str, Run]) -> None:
     """Print the largest difference of every format; ExportError for one beyond --tolerance."""
     batches = sorted({*VERIFIED, args.batch_size})
-    images = source.noise(batches[-1])
-    text = "noise"
-    if args.images:
-        images = sample_images(args.images, batches[-1], source.model.preprocessing)
-        images = images[torch.arange(batches[-1]) % len(images)]  # a few images may repeat
-        text = f"images of {args.images}"
+    images, text = verification_images(args, source, batches[-1])
     shown = ", ".join(map(str, batches))
     print(f"verify: {text}, batch {shown}; largest |file - model| / (1 + |model|):")
     beyond = []
@@ -187,6 +191,28 @@ def verify(args: SimpleNamespace, source: Deployed, runs: Mapping[str, Run]) -> 
             f"--verify: {', '.join(beyond)}, more than --tolerance {args.tolerance:g}; "
             "nothing was written"
         )
+
+
+def verification_images(
+    args: SimpleNamespace, source: Deployed, count: int
+) -> tuple[torch.Tensor, str]:
+    """`count` images for --verify, and what they are: those of --images, else test images of the
+    checkpoint's run, else noise.
+    """
+    run = run_with_images(args.checkpoint)
+    if args.images:
+        dataset = open_images([args.images])
+        text = f"images of {args.images}"
+    elif run is not None:
+        try:
+            dataset = images_of_run(run)[1]
+        except config.ConfigError:  # moved since the training
+            return source.noise(count), f"noise (the test images of {run} are not here any more)"
+        text = f"test images of {run}"
+    else:
+        return source.noise(count), "noise"
+    images = sample_images(dataset, count, source.model.preprocessing)
+    return images[torch.arange(count) % len(images)], text  # a few images may repeat
 
 
 # ---------------------------------------------------------------- results

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -101,6 +102,13 @@ class AtomicFile:
             hint = f" ({needed} bytes or more are needed)" if needed else ""
             return FileError(error.errno, reason + hint, str(self.path))
         return OSError(error.errno, reason, str(self.path))
+
+
+def check_writable(folder: Path) -> None:
+    """OSError if a folder, which need not exist yet, cannot take files. Creates nothing."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def write_atomically(path: str | Path, *content: bytes | memoryview) -> None:

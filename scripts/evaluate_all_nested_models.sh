@@ -22,5 +22,9 @@ if [[ ${#models[@]} -eq 0 ]]; then
     echo "error: checkpoint/nested_models has no ${name}_dim*; train with --mrl_flag first" >&2
     exit 2
 fi
-exec matryoshka dims --path "${models[@]}" --dataset "${words[0]}" --map none \
+data=(--dataset "${words[0]}")
+if [[ -L ${models[0]} && $* != *--data-root* ]]; then
+    data=() # a link into its run, which knows its test images
+fi
+exec matryoshka dims --path "${models[@]}" "${data[@]}" --map none \
     --output "eval_results/$name" "$@"

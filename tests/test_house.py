@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = sorted((ROOT / "matryoshka").rglob("*.py"))
 PROGRAMS = sorted([*(ROOT / "train").glob("*.py"), *(ROOT / "inference").glob("*.py")])
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-ALL = [*LIBRARY, *PROGRAMS, *TESTS, *sorted((ROOT / "bench").glob("*.py")), ROOT / "MRL.py"]
+FACES = sorted(ROOT.glob("*.py"))  # names of the papers' repositories, in the root
+ALL = [*LIBRARY, *PROGRAMS, *TESTS, *sorted((ROOT / "bench").glob("*.py")), *FACES]
 
 # From the top of the library to its base: a wing imports only itself and wings below it.
 ORDER = [

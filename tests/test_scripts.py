@@ -1,4 +1,5 @@
-"""scripts/: each runs from the root and from its folder, with options that its program accepts.
+"""scripts/: each runs from the root and from its folder, with options that its program accepts; and
+the two programs under their old places in the root.
 
 Shell scripts find a program `matryoshka` that notes its words: these are parsed by the real one, or
 run in this process. Scripts in Python run in this process.
@@ -24,7 +25,8 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 STUB = (
     '#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word" >> "$WORDS"; done\necho >> "$WORDS"\n'
 )
-MODEL = "vitfixedposdualpatchnorm_cifar10_patch8"
+NET = "vitfixedposdualpatchnorm"
+MODEL = f"{NET}_cifar10_patch8"
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def run_python(root, script, *words, start="."):
 
 def test_scripts_are_short_and_tested():
     for path in SCRIPTS.iterdir():
-        assert len(path.read_text().splitlines()) <= 30
+        assert len(path.read_text().splitlines()) <= 35
         assert path.suffix == ".py" or os.access(path, os.X_OK)
         assert path.name in Path(__file__).read_text(), f"{path.name}: add a test"
 
@@ -188,3 +190,46 @@ def test_tsne(root, digits):
     (root / "bin/python").unlink()
     assert call == ["scripts/tsne_nested_vit_embeddings.py", "--perplexity", "5"]
     assert dims_parser().parse_args(["--path", "x", "--perplexity", "5"]).perplexity == 5
+
+
+def test_images_are_those_of_the_run(root, small_nested, digits):
+    """Exports are links into their run, which knows its test images: no download of CIFAR-10."""
+    exports = small_nested / "checkpoint/nested_models"
+    name = MODEL.replace("patch8", "patch9")
+    link = root / f"checkpoint/nested_models/{name}_dim8.pth"
+    link.symlink_to(exports / f"{MODEL}_dim8.pth")
+    _, (call,) = calls(root, "evaluate_all_nested_models.sh", "cifar10", NET, "9")
+    assert "--dataset" not in call
+    words = ["evaluate_all_nested_models.sh", "cifar10", NET, "9", "--data-root", "photos"]
+    _, (call,) = calls(root, *words)
+    assert call[call.index("--dataset") + 1] == "cifar10"
+
+    assert run_python(root, "separate_vit_evaluator.py", "--model_path", str(link), "--notb") == 0
+    found = json.loads((root / f"eval_results/{name}_dim8/dims.json").read_text())
+    link.unlink()
+    assert found["data"] == str(digits["val"])
+    words = ["--nested_dir", str(exports), "--perplexity", "5", "--output_dir", "tsne_linked"]
+    assert run_python(root, "tsne_nested_vit_embeddings.py", *words) == 0
+    found = json.loads((root / "tsne_linked/dims.json").read_text())
+    assert found["data"] == str(digits["val"])
+
+
+@pytest.mark.parametrize(
+    ("face", "program", "flag"),
+    [
+        ("train_cifar10.py", "cifar", "--mrl_flag"),
+        ("export_models.py", "export", "--model_type"),
+    ],
+)
+def test_old_names_in_the_root(face, program, flag, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [face, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPTS.parent / face), run_name="__main__")
+    assert not end.value.code
+    out = capsys.readouterr().out
+    assert f"matryoshka {program}" in out
+    assert flag in out
+    monkeypatch.setattr(sys, "argv", [face, "--no_such_option"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPTS.parent / face), run_name="__main__")
+    assert end.value.code == 2

@@ -45,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     check(cfg, processes)
     if processes > 1:
         return distributed.launch(processes, cfg.dist, str(Path(__file__).resolve()), argv)
+    if cfg.training.distributed and not distributed.started_by_torchrun():
+        notes.append(
+            "note     --dp: one device, one process; --dist.world_size=2 --device cpu starts two"
+        )
     with distributed.joined(cfg.training.device) as world:
         try:
             train(cfg, world, notes)
@@ -108,7 +112,7 @@ def train(cfg: SimpleNamespace, world: World, notes: Sequence[str] = ()) -> None
             results[name] = run.evaluate(session, model=model, loader=loader)
             print0(f"{name:8} {accuracy_text(results[name].accuracy)}  ({text})")
         if outputs is not None:
-            for line in outputs.write_final(session, model, results):
+            for line in outputs.write_final(session, model, results, images.chosen_on):
                 print0(line)
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from matryoshka.config import ConfigError, SectionParser, ShortForm, program, section_parser
 from matryoshka.data import BetonError, ImageFolder, WriterConfig, write_beton
 from matryoshka.data.bars import Bars
-from matryoshka.data.catalogue import FOLDER
+from matryoshka.data.catalogue import FOLDER, SETS
 from matryoshka.data.downloads import Progress
-from matryoshka.data.named import named_source
+from matryoshka.data.named import named_source, part_of
 from matryoshka.data.reader import manifest_path
 from matryoshka.data.sources import parts_in
 from matryoshka.data.writer import Source, check_destination
@@ -45,6 +45,11 @@ def parser() -> SectionParser:
 
 
 def open_source(cfg: WriterConfig, progress: Progress) -> Source:
+    if cfg.dataset not in (FOLDER, *SETS) and Path(cfg.dataset).is_dir():  # in place of a name
+        folder = Path(cfg.dataset)
+        folder = part_of(folder, cfg.split) if cfg.split else folder
+        check_splits(str(folder))
+        return ImageFolder(folder)
     if cfg.dataset != FOLDER:
         return named_source(
             cfg.dataset,

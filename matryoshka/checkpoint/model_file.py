@@ -159,8 +159,7 @@ def read(
         raise CheckpointError(
             f"{path}: no such checkpoint file; give a model.safetensors or a .pt file"
         )
-    # Of the file itself: a link such as checkpoint/vit-4-ckpt.t7 may have any name.
-    if path.resolve().suffix == ".safetensors":
+    if path.resolve().suffix == ".safetensors" or _is_safetensors(path):
         _refuse_old_style(path, old_ckpt)
         contents = _read_safetensors(path)
     else:
@@ -178,6 +177,13 @@ def read(
             f"{path}: {problem}; write the checkpoint again, or get another copy of it"
         )
     return contents
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file of any name, such as checkpoint/vit-4-ckpt.t7, starts as this format does."""
+    with open(path, "rb") as file:
+        start = file.read(9)  # the length of a JSON object, and its brace
+    return len(start) == 9 and start[8:] == b"{"
 
 
 def _refuse_old_style(path: Path, old_ckpt: bool) -> None:

@@ -13,10 +13,16 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from matryoshka.config.flags import FlagParser
-from matryoshka.config.sections import Defaults, SectionParser, read, section_parser
+from matryoshka.config.sections import (
+    Defaults,
+    SectionParser,
+    given_options,
+    read,
+    section_parser,
+)
 
-# the given flags -> {section.option: value}
-Translate = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+# (the given flags, options that files and sections give) -> {section.option: value}
+Translate = Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
 
 _SECTION_SWITCHES = ("--print-config",)
 _FILES = ("--config-file", "-C")
@@ -40,7 +46,8 @@ class MixedParser(NamedTuple):
             print(self.help_text(everything="--help-all" in flag_words), flush=True)
             raise SystemExit(0)
         given = self.flags.parse_given(flag_words)
-        words = [f"--{key}={_text(value)}" for key, value in self.translate(given).items()]
+        others = given_options(self.sections, section_words)
+        words = [f"--{key}={_text(value)}" for key, value in self.translate(given, others).items()]
         return read(self.sections, [*words, *section_words], defaults=self.defaults)
 
     def paths(self, args: SimpleNamespace) -> list[tuple[str, Any]]:

@@ -130,9 +130,7 @@ def read(
     given = Given()
     if words and short_form is not None:
         given |= {key: (value, "by default") for key, value in short_form.defaults.items()}
-    for name in command.files:
-        given |= read_file(name, params, errors)
-    given |= words | command.given
+    given |= _from_files(command, params, errors) | words | command.given
     if defaults is not None:
         values = defaults({key: value for key, (value, _) in given.items()})
         given = Given({key: (value, "by default") for key, value in values.items()}) | given
@@ -154,6 +152,25 @@ def read(
         print(to_yaml(config, sources), end="", flush=True)
         raise SystemExit(0)
     return config
+
+
+def given_options(sections: Mapping[str, type], argv: Sequence[str]) -> dict[str, Any]:
+    """`section.option` -> value, as it was written, of the options that config files and `argv`
+    give. Mistakes are left to `read`.
+    """
+    declared = _declare(sections)
+    params = {".".join(path): param for path, param in declared.entries.items()}
+    mistakes: list[str] = []
+    command = _split(argv, params, mistakes, takes_words=False)
+    given = _from_files(command, params, mistakes) | command.given
+    return {key: value for key, (value, _) in given.items()}
+
+
+def _from_files(command: _CommandLine, params: Mapping[str, Any], errors: list[str]) -> Given:
+    given = Given()
+    for name in command.files:
+        given |= read_file(name, params, errors)
+    return given
 
 
 def _values(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from matryoshka.data.catalogue import HELD_OUT, HUGGING_FACE
-from matryoshka.data.downloads import NETWORK_SECONDS, within
+from matryoshka.data.hub import offline_without_network, quiet_hub
 from matryoshka.data.layout import BetonError
 from matryoshka.data.reader import printable
 
@@ -87,7 +86,7 @@ class HuggingFaceImages:
                     return datasets.load_dataset("parquet", data_files=files, **options)
                 if path.is_dir():
                     return self._part(datasets, str(path.resolve()), options)
-                with _offline_without_network():
+                with offline_without_network():
                     return self._part(datasets, name, options)
         except Exception as error:  # datasets and its back ends raise many types
             text = str(error).strip() or type(error).__name__
@@ -101,7 +100,7 @@ class HuggingFaceImages:
 
     @staticmethod
     def _part(datasets: Any, path: str, options: dict[str, Any]) -> Any:
-        """The rows of options["split"]; `test` and `val` are whatever part is held out."""
+        """The rows of options["split"]; `test` and `val` are the part that is held out."""
         split = options["split"]
         if split in HELD_OUT:
             parts = datasets.load_dataset(path, cache_dir=options["cache_dir"])
@@ -166,38 +165,14 @@ class HuggingFaceImages:
 
 
 @contextmanager
-def _offline_without_network() -> Generator[None]:
-    """Without a network, use the cache at once: each request would be tried for half a minute."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    def ask() -> None:
-        get_session().head(constants.ENDPOINT, timeout=NETWORK_SECONDS)
-
-    before = constants.HF_HUB_OFFLINE
-    try:
-        is_reached = before or within(NETWORK_SECONDS, ask)
-    except Exception:  # the client's own types, which change with its back end
-        is_reached = False
-    constants.HF_HUB_OFFLINE = before or not is_reached
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-@contextmanager
 def _only_errors(datasets: Any) -> Generator[None]:
     """Neither retries nor bars on a standard error that is not a terminal."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
     shows_bars = datasets.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        yield
+        with quiet_hub():
+            yield
     finally:
-        logger.setLevel(level)
         if shows_bars:
             datasets.enable_progress_bars()

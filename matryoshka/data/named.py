@@ -38,7 +38,7 @@ __all__ = [
     "named_source",
     "normalisation",
     "part_of",
-    "validation_folder",
+    "validation_part",
 ]
 
 CACHE = "./data"
@@ -181,11 +181,16 @@ def part_of(path: Path, split: str) -> Path:
     raise BetonError(f"{path}: has {', '.join(candidates)}, but no {' or '.join(wanted)}")
 
 
-def validation_folder(data: Sequence[str] | None) -> Path | None:
-    """val/ of the one folder `data`, if it has test/ as well: then val/ is for validation."""
+def validation_part(data: Sequence[str] | None) -> Path | None:
+    """`val` of the one folder `data`, if it has `test` as well: then it is for validation.
+
+    Each is a folder, or a .beton file.
+    """
     if data is None or len(data) != 1:
         return None
-    folder = Path(data[0])
-    if (folder / "test").is_dir() and (folder / "val").is_dir():
-        return folder / "val"
-    return None
+    found = {}
+    for part in ("val", "test"):
+        for path in (Path(data[0]) / part, Path(data[0]) / f"{part}.beton"):
+            if path.exists():
+                found.setdefault(part, path)
+    return found["val"] if len(found) == 2 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from matryoshka.config import check_fields, option
@@ -77,6 +78,11 @@ class WriteOptions:
                 )
 
 
+def _set_or_folder(name: str) -> None:
+    if not Path(name).is_dir():
+        check_set_name(name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WriterConfig(WriteOptions):
     """Section `cfg` of write_imagenet.py."""
@@ -94,12 +100,13 @@ class WriterConfig(WriteOptions):
     )
     dataset: str = option(
         FOLDER,
-        help=f"{FOLDER}: any folder of class folders; or a set to download: {known_names()}",
-        check=check_set_name,
+        help=f"{FOLDER}: the folder data_dir; or a set to download: {known_names()}; or a folder "
+        "of class folders, or one with train/ and test/",
+        check=_set_or_folder,
         common=True,
     )
     split: str | None = option(
-        None, help="part of a named set, such as train; for a folder, data_dir decides", common=True
+        None, help="part of a named set, or of the folder cfg.dataset, such as train", common=True
     )
     data_dir: str | None = option(None, help="the folder that holds the class folders", common=True)
     cache_dir: str = option("./data", help="folder for the downloads of named sets")

@@ -48,9 +48,10 @@ class PrefixAccuracy(Metric):
 
     def compute(self) -> dict[int, dict[str, float]]:
         """{dim: {"top1": .., "top5": ..}} in percent; NaN if no sample was counted."""
-        total = self.count.double()  # float32 is exact up to 2^24 samples only
-        top1 = (100 * self.hits1 / total).tolist()
-        top5 = (100 * self.hits5 / total).tolist()
+        # On the CPU: Apple's GPUs have no float64, and float32 is exact up to 2^24 samples only.
+        total = self.count.cpu().double()
+        top1 = (100 * self.hits1.cpu() / total).tolist()
+        top5 = (100 * self.hits5.cpu() / total).tolist()
         return {d: {"top1": a, "top5": b} for d, a, b in zip(self.dims, top1, top5, strict=True)}
 
 

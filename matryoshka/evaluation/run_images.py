@@ -14,7 +14,7 @@ from typing import Any
 from matryoshka.checkpoint.run_files import PARAMS, run_of
 from matryoshka.config import ConfigError
 from matryoshka.data import BetonFile, ImageFolder, open_dataset
-from matryoshka.data.named import validation_folder
+from matryoshka.data.named import validation_part
 from matryoshka.data.split import held_out
 from matryoshka.data.subset import Subset
 
@@ -48,15 +48,37 @@ def images_of_run(
         raise ConfigError(f"--split {split}: {run} has the parts {' and '.join(PARTS)}")
     if options.select_on_test:
         raise ConfigError(f"--split {split}: {run} chose its epoch on the test set; use that")
-    if (folder := validation_folder(options.data)) is not None:
-        return name, _opened(run, folder)
     if options.val_share == 0:
         raise ConfigError(
             f"--split {split}: {run} kept no image for validation (--val_share 0); train with a "
             "share, or name other images with --data-root"
         )
+    if (path := validation_part(options.data)) is not None:
+        return name, _opened(run, path)
     train = _opened(run, options.train)
     return name, held_out(train, options.val_share, options.seed)[1]
+
+
+def check_same_images(model: str, other: str, split: str | None = None) -> None:
+    """ConfigError if two models were trained with different images for `split` of their runs.
+
+    One model may have been trained on the validation images of the other, or on its test images.
+    """
+    runs = run_with_images(model), run_with_images(other)
+    if runs[0] == runs[1]:
+        return
+    names = ["test"]
+    if split not in (None, "test"):
+        names += ["train", "data", "val_share", "seed", "select_on_test"]
+    found = []
+    for run in runs:
+        options = None if run is None else _options(run)
+        found.append(None if options is None else [getattr(options, name) for name in names])
+    if None in found or found[0] != found[1]:
+        raise ConfigError(
+            f"{model} and {other} are of runs with different images; name those to compare them "
+            "on: --dataset cifar10, or --data-root"
+        )
 
 
 def _opened(run: Path, path: str | Path) -> BetonFile | ImageFolder:

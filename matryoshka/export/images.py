@@ -8,18 +8,17 @@ from torch import Tensor
 
 from matryoshka.data import CenterCrop, Loader
 from matryoshka.data.augment import Preprocessing
-from matryoshka.data.sources import open_images
+from matryoshka.data.dataset import Dataset
 from matryoshka.data.subset import Subset
 
 BATCH = 64
 
 
-def sample_images(path: str, count: int, preprocessing: Preprocessing) -> Tensor:
-    """Up to `count` images of a folder or .beton, evenly spaced, cropped as in evaluation.
+def sample_images(source: Dataset, count: int, preprocessing: Preprocessing) -> Tensor:
+    """Up to `count` images of a dataset, evenly spaced, cropped as in evaluation.
 
-    uint8 [N, size, size, 3]. BetonError for a path without images and for a damaged image.
+    uint8 [N, size, size, 3]. BetonError for a damaged image.
     """
-    source = open_images([path])
     chosen = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(np.int64)
     crop = CenterCrop(preprocessing.size, preprocessing.ratio)
     loader = Loader(Subset(source, chosen), BATCH, order="sequential", crop=crop)

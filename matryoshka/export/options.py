@@ -119,7 +119,8 @@ class CheckOptions:
     )
     images: str | None = option(
         None,
-        help="--verify: folder or .beton of images; unset: noise",
+        help="--verify: folder or .beton of images; unset: the test images of the checkpoint's "
+        "run where these are known, else noise",
         metavar="DATA",
         common=True,
         existing=True,

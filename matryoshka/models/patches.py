@@ -114,7 +114,7 @@ def sincos_positions(rows: int, columns: int, dim: int, *, scale: float = 1.0) -
     grid = np.empty((rows, columns, dim))
     grid[:, :, : dim // 2] = np.concatenate([np.sin(x), np.cos(x)], axis=1)
     grid[:, :, dim // 2 :] = np.concatenate([np.sin(y), np.cos(y)], axis=1)[:, None]
-    return torch.tensor(scale * grid.reshape(rows * columns, dim), dtype=torch.float32)
+    return torch.tensor((scale * grid.reshape(rows * columns, dim)).astype(np.float32))
 
 
 UNIT_VARIANCE = math.sqrt(2)  # scale at which a row's elements have the mean square 1

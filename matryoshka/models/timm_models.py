@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 
+from matryoshka.data.hub import offline_without_network, quiet_hub
 from matryoshka.models.options import ModelError
 from matryoshka.models.sizes import check_counts, check_multiple
 
@@ -39,12 +42,13 @@ def timm_model(name: str, weights: str | None = None, **options: Any) -> tuple[n
         raise ModelError(f"{option} is unknown to timm {timm.__version__}{hint}")
 
     def create(**extra: Any) -> Any:
-        return timm.create_model(
-            weights or name,
-            pretrained=weights is not None,
-            num_classes=0,  # no classifier: the trunk returns features [B, D]
-            **extra,
-        )
+        with _published_weights() if weights is not None else nullcontext():
+            return timm.create_model(
+                weights or name,
+                pretrained=weights is not None,
+                num_classes=0,  # no classifier: the trunk returns features [B, D]
+                **extra,
+            )
 
     try:
         cfg = timm.models.get_pretrained_cfg(name)
@@ -62,6 +66,22 @@ def timm_model(name: str, weights: str | None = None, **options: Any) -> tuple[n
     # A hidden layer before the classifier belongs to the trunk; then the two widths differ.
     width: Any = getattr(trunk, "head_hidden_size", None) or trunk.num_features
     return trunk, width
+
+
+@contextmanager
+def _published_weights() -> Generator[None]:
+    """For a download. OSError if the hub cannot be reached and its cache lacks the weights."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with quiet_hub(), offline_without_network():
+        try:
+            yield
+        except LocalEntryNotFoundError:
+            raise OSError(
+                f"{constants.ENDPOINT} cannot be reached, and {constants.HF_HUB_CACHE} does not "
+                "have them; connect once, or leave them out: --model.pretrained=0"
+            ) from None
 
 
 # Our short names of timm's models, with their sizes.

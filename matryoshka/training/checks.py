@@ -95,9 +95,7 @@ def check(cfg: SimpleNamespace, processes: int) -> None:
 
 
 def check_options(cfg: SimpleNamespace) -> None:
-    """ConfigError for options that are wrong by themselves or for this machine, whatever the data
-    are.
-    """
+    """ConfigError for options that are wrong by themselves or for this machine: with any data."""
     training = cfg.training
     check_crops(cfg)
     check_loader(cfg)

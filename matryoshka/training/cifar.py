@@ -124,10 +124,11 @@ def _with_wandb(cfg: SimpleNamespace) -> tuple[Any, list[str]]:
 def _why_no_wandb() -> str | None:
     if importlib.util.find_spec("wandb") is None:
         return "wandb is not installed"
-    if os.environ.get("WANDB_MODE") in ("offline", "online", "shared"):
+    mode = os.environ.get("WANDB_MODE")
+    if mode in ("offline", "online", "shared", "dryrun"):  # dryrun: the old word for offline
         return None
-    if os.environ.get("WANDB_MODE") in ("disabled", "dryrun"):
-        return f"WANDB_MODE={os.environ['WANDB_MODE']}"
+    if mode == "disabled":
+        return "WANDB_MODE=disabled"
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     has_key = "WANDB_API_KEY" in os.environ or (
         netrc.is_file() and "wandb" in netrc.read_text(errors="replace")

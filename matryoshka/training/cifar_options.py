@@ -226,8 +226,11 @@ def parser() -> MixedParser:
     )
 
 
-def translate(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Options in sections for the given flags. ConfigError for flags that contradict."""
+def translate(flags: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Options in sections for the given flags; others: those that files and sections give.
+
+    ConfigError for flags that contradict.
+    """
     given = {SAME[name]: value for name, value in flags.items() if name in SAME}
     if "dimhead" in flags and flags.get("embedding_dim", flags["dimhead"]) != flags["dimhead"]:
         raise config.ConfigError(
@@ -243,7 +246,7 @@ def translate(flags: Mapping[str, Any]) -> dict[str, Any]:
         )
     if "data" in flags:
         given["cifar.data"] = tuple(flags["data"].split(","))
-    given |= _model(flags)
+    given |= _model(flags, others)
     betas = {"adan_beta1": 0.02, "adan_beta2": 0.08, "adan_beta3": 0.01}
     for name in betas:
         if name in flags and flags.get("opt", "adan") != "adan":
@@ -270,23 +273,34 @@ def translate(flags: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _model(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of section `model`, and the net's name in the outputs."""
+def _model(flags: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of section `model`, and the net's name in the outputs.
+
+    others: options that a config file or a section gives; they name the net if --net does not.
+    """
     kind = flags.get("mrl_kind")
     if flags.get("nested_proj_mrl"):
         if kind not in (None, "nested_proj"):
             raise config.ConfigError(f"--nested_proj_mrl and --mrl_kind {kind}: give one")
         kind = "nested_proj"
-    is_nested = flags.get("mrl_flag", False)
-    if not is_nested:
+    dims = {"model.dims": flags["mrl_dims"]} if "mrl_dims" in flags else {}
+    if not flags.get("mrl_flag", False):
+        is_nested = _is_on(others.get("model.mrl")) or _is_on(others.get("model.efficient"))
         for name in ("mrl_dims", "nested_proj_mrl", "mrl_kind"):
-            if name in flags:
+            if name in flags and not is_nested:
                 raise config.ConfigError(f"--{name} needs --mrl_flag")
-        return {"model.arch": flags["net"], "cifar.net": flags["net"]} if "net" in flags else {}
+        if kind is None:
+            net = flags.get("net")
+            return dims if net is None else dims | {"model.arch": net, "cifar.net": net}
 
-    net = flags.get("net", FIXED_POSITIONS)
-    if kind is None:
-        kind = "independent" if net == FIXED_POSITIONS else "prefixes"
+    arch = flags.get("net") or others.get("model.arch")
+    families = {family: name for name, family in FAMILY_OF.items()}
+    net = FIXED_POSITIONS if arch is None or arch in families else arch
+    if kind is None and arch in families:
+        kind = families[arch]
+    if kind is None and net != FIXED_POSITIONS:
+        kind = "shared" if _is_on(others.get("model.efficient")) else "prefixes"
+    kind = kind or "independent"
     if kind in FAMILY_OF and net != FIXED_POSITIONS:
         raise config.ConfigError(
             f"--mrl_kind {kind}: for --net {FIXED_POSITIONS}, not {net}; use prefixes or shared"
@@ -294,9 +308,12 @@ def _model(flags: Mapping[str, Any]) -> dict[str, Any]:
     given = {"model.arch": FAMILY_OF.get(kind, net), "cifar.net": net, "model.mrl": True}
     # A transformer with a sliced width has a sliced classifier: each member is a slice of it.
     given["model.efficient"] = kind in ("shared", "nested")
-    if "mrl_dims" in flags:
-        given["model.dims"] = flags["mrl_dims"]
-    return given
+    return given | dims
+
+
+def _is_on(value: Any) -> bool:
+    """Whether a bool option is given as true, by a file or as text."""
+    return str(value).lower() in ("1", "true")
 
 
 def is_compression(given: Mapping[str, Any]) -> bool:
@@ -305,8 +322,7 @@ def is_compression(given: Mapping[str, Any]) -> bool:
     given: the given options in sections.
     """
     net = given.get("model.arch")
-    nested = str(given.get("model.mrl", 0)).lower() in ("1", "true")
-    return nested or net in COMPRESSION_NETS or net in FAMILY_OF.values()
+    return _is_on(given.get("model.mrl")) or net in COMPRESSION_NETS or net in FAMILY_OF.values()
 
 
 def defaults(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -141,11 +141,15 @@ class CifarOutputs:
         _link(self._names.checkpoint, best if best.exists() else checkpoints / "last.safetensors")
 
     def write_final(
-        self, session: Session, model: NestedModel, results: Mapping[str, Evaluation]
+        self,
+        session: Session,
+        model: NestedModel,
+        results: Mapping[str, Evaluation],
+        chosen_on: str | None,
     ) -> list[str]:
         """Write exports, results.json and the final model; return lines for the user.
 
-        results: of the model, on `validation` and `test`.
+        results: of the model, on `validation` and `test`. chosen_on: which of them chose the epoch.
         """
         run = self._run
         folder = run.start.path
@@ -158,7 +162,7 @@ class CifarOutputs:
         values = {}
         for name, result in results.items():
             top1 = {dim: row["top1"] for dim, row in result.accuracy.items()}
-            chose = name == "validation" or run.cfg.cifar.select_on_test
+            chose = name == chosen_on
             values[name] = {"top_1": top1, "loss": result.loss, "chose_the_epoch": chose}
         write_atomically(folder / RESULTS, (json.dumps(values, indent=1) + "\n").encode())
         checkpoint.save_upstream(model, folder / "final_weights.pt")
@@ -171,7 +175,8 @@ class CifarOutputs:
         """A model file for each dim, and for families the .pth of matryoshka-vit-compression."""
         folder = self._run.start.path / "nested_models"
         stem = self._names.nested.name
-        lines = [f"exports  {folder}: a model for each dim"]
+        links = f"; links in {self._names.nested.parent}" if self._wanted else ""
+        lines = [f"exports  {folder}: a model for each dim{links}"]
         formats = EXPORTS if model.spec.arch in FAMILIES else EXPORTS[:1]
         try:
             files = checkpoint.export_dims(model, folder, stem, formats)
@@ -182,7 +187,7 @@ class CifarOutputs:
             # Links of an earlier run with other dims would mix two runs in one table.
             for old in self._names.nested.parent.glob(f"{stem}_dim*"):
                 if old.is_symlink():
-                    old.unlink()
+                    old.unlink(missing_ok=True)  # another run may end at the same time
             for file in files:
                 _link(self._names.nested.parent / file.name, file)
         return lines

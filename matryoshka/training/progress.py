@@ -125,9 +125,9 @@ class Progress:
             self.announce(step)
 
     def announce(self, step: int) -> None:
-        """Print the remaining time, once; nothing before any step was timed."""
+        """Print the remaining time, once; nothing before any step was timed, and after the last."""
         seconds = self.forecast.remaining(step)
-        if self._announced or seconds is None:
+        if self._announced or seconds is None or seconds < 0.5:  # which would read 0 s
             return
         self._announced = True
         hint = self._hint if seconds > 3600 * LONG_HOURS else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,8 @@ def find_program(name: str, sweep_file: Path) -> list[str]:
     if not name.endswith(".py"):
         return ["-m", "matryoshka.cli", *name.removeprefix("matryoshka ").split()]
     places = [Path(), sweep_file.resolve().parent, ROOT, ROOT / "train", ROOT / "inference"]
-    places += [ROOT / "matryoshka" / "train", ROOT / "matryoshka" / "inference"]  # installed
+    installed = ROOT / "matryoshka"
+    places += [installed, installed / "train", installed / "inference"]
     for place in places:
         if (place / name).is_file():
             return [str(place / name)]
@@ -38,17 +40,27 @@ def find_program(name: str, sweep_file: Path) -> list[str]:
     )
 
 
+# Waits for a line, then becomes the program; without one, when the sweep was killed, it ends.
+GATE = ("/bin/sh", "-c", 'read -r line && exec "$@" </dev/null', "sh")
+
+
 class Process:
-    """A running program; its output goes to a file."""
+    """A program whose output goes to a file. It is started, but waits for `begin`.
+
+    A sweep can be killed at any time. It notes the `identity` of the process before `begin`, so
+    that no program runs that the next start of the sweep does not know of.
+    """
 
     def __init__(self, words: Sequence[str], output: Path) -> None:
+        if shutil.which(words[0]) is None:
+            raise SweepError(f"cannot start {words[0]}: no such program")
         try:
             with open(output, "wb") as file:
                 # A session of its own: an interrupt of the terminal must reach the sweep alone,
                 # which then ends its trials.
                 self._process = subprocess.Popen(
-                    words,
-                    stdin=subprocess.DEVNULL,
+                    [*GATE, *words],
+                    stdin=subprocess.PIPE,
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
@@ -56,6 +68,12 @@ class Process:
         except OSError as error:
             raise SweepError(f"cannot start {words[0]}: {error.strerror}") from None
         self._output = output
+
+    def begin(self) -> None:
+        """Let the program run."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError), self._process.stdin as gate:  # broken: it was killed
+            gate.write(b"\n")
 
     def identity(self) -> str:
         """See `identity`."""
@@ -74,7 +92,7 @@ class Process:
         # Also what it has started itself.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._process.communicate()  # waits, and closes the pipe
 
     def last_words(self) -> str:
         """The last line of its output, to explain a failure."""

@@ -100,13 +100,15 @@ def run_sweep(
 ) -> list[Trial]:
     """Run a sweep in its folder, or continue it; return all its trials that have ended.
 
-    Without a number of trials, a grid runs all its points and the other methods run the sweep's
-    run_cap. stop: ends the running trials when it is set; the next start repeats them. Raises
-    SweepError: no Optuna, a folder of another sweep, a program or a metric that does not exist.
+    Without a number of trials, the sweep's run_cap counts, and a grid ends with its points. stop:
+    ends the running trials when it is set; the next start repeats them. Raises SweepError: no
+    Optuna, a folder of another sweep, a program or a metric that does not exist.
     """
     options = options or SweepOptions()
     folder = Path(folder)
-    goal = options.trials or sweep.points() or sweep.run_cap
+    goal = options.trials or sweep.run_cap
+    if (points := sweep.points()) is not None:
+        goal = min(goal or points, points)  # a grid has no further points
     if goal is None and options.timeout is None:
         raise SweepError(
             f"{sweep.path}: without run_cap, give the number of trials (--trials) or a time "
@@ -346,7 +348,9 @@ class _Worker:
             process = trial.user_attrs.get("process")
             if process is not None:
                 end_process(process)
-            self._repeat(trial.number, trial.params)
+            # A worker that was killed while it drew has not drawn all of a point of the queue.
+            queued = trial.system_attrs.get("fixed_params", {})
+            self._repeat(trial.number, {**queued, **trial.params})
             self._report(f"{_name(trial.number)}  was interrupted, is repeated")
 
     def _repeat(self, number: int, drawn: Mapping[str, Any]) -> None:
@@ -420,9 +424,10 @@ class _Worker:
         process = Process(
             command_line(self._sweep, self._program, values, words), folder / f"{name}.out"
         )
-        trial.set_user_attr("process", process.identity())
         log = Log(folder / name / "log")
         try:
+            trial.set_user_attr("process", process.identity())
+            process.begin()
             values = self._follow(trial, process, log)
         finally:
             process.stop()

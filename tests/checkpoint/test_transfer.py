@@ -251,6 +251,28 @@ def test_weights_that_cannot_be_loaded(monkeypatch, tmp_path):
         start_model(config, spec)
 
 
+def test_weights_of_timm_without_a_network(monkeypatch, tmp_path, capfd):
+    """One line, at once: the hub's client would tell of its retries for a minute."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+    class NoNetwork:
+        def head(self, *_, **__):
+            raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub.utils, "get_session", NoNetwork)
+    config = ModelConfig(arch="timm:test_vit", pretrained=True)
+    with pytest.raises(ModelError) as raised:
+        start_model(config, ModelSpec("timm:test_vit", 10, (64,)))
+    assert str(raised.value) == (
+        "model.init: cannot load the weights test_vit of timm:test_vit: https://huggingface.co "
+        f"cannot be reached, and {tmp_path} does not have them; connect once, or leave them out: "
+        "--model.pretrained=0"
+    )
+    assert capfd.readouterr().err == ""
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+
+
 def test_a_checkpoint_of_a_timm_model(tmp_path):
     spec = ModelSpec("timm:test_resnet", 10, (8, 64), blurpool=True)
     source = source_of(spec)

@@ -124,6 +124,19 @@ def test_a_destination_is_checked_before_a_download(tmp_path, capsys):
     assert not (tmp_path / "data").exists()
 
 
+def test_a_folder_in_place_of_a_name(folder, tmp_path, capsys):
+    """`folder` has train/ and val/ with three classes each."""
+    words = ["write", f"--cfg.dataset={folder}", f"--cfg.write_path={tmp_path / 'a.beton'}"]
+    words += ["--cfg.max_resolution=64"]
+    assert cli.main([*words, "--cfg.split=test"]) == 0
+    with BetonFile(tmp_path / "a.beton") as data:
+        assert (len(data), data.classes) == (9, ["ant", "bee", "cat"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match=r"^2$"):
+        cli.main(words)
+    assert "are parts of a data set, not classes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

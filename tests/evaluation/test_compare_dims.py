@@ -91,7 +91,7 @@ def test_exports_give_the_numbers_of_the_family(compared, small_nested, tmp_path
     for number, paths in enumerate(([str(folder)], files)):
         output = tmp_path / str(number)
         options = ["--path", *paths, "--data-root", compared["data"], "--output", str(output)]
-        assert compare_dims.main([*options, *FAST]) == 0
+        assert compare_dims.main([*options, *FAST, "--map=tsne", "--max_samples=0"]) == 0
         found = json.loads((output / "dims.json").read_text())
         assert found["dims"] == list(DIMS)
         assert found["prefixes"] == compared["prefixes"]

@@ -13,6 +13,7 @@ from training_commands import refused
 from matryoshka.config import ConfigError
 from matryoshka.data import open_dataset
 from matryoshka.evaluation.evaluation_set import find_images
+from matryoshka.evaluation.run_images import check_same_images
 
 
 def options(dataset="V1", root=None, split=None, cache=None):
@@ -85,6 +86,11 @@ def test_eval_on_a_link_of_another_name(small_nested, digits, tmp_path, capsys):
     assert found[0]["dataset"] == "cifar10"
     assert "cifar10, 100 images at 32 px" in capsys.readouterr().out
 
+    copy = tmp_path / "copy.t7"
+    shutil.copy(link, copy)
+    words = [f"--path={copy}", f"--data-root={digits['val']}", "--workers=1"]
+    assert pytorch_inference.main(words) == 0
+
     pickle = tmp_path / "old.t7"
     pickle.write_bytes(b"not a checkpoint")
     line = refused(
@@ -129,6 +135,30 @@ def test_parts_that_a_run_does_not_have(change, text, small_nested, tmp_path, ca
     assert "--cache: the images are those of" in refused(
         pytorch_inference.main, [*words, "--cache=data"], capsys
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "split", "is_same"),
+    [
+        ({}, "validation", True),
+        ({"training.seed": 1}, "test", True),
+        ({"training.seed": 1}, "validation", False),
+        ({"data.val_dataset": "other.beton"}, "test", False),
+    ],
+)
+def test_models_are_compared_on_images_that_none_has_seen(
+    change, split, is_same, small_nested, tmp_path
+):
+    (model,) = (small_nested / "runs").glob("*/*/model.safetensors")
+    params = json.loads((model.parent / "params.json").read_text())
+    (tmp_path / "params.json").write_text(json.dumps(params | change))
+    shutil.copy(model, tmp_path)
+    other = str(tmp_path / model.name)
+    if is_same:
+        check_same_images(str(model), other, split)
+        return
+    with pytest.raises(ConfigError, match="are of runs with different images"):
+        check_same_images(str(model), other, split)
 
 
 def test_a_path_is_a_data_set(tmp_path):

@@ -2,18 +2,23 @@
 
 import json
 import re
+import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from matryoshka.inference import export_models
 from PIL import Image
 
-from matryoshka.data import CenterCrop, read_images
+from matryoshka.checkpoint import load_model
+from matryoshka.data import CenterCrop, Loader, open_dataset, read_images
 from matryoshka.data.augment import normalise
+from matryoshka.data.sources import open_images
 from matryoshka.export import latency, torch_export
 from matryoshka.export.formats import open_written
 from matryoshka.export.graph import Deployed
@@ -186,8 +191,9 @@ def test_sampled_images_are_evenly_spaced(exported, folder):
     preprocessing = exported.model.preprocessing
     files = sorted((folder / "val").rglob("*.jpg"))
     whole = read_images(files, CenterCrop(32, 1.0))
-    assert np.array_equal(sample_images(folder / "val", 99, preprocessing).numpy(), whole)
-    some = sample_images(folder / "val", 3, preprocessing).numpy()
+    source = open_images([folder / "val"])
+    assert np.array_equal(sample_images(source, 99, preprocessing).numpy(), whole)
+    some = sample_images(source, 3, preprocessing).numpy()
     assert np.array_equal(some, whole[[0, 4, 8]])
 
 
@@ -209,3 +215,29 @@ def test_latencies_are_medians_of_turns(monkeypatch):
     found = latency.latencies(calls, blocks=3, block_seconds=1)
     assert found == {"a": 2, "b": 4}
     assert order == ["a", "a", "b", "b", "a", "b", "a", "b", "a", "b"]
+
+
+def test_verify_takes_the_test_images_of_the_run(small_nested, digits, tmp_path, capsys):
+    link = small_nested / "checkpoint/vitfixedposdualpatchnorm-cifar10-8-ckpt.t7"
+    argv = [f"--checkpoint={link}", "--format=pt2", "--verify", "--no-latency"]
+    assert export_models.main([*argv, f"--output_dir={tmp_path / 'first'}"]) == 0
+    run = link.resolve().parents[1]
+    assert f"verify: test images of {run}, batch 1, 7;" in capsys.readouterr().out
+
+    args = SimpleNamespace(checkpoint=str(link), images=None)
+    source = Deployed(load_model(link))
+    images, _ = export_models.verification_images(args, source, 7)
+    loader = Loader(open_dataset(digits["val"]), 100, order="sequential", crop=CenterCrop(32, 1.0))
+    (whole,) = loader
+    assert torch.equal(images, whole.images[[0, 16, 33, 50, 66, 82, 99]])  # 99/6 apart
+
+    # A run whose images have gone.
+    copy = tmp_path / "moved"
+    shutil.copytree(run, copy)
+    params = json.loads((copy / "params.json").read_text())
+    params["data.val_dataset"] = str(tmp_path / "gone.beton")
+    (copy / "params.json").write_text(json.dumps(params))
+    argv[0] = f"--checkpoint={copy / 'model.safetensors'}"
+    assert export_models.main([*argv, f"--output_dir={tmp_path / 'second'}"]) == 0
+    text = f"verify: noise (the test images of {copy} are not here any more), batch 1, 7;"
+    assert text in capsys.readouterr().out

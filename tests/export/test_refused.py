@@ -218,3 +218,14 @@ def test_the_program_starts_in_place(program, cwd):
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: --checkpoint no: no such file or folder\n"
+
+
+def test_folders_are_looked_at_before_the_export(checkpoint, empty, monkeypatch, capsys):
+    monkeypatch.setattr(export_models, "record", lambda *_: pytest.fail("too late"))
+    (empty / "file").write_text("")
+    (empty / "none").mkdir()
+    inside = refused([f"--checkpoint={checkpoint}", "--output_dir=file/in"], capsys)
+    assert inside == "--output_dir file/in: Not a directory"
+    words = [f"--checkpoint={checkpoint}", "--verify", "--images=none"]
+    assert refused(words, capsys).startswith("none: ")
+    assert sorted(os.listdir(empty)) == ["file", "none"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_nets import LARGE, TINY, VIT
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,40 +37,6 @@ from matryoshka.models.vit import DynamicTanh, SequencePool, VisionTransformer, 
 from matryoshka.models.vqvae import EncoderSizes, VqVae, save_vqvae
 from matryoshka.nested import NestedLinear, nested_cross_entropy
 
-VIT = {"image_size": 8, "patch": 4, "dim": 16, "depth": 2, "heads": 2, "dropout": 0}
-# Options that make every net small and the tests quick. Dropout off: a step must lower the loss.
-TINY = {
-    "vit": VIT,
-    "vit_small": VIT,
-    "vit_tiny": VIT,
-    "simplevit": VIT,
-    "dyt": VIT,
-    "vitfixedpos": VIT,
-    "vitlearnedpos": VIT,
-    "vitfixedposdualpatchnorm": VIT,
-    "vitfixedposvqvae": VIT,
-    "cct": {
-        "image_size": 8,
-        "dim": 16,
-        "depth": 2,
-        "heads": 2,
-        "attention_dropout": 0,
-        "drop_path": 0,
-    },
-    "cait": VIT | {"cls_depth": 1, "drop_path": 0},
-    "cait_small": VIT | {"cls_depth": 1, "drop_path": 0},
-    "swin": {"image_size": 8, "patch": 2, "dim": 32},
-    "mlpmixer": {"image_size": 8, "patch": 4, "dim": 16, "depth": 2},
-    "convmixer": {"image_size": 8, "dim": 16, "depth": 2, "kernel": 3},
-    "mobilevit": {"image_size": 64},
-    "res18": {"image_size": 8},
-    "res34": {"image_size": 8},
-    "res50": {"image_size": 8},
-    "res101": {"image_size": 8},
-    "vgg": {"image_size": 32},
-    "fast_cnn": {"image_size": 9, "dim": 96},
-}
-LARGE = {"res34", "res50", "res101"}  # 21 to 42 million parameters at any size
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -4,23 +4,28 @@ import csv
 import json
 import os
 import signal
+import traceback
 
 import numpy as np
 import pytest
 import torch
 from matryoshka.train import train_cifar10
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from matryoshka import checkpoint
 from matryoshka.data import CenterCrop, Loader, open_dataset
 from matryoshka.data.augment import normalise
 from matryoshka.data.split import stratified_split
+from matryoshka.distributed import pick_device, pick_precision
 from matryoshka.training import cifar_outputs, snapshot
 from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.watch import REQUEUE
 
 SMALL = ["--bs=90", "--size=16", "--patch=4", "--device=cpu", "--nowandb", "--data.num_workers=1"]
 NESTED = ["--mrl_flag", "--mrl_kind=nested", "--mrl_dims=8,16", "--model.arch_options=depth=1"]
+OURS = os.path.join("matryoshka", "")
 NAME = "vitfixedposdualpatchnorm_cifar10_patch4"
 
 
@@ -259,6 +264,32 @@ def test_without_validation_images_the_last_weights_are_the_model(digits, capsys
     assert not (run / "checkpoints" / "best.safetensors").exists()
 
 
+def test_one_evaluation_chooses_nothing(digits, capsys):
+    argv = command(digits, *NESTED, "--logging.log_level=0", "--notb")
+    assert train_cifar10.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "chosen   the last epoch, the only one that logging.log_level=0 evaluates" in out
+    assert "(40 images, held out)" in out
+    results = json.loads((run_of(train_cifar10.Path()) / "results.json").read_text())
+    assert [results[name]["chose_the_epoch"] for name in ("validation", "test")] == [False, False]
+
+
+@pytest.mark.parametrize("share", ["0", "0.2", None])
+def test_a_folder_with_images_for_validation(share, digits, tmp_path, capsys):
+    """val.beton beside test.beton; `--val_share 0` still means: choose nothing."""
+    for name, source in (("train", "train"), ("val", "val"), ("test", "val")):
+        (tmp_path / f"{name}.beton").symlink_to(digits[source])
+    argv = [*SMALL, f"--data={tmp_path}", "--n_epochs=1", "--net=fast_cnn", "--notb"]
+    argv += ["--model.arch_options=dim=16", *([f"--val_share={share}"] if share else [])]
+    if share == "0.2":
+        assert "the images for validation are" in refused(argv, capsys)
+        return
+    assert train_cifar10.main(argv) == 0
+    out = capsys.readouterr().out
+    wanted = "the last epoch" if share else f"the best epoch on 100 images of {tmp_path}/val.beton"
+    assert wanted in out
+
+
 # ---------------------------------------------------------------- other nets and steps
 
 
@@ -279,6 +310,38 @@ def test_other_nets_and_ways_to_train(digits, more, capsys):
         events = EventAccumulator(str(run / "tensorboard")).Reload()
         assert "loss/16" not in events.Tags()["scalars"], "the middle width is never trained"
         assert events.Scalars("loss/8")[0].value == pytest.approx(np.log(10), rel=0.3)
+
+
+class InFloat64(TorchDispatchMode):
+    """Collects the lines whose operations give float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        outputs = operation(*args, **(kwargs or {}))
+        for output in tree_leaves(outputs):
+            if isinstance(output, torch.Tensor) and output.dtype == torch.float64:
+                ours = [f for f in traceback.extract_stack() if OURS in f.filename]
+                self.found.add(ours[-1].line)
+        return outputs
+
+
+def test_a_run_computes_nothing_in_float64(digits, monkeypatch):
+    """Apple's GPUs have none; they are also a device of the option."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mps, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        assert pick_device("auto", 0) == torch.device("mps")
+    assert pick_precision("auto", torch.device("mps")) == "fp32"
+    more = ["--opt=adan", "--training.ema=0.5", "--training.clip=1", "--mixup", "--data.cutmix=1"]
+    more += ["--data.random_erasing=0.5", "--data.color_jitter=0.4,0.4,0.4,0.1", "--n_epochs=1"]
+    with InFloat64() as mode:
+        assert train_cifar10.main(command(digits, *NESTED, *more)) == 0
+    on_the_cpu = {"total = self.count.cpu().double()"}  # and what is divided by it
+    divided = {line for line in mode.found if line.endswith(".cpu() / total).tolist()")}
+    assert mode.found - on_the_cpu == divided
 
 
 def test_weights_and_biases_get_the_keys_of_both_repositories(digits, monkeypatch):

@@ -207,6 +207,9 @@ def test_weights_and_biases_is_used_where_it_is_configured(monkeypatch):
     assert logged("--logging.wandb=mine") == ("mine", [])
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert logged()[0] is None
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("WANDB_MODE", "dryrun")  # the old word for offline, which needs no key
+    assert logged() == ("cifar10-challange", [])
 
 
 def test_every_section_of_train_imagenet_is_accepted():
@@ -231,3 +234,33 @@ def test_every_recipe_is_a_run(recipe, monkeypatch):
 def test_the_guide_lists_every_recipe():
     guide = (RECIPES.parent / "docs" / "small_images.md").read_text()
     assert [path.name for path in RECIPES.glob("*.yaml") if f"`{path.name}`" not in guide] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "arch", "net", "dims", "efficient"),
+    [
+        ("-C {}/res18.yaml --mrl_flag", "res18", "res18", None, False),
+        ("--model.arch=res18 --mrl_flag", "res18", "res18", None, False),
+        ("-C {}/fast_cnn.yaml --mrl_dims 8,64", "fast_cnn", None, (8, 64), False),
+        ("-C {}/fast_cnn.yaml --mrl_kind shared", "fast_cnn", "fast_cnn", None, True),
+        (
+            "-C {}/vit_nested.yaml --mrl_flag --mrl_dims 8,16",
+            "vit_nested",
+            "vitfixedposdualpatchnorm",
+            (8, 16),
+            True,
+        ),
+        ("-C {}/res18.yaml --net res34 --mrl_flag", "res34", "res34", None, False),
+        ("--mrl_flag", "vit_independent", "vitfixedposdualpatchnorm", None, False),
+    ],
+)
+def test_flags_of_mrl_keep_the_net_of_a_file(words, arch, net, dims, efficient):
+    cfg = parser().parse_args(words.format(RECIPES).split())
+    found = (cfg.model.arch, cfg.cifar.net, cfg.model.dims, cfg.model.efficient)
+    assert found == (arch, net, dims, efficient)
+    assert cfg.model.mrl
+
+
+def test_dims_still_need_a_nested_net():
+    with pytest.raises(ConfigError, match="--mrl_dims needs --mrl_flag"):
+        parser().parse_args(["-C", str(RECIPES / "res18.yaml"), "--mrl_dims", "8,16"])

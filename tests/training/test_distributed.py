@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from matryoshka.inference import pytorch_inference
-from matryoshka.train import train_imagenet
+from matryoshka.train import train_cifar10, train_imagenet
 from torchrun_starts import ROOT, torchrun
 
 from matryoshka import distributed
+from matryoshka.checkpoint import load_model
+from matryoshka.data import CenterCrop, Loader, open_dataset
+from matryoshka.data.augment import normalise
 from matryoshka.distributed import DistConfig, DistributedError
 
 # One step of the training loop's own function in float64, batch norm in eval mode, by forks of one
@@ -326,6 +329,30 @@ def test_a_users_mistake_in_a_launched_run_is_one_line(tmp_path, digits):
     assert "training.batch_size" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_dp_of_the_cifar_program_is_two_processes(tmp_path, digits, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = ["--dp", "--dist.world_size=2", "--device=cpu", "--net=resnet10"]
+    words += ["--size=16", "--n_epochs=1", "--bs=90", "--nowandb"]
+    words += ["--notb", "--noaug", f"--data={digits['train']},{digits['val']}"]
+    status = train_cifar10.main([*words, "--data.num_workers=1"])
+    out, err = capfd.readouterr()
+    assert status == 0, err[-3000:]
+    assert "device   2 x cpu" in out
+    assert "4 steps of 90 images" in out, "--bs counts the images of both"
+    for line in ("validation top-1 512:", "test     top-1 512:", "model    runs/"):
+        assert out.count(line) == 1, "the first process alone speaks"
+    (run,) = tmp_path.glob("runs/resnet10_lr0.0001_cifar10/*")
+    results = json.loads((run / "results.json").read_text())
+    model = load_model(tmp_path / "checkpoint/resnet10-cifar10-4-ckpt.t7")
+    loader = Loader(open_dataset(digits["val"]), 100, order="sequential", crop=CenterCrop(16, 1.0))
+    (batch,) = loader
+    mean, std = model.preprocessing.mean, model.preprocessing.std
+    with torch.no_grad():
+        right = model(normalise(batch.images, mean, std))[0].argmax(1) == batch.labels
+    assert results["test"]["top_1"]["512"] == pytest.approx(100 * float(right.float().mean()))
 
 
 # ---------------------------------------------------------------- decisions

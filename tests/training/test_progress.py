@@ -131,6 +131,13 @@ def test_the_announced_time():
     assert lines == ["time     about 16 min 34 s left"]  # 994 s
 
 
+def test_nothing_is_announced_at_the_end():
+    progress, lines, clock = make_progress(steps=4)
+    run(progress, clock, 4, 1.0)
+    progress.announce(4)
+    assert lines == []
+
+
 def test_nothing_is_announced_before_a_step_was_timed():
     progress, lines, clock = make_progress()
     progress.announce(0)

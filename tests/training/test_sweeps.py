@@ -356,13 +356,24 @@ def test_a_search_finds_the_best_and_what_matters(tmp_path):
 
 def test_a_grid_runs_every_point_once(tmp_path):
     parameters = {"x": {"values": [1, 2, 3]}, "y": {"values": [True, False]}, "z": {"value": 0}}
-    sweep = sweep_of(tmp_path, method="grid", parameters=parameters)
+    sweep = sweep_of(tmp_path, method="grid", parameters=parameters, run_cap=2)
     points = sorted(itertools.product([1, 2, 3], [True, False], [0]))
-    for options in (SweepOptions(trials=4), SweepOptions(workers=2)):
+    for options, count in ((None, 2), (SweepOptions(trials=9, workers=2), 6)):
         trials = run_sweep(sweep, tmp_path / "study", options)
         ran = sorted(tuple(trial.values.values()) for trial in trials)
-        assert len(set(ran)) == len(ran) == (4 if options.trials else 6)
+        assert len(set(ran)) == len(ran) == count
         assert set(ran) <= set(points)
+
+
+def test_a_point_is_not_lost_with_a_worker_that_was_drawing_it(tmp_path):
+    parameters = {"x": {"values": [1, 2]}, "y": {"values": [3, 4]}}
+    sweep = sweep_of(tmp_path, method="grid", parameters=parameters, run_cap=1)
+    run_sweep(sweep, tmp_path / "study")
+    study = sweeps._load(sweeps._open(sweep, tmp_path / "study"))
+    study.ask().suggest_categorical("x", ["1", "2"])  # and the process is killed
+    trials = run_sweep(sweep, tmp_path / "study", SweepOptions(trials=4))
+    ran = sorted(tuple(trial.values.values()) for trial in trials if trial.state == "complete")
+    assert ran == [(1, 3), (1, 4), (2, 3), (2, 4)]
 
 
 def test_a_bad_trial_is_pruned_by_a_signal(tmp_path):
@@ -438,7 +449,6 @@ def test_a_sweep_that_is_killed_continues(tmp_path, whole):
     words += ["--trials=4", "--workers=2", "--", "--delay=60"]
     running = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     wait_for(lambda: started(study) == 2)
-    time.sleep(0.2)  # the id of a program is stored just after its start
     running.send_signal(signal.SIGKILL)
     running.wait()
     lines = []
@@ -448,6 +458,37 @@ def test_a_sweep_that_is_killed_continues(tmp_path, whole):
     assert {trial.state for trial in trials} == {"complete"}
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
     assert f"--logging.folder={study}" not in left.stdout
+
+
+def test_a_kill_before_the_program_is_noted_leaves_none(tmp_path):
+    """The sweep dies between the start of the program and the note of its id."""
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from matryoshka.training.sweep_trial import Process\n"
+        "process = Process(['touch', sys.argv[1]], Path(sys.argv[2]))\n"
+        "print(process.identity(), flush=True)\n"
+        "if sys.argv[3] == 'begin': process.begin()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    trace = tmp_path / "trace"
+    words = [sys.executable, "-c", code, str(trace), str(tmp_path / "out")]
+    killed = subprocess.run([*words, ""], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    wait_for(lambda: not sweep_trial.is_alive(killed.stdout.strip()))
+    assert not trace.exists()
+    noted = subprocess.run([*words, "begin"], capture_output=True, text=True, check=False)
+    wait_for(lambda: not sweep_trial.is_alive(noted.stdout.strip()))
+    assert trace.exists()
+
+
+def test_a_program_that_waits_can_be_stopped(tmp_path):
+    process = sweep_trial.Process(["touch", str(tmp_path / "trace")], tmp_path / "out")
+    assert process.status() is None
+    process.stop()
+    assert process.status() == -signal.SIGTERM
+    assert not (tmp_path / "trace").exists()
+    with pytest.raises(SweepError, match="cannot start no-such-program: no such program"):
+        sweep_trial.Process(["no-such-program"], tmp_path / "out")
 
 
 def test_two_sweeps_share_a_study(tmp_path, whole):
