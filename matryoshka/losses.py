@@ -1,0 +1,223 @@
+"""Losses of self-supervised learning as pure functions of tensors, plain and nested.
+
+    loss, per_prefix = over_prefixes(info_nce, dims=(8, 64, 512))(queries, keys, temperature=0.1)
+
+Legend: B images of this process, N images of all processes, E numbers of an embedding, K negatives
+of a queue. Embeddings need no normalisation: a loss that compares directions normalises, after the
+prefix is cut off. In several processes the caller gathers what is called [N, E] and says with
+`first` where its own B rows begin; the mean of the processes' losses is then the loss of one
+process with all images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from matryoshka.nested import check_dims
+
+NestedLoss = Callable[..., tuple[Tensor, Tensor]]
+
+
+def over_prefixes(
+    loss: Callable[..., Tensor],
+    dims: Sequence[int],
+    weights: Sequence[float] | None = None,
+    per_prefix: Mapping[str, Sequence[Any]] | None = None,
+) -> NestedLoss:
+    """A loss of embeddings as the sum of the losses of their prefixes (MRL, arXiv 2205.13147).
+
+    loss: a function of this file. dims: G prefix lengths, rising. weights: one for each, 1 by
+    default. per_prefix: {argument of the loss: its value for each prefix}, such as temperatures.
+
+    Returns f(*embeddings, **arguments) -> (scalar, unweighted loss of each prefix [G], detached).
+    The last axis of every embedding is cut. ValueError for numbers of weights or values that are
+    not G, and for embeddings narrower than the longest prefix.
+    """
+    dims = check_dims(dims, max(dims, default=0))
+    lengths = {"weights": dims if weights is None else weights, **(per_prefix or {})}
+    for name, values in lengths.items():
+        if len(values) != len(dims):
+            raise ValueError(f"{name}: {len(values)} values for {len(dims)} prefixes")
+
+    def nested(*embeddings: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+        narrowest = min(x.shape[-1] for x in embeddings)
+        if narrowest < dims[-1]:
+            raise ValueError(
+                f"embeddings of {narrowest} numbers, the longest prefix has {dims[-1]}"
+            )
+        values = []
+        for g, d in enumerate(dims):
+            own = {name: given[g] for name, given in (per_prefix or {}).items()}
+            values.append(loss(*(x[..., :d] for x in embeddings), **arguments, **own))
+        stacked = torch.stack(values)
+        weighted = stacked if weights is None else stacked * stacked.new_tensor(list(weights))
+        return weighted.sum(), stacked.detach()
+
+    return nested
+
+
+# ---------------------------------------------------------------- contrastive
+
+
+def info_nce(
+    queries: Tensor,
+    keys: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+    in_batch: bool = True,
+    first: int = 0,
+) -> Tensor:
+    """Cross-entropy of finding each query's own key by cosine similarity.
+
+    queries [B, E]; keys [N, E], of which row first + i belongs to query i; negatives [K, E]: keys
+    of other images, a queue. in_batch: the other keys are negatives, too (CPC, arXiv 1807.03748);
+    False: those of the queue alone (MoCo, arXiv 1911.05722, algorithm 1).
+    """
+    queries, keys = F.normalize(queries, dim=1), F.normalize(keys, dim=1)
+    rows = len(queries)
+    if in_batch:
+        logits = queries @ keys.T
+        own = torch.arange(first, first + rows, device=queries.device)
+    else:
+        logits = (queries * keys[first : first + rows]).sum(1, keepdim=True)
+        own = torch.zeros(rows, dtype=torch.int64, device=queries.device)
+    if negatives is not None:
+        logits = torch.cat([logits, queries @ F.normalize(negatives, dim=1).T], 1)
+    return F.cross_entropy(logits / temperature, own)
+
+
+def nt_xent(
+    views: Tensor, all_views: Tensor | None = None, *, temperature: float | Tensor, first: int = 0
+) -> Tensor:
+    """SimCLR's loss (arXiv 2002.05709, algorithm 1): each view finds its partner among 2N - 1.
+
+    views [2, B, E]; all_views [2, N, E], `views` by default, of which rows first + i are this
+    process's.
+    """
+    given = views if all_views is None else all_views
+    anchors, others = F.normalize(views, dim=2), F.normalize(given, dim=2)
+    rows, total = views.shape[1], given.shape[1]
+    logits = anchors.flatten(0, 1) @ others.flatten(0, 1).T / temperature  # [2B, 2N]
+    own = torch.arange(first, first + rows, device=views.device)
+    itself = torch.cat([own, own + total])
+    logits = logits.scatter(1, itself[:, None], float("-inf"))
+    return F.cross_entropy(logits, torch.cat([own + total, own]))
+
+
+STOP_GRADIENTS = ("none", "first", "second", "columns")
+
+
+def relic(
+    online: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Tensor,
+    alpha: float = 1.0,
+    stop_gradient: str = "second",
+    first: int = 0,
+) -> Tensor:
+    """ReLIC (arXiv 2010.07922): InfoNCE in both directions, and invariance of what is found.
+
+    online [2, B, E] and target [2, N, E]: the two views' embeddings. p is the distribution of view
+    1 over the targets of view 2, q that of view 2 over the targets of view 1. The loss is
+    (H(p) + H(q)) / 2, H being the cross-entropy with the own target, plus alpha x KL(p || q), the
+    mean over images. stop_gradient says which of p and q gets no gradient of the KL term. columns:
+    the term of the repository `relic`: for each view, KL(c || r) of the softmax over the columns
+    (c, of [B, B] similarities) and rows (r), both with gradients; for one process.
+    """
+    if stop_gradient not in STOP_GRADIENTS:
+        raise ValueError(f"stop_gradient={stop_gradient}: expected {', '.join(STOP_GRADIENTS)}")
+    online, target = F.normalize(online, dim=2), F.normalize(target, dim=2)
+    rows = online.shape[1]
+    own = torch.arange(first, first + rows, device=online.device)
+    logits = [online[i] @ target[1 - i].T / temperature for i in range(2)]  # [B, N]
+    contrast = sum(F.cross_entropy(each, own) for each in logits) / 2
+    log_p, log_q = (each.log_softmax(1) for each in logits)
+    if stop_gradient == "columns":
+        divergence = sum(_kl(each.T.log_softmax(1), each.log_softmax(1)) for each in logits) / 2
+    else:
+        log_p = log_p.detach() if stop_gradient == "first" else log_p
+        log_q = log_q.detach() if stop_gradient == "second" else log_q
+        divergence = _kl(log_p, log_q)
+    return contrast + alpha * divergence
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of distributions in rows, the mean over rows."""
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+# ---------------------------------------------------------------- without negatives
+
+
+def byol(predictions: Tensor, targets: Tensor) -> Tensor:
+    """BYOL (arXiv 2006.07733, equation 2): squared distance of unit vectors [..., E], the mean."""
+    return (2 - 2 * F.cosine_similarity(predictions, targets, dim=-1)).mean()
+
+
+def vicreg(
+    first_view: Tensor,
+    second_view: Tensor,
+    *,
+    invariance: float = 25.0,
+    variance: float = 25.0,
+    covariance: float = 1.0,
+) -> Tensor:
+    """VICReg (arXiv 2105.04906, equations 1 to 6) of two views' embeddings [N, E], N >= 2.
+
+    Weighted sum of: the mean squared difference; a hinge that keeps the standard deviation of every
+    number at 1 or more, the mean of both views; the squares of the covariances off the diagonal,
+    divided by E, the sum of both views. The two means are those of the authors' code.
+    """
+    spread, mixing = 0.0, 0.0
+    for view in (first_view, second_view):
+        centred = view - view.mean(0)
+        count, width = view.shape
+        deviation = (centred.square().sum(0) / (count - 1) + 1e-4).sqrt()
+        spread = spread + F.relu(1 - deviation).mean() / 2
+        products = centred.T @ centred / (count - 1)
+        off_diagonal = products.square().sum() - products.diagonal().square().sum()
+        mixing = mixing + off_diagonal / width
+    difference = F.mse_loss(first_view, second_view)
+    return invariance * difference + variance * spread + covariance * mixing
+
+
+def sigreg(
+    embeddings: Tensor, directions: Tensor, *, knots: int = 17, widest: float = 3.0
+) -> Tensor:
+    """SIGReg (LeJEPA, arXiv 2511.08544): how far embeddings [N, E] are from a standard Gaussian.
+
+    directions [M, E]: random vectors, normalised here, so that the prefixes of Gaussian ones serve
+    prefixes. Along each, the statistic of Epps and Pulley: N times the integral over t of
+    |mean(exp(i t s)) - exp(-t^2 / 2)|^2 exp(-t^2 / 2), s being the N projections, by the
+    trapezoidal rule with `knots` points on [0, widest], twice for both signs of t. The mean over
+    directions. 0 for a perfect Gaussian; 0.4 x N when all embeddings are 0.
+    """
+    if knots < 2:
+        raise ValueError(f"knots={knots}: a trapezoid needs 2 or more")
+    projected = embeddings @ F.normalize(directions, dim=1).T  # [N, M]
+    t = torch.linspace(0, widest, knots, device=embeddings.device, dtype=projected.dtype)
+    gaussian = torch.exp(-t.square() / 2)
+    angles = projected[:, :, None] * t  # [N, M, knots]
+    real, imaginary = angles.cos().mean(0), angles.sin().mean(0)
+    distance = ((real - gaussian).square() + imaginary.square()) * gaussian  # [M, knots]
+    return 2 * len(embeddings) * torch.trapezoid(distance, t, dim=1).mean()
+
+
+__all__ = [
+    "STOP_GRADIENTS",
+    "NestedLoss",
+    "byol",
+    "info_nce",
+    "nt_xent",
+    "over_prefixes",
+    "relic",
+    "sigreg",
+    "vicreg",
+]
