@@ -137,10 +137,11 @@ def relic(
     rows = online.shape[1]
     own = torch.arange(first, first + rows, device=online.device)
     logits = [online[i] @ target[1 - i].T / temperature for i in range(2)]  # [B, N]
-    contrast = sum(F.cross_entropy(each, own) for each in logits) / 2
+    contrast = torch.stack([F.cross_entropy(each, own) for each in logits]).mean()
     log_p, log_q = (each.log_softmax(1) for each in logits)
     if stop_gradient == "columns":
-        divergence = sum(_kl(each.T.log_softmax(1), each.log_softmax(1)) for each in logits) / 2
+        both = [_kl(each.T.log_softmax(1), each.log_softmax(1)) for each in logits]
+        divergence = torch.stack(both).mean()
     else:
         log_p = log_p.detach() if stop_gradient == "first" else log_p
         log_q = log_q.detach() if stop_gradient == "second" else log_q

@@ -175,7 +175,10 @@ def blurred(images: Tensor, sigma: np.ndarray, kernel: int) -> Tensor:
     for axis in (1, 2):
         pixels = _mirrored(pixels, axis, reach)
         size = pixels.shape[axis] - 2 * reach
-        pixels = sum(taps[k] * pixels.narrow(axis, k, size) for k in range(kernel))
+        total = taps[0] * pixels.narrow(axis, 0, size)
+        for k in range(1, kernel):
+            total += taps[k] * pixels.narrow(axis, k, size)
+        pixels = total
     return pixels.add_(0.5).clamp_(0, 255).to(torch.uint8)
 
 
