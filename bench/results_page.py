@@ -247,6 +247,43 @@ def width_families() -> list[str]:
     ]
 
 
+def small_steps() -> list[str]:
+    rows = latest(read("small_nets"), "arch")
+    body = []
+    for row in rows:
+        over = row["time / plain"]
+        ratio = f"{over['median']:.3f} ({over['min']:.3f} to {over['max']:.3f})"
+        body.append([f"`{row['arch']}`", ratio, str(over["n"]), commit(row)])
+    return [
+        "### MRL over a plain classifier, a training step of nets for small images",
+        "",
+        "Time of a step with classifiers on all prefixes over that of a step with one classifier, "
+        "pair by pair.",
+        "",
+        provenance(rows, "bench/small_nets.py"),
+        "",
+        *table(["net", "MRL / plain", "pairs", "commit"], body),
+    ]
+
+
+def resident_share() -> list[str]:
+    rows = latest(read("resident"), "case")
+    body = []
+    for row in rows:
+        share = {name: 100 * value for name, value in row["share of a step"].items() if name != "n"}
+        body.append([f"`{row['arch']}`", row["case"].partition(", ")[2], measured(share)])
+    return [
+        "### Images that stay decoded in memory",
+        "",
+        "Cropping, flipping and augmenting (`data.resident=1`), as a share of the time of an MRL "
+        "step at 32 px, in percent.",
+        "",
+        provenance(rows, "bench/resident.py"),
+        "",
+        *table(["net", "pipeline", "share of a step"], body),
+    ]
+
+
 # ---- training ----
 
 
@@ -524,6 +561,8 @@ SECTIONS: tuple[Section, ...] = (
     fits,
     small_images,
     width_families,
+    small_steps,
+    resident_share,
     training_step,
     kills,
     evaluation,
