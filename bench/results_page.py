@@ -247,6 +247,31 @@ def width_families() -> list[str]:
     ]
 
 
+def optimizers() -> list[str]:
+    rows = latest(read("adan_study"), "optimizer")
+    first = rows[0]
+    body = []
+    for row in rows:
+        difference = ""
+        if "difference" in row:
+            difference = f"{row['difference']:+.2f} ± {row['difference interval']:.2f}"
+        values = ", ".join(f"{value:.2f}" for value in row["test top-1 %"])
+        mean = f"{row['mean']:.2f} ± {row['interval']:.2f}"
+        body.append([row["optimizer"], f"`{row['flags']}`", values, mean, difference])
+    return [
+        "### Adan, Adam and AdamW at equal budgets",
+        "",
+        f"`{first['net']}` (`{first['more']}`), {first['epochs']} epochs of {first['images']:,} "
+        f"training images of CIFAR-10's JPEG copy; test top-1 % with seeds 0 to "
+        f"{len(first['test top-1 %']) - 1}, their mean and paired difference to "
+        f"{first['optimizer']} with 95 % intervals (Student's t).",
+        "",
+        provenance(rows, "bench/adan_study.py"),
+        "",
+        *table(["optimizer", "flags", "seeds", "mean", "difference"], body),
+    ]
+
+
 def small_steps() -> list[str]:
     rows = latest(read("small_nets"), "arch")
     body = []
@@ -561,6 +586,7 @@ SECTIONS: tuple[Section, ...] = (
     fits,
     small_images,
     width_families,
+    optimizers,
     small_steps,
     resident_share,
     training_step,

@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import threading
 from pathlib import Path
 
@@ -163,14 +164,18 @@ def test_the_study_of_adan(tmp_path, capsys, monkeypatch):
     # 50, 52, 54: standard deviation 2, Student's t with two degrees of freedom is 4.303
     assert "adan      52.03 +- 4.97" in lines
     assert "adam      42.03 +- 4.97   against adan, paired: -10.00 +- 0.00" in lines
-    flags = json.loads((tmp_path / "runs" / "adan-1" / "flags").read_text())
+    (run,) = (tmp_path / "runs").glob("adan-1-*")
+    flags = json.loads((run / "flags").read_text())
     assert (flags["adan_beta2"], flags["weight_decay"], flags["seed"]) == ("0.11", "0.02", "1")
-    flags = json.loads((tmp_path / "runs" / "adam-0" / "flags").read_text())
+    (run,) = (tmp_path / "runs").glob("adam-0-*")
+    flags = json.loads((run / "flags").read_text())
     assert (flags["lr"], flags["n_epochs"]) == ("0.5", "5")
     rows = (tmp_path / "results" / "adan_study.jsonl").read_text().splitlines()
     assert [json.loads(row)["optimizer"] for row in rows] == ["adan", "adam", "adamw"]
     program.unlink()  # the runs are there: none starts again
     assert adan_study.main(argv) == 0
+    with pytest.raises(subprocess.CalledProcessError):  # other settings are other runs
+        adan_study.main([*argv, "--epochs=6"])
     with pytest.raises(SystemExit, match="lower --images"):
         adan_study.main([*argv, "--images=30"])
 
@@ -192,3 +197,54 @@ def test_runs_of_small_images_are_kept(small_nested, monkeypatch, tmp_path, caps
     assert [point["epoch"] for point in row["curve"]] == [0]
     assert row["git"]["commit"] == json.loads((run / "env.json").read_text())["git"]["commit"]
     assert "100 images" in capsys.readouterr().out
+
+
+def test_the_time_of_a_resumed_run_is_that_of_its_parts():
+    import small_images as bench
+
+    assert bench.last_of_each_start([10.0, 20.0, 7.0, 14.0, 3.0]) == [20.0, 14.0, 3.0]
+
+
+def test_families_are_compared_on_the_same_images(
+    small_nested, digits, tmp_path, capsys, monkeypatch
+):
+    """Against counting by hand; the first family is compared with itself and with other answers."""
+    import record
+    import width_families
+    from matryoshka.inference import pytorch_inference
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "kept")
+    (model,) = (small_nested / "runs").glob("*/*/model.safetensors")
+    words = [f"--path={model}", "--save_logits", "--save_gt", "--workers=1"]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        output = f"--output={tmp_path / name / 'test.json'}"
+        assert pytorch_inference.main([*words, output]) == 0
+    other = json.loads((tmp_path / "b" / "test.json").read_text())
+    path = tmp_path / "b" / other["arrays"]["logits"]
+    logits, labels = np.load(path), np.load(tmp_path / "b" / other["arrays"]["gt"])
+    np.save(path, np.roll(logits, 1, axis=2))  # every answer is the next class
+    widths = {"rows": [], "dims": [8, 16]}
+    for share, loss in ((40.0, 2.0), (50.0, 1.0), (60.0, 0.0)):
+        pair = {"first_only": 1, "second_only": 2, "images": 100}
+        widths["rows"].append(
+            {"asked": [8, 16], "top1": 5, "loss": loss, "macs_share": share, "shares": {}}
+            | {"against_widest": pair}
+        )
+    (tmp_path / "widths.json").write_text(json.dumps({"widths": widths}))
+    files = [str(tmp_path / name / "test.json") for name in ("a", "b")]
+    capsys.readouterr()
+    argv = [*files, f"--cascade={tmp_path / 'widths.json'}", "--record"]
+    assert width_families.main(argv) == 0
+    (row,) = [json.loads(line) for line in (tmp_path / "kept" / "width_families.jsonl").open()]
+    for g, dim in enumerate(("8", "16")):
+        first = logits[g].argmax(1) == labels
+        second = (logits[g].argmax(1) + 1) % 10 == labels
+        found = row["dims"][dim]
+        assert found["difference"] == pytest.approx(100 * (first.mean() - second.mean()))
+        differences = first.astype(float) - second
+        error = 100 * 1.959964 * differences.std() / 10  # of the mean of 100 differences
+        assert found["interval"] == pytest.approx(
+            [found["difference"] - error, found["difference"] + error]
+        )
+    assert (row["cascade"]["loss"], row["cascade"]["macs_share"]) == (1.0, 50.0)
