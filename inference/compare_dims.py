@@ -45,7 +45,7 @@ from matryoshka.evaluation.dim_answers import (
 from matryoshka.evaluation.dim_costs import BLOCKS, dim_costs
 from matryoshka.evaluation.dim_models import DimModel, load_dim_models
 from matryoshka.evaluation.embedding_map import embedding_map
-from matryoshka.evaluation.evaluation_set import OWN, is_own, is_public, open_images
+from matryoshka.evaluation.evaluation_set import OWN, is_own, is_public, open_evaluation_images
 from matryoshka.evaluation.run_images import check_same_images, run_with_images
 from matryoshka.files import check_writable, write_atomically
 from matryoshka.report import short_dims
@@ -113,7 +113,7 @@ def images_of(args: SimpleNamespace, models: Sequence[DimModel]) -> tuple[str, D
     else:
         for other in models[1:]:
             check_same_images(path, other.path, args.split)
-    return open_images(args, path)
+    return open_evaluation_images(args, path)
 
 
 def output_folder(args: SimpleNamespace, models: Sequence[DimModel]) -> Path:

@@ -52,7 +52,7 @@ from matryoshka.data.subset import Subset
 from matryoshka.environment import environment
 from matryoshka.evaluation import analysis
 from matryoshka.evaluation.embedding import EmbeddingJob, EmbeddingOptions
-from matryoshka.evaluation.evaluation_set import OWN, open_images
+from matryoshka.evaluation.evaluation_set import OWN, open_evaluation_images
 from matryoshka.evaluation.imagenet_sets import LabelMapping, match
 from matryoshka.evaluation.options import KINDS, SaveOptions
 from matryoshka.evaluation.predict import predict
@@ -158,7 +158,7 @@ class Request:
 
 def resolve(args: SimpleNamespace) -> Request:
     """Open data sets and model; raise errors for contradictory options before any forward pass."""
-    name, dataset = open_images(args, args.path)
+    name, dataset = open_evaluation_images(args, args.path)
     if name == "O" and args.ood:
         raise config.ConfigError(
             f"--ood {args.ood}: --dataset O has its own images, {OOD_FOLDER}/; drop one of the two"

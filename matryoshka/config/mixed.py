@@ -16,7 +16,6 @@ from matryoshka.config.flags import FlagParser
 from matryoshka.config.sections import (
     Defaults,
     SectionParser,
-    given_options,
     read,
     section_parser,
 )
@@ -46,9 +45,12 @@ class MixedParser(NamedTuple):
             print(self.help_text(everything="--help-all" in flag_words), flush=True)
             raise SystemExit(0)
         given = self.flags.parse_given(flag_words)
-        others = given_options(self.sections, section_words)
-        words = [f"--{key}={_text(value)}" for key, value in self.translate(given, others).items()]
-        return read(self.sections, [*words, *section_words], defaults=self.defaults)
+
+        def translated(others: Mapping[str, Any]) -> list[str]:
+            options = self.translate(given, others)
+            return [f"--{key}={_text(value)}" for key, value in options.items()]
+
+        return read(self.sections, section_words, defaults=self.defaults, translated=translated)
 
     def paths(self, args: SimpleNamespace) -> list[tuple[str, Any]]:
         """(text for messages, path) of the given options that name existing files or folders."""

@@ -36,6 +36,7 @@ _SWITCHES = ("help", "help-all", "print-config")
 
 # {section.option: value, as it was given} -> {section.option: value}
 Defaults = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+Translated = Callable[[Mapping[str, Any]], Sequence[str]]
 
 
 class ShortForm(NamedTuple):
@@ -101,8 +102,12 @@ def read(
     description: str = "",
     short_form: ShortForm | None = None,
     defaults: Defaults | None = None,
+    translated: Translated | None = None,
 ) -> SimpleNamespace:
     """One instance of each section's dataclass, from config files and `argv`.
+
+    translated: gives further words, such as ["--lr.lr=0.1"], from the options that files and `argv`
+    give; they win over files, `argv` wins over them.
 
     defaults: maps the options that files and command line give to values of others, which win over
     the declared defaults.
@@ -130,7 +135,13 @@ def read(
     given = Given()
     if words and short_form is not None:
         given |= {key: (value, "by default") for key, value in short_form.defaults.items()}
-    given |= _from_files(command, params, errors) | words | command.given
+    for name in command.files:
+        given |= read_file(name, params, errors)
+    if translated is not None:
+        others = given | words | command.given
+        more = translated({key: value for key, (value, _) in others.items()})
+        given |= _split(more, params, errors, takes_words=False).given
+    given |= words | command.given
     if defaults is not None:
         values = defaults({key: value for key, (value, _) in given.items()})
         given = Given({key: (value, "by default") for key, value in values.items()}) | given
@@ -152,25 +163,6 @@ def read(
         print(to_yaml(config, sources), end="", flush=True)
         raise SystemExit(0)
     return config
-
-
-def given_options(sections: Mapping[str, type], argv: Sequence[str]) -> dict[str, Any]:
-    """`section.option` -> value, as it was written, of the options that config files and `argv`
-    give. Mistakes are left to `read`.
-    """
-    declared = _declare(sections)
-    params = {".".join(path): param for path, param in declared.entries.items()}
-    mistakes: list[str] = []
-    command = _split(argv, params, mistakes, takes_words=False)
-    given = _from_files(command, params, mistakes) | command.given
-    return {key: value for key, (value, _) in given.items()}
-
-
-def _from_files(command: _CommandLine, params: Mapping[str, Any], errors: list[str]) -> Given:
-    given = Given()
-    for name in command.files:
-        given |= read_file(name, params, errors)
-    return given
 
 
 def _values(

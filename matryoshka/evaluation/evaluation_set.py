@@ -1,6 +1,6 @@
 """The images of an evaluation: a test set of ImageNet, a public set by name, or the user's own.
 
-name, dataset = open_images(options, "model.safetensors")  # ("cifar10", data/cifar10-test.beton)
+name, dataset = open_evaluation_images(options, "model.safetensors")  # ("cifar10", its test set)
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from matryoshka.evaluation.options import CACHE
 from matryoshka.evaluation.run_images import images_of_run, run_with_images
 
 OWN = "V1"  # the data set whose folder may be any folder
-HELD_OUT = "test"  # the part to evaluate on; a set may call it val
+TEST = "test"  # the part to evaluate on; a set may call it val
 
 
-def open_images(
+def open_evaluation_images(
     options: SimpleNamespace, model: str
 ) -> tuple[str, BetonFile | ImageFolder | Subset]:
     """(name of the data set, images) that EvaluationSetOptions mean for a model file.
@@ -54,18 +54,18 @@ def find_images(options: SimpleNamespace) -> tuple[str, Path]:
         if root is not None or options.cache is not None:
             flag = "cache" if root is None else "data-root"
             raise ConfigError(f"--dataset {name} names the images itself; drop --{flag}")
-        return OWN, part_of(Path(name), options.split or HELD_OUT)
+        return OWN, part_of(Path(name), options.split or TEST)
     if not is_public(name):
         check_imagenet_name(name, options)
         name = canonical_name(name)
         root = imagenet_root(root)
         path = find_dataset(name, root)
         if name == OWN and path == Path(root) and (path / "train").is_dir():
-            path = part_of(path, HELD_OUT)
+            path = part_of(path, TEST)
         return name, path
 
     name = name if name.startswith(HUGGING_FACE) else name.lower()
-    split = options.split or HELD_OUT
+    split = options.split or TEST
     if root is not None:
         if options.cache is not None:
             raise ConfigError("--cache is for data sets without --data-root; drop one of the two")

@@ -1,6 +1,8 @@
 """The flags of train_cifar10.py stand for options in sections, with two sets of defaults."""
 
 import itertools
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -265,3 +267,15 @@ def test_flags_of_mrl_keep_the_net_of_a_file(words, arch, net, dims, efficient):
 def test_dims_still_need_a_nested_net():
     with pytest.raises(ConfigError, match="--mrl_dims needs --mrl_flag"):
         parser().parse_args(["-C", str(RECIPES / "res18.yaml"), "--mrl_dims", "8,16"])
+
+
+@pytest.mark.parametrize("words", [["--lr", "0.2"], ["--mrl_flag"]])
+def test_a_config_file_may_be_a_pipe(words, tmp_path):
+    """It can be read once only."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("model: {arch: res18}\n",))
+    writer.start()
+    cfg = parser().parse_args(["-C", str(pipe), *words])
+    writer.join()
+    assert cfg.model.arch == "res18"
