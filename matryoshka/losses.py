@@ -25,40 +25,50 @@ NestedLoss = Callable[..., tuple[Tensor, Tensor]]
 
 def over_prefixes(
     loss: Callable[..., Tensor],
-    dims: Sequence[int],
+    dims: Sequence[int] | Sequence[slice],
     weights: Sequence[float] | None = None,
     per_prefix: Mapping[str, Sequence[Any]] | None = None,
 ) -> NestedLoss:
     """A loss of embeddings as the sum of the losses of their prefixes (MRL, arXiv 2205.13147).
 
-    loss: a function of this file. dims: G prefix lengths, rising. weights: one for each, 1 by
-    default. per_prefix: {argument of the loss: its value for each prefix}, such as temperatures.
+    loss: a function of this file. dims: G prefix lengths, rising; or slices: the columns of each
+    prefix's embedding, where these stand side by side. weights: one for each, 1 by default.
+    per_prefix: {argument of the loss: its value for each prefix}, such as temperatures.
 
     Returns f(*embeddings, **arguments) -> (scalar, unweighted loss of each prefix [G], detached).
     The last axis of every embedding is cut. ValueError for numbers of weights or values that are
     not G, and for embeddings narrower than the longest prefix.
     """
-    dims = check_dims(dims, max(dims, default=0))
-    lengths = {"weights": dims if weights is None else weights, **(per_prefix or {})}
+    columns = _columns(dims)
+    lengths = {"weights": columns if weights is None else weights, **(per_prefix or {})}
     for name, values in lengths.items():
-        if len(values) != len(dims):
-            raise ValueError(f"{name}: {len(values)} values for {len(dims)} prefixes")
+        if len(values) != len(columns):
+            raise ValueError(f"{name}: {len(values)} values for {len(columns)} prefixes")
+    needed = max(c.stop for c in columns)
 
     def nested(*embeddings: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
         narrowest = min(x.shape[-1] for x in embeddings)
-        if narrowest < dims[-1]:
-            raise ValueError(
-                f"embeddings of {narrowest} numbers, the longest prefix has {dims[-1]}"
-            )
+        if narrowest < needed:
+            raise ValueError(f"embeddings of {narrowest} numbers, the longest prefix has {needed}")
         values = []
-        for g, d in enumerate(dims):
+        for g, part in enumerate(columns):
             own = {name: given[g] for name, given in (per_prefix or {}).items()}
-            values.append(loss(*(x[..., :d] for x in embeddings), **arguments, **own))
+            values.append(loss(*(x[..., part] for x in embeddings), **arguments, **own))
         stacked = torch.stack(values)
         weighted = stacked if weights is None else stacked * stacked.new_tensor(list(weights))
         return weighted.sum(), stacked.detach()
 
     return nested
+
+
+def _columns(dims: Sequence[int] | Sequence[slice]) -> list[slice]:
+    lengths = [d for d in dims if not isinstance(d, slice)]
+    if lengths:
+        return [slice(0, d) for d in check_dims(lengths, max(lengths))]
+    slices = [d for d in dims if isinstance(d, slice)]
+    if not slices:
+        raise ValueError("no prefixes")
+    return slices
 
 
 # ---------------------------------------------------------------- contrastive
@@ -149,6 +159,28 @@ def relic(
     return contrast + alpha * divergence
 
 
+def relic_small(
+    small: Tensor,
+    large: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Tensor,
+    alpha: float = 1.0,
+    first: int = 0,
+) -> Tensor:
+    """The term of a small view (ReLICv2, arXiv 2201.05119, section 2): it finds the own target, in
+    the same distribution as a large view does.
+
+    small, large [B, E]: online embeddings; target [N, E]: of another large view. alpha weighs
+    KL(large || small), through which `large` gets no gradient.
+    """
+    small, large, target = (F.normalize(x, dim=1) for x in (small, large, target))
+    own = torch.arange(first, first + len(small), device=small.device)
+    logits = small @ target.T / temperature
+    reference = (large @ target.T / temperature).detach().log_softmax(1)
+    return F.cross_entropy(logits, own) + alpha * _kl(reference, logits.log_softmax(1))
+
+
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) of distributions in rows, the mean over rows."""
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
@@ -211,14 +243,31 @@ def sigreg(
     return 2 * len(embeddings) * torch.trapezoid(distance, t, dim=1).mean()
 
 
+def lejepa(
+    directions: Tensor, *views: Tensor, gaussian: float, knots: int = 17, large: int = 2
+) -> Tensor:
+    """LeJEPA (arXiv 2511.08544): (1 - gaussian) x distance of views + gaussian x sigreg.
+
+    views: V embeddings [N, E], of which the first `large` are of large views. The distance is the
+    mean square of a view's difference from the mean of the large views; sigreg, with `directions`
+    [M, E], is the mean over views.
+    """
+    centre = torch.stack(views[:large]).mean(0)
+    distance = (torch.stack(views) - centre).square().mean()
+    irregular = torch.stack([sigreg(view, directions, knots=knots) for view in views]).mean()
+    return (1 - gaussian) * distance + gaussian * irregular
+
+
 __all__ = [
     "STOP_GRADIENTS",
     "NestedLoss",
     "byol",
     "info_nce",
+    "lejepa",
     "nt_xent",
     "over_prefixes",
     "relic",
+    "relic_small",
     "sigreg",
     "vicreg",
 ]

@@ -52,9 +52,10 @@ def save_model(model: NestedModel, path: str | Path, config: Mapping | None = No
 def describe(model: NestedModel) -> dict[str, Any]:
     """Everything but the weights that is needed to rebuild a model, as a JSON object."""
     spec = asdict(model.spec)
-    # Only models with options have the key: files of all others keep their bytes.
-    if not spec["arch_options"]:
-        spec.pop("arch_options")
+    # Only models that use them have these keys: files of all others keep their bytes.
+    for name in ("arch_options", "neck"):
+        if not spec[name]:
+            spec.pop(name)
     return {
         "model": spec,
         "preprocessing": asdict(model.preprocessing),
@@ -125,8 +126,8 @@ def load_model(
     _check_requested(path, contents.spec, requested)
     _check_head(path, contents.spec, contents.state)
     try:
-        # Options and the dims of a family can claim any width; otherwise the architecture has one.
-        if contents.spec.arch_options or contents.spec.arch in FAMILIES:
+        # Options, necks and the dims of families can claim any width; an architecture has one.
+        if contents.spec.arch_options or contents.spec.neck or contents.spec.arch in FAMILIES:
             _check_shapes(path, contents.spec, contents.state)
         model = build(contents.spec)
     except CheckpointError:
@@ -236,6 +237,8 @@ def _problem(contents: Contents) -> str | None:
         )
     if not isinstance(spec.arch_options, dict):
         return f"its arch_options are {spec.arch_options!r}, not names and values"
+    if not isinstance(spec.neck, str):
+        return f"its neck is {spec.neck!r}"
     # A saved model has the encoder's sizes there: opening a checkpoint opens no other file.
     if isinstance(spec.arch_options.get("vqvae"), str):
         return f"its arch_options name another file, vqvae={spec.arch_options['vqvae']!r}"

@@ -195,9 +195,13 @@ def _from_file(
         state = with_or_without_blurpool(state, expected)
         note += f", BlurPool {'added' if spec.blurpool else 'left out'}"
 
+    if contents.spec.neck != spec.neck:
+        state, expected = _without("neck.", state), _without("neck.", expected)
+        left_out = f"its neck {contents.spec.neck} is left out"
+        note += f"; {'the neck is initialised at random' if spec.neck else left_out}"
     reason = _head_difference(contents, spec, classes)
     if reason:
-        state, expected = _without_head(state), _without_head(expected)
+        state, expected = _without("head.", state), _without("head.", expected)
         note += f"; the head is initialised at random: {reason}"
     else:
         note += " with its head"
@@ -234,8 +238,8 @@ def _read_init(path: str, arch: str) -> checkpoint.Contents:
     return contents
 
 
-def _without_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value for key, value in state.items() if not key.startswith("head.")}
+def _without(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if not key.startswith(part)}
 
 
 def _head_difference(
@@ -246,6 +250,8 @@ def _head_difference(
     An MRL-E head fits all prefixes of the same longest width, because they share its columns.
     """
     stored = contents.spec
+    if stored.neck != spec.neck:
+        return "the features differ"
     if stored.head_name != spec.head_name:
         return f"{stored.head_name} in the file, {spec.head_name} in the model"
     stored_widths = stored.dims[-1:] if stored.efficient else stored.dims

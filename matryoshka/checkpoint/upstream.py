@@ -47,7 +47,9 @@ def to_upstream(model: NestedModel) -> dict[str, Tensor]:
     """
     state = {}
     for key, value in model.state_dict().items():
-        part, name = key.split(".", 1)  # trunk or head
+        part, name = key.split(".", 1)  # trunk, neck or head
+        if part == "neck":  # which upstream does not have
+            name = key
         if part == "head":
             i, leaf = name.removeprefix("heads.").split(".")
             nested = len(model.dims) > 1

@@ -103,8 +103,8 @@ def find_layer(model: NestedModel, images: Tensor, name: str | None = None) -> L
                 f"{_layer_hint(model)}"
             )
 
-        # where timm has a layer behind the pooling, num_features differs from the model's width
-        channels = getattr(trunk, "num_features", model.width)
+        # where timm has a layer behind the pooling, num_features differs from the trunk's width
+        channels = getattr(trunk, "num_features", model.trunk_width)
         wide = []  # modules that also meet (a)
         for n, output in several.items():
             if _as_map(output, trunk, image).shape[1] == channels:

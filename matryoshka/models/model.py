@@ -14,6 +14,7 @@ from matryoshka.data import CenterCrop, image_files, read_images
 from matryoshka.data.augment import Preprocessing, normalise
 from matryoshka.models.backbones import backbone
 from matryoshka.models.blurpool import apply_blurpool
+from matryoshka.models.neck import build_neck
 from matryoshka.models.nested_vit import MEMBER, WidthFamily, member_options, vit_family
 from matryoshka.models.options import (
     FAMILIES,
@@ -35,6 +36,7 @@ class NestedModel(nn.Module):
     """A trunk and a nested head: images -> features [B, D] -> logits [G, B, C].
 
     trunk: images [B, 3, H, W], normalised float -> features [B, D]
+    neck: its output -> features [B, D], or None
     head: features [B, D] -> logits [G, B, C] of the G prefixes
     """
 
@@ -42,9 +44,17 @@ class NestedModel(nn.Module):
     # costs a pass of its own.
     one_pass = True
 
-    def __init__(self, trunk: nn.Module, head: NestedLinear, width: int, spec: ModelSpec) -> None:
+    def __init__(
+        self,
+        trunk: nn.Module,
+        head: NestedLinear,
+        width: int,
+        spec: ModelSpec,
+        neck: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.trunk = trunk
+        self.neck = neck
         self.head = head
         self.width = width
         self.spec = spec
@@ -59,6 +69,13 @@ class NestedModel(nn.Module):
     @property
     def dims(self) -> tuple[int, ...]:
         return self.head.dims
+
+    @property
+    def trunk_width(self) -> int:
+        """Numbers of the trunk's output, which a neck maps to the `width` of the features."""
+        if self.neck is None:
+            return self.width
+        return next(m.in_features for m in self.neck.modules() if isinstance(m, nn.Linear))
 
     def classifier(self, dim: int) -> tuple[Tensor, Tensor]:
         """(weight [C, dim], bias [C]) of one dim, sliced where all share one."""
@@ -107,14 +124,15 @@ class NestedModel(nn.Module):
         return self
 
     def features(self, images: Tensor) -> Tensor:
-        return self.trunk(images)
+        features = self.trunk(images)
+        return features if self.neck is None else self.neck(features)
 
     def features_of(self, images: Tensor, dim: int) -> Tensor:
         """What the classifier of `dim` sees, [B, dim]."""
         return self.features(images)[:, :dim]
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.trunk(images))
+        return self.head(self.features(images))
 
     @torch.no_grad()
     def encode(
@@ -263,6 +281,8 @@ def extract(model: NestedModel, dim: int) -> NestedModel:
         weights = model.trunk.state_dict()
     alone = build(replace(spec, dims=(dim,), efficient=False))
     state = {f"trunk.{name}": weight for name, weight in weights.items()}
+    if model.neck is not None:
+        state |= {f"neck.{name}": weight for name, weight in model.neck.state_dict().items()}
     state["head.heads.0.weight"], state["head.heads.0.bias"] = model.classifier(dim)
     alone.load_state_dict(state)
     alone.to(next(model.parameters()))
@@ -298,6 +318,7 @@ def build(spec: ModelSpec, weights: str | None = None) -> NestedModel:
         head = NestedLinear(family.dims, spec.num_classes, spec.efficient)
         return FamilyModel(family, head, family.dims[-1], spec)
     trunk, width = backbone(spec.arch, weights, spec.arch_options)
+    neck, width = build_neck(spec.neck, width)
     head = NestedLinear(check_dims(spec.dims, width), spec.num_classes, spec.efficient)
     if spec.blurpool:
         apply_blurpool(trunk)
@@ -305,7 +326,7 @@ def build(spec: ModelSpec, weights: str | None = None) -> NestedModel:
     saved_options = getattr(trunk, "saved_options", {})
     if saved_options:
         spec = replace(spec, arch_options={**spec.arch_options, **saved_options})
-    model = NestedModel(trunk, head, width, spec)
+    model = NestedModel(trunk, head, width, spec, neck)
     normalisation = getattr(trunk, "normalisation", None)
     if normalisation:
         mean, std = normalisation
@@ -334,6 +355,7 @@ def model_spec(config: ModelConfig, num_classes: int, blurpool: bool = False) ->
         return _family_spec(config, num_classes, arch_options)
     with torch.device("meta"):  # only the width is needed: no memory, no initialisation
         _, width = backbone(config.arch, options=arch_options)
+        _, width = build_neck(config.neck, width)
 
     nested = config.mrl or config.efficient
     if nested and config.fixed_feature:
@@ -367,11 +389,17 @@ def model_spec(config: ModelConfig, num_classes: int, blurpool: bool = False) ->
         efficient=config.efficient,
         blurpool=blurpool,
         arch_options=arch_options,
+        neck=config.neck,
     )
 
 
 def _family_spec(config: ModelConfig, num_classes: int, arch_options: dict[str, Any]) -> ModelSpec:
     """The ModelSpec of a family, which is nested without model.mrl."""
+    if config.neck:
+        raise ModelError(
+            f"model.neck={config.neck}: {config.arch} has a width for each of its dims; leave it "
+            "out"
+        )
     if config.fixed_feature:
         raise ModelError(
             f"model.fixed_feature: {config.arch} has the widths of model.dims; leave it out"

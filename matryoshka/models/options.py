@@ -8,6 +8,7 @@ from typing import Any
 
 from matryoshka.config import option
 
+MAX_NECK = 65536  # numbers of a layer behind the backbone
 # Families of transformers nested in their width: their dims are widths, see nested_vit.py.
 FAMILIES = ("vit_nested", "vit_independent", "vit_nested_proj")
 
@@ -41,6 +42,27 @@ def _check_pairs(pairs: tuple[str, ...]) -> None:
     parse_arch_options(pairs)
 
 
+def parse_neck(text: str) -> tuple[str, tuple[int, ...]]:
+    """ "mlp:512,128" -> ("mlp", (512, 128)). ValueError for anything that is not a neck."""
+    kind, _, numbers = text.partition(":")
+    try:
+        widths = tuple(int(number) for number in numbers.split(","))
+    except ValueError:
+        widths = ()
+    if kind not in ("linear", "mlp") or not widths or min(widths) < 1:
+        raise ValueError("expected linear:WIDTH, or mlp:WIDTH,...,WIDTH")
+    if max(widths) > MAX_NECK:
+        raise ValueError(f"expected widths of at most {MAX_NECK}")
+    if kind == "linear" and len(widths) > 1:
+        raise ValueError("linear has one width; several are mlp:WIDTH,...,WIDTH")
+    return kind, widths
+
+
+def _check_neck(text: str) -> None:
+    if text:
+        parse_neck(text)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Section `model`."""
@@ -55,6 +77,12 @@ class ModelConfig:
         None,
         help="further options of the backbone, e.g. patch=4,dim=128",
         check=_check_pairs,
+    )
+    neck: str = option(
+        "",
+        help="layers behind the backbone that are part of the encoder: linear:WIDTH, or "
+        "mlp:WIDTH,...,WIDTH with batch norm",
+        check=_check_neck,
     )
     pretrained: bool = option(
         False, help="short for model.init=torchvision:<arch>, or timm: for a model of timm"
@@ -94,7 +122,8 @@ class ModelConfig:
 class ModelSpec:
     """All that is needed to rebuild a model without its training config.
 
-    arch_options: further keywords of the backbone's builder, as JSON holds them.
+    arch_options: further keywords of the backbone's builder, as JSON holds them. neck: layers
+    behind the backbone, see neck.py; the dims are prefixes of their output.
     """
 
     arch: str
@@ -103,6 +132,7 @@ class ModelSpec:
     efficient: bool = False
     blurpool: bool = False
     arch_options: dict[str, Any] = field(default_factory=dict, hash=False)
+    neck: str = ""
 
     @property
     def head_name(self) -> str:

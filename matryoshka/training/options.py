@@ -42,8 +42,8 @@ def check_color_jitter(strengths: tuple[float, float, float, float]) -> None:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Section `data`."""
+class ReadingConfig:
+    """Options of section `data` that say where images come from and how they are read."""
 
     train_dataset: str | None = option(
         None,
@@ -97,6 +97,12 @@ class DataConfig:
         "skipped.jsonl",
         choices=ON_ERROR,
     )
+
+
+@dataclass(frozen=True)
+class DataConfig(ReadingConfig):
+    """Section `data`."""
+
     flip: float = option(0.5, help="probability of a horizontal flip", low=0, high=1)
     crop: str = option(
         "resized",
@@ -133,14 +139,20 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class ValidationConfig:
-    """Section `validation`."""
+class EvaluationCrop:
+    """Options of section `validation`: images of an evaluation."""
 
     batch_size: int = option(512, help="images per process", low=1, affects_result=False)
     resolution: int = option(224, help="pixels of the central crop", low=1, high=MAX_IMAGE_SIZE)
     crop_ratio: float = option(
         224 / 256, help="side of the crop / shorter side of the image", above=0, high=1
     )
+
+
+@dataclass(frozen=True)
+class ValidationConfig(EvaluationCrop):
+    """Section `validation`."""
+
     lr_tta: bool = option(True, help="add the logits of the mirror image")
 
 
@@ -179,11 +191,9 @@ class LrConfig:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """Section `training`."""
+class LoopConfig:
+    """Options of section `training` that every training program has."""
 
-    eval_only: bool = option(False, help="evaluate training.path instead of training")
-    path: str | None = option(None, help="checkpoint for eval_only", existing=True)
     batch_size: int = option(
         512,
         help="largest batch per process and forward pass",
@@ -236,37 +246,13 @@ class TrainingConfig:
     clip: float = option(
         0.0, help="largest gradient norm of a step, longer ones are scaled; 0: no limit", low=0
     )
-    ema: float = option(
-        0.0,
-        help="decay of an exponential moving average of the weights, also evaluated; 0: off",
-        low=0,
-        high=1,
-    )
     sync_bn: bool = option(False, help="batch norm over all processes (GPUs only)")
     epochs: int = option(30, help="passes over the training set", low=1, common=True)
-    label_smoothing: float = option(0.1, help="label smoothing of the loss", low=0, high=1)
-    distill: float = option(
-        0.0,
-        help="share of the loss of every shorter prefix (or width) that pulls its answers to the "
-        "longest one's, the rest is the labels'; 0: off",
-        low=0,
-        high=1,
-    )
-    distill_temperature: float = option(
-        1.0, help="distill: temperature that softens both answers", above=0
-    )
-    sandwich: int | None = option(
-        None,
-        help="train the smallest, the largest and this many random other widths in each step; "
-        "unset: all",
-        low=0,
-    )
     distributed: bool | None = option(
         None,
         help="1: start the processes of section dist; under torchrun 1 is implied, 0 an error",
         affects_result=False,
     )
-    use_blurpool: bool = option(False, help="anti-aliased strided convolutions")
     seed: int = option(0, help="seed of weights, sample order, crops and augmentations", low=0)
     deterministic: bool = option(
         False, help="the same weights in every run, slower: no compilation, no autotuning"
@@ -368,6 +354,38 @@ class TrainingConfig:
                 f"training.muon_rest_momentum={self.muon_rest_momentum}: needs "
                 "training.muon_rest=sgd; AdamW has training.betas"
             )
+
+
+@dataclass(frozen=True)
+class TrainingConfig(LoopConfig):
+    """Section `training`."""
+
+    eval_only: bool = option(False, help="evaluate training.path instead of training")
+    path: str | None = option(None, help="checkpoint for eval_only", existing=True)
+    ema: float = option(
+        0.0,
+        help="decay of an exponential moving average of the weights, also evaluated; 0: off",
+        low=0,
+        high=1,
+    )
+    label_smoothing: float = option(0.1, help="label smoothing of the loss", low=0, high=1)
+    distill: float = option(
+        0.0,
+        help="share of the loss of every shorter prefix (or width) that pulls its answers to the "
+        "longest one's, the rest is the labels'; 0: off",
+        low=0,
+        high=1,
+    )
+    distill_temperature: float = option(
+        1.0, help="distill: temperature that softens both answers", above=0
+    )
+    sandwich: int | None = option(
+        None,
+        help="train the smallest, the largest and this many random other widths in each step; "
+        "unset: all",
+        low=0,
+    )
+    use_blurpool: bool = option(False, help="anti-aliased strided convolutions")
 
 
 def adan_betas(beta1: float, beta2: float, beta3: float) -> tuple[float, float, float]:

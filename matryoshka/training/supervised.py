@@ -22,30 +22,25 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from matryoshka import checkpoint, config, distributed
+from matryoshka import checkpoint
 from matryoshka.checkpoint.transfer import start_model, start_weights
-from matryoshka.data import CenterCrop, Loader, open_dataset
-from matryoshka.data.augment import Preprocessing, normalise
+from matryoshka.data import Loader, open_dataset
+from matryoshka.data.augment import Preprocessing
 from matryoshka.data.dataset import Dataset
 from matryoshka.data.loader import Batch
-from matryoshka.data.subset import Subset
 from matryoshka.distributed import World
 from matryoshka.evaluation.evaluate import Evaluation, evaluate
 from matryoshka.models import NestedModel, model_spec
 from matryoshka.models.ema import Ema
 from matryoshka.nested import distilled_cross_entropy, nested_cross_entropy
 from matryoshka.training.checks import global_batch_size
-from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.loaders import (
     is_resident,
     make_loaders,
@@ -54,35 +49,19 @@ from matryoshka.training.loaders import (
     validation_loader,
 )
 from matryoshka.training.meter import EpochMeter
-from matryoshka.training.optim import (
-    configured_optimizer,
-    lr_at,
-    parameter_groups,
-    peak_lr,
-)
-from matryoshka.training.progress import Forecast, Progress
-from matryoshka.training.run_folder import accuracy_metrics, new_run_id
+from matryoshka.training.run import Normalisation, TrainingRun, compile_model, distribute
+from matryoshka.training.run_folder import accuracy_metrics
 from matryoshka.training.session import (
     Session,
-    SessionOptions,
     broadcast_checkpoint,
-    launch_id,
-    resolve_run_on_all_ranks,
 )
 from matryoshka.training.snapshot import Checkpoint
 from matryoshka.training.snapshot import read as read_checkpoint
-from matryoshka.training.state import TrainState
 from matryoshka.training.summary import batch_notes, schedule_notes, size_text
-from matryoshka.training.sums import Sums
 from matryoshka.training.supervised_step import LossFn, train_step
 
-INITIAL_IMAGES = 5000  # that trunks compute initial weights from
-FIT_HINT = "; matryoshka fit PHOTOS --minutes 10 chooses sizes that fit into a time"
 
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean, std of each channel
-
-
-class SupervisedRun:
+class SupervisedRun(TrainingRun[NestedModel]):
     """A run that is set up from its options and ready for its first or next step.
 
     cfg: sections of training/options.py. print0: prints a line on rank 0. sections: of the program,
@@ -94,10 +73,8 @@ class SupervisedRun:
     A finished run (`start.finished`) has no loaders and no model.
     """
 
-    train_loader: Loader
     val_loader: Loader
     model: NestedModel
-    state: TrainState[NestedModel]
 
     def __init__(
         self,
@@ -111,41 +88,14 @@ class SupervisedRun:
         val_role: str = "for validation",
         loss: Callable = nested_cross_entropy,
     ) -> None:
-        self.cfg = cfg
-        self.world = world
-        self.print0 = print0
+        super().__init__(cfg, world, print0, sections=sections, name=cfg.model.arch)
         self._val_role = val_role
-        t = cfg.training
-        distributed.prepare(world.device, t.seed, t.deterministic)
-
-        # ---- run folder ----
-        run_id = cfg.logging.run_id or launch_id() or new_run_id(cfg.model.arch.replace(":", "-"))
-        run_id = distributed.broadcast(run_id, world)
-        self.options = config.flat(cfg)
-        self.start = resolve_run_on_all_ranks(
-            Path(cfg.logging.folder),
-            run_id,
-            t.resume,
-            options=self.options,
-            neutral=config.neutral_options(sections),
-            defaults=config.default_options(sections),
-            world=world,
-        )
         if self.start.finished:
             return
         self._load_data(datasets)
         notes = self._build_model(normalisation)
         self._build_state(loss)
         self._print_summary(notes)
-
-    @property
-    def resumed(self) -> bool:
-        return self.start.checkpoint is not None
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of an epoch."""
-        return len(self.train_loader)
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -193,7 +143,7 @@ class SupervisedRun:
         model.classes = dataset.classes
         self.model = model.to(self.world.device).to(memory_format=torch.channels_last)
         if not resumed and not start_weights(cfg.model):
-            self._initialise_from_data()
+            self.initialise_from_data(self.model)
         if cfg.training.sync_bn:
             # In place: the model itself is not a batch norm, only its layers are replaced.
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -203,29 +153,7 @@ class SupervisedRun:
         self._ddp = distribute(
             self.model, self.world, find_unused=cfg.training.sandwich is not None
         )
-        self.precision = distributed.pick_precision(cfg.training.precision, self.world.device)
         return notes
-
-    def _initialise_from_data(self) -> None:
-        """Let a trunk that computes weights from images, such as fast_cnn's whitening, do so."""
-        initialise = getattr(self.model.trunk, "initialise_from", None)
-        if initialise is None:
-            return
-        scale = self.model.preprocessing
-        count = len(self.train_loader.dataset)
-        # Evenly over the set: a folder is in the order of its classes.
-        chosen = np.unique(np.linspace(0, count - 1, min(INITIAL_IMAGES, count)).astype(np.int64))
-        # The same images on every rank, so that all compute the same weights.
-        loader = Loader(
-            Subset(self.train_loader.dataset, chosen),
-            len(chosen),
-            order="sequential",
-            crop=CenterCrop(scale.size, scale.ratio),
-            device=self.world.device,
-            on_error=self.cfg.data.on_error,
-        )
-        batch = next(iter(loader))
-        initialise(normalise(batch.images, scale.mean, scale.std))
 
     def _build_state(self, loss: Callable) -> None:
         cfg = self.cfg
@@ -240,25 +168,14 @@ class SupervisedRun:
             )
         self._loss_fn: LossFn = partial(loss, weights=weights, label_smoothing=t.label_smoothing)
 
-        # Linear in the global batch, so a recipe is right for any number of GPUs.
-        self._peak = peak_lr(cfg.lr, self.global_batch)
-        groups = parameter_groups(self.model, t.weight_decay, t.bn_wd)
         sums: dict[str, tuple[int, ...]] = {"loss": (), "prefix_loss": (len(self.dims),)}
         if t.sandwich is not None:
             sums["trained"] = (len(self.dims),)  # share of the images that trained a prefix
-        self.state = TrainState(
-            model=self.model,
-            optimizer=configured_optimizer(t, groups, self._peak, device),
-            loader=self.train_loader,
-            scaler=torch.amp.GradScaler(device.type, enabled=self.precision == "fp16"),
-            sums=Sums(sums, device),
-            metadata={
-                **checkpoint.describe(self.model),
-                "resident": is_resident(self.train_loader),
-            },
-            ema=self.ema,
-        )
-        self._guard = NonFiniteGuard(self.model, device, t.clip)
+        metadata = {
+            **checkpoint.describe(self.model),
+            "resident": is_resident(self.train_loader),
+        }
+        self.build_state(self.model, sums, metadata, ema=self.ema)
 
     def _print_summary(self, notes: Sequence[str]) -> None:
         cfg = self.cfg
@@ -277,26 +194,20 @@ class SupervisedRun:
         self.print0(f"device   {self.world.size} x {device.type}, {self.precision}{compiled}")
         self.print0(
             f"steps    {cfg.training.epochs} epochs x {self.steps} steps of {self.global_batch} "
-            f"images, peak lr {self._peak:.4g}"
+            f"images, peak lr {self.peak:.4g}"
         )
-        resolutions = self._resolutions
+        resolutions = self.resolutions
         self.print0(
             f"size     {size_text(resolutions)} to train, {cfg.validation.resolution} to validate"
         )
         batches = batch_notes(cfg, self.world.size, self.global_batch, len(dataset))
-        for note in (*self.start.notes, *notes, *batches, *schedule_notes(cfg)):
-            self.print0(f"note     {note}")
+        self.print_notes((*self.start.notes, *notes, *batches, *schedule_notes(cfg)))
 
     @property
-    def _resolutions(self) -> list[int]:
+    def resolutions(self) -> list[int]:
         return [
             resolution_at(epoch, self.cfg.resolution) for epoch in range(self.cfg.training.epochs)
         ]
-
-    @cached_property
-    def progress(self) -> Progress:
-        hint = FIT_HINT if self.world.device.type == "cpu" else ""
-        return Progress(Forecast(self._resolutions, self.steps), self.print0, hint=hint)
 
     def loader(self, dataset: Dataset) -> Loader:
         """A loader that yields every image of another data set once, as in validation."""
@@ -310,32 +221,9 @@ class SupervisedRun:
         best_of_average: the best checkpoint is that of the averaged weights, where there are any.
         resume_hint: options that resume a stopped run, for the message.
         """
-        cfg = self.cfg
         average = "ema_" if best_of_average and self.ema is not None else ""
-        session_options = SessionOptions(
-            best_metric=f"{average}top_1/{self.dims[-1]}",
-            tensorboard=cfg.logging.tensorboard,
-            resume_hint=resume_hint or SessionOptions.resume_hint,
-            keep_last=cfg.training.keep_last,
-            checkpoint_every_steps=cfg.training.checkpoint_every_steps,
-            checkpoint_every_minutes=cfg.training.checkpoint_every_minutes,
-            skip_limit=cfg.training.skip_limit,
-            hang_timeout=cfg.training.hang_timeout,
-            wandb=cfg.logging.wandb,
-        )
-        session = Session(
-            self.state,
-            self._guard,
-            self.world,
-            self.start,
-            options=session_options,
-            config=self.options,
-            config_yaml=config.to_yaml(cfg),
-            print0=self.print0,
-        )
-        if self.resumed:
-            self.print0(f"resume   after step {session.loop.step}, epoch {session.loop.epoch}")
-        return session
+        metric = f"{average}top_1/{self.dims[-1]}"
+        return self.open_session(best_metric=metric, resume_hint=resume_hint)
 
     def start_epoch(self, session: Session) -> None:
         """Set the size of the epoch's images and the loader's position."""
@@ -344,20 +232,8 @@ class SupervisedRun:
         session.start_epoch()
         self.model.train()
 
-    def lr(self, session: Session) -> float:
-        """The learning rate of the next step."""
-        epoch = session.loop.step / self.steps  # fractional: the rate changes in every step
-        rate = lr_at(epoch, self.cfg.lr, self._peak, self.cfg.training.epochs)
-        return session.lr_factor * rate
-
     def meter(self, session: Session) -> EpochMeter:
-        return EpochMeter(
-            self.train_loader,
-            session,
-            self.progress,
-            log_level=self.cfg.logging.log_level,
-            prefixes=self.trained_prefixes,
-        )
+        return self.epoch_meter(session, self.trained_prefixes)
 
     def step(self, batch: Batch, lr: float) -> tuple[Tensor, Tensor, Tensor]:
         """One optimizer step on this rank's part of a global batch; see `train_step`."""
@@ -368,7 +244,7 @@ class SupervisedRun:
             world=self.world,
             ddp=self._ddp,
             state=self.state,
-            guard=self._guard,
+            guard=self.guard,
             loss_fn=self._loss_fn,
             precision=self.precision,
         )
@@ -436,31 +312,3 @@ class SupervisedRun:
         if best is not None:
             model.load_state_dict(best.part("ema." if average else "model."))
         return model
-
-
-# ---------------------------------------------------------------- processes and compilation
-
-
-def distribute(model: NestedModel, world: World, find_unused: bool = False) -> nn.Module:
-    """Wrap the model in DDP if there are several processes.
-
-    find_unused: a step may leave parameters without a gradient.
-    """
-    if world.size == 1:
-        return model
-    device_ids = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=find_unused)
-
-
-def compile_model(ddp: nn.Module, cfg: SimpleNamespace, device: torch.device) -> str:
-    """Compile the forward and backward pass if requested and possible; return a text about it."""
-    requested = cfg.training.compile
-    if requested is None:
-        requested = device.type == "cuda" and not cfg.training.deterministic
-    if not requested:
-        return ""
-    reason = distributed.why_not_compile(device)
-    if reason is not None:
-        return f", not compiled ({reason})"
-    ddp.compile()
-    return ", compiled"

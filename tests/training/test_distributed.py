@@ -37,7 +37,7 @@ from matryoshka.models import ModelSpec, build
 from matryoshka.nested import nested_cross_entropy
 from matryoshka.evaluation.predict import predict
 from matryoshka.training import supervised_step as program
-from matryoshka.training.supervised import distribute
+from matryoshka.training.run import distribute
 from matryoshka.training.state import TrainState
 from matryoshka.training.sums import Sums
 

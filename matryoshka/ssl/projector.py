@@ -1,0 +1,118 @@
+"""Layers between an encoder's features and the loss, and what each prefix's loss sees of them.
+
+Legend: B images, D features, G prefixes, h hidden and o output numbers of a projector.
+A projector maps features [B, D] to one tensor [B, W]; `columns` says which of its columns are the
+embedding of each prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from matryoshka.ssl.options import SslConfig
+
+
+class Projector(nn.Module):
+    """A projector: `columns`, G slices of its output, and `width`, W."""
+
+    columns: tuple[slice, ...]
+    width: int
+
+
+class NoProjector(Projector):
+    """The features themselves: the loss of a prefix takes the prefix. W = the longest prefix."""
+
+    def __init__(self, dims: Sequence[int]) -> None:
+        super().__init__()
+        self.columns = tuple(slice(0, d) for d in dims)
+        self.width = dims[-1]
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features[:, : self.width]
+
+
+class PrefixProjectors(Projector):
+    """A projector of its own for each prefix (MRL); their outputs side by side, W = G x o."""
+
+    def __init__(self, dims: Sequence[int], config: SslConfig) -> None:
+        super().__init__()
+        self._dims = tuple(dims)
+        self.columns = blocks(len(dims), config.out)
+        self.width = len(dims) * config.out
+        self.parts = nn.ModuleList(
+            mlp(d, config.hidden, config.out, layers=config.layers, norm=config.norm) for d in dims
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        outputs = [part(features[:, :d]) for part, d in zip(self.parts, self._dims, strict=True)]
+        return torch.cat(outputs, dim=1)
+
+
+class SlicedProjector(Projector):
+    """One projector D -> D -> o without biases, sliced for each prefix (MRL-E); W = G x o.
+
+    The prefix of d features sees the first d rows and columns of the first layer and the first d
+    columns of the second, with ReLU between, as in the repository `relic`.
+    """
+
+    def __init__(self, dims: Sequence[int], config: SslConfig) -> None:
+        super().__init__()
+        self._dims = tuple(dims)
+        self.columns = blocks(len(dims), config.out)
+        self.width = len(dims) * config.out
+        self.first = nn.Linear(dims[-1], dims[-1], bias=False)
+        self.second = nn.Linear(dims[-1], config.out, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        outputs = []
+        for d in self._dims:
+            # Only what the prefix uses: d x d products instead of D x D for each.
+            hidden = F.relu(F.linear(features[:, :d], self.first.weight[:d, :d]))
+            outputs.append(F.linear(hidden, self.second.weight[:, :d]))
+        return torch.cat(outputs, dim=1)
+
+
+class Predictors(nn.Module):
+    """A small network behind each block of a projector's output: [B, W] -> [B, W]."""
+
+    def __init__(self, columns: Sequence[slice], hidden: int) -> None:
+        super().__init__()
+        self._columns = tuple(columns)
+        widths = [c.stop - c.start for c in columns]
+        self.parts = nn.ModuleList(mlp(w, hidden, w, layers=2, norm=True) for w in widths)
+
+    def forward(self, projected: Tensor) -> Tensor:
+        outputs = [part(projected[:, c]) for part, c in zip(self.parts, self._columns, strict=True)]
+        return torch.cat(outputs, dim=1)
+
+
+def make_projector(dims: Sequence[int], config: SslConfig) -> Projector:
+    """The projector that `ssl.projector` names, for prefixes `dims` of the features."""
+    if config.projector == "none":
+        return NoProjector(dims)
+    if config.projector == "mrl-e":
+        return SlicedProjector(dims, config)
+    return PrefixProjectors(dims, config)
+
+
+def blocks(count: int, width: int) -> tuple[slice, ...]:
+    """`count` slices of `width` columns, side by side."""
+    return tuple(slice(k * width, (k + 1) * width) for k in range(count))
+
+
+def mlp(inputs: int, hidden: int, outputs: int, *, layers: int, norm: bool) -> nn.Sequential:
+    """Linear layers, each but the last followed by batch norm (if `norm`) and ReLU."""
+    parts: list[nn.Module] = []
+    width = inputs
+    for _ in range(layers - 1):
+        parts.append(nn.Linear(width, hidden, bias=not norm))
+        if norm:
+            parts.append(nn.BatchNorm1d(hidden))
+        parts.append(nn.ReLU())
+        width = hidden
+    parts.append(nn.Linear(width, outputs))
+    return nn.Sequential(*parts)

@@ -1,0 +1,232 @@
+"""What every training run has: a folder, a place to resume from, loaders, rates, a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from matryoshka import config, distributed
+from matryoshka.data import CenterCrop, Loader
+from matryoshka.data.augment import normalise
+from matryoshka.data.subset import Subset
+from matryoshka.distributed import World
+from matryoshka.models import NestedModel
+from matryoshka.training.guard import NonFiniteGuard
+from matryoshka.training.meter import EpochMeter
+from matryoshka.training.optim import configured_optimizer, lr_at, parameter_groups, peak_lr
+from matryoshka.training.progress import Forecast, Progress
+from matryoshka.training.run_folder import new_run_id
+from matryoshka.training.session import (
+    Session,
+    SessionOptions,
+    launch_id,
+    resolve_run_on_all_ranks,
+)
+from matryoshka.training.state import TrainState
+from matryoshka.training.sums import Sums
+
+INITIAL_IMAGES = 5000  # that trunks compute initial weights from
+FIT_HINT = "; matryoshka fit PHOTOS --minutes 10 chooses sizes that fit into a time"
+
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean, std of each channel
+M = TypeVar("M", bound=nn.Module)
+
+
+class TrainingRun(Generic[M]):
+    """The part of a run that does not depend on what is learned. M: the module that is trained.
+
+    cfg: sections `model`, `data`, `lr`, `training`, `logging` and those of the program. print0:
+    prints a line on rank 0. sections: of the program, which decide what a resumed run may change.
+    name: of a new run's folder. A finished run (`start.finished`) has nothing but its folder.
+    """
+
+    train_loader: Loader
+    state: TrainState[M]
+    global_batch: int
+
+    def __init__(
+        self,
+        cfg: SimpleNamespace,
+        world: World,
+        print0: Callable[[str], None],
+        *,
+        sections: Mapping[str, type],
+        name: str,
+    ) -> None:
+        self.cfg = cfg
+        self.world = world
+        self.print0 = print0
+        t = cfg.training
+        distributed.prepare(world.device, t.seed, t.deterministic)
+        run_id = cfg.logging.run_id or launch_id() or new_run_id(name.replace(":", "-"))
+        run_id = distributed.broadcast(run_id, world)
+        self.options = config.flat(cfg)
+        self.start = resolve_run_on_all_ranks(
+            Path(cfg.logging.folder),
+            run_id,
+            t.resume,
+            options=self.options,
+            neutral=config.neutral_options(sections),
+            defaults=config.default_options(sections),
+            world=world,
+        )
+
+    @property
+    def resumed(self) -> bool:
+        return self.start.checkpoint is not None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return len(self.train_loader)
+
+    @property
+    def resolutions(self) -> list[int]:
+        """Pixels of the training images in each epoch."""
+        raise NotImplementedError
+
+    @cached_property
+    def progress(self) -> Progress:
+        hint = FIT_HINT if self.world.device.type == "cpu" else ""
+        return Progress(Forecast(self.resolutions, self.steps), self.print0, hint=hint)
+
+    # ---------------------------------------------------------------- set-up
+
+    def initialise_from_data(self, model: NestedModel) -> None:
+        """Let a trunk that computes weights from images, such as fast_cnn's whitening, do so."""
+        initialise = getattr(model.trunk, "initialise_from", None)
+        if initialise is None:
+            return
+        scale = model.preprocessing
+        count = len(self.train_loader.dataset)
+        # Evenly over the set: a folder is in the order of its classes.
+        chosen = np.unique(np.linspace(0, count - 1, min(INITIAL_IMAGES, count)).astype(np.int64))
+        # The same images on every rank, so that all compute the same weights.
+        loader = Loader(
+            Subset(self.train_loader.dataset, chosen),
+            len(chosen),
+            order="sequential",
+            crop=CenterCrop(scale.size, scale.ratio),
+            device=self.world.device,
+            on_error=self.cfg.data.on_error,
+        )
+        batch = next(iter(loader))
+        initialise(normalise(batch.images, scale.mean, scale.std))
+
+    def build_state(
+        self,
+        model: M,
+        sums: Mapping[str, tuple[int, ...]],
+        metadata: Mapping[str, Any],
+        **parts: Any,
+    ) -> None:
+        """Set `state` and what a step needs beside it. parts: further ones of TrainState."""
+        t = self.cfg.training
+        device = self.world.device
+        # Linear in the global batch, so a recipe is right for any number of GPUs.
+        self.peak = peak_lr(self.cfg.lr, self.global_batch)
+        groups = parameter_groups(model, t.weight_decay, t.bn_wd)
+        self.state = TrainState(
+            model=model,
+            optimizer=configured_optimizer(t, groups, self.peak, device),
+            loader=self.train_loader,
+            scaler=torch.amp.GradScaler(device.type, enabled=self.precision == "fp16"),
+            sums=Sums(sums, device),
+            metadata=metadata,
+            **parts,
+        )
+        self.guard = NonFiniteGuard(model, device, t.clip)
+
+    @cached_property
+    def precision(self) -> str:
+        return distributed.pick_precision(self.cfg.training.precision, self.world.device)
+
+    # ---------------------------------------------------------------- the loop's parts
+
+    def open_session(self, *, best_metric: str, resume_hint: str | None = None) -> Session:
+        """The session of the run, which resumes the checkpoint that `start` found.
+
+        best_metric: see SessionOptions. resume_hint: options that resume a stopped run, for the
+        message.
+        """
+        cfg = self.cfg
+        session_options = SessionOptions(
+            best_metric=best_metric,
+            tensorboard=cfg.logging.tensorboard,
+            resume_hint=resume_hint or SessionOptions.resume_hint,
+            keep_last=cfg.training.keep_last,
+            checkpoint_every_steps=cfg.training.checkpoint_every_steps,
+            checkpoint_every_minutes=cfg.training.checkpoint_every_minutes,
+            skip_limit=cfg.training.skip_limit,
+            hang_timeout=cfg.training.hang_timeout,
+            wandb=cfg.logging.wandb,
+        )
+        session = Session(
+            self.state,
+            self.guard,
+            self.world,
+            self.start,
+            options=session_options,
+            config=self.options,
+            config_yaml=config.to_yaml(cfg),
+            print0=self.print0,
+        )
+        if self.resumed:
+            self.print0(f"resume   after step {session.loop.step}, epoch {session.loop.epoch}")
+        return session
+
+    def lr(self, session: Session) -> float:
+        """The learning rate of the next step."""
+        epoch = session.loop.step / self.steps  # fractional: the rate changes in every step
+        rate = lr_at(epoch, self.cfg.lr, self.peak, self.cfg.training.epochs)
+        return session.lr_factor * rate
+
+    def epoch_meter(self, session: Session, prefixes: int) -> EpochMeter:
+        """The epoch's batches, measured. prefixes: how many losses a step's loss is the sum of."""
+        return EpochMeter(
+            self.train_loader,
+            session,
+            self.progress,
+            log_level=self.cfg.logging.log_level,
+            prefixes=prefixes,
+        )
+
+    def print_notes(self, notes: Sequence[str]) -> None:
+        for note in notes:
+            self.print0(f"note     {note}")
+
+
+# ---------------------------------------------------------------- processes and compilation
+
+
+def distribute(model: nn.Module, world: World, find_unused: bool = False) -> nn.Module:
+    """Wrap the model in DDP if there are several processes.
+
+    find_unused: a step may leave parameters without a gradient.
+    """
+    if world.size == 1:
+        return model
+    device_ids = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=find_unused)
+
+
+def compile_model(ddp: nn.Module, cfg: SimpleNamespace, device: torch.device) -> str:
+    """Compile the forward and backward pass if requested and possible; return a text about it."""
+    requested = cfg.training.compile
+    if requested is None:
+        requested = device.type == "cuda" and not cfg.training.deterministic
+    if not requested:
+        return ""
+    reason = distributed.why_not_compile(device)
+    if reason is not None:
+        return f", not compiled ({reason})"
+    ddp.compile()
+    return ", compiled"
