@@ -3,13 +3,15 @@
 Each prefix is truncated first, then L2-normalised (a zero vector stays zero); distances are
 Euclidean. Products are computed in `dtype` and compared as float32: differences below its
 resolution are ties. Sources: 1-NN and few-shot accuracy of Kusupati et al., arXiv 2205.13147,
-sections 4.2 and 4.3. Dimension legend: G prefixes, M database entries, N queries, K neighbours, C
-classes, D features.
+sections 4.2 and 4.3; weighted kNN of Wu et al., arXiv 1805.01978, section 3.4. Dimension legend: G
+prefixes, M database entries, N queries, K neighbours, C classes, D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,24 +52,44 @@ def nearest(
     device = device or database.device
     neighbours = torch.empty(len(dims), len(queries), k, dtype=torch.int64)
     for g, d in enumerate(dims):
-        # Blocks of a size at which the database vectors and the scores have up to _TILE numbers.
-        rows = max(1, _TILE // max(d, 512))
-        width = max(1, _TILE // min(rows, len(database)))
-        for first in range(0, len(queries), width):
-            q = unit_prefixes(queries[first : first + width], d, device, dtype)
-            score = torch.empty(len(q), 0, device=device)
-            index = torch.empty(len(q), 0, dtype=torch.int64, device=device)
-            for begin in range(0, len(database), rows):
-                x = unit_prefixes(database[begin : begin + rows], d, device, dtype)
-                # |q - x|^2 = |q|^2 + |x|^2 - 2 q.x, of which q.x - |x|^2 / 2 depends on x. The 2
-                # keeps scores away from zero, where float32 resolves rounding errors of ties.
-                near = torch.addmm(2 - x.square().sum(1) / 2, q, x.T).float()
-                near, row = stable_top_k(near, k)
-                # Merge with the best of the earlier blocks, which come first: ties go by index.
-                score, best = stable_top_k(torch.cat([score, near], 1), k)
-                index = torch.cat([index, begin + row], 1).gather(1, best)
-            neighbours[g, first : first + width] = index.cpu()
+        for first, _, index in _best(database, queries, d, k, device=device, dtype=dtype):
+            neighbours[g, first : first + len(index)] = index.cpu()
     return neighbours
+
+
+def _best(
+    database: Tensor,
+    queries: Tensor,
+    d: int,
+    k: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    cosine: bool = False,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Blocks of queries: (number of the first, scores [B, k] falling, database rows [B, k]).
+
+    A score is 2 + q.x for `cosine`, else 2 + q.x - |x|^2 / 2, in float32. They differ in zero
+    vectors, whose cosine is 0 and whose distance from any unit vector is 1.
+    """
+    # Blocks of a size at which the database vectors and the scores have up to _TILE numbers.
+    rows = max(1, _TILE // max(d, 512))
+    width = max(1, _TILE // min(rows, len(database)))
+    for first in range(0, len(queries), width):
+        q = unit_prefixes(queries[first : first + width], d, device, dtype)
+        score = torch.empty(len(q), 0, device=device)
+        index = torch.empty(len(q), 0, dtype=torch.int64, device=device)
+        for begin in range(0, len(database), rows):
+            x = unit_prefixes(database[begin : begin + rows], d, device, dtype)
+            # |q - x|^2 = |q|^2 + |x|^2 - 2 q.x, of which q.x - |x|^2 / 2 depends on x. The 2
+            # keeps scores away from zero, where float32 resolves rounding errors of ties.
+            offset = torch.full_like(x[:, 0], 2) if cosine else 2 - x.square().sum(1) / 2
+            near = torch.addmm(offset, q, x.T).float()
+            near, row = stable_top_k(near, k)
+            # Merge with the best of the earlier blocks, which come first: ties go by index.
+            score, best = stable_top_k(torch.cat([score, near], 1), k)
+            index = torch.cat([index, begin + row], 1).gather(1, best)
+        yield first, score, index
 
 
 def unit_prefixes(features: Tensor, d: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -93,6 +115,69 @@ def knn_accuracy(neighbours: Tensor, database_labels: Tensor, query_labels: Tens
     """
     predicted = vote(database_labels.cpu()[neighbours])
     return (100 * (predicted == query_labels.cpu()).double().mean(1)).tolist()
+
+
+def weighted_knn(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    dims: Sequence[int],
+    *,
+    k: Sequence[int] = (20, 200),
+    temperature: float = 0.07,
+    dtype: torch.dtype = torch.float32,
+) -> dict[int, dict[int, float]]:
+    """{prefix: {neighbours: top-1 %}} of the weighted vote of Wu et al. (2018, section 3.4).
+
+    Each of the k most similar images of the bank votes for its class with exp(cosine /
+    temperature). bank [M, D], queries [N, D], labels int64; the computation runs on the bank's
+    device. Images without a label (-1) are left out of both. A k beyond the size of the bank is cut
+    to it: the keys are the numbers of neighbours that voted. NeighbourError if nothing is left.
+    """
+    dims = check_dims(dims, min(bank.shape[1], queries.shape[1]))
+    if not k or min(k) < 1 or not temperature > 0:
+        raise NeighbourError(
+            f"k={list(k)}, temperature={temperature}: expected one k or more, all above 0"
+        )
+    bank, bank_labels = _labelled(bank, bank_labels, "the bank")
+    queries, labels = _labelled(queries, labels, "the queries")
+    device = bank.device
+    bank_labels, labels = bank_labels.to(device), labels.to(device)
+    counts = sorted({min(count, len(bank)) for count in k})
+    num_classes = int(bank_labels.max()) + 1
+
+    accuracy = {}
+    for d in dims:
+        hits = dict.fromkeys(counts, 0)
+        blocks = _best(bank, queries, d, counts[-1], device=device, dtype=dtype, cosine=True)
+        for first, score, index in blocks:
+            # Relative to the nearest image, so that no weight overflows.
+            weights = ((score - score[:, :1]) / temperature).exp()
+            votes_for = bank_labels[index]
+            truth = labels[first : first + len(index)]
+            votes = torch.zeros(len(index), num_classes, device=device)
+            counted = 0
+            for count in counts:
+                new = slice(counted, count)
+                votes.scatter_add_(1, votes_for[:, new], weights[:, new])
+                hits[count] += int((votes.argmax(1) == truth).sum())
+                counted = count
+        accuracy[d] = {count: 100 * right / len(queries) for count, right in hits.items()}
+    return accuracy
+
+
+def _labelled(features: Tensor, labels: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """The images that have a label."""
+    kept = labels >= 0
+    if len(labels) != len(features) or not bool(kept.any()):
+        raise NeighbourError(
+            f"{what}: {len(features)} images with {int(kept.sum())} labels; expected a label for "
+            "each, and one or more that are not -1"
+        )
+    if bool(kept.all()):
+        return features, labels
+    return features[kept.to(features.device)], labels[kept]
 
 
 def draw_shots(
@@ -179,3 +264,61 @@ def nearest_class_mean(
                 hits += (nearest_mean == target).sum(1)
             accuracy[draw, :, g] = 100 * hits.cpu().double() / len(evaluated)
     return accuracy
+
+
+class MeanInterval(NamedTuple):
+    """Mean of repeated draws and its 95 % interval, by Student's t; one draw has no interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(values: Sequence[float]) -> MeanInterval:
+    """Mean of independent values, and the 95 % interval of their expectation (nan for one)."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return MeanInterval(mean, math.nan, math.nan)
+    from scipy.special import stdtrit  # scipy.stats would take a second to import
+
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    half = float(stdtrit(len(values) - 1, 0.975)) * math.sqrt(variance / len(values))
+    return MeanInterval(mean, mean - half, mean + half)
+
+
+def few_shot(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    dims: Sequence[int],
+    *,
+    shots: Sequence[int] = (1, 5),
+    draws: int = 10,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> dict[int, dict[int, MeanInterval]]:
+    """{prefix: {shots: top-1 % with its interval}} of `nearest_class_mean` over the draws.
+
+    Arguments as in `weighted_knn`; images without a label (-1) are left out. The interval is that
+    of the draw of the shots, on these queries.
+    """
+    bank, bank_labels = _labelled(bank, bank_labels, "the bank")
+    queries, labels = _labelled(queries, labels, "the queries")
+    accuracy = nearest_class_mean(
+        bank,
+        bank_labels,
+        queries,
+        labels,
+        dims=dims,
+        shots=shots,
+        draws=draws,
+        seed=seed,
+        dtype=dtype,
+    )
+    found: dict[int, dict[int, MeanInterval]] = {}
+    for g, d in enumerate(dims):
+        found[d] = {}
+        for s, count in enumerate(shots):
+            found[d][count] = mean_interval(accuracy[:, s, g].tolist())
+    return found

@@ -4,7 +4,7 @@ options.py      ModelConfig (section `model`) and ModelSpec, which rebuilds a mo
 model.py        NestedModel, build, with_prefixes, model_spec
 backbones.py    BACKBONES: trunks by name; start here to add one
 nested_vit.py   families of transformers nested in their width
-macs.py         multiply-adds of a model
+macs.py         multiply-adds of a model, PFLOP of a run
 resnets.py      torchvision's ResNets and a ResNet-10
 timm_models.py  `timm:NAME`, mobilevit, vit_timm
 vit.py          transformers for small images: vit, vit_small, ..., cct; patches.py: their tokens
@@ -23,7 +23,7 @@ from matryoshka.models.options import FAMILIES, ModelConfig, ModelError, ModelSp
 
 if TYPE_CHECKING:
     from matryoshka.models.backbones import BACKBONES, backbone, option_names
-    from matryoshka.models.macs import multiply_adds
+    from matryoshka.models.macs import module_multiply_adds, multiply_adds, pflop
     from matryoshka.models.model import (
         FamilyModel,
         NestedModel,
@@ -53,9 +53,11 @@ __all__ = [
     "extract",
     "import_timm",
     "model_spec",
+    "module_multiply_adds",
     "multiply_adds",
     "one_line",
     "option_names",
+    "pflop",
     "shortest_prefix",
     "widest",
     "with_prefixes",
@@ -65,7 +67,7 @@ __getattr__ = lazy.attribute(
     __name__,
     {
         "backbones": ("BACKBONES", "backbone", "option_names"),
-        "macs": ("multiply_adds",),
+        "macs": ("module_multiply_adds", "multiply_adds", "pflop"),
         "model": (
             "FamilyModel",
             "NestedModel",

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from matryoshka.models import BACKBONES, FAMILIES, ModelSpec, build, multiply_adds
+from matryoshka.models import (
+    BACKBONES,
+    FAMILIES,
+    ModelSpec,
+    build,
+    module_multiply_adds,
+    multiply_adds,
+    pflop,
+)
 from matryoshka.models.vqvae import EncoderSizes
 
 SIZES = {"mobilevit": 64, "vit_timm": 384}  # pixels; all others take 32
@@ -102,3 +110,35 @@ def test_published_figures():
         with torch.device("meta"):
             counts = multiply_adds(build(ModelSpec(arch, 1000, (8, 512))).eval(), 224)
         assert counts[512] / 1e9 == pytest.approx(expected, abs=0.01)
+
+
+def test_any_module_of_images():
+    """A convolution of 8 x 8 places, 3 x 3 x 3 taps, 5 channels; then 5 -> 7 numbers."""
+    encoder = nn.Sequential(
+        nn.Conv2d(3, 5, 3, padding=1, bias=False),
+        nn.BatchNorm2d(5),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, 7),
+    )
+    encoder[0].requires_grad_(False)
+    assert module_multiply_adds(encoder, 8) == 8 * 8 * 27 * 5 + 5 * 7
+    assert encoder[1].training, "the mode is not restored"
+    assert [p.requires_grad for p in encoder.parameters()] == [False, True, True, True, True]
+    assert int(encoder[1].num_batches_tracked) == 0
+
+
+def test_pflop_of_a_step_is_what_the_counter_sees():
+    """Forward and backward pass of the trained net, forward alone of the target."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    online, target = (nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 4)) for _ in range(2))
+    x = torch.randn(10, 6, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        embeddings = online(x)
+        with torch.no_grad():
+            wanted = target(x)
+        (embeddings - wanted).square().sum().backward()
+    macs = 6 * 9 + 9 * 4
+    assert pflop(macs, macs, images=10) == pytest.approx(counter.get_total_flops() / 1e15)
+    assert pflop(macs, 0, images=10) == pytest.approx(0.75 * counter.get_total_flops() / 1e15)
