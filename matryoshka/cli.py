@@ -47,6 +47,11 @@ PROGRAMS = {
         "train small nets and vision transformers on CIFAR-10 and the like",
         "matryoshka.training.cifar_options:parser",
     ),
+    "ssl": Program(
+        "matryoshka.train.train_ssl",
+        "train an encoder without labels, every prefix of it",
+        "matryoshka.training.ssl_options:parser",
+    ),
     "sweep": Program(
         "matryoshka.train.sweep", "search for options: a sweep file of W&B, with Optuna"
     ),

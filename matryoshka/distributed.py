@@ -294,6 +294,41 @@ def stack_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
     return torch.stack(parts)
 
 
+class _GatherRows(torch.autograd.Function):
+    """Rows of all ranks; a rank's rows get the sum of the gradients of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        ctx.rank, ctx.count = dist.get_rank(), len(rows)
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        total = gradients[0].contiguous()
+        dist.all_reduce(total)
+        return total[ctx.rank * ctx.count : (ctx.rank + 1) * ctx.count]
+
+
+def gather_rows(rows: torch.Tensor, world: World) -> torch.Tensor:
+    """The rows [B, ...] of all ranks in their order, [ranks x B, ...], on all ranks.
+
+    Every rank has equally many. With gradients: when each rank computes its own share of a loss
+    from all rows and DDP averages the gradients, the result is the gradient of the mean of the
+    ranks' losses.
+    """
+    if world.size == 1:
+        return rows
+    if rows.requires_grad:
+        gathered = _GatherRows.apply(rows)
+        assert isinstance(gathered, torch.Tensor)
+        return gathered
+    parts = [torch.empty_like(rows) for _ in range(world.size)]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
 def pick_precision(name: str, device: torch.device) -> str:
     """Resolve "auto": bf16 on a GPU that supports it, fp16 on older ones, fp32 on CPU and MPS.
 

@@ -12,9 +12,11 @@ from matryoshka.losses import (
     STOP_GRADIENTS,
     byol,
     info_nce,
+    lejepa,
     nt_xent,
     over_prefixes,
     relic,
+    relic_small,
     sigreg,
     vicreg,
 )
@@ -241,3 +243,52 @@ def test_mistakes_are_refused():
         relic(q[None].expand(2, 5, 4), q[None].expand(2, 5, 4), temperature=T, stop_gradient="both")
     with pytest.raises(ValueError, match="knots=1"):
         sigreg(q, q, knots=1)
+
+
+@settings(max_examples=25)
+@given(sizes)
+def test_relic_small(size):
+    images, width, _, seed = size
+    small, large, target = (drawn(seed + k, images, width) for k in range(3))
+    total = 0.0
+    for i in range(images):
+        of_small = [cosine(small[i], target[j]) / T for j in range(images)]
+        of_large = [cosine(large[i], target[j]) / T for j in range(images)]
+        total += cross_entropy(of_small, i)
+        for j in range(images):
+            log_q, log_p = -cross_entropy(of_small, j), -cross_entropy(of_large, j)
+            total += 0.7 * math.exp(log_p) * (log_p - log_q)
+    found = relic_small(tensor(small), tensor(large), tensor(target), temperature=T, alpha=0.7)
+    close(found, total / images)
+
+
+@settings(max_examples=10)
+@given(sizes, st.integers(0, 2))
+def test_lejepa(size, small):
+    images, width, _, seed = size
+    views = [drawn(seed + k, images, width) for k in range(2 + small)]
+    directions = drawn(seed + 9, 4, width)
+    centre = (views[0] + views[1]) / 2
+    distance, irregular = 0.0, 0.0
+    for view in views:
+        for i in range(images):
+            for d in range(width):
+                distance += (view[i, d] - centre[i, d]) ** 2
+        irregular += float(sigreg(tensor(view), tensor(directions))) / len(views)
+    distance /= len(views) * images * width
+    found = lejepa(tensor(directions), *map(tensor, views), gaussian=0.1)
+    close(found, 0.9 * distance + 0.1 * irregular)
+
+
+def test_slices_are_blocks_of_columns():
+    x = torch.randn(4, 10, dtype=torch.float64)
+    y = torch.randn(4, 10, dtype=torch.float64)
+    blocks = [slice(0, 4), slice(4, 10)]
+    total, per_prefix = over_prefixes(byol, blocks)(x, y)
+    close(per_prefix[0], float(byol(x[:, :4], y[:, :4])))
+    close(per_prefix[1], float(byol(x[:, 4:], y[:, 4:])))
+    close(total, float(per_prefix.sum()))
+    with pytest.raises(ValueError, match="no prefixes"):
+        over_prefixes(byol, [])
+    with pytest.raises(ValueError, match="longest prefix has 10"):
+        over_prefixes(byol, blocks)(x[:, :9], y)

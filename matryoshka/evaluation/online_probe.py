@@ -99,6 +99,23 @@ class OnlineProbe(nn.Module):
         optimizer.zero_grad()
         return _answers(logits.detach(), labels)
 
+    @torch.no_grad()
+    def write_into(self, head: NestedLinear) -> None:
+        """Give a model's classifiers the weights with which they answer as this probe does.
+
+        The running statistics of the batch norm become part of them. ValueError for another head.
+        """
+        if head.shared or head.dims != self.dims:
+            raise ValueError(f"a head of dims {head.dims}, the probe has {self.dims}")
+        mean, variance = self.normalise.running_mean, self.normalise.running_var
+        assert mean is not None
+        assert variance is not None
+        scale = (variance + self.normalise.eps).rsqrt()
+        for d, own, other in zip(self.dims, self.head.heads, head.heads, strict=True):
+            weight = own.get_parameter("weight") * scale[:d]
+            other.get_parameter("weight").copy_(weight)
+            other.get_parameter("bias").copy_(own.get_parameter("bias") - weight @ mean[:d])
+
     def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
         """AdamW around the buffers, which `to` and `load_state_dict` may have replaced."""
         on_gpu = parameters[0].is_cuda

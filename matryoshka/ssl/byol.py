@@ -12,7 +12,7 @@ from matryoshka import losses
 from matryoshka.models import NestedModel
 from matryoshka.ssl.method import Method
 from matryoshka.ssl.options import SslConfig
-from matryoshka.ssl.projector import Predictors
+from matryoshka.ssl.projector import make_predictor
 from matryoshka.ssl.towers import Target, Towers
 
 
@@ -23,7 +23,7 @@ class Byol(Method):
         super().__init__(encoder, config)
         self.target = Target(self.online)
         wanted = config.predictor is None or config.predictor
-        self.predictor = Predictors(self.columns, config.hidden) if wanted else None
+        self.predictor = make_predictor(self.columns, config) if wanted else None
 
     def forward(self, views: Sequence[Tensor], target_views: Sequence[Tensor]) -> Towers:
         return self.two_towers(views, target_views, self.predictor)

@@ -120,7 +120,11 @@ class Method(nn.Module):
         """Where `encoder` is, with a final dot."""
         return "target.tower.encoder." if self.evaluates_target else "online.encoder."
 
+    def after_part(self, all_ranks: Towers) -> None:
+        """What follows each part of a step: the queue."""
+
     def after_step(self, all_ranks: Towers, momentum: float) -> None:
-        """What follows the optimizer's step: the target's average, the queue."""
+        """What follows the optimizer's step: the target's average, and `after_part` of the last."""
         if self.target is not None:
             self.target.follow(self.online, momentum)
+        self.after_part(all_ranks)

@@ -14,7 +14,7 @@ from matryoshka import losses
 from matryoshka.models import NestedModel
 from matryoshka.ssl.method import Method
 from matryoshka.ssl.options import SslConfig
-from matryoshka.ssl.projector import Predictors
+from matryoshka.ssl.projector import make_predictor
 from matryoshka.ssl.queue import KeyQueue
 from matryoshka.ssl.towers import Target, Towers
 
@@ -31,7 +31,7 @@ class Moco(Method):
         is_third = config.version == 3
         self.symmetric = is_third if config.symmetric is None else config.symmetric
         wanted = is_third if config.predictor is None else config.predictor
-        self.predictor = Predictors(self.columns, config.hidden) if wanted else None
+        self.predictor = make_predictor(self.columns, config) if wanted else None
         self.queue = None if is_third else KeyQueue(config.queue, self.online.projector.width)
 
     def forward(self, views: Sequence[Tensor], target_views: Sequence[Tensor]) -> Towers:
@@ -62,7 +62,6 @@ class Moco(Method):
         scalars, per_prefix = zip(*total, strict=True)
         return torch.stack(scalars).mean(), torch.stack(per_prefix).mean(0)
 
-    def after_step(self, all_ranks: Towers, momentum: float) -> None:
-        super().after_step(all_ranks, momentum)
+    def after_part(self, all_ranks: Towers) -> None:
         if self.queue is not None:
             self.queue.push(torch.cat(all_ranks.target))

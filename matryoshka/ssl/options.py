@@ -34,10 +34,17 @@ class SslConfig:
         choices=PROJECTORS,
         common=True,
     )
-    hidden: int = option(512, help="numbers of a projector's hidden layer", low=1)
-    layers: int = option(2, help="layers of a projector", low=1, high=4)
-    out: int = option(64, help="numbers of a projector's output, for each prefix", low=1)
-    norm: bool = option(True, help="batch norm behind the hidden layers of projectors")
+    hidden: int = option(
+        0,
+        help="numbers of a projector's hidden layers; 0: 512 for mrl, the longest prefix for mrl-e",
+        low=0,
+        high=65536,
+    )
+    layers: int = option(2, help="layers of a projector (mrl)", low=1, high=4)
+    out: int = option(
+        64, help="numbers of a projector's output, for each prefix", low=1, high=65536
+    )
+    norm: bool = option(True, help="batch norm behind the hidden layers of a projector (mrl)")
     predictor: bool | None = option(
         None, help="further layers of the online tower alone; unset: byol, moco version 3"
     )

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from matryoshka.ssl.options import SslConfig
 
+HIDDEN = 512  # numbers of the hidden layers, unless ssl.hidden says otherwise
+
 
 class Projector(nn.Module):
     """A projector: `columns`, G slices of its output, and `width`, W."""
@@ -43,8 +45,9 @@ class PrefixProjectors(Projector):
         self._dims = tuple(dims)
         self.columns = blocks(len(dims), config.out)
         self.width = len(dims) * config.out
+        hidden = config.hidden or HIDDEN
         self.parts = nn.ModuleList(
-            mlp(d, config.hidden, config.out, layers=config.layers, norm=config.norm) for d in dims
+            mlp(d, hidden, config.out, layers=config.layers, norm=config.norm) for d in dims
         )
 
     def forward(self, features: Tensor) -> Tensor:
@@ -53,26 +56,28 @@ class PrefixProjectors(Projector):
 
 
 class SlicedProjector(Projector):
-    """One projector D -> D -> o without biases, sliced for each prefix (MRL-E); W = G x o.
+    """One projector D -> h -> o without biases, sliced for each prefix (MRL-E); W = G x o.
 
-    The prefix of d features sees the first d rows and columns of the first layer and the first d
-    columns of the second, with ReLU between, as in the repository `relic`.
+    The prefix of d features sees the first d columns of the first layer and the first d h / D (at
+    least one) hidden units, with ReLU between, as in the repository relic, where h is D.
     """
 
     def __init__(self, dims: Sequence[int], config: SslConfig) -> None:
         super().__init__()
-        self._dims = tuple(dims)
+        width = dims[-1]
+        hidden = config.hidden or width
+        self._sizes = [(d, max(1, hidden * d // width)) for d in dims]
         self.columns = blocks(len(dims), config.out)
         self.width = len(dims) * config.out
-        self.first = nn.Linear(dims[-1], dims[-1], bias=False)
-        self.second = nn.Linear(dims[-1], config.out, bias=False)
+        self.first = nn.Linear(width, hidden, bias=False)
+        self.second = nn.Linear(hidden, config.out, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
         outputs = []
-        for d in self._dims:
-            # Only what the prefix uses: d x d products instead of D x D for each.
-            hidden = F.relu(F.linear(features[:, :d], self.first.weight[:d, :d]))
-            outputs.append(F.linear(hidden, self.second.weight[:, :d]))
+        for d, h in self._sizes:
+            # Only what the prefix uses: d x h products instead of D x h for each.
+            hidden = F.relu(F.linear(features[:, :d], self.first.weight[:h, :d]))
+            outputs.append(F.linear(hidden, self.second.weight[:, :h]))
         return torch.cat(outputs, dim=1)
 
 
@@ -88,6 +93,11 @@ class Predictors(nn.Module):
     def forward(self, projected: Tensor) -> Tensor:
         outputs = [part(projected[:, c]) for part, c in zip(self.parts, self._columns, strict=True)]
         return torch.cat(outputs, dim=1)
+
+
+def make_predictor(columns: Sequence[slice], config: SslConfig) -> Predictors:
+    """Predictors of a method that has them; `ssl.hidden` as for projectors."""
+    return Predictors(columns, config.hidden or HIDDEN)
 
 
 def make_projector(dims: Sequence[int], config: SslConfig) -> Projector:

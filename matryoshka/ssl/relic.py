@@ -14,7 +14,7 @@ from matryoshka import losses
 from matryoshka.models import NestedModel
 from matryoshka.ssl.method import Method
 from matryoshka.ssl.options import SslConfig
-from matryoshka.ssl.projector import Predictors
+from matryoshka.ssl.projector import make_predictor
 from matryoshka.ssl.towers import LearnedTemperature, Target, Towers
 
 
@@ -24,7 +24,7 @@ class Relic(Method):
     def __init__(self, encoder: NestedModel, config: SslConfig) -> None:
         super().__init__(encoder, config)
         self.target = Target(self.online)
-        self.predictor = Predictors(self.columns, config.hidden) if config.predictor else None
+        self.predictor = make_predictor(self.columns, config) if config.predictor else None
         self.temperature = None
         if config.learn_temperature:
             self.temperature = LearnedTemperature(config.temperature[0], config.least_temperature)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,11 @@ class Towers(NamedTuple):
     online: list[Tensor]
     target: list[Tensor]
     features: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Towers:
+        """The same with every tensor changed."""
+        online = [change(x) for x in self.online]
+        return Towers(online, [change(x) for x in self.target], change(self.features))
 
 
 class Tower(nn.Module):

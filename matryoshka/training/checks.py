@@ -10,6 +10,7 @@ from matryoshka.data import open_dataset
 from matryoshka.data.sources import parts_in
 from matryoshka.models import ModelSpec, model_spec
 from matryoshka.training.loaders import check_classes, check_crops, check_loader, resolution_at
+from matryoshka.training.options import LoopConfig
 
 
 def requested_batch_size(cfg: SimpleNamespace, processes: int) -> int:
@@ -96,9 +97,13 @@ def check(cfg: SimpleNamespace, processes: int) -> None:
 
 def check_options(cfg: SimpleNamespace) -> None:
     """ConfigError for options that are wrong by themselves or for this machine: with any data."""
-    training = cfg.training
     check_crops(cfg)
     check_loader(cfg)
+    check_device_options(cfg.training)
+
+
+def check_device_options(training: LoopConfig) -> None:
+    """ConfigError for options of section `training` that this machine's devices cannot meet."""
     distributed.check(training.distributed, training.device)
     device = distributed.pick_device(training.device, 0)
     distributed.pick_precision(training.precision, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -42,7 +43,7 @@ def make_loaders(
     native = {}  # options that FFCV's loader does not have
     if cfg.data.loader == "native":
         native = {"window_pages": cfg.data.window_pages, "on_error": cfg.data.on_error}
-    train_loader = _new_loader(
+    train_loader = new_loader(
         cfg,
         world,
         train_set,
@@ -66,7 +67,7 @@ def validation_loader(cfg: SimpleNamespace, world: World, val_set: Dataset | Non
 
     An image that cannot be decoded is always an error.
     """
-    return _new_loader(
+    return new_loader(
         cfg,
         world,
         cfg.data.val_dataset if val_set is None else val_set,
@@ -80,17 +81,20 @@ def is_resident(loader: Loader) -> bool:
     return isinstance(loader, ResidentLoader)
 
 
-def _new_loader(
+def new_loader(
     cfg: SimpleNamespace,
     world: World,
     dataset: str | Dataset,
     batch_size: int,
     *,
-    crop: Crop,
+    crop: Crop | Sequence[RandomResizedCrop],
     resident: bool | None = None,
     **options: Any,
 ) -> Loader:
-    """A loader of the class that data.loader and data.resident select."""
+    """A loader of the class that data.loader and data.resident select.
+
+    crop: one, or one for each view.
+    """
     options |= {"crop": crop, **loader_resources(cfg, world)}
     if cfg.data.loader == "ffcv":
         # Here, because FFCV is an optional package.

@@ -11,6 +11,7 @@ from torch import nn
 
 from matryoshka.models.vit import DynamicTanh
 from matryoshka.nested import NestedLinear
+from matryoshka.ssl.towers import LearnedTemperature
 from matryoshka.training.muon import MuonRules, make_muon
 from matryoshka.training.options import ADAN_BETAS, OPTIMIZERS, LrConfig, TrainingConfig
 
@@ -79,6 +80,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, norm_weight_decay: f
         nn.GroupNorm,
         nn.RMSNorm,
         DynamicTanh,  # stands in place of a norm
+        LearnedTemperature,  # decay would change what the loss means
     )
     in_norms: set[int] = set()
     in_heads: set[int] = set()

@@ -248,7 +248,17 @@ def log_line(metrics: Mapping[str, float], epoch: int) -> dict[str, float]:
 
     line |= {"train_loss": metrics["loss"], "epoch": epoch}
     ours = ("images_per_s", "data_wait", "val_loss")  # upstream does not have these
-    return line | {name: metrics[name] for name in ours if name in metrics}
+    line |= {name: metrics[name] for name in ours if name in metrics}
+    return line | {name: value for name, value in metrics.items() if _is_unlabelled(name)}
+
+
+# Metrics of training without labels; those with a prefix are named like knn20/64.
+UNLABELLED = ("knn20", "knn200", "probe", "probe_train", "std", "alignment", "uniformity", "rank")
+UNLABELLED_SCALARS = ("knn20_mean", "pflop", "momentum", "temperature")
+
+
+def _is_unlabelled(name: str) -> bool:
+    return name in UNLABELLED_SCALARS or name.partition("/")[0] in UNLABELLED
 
 
 def epoch_scalars(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -35,6 +35,20 @@ def epoch_line(
     )
 
 
+def ssl_epoch_line(epoch: int, metrics: Mapping[str, float], dims: Sequence[int]) -> str:
+    """The line after an epoch without labels. The loss is the mean over the prefixes."""
+    shown = "not evaluated"
+    for name, text in (("knn20", "kNN"), ("probe_train", "probe"), ("rank", "rank")):
+        if f"{name}/{dims[-1]}" in metrics:
+            values = "  ".join(f"{dim}: {metrics[f'{name}/{dim}']:.1f}" for dim in dims)
+            shown = f"{text} {values}"
+            break
+    return (
+        f"epoch {epoch:3d}  loss {metrics['loss'] / len(dims):.3f}  lr {metrics['lr']:.3g}  "
+        f"{metrics['images_per_s']:.0f} images/s  wait {100 * metrics['data_wait']:.0f} %  {shown}"
+    )
+
+
 def accuracy_text(accuracy: Mapping[int, Mapping[str, float]]) -> str:
     return "top-1 " + "  ".join(f"{dim}: {row['top1']:.2f}" for dim, row in accuracy.items())
 

@@ -1,6 +1,7 @@
 """Programs started by torchrun, as a user starts them."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,3 +26,11 @@ def torchrun(processes: int, *command, timeout=280):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import pytest
 import torch
 from matryoshka.inference import pytorch_inference
 from matryoshka.train import train_cifar10, train_imagenet
-from torchrun_starts import ROOT, torchrun
+from torchrun_starts import ROOT, free_ports, torchrun
 
 from matryoshka import distributed
 from matryoshka.checkpoint import load_model
@@ -114,14 +113,6 @@ for size, port in zip(map(int, sys.argv[6].split(",")), map(int, sys.argv[7].spl
                 os._exit(code)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * size
 """
-
-
-def free_ports(count):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,105 @@
+"""Evaluation of an encoder without a trained classifier, in every prefix."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from matryoshka import distributed
+from matryoshka.data import Loader
+from matryoshka.data.augment import normalise
+from matryoshka.distributed import World, autocast
+from matryoshka.evaluation.collapse import collapse_monitors
+from matryoshka.evaluation.neighbours import weighted_knn
+from matryoshka.evaluation.online_probe import OnlineProbe
+from matryoshka.models import NestedModel
+
+
+class Evaluation(NamedTuple):
+    """knn: {dim: {k: top-1 %}}, of the weighted vote. probe: {dim: top-1 %}. monitors: see
+    collapse_monitors. Empty where there was nothing to evaluate on.
+    """
+
+    knn: dict[int, dict[int, float]]
+    probe: dict[int, float]
+    monitors: dict[int, dict[str, float]]
+    seconds: float
+
+
+def evaluate_encoder(
+    encoder: NestedModel,
+    bank: Loader | None,
+    queries: Loader | None,
+    *,
+    probe: OnlineProbe | None,
+    watched: Iterable[tuple[Tensor, Tensor]],
+    precision: str,
+    world: World,
+    interruptible: Callable[[Iterable], Iterable] = iter,
+) -> Evaluation:
+    """Evaluate the features of an encoder; the modes of its modules are left as they were.
+
+    bank, queries: labelled images; the neighbours of the second are looked for among the first.
+    probe: classifiers of the features. watched: two views of some images, normalised, in batches,
+    the same on all ranks.
+    """
+    began = time.perf_counter()
+    # Ranks have different batch-norm statistics: all evaluate what rank 0 saves.
+    distributed.broadcast_buffers(encoder, world)
+    knn: dict[int, dict[int, float]] = {}
+    probed: dict[int, float] = {}
+    with evaluating(encoder), torch.no_grad():
+        if bank is not None and queries is not None:
+            known, known_labels = all_features(encoder, interruptible(bank), bank, precision, world)
+            asked, labels = all_features(encoder, interruptible(queries), queries, precision, world)
+            knn = weighted_knn(known, known_labels, asked, labels, encoder.dims)
+            if probe is not None:
+                with evaluating(probe):
+                    right, labelled = probe.answers(asked, labels)
+                shares = (100 * right / labelled).tolist()
+                probed = dict(zip(encoder.dims, shares, strict=True))
+        first, second = [], []
+        for views in interruptible(watched):
+            with autocast(views[0].device, precision):
+                first.append(encoder.features(views[0]).float())
+                second.append(encoder.features(views[1]).float())
+        monitors = collapse_monitors(torch.cat(first), torch.cat(second), encoder.dims)
+    return Evaluation(knn, probed, monitors, time.perf_counter() - began)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; each module's own mode again after it."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def all_features(
+    encoder: NestedModel, batches: Iterable, loader: Loader, precision: str, world: World
+) -> tuple[Tensor, Tensor]:
+    """(features float32 [N, D], labels int64 [N]) of a loader's data set, on all ranks.
+
+    batches: those of `loader`, of which each rank has its part. Memory: N x D numbers, on the
+    device.
+    """
+    count = len(loader.dataset)
+    mean, std = encoder.preprocessing.mean, encoder.preprocessing.std
+    features = torch.zeros(count, encoder.width, device=world.device)
+    labels = torch.zeros(count, dtype=torch.int64, device=world.device)
+    for batch in batches:
+        with autocast(batch.images.device, precision):
+            output = encoder.features(normalise(batch.images, mean, std))
+        features[batch.index] = output.float()
+        labels[batch.index] = batch.labels
+    # every row is of one rank, and zero on the others
+    return distributed.sum_over_ranks(features, world), distributed.sum_over_ranks(labels, world)

@@ -1,0 +1,172 @@
+"""One step of self-supervised training: views, two passes, losses over prefixes, update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from matryoshka import distributed
+from matryoshka.data.augment import Preprocessing, normalise, step_rng
+from matryoshka.data.loader import Batch
+from matryoshka.data.views import ViewOptions, apply_views, draw_views
+from matryoshka.distributed import World
+from matryoshka.evaluation.online_probe import OnlineProbe
+from matryoshka.ssl import Method, Towers
+from matryoshka.training.guard import NonFiniteGuard
+from matryoshka.training.state import TrainState
+from matryoshka.training.step import apply_gradients, begin_step, gradient_sync, micro_batches
+
+SHARED = 2**33  # in place of a rank, for a random stream that all ranks share
+
+
+class Learner(nn.Module):
+    """Everything of a run that is trained or carried along: a method, and a probe beside it.
+
+    probe: classifiers of each prefix on detached features; None where there are no classes.
+    """
+
+    def __init__(self, method: Method, probe: OnlineProbe | None) -> None:
+        super().__init__()
+        self.method = method
+        self.probe = probe
+
+
+class Views:
+    """Makes the views of a batch on its device. options: one for each view.
+
+    A view is a pure function of (seed, epoch, sample, view); the loader has cropped and flipped.
+    """
+
+    def __init__(
+        self, options: Sequence[ViewOptions], preprocessing: Preprocessing, seed: int
+    ) -> None:
+        self._options = list(options)
+        self._preprocessing = preprocessing
+        self._seed = seed
+
+    def __call__(self, batch: Batch, epoch: int) -> list[Tensor]:
+        """uint8 [B, h, w, 3] for each view."""
+        index = batch.index.cpu().numpy()
+        changed = []
+        for view, options in enumerate(self._options):
+            draws = draw_views(index, options, seed=self._seed, epoch=epoch, view=view)
+            changed.append(apply_views(batch.images[view], draws))
+        return changed
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """uint8 [B, h, w, 3] -> float [B, 3, h, w]."""
+        return normalise(images, self._preprocessing.mean, self._preprocessing.std)
+
+
+def train_step(
+    batch: Batch,
+    lr: float,
+    *,
+    cfg: SimpleNamespace,
+    world: World,
+    ddp: nn.Module,
+    state: TrainState[Learner],
+    guard: NonFiniteGuard,
+    views: Views,
+    momentum: float,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One optimizer step on this rank's part of a global batch.
+
+    momentum: of the target after this step. Returns (mean loss, gradient norm, whether the step was
+    skipped), 0-d tensors on the device.
+    """
+    t = cfg.training
+    method, probe = state.model.method, state.model.probe
+    begin_step(state, seed=t.seed, rank=world.rank)
+    shared = step_rng(t.seed, state.loop.step, SHARED)
+    pixels = views(batch, state.loop.epoch)
+    queries = method.query_views(len(pixels), cfg.views.count)
+    keys = method.key_views(cfg.views.count)
+    seen: list[Towers] = []
+    # Parts of rows, which index the views; several with gradient accumulation.
+    rows = Batch(torch.arange(len(batch.labels)), batch.labels, batch.index)
+    global_batch = state.loader.batch_size
+    for part in micro_batches(rows, t.batch_size, world=world, global_batch=global_batch):
+        of_part = slice(int(part.images[0]), int(part.images[-1]) + 1)
+        generator = torch.Generator().manual_seed(int(shared.integers(2**62)))
+        order = key_order(cfg, world, len(part), shared)
+        with gradient_sync(ddp, part.sync):
+            with distributed.autocast(batch.labels.device, precision):
+                own = ddp(
+                    [views.normalised(pixels[v][of_part]) for v in queries],
+                    [views.normalised(reordered(pixels[v][of_part], order, world)) for v in keys],
+                )
+            # The losses in float32: their sums lose too much in half precision.
+            own = own.map(_not_half)
+            everyone = of_all_ranks(own, order, world)
+            first = world.rank * len(part)
+            loss, prefix_loss = method.loss(own, everyone, first=first, generator=generator)
+            state.backward(loss * part.loss_weight)
+        sums = {"loss": loss, "prefix_loss": prefix_loss}
+        if probe is not None:
+            sums["right"] = _probe_step(probe, own.features, part.labels, world)
+        state.sums.add(images=len(part), **sums)
+        seen.append(everyone.map(Tensor.detach))
+
+    mean_loss = state.sums.step_mean("loss")
+    norm, skipped = apply_gradients(state, guard, lr)
+    # Also after a skipped step, which left the online tower unchanged.
+    for everyone in seen[:-1]:
+        method.after_part(everyone)
+    method.after_step(seen[-1], momentum)
+    return mean_loss, norm, skipped
+
+
+def _not_half(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _probe_step(probe: OnlineProbe, features: Tensor, labels: Tensor, world: World) -> Tensor:
+    """A step of the probe on the images of all ranks; the share that was right before, [G]."""
+    everyone = distributed.gather_rows(features, world)
+    right, labelled = probe.update(everyone, distributed.gather_rows(labels, world))
+    return right / labelled.clamp_min(1)
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def key_order(
+    cfg: SimpleNamespace, world: World, count: int, shared: np.random.Generator
+) -> np.ndarray | None:
+    """The order in which keys are computed, int64 [ranks x count], equal on all ranks; None: as the
+    images come.
+
+    Batch norm mixes the images of a process. If a query and its key are in the same company, their
+    statistics give them away (MoCo, arXiv 1911.05722, section 3.3).
+    """
+    if cfg.ssl.method != "moco" or not cfg.ssl.shuffle_bn or world.size == 1:
+        return None
+    return shared.permutation(world.size * count)
+
+
+def reordered(images: Tensor, order: np.ndarray | None, world: World) -> Tensor:
+    """This rank's images of another order of those of all ranks; [B, ...]."""
+    if order is None:
+        return images
+    everyone = distributed.gather_rows(images, world)
+    own = order[world.rank * len(images) : (world.rank + 1) * len(images)]
+    return everyone[torch.from_numpy(own).to(images.device)]
+
+
+def of_all_ranks(own: Towers, order: np.ndarray | None, world: World) -> Towers:
+    """The embeddings of all ranks, of the images in their own order."""
+    if world.size == 1:
+        return own
+    target = [distributed.gather_rows(x, world) for x in own.target]
+    if order is not None and target:
+        back = torch.from_numpy(np.argsort(order)).to(target[0].device)
+        target = [x[back] for x in target]
+    # With two towers, the loss compares with the target alone.
+    online = own.online if target else [distributed.gather_rows(x, world) for x in own.online]
+    return Towers(online, target, own.features)

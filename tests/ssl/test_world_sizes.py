@@ -1,0 +1,119 @@
+"""The world size does not change a method: 1 process and 2 with half of the batch each."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torchrun_starts import ROOT, free_ports
+
+from matryoshka.ssl import METHODS
+
+# The program's own step in float64, batch norm in eval mode, by forks of one process.
+STEPS = """
+import os, sys, traceback
+import torch
+from types import SimpleNamespace
+from matryoshka import distributed
+from matryoshka.data import augment
+from matryoshka.data.augment import Preprocessing
+from matryoshka.data.loader import Batch
+from matryoshka.data.views import ViewOptions
+from matryoshka.evaluation.online_probe import OnlineProbe
+from matryoshka.models import ModelSpec, build
+from matryoshka.ssl import METHODS, SslConfig, make_method
+from matryoshka.training import ssl_step
+from matryoshka.training.guard import NonFiniteGuard
+from matryoshka.training.run import distribute
+from matryoshka.training.state import TrainState
+from matryoshka.training.sums import Sums
+
+out = sys.argv[1]
+torch.set_num_threads(1)
+in_float32 = augment.normalise
+ssl_step.normalise = lambda images, *scale: in_float32(images, *scale, dtype=torch.float64)
+BATCH, DIMS = 8, (4, 8)
+
+def step(name, world):
+    torch.manual_seed(0)
+    encoder = build(ModelSpec("fast_cnn", 3, DIMS, arch_options={"dim": 8}))
+    config = SslConfig(method=name, hidden=8, out=4, queue=16, directions=8)
+    learner = ssl_step.Learner(make_method(encoder, config), OnlineProbe(DIMS, 3)).double()
+    learner.probe.float()
+    ddp = distribute(learner.method, world)
+    learner.eval()
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (2, BATCH, 16, 16, 3), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(3, (BATCH,), generator=generator)
+    own = slice(world.rank * BATCH // world.size, (world.rank + 1) * BATCH // world.size)
+    batch = Batch(images[:, own], labels[own], torch.arange(BATCH)[own])
+    trained = [p for p in learner.method.parameters() if p.requires_grad]
+    state = TrainState(
+        model=learner, optimizer=torch.optim.SGD(trained, lr=0.0),
+        loader=SimpleNamespace(batch_size=BATCH),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        sums=Sums({"loss": (), "prefix_loss": (2,), "right": (2,)}, world.device, torch.float64),
+        metadata={},
+    )
+    cfg = SimpleNamespace(
+        ssl=config, views=SimpleNamespace(count=2),
+        training=SimpleNamespace(seed=3, batch_size=BATCH),
+    )
+    ssl_step.train_step(
+        batch, 0.0, cfg=cfg, world=world, ddp=ddp, state=state,
+        guard=NonFiniteGuard(learner, world.device),
+        views=ssl_step.Views([ViewOptions(flip=0)] * 2, Preprocessing(), 0),
+        momentum=0.5, precision="fp32",
+    )
+    totals = distributed.sum_over_ranks(state.sums.totals, world)
+    return {
+        "gradient": torch.cat([p.grad.flatten() for p in trained]),
+        "loss": totals[:3] / totals[-1],
+        "state": torch.cat([
+            v.double().flatten() for n, v in learner.state_dict().items() if "num_batches" not in n
+        ]),
+    }
+
+def work():
+    with distributed.joined("cpu") as world:
+        found = {name: step(name, world) for name in METHODS}
+        if world.is_main:
+            torch.save(found, f"{out}.{world.size}")
+
+for size, port in zip((1, 2), map(int, sys.argv[2:4])):
+    children = []
+    for rank in range(size):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            code = 1
+            try:
+                work()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * size
+"""
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    out = tmp_path_factory.mktemp("worlds") / "step"
+    command = [sys.executable, "-c", STEPS, str(out), *map(str, free_ports(2))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(f"{out}.{size}", weights_only=True) for size in (1, 2)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_make_the_step_of_one(steps, name):
+    one, two = (found[name] for found in steps)
+    assert one["gradient"].abs().max() > 1e-3
+    assert torch.allclose(one["loss"], two["loss"], rtol=0, atol=1e-10)
+    assert torch.allclose(one["gradient"], two["gradient"], rtol=0, atol=1e-10)
+    # Targets, queues and the probe, whose features are float32.
+    assert torch.allclose(one["state"], two["state"], rtol=0, atol=1e-6)

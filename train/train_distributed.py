@@ -1,0 +1,6 @@
+"""Train MoCo-Matryoshka with that repository's flags: train_ssl.py under another name."""
+
+from matryoshka.train.train_ssl import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(face="moco"))
