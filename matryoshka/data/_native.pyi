@@ -23,6 +23,7 @@ def random_crops(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     flip: float,
+    view: int = 0,
 ) -> NDArray[np.int32]: ...
 def center_crops(
     width: NDArray[np.int32], height: NDArray[np.int32], ratio: float
@@ -37,6 +38,18 @@ def decode_batch(
     height: NDArray[np.int32],
     crops: NDArray[np.int32],
     out: NDArray[np.uint8],
+    exact: bool = True,
+) -> NDArray[np.uint8]: ...
+def decode_views(
+    pool: Pool,
+    data: Buffer,
+    offset: NDArray[np.uint64],
+    size: NDArray[np.uint64],
+    mode: NDArray[np.uint8],
+    width: NDArray[np.int32],
+    height: NDArray[np.int32],
+    crops: NDArray[np.int32],
+    out: list[NDArray[np.uint8]],
     exact: bool = True,
 ) -> NDArray[np.uint8]: ...
 def decode(data: Buffer) -> NDArray[np.uint8]: ...

@@ -1,13 +1,14 @@
-"""Crop geometry as pure functions of (seed, epoch, sample index).
+"""Crop geometry as pure functions of (seed, epoch, sample index, view).
 
 A crop class has `size`, the side of its square output in pixels; `crops(...)`, the input of the
 native decoder; and `exact`: True if pixels must equal those of a full decode, False if they may
 differ slightly where that is faster. Results do not depend on the number of threads or ranks, nor
-on resumes.
+on resumes. Several crops of one image are its views 0, 1, ...; view 0 is what a single crop draws.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,7 +41,14 @@ class RandomResizedCrop:
         _check_flip(self.flip)
 
     def crops(
-        self, width: np.ndarray, height: np.ndarray, index: np.ndarray, seed: int, epoch: int
+        self,
+        width: np.ndarray,
+        height: np.ndarray,
+        index: np.ndarray,
+        seed: int,
+        epoch: int,
+        *,
+        view: int = 0,
     ) -> np.ndarray:
         """int32 [B, 5] rows (x, y, w, h, flip)."""
         return _native.random_crops(
@@ -52,6 +60,7 @@ class RandomResizedCrop:
             scale=self.scale,
             ratio=self.ratio,
             flip=self.flip,
+            view=view,
         )
 
 
@@ -134,6 +143,42 @@ class PadCrop:
 
 
 Crop = RandomResizedCrop | CenterCrop | PadCrop
+Views = tuple[RandomResizedCrop, ...]  # several crops of every image
+
+
+def as_crop(crop: Crop | Sequence[RandomResizedCrop]) -> Crop | Views:
+    """A crop as it is, a sequence of crops as a tuple. ValueError for a sequence that is empty, or
+    has a crop that is not random: it would be the same in all views.
+    """
+    if not isinstance(crop, Sequence):
+        return crop
+    if not crop:
+        raise ValueError("crop=[]: expected one crop or more")
+    for view in crop:
+        if not isinstance(view, RandomResizedCrop):
+            raise ValueError(f"crop: {view} in a list of views; expected RandomResizedCrop only")
+    return tuple(crop)
+
+
+def sizes_of(crop: Crop | Views) -> int | tuple[int, ...]:
+    """The output side of a crop, or that of every view."""
+    return tuple(view.size for view in crop) if isinstance(crop, tuple) else crop.size
+
+
+def crop_rows(
+    crop: Crop | Views,
+    width: np.ndarray,
+    height: np.ndarray,
+    *,
+    index: np.ndarray,
+    seed: int,
+    epoch: int,
+) -> np.ndarray:
+    """int32 [V, B, 5] rows (x, y, w, h, flip) of all views; V is 1 for a single crop."""
+    if not isinstance(crop, tuple):
+        return crop.crops(width, height, index, seed, epoch)[None]
+    views = [view.crops(width, height, index, seed, epoch, view=v) for v, view in enumerate(crop)]
+    return np.stack(views)
 
 
 def whole_images(width: np.ndarray, height: np.ndarray) -> np.ndarray:

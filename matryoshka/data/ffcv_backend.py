@@ -17,7 +17,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from importlib.util import find_spec
 from multiprocessing.sharedctypes import RawArray
@@ -289,7 +289,7 @@ class FFCVLoader:
         batch_size: int,
         *,
         order: str = "random",
-        crop: Crop = EVALUATION_CROP,
+        crop: Crop | Sequence[RandomResizedCrop] = EVALUATION_CROP,
         num_workers: int = 0,
         device: str | torch.device = "cpu",
         seed: int = 0,
@@ -300,6 +300,8 @@ class FFCVLoader:
     ) -> None:
         if order not in _ORDERS:
             raise ValueError(f"order={order!r}: expected one of {', '.join(_ORDERS)}")
+        if isinstance(crop, Sequence):
+            raise BetonError("crop: FFCV gives one view of an image, not a list; use loader=native")
         if os.path.isdir(path):
             raise BetonError(
                 f"{os.fspath(path)}: is a folder; FFCV reads .beton files: write one, or use "

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import cached_property
@@ -23,7 +23,17 @@ import numpy as np
 import torch
 
 from matryoshka.data import _native
-from matryoshka.data.crops import EVALUATION_CROP, CenterCrop, Crop, PadCrop, RandomResizedCrop
+from matryoshka.data.crops import (
+    EVALUATION_CROP,
+    CenterCrop,
+    Crop,
+    PadCrop,
+    RandomResizedCrop,
+    Views,
+    as_crop,
+    crop_rows,
+    sizes_of,
+)
 from matryoshka.data.dataset import Dataset
 from matryoshka.data.layout import BetonError, Samples
 from matryoshka.data.options import ON_ERROR, ORDERS
@@ -69,7 +79,8 @@ class Loader:
         which a rank's slice is empty is not yielded on that rank.
     order: random, quasi_random (random inside a moving window of `window_pages` pages; .beton only)
         or sequential.
-    crop: RandomResizedCrop, CenterCrop or PadCrop; may be replaced between epochs (progressive
+    crop: RandomResizedCrop, CenterCrop or PadCrop; or a list of RandomResizedCrop, which gives
+        several views of every image (see `Batch`). May be replaced between epochs (progressive
         resolution).
     num_workers: native threads, 0 for all cores.
     device: where the batches are handed out.
@@ -97,7 +108,7 @@ class Loader:
         batch_size: int,
         *,
         order: str = "random",
-        crop: Crop = EVALUATION_CROP,
+        crop: Crop | Sequence[RandomResizedCrop] = EVALUATION_CROP,
         num_workers: int = 0,
         device: str | torch.device = "cpu",
         seed: int = 0,
@@ -167,6 +178,14 @@ class Loader:
         return num_batches(len(self.dataset), self.batch_size, self.drop_last)
 
     @property
+    def crop(self) -> Crop | Views:
+        return self._crop
+
+    @crop.setter
+    def crop(self, value: Crop | Sequence[RandomResizedCrop]) -> None:
+        self._crop = as_crop(value)
+
+    @property
     def epoch(self) -> int:
         return self._next[0]
 
@@ -224,7 +243,7 @@ class Loader:
         self._position = _Position(epoch, first)
         return self._run(self._position, self.crop)
 
-    def _run(self, position: _Position, crop: Crop) -> Iterator[Batch]:
+    def _run(self, position: _Position, crop: Crop | Views) -> Iterator[Batch]:
         """Yield the rest of an epoch from `position` on, and advance `position`.
 
         This is a generator because Python closes abandoned generators: that ends the threads.
@@ -276,7 +295,7 @@ class Loader:
         return [(number, indices) for number, indices in enumerate(slices, first) if len(indices)]
 
     def _start_epoch(
-        self, slices: list[tuple[int, np.ndarray]], epoch: int, crop: Crop
+        self, slices: list[tuple[int, np.ndarray]], epoch: int, crop: Crop | Views
     ) -> _Epoch | Generator[LoadedBatch]:
         """An iterator over the loaded batches, with `close`."""
         return _Epoch(self, slices, epoch, crop)
@@ -301,31 +320,33 @@ class Loader:
         self,
         parts: list[Samples],
         crops_of: Callable[[Samples], np.ndarray],
-        images: np.ndarray,
+        views: list[np.ndarray],
         exact: bool,
     ) -> np.ndarray:
-        """Fill `images` with the crops of a batch's samples; status uint8 [B], 0 where it worked.
+        """Fill `views`, uint8 [B, H, W, 3] each, with the crops of a batch's samples; status uint8
+        [B], 0 where it worked.
 
-        parts: the batch, one Samples per file. crops_of: int32 [n, 5] for the samples of a part.
+        parts: the batch, one Samples per file. crops_of: int32 [V, n, 5] for the samples of a part.
         """
-        status = np.empty(len(images), np.uint8)
+        status = np.empty(len(views[0]), np.uint8)
         for samples in parts:
             rows = samples.rows
             crops = crops_of(samples)
-            if isinstance(rows, slice):  # a view: decoded in place
-                status[rows] = self._decode(samples, crops, images[rows], exact)
-            else:
-                # Indexing with an array makes a copy, into which decoding would be lost.
-                scattered = np.empty((len(rows), *images.shape[1:]), np.uint8)
-                status[rows] = self._decode(samples, crops, scattered, exact)
-                images[rows] = scattered
+            if isinstance(rows, slice):  # of a view: decoded in place
+                status[rows] = self._decode(samples, crops, [view[rows] for view in views], exact)
+                continue
+            # Indexing with an array makes a copy, into which decoding would be lost.
+            scattered = [np.empty((len(rows), *view.shape[1:]), np.uint8) for view in views]
+            status[rows] = self._decode(samples, crops, scattered, exact)
+            for view, decoded in zip(views, scattered, strict=True):
+                view[rows] = decoded
         return status
 
     def _decode(
-        self, samples: Samples, crops: np.ndarray, images: np.ndarray, exact: bool
+        self, samples: Samples, crops: np.ndarray, views: list[np.ndarray], exact: bool
     ) -> np.ndarray:
-        """Fill `images` with the samples' crops; status uint8 [n], 0 where it worked."""
-        return _native.decode_batch(
+        """Fill `views` with the samples' crops; status uint8 [n], 0 where it worked."""
+        return _native.decode_views(
             self._pool,
             data=samples.data,
             offset=samples.offset,
@@ -334,7 +355,7 @@ class Loader:
             width=samples.width,
             height=samples.height,
             crops=crops,
-            out=images,
+            out=views,
             exact=exact,
         )
 
@@ -360,7 +381,7 @@ class _Epoch:
     """
 
     def __init__(
-        self, loader: Loader, slices: list[tuple[int, np.ndarray]], epoch: int, crop: Crop
+        self, loader: Loader, slices: list[tuple[int, np.ndarray]], epoch: int, crop: Crop | Views
     ) -> None:
         self._loader = loader
         self._epoch = epoch
@@ -402,12 +423,22 @@ class _Epoch:
         crop = self._crop
 
         def crops_of(samples: Samples) -> np.ndarray:
-            rows = indices[samples.rows]
-            return crop.crops(samples.width, samples.height, rows, loader.seed, self._epoch)
+            return crop_rows(
+                crop,
+                samples.width,
+                samples.height,
+                index=indices[samples.rows],
+                seed=loader.seed,
+                epoch=self._epoch,
+            )
 
-        images = self._slots.take(len(indices), crop.size)  # uint8 [B, size, size, 3]
+        several = isinstance(crop, tuple)
+        size = sizes_of(crop)
+        images = self._slots.take(len(indices), size)
+        views = list(images) if several else [images]  # uint8 [B, size, size, 3] each
+        exact = not several and crop.exact
         parts = self._feed.fetch(position)
-        status = loader._decode_parts(parts, crops_of, images, crop.exact)
+        status = loader._decode_parts(parts, crops_of, views, exact)
         self._feed.release(position)
         if isinstance(crop, PadCrop):
             crop.shift(images, crop.windows(indices, loader.seed, self._epoch))
@@ -416,8 +447,10 @@ class _Epoch:
         if status.any():
             skipped = loader._failed(indices, status, self._unreadable)
             good = np.flatnonzero(status == 0)
-            # Compacted to the front: a batch is one contiguous piece, which `send` copies at once.
-            images[: len(good)] = images[good]
+            # Moved into slots of their number: a batch is one contiguous piece.
+            images = self._slots.take(len(good), size)
+            for view, old in zip(images if several else [images], views, strict=True):
+                view[...] = old[good]
             indices = indices[good]
         # A copy: on a CPU the tensor shares the array's memory, which is a view of the epoch's
         # order.

@@ -15,7 +15,15 @@ import numpy as np
 import torch
 
 from matryoshka.data.augment import resized_crops, shifted
-from matryoshka.data.crops import CenterCrop, Crop, PadCrop, whole_images
+from matryoshka.data.crops import (
+    CenterCrop,
+    Crop,
+    PadCrop,
+    Views,
+    crop_rows,
+    sizes_of,
+    whole_images,
+)
 from matryoshka.data.dataset import Dataset
 from matryoshka.data.layout import BetonError, Samples
 from matryoshka.data.loader import LoadedBatch, Loader, Skipped
@@ -36,7 +44,9 @@ class NotResidentError(BetonError):
     """A dataset that cannot be resident: images of several sizes, or too little memory."""
 
 
-def suits_residence(dataset: Dataset, device: torch.device, crop: Crop, *, copies: int = 1) -> bool:
+def suits_residence(
+    dataset: Dataset, device: torch.device, crop: Crop | Views, *, copies: int = 1
+) -> bool:
     """Whether a ResidentLoader serves `dataset` better than a Loader: its images have one size, at
     most MAX_SIDE pixels a side, and take at most MEMORY_SHARE of the device's free memory.
 
@@ -85,7 +95,7 @@ class ResidentLoader(Loader):
         self._decode_dataset(self.crop)
         self._labels = torch.from_numpy(self.dataset.labels).to(self.device)
 
-    def _decode_dataset(self, crop: Crop) -> None:
+    def _decode_dataset(self, crop: Crop | Views) -> None:
         n = len(self.dataset)
         # Chunk by chunk: the host never holds all decoded pixels.
         chunks = [np.arange(i, min(i + _CHUNK, n)) for i in range(0, n, _CHUNK)]
@@ -113,7 +123,7 @@ class ResidentLoader(Loader):
                 self._check_sides(indices, sides, readable, shape)
 
                 pixels = np.empty((len(indices), *self._images.shape[1:]), np.uint8)
-                status = self._decode_parts(parts, self._kept_part, pixels, exact=True)
+                status = self._decode_parts(parts, self._kept_part, [pixels], exact=True)
                 feed.release(k)
                 for skipped in self._failed(indices, status, unreadable):
                     self._broken[skipped.index] = skipped
@@ -123,10 +133,10 @@ class ResidentLoader(Loader):
             feed.close()
 
     def _kept_part(self, samples: Samples) -> np.ndarray:
-        """The crops that `_images` holds, int32 [n, 5]."""
+        """The crops that `_images` holds, int32 [1, n, 5]."""
         if self._kept is None:
-            return whole_images(samples.width, samples.height)
-        return self._kept.crops(samples.width, samples.height, samples.offset, self.seed, 0)
+            return whole_images(samples.width, samples.height)[None]
+        return self._kept.crops(samples.width, samples.height, samples.offset, self.seed, 0)[None]
 
     def _check_sides(
         self, indices: np.ndarray, sides: np.ndarray, readable: np.ndarray, shape: tuple[int, int]
@@ -152,7 +162,7 @@ class ResidentLoader(Loader):
             ) from error
 
     def _start_epoch(
-        self, slices: list[tuple[int, np.ndarray]], epoch: int, crop: Crop
+        self, slices: list[tuple[int, np.ndarray]], epoch: int, crop: Crop | Views
     ) -> Generator[LoadedBatch]:
         if self._kept is not None and crop != self._kept:
             self._broken = {}
@@ -173,15 +183,21 @@ class ResidentLoader(Loader):
         return indices[~broken], [self._broken[i] for i in indices[broken].tolist()]
 
     def _cropped(
-        self, images: torch.Tensor, indices: np.ndarray, epoch: int, crop: Crop
-    ) -> torch.Tensor:
+        self, images: torch.Tensor, indices: np.ndarray, epoch: int, crop: Crop | Views
+    ) -> torch.Tensor | list[torch.Tensor]:
         height, width = images.shape[1:3]
+        widths = np.full(len(indices), width, np.int32)
+        heights = np.full(len(indices), height, np.int32)
+        where = {"index": indices, "seed": self.seed, "epoch": epoch}
+        size = sizes_of(crop)
+        if isinstance(size, tuple):
+            crops = self._on_device(crop_rows(crop, widths, heights, **where))  # [V, B, 5]
+            views = [resized_crops(images, crops[v], side) for v, side in enumerate(size)]
+            return torch.stack(views) if len(set(size)) == 1 else views
         # PadCrop shifts images that already have its size; any other image is resized first.
-        if not isinstance(crop, PadCrop) or (height, width) != (crop.size, crop.size):
-            widths = np.full(len(indices), width, np.int32)
-            heights = np.full(len(indices), height, np.int32)
-            crops = crop.crops(widths, heights, indices, self.seed, epoch)
-            images = resized_crops(images, self._on_device(crops), crop.size)
+        if not isinstance(crop, PadCrop) or (height, width) != (size, size):
+            (crops,) = crop_rows(crop, widths, heights, **where)
+            images = resized_crops(images, self._on_device(crops), size)
         if isinstance(crop, PadCrop):
             windows = crop.windows(indices, self.seed, epoch)
             images = shifted(images, self._on_device(windows), crop.padding)

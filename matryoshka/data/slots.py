@@ -15,11 +15,19 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """One batch of a Loader, on its device."""
+    """One batch of a Loader, on its device.
 
-    images: Tensor  # uint8 [B, H, W, 3]
+    images: uint8 [B, H, W, 3]; of a list of V crops [V, B, H, W, 3], and where their sizes differ a
+    list of V tensors [B, h, w, 3].
+    """
+
+    images: Any
     labels: Tensor  # int64 [B]
     index: Tensor  # int64 [B], position of each sample in the dataset
+
+
+# The side of the images, or of those of every view.
+Size = int | tuple[int, ...]
 
 
 class HostSlots:
@@ -28,28 +36,38 @@ class HostSlots:
     A fresh 38 MB allocation per batch would cost 9,000 page faults. `torch.from_numpy` keeps a
     reference to its array for as long as any view of the tensor lives, so an array whose only
     reference is in this list is free.
+
+    arrays: uint8 [n], a batch each.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._size: Size = 0
         self.arrays: list[np.ndarray] = []
 
-    def take(self, count: int, size: int) -> np.ndarray:
-        """An uninitialised array, uint8 [count, size, size, 3]."""
-        shape = (count, size, size, 3)
+    def take(self, count: int, size: Size) -> Any:
+        """Uninitialised uint8 arrays for the images of a batch (see `images_in`)."""
+        needed = pixel_bytes(count, size)
         # Arrays of another crop size are dropped: after a change of resolution nobody takes them.
-        self.arrays = [a for a in self.arrays if a.shape[1:] == shape[1:] and len(a) >= count]
+        self.arrays = [a for a in self.arrays if size == self._size and len(a) >= needed]
+        self._size = size
         for i in range(len(self.arrays)):
             if sys.getrefcount(self.arrays[i]) == 2:  # the list's and getrefcount's own
-                return self.arrays[i][:count]
-        array = np.empty(shape, np.uint8)
+                return images_in(self.arrays[i], count, size)
+        array = np.empty(needed, np.uint8)
         self.arrays.append(array)
-        return array[:]
+        return images_in(array, count, size)
 
-    def send(self, images: np.ndarray, labels: np.ndarray, index: np.ndarray) -> tuple[Batch, None]:
-        """A batch of the first len(labels) images of the array that `take` returned."""
-        tensors = (images[: len(labels)], labels, index)
-        return Batch(*(torch.from_numpy(t).to(self._device) for t in tensors)), None
+    def send(self, images: Any, labels: np.ndarray, index: np.ndarray) -> tuple[Batch, None]:
+        """A batch of the images that `take` returned last."""
+        if isinstance(images, list):
+            pixels = [self._on_device(view) for view in images]
+        else:
+            pixels = self._on_device(images)
+        return Batch(pixels, self._on_device(labels), self._on_device(index)), None
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
 
     def receive(self, batch: Batch, sent: None) -> Batch:
         return batch
@@ -84,20 +102,42 @@ class Ring:
         return entry
 
 
-def batch_bytes(count: int, size: int) -> int:
-    """Size of a batch in one piece: images, then labels and indices, aligned to 8 bytes."""
-    return -(-3 * count * size * size // 8) * 8 + 16 * count
+def pixel_bytes(count: int, size: Size) -> int:
+    """Bytes of `count` images in every view."""
+    sides = (size,) if isinstance(size, int) else size
+    return sum(3 * count * side * side for side in sides)
 
 
-def batch_views(piece: Tensor, count: int, size: int) -> tuple[Tensor, Tensor]:
-    """Views into a uint8 tensor: images uint8 [count, size, size, 3], labels and indices int64
-    [2, count].
+def images_in(piece: Any, count: int, size: Size) -> Any:
+    """The images of a batch at the start of `piece`, a uint8 array or tensor [n], without a copy.
+
+    [count, size, size, 3] for one size; [V, count, side, side, 3] for V views of one side, else a
+    list of V of [count, side, side, 3]. The views follow each other in memory.
     """
-    pixel_bytes = 3 * count * size * size
+    if isinstance(size, int):
+        return piece[: pixel_bytes(count, size)].reshape(count, size, size, 3)
+    if len(set(size)) == 1:
+        pixels = piece[: pixel_bytes(count, size)]
+        return pixels.reshape(len(size), count, size[0], size[0], 3)
+    views = []
+    start = 0
+    for side in size:
+        end = start + pixel_bytes(count, side)
+        views.append(piece[start:end].reshape(count, side, side, 3))
+        start = end
+    return views
+
+
+def batch_bytes(count: int, size: Size) -> int:
+    """Size of a batch in one piece: images, then labels and indices, aligned to 8 bytes."""
+    return -(-pixel_bytes(count, size) // 8) * 8 + 16 * count
+
+
+def batch_views(piece: Tensor, count: int, size: Size) -> tuple[Any, Tensor]:
+    """Views into a uint8 tensor: images (see `images_in`), labels and indices int64 [2, count]."""
     whole = batch_bytes(count, size)
-    images = piece[:pixel_bytes].view(count, size, size, 3)
     numbers = piece[whole - 16 * count : whole].view(torch.int64).view(2, count)
-    return images, numbers
+    return images_in(piece, count, size), numbers
 
 
 class PinnedSlots:
@@ -116,24 +156,23 @@ class PinnedSlots:
         with torch.cuda.device(self._device):
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
-    def take(self, count: int, size: int) -> np.ndarray:
-        """An uninitialised array, uint8 [count, size, size, 3]."""
+    def take(self, count: int, size: Size) -> Any:
+        """Uninitialised uint8 arrays for the images of a batch (see `images_in`)."""
         self._count = count
         self._size = size
         self._entry = self._ring.take(batch_bytes(count, size))
-        return batch_views(self._entry.buffer, count, size)[0].numpy()
+        return images_in(self._entry.buffer.numpy(), count, size)
 
     def send(
-        self, images: np.ndarray, labels: np.ndarray, index: np.ndarray
+        self, images: Any, labels: np.ndarray, index: np.ndarray
     ) -> tuple[Batch, torch.cuda.Event]:
-        """Start to copy the first len(labels) images to the device; the event marks the end of the
-        copy.
+        """Start to copy the images that `take` returned last to the device; the event marks the end
+        of the copy.
         """
-        n = len(labels)
         num_bytes = batch_bytes(self._count, self._size)
         numbers = batch_views(self._entry.buffer, self._count, self._size)[1]
-        numbers[0, :n] = torch.from_numpy(labels)
-        numbers[1, :n] = torch.from_numpy(index)
+        numbers[0] = torch.from_numpy(labels)
+        numbers[1] = torch.from_numpy(index)
         copied = torch.cuda.Event()
         with torch.cuda.stream(self._stream):
             # Images, labels and indices in one transfer; every transfer has a fixed cost.
@@ -141,12 +180,12 @@ class PinnedSlots:
             copied.record(self._stream)
         self._entry.copied = copied
         on_device, numbers = batch_views(piece, self._count, self._size)
-        return Batch(on_device[:n], numbers[0, :n], numbers[1, :n]), copied
+        return Batch(on_device, numbers[0], numbers[1]), copied
 
     def receive(self, batch: Batch, sent: torch.cuda.Event) -> Batch:
         """Make the consumer's stream wait for the copy."""
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(sent)
-        for tensor in batch:  # the allocator must know the second stream that uses its memory
-            tensor.record_stream(stream)
+        # The allocator must know the second stream that uses its memory, which is one piece.
+        batch.labels.record_stream(stream)
         return batch

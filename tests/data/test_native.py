@@ -72,11 +72,11 @@ def decode_batch(samples, size, pool=POOL):
     return out, status
 
 
-def oracle_crop(size, index, seed, epoch, draw):
+def oracle_crop(size, index, seed, epoch, draw, *, view=0):
     (width, height), (scale, ratio, flip) = size, draw
 
     def uniforms(attempt):  # NumPy's Philox adds one to its counter before each block
-        counter = (index % 2**64 + (attempt << 64) - 1) % 2**256
+        counter = (index % 2**64 + (attempt << 64) + (view << 128) - 1) % 2**256
         block = np.random.Philox(counter=counter, key=seed + (epoch << 64)).random_raw(4)
         return [(int(word) >> 11) * 2.0**-53 for word in block]
 
@@ -103,12 +103,12 @@ def oracle_crop(size, index, seed, epoch, draw):
     return (width - w) // 2, (height - h) // 2, w, h, flipped
 
 
-def check_crops(images, seed, epoch, draw):
+def check_crops(images, seed, epoch, draw, view=0):
     width, height, index = (
         np.array(c, t) for c, t in zip(zip(*images, strict=True), "iiq", strict=True)
     )
-    crops = _native.random_crops(width, height, index, seed, epoch, *draw)
-    expected = [oracle_crop(image[:2], image[2], seed, epoch, draw) for image in images]
+    crops = _native.random_crops(width, height, index, seed, epoch, *draw, view)
+    expected = [oracle_crop(image[:2], image[2], seed, epoch, draw, view=view) for image in images]
     assert crops.dtype == np.int32
     np.testing.assert_array_equal(crops, expected)
     x, y, w, h, _ = crops.T
@@ -120,6 +120,15 @@ def check_crops(images, seed, epoch, draw):
 def test_random_crops_thousands():
     images = np.random.default_rng(0).integers(1, 700, (3000, 3)).tolist()
     check_crops(images, 17, 3, ((0.08, 1.0), (3 / 4, 4 / 3), 0.5))
+    check_crops(images, 17, 3, ((0.08, 1.0), (3 / 4, 4 / 3), 0.5), view=2)
+
+
+def test_a_crop_without_a_view_is_view_0():
+    sides = np.full(50, 500, np.int32)
+    draw = sides, sides, np.arange(50), 3, 1, (0.1, 1.0), (1.0, 1.0), 0.5
+    views = [_native.random_crops(*draw, view).tobytes() for view in range(4)]
+    assert views[0] == _native.random_crops(*draw).tobytes()
+    assert len(set(views)) == 4, "views have the same crops"
 
 
 sizes = st.integers(1, 12) | st.integers(1, 65535)
@@ -128,9 +137,9 @@ images = st.tuples(sizes, sizes, st.integers(-(2**63), 2**63 - 1))
 
 
 @settings(max_examples=300)
-@given(images, *[st.integers(0, 2**64 - 1)] * 2, st.tuples(ranges, ranges, st.floats(0, 1)))
-def test_random_crops_of_anything(image, seed, epoch, draw):
-    check_crops([image], seed, epoch, draw)
+@given(images, *[st.integers(0, 2**64 - 1)] * 3, st.tuples(ranges, ranges, st.floats(0, 1)))
+def test_random_crops_of_anything(image, seed, epoch, view, draw):
+    check_crops([image], seed, epoch, draw, view)
 
 
 @given(sizes, sizes, st.floats(0.001, 1))

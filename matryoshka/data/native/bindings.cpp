@@ -4,6 +4,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <cmath>
@@ -12,6 +13,7 @@
 #include <stdexcept>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "crop.hpp"
 #include "jpeg_write.hpp"
@@ -27,6 +29,7 @@ namespace {
 template <class T>
 using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using CropRows = nb::ndarray<const int32_t, nb::shape<-1, 5>, nb::c_contig, nb::device::cpu>;
+using ViewCrops = nb::ndarray<const int32_t, nb::shape<-1, -1, 5>, nb::c_contig, nb::device::cpu>;
 using Pixels = nb::ndarray<const uint8_t, nb::shape<-1, -1, 3>, nb::c_contig, nb::device::cpu>;
 using Batch = nb::ndarray<uint8_t, nb::shape<-1, -1, -1, 3>, nb::c_contig, nb::device::cpu>;
 using Interval = std::pair<double, double>;
@@ -97,8 +100,8 @@ nb::object crop_rows(const Vector<int32_t>& width, const Vector<int32_t>& height
 }
 
 nb::object random_crops(Vector<int32_t> width, Vector<int32_t> height, Vector<int64_t> index,
-                        uint64_t seed, uint64_t epoch, Interval scale, Interval ratio,
-                        double flip) {
+                        uint64_t seed, uint64_t epoch, Interval scale, Interval ratio, double flip,
+                        uint64_t view) {
   const auto ordered = [](Interval i) {
     return 0 < i.first && i.first <= i.second && std::isfinite(i.second);
   };
@@ -107,8 +110,9 @@ nb::object random_crops(Vector<int32_t> width, Vector<int32_t> height, Vector<in
   require(ordered(ratio), "ratio must be two numbers with 0 < low <= high");
   require(0 <= flip && flip <= 1, "flip must be a probability");
   return crop_rows(width, height, [&](size_t i) {
-    return random_crop(width.data()[i], height.data()[i], static_cast<uint64_t>(index.data()[i]),
-                       seed, epoch, {scale.first, scale.second}, {ratio.first, ratio.second}, flip);
+    const Draw draw{static_cast<uint64_t>(index.data()[i]), seed, epoch, view};
+    return random_crop(width.data()[i], height.data()[i], draw, {scale.first, scale.second},
+                       {ratio.first, ratio.second}, flip);
   });
 }
 
@@ -118,30 +122,83 @@ nb::object center_crops(Vector<int32_t> width, Vector<int32_t> height, double ra
                    [&](size_t i) { return center_crop(width.data()[i], height.data()[i], ratio); });
 }
 
-nb::object decode_batch(Pool& pool, nb::handle data, Vector<uint64_t> offset, Vector<uint64_t> size,
-                        Vector<uint8_t> mode, Vector<int32_t> width, Vector<int32_t> height,
-                        CropRows crops, Batch out, bool exact) {
-  const size_t count = offset.shape(0);
-  for (const size_t length : {size.shape(0), mode.shape(0), width.shape(0), height.shape(0),
-                              crops.shape(0), out.shape(0)}) {
-    require(length == count, "offset, size, mode, width, height, crops and out differ in length");
+// The samples of a batch, one array for each of their numbers.
+struct Columns {
+  Vector<uint64_t> offset, size;
+  Vector<uint8_t> mode;
+  Vector<int32_t> width, height;
+
+  size_t count() const { return offset.shape(0); }
+  Sample sample(size_t i) const {
+    return {offset.data()[i], size.data()[i], mode.data()[i], width.data()[i], height.data()[i]};
   }
-  const int out_height = as_side(out.shape(1));
-  const int out_width = as_side(out.shape(2));
-  const size_t slot = 3 * static_cast<size_t>(out_height) * out_width;
+  void require_lengths(size_t crops, size_t out) const {
+    for (const size_t length :
+         {size.shape(0), mode.shape(0), width.shape(0), height.shape(0), crops, out}) {
+      require(length == count(),
+              "offset, size, mode, width, height, crops and out differ in length");
+    }
+  }
+};
+
+// The slots of one view.
+struct Slots {
+  uint8_t* pixels;
+  int height, width;
+
+  explicit Slots(const Batch& out)
+      : pixels(out.data()), height(as_side(out.shape(1))), width(as_side(out.shape(2))) {}
+  Image at(size_t i) const {
+    return {pixels + 3 * static_cast<size_t>(height) * width * i, height, width};
+  }
+};
+
+// slots: of one or more views, for each of which crops has a row (x, y, width, height, flip) for
+// every sample.
+nb::object decode(Pool& pool, nb::handle data, const Columns& columns, const int32_t* crops,
+                  const std::vector<Slots>& slots, bool exact) {
   const Buffer buffer(data);
+  const size_t count = columns.count();
   auto [status, array] = new_array<uint8_t>({count});
   {
     nb::gil_scoped_release release;
+    std::vector<View> views(count * slots.size());  // those of a sample follow each other
+    for (size_t v = 0; v < slots.size(); ++v) {
+      for (size_t i = 0; i < count; ++i) {
+        const int32_t* c = crops + 5 * (v * count + i);
+        views[i * slots.size() + v] = {{c[0], c[1], c[2], c[3], c[4]}, slots[v].at(i)};
+      }
+    }
     pool.run(count, [&, status = status](size_t i, int) {
-      const int32_t* c = crops.data() + 5 * i;
-      const Sample sample{offset.data()[i], size.data()[i],   mode.data()[i],
-                          width.data()[i],  height.data()[i], {c[0], c[1], c[2], c[3], c[4]}};
-      const Image image{out.data() + i * slot, out_height, out_width};
-      status[i] = static_cast<uint8_t>(decode_sample(buffer.bytes(), sample, exact, image));
+      const View* of_sample = views.data() + i * slots.size();
+      const Status result =
+          decode_sample(buffer.bytes(), columns.sample(i), exact, of_sample, slots.size());
+      status[i] = static_cast<uint8_t>(result);
     });
   }
   return array;
+}
+
+nb::object decode_batch(Pool& pool, nb::handle data, Vector<uint64_t> offset, Vector<uint64_t> size,
+                        Vector<uint8_t> mode, Vector<int32_t> width, Vector<int32_t> height,
+                        CropRows crops, Batch out, bool exact) {
+  const Columns columns{offset, size, mode, width, height};
+  columns.require_lengths(crops.shape(0), out.shape(0));
+  return decode(pool, data, columns, crops.data(), {Slots(out)}, exact);
+}
+
+nb::object decode_views(Pool& pool, nb::handle data, Vector<uint64_t> offset, Vector<uint64_t> size,
+                        Vector<uint8_t> mode, Vector<int32_t> width, Vector<int32_t> height,
+                        ViewCrops crops, const std::vector<Batch>& out, bool exact) {
+  const Columns columns{offset, size, mode, width, height};
+  require(crops.shape(0) == out.size(), "crops and out differ in the number of views");
+  require(!out.empty(), "out has no view");
+  std::vector<Slots> views;
+  for (const Batch& view : out) {
+    columns.require_lengths(crops.shape(1), view.shape(0));
+    views.emplace_back(view);
+  }
+  return decode(pool, data, columns, crops.data(), views, exact);
 }
 
 JpegSize checked_size(Bytes jpeg) {
@@ -161,7 +218,7 @@ std::tuple<int, int, int> jpeg_size(nb::handle data) {
   return {size.width, size.height, size.components};
 }
 
-nb::object decode(nb::handle data) {
+nb::object decode_whole(nb::handle data) {
   const Buffer buffer(data);
   const JpegSize size = checked_size(buffer.bytes());
   auto [pixels, array] =
@@ -236,9 +293,9 @@ NB_MODULE(_native, m) {
       .def_prop_ro("num_threads", &Pool::num_threads);
 
   m.def("random_crops", &random_crops, "width"_a.noconvert(), "height"_a.noconvert(),
-        "index"_a.noconvert(), "seed"_a, "epoch"_a, "scale"_a, "ratio"_a, "flip"_a,
-        "RandomResizedCrop and flip of (seed, epoch, index) as int32 rows (x, y, width, height, "
-        "flip).");
+        "index"_a.noconvert(), "seed"_a, "epoch"_a, "scale"_a, "ratio"_a, "flip"_a, "view"_a = 0,
+        "RandomResizedCrop and flip of (seed, epoch, index, view) as int32 rows (x, y, width,\n"
+        "height, flip).");
   m.def("center_crops", &center_crops, "width"_a.noconvert(), "height"_a.noconvert(), "ratio"_a,
         "The central square of int(ratio * shorter side), as int32 rows (x, y, width, height, 0).");
   m.def(
@@ -249,7 +306,13 @@ NB_MODULE(_native, m) {
       "status per sample, 0 for success; a failed sample's slot is zero. Data outside the crop\n"
       "may stay unread. exact: the same pixels as from resampling the whole decoded image;\n"
       "False: faster, for training.");
-  m.def("decode", &decode, "data"_a, "Decode a whole JPEG to uint8 [height, width, 3].");
+  m.def("decode_views", &decode_views, "pool"_a, "data"_a, "offset"_a.noconvert(),
+        "size"_a.noconvert(), "mode"_a.noconvert(), "width"_a.noconvert(), "height"_a.noconvert(),
+        "crops"_a.noconvert(), "out"_a.noconvert(), "exact"_a = true,
+        "decode_batch for several views of every sample: crops int32 [V, B, 5], out a list of V\n"
+        "arrays [B, H, W, 3]. The pixels are those of V calls of decode_batch. A sample has one\n"
+        "status: where it is not 0, all its slots are zero.");
+  m.def("decode", &decode_whole, "data"_a, "Decode a whole JPEG to uint8 [height, width, 3].");
   m.def("jpeg_size", &jpeg_size, "data"_a, "(width, height, components) from a JPEG's header.");
   m.def("encode", &encode, "image"_a.noconvert(), "quality"_a, "tile"_a = 64,
         "Encode uint8 [height, width, 3] as a 4:2:0 JPEG with a restart marker about every `tile`\n"

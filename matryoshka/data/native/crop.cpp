@@ -40,10 +40,12 @@ std::array<uint64_t, 4> philox(std::array<uint64_t, 4> counter, std::array<uint6
   return counter;
 }
 
-Crop random_crop(int32_t width, int32_t height, uint64_t index, uint64_t seed, uint64_t epoch,
-                 Range scale, Range ratio, double flip) {
+Crop random_crop(int32_t width, int32_t height, const Draw& draw, Range scale, Range ratio,
+                 double flip) {
   if (width < 1 || height < 1) return {0, 0, 0, 0, 0};
-  const auto block = [&](uint64_t k) { return philox({index, k, 0, 0}, {seed, epoch}); };
+  const auto block = [&](uint64_t k) {
+    return philox({draw.index, k, draw.view, 0}, {draw.seed, draw.epoch});
+  };
   const int32_t flipped = uniform(block(kAttempts)[0]) < flip;
   const double area = static_cast<double>(width) * height;
   const Range log_ratio{std::log(ratio.low), std::log(ratio.high)};

@@ -46,7 +46,7 @@ bool is_inside(const Crop& crop, int32_t width, int32_t height) {
          crop.height <= height && crop.x <= width - crop.width && crop.y <= height - crop.height;
 }
 
-Status validate(Bytes file, const Sample& sample) {
+Status validate(Bytes file, const Sample& sample, const View* views, size_t count) {
   const bool raw = sample.mode == static_cast<uint8_t>(Mode::raw);
   if (!raw && sample.mode != static_cast<uint8_t>(Mode::jpeg)) return Status::unknown_mode;
   if (sample.offset > file.size || sample.size > file.size - sample.offset)
@@ -56,7 +56,9 @@ Status validate(Bytes file, const Sample& sample) {
   if (!negative && pixels > kMaxPixels) return Status::too_large;
   if (raw && (negative || sample.size != 3 * static_cast<uint64_t>(pixels)))
     return Status::wrong_raw_size;
-  return is_inside(sample.crop, sample.width, sample.height) ? Status::ok : Status::bad_crop;
+  for (size_t v = 0; v < count; ++v)
+    if (!is_inside(views[v].crop, sample.width, sample.height)) return Status::bad_crop;
+  return Status::ok;
 }
 
 void decode_raw(const uint8_t* pixels, int32_t width, const Crop& crop, Image out) {
@@ -89,26 +91,19 @@ Status push_rows(const Crop& crop, bool halve) {
 // The fastest way: from the JPEG that w.tiles has parsed to planes, and from these to the output.
 bool decode_planes(const Crop& crop, Image out) {
   Workspace& w = workspace();
-  if (!w.baseline.accepts(w.tiles)) return false;
   if (w.baseline.decode(w.tiles, crop) != Status::ok) return false;
   return w.plane_resampler.resample(w.baseline.views(), w.baseline.planes(), crop, out);
 }
 
-Status decode_jpeg_crop(Bytes bytes, const Sample& sample, bool exact, Image out) {
+// With libjpeg. parsed: w.tiles has parsed the JPEG.
+Status decode_rows(Bytes bytes, const Sample& sample, bool exact, bool parsed, const View& view) {
   Workspace& w = workspace();
-  Crop crop = sample.crop;
-  bool spliced = false;
-  if (w.tiles.parse(bytes)) {
-    const Frame& frame = w.tiles.frame();
-    if (frame.width != sample.width || frame.height != sample.height)
-      return Status::wrong_dimensions;
-    // Where this fails, libjpeg gets the image: it tolerates some damage and classifies the rest.
-    if (!exact && decode_planes(crop, out)) return Status::ok;
-    spliced = w.tiles.splice(crop);
-    if (spliced) {
-      crop.x -= w.tiles.x();
-      crop.y -= w.tiles.y();
-    }
+  Crop crop = view.crop;
+  const Image out = view.out;
+  const bool spliced = parsed && w.tiles.splice(crop);
+  if (spliced) {
+    crop.x -= w.tiles.x();
+    crop.y -= w.tiles.y();
   }
   const OpenJpeg jpeg(w.decoder, spliced ? w.tiles.stream() : bytes);
   if (jpeg.status != Status::ok) return jpeg.status;
@@ -129,26 +124,53 @@ Status decode_jpeg_crop(Bytes bytes, const Sample& sample, bool exact, Image out
   return Status::ok;
 }
 
-Status decode_checked(Bytes file, const Sample& sample, bool exact, Image out) {
-  if (const Status status = validate(file, sample); status != Status::ok) return status;
+Status decode_jpeg_views(Bytes bytes, const Sample& sample, bool exact, const View* views,
+                         size_t count) {
+  Workspace& w = workspace();
+  const bool parsed = w.tiles.parse(bytes);
+  if (parsed) {
+    const Frame& frame = w.tiles.frame();
+    if (frame.width != sample.width || frame.height != sample.height)
+      return Status::wrong_dimensions;
+  }
+  const bool planes = parsed && !exact && w.baseline.accepts(w.tiles);
+  for (const View* view = views; view < views + count; ++view) {
+    // Where this fails, libjpeg gets the image: it tolerates some damage and classifies the rest.
+    if (planes && decode_planes(view->crop, view->out)) continue;
+    const Status status = decode_rows(bytes, sample, exact, parsed, *view);
+    if (status != Status::ok) return status;
+  }
+  return Status::ok;
+}
+
+Status decode_checked(Bytes file, const Sample& sample, bool exact, const View* views,
+                      size_t count) {
+  if (const Status status = validate(file, sample, views, count); status != Status::ok)
+    return status;
   const Bytes bytes{file.data + sample.offset, static_cast<size_t>(sample.size)};
   if (sample.mode == static_cast<uint8_t>(Mode::jpeg))
-    return decode_jpeg_crop(bytes, sample, exact, out);
-  decode_raw(bytes.data, sample.width, sample.crop, out);
+    return decode_jpeg_views(bytes, sample, exact, views, count);
+  for (const View* view = views; view < views + count; ++view)
+    decode_raw(bytes.data, sample.width, view->crop, view->out);
   return Status::ok;
 }
 
 }  // namespace
 
-Status decode_sample(Bytes file, const Sample& sample, bool exact, Image out) noexcept {
+Status decode_sample(Bytes file, const Sample& sample, bool exact, const View* views,
+                     size_t count) noexcept {
   Status status;
   try {
-    status = decode_checked(file, sample, exact, out);
+    status = decode_checked(file, sample, exact, views, count);
   } catch (const std::bad_alloc&) {  // a row of this image does not fit into memory
     status = Status::too_large;
   }
-  if (status != Status::ok)
-    std::memset(out.pixels, 0, 3 * static_cast<size_t>(out.height) * out.width);
+  if (status != Status::ok) {
+    for (const View* view = views; view < views + count; ++view) {
+      const Image& out = view->out;
+      std::memset(out.pixels, 0, 3 * static_cast<size_t>(out.height) * out.width);
+    }
+  }
   return status;
 }
 

@@ -21,13 +21,19 @@ struct Sample {
   uint64_t offset, size;
   uint8_t mode;
   int32_t width, height;
-  Crop crop;
 };
 
-// All numbers of the sample are checked before use. After a failure the slot is all zero. exact:
-// the same pixels as from resampling the whole decoded image; otherwise the fastest way, for
-// training.
-Status decode_sample(Bytes file, const Sample& sample, bool exact, Image out) noexcept;
+// A crop of a sample and the slot that it is resized to.
+struct View {
+  Crop crop;
+  Image out;
+};
+
+// All numbers of the sample and of its views, one or more, are checked before use. After a failure
+// all slots are zero. exact: the same pixels as from resampling the whole decoded image; otherwise
+// the fastest way, for training.
+Status decode_sample(Bytes file, const Sample& sample, bool exact, const View* views,
+                     size_t count) noexcept;
 
 // The size of a whole JPEG, from its header.
 struct JpegSize {
