@@ -279,7 +279,7 @@ Every option of `matryoshka ssl` is accepted as well: --ssl.projector=mrl, --vie
 
 RELIC_SETS = {"tiny_imagenet": "tiny-imagenet", "food101": "hf:ethz/food101"}
 RELIC_SETS["imagenet1k"] = "hf:ILSVRC/imagenet-1k"
-RELIC_SIZES = {"cifar10": 32, "cifar100": 32, "stl10": 96, "tiny-imagenet": 64}
+RELIC_SIZES: dict[str, int] = {"cifar10": 32, "cifar100": 32, "stl10": 96, "tiny-imagenet": 64}
 
 
 def _translate_relic(flags: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:

@@ -198,7 +198,8 @@ class SslRun(TrainingRun[Learner]):
     # ---------------------------------------------------------------- the loop's parts
 
     def session(self) -> Session:
-        return self.open_session(best_metric=BEST_METRIC)
+        hint = f"--training.resume={self.start.path}"
+        return self.open_session(best_metric=BEST_METRIC, resume_hint=hint)
 
     def start_epoch(self, session: Session) -> None:
         """Set the loader's position, and everything to training mode."""
@@ -248,7 +249,7 @@ class SslRun(TrainingRun[Learner]):
             metrics["momentum"] = momentum
         temperature = getattr(self.learner.method, "temperature", None)
         if temperature is not None:
-            metrics["temperature"] = float(temperature())
+            metrics["temperature"] = float(temperature().detach())
         return metrics
 
     def pflop(self, epochs: int) -> float:

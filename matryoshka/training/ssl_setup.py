@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from matryoshka import distributed
+from matryoshka.checkpoint.transfer import check_start
 from matryoshka.config import ConfigError
 from matryoshka.data import RandomResizedCrop
 from matryoshka.data.bars import Bars
@@ -239,6 +241,11 @@ def check(cfg: SimpleNamespace, processes: int) -> Images:
     batch = global_batch_size(cfg, processes, images=len(images.train))
     check_batch(cfg, processes, batch)
     view_crops(cfg)
+    if training.resume is None:  # a resumed run takes its weights from its checkpoint
+        views = cfg.views
+        sizes = {views.size, cfg.validation.resolution, *([views.small_size] * bool(views.small))}
+        spec = encoder_spec(cfg, images.num_classes)
+        check_start(cfg.model, spec, images.train.classes, sizes=sorted(sizes))
     for view in range(cfg.views.count + cfg.views.small):
         view_options(cfg.views, view)
     return images
@@ -297,7 +304,7 @@ def view_crops(cfg: SimpleNamespace) -> list[RandomResizedCrop]:
 def view_options(views: ViewsConfig, view: int) -> ViewOptions:
     """What follows the crop of a view; the crop has done the flip."""
 
-    def at(values: tuple[Any, ...]) -> Any:
+    def at(values: Sequence[Any]) -> Any:
         return values[view] if len(values) > 1 else values[0]
 
     size = views.size if view < views.count else views.small_size

@@ -1,0 +1,281 @@
+"""Runs of train_ssl.py: outputs, resume, evaluation, and the flags of two repositories."""
+
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from matryoshka.train import train_ssl
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+
+from matryoshka.checkpoint import load_model
+from matryoshka.data import CenterCrop, Loader
+from matryoshka.evaluation.predict import extract_features
+from matryoshka.ssl import METHODS
+from matryoshka.training import ssl_outputs, ssl_run, ssl_step
+from matryoshka.training.guard import NonFiniteGuard
+from matryoshka.training.watch import REQUEUE
+
+DIMS = (8, 16, 32)
+SMALL = [
+    "--net=fast_cnn",
+    "--model.arch_options=dim=32",
+    "--batch-size=100",
+    "--views.size=16",
+    "--ssl.hidden=16",
+    "--ssl.out=8",
+    "--device=cpu",
+    "--data.num_workers=1",
+    "--logging.tensorboard=0",
+    "--logging.run_id=run",
+]
+
+
+def command(digits, method, *more):
+    data = [f"--data.train_dataset={digits['train']}", f"--data.val_dataset={digits['val']}"]
+    options = {"moco": ["--ssl.queue=400"], "sigreg": ["--ssl.directions=16"]}
+    return [*SMALL, *data, f"--method={method}", *options.get(method, []), *more]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ssl_outputs, "draw_chart", lambda *_: None)
+    monkeypatch.setattr(ssl_run, "WATCHED", 64)
+
+
+@pytest.fixture(scope="module")
+def moco(digits, tmp_path_factory):
+    """The folder of a finished run of MoCo."""
+    folder = tmp_path_factory.mktemp("moco")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(ssl_outputs, "draw_chart", lambda *_: None)
+        patch.setattr(ssl_run, "WATCHED", 64)
+        assert train_ssl.main(command(digits, "moco", "--epochs=2", "--validation.every=1")) == 0
+    return folder / "ssl_runs" / "run"
+
+
+def features_of(model, path):
+    loader = Loader(str(path), 64, order="sequential", crop=CenterCrop(16, 1.0), num_workers=1)
+    return extract_features(model, loader, len(loader.dataset))
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+def test_the_numbers_are_those_of_the_saved_encoder(moco, digits):
+    def weights(distance):
+        return np.exp((1 - distance) / 0.07)
+
+    model = load_model(moco / "model.safetensors")
+    assert model.dims == DIMS
+    known, known_labels = features_of(model, digits["train"])
+    asked, labels = features_of(model, digits["val"])
+    results = json.loads((moco / "results.json").read_text())
+    for d in DIMS:
+        unit = torch.nn.functional.normalize(known[:, :d], dim=1)
+        queries = torch.nn.functional.normalize(asked[:, :d], dim=1)
+        votes = KNeighborsClassifier(20, metric="cosine", weights=weights)
+        votes.fit(unit, known_labels)
+        accuracy = 100 * votes.score(queries, labels)
+        assert results["knn"][str(d)]["20"] == pytest.approx(accuracy, abs=1.01)  # a near tie
+        with torch.no_grad():
+            answers = model.head(asked)[DIMS.index(d)].argmax(1)
+        shown = 100 * float((answers == labels).double().mean())
+        assert results["probe"][str(d)] == pytest.approx(shown, abs=1.01)
+    lines = [json.loads(line) for line in (moco / "log").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1]
+    for line in lines:
+        for name in ("knn20", "knn200", "probe", "std", "alignment", "uniformity", "rank"):
+            assert f"{name}/32" in line, name
+    assert lines[1]["pflop"] == pytest.approx(2 * lines[0]["pflop"])
+    assert lines[1]["knn20/32"] == pytest.approx(results["knn"]["32"]["20"])
+
+
+def test_checkpoints_answer_like_the_run(moco):
+    """Of any checkpoint, load_model opens the encoder, with the probe's classifiers."""
+    final = load_model(moco / "model.safetensors").state_dict()
+    last = load_model(moco / "checkpoints" / "last.safetensors").state_dict()
+    assert all(torch.equal(final[name], last[name]) for name in final)
+    assert final["head.heads.2.weight"].abs().max() > 0
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "moco"])
+def test_every_method_trains(digits, method, monkeypatch):
+    modes = []
+    original = ssl_step.train_step
+
+    def watched(*args, **kwargs):
+        learner = kwargs["state"].model
+        modes.append(all(m.training for m in learner.method.modules()))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(ssl_run, "train_step", watched)
+    argv = command(digits, method, "--epochs=2", "--validation.every=1")
+    assert train_ssl.main(argv) == 0
+    # Also after an evaluation: in the repository relic, batch norm stayed frozen.
+    assert len(modes) == 8
+    assert all(modes)
+    run = train_ssl.Path("ssl_runs/run")
+    lines = [json.loads(line) for line in (run / "log").read_text().splitlines()]
+    values = [value for line in lines for value in line.values()]
+    assert np.isfinite([v for v in values if isinstance(v, float)]).all()
+    assert load_model(run / "model.safetensors").dims == DIMS
+
+
+def test_photos_without_classes(tmp_path, photo, capsys):
+    (tmp_path / "photos").mkdir()
+    for k in range(12):
+        Image.fromarray(photo(50 + k, 40, seed=k)).save(tmp_path / "photos" / f"{k}.jpg")
+    argv = [*SMALL, "--data=photos", "--epochs=1", "--batch-size=6", "--method=simclr"]
+    assert train_ssl.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "note     neighbours are not evaluated: the training images have no classes" in out
+    results = json.loads((tmp_path / "ssl_runs/run/results.json").read_text())
+    assert "knn" not in results
+    assert set(results["rank"]) == {"8", "16", "32"}
+    model = load_model("ssl_runs/run/model.safetensors")
+    assert model.encode_files("photos", truncate_dim=8).shape == (12, 8)
+
+
+def test_plain_training_is_one_prefix_and_small_views_work(digits, capsys):
+    argv = command(
+        digits, "relic", "--plain", "--views.small=2", "--views.small_size=9", "--epochs=1"
+    )
+    assert train_ssl.main(argv) == 0
+    assert "prefixes [32]" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- stop and resume
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+def test_a_stopped_run_resumes_to_the_same_weights(digits, moco, monkeypatch, capsys, stop):
+    """Towers, queue, probe, schedules and order: step 4 is the last of the first epoch."""
+    original, steps = NonFiniteGuard.before_step, []
+
+    def at_step(self):
+        steps.append(0)
+        if len(steps) == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self)
+
+    argv = command(digits, "moco", "--epochs=2", "--validation.every=1")
+    monkeypatch.setattr(NonFiniteGuard, "before_step", at_step)
+    assert train_ssl.main(argv) == REQUEUE
+    assert "--training.resume=ssl_runs/run" in capsys.readouterr().out
+    monkeypatch.setattr(NonFiniteGuard, "before_step", original)
+    assert train_ssl.main([*argv, "--training.resume=ssl_runs/run"]) == 0
+    ours, theirs = (
+        folder.joinpath("checkpoints", "last.safetensors").read_bytes()
+        for folder in (train_ssl.Path("ssl_runs/run"), moco)
+    )
+    assert ours[-50_000:] == theirs[-50_000:], "the state differs from an undisturbed run's"
+    assert (
+        train_ssl.Path("ssl_runs/run/results.json").read_text()
+        == (moco / "results.json").read_text()
+    )
+
+
+def test_another_method_cannot_resume(digits, moco, capsys):
+    shutil.copytree(moco, "ssl_runs/run")
+    argv = command(digits, "byol", "--epochs=2", "--training.resume=auto")
+    assert "ssl.method was moco and is byol" in refused(argv, capsys)
+
+
+# ---------------------------------------------------------------- two repositories
+
+
+def small_flags():
+    """SMALL without the flags of `matryoshka ssl` alone."""
+    return [
+        "--model.arch=fast_cnn",
+        "--model.arch_options=dim=32",
+        "--views.size=16",
+        "--data.num_workers=1",
+        "--training.device=cpu",
+        "--logging.run_id=run",
+    ]
+
+
+def test_mrl_train(digits, tmp_path, capsys):
+    data = tmp_path / "set"
+    data.mkdir()
+    for part in ("train", "val"):
+        shutil.copy(digits[part], data / f"{part}.beton")
+    argv = f"--dataset_path {digits['train']} -b 100 -lr 1e-3 -wd 1e-6 -save_model_dir out"
+    argv = [*argv.split(), *small_flags(), "--num_epochs", "1", "--proj_out_dim", "8"]
+    assert train_ssl.main([*argv, "--fp16_precision"], face="relic") == 0
+    method = torch.load("out/relic_model.pth", weights_only=True)
+    encoder = torch.load("out/encoder.pth", weights_only=True)
+    model = load_model("ssl_runs/run/model.safetensors")
+    for name, weight in model.trunk.state_dict().items():
+        assert torch.equal(weight, encoder[name])
+        assert torch.equal(weight, method[f"target.tower.encoder.trunk.{name}"])
+    assert method["online.projector.second.weight"].shape == (8, 32)
+    params = json.loads(train_ssl.Path("ssl_runs/run/params.json").read_text())
+    assert params["ssl.projector"] == "mrl-e"
+    assert params["training.optimizer"] == "adam"
+    assert params["lr.lr"] == 1e-3
+    assert "temperature" in train_ssl.Path("ssl_runs/run/log").read_text()
+
+
+def test_the_flags_of_moco_matryoshka(digits, tmp_path):
+    for part in ("train", "val"):
+        shutil.copy(digits[part], tmp_path / f"{part}.beton")
+    argv = "--batch-size 100 --epochs 1 --queue-size 200 --nesting-list 4,8,24 --temp 0.1"
+    argv = [*argv.split(), *small_flags(), "--data", str(tmp_path), "--eval-interval", "1"]
+    assert train_ssl.main(argv, face="moco") == 0
+    final = torch.load("checkpoints/final_model.pt", weights_only=True)
+    best = torch.load("checkpoints/best_model.pt", weights_only=True)
+    assert final["nesting_list"] == [4, 8, 24]
+    assert best["epoch"] == 1
+    assert final["model_q"]["neck.weight"].shape == (24, 32)
+    assert set(final["model_q"]) == set(final["model_k"])
+    model = load_model("runs/run/model.safetensors")
+    assert model.dims == (4, 8, 24)
+    assert model.width == 24
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def refused(argv, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match=r"^2$"):
+        train_ssl.main(argv)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+MISTAKES = [
+    ("moco --ssl.queue=250", "ssl.queue=250: must be a multiple of the 100 keys of a step"),
+    ("moco --ssl.queue=50", "must be a multiple of the 100 keys of a step, such as 100"),
+    ("relic --dims=8,64", "model.dims"),
+    ("relic --batch-size=1", "one in a process: batch norm and relic need two or more"),
+    ("simclr --training.global_batch_size=200", "simclr compares all images of a batch"),
+    ("simclr --views.small=2", "simclr compares two views"),
+    ("relic --views.small=2", "fast_cnn does not accept images of 7 pixels"),
+    ("byol --ssl.queue=100", "ssl.queue=100: is for moco, not byol"),
+    ("vicreg --ssl.encoder=target", "vicreg has one tower"),
+    ("relic --ssl.temperature=0.1,0.2", "2 values for 3 prefixes; give one, or 3"),
+    ("relic --views.blur=1,0,1", "views.blur: 3 values for 2 views"),
+    ("relic --views.blur_kernel=4", "expected an odd number of pixels"),
+    ("relic --model.efficient=1", "give --ssl.projector=mrl-e"),
+    ("relic --model.arch=vit_nested", "a family of widths"),
+    ("relic --data.loader=ffcv", "gives one view"),
+    ("relic --data.dataset=cifar10", "give one"),
+]
+
+
+@pytest.mark.parametrize(("words", "text"), MISTAKES, ids=[words for words, _ in MISTAKES])
+def test_mistakes_are_one_line(digits, words, text, capsys, tmp_path):
+    method, option = words.split()
+    assert text in refused([*command(digits, method, "--epochs=1"), option], capsys)
+    assert not (tmp_path / "ssl_runs").exists()
