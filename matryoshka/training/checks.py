@@ -100,7 +100,8 @@ def check_options(cfg: SimpleNamespace) -> None:
     check_crops(cfg)
     check_loader(cfg)
     distributed.check(training.distributed, training.device)
-    device = distributed.pick_device(training.device, 0)
+    device = distributed.pick_device(training.device, distributed.local_rank())
+    distributed.pick_backend(cfg.dist.backend, device)
     distributed.pick_precision(training.precision, device)
     if training.sync_bn and device.type != "cuda":
         raise config.ConfigError(
