@@ -17,6 +17,19 @@ linear, svd and svd-1nn need data with the classes that the model was trained on
 also need a model with a single head. Without --only, methods that do not apply are skipped.
 Values are top-1 %, means over the draws with their standard deviation. In the paper, the row FF has
 a separate model for each width; here, FF<width> rows show prefixes of one model.
+
+With --protocol frozen, what the features of an encoder are worth that was trained without labels:
+
+knn       weighted vote of the 20 and of the 200 nearest training images, temperature 0.07
+map       mAP@10 of the nearest training images, in percent
+lp        a linear probe of each prefix, fitted until its gradient is small; the gradient is shown
+ncm       as above
+pca-, rand-, pixels-    the same of PCA to K numbers (of the training images' features), of K random
+          features (--draws draws), and of all pixels of copies of 32 x 32 pixels
+
+This protocol also takes two folders of matryoshka embed, without --path:
+
+    python baselines.py --protocol frozen --train-data emb/train --val-data emb/val
 """
 
 from __future__ import annotations
@@ -26,17 +39,20 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from matryoshka import config
+from matryoshka.evaluation.options import PROTOCOLS
 from matryoshka.evaluation.options import baselines_parser as parser
 
 if __name__ == "__main__":
     config.check_first(parser())  # torch takes two seconds to import
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -44,6 +60,7 @@ from matryoshka import distributed
 from matryoshka.checkpoint.options import load_flags
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data import CenterCrop, Loader, open_dataset
+from matryoshka.embeddings import labels_like, open_embeddings
 from matryoshka.environment import environment
 from matryoshka.evaluation.baseline_methods import (
     METHODS,
@@ -52,19 +69,95 @@ from matryoshka.evaluation.baseline_methods import (
     BaselineInputs,
     Split,
 )
+from matryoshka.evaluation.frozen_methods import FROZEN_METHODS, NEED_PIXELS, PIXEL_SIDE
 from matryoshka.evaluation.predict import extract_features
 from matryoshka.files import write_atomically
 from matryoshka.models import ModelError, NestedModel, widest
 from matryoshka.nested import default_dims
+
+ALL_METHODS = {**METHODS, **FROZEN_METHODS}
+WHY_SKIPPED = {  # by whether embeddings are the input
+    False: "they need data with the model's own classes; svd also needs a single head",
+    True: "they need a model with images; give --path",
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: its features, the methods that apply, and facts for the results."""
+
+    inputs: BaselineInputs
+    methods: list[str]
+    facts: dict[str, Any]
+    notes: list[str]
+    seconds: dict[str, float]
 
 
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     check(args)
-    requested = [method for method in METHODS if args.only is None or method in args.only]
+    requested = [method for method in PROTOCOLS[args.protocol] if not args.only]
+    requested += [method for method in ALL_METHODS if method in (args.only or ())]
+    if args.path is None:
+        subject = of_embeddings(args, requested)
+    else:
+        subject = of_model(args, requested)
+    inputs, methods, seconds = subject.inputs, subject.methods, subject.seconds
+    dims = inputs.dims
 
-    # ---- model and data ----
+    # Methods may take minutes: each line appears at once, even in a pipe.
+    report = partial(print, flush=True)
+    for note in subject.notes:
+        report(f"note: {note}")
+    facts = subject.facts
+    report(f"{facts['checkpoint']}: {facts['arch']}, {facts['head']}")
+    report(
+        f"train {facts['train']}: {facts['n_train']:,} images; val {facts['val']}: "
+        f"{facts['n_val']:,}, {facts['classes']} classes"
+    )
+    skipped = [m for m in requested if m not in methods]
+    if skipped:
+        report(f"note: skipped {', '.join(skipped)}: {WHY_SKIPPED[args.path is None]}")
+
+    # ---- methods ----
+    rows = {}
+    for method in methods:
+        started = time.perf_counter()
+        found = ALL_METHODS[method](inputs)
+        if not found:
+            report(f"note: {method}: no value for the prefixes {list(dims)}")
+        rows |= found
+        seconds[method] = round(time.perf_counter() - started, 3)
+
+    # ---- results ----
+    report(format_table(rows, dims))
+    for name, row in rows.items():
+        if "gradient" in row:
+            said = "converged" if row["converged"] else "not converged"
+            report(f"{name}: gradient {row['gradient']:.1e} of that at zero weights, {said}")
+    report("seconds  " + "  ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
+    results = {
+        "methods": rows,
+        "dims": list(dims),
+        **facts,
+        "protocol": args.protocol,
+        "seed": args.seed,
+        "draws": args.draws,
+        "ways": args.ways,
+        "seconds": seconds,
+        "environment": environment(),
+    }
+    write_atomically(args.output, (json.dumps(results, indent=1) + "\n").encode())
+    report(f"results  {args.output}")
+    return 0
+
+
+# ---------------------------------------------------------------- the two kinds of input
+
+
+def of_model(args: SimpleNamespace, requested: Sequence[str]) -> Subject:
+    """A checkpoint with two sets of images."""
     train, val = open_dataset(args.train_data), open_dataset(args.val_data)
     check_datasets(train, val)
     model = widest(load_any(args.path, **load_flags(args)))
@@ -75,7 +168,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     precision = distributed.pick_precision(args.precision, device)
     model = model.to(device).to(memory_format=torch.channels_last)
 
-    # ---- features ----
     seconds = {}
     splits = {}
     for name, dataset in (("train", train), ("val", val)):
@@ -84,6 +176,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             model, dataset, args, precision, device
         )  # once for all methods
         seconds[f"features_{name}"] = round(time.perf_counter() - started, 3)
+
+    @cache
+    def pixels() -> tuple[Split, Split]:  # once for all methods that compare pixels
+        ratio = model.preprocessing.ratio
+        return pixels_of(train, ratio, args), pixels_of(val, ratio, args)
+
     inputs = BaselineInputs(
         model_name=model.spec.head_name.upper(),
         heads=classifiers(model),
@@ -91,46 +189,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         dims=dims,
         train=splits["train"],
         val=splits["val"],
-        shots=args.shots,
-        ways=args.ways,
-        draws=args.draws,
-        seed=args.seed,
-        weight_decay=args.weight_decay,
         device=device,
-        dtype=torch.float32 if device.type == "mps" else torch.float64,  # MPS lacks float64
+        pixels=pixels,
+        **settings(args, device),
     )
-    # Methods may take minutes: each line appears at once, even in a pipe.
-    report = partial(print, flush=True)
-    for note in model.notes:
-        report(f"note: {note}")
-    report(f"{args.path}: {model.spec.arch}, {model.spec.head_name}")
-    report(
-        f"train {train.path}: {len(train):,} images; val {val.path}: {len(val):,}, "
-        f"{train.num_classes} classes"
-    )
-    skipped = [m for m in requested if m not in methods]
-    if skipped:
-        report(
-            f"note: skipped {', '.join(skipped)}: they need data with the model's own classes; "
-            "svd also needs a single head"
-        )
-
-    # ---- methods ----
-    rows = {}
-    for method in methods:
-        started = time.perf_counter()
-        found = METHODS[method](inputs)
-        if not found:
-            report(f"note: {method}: no value for the prefixes {list(dims)}")
-        rows |= found
-        seconds[method] = round(time.perf_counter() - started, 3)
-
-    # ---- results ----
-    report(format_table(rows, dims))
-    report("seconds  " + "  ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
-    results = {
-        "methods": rows,
-        "dims": list(dims),
+    facts = {
         "checkpoint": args.path,
         "arch": model.spec.arch,
         "head": model.spec.head_name,
@@ -139,16 +202,84 @@ def main(argv: Sequence[str] | None = None) -> int:
         "n_train": len(train),
         "n_val": len(val),
         "classes": train.num_classes,
-        "seed": args.seed,
-        "draws": args.draws,
-        "ways": args.ways,
         "precision": precision,
-        "seconds": seconds,
-        "environment": environment(),
     }
-    write_atomically(args.output, (json.dumps(results, indent=1) + "\n").encode())
-    report(f"results  {args.output}")
-    return 0
+    return Subject(inputs, methods, facts, list(model.notes), seconds)
+
+
+def of_embeddings(args: SimpleNamespace, requested: Sequence[str]) -> Subject:
+    """Two folders of embeddings of one encoder."""
+    methods = [m for m in requested if m not in (*NEED_CLASSES, *NEED_PIXELS)]
+    if args.only and len(methods) < len(requested):
+        missing = ", ".join(m for m in requested if m not in methods)
+        raise config.ConfigError(f"--only {missing}: needs a model with images; give --path")
+    train, val = open_embeddings(args.train_data), open_embeddings(args.val_data)
+    about, other = train.meta["model"], val.meta["model"]
+    if about["weights_sha256"] != other["weights_sha256"]:
+        raise config.ConfigError(
+            f"--val-data {val.path}: its embeddings are of another model than those of {train.path}"
+        )
+    width = train.X.shape[1]
+    dims = args.dims or default_dims(width, min(8, width))
+    if dims[-1] > width:
+        shown = ",".join(map(str, dims))
+        raise config.ConfigError(f"--dims {shown}: larger than the width {width} of {train.path}")
+    device = distributed.pick_device(args.device, 0)
+
+    notes = []
+    splits = []
+    for embeddings, labels in ((train, np.array(train.y)), (val, labels_like(val, train))):
+        features = torch.from_numpy(np.array(embeddings.X, np.float32))
+        if not bool(torch.isfinite(features).all()):
+            raise config.ConfigError(
+                f"{embeddings.path}: has embeddings that are not finite; embed again with "
+                "--precision fp32"
+            )
+        known = torch.from_numpy(labels >= 0)
+        if not bool(known.any()):
+            raise config.ConfigError(f"{embeddings.path}: has no labels; embed images with classes")
+        if not bool(known.all()):
+            left_out = int((~known).sum())
+            notes.append(f"{embeddings.path}: {left_out:,} images without a label are left out")
+        splits.append(Split(features[known].to(device), torch.from_numpy(labels)[known]))
+    if len(splits[0].labels.unique()) < 2:
+        raise config.ConfigError(
+            f"--train-data {train.path}: has only one class; expected two or more"
+        )
+    inputs = BaselineInputs(
+        model_name=str(about["head"]).upper(),
+        heads=[],
+        model_dims=(),
+        dims=tuple(dims),
+        train=splits[0],
+        val=splits[1],
+        device=device,
+        **settings(args, device),
+    )
+    facts = {
+        "checkpoint": about["file"],
+        "arch": about["arch"],
+        "head": about["head"],
+        "train": str(train.path),
+        "val": str(val.path),
+        "n_train": len(splits[0].labels),
+        "n_val": len(splits[1].labels),
+        "classes": train.meta["data"]["num_classes"],
+        "precision": train.meta["precision"],
+    }
+    return Subject(inputs, methods, facts, notes, {})
+
+
+def settings(args: SimpleNamespace, device: torch.device) -> dict[str, Any]:
+    """The fields of BaselineInputs that the options give."""
+    return {
+        "shots": args.shots,
+        "ways": args.ways,
+        "draws": args.draws,
+        "seed": args.seed,
+        "weight_decay": args.weight_decay,
+        "dtype": torch.float32 if device.type == "mps" else torch.float64,  # MPS lacks float64
+    }
 
 
 # ---------------------------------------------------------------- checks
@@ -256,6 +387,23 @@ def extract_split(
     return Split(features, labels)
 
 
+def pixels_of(dataset, ratio: float, args: SimpleNamespace) -> Split:
+    """The pixels of small copies as features [N, side x side x 3], 0 to 1, cropped as usual."""
+    loader = Loader(
+        dataset,
+        args.batch_size,
+        order="sequential",
+        crop=CenterCrop(PIXEL_SIDE, ratio),
+        num_workers=args.workers,
+    )
+    pixels = torch.empty(len(dataset), PIXEL_SIDE * PIXEL_SIDE * 3)
+    labels = torch.empty(len(dataset), dtype=torch.int64)
+    for batch in loader:
+        pixels[batch.index] = batch.images.flatten(1).float() / 255
+        labels[batch.index] = batch.labels
+    return Split(pixels, labels)
+
+
 def classifiers(model: NestedModel) -> list:
     """(weight [C, d], bias [C]) of each head."""
     return [
@@ -269,10 +417,14 @@ def classifiers(model: NestedModel) -> list:
 
 def format_table(rows: Mapping[str, Mapping[str, Any]], dims: Sequence[int]) -> str:
     """Methods x prefixes: top-1 % with the standard deviation over draws; - for a missing value."""
-    lines = [["top-1 %", *map(str, dims)]]
+    columns = {str(d) for d in dims}
+    for entry in rows.values():
+        columns |= entry["values"].keys()  # pixels have their own width
+    shown = sorted(columns, key=int)
+    lines = [["top-1 %", *shown]]
     for name, entry in rows.items():
         cells = []
-        for d in map(str, dims):
+        for d in shown:
             cell = f"{entry['values'][d]:.2f}" if d in entry["values"] else "-"
             deviation = (entry["std"] or {}).get(d)
             cells.append(cell if deviation is None else f"{cell} ±{deviation:.2f}")

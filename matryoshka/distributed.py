@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from matryoshka import mig
 from matryoshka.runtime import DistConfig
 
 T = TypeVar("T")
@@ -57,21 +58,32 @@ def check(distributed: bool | None, device: str) -> None:
             f"training.distributed=0 under torchrun with {size} processes: each would train the "
             "whole model on its own; leave it out, or start one process"
         )
-    pick_device(device, 0)
+    pick_device(device, local_rank())
+
+
+def local_rank() -> int:
+    """This process's number on its machine, 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def processes_to_start(config: DistConfig, distributed: bool | None, device: str) -> int:
     """Number of processes to start through torchrun's launcher; 1: this process does the work."""
     if started_by_torchrun() or not distributed:
         return 1
-    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    gpus, kind = 0, "GPUs"
+    if device in ("auto", "cuda"):
+        gpus = len(mig.slices())
+        if gpus:
+            kind = "MIG slices"
+        else:
+            gpus = torch.cuda.device_count()
     if config.world_size < 0:
         raise DistributedError(
-            f"dist.world_size={config.world_size}: expected 0 (all GPUs) or a number of processes"
+            f"dist.world_size={config.world_size}: expected 0 (all {kind}) or a number of processes"
         )
     if gpus and config.world_size > gpus:
         raise DistributedError(
-            f"dist.world_size={config.world_size}: only {gpus} GPUs are visible; lower it, or "
+            f"dist.world_size={config.world_size}: only {gpus} {kind} are visible; lower it, or "
             "add --training.device=cpu"
         )
     return config.world_size or gpus or 1
@@ -127,7 +139,12 @@ def why_not_compile(device: torch.device) -> str | None:
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
-    """Resolve "auto": CUDA, else Apple's MPS, else CPU. DistributedError for a missing device."""
+    """Resolve "auto": CUDA, else Apple's MPS, else CPU. DistributedError for a missing device.
+
+    A process of torchrun on a machine with MIG slices sees only its own one, see mig.py.
+    """
+    if _on_own_slice(name):
+        local_rank = 0
     if name == "auto":
         if torch.cuda.is_available():
             name = "cuda"
@@ -147,20 +164,44 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     return torch.device(name)
 
 
+def _on_own_slice(device: str) -> bool:
+    """Whether this process of torchrun works on a slice of a GPU, which it then sees alone."""
+    if device not in ("auto", "cuda") or not started_by_torchrun():
+        return False
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return mig.use_own_slice(local_rank(), local_size) is not None
+
+
+def pick_backend(name: str, device: torch.device, *, on_slice: bool = False) -> str:
+    """Resolve "auto" of `dist.backend`: gloo on CPUs and on slices of GPUs, else NCCL.
+
+    DistributedError for NCCL without a GPU.
+    """
+    if name == "auto":
+        return "nccl" if device.type == "cuda" and not on_slice else "gloo"
+    if name == "nccl" and device.type != "cuda":
+        raise DistributedError(
+            f"dist.backend=nccl needs GPUs, the device is {device.type}; leave it out"
+        )
+    return name
+
+
 @contextlib.contextmanager
-def joined(device: str) -> Iterator[World]:
-    """This process's World; inside the block, torchrun's processes have a default process group."""
+def joined(device: str, backend: str = "auto") -> Iterator[World]:
+    """This process's World; inside the block, torchrun's processes have a default process group.
+
+    backend: what carries gradients and metrics, see `pick_backend`.
+    """
     if not started_by_torchrun():
         yield World(pick_device(device, 0))
         return
     env = os.environ
-    local_rank = int(env.get("LOCAL_RANK", 0))
     world = World(
-        device=pick_device(device, local_rank),
+        device=pick_device(device, local_rank()),
         rank=int(env["RANK"]),
         size=int(env["WORLD_SIZE"]),
-        local_rank=local_rank,
-        local_size=int(env.get("LOCAL_WORLD_SIZE", 1)),
+        local_rank=local_rank(),
+        local_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
     )
     # An agent that restarts its workers keeps its store, with the addresses of the earlier ones.
     store: dict[str, Any] = {}
@@ -170,8 +211,14 @@ def joined(device: str) -> Iterator[World]:
             "rank": world.rank,
             "world_size": world.size,
         }
+    on_slice = _on_own_slice(device)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+    if pick_backend(backend, world.device, on_slice=on_slice) == "nccl":
+        if on_slice:
+            # NCCL takes the slices of a GPU for ranks that share it, which it refuses by default
+            # (github.com/NVIDIA/nccl/issues/1716).
+            os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", "1")
         dist.init_process_group("nccl", device_id=world.device, **store)
     else:
         dist.init_process_group("gloo", **store)
@@ -237,7 +284,7 @@ def broadcast(value, world: World):
     if world.size == 1:
         return value
     box = [value]
-    device = world.device if world.device.type == "cuda" else None  # NCCL sends device memory only
+    device = world.device if dist.get_backend() == "nccl" else None  # sends device memory only
     dist.broadcast_object_list(box, src=0, device=device)
     return box[0]
 

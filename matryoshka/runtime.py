@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from matryoshka.config import option
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
+BACKENDS = ("auto", "nccl", "gloo")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 MAX_THREADS = 1024  # of a native pool
 
@@ -42,17 +43,23 @@ class ThreadOptions:
 
 @dataclass(frozen=True)
 class DistConfig:
-    """Section `dist`: used only with training.distributed=1 and without torchrun, whose environment
-    wins.
+    """Section `dist`: all but the backend is used only with training.distributed=1 and without
+    torchrun, whose environment wins.
     """
 
     world_size: int = option(
         0,
-        help="processes to start; 0: one for each visible GPU, else 1",
+        help="processes to start; 0: one for each visible GPU or MIG slice, else 1",
         low=0,
         affects_result=False,
     )
     address: str = option("localhost", help="rendezvous host", affects_result=False)
     port: int = option(
         0, help="rendezvous port; 0: any free one", low=0, high=65535, affects_result=False
+    )
+    backend: str = option(
+        "auto",
+        help="carries gradients; auto: nccl on GPUs, gloo on CPUs and on MIG slices",
+        choices=BACKENDS,
+        affects_result=False,
     )

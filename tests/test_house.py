@@ -30,6 +30,7 @@ ORDER = [
     "losses",
     "nested",
     "distributed",
+    "mig",
     "runtime",
     "config",
     "environment",

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         notes.append(
             "note     --dp: one device, one process; --dist.world_size=2 --device cpu starts two"
         )
-    with distributed.joined(cfg.training.device) as world:
+    with distributed.joined(cfg.training.device, cfg.dist.backend) as world:
         try:
             train(cfg, world, notes)
         except Stopped as stopped:

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check(cfg, processes)
     if processes > 1:
         return distributed.launch(processes, cfg.dist, str(Path(__file__).resolve()), argv)
-    with distributed.joined(cfg.training.device) as world:
+    with distributed.joined(cfg.training.device, cfg.dist.backend) as world:
         try:
             if cfg.training.eval_only:
                 evaluate_checkpoint(cfg, world)

@@ -9,7 +9,7 @@ features, C classes, G prefixes, K length of a prefix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -44,7 +44,8 @@ class BaselineInputs:
 
     model_name: MRL, MRL-E or FF<width>. heads: the model's classifiers (weight [C, d], bias [C]).
     model_dims: prefixes that the heads were trained for. dims: prefixes to evaluate. ways: classes
-    in a few-shot draw, None for all.
+    in a few-shot draw, None for all. pixels: reads the images' pixels as features of (train, val);
+    None without images.
     """
 
     model_name: str
@@ -60,6 +61,7 @@ class BaselineInputs:
     weight_decay: float
     device: torch.device
     dtype: torch.dtype
+    pixels: Callable[[], tuple[Split, Split]] | None = None
 
     @property
     def width(self) -> int:
@@ -209,6 +211,14 @@ def svd_one_nn(inputs: BaselineInputs) -> dict[str, Row]:
 # ---------------------------------------------------------------- random features
 
 
+def random_orders(inputs: BaselineInputs, count: int) -> Iterator[BaselineInputs]:
+    """The same images with `count` random features, for each draw."""
+    for draw in range(inputs.draws):
+        # a large prime apart, so that seeds 0 and 1 share no draw
+        rng = torch.Generator().manual_seed((inputs.seed * 1_000_003 + draw) % 2**63)
+        yield inputs.columns(torch.randperm(inputs.width, generator=rng)[:count])
+
+
 def over_random_orders(
     metric: str,
     inputs: BaselineInputs,
@@ -225,11 +235,8 @@ def over_random_orders(
     std: list[float | None] | None = []
     if drawn:
         accuracies = []
-        for draw in range(inputs.draws):
-            # a large prime apart, so that seeds 0 and 1 share no draw
-            rng = torch.Generator().manual_seed((inputs.seed * 1_000_003 + draw) % 2**63)
-            chosen = torch.randperm(inputs.width, generator=rng)[: drawn[-1]]
-            accuracies.append(accuracy(inputs.columns(chosen), drawn))
+        for chosen in random_orders(inputs, drawn[-1]):
+            accuracies.append(accuracy(chosen, drawn))
         spread = spread_of_draws(torch.tensor(accuracies, dtype=torch.float64))
         values += spread.mean
         std = None if spread.std is None else [*spread.std]

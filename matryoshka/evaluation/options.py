@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from matryoshka.checkpoint.options import CheckpointOptions
+from matryoshka.checkpoint.options import CheckpointOptions, HeadOptions
 from matryoshka.config import FlagParser, flat_parser, option
 from matryoshka.runtime import DeviceOptions, RuntimeOptions
 
@@ -17,6 +17,14 @@ DTYPES = ("float32", "float16")  # of embeddings on disk
 ANALYSES = ("cascade", "oracle", "superclasses", "trends", "calibration", "agreement", "widths")
 CONFIDENCES = ("softmax", "entropy")
 METHODS = ("linear", "1nn", "ncm", "svd", "svd-1nn", "rand-fs", "rand-lp")
+# Methods of the protocol `frozen`; ncm and rand-lp are in both.
+FROZEN_METHODS = (
+    *("knn", "map", "lp", "ncm"),
+    *("pca-knn", "pca-map", "pca-lp", "pca-ncm"),
+    *("rand-knn", "rand-map", "rand-ncm", "rand-lp"),
+    *("pixels-knn", "pixels-map", "pixels-ncm"),
+)
+PROTOCOLS = {"paper": METHODS, "frozen": FROZEN_METHODS}
 FORMATS = ("png", "jpg")
 CACHE = "data"  # folder of public data sets
 MAX_SEED = 2**63 - 1  # torch's generators
@@ -275,10 +283,27 @@ def gradcam_parser() -> FlagParser:
 class BaselineOptions:
     """Methods, data and settings of the baselines."""
 
+    path: str | None = option(
+        None,
+        help="model.safetensors, upstream's final_weights.pt, or a published baseline: "
+        "torchvision:NAME[.WEIGHTS], timm:NAME; unset: the data are folders of embeddings",
+        common=True,
+        existing=True,
+    )
     train_data: str = option(
-        help="the database: a .beton file or a folder of class folders", common=True, existing=True
+        help="the database: a .beton file or a folder of class folders; without --path a folder "
+        "of matryoshka embed",
+        common=True,
+        existing=True,
     )
     val_data: str = option(help="the queries", common=True, existing=True)
+    protocol: str = option(
+        "paper",
+        help="paper: the MRL paper's baselines; frozen: kNN, mAP, linear probe and class means of "
+        "the prefixes, of PCA, of random features and of pixels",
+        choices=tuple(PROTOCOLS),
+        common=True,
+    )
     dims: tuple[int, ...] | None = option(
         None,
         help="e.g. 8,64,512; unset: the checkpoint's, or powers of two up to its one width",
@@ -288,7 +313,11 @@ class BaselineOptions:
         common=True,
     )
     only: tuple[str, ...] | None = option(
-        None, help="some of the methods; unset: all", choices=METHODS, nonempty=True, common=True
+        None,
+        help="some of the methods; unset: all of the protocol",
+        choices=tuple(dict.fromkeys((*METHODS, *FROZEN_METHODS))),
+        nonempty=True,
+        common=True,
     )
     shots: tuple[int, ...] = option(
         (1, 3, 5, 7, 9),
@@ -301,7 +330,7 @@ class BaselineOptions:
     ways: int | None = option(None, help="ncm: classes in a draw; unset: all", low=2)
     draws: int = option(5, help="number of random draws", low=1, high=9999)
     seed: int = option(0, help="seed of the draws", low=0, high=MAX_SEED)
-    weight_decay: float = option(1e-4, help="weight decay of rand-lp", low=0, high=1e9)
+    weight_decay: float = option(1e-4, help="weight decay of the probes", low=0, high=1e9)
     output: str = option("baselines.json", help="file of the results, JSON", common=True)
 
 
@@ -315,9 +344,13 @@ def baselines_parser() -> FlagParser:
         "--val-data val.beton\n\n"
         "linear: the checkpoint's own classifiers. 1nn: class of the nearest training image. ncm: "
         "nearest class mean. svd: the classifier cut to a rank. svd-1nn: 1nn on projections. "
-        "rand-fs: 1nn on random features. rand-lp: a linear probe on random features.",
-        CheckpointOptions,
+        "rand-fs: 1nn on random features. rand-lp: a linear probe on random features.\n\n"
+        "--protocol frozen, for encoders trained without labels; also from embeddings:\n\n"
+        "    matryoshka baselines --protocol frozen --train-data EMB/train --val-data EMB/val\n\n"
+        "knn: weighted vote of 20 and 200 neighbours. map: mAP@10. lp: a converged linear probe. "
+        "ncm as above. pca-, rand-, pixels-: of PCA, random features, pixels of 32 x 32 copies.",
         BaselineOptions,
+        HeadOptions,
         RuntimeOptions,
     )
 

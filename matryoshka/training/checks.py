@@ -105,7 +105,8 @@ def check_options(cfg: SimpleNamespace) -> None:
 def check_device_options(training: LoopConfig) -> None:
     """ConfigError for options of section `training` that this machine's devices cannot meet."""
     distributed.check(training.distributed, training.device)
-    device = distributed.pick_device(training.device, 0)
+    device = distributed.pick_device(training.device, distributed.local_rank())
+    distributed.pick_backend(cfg.dist.backend, device)
     distributed.pick_precision(training.precision, device)
     if training.sync_bn and device.type != "cuda":
         raise config.ConfigError(
