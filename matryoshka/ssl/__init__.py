@@ -3,36 +3,21 @@
     method = make_method(encoder, config)     # encoder: a NestedModel, config: section `ssl`
 
 To add one: write a file with a subclass of Method (method.py), its loss in losses.py, and enter the
-name here and in options.METHODS.
+name in methods.METHODS and in options.METHODS. Options are read without torch: what needs it is
+imported where it is first used.
 """
 
 from __future__ import annotations
 
-from matryoshka.models import NestedModel
-from matryoshka.ssl.byol import Byol
-from matryoshka.ssl.method import Method
-from matryoshka.ssl.moco import Moco
-from matryoshka.ssl.options import SslConfig
-from matryoshka.ssl.relic import Relic
-from matryoshka.ssl.sigreg import SigReg
-from matryoshka.ssl.simclr import SimClr
-from matryoshka.ssl.towers import LearnedTemperature, Towers, momentum_at
-from matryoshka.ssl.vicreg import VicReg
+from typing import TYPE_CHECKING
 
-METHODS: dict[str, type[Method]] = {
-    "relic": Relic,
-    "moco": Moco,
-    "simclr": SimClr,
-    "byol": Byol,
-    "vicreg": VicReg,
-    "sigreg": SigReg,
-}
+from matryoshka import lazy
+from matryoshka.ssl.options import SslConfig, ViewsConfig
 
-
-def make_method(encoder: NestedModel, config: SslConfig) -> Method:
-    """The method that `ssl.method` names, around an encoder, whose dims are the prefixes."""
-    return METHODS[config.method](encoder, config)
-
+if TYPE_CHECKING:
+    from matryoshka.ssl.method import Method
+    from matryoshka.ssl.methods import METHODS, make_method
+    from matryoshka.ssl.towers import LearnedTemperature, Towers, momentum_at
 
 __all__ = [
     "METHODS",
@@ -40,6 +25,16 @@ __all__ = [
     "Method",
     "SslConfig",
     "Towers",
+    "ViewsConfig",
     "make_method",
     "momentum_at",
 ]
+
+__getattr__ = lazy.attribute(
+    __name__,
+    {
+        "method": ("Method",),
+        "methods": ("METHODS", "make_method"),
+        "towers": ("LearnedTemperature", "Towers", "momentum_at"),
+    },
+)

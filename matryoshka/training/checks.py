@@ -10,7 +10,6 @@ from matryoshka.data import open_dataset
 from matryoshka.data.sources import parts_in
 from matryoshka.models import ModelSpec, model_spec
 from matryoshka.training.loaders import check_classes, check_crops, check_loader, resolution_at
-from matryoshka.training.options import LoopConfig
 
 
 def requested_batch_size(cfg: SimpleNamespace, processes: int) -> int:
@@ -99,11 +98,12 @@ def check_options(cfg: SimpleNamespace) -> None:
     """ConfigError for options that are wrong by themselves or for this machine: with any data."""
     check_crops(cfg)
     check_loader(cfg)
-    check_device_options(cfg.training)
+    check_device_options(cfg)
 
 
-def check_device_options(training: LoopConfig) -> None:
-    """ConfigError for options of section `training` that this machine's devices cannot meet."""
+def check_device_options(cfg: SimpleNamespace) -> None:
+    """ConfigError for options of `training` and `dist` that this machine's devices cannot meet."""
+    training = cfg.training
     distributed.check(training.distributed, training.device)
     device = distributed.pick_device(training.device, distributed.local_rank())
     distributed.pick_backend(cfg.dist.backend, device)

@@ -76,7 +76,7 @@ def resolved(cfg: SimpleNamespace) -> tuple[SimpleNamespace, list[str]]:
     cfg = SimpleNamespace(**vars(cfg))
     _check_model(cfg)
     _check_method(cfg)
-    check_device_options(cfg.training)
+    check_device_options(cfg)
     cfg.data = _with_data(cfg)
     side = _common_side(open_images([cfg.data.train_dataset]))
     cfg.views = _with_sizes(cfg.views, side)
