@@ -1,6 +1,6 @@
 """Slices of GPUs (NVIDIA's Multi-Instance GPU, MIG): each local rank gets one of its own.
 
-CUDA shows a process a single slice, whatever CUDA_VISIBLE_DEVICES lists (NVIDIA MIG User Guide,
+CUDA shows a process a single slice, whichever CUDA_VISIBLE_DEVICES lists (NVIDIA MIG User Guide,
 "CUDA Device Enumeration"). Ranks that share a machine would therefore all work on the first slice.
 """
 

@@ -164,7 +164,7 @@ class FlagParser:
         rows = [("", self._description.strip()), ("", heading)]
         rows += [_row(*self._options[name]) for name in self._options if name in shown]
         rows += [HELP]
-        if len(shown) < len(self._options):
+        if len(shown) < len(self._options) or (others and not everything):
             rows += remainder(len(self._options) + others)
         return help_text(" ".join([self.prog, *positionals, "[options]"]), rows)
 

@@ -126,7 +126,7 @@ DESCRIPTION = """Train an encoder without labels whose every prefix is a good em
 
     matryoshka ssl --data cifar10 --method relic
     matryoshka ssl --data photos/ --net resnet50 --method moco
-    matryoshka ssl --config-file ssl_configs/sigreg_cifar10.yaml
+    matryoshka ssl --config-file ssl_configs/relic_cifar10.yaml
 """
 
 

@@ -1,5 +1,6 @@
 """Runs of train_ssl.py: outputs, resume, evaluation, and the flags of two repositories."""
 
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from matryoshka.checkpoint import load_model
 from matryoshka.data import CenterCrop, Loader
 from matryoshka.evaluation.predict import extract_features
 from matryoshka.ssl import METHODS
-from matryoshka.training import ssl_outputs, ssl_run, ssl_step
+from matryoshka.training import ssl_options, ssl_outputs, ssl_run, ssl_setup, ssl_step
 from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.watch import REQUEUE
 
@@ -240,6 +241,26 @@ def test_the_flags_of_moco_matryoshka(digits, tmp_path):
     model = load_model("runs/run/model.safetensors")
     assert model.dims == (4, 8, 24)
     assert model.width == 24
+
+
+RECIPES = train_ssl.Path(__file__).resolve().parents[2] / "ssl_configs"
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_a_run(recipe):
+    """Its options are legal and it says what it gives and how it is run."""
+    head = list(
+        itertools.takewhile(lambda line: line.startswith("# "), recipe.read_text().splitlines())
+    )
+    words = head[1].removeprefix("#   ").split()
+    faces = {"matryoshka": "ssl", "mrl_train": "relic", "python": "moco"}
+    face = faces[words[0]]
+    argv = words[2 if face != "relic" else 1 :]
+    assert argv[:2] == ["--config-file", f"ssl_configs/{recipe.name}"]
+    cfg = ssl_options.parser(face).parse_args(argv)
+    assert len(ssl_setup.encoder_spec(cfg, 10).dims) > 1
+    parts = [line.partition(":")[0] for line in head[2:] if not line.startswith("#   ")]
+    assert parts == ["# Expected", "# Cost"]
 
 
 # ---------------------------------------------------------------- mistakes
