@@ -1,7 +1,10 @@
-"""The public names of two repositories, for code that was written for them.
+"""The public names of three repositories, for code that was written for them.
 
 MRL (the paper): MRL_Linear_Layer, Matryoshka_CE_Loss, FixedFeatureLayer, with its signatures,
 attributes and state_dict keys. New code uses `matryoshka.nested`, which these classes call.
+
+MoCo-Matryoshka: MoCoMatryoshkaLoss and create_moco_matryoshka_resnet50, with its signatures. New
+code uses `matryoshka.ssl`.
 
 Matryoshka ViT compression: MRL_Entire_Transformer, MRL_Entire_Transformer_NestedProj,
 ViTFixedPosDualPatchNorm and load_vit_model, with its signatures and its files; state_dict keys are
@@ -19,8 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from matryoshka.checkpoint import load_model, save_vit_pth
+from matryoshka.losses import info_nce, over_prefixes
 from matryoshka.models import ModelSpec, NestedModel, build, extract
 from matryoshka.nested import check_dims, nested_logits
+from matryoshka.ssl.queue import KeyQueue
 
 __all__ = [
     "FixedFeatureLayer",
@@ -28,7 +33,9 @@ __all__ = [
     "MRL_Entire_Transformer_NestedProj",
     "MRL_Linear_Layer",
     "Matryoshka_CE_Loss",
+    "MoCoMatryoshkaLoss",
     "ViTFixedPosDualPatchNorm",
+    "create_moco_matryoshka_resnet50",
     "load_vit_model",
 ]
 
@@ -214,3 +221,54 @@ def load_vit_model(path: str | Path) -> ViTFixedPosDualPatchNorm:
     Reads files of that repository, also of its other classes, and ours.
     """
     return ViTFixedPosDualPatchNorm.of(load_model(path)).eval()
+
+
+# ---------------------------------------------------------------- MoCo-Matryoshka
+
+MOCO_DIMS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+
+
+class MoCoMatryoshkaLoss(nn.Module):
+    """The contrastive losses of all prefixes of queries and keys [B, D] -> (sum, list of floats).
+
+    There is one queue of whole keys, from which each prefix is cut; that repository keeps one for
+    each prefix. Keys of this call are pushed after the loss, so they are no negatives of it.
+    """
+
+    def __init__(
+        self,
+        nesting_list: Sequence[int] = MOCO_DIMS,
+        temperature: float = 0.07,
+        queue_size: int = 4096,
+        relative_importance: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.nesting_list = check_dims(nesting_list, max(nesting_list))
+        self.temperature = temperature
+        self.queue = KeyQueue(queue_size, self.nesting_list[-1])
+        self._loss = over_prefixes(info_nce, self.nesting_list, relative_importance)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, list[float]]:
+        if len(k) > len(self.queue.keys):
+            raise ValueError(f"{len(k)} keys, but the queue holds {len(self.queue.keys)}")
+        k = k.detach()
+        # A copy: the backward pass needs the negatives as they are now.
+        negatives = self.queue.keys.clone()
+        total, losses = self._loss(q, k, negatives, temperature=self.temperature, in_batch=False)
+        self.queue.push(k[:, : self.nesting_list[-1]])
+        return total, losses.tolist()
+
+
+def create_moco_matryoshka_resnet50(
+    nesting_list: Sequence[int] = MOCO_DIMS,
+) -> tuple[nn.Module, nn.Module]:
+    """(query, key) encoders: torchvision's ResNet-50 whose last layer gives the longest prefix.
+
+    Equal weights; the key encoder has no gradients.
+    """
+    import torchvision  # takes seconds
+
+    query = torchvision.models.resnet50(num_classes=max(nesting_list))
+    key = torchvision.models.resnet50(num_classes=max(nesting_list))
+    key.load_state_dict(query.state_dict())
+    return query, key.requires_grad_(False)

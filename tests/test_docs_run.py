@@ -20,6 +20,7 @@ import pytest
 from photo_workspace import write_workspace
 
 from matryoshka import cli
+from matryoshka.training import ssl_options
 from matryoshka.training.sweep_file import Parameter, read_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +36,7 @@ PARSED_ONLY = {
     r"\bserve\b": "runs until it is stopped",
     r"lancedb": "a database of its own; tests/retrieval/test_lance.py runs it",
     r"matryoshka\.fit\(": "takes its minutes; tests/fitting/test_fit.py runs it",
-    r"dataset=(cifar|stl|tiny|hf:)": "a download; tests/data/test_small_sets.py writes the like",
+    r"(dataset=|--data )(cifar|stl|tiny|hf:)": "a download; tests/data/test_small_sets.py writes the like",
     r"labels\.csv|resnet34": "tests/fitting/test_fit.py runs the like",
     r"matryoshka sweep": "trains many models; tests/training/test_sweeps.py runs it",
     r"licence": "a column that the reader has added",
@@ -289,6 +290,7 @@ def known_options() -> set[str]:
     parsers = [parser_of(entry.module.rpartition(".")[2]) for entry in programs.values()]
     texts = [parser.help_text(everything=True) for parser in parsers]
     texts.append(parser_of("build_imagenet4k").help_text(everything=True))
+    texts += [ssl_options.parser(face).help_text(everything=True) for face in ssl_options.FACES]
     texts += [path.read_text() for path in (ROOT / "scripts").glob("*.py")]
     return set(re.findall(r"(--[\w.-]*\w)", "\n".join(texts))) | {"--help-all"}
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import MRL
 from matryoshka import losses
 from matryoshka.models import ModelSpec, build
 from matryoshka.ssl import METHODS, SslConfig, make_method, momentum_at
@@ -199,3 +200,35 @@ def test_the_plain_method_is_one_prefix():
     _, (loss, per_prefix) = one_loss(method, views_of())
     assert per_prefix.shape == (1,)
     assert float(loss) == pytest.approx(float(per_prefix[0]))
+
+
+def test_the_loss_of_moco_matryoshka():
+    torch.manual_seed(0)
+    criterion = MRL.MoCoMatryoshkaLoss([2, 4], temperature=0.5, queue_size=6)
+    queue = criterion.queue.keys.clone()
+    q = torch.randn(3, 4, requires_grad=True)
+    k = torch.randn(3, 4)
+    total, parts = criterion(q, k)
+    wanted = []
+    for d in (2, 4):
+        unit = [torch.nn.functional.normalize(x[:, :d], dim=1) for x in (q, k, queue)]
+        value = 0.0
+        for i in range(3):
+            scores = [float((unit[0][i] @ unit[1][i]).detach())]
+            scores += (unit[2] @ unit[0][i]).detach().tolist()
+            scores = [s / 0.5 for s in scores]
+            value += (math.log(sum(math.exp(s) for s in scores)) - scores[0]) / 3
+        wanted.append(value)
+    assert parts == pytest.approx(wanted, rel=1e-5)
+    assert float(total.detach()) == pytest.approx(sum(wanted), rel=1e-5)
+    total.backward()
+    assert q.grad is not None
+    assert torch.equal(criterion.queue.keys[:3], k)
+
+
+def test_the_encoders_of_moco_matryoshka():
+    query, key = MRL.create_moco_matryoshka_resnet50([8, 16])
+    assert query.get_submodule("fc").weight.shape == (16, 2048)
+    assert all(not p.requires_grad for p in key.parameters())
+    for name, weight in key.state_dict().items():
+        assert torch.equal(weight, query.state_dict()[name])
