@@ -36,7 +36,7 @@ PARSED_ONLY = {
     r"\bserve\b": "runs until it is stopped",
     r"lancedb": "a database of its own; tests/retrieval/test_lance.py runs it",
     r"matryoshka\.fit\(": "takes its minutes; tests/fitting/test_fit.py runs it",
-    r"(dataset=|--data )(cifar|stl|tiny|hf:)": "a download; tests/data/test_small_sets.py writes the like",
+    r"(dataset=|--data )(cifar|stl|tiny|hf:)": "a download; see tests/data/test_small_sets.py",
     r"labels\.csv|resnet34": "tests/fitting/test_fit.py runs the like",
     r"matryoshka sweep": "trains many models; tests/training/test_sweeps.py runs it",
     r"licence": "a column that the reader has added",

@@ -248,3 +248,27 @@ def test_families_are_compared_on_the_same_images(
             [found["difference"] - error, found["difference"] + error]
         )
     assert (row["cascade"]["loss"], row["cascade"]["macs_share"]) == (1.0, 50.0)
+
+
+def test_the_bench_of_self_supervised_steps(capsys, monkeypatch, tmp_path):
+    import record
+    import ssl_steps
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    few = [
+        "--arch-options",
+        '{"dim":16}',
+        "--batch",
+        "8",
+        "--size",
+        "16",
+        "--blocks",
+        "1",
+        "--seconds",
+        "0.01",
+    ]
+    assert ssl_steps.main(["--method", "moco", "sigreg", *few]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "ssl_steps.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["moco", "sigreg"]
+    assert all(row["time / plain"]["n"] == 1 for row in rows)
+    assert "goal 1.05" in capsys.readouterr().out

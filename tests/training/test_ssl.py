@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from matryoshka.training import ssl_options, ssl_outputs, ssl_run, ssl_setup, ss
 from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.watch import REQUEUE
 
+ROOT = Path(__file__).resolve().parents[2]
 DIMS = (8, 16, 32)
 SMALL = [
     "--net=fast_cnn",
@@ -122,7 +124,7 @@ def test_every_method_trains(digits, method, monkeypatch):
     # Also after an evaluation: in the repository relic, batch norm stayed frozen.
     assert len(modes) == 8
     assert all(modes)
-    run = train_ssl.Path("ssl_runs/run")
+    run = Path("ssl_runs/run")
     lines = [json.loads(line) for line in (run / "log").read_text().splitlines()]
     values = [value for line in lines for value in line.values()]
     assert np.isfinite([v for v in values if isinstance(v, float)]).all()
@@ -152,6 +154,22 @@ def test_plain_training_is_one_prefix_and_small_views_work(digits, capsys):
     assert "prefixes [32]" in capsys.readouterr().out
 
 
+def test_a_run_is_kept(moco, monkeypatch, tmp_path, capsys):
+    """bench/ssl_runs.py: the run's numbers, and those of raw pixels beside them."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import ssl_runs
+
+    monkeypatch.setattr(ssl_runs, "RESULTS", tmp_path)
+    argv = [str(moco), "--recipe", "moco", "--data", "digits", "--record"]
+    assert ssl_runs.main(argv) == 0
+    assert "moco, " in capsys.readouterr().out
+    (row,) = [json.loads(line) for line in (tmp_path / "ssl_runs.jsonl").read_text().splitlines()]
+    results = json.loads((moco / "results.json").read_text())
+    assert row["knn20"]["32"] == results["knn"]["32"]["20"]
+    assert row["pixels"] > 50, "digits are easy"
+    assert [line["epoch"] for line in row["curve"]] == [0, 1]
+
+
 # ---------------------------------------------------------------- stop and resume
 
 
@@ -174,13 +192,10 @@ def test_a_stopped_run_resumes_to_the_same_weights(digits, moco, monkeypatch, ca
     assert train_ssl.main([*argv, "--training.resume=ssl_runs/run"]) == 0
     ours, theirs = (
         folder.joinpath("checkpoints", "last.safetensors").read_bytes()
-        for folder in (train_ssl.Path("ssl_runs/run"), moco)
+        for folder in (Path("ssl_runs/run"), moco)
     )
     assert ours[-50_000:] == theirs[-50_000:], "the state differs from an undisturbed run's"
-    assert (
-        train_ssl.Path("ssl_runs/run/results.json").read_text()
-        == (moco / "results.json").read_text()
-    )
+    assert Path("ssl_runs/run/results.json").read_text() == (moco / "results.json").read_text()
 
 
 def test_another_method_cannot_resume(digits, moco, capsys):
@@ -219,11 +234,11 @@ def test_mrl_train(digits, tmp_path, capsys):
         assert torch.equal(weight, encoder[name])
         assert torch.equal(weight, method[f"target.tower.encoder.trunk.{name}"])
     assert method["online.projector.second.weight"].shape == (8, 32)
-    params = json.loads(train_ssl.Path("ssl_runs/run/params.json").read_text())
+    params = json.loads(Path("ssl_runs/run/params.json").read_text())
     assert params["ssl.projector"] == "mrl-e"
     assert params["training.optimizer"] == "adam"
     assert params["lr.lr"] == 1e-3
-    assert "temperature" in train_ssl.Path("ssl_runs/run/log").read_text()
+    assert "temperature" in Path("ssl_runs/run/log").read_text()
 
 
 def test_the_flags_of_moco_matryoshka(digits, tmp_path):
@@ -243,7 +258,7 @@ def test_the_flags_of_moco_matryoshka(digits, tmp_path):
     assert model.width == 24
 
 
-RECIPES = train_ssl.Path(__file__).resolve().parents[2] / "ssl_configs"
+RECIPES = ROOT / "ssl_configs"
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

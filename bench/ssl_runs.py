@@ -1,0 +1,107 @@
+"""Keep runs of `matryoshka ssl`: neighbours, probe and monitors of every prefix, cost, and curve.
+
+    matryoshka ssl --config-file ssl_configs/relic_cifar10.yaml --data cifar10
+    python bench/ssl_runs.py RUN --recipe relic_cifar10.yaml --data "CIFAR-10, JPEG copy" --record
+
+RUN is a finished run folder. Hardware, versions and commit are those of the run. The images must
+still be where the run found them: beside its numbers stand those of raw pixels, by the same vote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from record import RESULTS
+from small_images import last_of_each_start
+
+from matryoshka.data import CenterCrop, Loader
+from matryoshka.data.sources import open_images
+from matryoshka.evaluation.neighbours import weighted_knn
+from matryoshka.report.tables import wilson_interval
+
+PIXELS = 32  # side of the images whose raw pixels are compared
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    p.add_argument("--recipe", required=True, help="file of ssl_configs/, or a name")
+    p.add_argument("--data", required=True, help="what the images are")
+    p.add_argument("--record", action="store_true", help="append to bench/results/")
+    args = p.parse_args(argv)
+    rows = [{"recipe": args.recipe, "data": args.data, **row_of(run)} for run in args.runs]
+    for row in rows:
+        votes = "  ".join(f"{dim}: {value:.2f}" for dim, value in row["knn20"].items())
+        print(
+            f"{row['method']}, {row['minutes']:.1f} min, {row['epochs']} epochs, "
+            f"{row['pflop']:.2f} PFLOP, kNN {votes}; raw pixels {row['pixels']:.2f}"
+        )
+    if args.record:
+        with open(RESULTS / "ssl_runs.jsonl", "a") as file:
+            for row in rows:
+                file.write(json.dumps(row) + "\n")
+    return 0
+
+
+def row_of(run: Path) -> dict:
+    """A finished run as a row of results/ssl_runs.jsonl."""
+    results = json.loads((run / "results.json").read_text())
+    params = json.loads((run / "params.json").read_text())
+    env = json.loads((run / "env.json").read_text())
+    log = [json.loads(line) for line in (run / "log").read_text().splitlines()]
+    queries = open_images([params["data.val_dataset"]])
+    knn = {dim: votes["20"] for dim, votes in results["knn"].items()}
+    kept = ("epoch", "train_loss", "knn20/", "probe/", "std/", "rank/")
+    return {
+        "run": run.name,
+        "method": results["method"],
+        "projector": params["ssl.projector"],
+        "arch": params["model.arch"],
+        "arch_options": params["model.arch_options"],
+        "seed": params["training.seed"],
+        "precision": params["training.precision"],
+        "epochs": len(log),
+        "minutes": sum(last_of_each_start([line["relative_time"] for line in log])) / 60,
+        "images_per_s": statistics.median(line["images_per_s"] for line in log),
+        "pflop": results["pflop"],
+        "images": len(queries),
+        "knn20": knn,
+        "knn200": {dim: votes.get("200") for dim, votes in results["knn"].items()},
+        "interval": {dim: wilson_interval(value, len(queries)) for dim, value in knn.items()},
+        "probe": results["probe"],
+        "std": results["std"],
+        "rank": results["rank"],
+        "pixels": of_pixels(params["data.train_dataset"], params["data.val_dataset"]),
+        "curve": [
+            {name: value for name, value in line.items() if name.startswith(kept)} for line in log
+        ],
+        "git": env["git"],
+        "hardware": env["hardware"],
+        "versions": env["versions"],
+    }
+
+
+def of_pixels(train: str, test: str) -> float:
+    """Top-1 % of the weighted vote of 20 neighbours by the raw pixels."""
+    known, known_labels = pixels(train)
+    asked, labels = pixels(test)
+    width = known.shape[1]
+    return weighted_knn(known, known_labels, asked, labels, [width], k=(20,))[width][20]
+
+
+def pixels(path: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(pixels minus their mean [N, 3 x PIXELS^2], labels [N]) of a data set."""
+    loader = Loader(open_images([path]), 1000, order="sequential", crop=CenterCrop(PIXELS, 1.0))
+    images, labels = zip(*((b.images.flatten(1).float(), b.labels) for b in loader), strict=True)
+    return torch.cat(images) - 128, torch.cat(labels)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
