@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measurements and tests for a machine with an NVIDIA GPU, in steps. A failed step does not stop the others.
 #
-#   bash bench/gpu.sh [STEP ...]        default: info build tests heads eager data retrieval compiled train small profile suite
+#   bash bench/gpu.sh [STEP ...]        default: info build tests heads eager data retrieval compiled train small unlabelled profile suite
 #
 # PYTHON   a python3 with torch and torchvision; the build goes to build/gpu/venv, which uses its packages
 # WHEELS   for machines without a network: a folder with the *.whl that pyproject.toml requires and python lacks and,
@@ -9,7 +9,7 @@
 #            pip wheel --no-deps -w wheels scikit-build-core nanobind pathspec fastargs terminaltables
 #            (cd wheels && apt-get download libjpeg62-turbo-dev libjpeg62-turbo)
 # DATA     a folder with train* and val*: .beton, .ffcv or image folders. Default: digits, and crops of two photos
-# CIFAR    for the step small: a folder with train/ and test/ of CIFAR-10. Default: digits
+# CIFAR    for the steps small and unlabelled: a folder with train/ and test/ of CIFAR-10. Default: digits
 # OUT      build/gpu/results: summary.txt, log.txt, profile.txt, train.log, step.jsonl, end_to_end.jsonl,
 #          retrieval_device.jsonl
 # LIMIT    1700: seconds for all steps; steps that would begin later are skipped. If a call may take 10 minutes:
@@ -31,7 +31,7 @@ work=$PWD/build/gpu
 out=${OUT:-$work/results}
 wheels=${WHEELS:-}
 deadline=$((SECONDS + ${LIMIT:-1700}))
-steps=${*:-info build tests heads eager data retrieval compiled train small profile suite}
+steps=${*:-info build tests heads eager data retrieval compiled train small unlabelled profile suite}
 failed=0
 export PYTHONUNBUFFERED=1
 mkdir -p "$work" "$out" || exit 2
@@ -154,14 +154,8 @@ train() {
 
 # Small nets on CIFAR-10, plain and nested, with their results in $out/small/
 small() {
-  local data=${CIFAR:-} part name
-  if [ -z "$data" ]; then
-    data=$work/digits
-    for part in train val; do
-      "$work/venv/bin/matryoshka" write --cfg.dataset=digits --cfg.split=$part --cfg.write_path="$work/digits/$part.beton" ||
-        return 1
-    done
-  fi
+  local data name
+  data=$(small_data) || return 1
   local sgd="--opt sgd --training.momentum=0.9 --training.nesterov=1 --weight_decay 0.0005 --noaug --lr 0.2 --bs 512
     --lr.lr_schedule_type=cyclic --lr.lr_peak_epoch=5 --training.label_smoothing=0.1 --data.random_erasing=0.5"
   local adamw="--opt adamw --weight_decay 0.06 --lr 0.001 --bs 512 --lr.warmup_epochs=3 --data.cutmix=1"
@@ -169,6 +163,35 @@ small() {
   one_net fast_cnn --config-file vit_configs/fast_cnn.yaml ${EPOCHS:+--training.epochs="$EPOCHS"} && one_net res18 --net res18 $sgd --n_epochs "${EPOCHS:-30}" &&
     one_net res18_mrl --net res18 --mrl_flag $sgd --n_epochs "${EPOCHS:-30}" &&
     one_net cct_mrl --net cct --mrl_flag $adamw --n_epochs "${EPOCHS:-20}"
+}
+
+# The folder of small images; digits are written where there is no other.
+small_data() {
+  local part
+  [ -z "${CIFAR:-}" ] || { echo "$CIFAR" && return; }
+  for part in train val; do
+    "$work/venv/bin/matryoshka" write --cfg.dataset=digits --cfg.split=$part --cfg.write_path="$work/digits/$part.beton" \
+      >&2 || return 1
+  done
+  echo "$work/digits"
+}
+
+# Self-supervised methods on CIFAR-10; METHODS and SSL_EPOCHS choose. A run that the time limit stops resumes in the
+# next call on the same machine. Results in $out/unlabelled/
+unlabelled() {
+  local data method run tiny
+  data=$(small_data) || return 1
+  for method in ${METHODS:-sigreg relic moco}; do
+    run=$work/unlabelled/$method
+    tiny=${EPOCHS:+--views.size=16 --training.batch_size=64}
+    [ "$method" != moco ] || tiny+=${EPOCHS:+ --ssl.queue=256}
+    # shellcheck disable=SC2086  # a list of options
+    "$work/venv/bin/matryoshka" ssl --config-file "ssl_configs/${method}_resnet18_cifar10.yaml" --data "$data" $tiny \
+      --epochs "${EPOCHS:-${SSL_EPOCHS:-12}}" --logging.folder="$work/unlabelled" --logging.run_id="$method" \
+      --training.resume=auto || return 1
+    mkdir -p "$out/unlabelled/$method"
+    cp "$run/results.json" "$run/log" "$run/env.json" "$out/unlabelled/$method/"
+  done
 }
 
 one_net() {
@@ -198,7 +221,7 @@ profile() {
 py=$work/venv/bin/python
 unpack_jpeg
 step_rows=$(lines step) data_rows=$(lines end_to_end) search_rows=$(lines retrieval_device)
-export -f info build install header one train small one_net profile
+export -f info build install header one train small small_data one_net unlabelled profile
 export python py wheels work out
 gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))' 2>/dev/null || echo 0)
 if [ "$smoke" ]; then
@@ -243,6 +266,7 @@ for step in $steps; do
   retrieval) run retrieval 180 "$py" bench/retrieval_device.py "${search[@]}" ;;
   train) run train 300 bash -c train ;;
   small) run small 240 bash -c small ;;
+  unlabelled) run unlabelled 240 bash -c unlabelled ;;
   profile) run profile 90 bash -c 'profile "$@"' profile "${profiled[@]}" ;;
   suite) run suite 400 "$py" -m pytest -q -p no:cacheprovider ${smoke:+-k nested} tests ;;
   *) note "$step" "skipped: there is no such step" ;;
