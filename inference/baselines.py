@@ -228,7 +228,10 @@ def of_embeddings(args: SimpleNamespace, requested: Sequence[str]) -> Subject:
 
     notes = []
     splits = []
-    for embeddings, labels in ((train, np.array(train.y)), (val, labels_like(val, train))):
+    for embeddings, labels in (
+        (train, np.array(train.y)),
+        (val, np.array(labels_like(val, train))),
+    ):
         features = torch.from_numpy(np.array(embeddings.X, np.float32))
         if not bool(torch.isfinite(features).all()):
             raise config.ConfigError(

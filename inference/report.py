@@ -4,7 +4,8 @@
     matryoshka report --results mrl.json ff8.json ff512.json v2.json --analysis analysis.json \\
         --gradcam maps/
 
-A run's results.json, analysis.json, baselines.json, dims/dims.json and gradcam/ are used. The first
+A run's results.json, analysis.json, baselines.json, dims/dims.json, gradcam/ and embeddings/ are
+used. A self-supervised run needs no results: its log has the curves of every prefix. The first
 file of --results is the subject. Results of the same checkpoint are shown as other test sets,
 results of other checkpoints on the same images as models to compare with. The page needs no
 network.
@@ -25,12 +26,23 @@ from PIL import Image
 
 from matryoshka import config
 from matryoshka.data.imagenet import FOLDERS
+from matryoshka.embeddings.reading import META
 from matryoshka.evaluation import analysis
 from matryoshka.evaluation.superclasses import name_of
 from matryoshka.files import write_atomically
 from matryoshka.report import Run, RunError, read_run, short_dims
 from matryoshka.report.dims import dims_table
-from matryoshka.report.page import MAX_IMAGE_BYTES, Answer, Evidence, Picture, Sample, render
+from matryoshka.report.page import (
+    MAX_IMAGE_BYTES,
+    Answer,
+    Evidence,
+    Neighbour,
+    Neighbours,
+    Picture,
+    Sample,
+    render,
+)
+from matryoshka.report.page.ssl_sections import method_of
 
 # Searched in the run folder.
 FILES = ("results.json", "analysis.json", "baselines.json")
@@ -47,7 +59,10 @@ REQUIRED_KEYS = (
 )  # of results.json
 DIMS_KEYS = (*REQUIRED_KEYS, "dims", "class_names", "loss", "macs", "costs", "confused")
 PARTS = ("train", "val", "test")  # folders of a data set
-THUMBNAIL, HEAT_MAP = 160, 1500  # maximum length of the longer side, in pixels
+THUMBNAIL, HEAT_MAP, NEIGHBOUR = 160, 1500, 96  # maximum length of the longer side, in pixels
+SHOWN_DIMS = (8, 64)  # prefixes whose neighbours are shown, beside the whole embedding
+NEAREST = 5  # neighbours shown of each
+MOST_NEIGHBOURS = 24  # images with neighbours: 24 x 16 pictures are a megabyte
 
 
 class ReportError(ValueError):
@@ -62,7 +77,8 @@ class ReportOptions:
 
     folder: str | None = config.option(
         None,
-        help=f"run folder; {', '.join(FILES)}, {DIMS} and gradcam/ in it are used unless given",
+        help=f"run folder; {', '.join(FILES)}, {DIMS}, gradcam/ and embeddings/ in it are used "
+        "unless given",
         metavar="RUN",
         positional=True,
         existing=True,
@@ -80,6 +96,13 @@ class ReportOptions:
     )
     gradcam: str | None = config.option(
         None, help="folder that matryoshka gradcam wrote", metavar="DIR"
+    )
+    embeddings: str | None = config.option(
+        None,
+        help="folder of matryoshka embed: shows the nearest images of some of them; unset: "
+        "embeddings/ in the run folder",
+        metavar="DIR",
+        existing=True,
     )
     samples: int = config.option(16, help="images to show with their predictions; 0: none", low=0)
     seed: int = config.option(0, help="seed of their choice", low=0)
@@ -109,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         results_files = [in_run["results.json"]]
     if not results_files and dims_file:
         results_files = [Path(dims_file)]
-    if not results_files:
+    ssl_method = method_of(run)
+    if not results_files and ssl_method is None:
         problem = f"{args.run}: has no results.json of an evaluation; " if args.run else ""
         raise ReportError(
             f"{problem}give --results, or evaluate with matryoshka eval --output "
@@ -124,10 +148,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # ---- numbers ----
     results = [read_results(path) for path in results_files]
-    subject = results[0]
-    evidence = Evidence(title=args.title or title_of(subject), results=results, run=run)
+    subject = results[0] if results else {}
+    title = args.title or (title_of(subject) if results or run is None else title_of_run(run))
+    evidence = Evidence(title=title, results=results, run=run)
     if analysis_file:
         evidence.analysis = read_json(Path(analysis_file), "top1", "analysis of matryoshka analyze")
+        if not results:
+            raise ReportError(f"{analysis_file}: give the --results that it analyses as well")
         check_analysis(evidence.analysis, subject, str(analysis_file))
     if baselines_file:
         evidence.baselines = read_json(
@@ -145,10 +172,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # ---- pictures ----
     budget = MAX_IMAGE_BYTES  # for samples and heat maps together
     # dims.json never has arrays: no note on that.
-    if args.samples and "costs" not in subject:
+    if args.samples and results and "costs" not in subject:
         budget -= add_samples(evidence, results_files[0], args.samples, args.seed, budget)
     if args.gradcam or (args.run and heat_maps.is_dir()):
         add_heat_maps(evidence, heat_maps, budget)
+    embeddings = args.embeddings or Path(args.run or "") / "embeddings"
+    if args.samples and (args.embeddings or (args.run and (embeddings / META).is_file())):
+        add_neighbours(evidence, embeddings, args.samples, args.seed)
 
     page = render(evidence)
     write_atomically(output, page)
@@ -190,12 +220,16 @@ def files_in_run(folder: str | None) -> dict[str, Path]:
 
 
 def is_of_training(results: Path) -> bool:
-    """Whether a results.json is of train_cifar10.py: its accuracies, not an evaluation's."""
+    """Whether a results.json is of train_cifar10.py or train_ssl.py, not an evaluation's."""
     try:
         value = json.loads(results.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return False
-    return isinstance(value, dict) and "test" in value and "prefixes" not in value
+    return (
+        isinstance(value, dict)
+        and "prefixes" not in value
+        and bool({"test", "method"} & value.keys())
+    )
 
 
 def read_json(path: Path, key: str, what: str) -> dict[str, Any]:
@@ -232,6 +266,15 @@ def title_of(subject: Mapping[str, Any]) -> str:
     else:
         data = subject["dataset"]
     words = [subject["arch"], subject["head"].upper(), dims, "on", data]
+    return " ".join(word for word in words if word)
+
+
+def title_of_run(run: Run) -> str:
+    """Method, backbone, prefixes and data set of a self-supervised run."""
+    path = run.params.get("data.dataset") or run.params.get("data.train_dataset") or ""
+    data = Path(str(path))
+    name = data.parent.name if data.name in PARTS and data.parent.name else data.stem
+    words = [method_of(run), run.arch, short_dims(run.dims), "on" if name else "", name]
     return " ".join(word for word in words if word)
 
 
@@ -309,8 +352,7 @@ def add_samples(evidence: Evidence, results: Path, count: int, seed: int, budget
 
     If arrays or images are unavailable, adds a note instead.
     """
-    from matryoshka.data import BetonError, CenterCrop, Loader, open_dataset
-    from matryoshka.data.subset import Subset
+    from matryoshka.data import BetonError, open_dataset
     from matryoshka.evaluation.prediction_arrays import ArrayError, from_results
 
     # ---- arrays and images ----
@@ -337,9 +379,8 @@ def add_samples(evidence: Evidence, results: Path, count: int, seed: int, budget
     first = analysis.oracle(predictions, arrays.labels, arrays.dims).first
     chosen = analysis.draw_by_first_right(first, len(arrays.dims) + 1, count, seed)
     predictions, confidences = arrays.answers(chosen)
-    crop = CenterCrop(subject["resolution"], subject.get("crop_ratio", 1.0))
-    loader = Loader(Subset(dataset, chosen), 64, order="sequential", crop=crop, num_workers=1)
-    pixels = np.concatenate([batch.images.numpy() for batch in loader])
+    crop = {"size": subject["resolution"], "ratio": subject.get("crop_ratio", 1.0)}
+    pixels = pixels_of(dataset, chosen, crop)
     names = arrays.class_names or [str(c) for c in range(arrays.num_classes)]
 
     # ---- one card per image, until the budget is spent ----
@@ -365,6 +406,76 @@ def add_samples(evidence: Evidence, results: Path, count: int, seed: int, budget
         outcome = outcome_text(int(first[image]), arrays.dims)
         evidence.samples.append(Sample(picture, name, outcome, answers))
     return used
+
+
+def add_neighbours(evidence: Evidence, folder: str | Path, count: int, seed: int) -> None:
+    """Add images and their nearest ones with prefixes of three lengths.
+
+    If the images are unavailable, adds a note instead. EmbeddingError for a folder without
+    embeddings.
+    """
+    from matryoshka.data import BetonError
+    from matryoshka.data.sources import open_images
+    from matryoshka.embeddings import open_embeddings
+    from matryoshka.retrieval.exact import exact_search
+
+    embeddings = open_embeddings(folder)
+    try:
+        dataset = open_images([embeddings.meta["data"]["path"]])
+    except BetonError as error:
+        evidence.notes.append(f"no neighbours: {error}")
+        return
+    if len(dataset) != len(embeddings) or len(embeddings) <= NEAREST:
+        evidence.notes.append(
+            f"no neighbours: {dataset.path} has {len(dataset):,} images, {folder} "
+            f"{len(embeddings):,}; needs as many, and more than {NEAREST}"
+        )
+        return
+
+    # ---- neighbours, without the image itself ----
+    rng = np.random.default_rng(seed)
+    drawn = rng.choice(len(embeddings), min(count, MOST_NEIGHBOURS, len(embeddings)), replace=False)
+    drawn.sort()
+    width = embeddings.X.shape[1]
+    dims = [*(d for d in SHOWN_DIMS if d < width), width]
+    queries = np.asarray(embeddings.X[drawn])
+    nearest: dict[tuple[int, int], list[int]] = {}  # by image and dim
+    for dim in dims:
+        found = exact_search(embeddings.X, queries, dim, NEAREST + 1).ids.tolist()
+        for image, ids in zip(drawn.tolist(), found, strict=True):
+            # A missing result is negative.
+            nearest[image, dim] = [row for row in ids if row not in (image, -1)][:NEAREST]
+
+    # ---- pictures, each read once ----
+    rows = set(drawn.tolist()).union(*nearest.values())
+    shown = np.array(sorted(rows))
+    pixels = pixels_of(dataset, shown, embeddings.meta["preprocessing"])
+    has_classes = embeddings.meta["data"]["num_classes"] > 0
+    names = embeddings.classes
+    labels = np.asarray(embeddings.y)
+    pictures = {}
+    for row, image in zip(shown.tolist(), pixels, strict=True):
+        text = name_of(names[labels[row]]) if has_classes and names else embeddings.ids[row]
+        pictures[row] = Picture(data_url(Image.fromarray(image), NEIGHBOUR), text)
+    for image in drawn.tolist():
+        by_dim = []
+        for dim in dims:
+            images = []
+            for row in nearest[image, dim]:
+                same = bool(labels[row] == labels[image]) if has_classes else None
+                images.append(Neighbour(pictures[row], same))
+            by_dim.append((dim, images))
+        evidence.neighbours.append(Neighbours(pictures[image], pictures[image].text, by_dim))
+
+
+def pixels_of(dataset, rows: np.ndarray, preprocessing: Mapping[str, Any]) -> np.ndarray:
+    """Some images as the encoder saw them, uint8 [N, S, S, 3]."""
+    from matryoshka.data import CenterCrop, Loader
+    from matryoshka.data.subset import Subset
+
+    crop = CenterCrop(preprocessing["size"], preprocessing["ratio"])
+    loader = Loader(Subset(dataset, rows), 64, order="sequential", crop=crop, num_workers=1)
+    return np.concatenate([batch.images.numpy() for batch in loader])
 
 
 def outcome_text(first: int, dims: Sequence[int]) -> str:

@@ -169,7 +169,7 @@ def _model_of_options(params: Mapping[str, Any], epochs: Mapping[int, Mapping[st
     logged = set()
     for line in epochs.values():
         for key in line:
-            match = re.fullmatch(r"top_1_(\d+)", key)
+            match = re.fullmatch(r"(?:top_1_|loss/)(\d+)", key)  # supervised, self-supervised
             if match:
                 logged.add(int(match[1]))
     if logged:

@@ -21,6 +21,8 @@ __all__ = [
     "MAX_IMAGE_BYTES",
     "Answer",
     "Evidence",
+    "Neighbour",
+    "Neighbours",
     "PageError",
     "Picture",
     "Sample",
@@ -67,11 +69,28 @@ class Sample:
     answers: list[Answer]
 
 
+class Neighbour(NamedTuple):
+    """An image near another one. same: whether it has the same class, None without classes."""
+
+    picture: Picture
+    same: bool | None
+
+
+@dataclass
+class Neighbours:
+    """An image, and the images nearest to it with prefixes of each length: (dim, nearest first)."""
+
+    picture: Picture
+    label: str
+    rows: list[tuple[int, list[Neighbour]]]
+
+
 @dataclass
 class Evidence:
     """Inputs of the page; sections without input are omitted.
 
-    results: results.json of evaluations, the first one is of the model on show (the subject).
+    results: results.json of evaluations, the first one is of the model on show (the subject); empty
+    for a self-supervised run without an evaluation.
     analysis, baselines, dims: analysis.json, baselines.json, dims.json. run: the training run of
     the subject. environment: env.json of that run. heat_map_layer: a sentence on the layer of the
     heat maps. notes: sentences below the headline.
@@ -87,6 +106,7 @@ class Evidence:
     heat_maps: list[Picture] = field(default_factory=list)
     heat_map_layer: str = ""
     samples: list[Sample] = field(default_factory=list)
+    neighbours: list[Neighbours] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 

@@ -135,7 +135,9 @@ def _y_ticks(values: Sequence[float], percent: bool) -> list[float]:
     middle = (min(values) + max(values)) / 2
     least = MIN_SPAN if percent else max(MIN_RELATIVE_SPAN * abs(middle), 1e-6)
     half = max((max(values) - min(values)) * 0.54, least / 2)
-    low = max(0.0, middle - half)
+    low = middle - half
+    if min(values) >= 0:
+        low = max(0.0, low)
     if not percent:
         return nice_ticks(low, middle + half)
     ticks = nice_ticks(low, min(100.0, middle + half))

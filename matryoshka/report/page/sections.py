@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from matryoshka.report import statements
-from matryoshka.report.page import dim_sections, paper
+from matryoshka.report.page import dim_sections, paper, ssl_sections
 from matryoshka.report.page.charts import (
     Series,
     bar_chart,
@@ -39,13 +39,11 @@ Legend = list[tuple[str, str, str]]  # (label, colour, style)
 
 def build(evidence: Evidence) -> dict[str, Any]:
     """The variables of page.html; a section without evidence is None."""
-    subject = evidence.results[0]
     analysis = evidence.analysis or {}
+    run = ssl_sections.self_supervised(evidence.run)
     return {
-        "headline": statements.headline(subject, analysis),
-        "facts": facts(subject, analysis),
-        "accuracy": accuracy(evidence.results),
-        "sets": other_sets(evidence.results),
+        **(_of_evaluation(evidence.results, analysis) or _of_run(run)),
+        "ssl": run,
         "baselines": methods(evidence.baselines),
         "training": training(evidence),
         "cascade": cascade(analysis),
@@ -58,6 +56,28 @@ def build(evidence: Evidence) -> dict[str, Any]:
         "confusion": dim_sections.class_confusion(evidence.dims),
         "maps": dim_sections.maps(evidence.dims),
         "provenance": provenance(evidence),
+    }
+
+
+def _of_evaluation(results: Sequence[Json], analysis: Json) -> dict[str, Any] | None:
+    """What comes from the results of an evaluation."""
+    if not results:
+        return None
+    return {
+        "headline": statements.headline(results[0], analysis),
+        "facts": facts(results[0], analysis),
+        "accuracy": accuracy(results),
+        "sets": other_sets(results),
+    }
+
+
+def _of_run(run: Json | None) -> dict[str, Any]:
+    """The same for a self-supervised run alone, whose classifiers nobody has trained."""
+    return {
+        "headline": ssl_sections.headline(run) if run else "",
+        "facts": ssl_sections.facts(run) if run else [],
+        "accuracy": None,
+        "sets": None,
     }
 
 
@@ -275,6 +295,8 @@ def training(evidence: Evidence) -> dict[str, Any] | None:
     run = evidence.run
     if run is None or not run.epochs:
         return None
+    if ssl_sections.method_of(run) is not None:
+        return None  # has a section of its own
     curves = run.top1()
     series = []
     for i, (name, values) in enumerate(curves.items()):
@@ -448,7 +470,7 @@ EVALUATION_FIELDS = {
 
 def provenance(evidence: Evidence) -> list[tuple[str, list[tuple[str, str]]]]:
     """Provenance of the numbers: (title, [(name, value)]) of each table."""
-    subject = evidence.results[0]
+    subject = evidence.results[0] if evidence.results else {}
     evaluation = []
     is_own = subject.get("dataset") == "V1" and subject.get("classes") != IMAGENET
     for key, name in EVALUATION_FIELDS.items():
