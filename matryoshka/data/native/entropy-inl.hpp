@@ -401,8 +401,8 @@ bool decode_blocks(DecodeJob& job) {
   int row = static_cast<int>(job.first / job.mcus_per_row);
   int column = static_cast<int>(job.first % job.mcus_per_row);
   for (int64_t mcu = job.first; mcu < job.last; ++mcu) {
-    const bool in_box =
-        job.left <= column && column < job.right && job.top <= row && row < job.bottom;
+    bool in_box = job.left <= column && column < job.right && job.top <= row && row < job.bottom;
+    if (in_box && job.wanted) in_box = job.wanted[job.box_place(row, column)];
     for (int i = 0; i < job.components; ++i) {
       DecodeJob::Component& c = job.component[i];
       for (int y = 0; y < c.v; ++y) {

@@ -30,8 +30,13 @@ struct DecodeJob {
   Component component[3];
   int mcus_per_row;              // of the image
   int left, right, top, bottom;  // the box of MCUs to decode; others are skipped
+  const uint8_t* wanted;         // whether to decode each MCU of the box, row by row; null: all
   int64_t first, last;
   bool complete;  // the segment ends with MCU `last`, and another segment follows
+
+  size_t box_place(int row, int column) const {
+    return static_cast<size_t>(row - top) * (right - left) + (column - left);
+  }
 };
 
 // A damaged block is noticed after its end: 64 codes of 16 + 15 bits, and a 64-byte margin.

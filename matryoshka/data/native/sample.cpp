@@ -88,11 +88,11 @@ Status push_rows(const Crop& crop, bool halve) {
   return Status::ok;
 }
 
-// The fastest way: from the JPEG that w.tiles has parsed to planes, and from these to the output.
-bool decode_planes(const Crop& crop, Image out) {
+// From the planes that w.baseline has decoded.
+bool resample_planes(const View& view) {
   Workspace& w = workspace();
-  if (w.baseline.decode(w.tiles, crop) != Status::ok) return false;
-  return w.plane_resampler.resample(w.baseline.views(), w.baseline.planes(), crop, out);
+  const PlaneView* planes = w.baseline.planes(view.crop);
+  return w.plane_resampler.resample(planes, w.baseline.num_planes(), view.crop, view.out);
 }
 
 // With libjpeg. parsed: w.tiles has parsed the JPEG.
@@ -133,10 +133,16 @@ Status decode_jpeg_views(Bytes bytes, const Sample& sample, bool exact, const Vi
     if (frame.width != sample.width || frame.height != sample.height)
       return Status::wrong_dimensions;
   }
+  // The fastest way: through planes, with one decode for all views, and where that fails one for
+  // each. Where this fails, too, libjpeg gets the image: it tolerates some damage and classifies
+  // the rest.
   const bool planes = parsed && !exact && w.baseline.accepts(w.tiles);
+  const auto decode = [&](const View* first, size_t n) {
+    return planes && w.baseline.decode(w.tiles, first, n) == Status::ok;
+  };
+  const bool decoded = decode(views, count);
   for (const View* view = views; view < views + count; ++view) {
-    // Where this fails, libjpeg gets the image: it tolerates some damage and classifies the rest.
-    if (planes && decode_planes(view->crop, view->out)) continue;
+    if ((decoded || (count > 1 && decode(view, 1))) && resample_planes(*view)) continue;
     const Status status = decode_rows(bytes, sample, exact, parsed, *view);
     if (status != Status::ok) return status;
   }

@@ -6,9 +6,9 @@
 #include <cstdint>
 
 #include "bytes.hpp"
-#include "crop.hpp"
 #include "image.hpp"
 #include "status.hpp"
+#include "view.hpp"
 
 namespace matryoshka {
 
@@ -21,12 +21,6 @@ struct Sample {
   uint64_t offset, size;
   uint8_t mode;
   int32_t width, height;
-};
-
-// A crop of a sample and the slot that it is resized to.
-struct View {
-  Crop crop;
-  Image out;
 };
 
 // All numbers of the sample and of its views, one or more, are checked before use. After a failure
