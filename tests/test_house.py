@@ -12,8 +12,6 @@ LIBRARY = sorted((ROOT / "matryoshka").rglob("*.py"))
 PROGRAMS = sorted([*(ROOT / "train").glob("*.py"), *(ROOT / "inference").glob("*.py")])
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 FACES = sorted(ROOT.glob("*.py"))  # names of the papers' repositories, in the root
-# Programs under the names of two repositories: a few lines that hand over to train_ssl.py.
-OTHER_NAMES = ("mrl_train.py", "train.py", "train_distributed.py")
 ALL = [*LIBRARY, *PROGRAMS, *TESTS, *sorted((ROOT / "bench").glob("*.py")), *FACES]
 
 # From the top of the library to its base: a wing imports only itself and wings below it.
@@ -91,9 +89,6 @@ def test_the_library_does_not_know_the_programs(path):
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_program_imports_no_program(path):
-    if path.name in OTHER_NAMES:
-        assert len(path.read_text().splitlines()) <= 18
-        return
     assert not wings(path) & {"train", "inference"}, f"{path} imports a program"
 
 

@@ -1,14 +1,14 @@
 """Train ReLIC + MRL-E with the flags of the repository relic: train_ssl.py under another name."""
 
+import importlib
+
 from matryoshka import config
 from matryoshka.training.ssl_options import parser
 
 
 def main() -> int:
     config.check_first(parser("relic"))  # torch takes two seconds to import
-    from matryoshka.train.train_ssl import main as train_ssl
-
-    return train_ssl(face="relic")
+    return importlib.import_module("matryoshka.train.train_ssl").main(face="relic")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def train(cfg: SimpleNamespace, world: World, images: Images, notes: Sequence[st
                         reports = session.after_step(step_loss, norm, skipped)
                         meter.update(reports, lr)
 
-                metrics = run.metrics(session.end_epoch(), meter, lr, momentum)
+                metrics = run.metrics(session, meter, lr=lr, momentum=momentum)
                 if run.is_evaluated(epoch):
                     metrics |= run.evaluation_metrics(session)
                 run.progress.print0(ssl_epoch_line(epoch, metrics, run.dims))
@@ -96,7 +96,7 @@ def train(cfg: SimpleNamespace, world: World, images: Images, notes: Sequence[st
 
         # ---- the final encoder ----
         if not metrics:  # resumed after the last epoch
-            metrics = run.evaluation_metrics(session)
+            metrics = run.evaluation_metrics(session) | {"pflop": run.pflop(epochs)}
         model = run.final_model()
         if outputs is not None:
             for line in outputs.write_final(session, model, metrics):

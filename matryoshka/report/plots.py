@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from matryoshka.report.run import Run, read_run, short_dims
+from matryoshka.report.run import Run, best_of, read_run, short_dims
 from matryoshka.report.tables import wilson_interval
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ def _plot_curve(
 
 
 def plot_run(folder: str | Path, path: str | Path) -> Figure:
-    """Plot a run as PNG: top-1 of every prefix by epoch; below it training loss and learning rate.
+    """Plot a run as PNG: top-1 of every prefix by epoch (of neighbours, in a run without labels);
+    below it training loss and learning rate.
 
     Raises OSError without params.json or log, RunError if params.json does not belong to a
     training run.
@@ -160,8 +161,10 @@ def plot_run(folder: str | Path, path: str | Path) -> Figure:
 def _plot_top1(axes: Axes, run: Run) -> None:
     from matplotlib import colormaps
 
-    epoch, best = run.best()
-    top1 = run.top1()
+    top1, what = run.top1(), "top-1 accuracy (%)"
+    if not top1 and run.neighbours():
+        top1, what = run.neighbours(), "top-1 (%) of 20 neighbours"
+    epoch, best = best_of(top1)
     averaged = run.top1("ema_")
     shades = colormaps["viridis_r"]
     # Longest prefix first: the legend lists the curves from top to bottom.
@@ -193,7 +196,7 @@ def _plot_top1(axes: Axes, run: Run) -> None:
             bbox_to_anchor=(1.01, 1),
             frameon=False,
         )
-    axes.set_ylabel("top-1 accuracy (%)")
+    axes.set_ylabel(what)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -60,14 +60,23 @@ class Run:
                 curves[name] = values
         return curves
 
+    def neighbours(self) -> dict[str, dict[int, float]]:
+        """As `top1`, of the vote of 20 nearest neighbours in a run without labels."""
+        curves = {str(d): self.column(f"knn20/{d}") for d in self.dims}
+        return {name: values for name, values in curves.items() if values}
+
     def best(self) -> tuple[int | None, dict[str, float]]:
         """The first epoch in which the longest prefix was most accurate, and every top-1 % then."""
-        top1 = self.top1()
-        if not top1:
-            return None, {}
-        longest = list(top1.values())[-1]
-        epoch = max(longest, key=lambda e: (longest[e], -e))
-        return epoch, {name: values[epoch] for name, values in top1.items() if epoch in values}
+        return best_of(self.top1())
+
+
+def best_of(curves: Mapping[str, Mapping[int, float]]) -> tuple[int | None, dict[str, float]]:
+    """The first epoch in which the last curve is highest, and the values of all then."""
+    if not curves:
+        return None, {}
+    longest = list(curves.values())[-1]
+    epoch = max(longest, key=lambda e: (longest[e], -e))
+    return epoch, {name: values[epoch] for name, values in curves.items() if epoch in values}
 
 
 def short_dims(dims: Sequence[int]) -> str:

@@ -18,7 +18,7 @@ from matryoshka.data import (
     ResidentLoader,
     open_dataset,
 )
-from matryoshka.data.crops import Crop
+from matryoshka.data.crops import Crop, as_crop
 from matryoshka.data.dataset import Dataset
 from matryoshka.data.resident import NotResidentError, suits_residence
 from matryoshka.distributed import World
@@ -95,6 +95,7 @@ def new_loader(
 
     crop: one, or one for each view.
     """
+    crop = as_crop(crop)
     options |= {"crop": crop, **loader_resources(cfg, world)}
     if cfg.data.loader == "ffcv":
         # Here, because FFCV is an optional package.

@@ -249,16 +249,29 @@ def log_line(metrics: Mapping[str, float], epoch: int) -> dict[str, float]:
     line |= {"train_loss": metrics["loss"], "epoch": epoch}
     ours = ("images_per_s", "data_wait", "val_loss")  # upstream does not have these
     line |= {name: metrics[name] for name in ours if name in metrics}
-    return line | {name: value for name, value in metrics.items() if _is_unlabelled(name)}
+    if "pflop" in metrics:  # training without labels
+        line |= {name: value for name, value in metrics.items() if _is_unlabelled(name)}
+    return line
 
 
 # Metrics of training without labels; those with a prefix are named like knn20/64.
-UNLABELLED = ("knn20", "knn200", "probe", "probe_train", "std", "alignment", "uniformity", "rank")
+UNLABELLED = (
+    "loss",
+    "knn20",
+    "knn200",
+    "probe",
+    "probe_train",
+    "std",
+    "alignment",
+    "uniformity",
+    "rank",
+)
 UNLABELLED_SCALARS = ("knn20_mean", "pflop", "momentum", "temperature")
 
 
 def _is_unlabelled(name: str) -> bool:
-    return name in UNLABELLED_SCALARS or name.partition("/")[0] in UNLABELLED
+    kind, _, prefix = name.partition("/")
+    return name in UNLABELLED_SCALARS or (bool(prefix) and kind in UNLABELLED)
 
 
 def epoch_scalars(metrics: Mapping[str, float]) -> dict[str, float]:

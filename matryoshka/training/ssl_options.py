@@ -306,17 +306,22 @@ def _translate_relic(flags: Mapping[str, Any], others: Mapping[str, Any]) -> dic
     if path is not None and _holds_images(Path(path)):
         given["data.dataset"] = path
         if name is not None:
-            given["views.size"] = RELIC_SIZES.get(RELIC_SETS.get(name, name), 192)
+            given["views.size"] = RELIC_SIZES.get(_known_name(name), 192)
     else:
         if path is not None:
             given["data.cache"] = path
         if name is not None:
-            given["data.dataset"] = RELIC_SETS.get(name, name)
+            given["data.dataset"] = _known_name(name)
     if flags.get("fp16_precision"):
         given["training.precision"] = "auto"
     if "ckpt_path" in flags:
         given[_resume_or_init(Path(flags["ckpt_path"]))] = flags["ckpt_path"]
     return given
+
+
+def _known_name(name: str) -> str:
+    """That repository's name of a data set, as `matryoshka write` knows it."""
+    return RELIC_SETS.get(name, name)
 
 
 def _holds_images(path: Path) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ from matryoshka.training.ssl_setup import (
     view_crops,
     view_options,
 )
-from matryoshka.training.ssl_step import Learner, Views, train_step
+from matryoshka.training.ssl_step import Learner, ViewMaker, train_step
 from matryoshka.training.summary import batch_notes, schedule_notes, size_text
 
 WATCHED = 2048  # images whose two views the monitors of collapse look at
@@ -149,7 +149,7 @@ class SslRun(TrainingRun[Learner]):
         if cfg.training.sync_bn:
             nn.SyncBatchNorm.convert_sync_batchnorm(self.learner)
         self._ddp = distribute(self.learner.method, self.world)
-        self._views = Views(
+        self._views = ViewMaker(
             [view_options(cfg.views, view) for view in range(cfg.views.count + cfg.views.small)],
             encoder.preprocessing,
             cfg.training.seed,
@@ -237,10 +237,12 @@ class SslRun(TrainingRun[Learner]):
         )
 
     def metrics(
-        self, means: Mapping[str, Any], meter: EpochMeter, lr: float, momentum: float
+        self, session: Session, meter: EpochMeter, *, lr: float, momentum: float
     ) -> dict[str, float]:
         """The metrics of an epoch's training steps, under the names of `run_folder`."""
+        means = session.end_epoch()
         metrics = {"loss": means["loss"], "lr": lr, **meter.metrics(means["images"])}
+        metrics["pflop"] = self.pflop(session.loop.epoch + 1)
         for dim, loss in zip(self.dims, means["prefix_loss"], strict=True):
             metrics[f"loss/{dim}"] = loss
         for dim, right in zip(self.dims, means.get("right", ()), strict=False):
@@ -254,12 +256,18 @@ class SslRun(TrainingRun[Learner]):
 
     def pflop(self, epochs: int) -> float:
         """PFLOP of this many epochs: of the encoders and projectors, all views."""
+        trained, target = self._macs
+        return pflop(trained, target, epochs * self.steps * self.global_batch)
+
+    @cached_property
+    def _macs(self) -> tuple[int, int]:
+        """Multiply-adds of an image in what is trained, and in the target."""
         method, views = self.learner.method, self.cfg.views
         sizes = [views.size] * views.count + [views.small_size] * views.small
         counts = {size: module_multiply_adds(method.online, size) for size in set(sizes)}
         trained = sum(counts[sizes[v]] for v in method.query_views(len(sizes), views.count))
         target = sum(counts[sizes[v]] for v in method.key_views(views.count))
-        return pflop(trained, target, epochs * self.steps * self.global_batch)
+        return trained, target
 
     # ---------------------------------------------------------------- evaluation
 
@@ -273,7 +281,7 @@ class SslRun(TrainingRun[Learner]):
         """Metrics of the encoder's embeddings; warns of a collapse."""
         result = self.evaluate(session)
         self.progress.forecast.add_evaluation(result.seconds / self.cfg.validation.every)
-        metrics = {"val_time": result.seconds, "pflop": self.pflop(session.loop.epoch + 1)}
+        metrics = {"val_time": result.seconds}
         for dim, values in result.monitors.items():
             metrics |= {f"{name}/{dim}": value for name, value in values.items()}
         for k in (20, 200):
@@ -324,7 +332,7 @@ class SslRun(TrainingRun[Learner]):
             num_workers=loader_resources(cfg, self.world)["num_workers"],
             device=self.world.device,
         )
-        two = Views(
+        two = ViewMaker(
             [view_options(cfg.views, view) for view in range(2)],
             self.encoder.preprocessing,
             cfg.training.seed,

@@ -35,7 +35,7 @@ class Learner(nn.Module):
         self.probe = probe
 
 
-class Views:
+class ViewMaker:
     """Makes the views of a batch on its device. options: one for each view.
 
     A view is a pure function of (seed, epoch, sample, view); the loader has cropped and flipped.
@@ -71,7 +71,7 @@ def train_step(
     ddp: nn.Module,
     state: TrainState[Learner],
     guard: NonFiniteGuard,
-    views: Views,
+    views: ViewMaker,
     momentum: float,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:

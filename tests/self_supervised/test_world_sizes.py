@@ -62,7 +62,7 @@ def step(name, world):
     ssl_step.train_step(
         batch, 0.0, cfg=cfg, world=world, ddp=ddp, state=state,
         guard=NonFiniteGuard(learner, world.device),
-        views=ssl_step.Views([ViewOptions(flip=0)] * 2, Preprocessing(), 0),
+        views=ssl_step.ViewMaker([ViewOptions(flip=0)] * 2, Preprocessing(), 0),
         momentum=0.5, precision="fp32",
     )
     totals = distributed.sum_over_ranks(state.sums.totals, world)
