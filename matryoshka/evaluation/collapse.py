@@ -23,8 +23,7 @@ MONITORS = ("std", "alignment", "uniformity", "rank")
 # Embeddings with a mean direction of length m have a std of about sqrt(1 - m^2): 0.1 means that a
 # random pair has a cosine of 0.99.
 STD_FLOOR = 0.1
-# Of the d directions that a prefix has. The embeddings of working methods have several times as
-# many (RankMe, arXiv 2210.02885, figures 2 to 4).
+# Of the d directions that a prefix has: with fewer, a tenth of its length would say as much.
 RANK_SHARE = 0.1
 # A line has rank 1; of a short prefix, a tenth of its length would never be reached.
 RANK_FLOOR = 1.5

@@ -466,7 +466,7 @@ def test_a_method_without_values_is_reported(checkpoints, digits, tmp_path, caps
         (["--shots=0"], ["--shots 0"]),
         (["--shots=500"], ["500 shots", "only"]),
         (["--ways=11", "--only=ncm"], ["11 ways", "2 to 10"]),
-        (["--only=1nn,knn"], ["--only 1nn,knn", "'knn' is unknown", "1nn, ncm"]),
+        (["--only=1nn,5nn"], ["--only 1nn,5nn", "'5nn' is unknown", "1nn, ncm"]),
         (["--only="], ["--only '': expected one or more values", "1nn, ncm"]),
         (["--dims="], ["--dims '': expected one or more values"]),
         (["--only=svd", "--path={mrl}"], ["--only svd", "one classifier", "mrl"]),
