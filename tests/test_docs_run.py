@@ -37,6 +37,7 @@ PARSED_ONLY = {
     r"matryoshka\.fit\(": "takes its minutes; tests/fitting/test_fit.py runs it",
     r"dataset=(cifar|stl|tiny|hf:)": "a download; tests/data/test_small_sets.py writes the like",
     r"labels\.csv|resnet34": "tests/fitting/test_fit.py runs the like",
+    r"import transformers|from (lightly|transformers)": "tests/data/test_trainers.py runs it",
     r"matryoshka sweep": "trains many models; tests/training/test_sweeps.py runs it",
     r"licence": "a column that the reader has added",
 }
