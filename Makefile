@@ -1,7 +1,7 @@
 # make setup | demo | test | test-slow | test-oldest | lint | format | tidy | docs | wheel | fuzz | chaos | interop |
-# bench-peers | bench
-# Every target sets up what it needs first. PYTHON=python3.12 selects the interpreter; interop, bench-peers and
-# test-oldest always use Python 3.11.
+# trainers | bench-peers | bench
+# Every target sets up what it needs first. PYTHON=python3.12 selects the interpreter; interop, trainers,
+# bench-peers and test-oldest always use Python 3.11.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard matryoshka/data/native/* matryoshka/retrieval/native/*)
@@ -15,7 +15,7 @@ UV_OLDEST := $(BIN)/uv pip install --quiet --python $(OLDEST)/bin/python
 UNINSTALL := $(BIN)/uv pip uninstall --quiet --python
 OLD_NAME := matryoshka
 
-.PHONY: setup setup-dev demo test test-slow test-oldest lint format tidy docs wheel fuzz chaos interop bench-peers bench clean
+.PHONY: setup setup-dev demo test test-slow test-oldest lint format tidy docs wheel fuzz chaos interop trainers bench-peers bench clean
 .DEFAULT_GOAL := setup
 
 # Container images often set this. Without bytecode each process that imports torch compiles 1,500 modules: tests take
@@ -138,6 +138,10 @@ $(FFCV)/.ready-peers: requirements-peers.txt $(FFCV)/.ready
 # The reader reads files from the real FFCV, and the real FFCV reads files from the writer.
 interop: $(FFCV)/.ready
 	OMP_NUM_THREADS=1 $(FFCV)/bin/python -m pytest -q tests/data/test_interop.py $(PYTEST_ARGS)
+
+# lightly and Hugging Face's Trainer, on our data: the examples of docs/loader.md
+trainers: $(FFCV)/.ready-peers
+	OMP_NUM_THREADS=1 $(FFCV)/bin/python -m pytest -q tests/data/test_trainers.py $(PYTEST_ARGS)
 
 bench-peers: $(FFCV)/.ready-peers
 

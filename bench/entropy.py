@@ -7,6 +7,8 @@ import re
 import numpy as np
 
 from matryoshka.data import BetonFile, RandomResizedCrop
+from matryoshka.data.dataset import Dataset
+from matryoshka.data.layout import Samples
 
 MARGIN = 2  # pixels around the crop that chroma upsampling reads
 _RESTART = re.compile(b"\xff[\xd0-\xd7]")
@@ -61,14 +63,39 @@ def _layout(stream: bytes) -> tuple[int, int, int, int, int, int]:
             return width, height, unit_w, unit_h, interval, at
 
 
+def streams_of(samples: Samples) -> list[bytes]:
+    """The stored bytes of every image."""
+    places = zip(samples.offset.tolist(), samples.size.tolist(), strict=True)
+    return [samples.data[at : at + n].tobytes() for at, n in places]
+
+
+def needed_by_views(data: Dataset, size: int, views: int) -> tuple[float, float]:
+    """Mean bytes needed of a JPEG image for that many RandomResizedCrop(size): (together, with a
+    decode for each of them).
+    """
+    index = np.arange(len(data))
+    (samples,) = data.fetch(index)
+    streams = streams_of(samples)
+    crop = RandomResizedCrop(size)
+    rows = [crop.crops(samples.width, samples.height, index, 0, 0, view=v) for v in range(views)]
+    together = 0
+    apart = 0
+    for i, stream in enumerate(streams):
+        furthest: dict[int, int] = {}  # first byte of a segment: the end of what is needed of it
+        for crops in rows:
+            x, y, w, h, _ = crops[i].tolist()
+            for start, end in needed_parts(stream, (x, y, w, h)):
+                furthest[start] = max(end, furthest.get(start, 0))
+                apart += end - start
+        together += sum(end - start for start, end in furthest.items())
+    return together / len(streams), apart / len(streams)
+
+
 def mean_needed(data: BetonFile, size: int, epochs: int = 4) -> tuple[float, float]:
     """Mean (bytes needed, bytes stored) of a JPEG image of `data` for RandomResizedCrop(size)."""
     index = np.arange(len(data))
     (samples,) = data.fetch(index)
-    streams = [
-        samples.data[at : at + n].tobytes()
-        for at, n in zip(samples.offset.tolist(), samples.size.tolist(), strict=True)
-    ]
+    streams = streams_of(samples)
     needed = []
     for epoch in range(epochs):
         crops = RandomResizedCrop(size).crops(samples.width, samples.height, index, 0, epoch)

@@ -26,14 +26,23 @@ from typing import NamedTuple
 # it is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import numpy as np
 import peers
 import torch
-from entropy import mean_needed
+from entropy import mean_needed, needed_by_views
 from material import Material, kilobytes, write_many
 from measure import OURS, Block, Outcome, Run, rate, ratio, take_turns
 from record import append, spread
 
-from matryoshka.data import BetonFile, ImageFolder, write_beton
+from matryoshka.data import (
+    BetonFile,
+    ImageFolder,
+    RandomResizedCrop,
+    _native,
+    open_dataset,
+    write_beton,
+)
+from matryoshka.data.dataset import Dataset
 from matryoshka.data.writer import WriteOptions
 
 BATCH = 64
@@ -69,6 +78,9 @@ CASES = {
         "pad", 32, "small", ("FFCV", "torchvision PIL"), {"torchvision PIL": 3}
     ),
 }
+# Two views of every photo: the file, and the least speed as a multiple of a decode for each view.
+VIEWS = {"two views 224": ("jpg", 1.2), "two views 224, no markers": ("folder", 1.4)}
+VIEW_BY_VIEW = "view by view"
 WRITERS = {"write": 1.5, "write, lossless": 6.0}
 OPEN = "open 1.28 M"
 
@@ -91,11 +103,13 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--blocks", type=int, default=5)
     p.add_argument("--images", type=int, default=450, help="least photos in a block, by repetition")
     p.add_argument("--many", type=int, default=MANY, help="samples of the file that is opened")
-    p.add_argument("--cases", nargs="+", choices=[*CASES, *WRITERS, OPEN], help="default: all")
+    p.add_argument(
+        "--cases", nargs="+", choices=[*CASES, *VIEWS, *WRITERS, OPEN], help="default: all"
+    )
     p.add_argument("--peers", nargs="*", choices=ALL, default=ALL, help="default: all")
     p.add_argument("--no-record", action="store_true", help="do not append to bench/results/")
     args = p.parse_args(argv)
-    names = args.cases or [*CASES, *WRITERS, OPEN]
+    names = args.cases or [*CASES, *VIEWS, *WRITERS, OPEN]
     torch.set_num_threads(1)
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -112,6 +126,8 @@ def main(argv: list[str] | None = None) -> int:
                 options = {"blocks": args.blocks, "chosen": args.peers, "table": table}
                 if name in CASES:
                     loading(name, material, threads, **options)
+                elif name in VIEWS:
+                    viewing(name, material, threads, blocks=args.blocks, table=table)
                 elif name in WRITERS:
                     writing(name, material, threads, **options)
         table.scaling()
@@ -130,7 +146,7 @@ class Table:
         self.failed: dict[str, str] = {}
         self._wall: dict[str, dict[int, float]] = {}  # case: {threads: our images/s}
         print(
-            f"{'case':24} {'threads':>7} {'ratio':>6} {'goal':>5}  {'peer':24} "
+            f"{'case':25} {'threads':>7} {'ratio':>6} {'goal':>5}  {'peer':24} "
             f"{'ours':>7} {'peer':>7}  images per CPU second   {'wall':>6}",
             flush=True,
         )
@@ -168,7 +184,7 @@ class Table:
             )
         if len(blocks) == len(ours):
             print(
-                f"{case:24} {threads:7d} {'':6} {'':5}  {'(no peer)':24} {rate(blocks[OURS]):7.0f}",
+                f"{case:25} {threads:7d} {'':6} {'':5}  {'(no peer)':24} {rate(blocks[OURS]):7.0f}",
                 flush=True,
             )
 
@@ -186,7 +202,7 @@ class Table:
         value = ratio(ours, theirs)
         mark = "" if goal is None else f"{goal:g}x" + ("" if value >= goal else "!")
         print(
-            f"{case:24} {threads:7d} {value:5.2f}x {mark:>5}  {peer:24} {rate(ours):7.0f} "
+            f"{case:25} {threads:7d} {value:5.2f}x {mark:>5}  {peer:24} {rate(ours):7.0f} "
             f"{rate(theirs):7.0f}  "
             f"{'':20} {ratio(ours, theirs, 'wall'):5.2f}x",
             flush=True,
@@ -263,6 +279,56 @@ def loading(
             }
             | {"needed_kB": needed / 1e3, "stored_kB": stored / 1e3}
         )
+
+
+def viewing(name: str, m: Material, threads: int, *, blocks: int, table: Table) -> None:
+    """Measure one of VIEWS against our own loader that decodes view by view, and what decoding is
+    of the work.
+    """
+    file, goal = VIEWS[name]
+    task = peers.Task("two views", 224, BATCH, m, getattr(m, file))
+    make = {
+        OURS: partial(peers.ours, task, threads),
+        VIEW_BY_VIEW: partial(peers.ours, task, threads, None, peers.ViewByView),
+    }
+    table.add(name, threads, take_turns(make, blocks), {VIEW_BY_VIEW: goal}, size=task.size)
+    if threads > 1:
+        return
+    data = open_dataset(task.file)
+    share = decoding_share(data, task.size, blocks)
+    together, apart = needed_by_views(data, task.size, 2)
+    print(
+        f"{name}: decoding is {share:.0%} of the work of one view; both together need "
+        f"{together / apart:.0%} of the bytes that they need one by one",
+        flush=True,
+    )
+    row = {"bench": "loader", "case": f"{name}: decoding", "peer": VIEW_BY_VIEW, "share": share}
+    table.rows.append(row | {"together_kB": together / 1e3, "apart_kB": apart / 1e3})
+
+
+def decoding_share(data: Dataset, size: int, blocks: int) -> float:
+    """The part of the CPU time of a view that is decoding. The rest, resampling, is what one more
+    view with the same crop costs.
+    """
+    more = 8
+    index = np.arange(len(data))
+    (samples,) = data.fetch(index)
+    crops = RandomResizedCrop(size).crops(samples.width, samples.height, index, 0, 0)
+    out = [np.empty((len(index), size, size, 3), np.uint8) for _ in range(1 + more)]
+    pool = _native.Pool(1)
+
+    def views(count: int) -> Run:
+        rows = np.stack([crops] * count)
+
+        def run() -> int:
+            _native.decode_views(pool, *samples[:6], rows, out[:count], False)
+            return len(index)
+
+        return run
+
+    turns = take_turns({"one": lambda: views(1), "many": lambda: views(1 + more)}, blocks)
+    one, many = (1 / rate(turns.blocks[name]) for name in ("one", "many"))
+    return 1 - (many - one) / more / one
 
 
 def writing(

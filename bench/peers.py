@@ -28,14 +28,15 @@ from torchvision.transforms import InterpolationMode, v2
 
 from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader, RandomResizedCrop, _native
 from matryoshka.data.crops import PadCrop
+from matryoshka.data.layout import Samples
 
 INSTALL = "make bench-peers"
 PASSES = 3  # over the photos in one epoch of FFCV, which allocates all its buffers at every epoch
 
 
 class Task(NamedTuple):
-    """crop: random, center or pad. size: pixels per side of the output. file: the .beton for our
-    loader and FFCV's.
+    """crop: random, center, pad, or two random ones of every image ("two views"). size: pixels per
+    side of the output. file: for our loader and FFCV's.
     """
 
     crop: str
@@ -55,17 +56,37 @@ def need(*modules: str) -> None:
             raise Missing(f"{module} is not installed ({INSTALL})")
 
 
-def ours(task: Task, threads: int, file: Path | None = None) -> Run:
-    crops = {"random": RandomResizedCrop, "center": CenterCrop, "pad": PadCrop}
+def ours(
+    task: Task, threads: int, file: Path | None = None, loader_class: type[Loader] = Loader
+) -> Run:
+    crops = {
+        "random": RandomResizedCrop,
+        "center": CenterCrop,
+        "pad": PadCrop,
+        "two views": lambda size: [RandomResizedCrop(size)] * 2,
+    }
     order = "sequential" if task.crop == "center" else "random"
-    loader = Loader(
+    loader = loader_class(
         file or task.file,
         task.batch,
         order=order,
         crop=crops[task.crop](task.size),
         num_workers=threads,
     )
-    return lambda: sum(len(batch.images) for batch in loader)
+    return lambda: sum(len(batch.labels) for batch in loader)
+
+
+class ViewByView(Loader):
+    """Our loader with a decode for every view."""
+
+    def _decode(
+        self, samples: Samples, crops: np.ndarray, views: list[np.ndarray], exact: bool
+    ) -> np.ndarray:
+        status = [
+            super(ViewByView, self)._decode(samples, crops[v : v + 1], [view], exact)
+            for v, view in enumerate(views)
+        ]
+        return np.max(status, axis=0)
 
 
 def ffcv(task: Task, threads: int, file: Path | None = None) -> Run:

@@ -38,6 +38,7 @@ PARSED_ONLY = {
     r"matryoshka\.fit\(": "takes its minutes; tests/fitting/test_fit.py runs it",
     r"(dataset=|--data )(cifar|stl|tiny|hf:)": "a download; see tests/data/test_small_sets.py",
     r"labels\.csv|resnet34": "tests/fitting/test_fit.py runs the like",
+    r"import transformers|from (lightly|transformers)": "tests/data/test_trainers.py runs it",
     r"matryoshka sweep": "trains many models; tests/training/test_sweeps.py runs it",
     r"licence": "a column that the reader has added",
 }

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matryoshka.data.split import stratified_split
     from matryoshka.data.state import StateError
     from matryoshka.data.subset import Subset
+    from matryoshka.data.torch_datasets import IterableDataset, TorchDataset
     from matryoshka.data.writer import write_beton
 
 __all__ = [
@@ -26,12 +27,14 @@ __all__ = [
     "CenterCrop",
     "Digits",
     "ImageFolder",
+    "IterableDataset",
     "Loader",
     "PadCrop",
     "RandomResizedCrop",
     "ResidentLoader",
     "StateError",
     "Subset",
+    "TorchDataset",
     "WriterConfig",
     "image_files",
     "named_dataset",
@@ -57,6 +60,7 @@ __getattr__ = lazy.attribute(
         "split": ("stratified_split",),
         "state": ("StateError",),
         "subset": ("Subset",),
+        "torch_datasets": ("IterableDataset", "TorchDataset"),
         "writer": ("write_beton",),
     },
 )

@@ -40,6 +40,7 @@ def test_the_loader_bench(capsys, monkeypatch, tmp_path):
         "small 32, pad-crop ",
         "torchvision PIL ",
         "physical limit: ",
+        "two views 224, no markers: decoding is ",
         "open 1,000",
     ):
         assert words in said

@@ -154,27 +154,28 @@ def test_no_byte_depends_on_workers_ranks_and_resumes(sources, kind, crop):
     whole.epoch = 2
     expected = pixels_of(whole)
     assert len(expected) == 20
-    for workers in (1, 2, 4):
-        for world in (1, 2, 3):
-            ranks = [
-                make(path, 6, num_workers=workers, rank=r, world=world, **options)
-                for r in range(world)
-            ]
-            for stop in range(len(whole) + 1):  # batches before the interruption
-                found = {}
-                for rank in ranks:
-                    rank.epoch = 2
-                    started = iter(rank)
-                    for batch in itertools.islice(started, stop):
-                        views = as_list(batch)
-                        for row, index in enumerate(batch.index.tolist()):
-                            found[index] = b"".join(view[row].tobytes() for view in views)
-                    state = rank.state_dict()
-                    del started
-                    rank.load_state_dict(state)
-                    if state["epoch"] == 2:
-                        found |= pixels_of(rank)
-                assert found == expected, f"{workers} workers, {world} ranks, resumed at {stop}"
+    for workers, world in itertools.product((1, 2, 4), (1, 2, 3)):
+        if kind == "resident" and workers > 1:
+            continue  # it decodes before the first epoch: threads have no part in the batches
+        ranks = [
+            make(path, 6, num_workers=workers, rank=r, world=world, **options) for r in range(world)
+        ]
+        # batches before the interruption; a resident loader resumes by the same code
+        for stop in (0, 2) if kind == "resident" else range(len(whole) + 1):
+            found = {}
+            for rank in ranks:
+                rank.epoch = 2
+                started = iter(rank)
+                for batch in itertools.islice(started, stop):
+                    views = as_list(batch)
+                    for row, index in enumerate(batch.index.tolist()):
+                        found[index] = b"".join(view[row].tobytes() for view in views)
+                state = rank.state_dict()
+                del started
+                rank.load_state_dict(state)
+                if state["epoch"] == 2:
+                    found |= pixels_of(rank)
+            assert found == expected, f"{workers} workers, {world} ranks, resumed at {stop}"
 
 
 def test_other_sizes_between_epochs(sources):

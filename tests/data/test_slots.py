@@ -50,6 +50,23 @@ def test_the_ring_waits_for_the_copy_out_of_a_buffer_and_for_no_other():
     assert log == [0, 1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("sizes", [(5, 5), (4,), (7, 3, 3), (1, 2)])
+def test_views_in_one_piece(sizes):
+    piece = torch.zeros(batch_bytes(3, sizes) + 5, dtype=torch.uint8)
+    images, numbers = batch_views(piece, 3, sizes)
+    assert [tuple(view.shape) for view in images] == [(3, side, side, 3) for side in sizes]
+    if len(set(sizes)) == 1:
+        assert images.is_contiguous()
+    for number, view in enumerate(images, 1):
+        view.fill_(number)
+    numbers.fill_(-1)
+    for number, side in enumerate(sizes, 1):
+        assert int((piece == number).sum()) == 9 * side * side, "views overlap"
+    gap = batch_bytes(3, sizes) - int((piece > 0).sum())
+    assert gap < 8, f"{gap} bytes are not used: parts overlap, or are not adjacent"
+    assert not piece[batch_bytes(3, sizes) :].any()
+
+
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (3, 5), (0, 7), (8, 4)])
 def test_a_batch_in_one_piece(count, size):
     piece = torch.zeros(batch_bytes(count, size) + 5, dtype=torch.uint8)
@@ -81,8 +98,14 @@ def test_host_slots_are_used_again_when_nobody_looks():
     )  # buffers of another size are let go
 
 
+TWO = [RandomResizedCrop(32), RandomResizedCrop(32)]
+SEVERAL = [*TWO, RandomResizedCrop(17)]
+
+
 @needs_cuda
-@pytest.mark.parametrize("image", [RandomResizedCrop(32), CenterCrop(20), PadCrop(32)])
+@pytest.mark.parametrize(
+    "image", [RandomResizedCrop(32), CenterCrop(20), PadCrop(32), TWO, SEVERAL]
+)
 def test_batches_on_a_gpu_equal_those_on_the_cpu(digits, image):
     options = {"order": "random", "crop": image, "seed": 3}
     host, device = (
@@ -96,11 +119,14 @@ def test_batches_on_a_gpu_equal_those_on_the_cpu(digits, image):
             assert b.images.is_cuda
             kept.append((a, b))
     for a, b in kept:  # nothing that was handed out was overwritten
-        assert all(torch.equal(x, y.cpu()) for x, y in zip(a, b, strict=True))
+        assert torch.equal(a.index, b.index.cpu())
+        assert torch.equal(a.labels, b.labels.cpu())
+        assert len(a.images) == len(b.images)
+        assert all(torch.equal(x, y.cpu()) for x, y in zip(a.images, b.images, strict=True))
 
 
 @needs_cuda
-@pytest.mark.parametrize("image", [RandomResizedCrop(32), PadCrop(32)])
+@pytest.mark.parametrize("image", [RandomResizedCrop(32), PadCrop(32), TWO, SEVERAL])
 def test_resident_batches_on_a_gpu(digits, image):
     options = {"order": "random", "crop": image, "seed": 3}
     host = ResidentLoader(digits["train"], 24, **options)
@@ -109,6 +135,7 @@ def test_resident_batches_on_a_gpu(digits, image):
     ):
         assert torch.equal(a.index, b.index.cpu())
         assert torch.equal(a.labels, b.labels.cpu())
-        assert (a.images.int() - b.images.cpu().int()).abs().max() <= 1, (
-            "pixels differ by more than one level"
-        )
+        for x, y in zip(a.images, b.images, strict=True):
+            assert (x.int() - y.cpu().int()).abs().max() <= 1, (
+                "pixels differ by more than one level"
+            )
