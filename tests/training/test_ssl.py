@@ -18,7 +18,7 @@ from matryoshka.checkpoint import load_model
 from matryoshka.data import CenterCrop, Loader
 from matryoshka.evaluation.predict import extract_features
 from matryoshka.ssl import METHODS
-from matryoshka.training import ssl_options, ssl_outputs, ssl_run, ssl_setup, ssl_step
+from matryoshka.training import snapshot, ssl_options, ssl_outputs, ssl_run, ssl_setup, ssl_step
 from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.watch import REQUEUE
 
@@ -129,6 +129,20 @@ def test_every_method_trains(digits, method, monkeypatch):
     values = [value for line in lines for value in line.values()]
     assert np.isfinite([v for v in values if isinstance(v, float)]).all()
     assert load_model(run / "model.safetensors").dims == DIMS
+
+
+@pytest.mark.parametrize("method", ["byol", "moco"])
+def test_gradients_are_accumulated(digits, method):
+    """The keys of every part of a step enter the queue."""
+    more = ["--batch-size=50", "--training.global_batch_size=100", "--epochs=1"]
+    assert train_ssl.main(command(digits, method, *more)) == 0
+    checkpoint = snapshot.read(Path("ssl_runs/run/checkpoints/last.safetensors"))
+    assert checkpoint.metadata["progress"]["step"] == 4
+    if method == "moco":
+        keys = checkpoint.tensors["model.method.queue.keys"]
+        first = snapshot.read(Path("ssl_runs/run/checkpoints/step_0.safetensors"))
+        before = first.tensors["model.method.queue.keys"]
+        assert not (keys == before).any(), "400 keys have replaced all of the start"
 
 
 def test_photos_without_classes(tmp_path, photo, capsys):

@@ -154,7 +154,7 @@ def facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         shown.append((number(last[1]["rank"]), f"effective rank, {last[0]} dimensions"))
     shown.append((f"{found['epochs']:,}", "epochs"))
     if found["pflop"] is not None:
-        shown.append((number(found["pflop"]), "PFLOP of training"))
+        shown.append((f"{found['pflop']:.2g}", "PFLOP of training"))
     return shown
 
 
