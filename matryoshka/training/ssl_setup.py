@@ -21,7 +21,7 @@ from matryoshka.data.named import named_dataset, part_of
 from matryoshka.data.resident import MAX_SIDE
 from matryoshka.data.sources import open_images
 from matryoshka.data.views import ViewOptions
-from matryoshka.models import FAMILIES, ModelSpec, model_spec
+from matryoshka.models import FAMILIES, ModelSpec, model_spec, option_names
 from matryoshka.models.resnets import RESNETS
 from matryoshka.ssl.options import ACCUMULATES, MULTI_CROP, SslConfig, ViewsConfig
 from matryoshka.training.checks import check_device_options, global_batch_size
@@ -80,7 +80,7 @@ def resolved(cfg: SimpleNamespace) -> tuple[SimpleNamespace, list[str]]:
     cfg.data = _with_data(cfg)
     side = _common_side(open_images([cfg.data.train_dataset]))
     cfg.views = _with_sizes(cfg.views, side)
-    cfg.model, notes = _with_stem(cfg.model, cfg.views.size)
+    cfg.model, notes = _with_net_options(cfg.model, cfg.views.size)
     validation = cfg.validation
     if not validation.resolution:
         validation = replace(validation, resolution=cfg.views.size)
@@ -214,9 +214,14 @@ def _odd(pixels: float) -> int:
     return max(3, 2 * round((pixels - 1) / 2) + 1)
 
 
-def _with_stem(model: Any, size: int) -> tuple[Any, list[str]]:
-    """Section `model` with a 3x3 stem where a ResNet of torchvision meets small images."""
+def _with_net_options(model: Any, size: int) -> tuple[Any, list[str]]:
+    """Section `model` for views of `size` pixels, and a note: a 3x3 stem where a ResNet of
+    torchvision meets small images; the number of a transformer's patches.
+    """
     given = {pair.partition("=")[0] for pair in model.arch_options or ()}
+    if "image_size" in (option_names(model.arch) or ()) and "image_size" not in given:
+        options = (*(model.arch_options or ()), f"image_size={size}")
+        return replace(model, arch_options=options), []
     pretrained = model.pretrained or model.init
     if model.arch not in RESNETS or size > SMALL_STEM_UP_TO or "small_stem" in given or pretrained:
         return model, []
