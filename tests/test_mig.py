@@ -45,7 +45,7 @@ def nvidia_smi(tmp_path, monkeypatch):
         monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
 
     mig.use_own_slice.cache_clear()
-    # Whatever the code under test sets is undone.
+    # What the code under test sets is undone.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     yield install

@@ -278,6 +278,7 @@ def test_options_that_a_resumed_run_may_change():
         "dist.world_size",
         "dist.address",
         "dist.port",
+        "dist.backend",
     }
 
 
