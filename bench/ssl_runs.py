@@ -93,14 +93,16 @@ def of_pixels(train: str, test: str) -> float:
     known, known_labels = pixels(train)
     asked, labels = pixels(test)
     width = known.shape[1]
+    # Less the mean image, whose share of every cosine is large: 46 % instead of 35 % on CIFAR-10.
+    known, asked = known - known.mean(0), asked - known.mean(0)
     return weighted_knn(known, known_labels, asked, labels, [width], k=(20,))[width][20]
 
 
 def pixels(path: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(pixels minus their mean [N, 3 x PIXELS^2], labels [N]) of a data set."""
+    """(pixels [N, 3 x PIXELS^2], labels [N]) of a data set."""
     loader = Loader(open_images([path]), 1000, order="sequential", crop=CenterCrop(PIXELS, 1.0))
     images, labels = zip(*((b.images.flatten(1).float(), b.labels) for b in loader), strict=True)
-    return torch.cat(images) - 128, torch.cat(labels)
+    return torch.cat(images), torch.cat(labels)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ map       mAP@10 of the nearest training images, in percent
 lp        a linear probe of each prefix, fitted until its gradient is small; the gradient is shown
 ncm       as above
 pca-, rand-, pixels-    the same of PCA to K numbers (of the training images' features), of K random
-          features (--draws draws), and of all pixels of copies of 32 x 32 pixels
+          features (--draws draws), and of all pixels of copies of 32 x 32 pixels, less their mean
 
 This protocol also takes two folders of matryoshka embed, without --path:
 

@@ -1,7 +1,8 @@
 """Slices of GPUs (NVIDIA's Multi-Instance GPU, MIG): each local rank gets one of its own.
 
-CUDA shows a process a single slice, whichever CUDA_VISIBLE_DEVICES lists (NVIDIA MIG User Guide,
-"CUDA Device Enumeration"). Ranks that share a machine would therefore all work on the first slice.
+CUDA shows a process a single slice, even if CUDA_VISIBLE_DEVICES lists several (NVIDIA MIG User
+Guide, "CUDA Device Enumeration"). Ranks that share a machine would therefore all work on the first
+slice.
 """
 
 from __future__ import annotations

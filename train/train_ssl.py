@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None, face: str = "ssl") -> int:
     if processes > 1:
         script = Path(__file__).with_name(FACE_FILES[face]).resolve()
         return distributed.launch(processes, cfg.dist, str(script), argv)
-    with distributed.joined(cfg.training.device) as world:
+    with distributed.joined(cfg.training.device, cfg.dist.backend) as world:
         try:
             train(cfg, world, images, notes)
         except Stopped as stopped:
@@ -85,7 +85,7 @@ def train(cfg: SimpleNamespace, world: World, images: Images, notes: Sequence[st
 
                 metrics = run.metrics(session, meter, lr=lr, momentum=momentum)
                 if run.is_evaluated(epoch):
-                    metrics |= run.evaluation_metrics(session)
+                    metrics |= run.evaluation_metrics(session, last=epoch == epochs - 1)
                 run.progress.print0(ssl_epoch_line(epoch, metrics, run.dims))
                 run.progress.announce(session.loop.step)
                 run.write_probe()
@@ -96,7 +96,7 @@ def train(cfg: SimpleNamespace, world: World, images: Images, notes: Sequence[st
 
         # ---- the final encoder ----
         if not metrics:  # resumed after the last epoch
-            metrics = run.evaluation_metrics(session) | {"pflop": run.pflop(epochs)}
+            metrics = run.evaluation_metrics(session, last=True) | {"pflop": run.pflop(epochs)}
         model = run.final_model()
         if outputs is not None:
             for line in outputs.write_final(session, model, metrics):

@@ -110,7 +110,7 @@ def fallen(history: Sequence[Monitors], *, images: int | None = None) -> list[st
     rank cannot exceed their number. Has fallen: any value that is not finite; a std below
     STD_FLOOR; a rank below RANK_SHARE of its largest possible value, or below RANK_FLOOR; a std,
     a rank or minus the uniformity below FALL times its best value so far. Alignment falls in
-    training and in collapse alike: it says nothing.
+    training and in collapse alike, so it proves nothing.
     """
     if not history:
         return []

@@ -187,11 +187,17 @@ def of_random_features(measure: Measure, inputs: BaselineInputs) -> dict[str, Ro
 
 
 def of_pixels(measure: Measure, inputs: BaselineInputs) -> dict[str, Row]:
-    """The measure of the pixels of small copies, all of them: a row with a single value."""
+    """The measure of the pixels of small copies, all of them: a row with a single value.
+
+    The training images' mean is subtracted. Otherwise brightness decides: 35.0 % instead of 46.6 %
+    with 20 neighbours on 1,000 test images of CIFAR-10.
+    """
     if inputs.pixels is None:
         return {}
-    train, val = inputs.pixels()
-    width = train.features.shape[1]
+    pixels = inputs.pixels()
+    mean = pixels[0].features.mean(0)
+    train, val = (Split(part.features - mean, part.labels) for part in pixels)
+    width = len(mean)
     return measure(replace(inputs, model_name="Pixels", dims=(width,), train=train, val=val))
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from matryoshka import config
 from matryoshka.config import MixedParser, flat_parser, option
 from matryoshka.models.options import ModelConfig
-from matryoshka.runtime import DistConfig
+from matryoshka.runtime import BACKENDS, DistConfig
 from matryoshka.ssl.options import METHODS, SslConfig, ViewsConfig
 from matryoshka.training.options import (
     EvaluationCrop,
@@ -25,7 +25,6 @@ from matryoshka.training.options import (
     ReadingConfig,
 )
 
-BACKENDS = ("gloo", "nccl")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -57,6 +56,12 @@ class SslValidationConfig(EvaluationCrop):
         high=1,
     )
     every: int = option(5, help="epochs between two evaluations", low=1, affects_result=False)
+    queries: int = option(
+        2_000,
+        help="images to evaluate on during the run; after the last epoch it is all of them",
+        low=1,
+        affects_result=False,
+    )
     bank: int = option(
         50_000,
         help="training images among which neighbours are looked for",

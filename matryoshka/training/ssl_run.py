@@ -277,9 +277,9 @@ class SslRun(TrainingRun[Learner]):
         is_last = epoch == cfg.training.epochs - 1
         return is_last or (cfg.logging.log_level > 0 and (epoch + 1) % cfg.validation.every == 0)
 
-    def evaluation_metrics(self, session: Session) -> dict[str, float]:
-        """Metrics of the encoder's embeddings; warns of a collapse."""
-        result = self.evaluate(session)
+    def evaluation_metrics(self, session: Session, *, last: bool) -> dict[str, float]:
+        """Metrics of the encoder's embeddings; warns of a collapse. last: on all images."""
+        result = self.evaluate(session, last=last)
         self.progress.forecast.add_evaluation(result.seconds / self.cfg.validation.every)
         metrics = {"val_time": result.seconds}
         for dim, values in result.monitors.items():
@@ -296,15 +296,19 @@ class SslRun(TrainingRun[Learner]):
             session.event("collapse", epoch=session.loop.epoch, text=line)
         return metrics
 
-    def evaluate(self, session: Session) -> Evaluation:
-        """Neighbours, probe and monitors of the encoder; its modes are left as they were."""
+    def evaluate(self, session: Session, *, last: bool) -> Evaluation:
+        """Neighbours, probe and monitors of the encoder; its modes are left as they were.
+
+        last: on all images to evaluate on, else on validation.queries of them.
+        """
         cfg = self.cfg
         train, evaluation = self.images.train, self.images.evaluation
         bank = queries = None
         if evaluation is not None:
             chosen = evenly(len(train), cfg.validation.bank)
             bank = validation_loader(cfg, self.world, Subset(train, chosen))
-            queries = validation_loader(cfg, self.world, evaluation)
+            asked = evenly(len(evaluation), len(evaluation) if last else cfg.validation.queries)
+            queries = validation_loader(cfg, self.world, Subset(evaluation, asked))
         return evaluate_encoder(
             self.encoder,
             bank,
