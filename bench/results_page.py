@@ -543,11 +543,10 @@ def loader() -> list[str]:
     lines = [
         "## Loader",
         "",
-        "Images per second of CPU time, n = 5 blocks (two views: 7), all competitors in one run, block "
-        "by block. "
-        "150 ImageNet photos, long side 500 px, quality 90, three times. RRC is a random resized "
-        "crop with flip; `centre` is the bit-exact evaluation crop. `x` is how many times as fast "
-        "matryoshka is, the median over turns.",
+        "Images per second of CPU time, n = 5 blocks (two views: 7), all competitors in one run, "
+        "block by block. 150 ImageNet photos, long side 500 px, quality 90, three times. RRC is a "
+        "random resized crop with flip; `centre` is the bit-exact evaluation crop. `x` is how many "
+        "times as fast matryoshka is, the median over turns.",
         "",
         provenance(rows, "make bench-peers bench"),
         "",
