@@ -120,7 +120,7 @@ def check_crops(images, seed, epoch, draw, view=0):
 def test_random_crops_thousands():
     images = np.random.default_rng(0).integers(1, 700, (3000, 3)).tolist()
     check_crops(images, 17, 3, ((0.08, 1.0), (3 / 4, 4 / 3), 0.5))
-    check_crops(images, 17, 3, ((0.08, 1.0), (3 / 4, 4 / 3), 0.5), view=2)
+    check_crops(images[:500], 17, 3, ((0.08, 1.0), (3 / 4, 4 / 3), 0.5), view=2)
 
 
 def test_a_crop_without_a_view_is_view_0():

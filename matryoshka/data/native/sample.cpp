@@ -1,5 +1,7 @@
 #include "sample.hpp"
 
+#include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <new>
 #include <vector>
@@ -18,7 +20,8 @@ struct Workspace {
   BaselineDecoder baseline;
   PlaneResampler plane_resampler;
   JpegDecoder decoder;
-  Resampler resampler;
+  std::vector<Resampler> resamplers = std::vector<Resampler>(1);  // one for each view
+  std::vector<Crop> crops;
   std::vector<uint8_t> rows;
 };
 
@@ -62,28 +65,43 @@ Status validate(Bytes file, const Sample& sample, const View* views, size_t coun
 }
 
 void decode_raw(const uint8_t* pixels, int32_t width, const Crop& crop, Image out) {
-  Resampler& resampler = workspace().resampler;
+  Resampler& resampler = workspace().resamplers[0];
   resampler.begin(crop, 1, out);
   const size_t stride = 3 * static_cast<size_t>(width);
   const uint8_t* row = pixels + stride * crop.y + 3 * static_cast<size_t>(crop.x);
   for (int32_t y = 0; y < crop.height; ++y, row += stride) resampler.push(row);
 }
 
-// Decode the rows of `crop`, in coordinates of the open image, and resample them.
-Status push_rows(const Crop& crop, bool halve) {
+// Decode the rows of w.crops, in coordinates of the open image, and resample each crop.
+Status push_rows(bool halve) {
   Workspace& w = workspace();
-  if (const Status status = w.decoder.start(crop.x, crop.width, halve); status != Status::ok)
+  int32_t left = INT32_MAX;
+  int32_t top = INT32_MAX;
+  int32_t right = 0;
+  int32_t bottom = 0;
+  int window = 0;
+  for (size_t v = 0; v < w.crops.size(); ++v) {
+    const Crop& crop = w.crops[v];
+    left = std::min(left, crop.x);
+    top = std::min(top, crop.y);
+    right = std::max(right, crop.x + crop.width);
+    bottom = std::max(bottom, crop.y + crop.height);
+    window = std::max(window, w.resamplers[v].window() + 1);
+  }
+  if (const Status status = w.decoder.start(left, right - left, halve); status != Status::ok)
     return status;
   const size_t stride = 3 * static_cast<size_t>(w.decoder.row_width());
-  const size_t left = 3 * static_cast<size_t>(crop.x - w.decoder.row_x());
-  const int window = w.resampler.window() + 1;
   if (w.rows.size() < window * stride) w.rows.resize(window * stride);
-  if (const Status status = w.decoder.skip_to(crop.y, w.rows.data()); status != Status::ok)
+  if (const Status status = w.decoder.skip_to(top, w.rows.data()); status != Status::ok)
     return status;
-  for (int32_t y = 0; y < crop.height; ++y) {
+  for (int32_t y = top; y < bottom; ++y) {
     uint8_t* row = w.rows.data() + y % window * stride;
     if (const Status status = w.decoder.read_row(row); status != Status::ok) return status;
-    w.resampler.push(row + left);
+    for (size_t v = 0; v < w.crops.size(); ++v) {
+      const Crop& crop = w.crops[v];
+      if (y < crop.y || y >= crop.y + crop.height) continue;
+      w.resamplers[v].push(row + 3 * static_cast<size_t>(crop.x - w.decoder.row_x()));
+    }
   }
   return Status::ok;
 }
@@ -95,31 +113,51 @@ bool resample_planes(const View& view) {
   return w.plane_resampler.resample(planes, w.baseline.num_planes(), view.crop, view.out);
 }
 
-// With libjpeg. parsed: w.tiles has parsed the JPEG.
-Status decode_rows(Bytes bytes, const Sample& sample, bool exact, bool parsed, const View& view) {
+// Whether libjpeg decodes at half the size: its inverse DCT can make 4 x 4 pixels of a block.
+bool is_halved(const View& view, bool exact) {
+  return !exact && view.crop.width >= 2 * int64_t{view.out.width} &&
+         view.crop.height >= 2 * int64_t{view.out.height};
+}
+
+// The pixels of the half-size image that are in the crop, if only in part.
+Crop halved(const Crop& crop) {
+  const int32_t right = (crop.x + crop.width + 1) / 2;
+  const int32_t bottom = (crop.y + crop.height + 1) / 2;
+  return {crop.x / 2, crop.y / 2, right - crop.x / 2, bottom - crop.y / 2, crop.flip};
+}
+
+// Whether libjpeg can decode the views at once: at one size, and without tiles, which every crop
+// has for itself.
+bool share_rows(const View* views, size_t count, bool exact, bool parsed) {
+  if (parsed && workspace().tiles.frame().restart_interval) return false;
+  for (size_t v = 1; v < count; ++v)
+    if (is_halved(views[v], exact) != is_halved(views[0], exact)) return false;
+  return true;
+}
+
+// With libjpeg; several views only if they share_rows. parsed: w.tiles has parsed the JPEG.
+Status decode_rows(Bytes bytes, const Sample& sample, bool exact, bool parsed, const View* views,
+                   size_t count) {
   Workspace& w = workspace();
-  Crop crop = view.crop;
-  const Image out = view.out;
-  const bool spliced = parsed && w.tiles.splice(crop);
+  w.crops.clear();
+  for (size_t v = 0; v < count; ++v) w.crops.push_back(views[v].crop);
+  const bool spliced = count == 1 && parsed && w.tiles.splice(w.crops[0]);
   if (spliced) {
-    crop.x -= w.tiles.x();
-    crop.y -= w.tiles.y();
+    w.crops[0].x -= w.tiles.x();
+    w.crops[0].y -= w.tiles.y();
   }
   const OpenJpeg jpeg(w.decoder, spliced ? w.tiles.stream() : bytes);
   if (jpeg.status != Status::ok) return jpeg.status;
   if (!spliced && (w.decoder.width() != sample.width || w.decoder.height() != sample.height))
     return Status::wrong_dimensions;
 
-  // libjpeg's inverse DCT can make 4 x 4 pixels of a block.
-  const bool halve =
-      !exact && crop.width >= 2 * int64_t{out.width} && crop.height >= 2 * int64_t{out.height};
-  w.resampler.begin(crop, halve ? 2 : 1, out);
-  if (halve) {  // the pixels of the half-size image that are in the crop, if only in part
-    const int32_t right = (crop.x + crop.width + 1) / 2;
-    const int32_t bottom = (crop.y + crop.height + 1) / 2;
-    crop = {crop.x / 2, crop.y / 2, right - crop.x / 2, bottom - crop.y / 2, crop.flip};
+  const bool halve = is_halved(views[0], exact);
+  if (w.resamplers.size() < count) w.resamplers.resize(count);
+  for (size_t v = 0; v < count; ++v) {
+    w.resamplers[v].begin(w.crops[v], halve ? 2 : 1, views[v].out);
+    if (halve) w.crops[v] = halved(w.crops[v]);
   }
-  if (const Status status = push_rows(crop, halve); status != Status::ok) return status;
+  if (const Status status = push_rows(halve); status != Status::ok) return status;
   if (spliced && w.decoder.has_unread_data(w.tiles.data_end())) return Status::corrupt;
   return Status::ok;
 }
@@ -141,9 +179,12 @@ Status decode_jpeg_views(Bytes bytes, const Sample& sample, bool exact, const Vi
     return planes && w.baseline.decode(w.tiles, first, n) == Status::ok;
   };
   const bool decoded = decode(views, count);
+  if (!planes && count > 1 && share_rows(views, count, exact, parsed) &&
+      decode_rows(bytes, sample, exact, parsed, views, count) == Status::ok)
+    return Status::ok;
   for (const View* view = views; view < views + count; ++view) {
     if ((decoded || (count > 1 && decode(view, 1))) && resample_planes(*view)) continue;
-    const Status status = decode_rows(bytes, sample, exact, parsed, *view);
+    const Status status = decode_rows(bytes, sample, exact, parsed, view, 1);
     if (status != Status::ok) return status;
   }
   return Status::ok;
