@@ -166,8 +166,16 @@ class Index:
             return False
 
     def check_model(self, weights_sha256: str, what: str) -> None:
-        """RetrievalError unless `what` comes from the index's model (embeddings.trunk_sha256)."""
+        """RetrievalError unless `what` comes from the index's model (embeddings.embedding_sha256)."""
         own = self.model["weights_sha256"]
+        if weights_sha256 == own:
+            return
+        adapter = self.model.get("adapter")
+        if adapter and weights_sha256 == self.model.get("encoder_sha256"):
+            raise RetrievalError(
+                f"{what}: is not behind the adapter of {self.path} ({adapter['file']}); give it "
+                "with --adapter"
+            )
         if weights_sha256 != own:
             raise RetrievalError(
                 f"{what}: is of another model (weights {weights_sha256[:12]}) than {self.path} "
