@@ -54,7 +54,9 @@ def load_adapter(path: str | Path) -> Adapter:
     except AdapterError:
         raise
     except (SafetensorError, OSError, *DAMAGES) as error:
-        raise AdapterError(f"{path}: is not a whole adapter ({first_line(error)}); {MAKE}") from None
+        raise AdapterError(
+            f"{path}: is not a whole adapter ({first_line(error)}); {MAKE}"
+        ) from None
     if facts.get("sha256") != adapter.sha256():
         raise AdapterError(f"{path}: is damaged: its weights have changed; get another copy of it")
     return adapter.eval().requires_grad_(False)

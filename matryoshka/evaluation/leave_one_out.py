@@ -1,8 +1,8 @@
 """How good the prefixes of some embeddings are, by searching each among all others.
 
-    found = other_neighbours(rows, dims=(8, 64), k=20)        # int64 [G, Q, 20]
-    scores = scores_of(found, labels)                        # scores.right_1nn bool [G, Q], ...
-    difference_of_means(scores.right_1nn[0], other.right_1nn[0])
+    panel = Panel(rows, labels, dims=(8, 64), queries=10_000)
+    adapted, raw = panel.scores(adapter), panel.scores(None)
+    difference_of_means(adapted.right_1nn[0], raw.right_1nn[0])      # of the prefix 8
 
 The rows are database and queries at once: nothing that a map was fitted to takes part, and classes
 need no images elsewhere. Legend: N rows, Q queries, G prefixes, K neighbours.
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from matryoshka.evaluation.neighbours import NeighbourError, nearest, vote
-from matryoshka.report.tables import Z_95
+from matryoshka.models.adapter import Adapter
+from matryoshka.report.tables import Z_95, wilson_interval
 from matryoshka.retrieval.ranking_metrics import recall_against_exact
 
 KNN = 20  # neighbours that vote
@@ -90,20 +91,78 @@ def scores_of(
     return Scores(recall, classes[:, :, 0] == truth, winners == truth, precision)
 
 
-class Difference(NamedTuple):
-    """The mean difference of two scores of the same queries, in points, with its 95 % interval."""
+class Panel:
+    """Rows that adapters are compared on: each of some of them, the queries, searches all others.
+
+    rows: float32 [N, D], as the encoder made them. labels: int64 [N] or None. queries: at most so
+    many, evenly spaced.
+    """
+
+    def __init__(
+        self, rows: np.ndarray, labels: np.ndarray | None, dims: Sequence[int], queries: int
+    ) -> None:
+        self.rows = rows
+        self.labels = labels
+        self.dims = tuple(dims)
+        count = len(rows)
+        self.own = np.unique(np.linspace(0, count - 1, min(queries, count)).astype(np.int64))
+        # Few rows have fewer neighbours.
+        self.exact = other_neighbours(rows, [rows.shape[1]], min(AT, count - 1), self.own)[0]
+
+    @property
+    def metric(self) -> str:
+        """What `score` is."""
+        return "neighbour recall" if self.labels is None else "1-NN"
+
+    def scores(self, adapter: Adapter | None) -> Scores:
+        """Scores of the rows behind an adapter; None: of the rows as they are."""
+        adapted = self.rows if adapter is None else adapter.apply_to(self.rows)
+        found = other_neighbours(adapted, self.dims, min(KNN, len(self.rows) - 1), self.own)
+        return scores_of(found, self.exact, self.labels, self.own)
+
+    def score(self, adapter: Adapter) -> float:
+        """`Scores.main` in percent, the mean over queries and prefixes, by the nearest rows alone.
+
+        The same as of `scores`, at less cost.
+        """
+        k = AT if self.labels is None else 1
+        adapted = adapter.apply_to(self.rows)
+        found = other_neighbours(adapted, self.dims, min(k, len(self.rows) - 1), self.own)
+        if self.labels is not None:
+            return float(100 * (self.labels[found[:, :, 0]] == self.labels[self.own]).mean())
+        recall = [recall_against_exact(ids, self.exact) for ids in found]
+        return float(100 * np.mean(recall))
+
+
+# ---------------------------------------------------------------- means with intervals
+
+
+class Interval(NamedTuple):
+    """A mean over queries in percent or points, and its 95 % interval."""
 
     mean: float
     low: float
     high: float
 
 
-def difference_of_means(first: np.ndarray, second: np.ndarray) -> Difference:
-    """First minus second, both [Q] and of the same queries.
-
-    The interval is that of a paired comparison, mean +- 1.96 standard errors.
+def interval_of_mean(values: np.ndarray) -> Interval:
+    """The mean of values of 0 to 1, [Q], in percent: Wilson's interval of shares, else the mean
+    +- 1.96 standard errors.
     """
-    points = 100 * (first.astype(np.float64) - second.astype(np.float64))
+    mean = 100 * float(values.mean())
+    if values.dtype == np.bool_:
+        return Interval(mean, *wilson_interval(mean, len(values)))
+    return _normal_interval(100 * values.astype(np.float64))
+
+
+def difference_of_means(first: np.ndarray, second: np.ndarray) -> Interval:
+    """First minus second in points, both [Q] and of the same queries: a paired comparison, mean +-
+    1.96 standard errors of the differences.
+    """
+    return _normal_interval(100 * (first.astype(np.float64) - second.astype(np.float64)))
+
+
+def _normal_interval(points: np.ndarray) -> Interval:
     mean = float(points.mean())
-    error = float(points.std(ddof=1)) / sqrt(len(points)) if len(points) > 1 else float("inf")
-    return Difference(mean, mean - Z_95 * error, mean + Z_95 * error)
+    error = float(points.std(ddof=1)) / sqrt(len(points)) if len(points) > 1 else 0.0
+    return Interval(mean, mean - Z_95 * error, mean + Z_95 * error)

@@ -166,7 +166,9 @@ class Index:
             return False
 
     def check_model(self, weights_sha256: str, what: str) -> None:
-        """RetrievalError unless `what` comes from the index's model (embeddings.embedding_sha256)."""
+        """RetrievalError unless `what` comes from the index's model and adapter
+        (embeddings.embedding_sha256).
+        """
         own = self.model["weights_sha256"]
         if weights_sha256 == own:
             return
@@ -176,12 +178,11 @@ class Index:
                 f"{what}: is not behind the adapter of {self.path} ({adapter['file']}); give it "
                 "with --adapter"
             )
-        if weights_sha256 != own:
-            raise RetrievalError(
-                f"{what}: is of another model (weights {weights_sha256[:12]}) than {self.path} "
-                f"({own[:12]}, {self.model.get('file')}); embed with that model, or build another "
-                "index"
-            )
+        raise RetrievalError(
+            f"{what}: is of another model (weights {weights_sha256[:12]}) than {self.path} "
+            f"({own[:12]}, {self.model.get('file')}); embed with that model, or build another "
+            "index"
+        )
 
     def check_params(self, params: SearchParams) -> None:
         """RetrievalError for params that need codes or dimensions that the index does not have."""

@@ -1,7 +1,7 @@
 """Embeddings of any encoder as the input of `matryoshka adapt`, in three parts.
 
-    given = read_input("embeddings/photos")       # or a folder with embeddings.npy, or a .npy file
-    parts = split(given, "random", validation=0.15, test=0.15, seed=0)
+given = read_input("embeddings/photos")       # or a folder with embeddings.npy, or a .npy file
+parts = split(given, "random", validation=0.15, test=0.15, seed=0)
 """
 
 from __future__ import annotations

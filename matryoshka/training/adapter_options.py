@@ -38,7 +38,9 @@ class InputOptions:
         common=True,
         existing=True,
     )
-    output: str = option(help="folder of the results, created if missing", metavar="DIR", common=True)
+    output: str = option(
+        help="folder of the results, created if missing", metavar="DIR", common=True
+    )
     overwrite: bool = option(False, help="replace the results in it", common=True)
 
 
@@ -58,8 +60,8 @@ class MapOptions:
     )
     map: str = option(
         "linear",
-        help="linear: a matrix that starts as the rotation of PCA; residual: a small network is "
-        "added to its result",
+        help="linear: a matrix that starts as the rotation of PCA, with labels as a discriminant "
+        "analysis; residual: a small network is added to its result",
         choices=MAPS,
         common=True,
     )
@@ -69,7 +71,7 @@ class MapOptions:
     loss: str = option(
         "auto",
         help="classes: nested cross-entropy; supcon: images of a class find each other; "
-        "similarity: keeps the similarities of the full width, without labels; auto: classes if "
+        "similarity: keeps the similarities of the full width, without labels; auto: supcon if "
         "there are labels, else similarity",
         choices=LOSSES,
         common=True,
@@ -110,11 +112,33 @@ class TrainingOptions:
     )
     batch_size: int = option(1024, help="embeddings per step", low=2, high=1 << 20)
     lr: float | None = option(None, help="peak rate of AdamW; unset: that of the loss", above=0)
-    weight_decay: float = option(1e-4, help="of AdamW, towards the start", low=0)
+    weight_decay: float = option(1e-4, help="of AdamW", low=0)
     temperature: float | None = option(
         None, help="of the cosines in classes and supcon; unset: that of the loss", above=0
     )
     neighbours: int = option(10, help="similarity: nearest of each batch that count again", low=1)
     threads: int = option(
         0, help="of PyTorch; 0: its default", low=0, high=MAX_THREADS, affects_result=False
+    )
+
+
+def adapt_parser() -> FlagParser:
+    """The options of adapt.py."""
+    return flat_parser(
+        "adapt.py",
+        "Good prefixes for the embeddings of any frozen encoder: a map behind it, fitted in "
+        "minutes on a CPU.\n\n"
+        "    matryoshka adapt --embeddings embeddings/photos --output adapters/photos\n"
+        "    matryoshka adapt --embeddings clip/embeddings.npy --dims 16,64,256 --output "
+        "adapters/clip\n"
+        "    matryoshka embed --path model.safetensors --data photos \\\n"
+        "        --adapter adapters/photos/adapter.safetensors --output embeddings/short\n\n"
+        "The map becomes the adapter if it is better than plain PCA on the validation part, else "
+        "PCA does; the table of raw prefixes, PCA, a random rotation and the adapter comes from a "
+        "third part. "
+        "docs/adapters.md describes the files.",
+        InputOptions,
+        MapOptions,
+        PartOptions,
+        TrainingOptions,
     )
