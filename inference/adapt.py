@@ -177,7 +177,7 @@ def settings_of(args: SimpleNamespace, given: Given) -> AdapterTraining:
     """The settings of the training. ConfigError or AdapterError where labels are missing."""
     loss = args.loss
     if loss == "auto":
-        loss = "similarity" if given.labels is None else "supcon"
+        loss = "neighbours" if given.labels is None else "supcon"
     if given.labels is None:
         needed = f"--loss {loss}" if loss in SUPERVISED else ""
         needed = "--split classes" if args.split == "classes" else needed
@@ -188,10 +188,10 @@ def settings_of(args: SimpleNamespace, given: Given) -> AdapterTraining:
     elif (loss in SUPERVISED or args.split == "classes") and len(np.unique(given.labels)) < 2:
         raise AdapterError(
             f"{args.labels or given.path}: has one class only; labels that tell nothing: "
-            "--loss similarity fits without them"
+            "--loss neighbours fits without them"
         )
     if args.temperature is not None and loss == "similarity":
-        raise config.ConfigError("--temperature is for --loss classes and supcon")
+        raise config.ConfigError("--temperature: --loss similarity has none; leave it out")
     return AdapterTraining(
         loss=loss,
         epochs=args.epochs,

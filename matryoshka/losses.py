@@ -214,6 +214,23 @@ def top_k_similarity(embeddings: Tensor, *, wanted: Tensor, k: int) -> Tensor:
     return (_cosines(embeddings) - wanted).abs().gather(1, nearest).mean()
 
 
+def neighbour_divergence(
+    embeddings: Tensor, *, wanted: Tensor, temperature: float | Tensor
+) -> Tensor:
+    """How far each image's neighbours are from the wanted ones: the divergence of SNE (Hinton and
+    Roweis, NIPS 2002) with cosines for distances.
+
+    embeddings [N, E], N >= 2; wanted [N, N]: the cosines of the same images at full width. Both are
+    softmax distributions of each image over all others; the mean of KL(wanted || found).
+    """
+    itself = torch.eye(len(embeddings), dtype=torch.bool, device=embeddings.device)
+    # Finite: the product of a probability of 0 and a logarithm of -inf would be NaN.
+    lowest = torch.finfo(embeddings.dtype).min / 4
+    goal = (wanted / temperature).masked_fill(itself, lowest).log_softmax(1)
+    found = (_cosines(embeddings) / temperature).masked_fill(itself, lowest).log_softmax(1)
+    return _kl(goal, found)
+
+
 def _cosines(embeddings: Tensor) -> Tensor:
     unit = F.normalize(embeddings, dim=1)
     return unit @ unit.T
@@ -281,6 +298,7 @@ __all__ = [
     "NestedLoss",
     "byol",
     "info_nce",
+    "neighbour_divergence",
     "nt_xent",
     "over_prefixes",
     "pairwise_similarity",

@@ -12,6 +12,7 @@ from matryoshka.losses import (
     STOP_GRADIENTS,
     byol,
     info_nce,
+    neighbour_divergence,
     nt_xent,
     over_prefixes,
     pairwise_similarity,
@@ -309,6 +310,24 @@ def test_similarities_that_are_kept(size):
     close(pairwise_similarity(tensor(z), wanted=tensor(wanted)), sum(pairs) / len(pairs))
     found = top_k_similarity(tensor(z), wanted=tensor(wanted), k=k + 1)
     close(found, sum(nearest) / len(nearest))
+
+
+@settings(max_examples=25)
+@given(sizes)
+def test_neighbours_that_are_kept(size):
+    images, width, _, seed = size
+    z, full = drawn(seed, images, width), drawn(seed + 1, images, width + 3)
+    wanted = [[cosine(a, b) for b in full] for a in full]
+    total = 0.0
+    for i in range(images):
+        others = [j for j in range(images) if j != i]
+        goal = [wanted[i][j] / T for j in others]
+        found = [cosine(z[i], z[j]) / T for j in others]
+        for at in range(len(others)):
+            log_p = -cross_entropy(goal, at)
+            total += math.exp(log_p) * (log_p + cross_entropy(found, at))
+    loss = neighbour_divergence(tensor(z), wanted=tensor(wanted), temperature=T)
+    close(loss, total / images)
 
 
 def test_losses_of_adapters_are_nested_like_all_others():

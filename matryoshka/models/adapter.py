@@ -13,7 +13,7 @@ idea of fitting such a map to finished embeddings is that of Matryoshka-Adaptor 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from matryoshka.nested import check_dims
 
 MAPS = ("linear", "residual")
-METHODS = ("learnt", "pca", "random")
+METHODS = ("learnt", "pca", "discriminant", "random")
 ROWS = 8192  # embeddings in one step of a pass over all of them
 
 
@@ -99,6 +99,7 @@ class Adapter(nn.Module):
         dims = ", ".join(map(str, self.dims))
         how = {
             "pca": "PCA",
+            "discriminant": "discriminant analysis",
             "random": "random rotation",
             "learnt": f"learnt {self.spec.map_name} map",
         }
@@ -149,6 +150,7 @@ def pca_adapter(rows: np.ndarray, spec: AdapterSpec) -> Adapter:
     numbers, whose last directions would be arbitrary.
     """
     mean, covariance, _ = _moments(rows)
+    spec = replace(spec, method="pca")
     return _with_weights(spec, mean, _largest_first(covariance))
 
 
@@ -172,10 +174,15 @@ def discriminant_adapter(rows: np.ndarray, labels: np.ndarray, spec: AdapterSpec
     offsets = means / counts - mean
     between = (offsets * counts).T @ offsets / len(rows)
     within = covariance - between
+    if np.bincount(numbers.reshape(-1)).max() < 2 or np.trace(within) <= 0:
+        raise AdapterError(
+            "no class has two different embeddings: labels tell nothing; fit without them"
+        )
     even = SHRINKAGE * np.trace(within) / len(within) * np.eye(len(within))
     values, axes = np.linalg.eigh(within + even)
     whitening = (axes / np.sqrt(values)) @ axes.T
     ordered = _largest_first(whitening @ (between + 1e-3 * within) @ whitening)
+    spec = replace(spec, method="discriminant")
     return _with_weights(spec, mean, ordered @ whitening)
 
 
@@ -212,6 +219,7 @@ def random_adapter(spec: AdapterSpec, seed: int) -> Adapter:
     drawn = np.random.default_rng(seed).standard_normal((spec.width, spec.width))
     rotation, upper = np.linalg.qr(drawn)
     # With these signs the rotation is uniform (Mezzadri, arXiv math-ph/0609050).
+    spec = replace(spec, method="random")
     return _with_weights(spec, np.zeros(spec.width), (rotation * np.sign(np.diag(upper))).T)
 
 

@@ -2,11 +2,10 @@
 
     fitted = fit_adapter(rows, labels, spec, settings, score=validation.score, report=print)
 
-The training starts at PCA, or, with labels, at a discriminant analysis; the start's score on the
-validation part is that of epoch 0. It ends where that score has not improved for `patience` epochs;
-the weights are those of the best epoch. Losses:
-losses.py, the sum over the prefixes. Legend: N embeddings of D numbers, E behind the adapter, C
-classes.
+The training starts at PCA, or, with labels, at a discriminant analysis if that scores higher on
+the validation part; the start's score is that of epoch 0. It ends where that score has not improved
+for `patience` epochs; the weights are those of the best epoch. Losses: losses.py, the sum over the
+prefixes. Legend: N embeddings of D numbers, E behind the adapter, C classes.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from matryoshka.losses import (
+    neighbour_divergence,
     over_prefixes,
     pairwise_similarity,
     prototype_cross_entropy,
@@ -46,7 +46,7 @@ BatchLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterTraining:
-    """Settings of a training. loss: classes, supcon or similarity, see adapter_options.py.
+    """Settings of a training. loss: one of LOSSES of adapter_options.py, but auto.
 
     lr, temperature: None for those of the loss.
     """
@@ -73,12 +73,11 @@ class Fitted(NamedTuple):
     pca: Adapter
     best_epoch: int
     history: list[dict[str, float]]
-    starts_at_pca: bool
 
     @property
     def is_pca(self) -> bool:
         """Whether the adapter is PCA itself."""
-        return self.starts_at_pca and self.best_epoch == 0
+        return self.adapter is self.pca
 
 
 def fit_adapter(
@@ -97,7 +96,17 @@ def fit_adapter(
     every run with one number of threads.
     """
     targets, classes = _numbered(labels)
-    trained = _Map(rows, labels if settings.loss in SUPERVISED else None, spec, settings.seed)
+    whole = replace(spec, dims=(spec.width,), hidden=0)
+    start = pca_adapter(rows, whole)
+    pca = _cut(start, spec)
+    best, best_score = pca, score(pca)
+    if settings.loss in SUPERVISED:
+        assert labels is not None
+        discriminant = discriminant_adapter(rows, labels, whole)
+        reached = score(_cut(discriminant, spec))
+        if reached > best_score:
+            start, best, best_score = discriminant, _cut(discriminant, spec), reached
+    trained = _Map(start, rows, spec, settings.seed)
     loss, prototypes = batch_loss(settings, trained.adapter, classes)
     optimizer = torch.optim.AdamW(
         [*trained.parameters(), *prototypes],
@@ -112,9 +121,8 @@ def fit_adapter(
     order = torch.Generator().manual_seed(settings.seed)
 
     started = time.perf_counter()
-    best_epoch, best = 0, trained.folded()
-    best_score = score(best)
-    history = [{"epoch": 0, "score": best_score}]
+    best_epoch = 0
+    history: list[dict[str, float]] = [{"epoch": 0, "score": best_score}]
     for epoch in range(1, settings.epochs + 1):
         total = 0.0
         shuffled = torch.randperm(len(prepared), generator=order)
@@ -140,7 +148,7 @@ def fit_adapter(
             best_score, best_epoch, best = reached, epoch, adapter
         elif epoch - best_epoch >= settings.patience:
             break
-    return Fitted(best, trained.pca, best_epoch, history, settings.loss not in SUPERVISED)
+    return Fitted(best, pca, best_epoch, history)
 
 
 class _Map(nn.Module):
@@ -152,14 +160,8 @@ class _Map(nn.Module):
     prefix.
     """
 
-    def __init__(
-        self, rows: np.ndarray, labels: np.ndarray | None, spec: AdapterSpec, seed: int
-    ) -> None:
+    def __init__(self, start: Adapter, rows: np.ndarray, spec: AdapterSpec, seed: int) -> None:
         super().__init__()
-        whole = replace(spec, dims=(spec.width,), hidden=0)
-        start = pca = pca_adapter(rows, whole)
-        if labels is not None:
-            start = discriminant_adapter(rows, labels, whole)
         # Mapped rows have the length 1 on average, as a residual network expects.
         length = float(np.linalg.norm(start.apply_to(rows), axis=1).mean())
         self.mean = start.mean
@@ -170,8 +172,6 @@ class _Map(nn.Module):
         self.adapter.weight.requires_grad_(False)
         self.adapter.mean.copy_(start.mean)
         self.turn = nn.Parameter(torch.eye(self.adapter.width, spec.width))
-        self.pca = _cut(pca, spec)
-        self.folded()
 
     def forward(self, original: Tensor) -> Tensor:
         started = F.linear(original - self.mean, self.start)
@@ -187,11 +187,11 @@ class _Map(nn.Module):
 
 @torch.no_grad()
 def _cut(whole: Adapter, spec: AdapterSpec) -> Adapter:
-    """The rotation of PCA for the prefixes of `spec`."""
-    pca = Adapter(replace(spec, hidden=0, method="pca"))
-    pca.mean.copy_(whole.mean)
-    pca.weight.copy_(whole.weight[: pca.width])
-    return pca.eval().requires_grad_(False)
+    """The linear map of a start for the prefixes of `spec`."""
+    adapter = Adapter(replace(spec, hidden=0, method=whole.spec.method))
+    adapter.mean.copy_(whole.mean)
+    adapter.weight.copy_(whole.weight[: adapter.width])
+    return adapter.eval().requires_grad_(False)
 
 
 def _numbered(labels: np.ndarray | None) -> tuple[Tensor, int]:
@@ -207,8 +207,8 @@ def _numbered(labels: np.ndarray | None) -> tuple[Tensor, int]:
 # ---------------------------------------------------------------- losses and rates
 
 # lr at the default batch size, and temperature of the cosines: bench/NOTES.md.
-RATES = {"classes": 1e-3, "supcon": 1e-3, "similarity": 1e-3}
-TEMPERATURES = {"classes": 0.1, "supcon": 0.2}
+RATES = {"classes": 3e-3, "supcon": 3e-3, "similarity": 1e-3, "neighbours": 1e-3}
+TEMPERATURES = {"classes": 0.1, "supcon": 0.2, "neighbours": 0.1}
 
 
 def rate_of(settings: AdapterTraining) -> float:
@@ -248,11 +248,24 @@ def batch_loss(
 
         return of_pairs, []
 
+    def cosines(original: Tensor) -> Tensor:
+        # Without the mean, which all embeddings share and which would hide their differences.
+        unit = F.normalize(original - adapter.mean, dim=1)
+        return unit @ unit.T
+
+    if settings.loss == "neighbours":
+        near = over_prefixes(neighbour_divergence, dims)
+
+        def of_neighbours(adapted: Tensor, original: Tensor, _: Tensor) -> Tensor:
+            return near(adapted, wanted=cosines(original), temperature=temperature)[0]
+
+        return of_neighbours, []
+
     pairs = over_prefixes(pairwise_similarity, dims)
     nearest = over_prefixes(top_k_similarity, dims)
 
     def of_similarities(adapted: Tensor, original: Tensor, _: Tensor) -> Tensor:
-        wanted = original @ original.T
+        wanted = cosines(original)
         kept = pairs(adapted, wanted=wanted)[0]
         return kept + nearest(adapted, wanted=wanted, k=settings.neighbours)[0]
 

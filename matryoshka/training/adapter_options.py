@@ -10,7 +10,7 @@ from matryoshka.config import FlagParser, flat_parser, option
 from matryoshka.runtime import MAX_THREADS
 
 MAPS = ("linear", "residual")
-LOSSES = ("auto", "classes", "supcon", "similarity")
+LOSSES = ("auto", "classes", "supcon", "similarity", "neighbours")
 SPLITS = ("random", "classes")
 MAX_SEED = 2**63 - 1  # torch's generators
 
@@ -60,8 +60,8 @@ class MapOptions:
     )
     map: str = option(
         "linear",
-        help="linear: a matrix that starts as the rotation of PCA, with labels as a discriminant "
-        "analysis; residual: a small network is added to its result",
+        help="linear: a matrix that starts as the rotation of PCA, or, with labels, as a "
+        "discriminant analysis; residual: a small network is added to its result",
         choices=MAPS,
         common=True,
     )
@@ -71,8 +71,8 @@ class MapOptions:
     loss: str = option(
         "auto",
         help="classes: nested cross-entropy; supcon: images of a class find each other; "
-        "similarity: keeps the similarities of the full width, without labels; auto: supcon if "
-        "there are labels, else similarity",
+        "similarity: keeps the cosines of the full width, neighbours: keeps who is near, both "
+        "without labels; auto: supcon if there are labels, else neighbours",
         choices=LOSSES,
         common=True,
     )
@@ -114,7 +114,7 @@ class TrainingOptions:
     lr: float | None = option(None, help="peak rate of AdamW; unset: that of the loss", above=0)
     weight_decay: float = option(1e-4, help="of AdamW", low=0)
     temperature: float | None = option(
-        None, help="of the cosines in classes and supcon; unset: that of the loss", above=0
+        None, help="of the cosines, but for similarity; unset: that of the loss", above=0
     )
     neighbours: int = option(10, help="similarity: nearest of each batch that count again", low=1)
     threads: int = option(
