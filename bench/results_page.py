@@ -315,51 +315,56 @@ def resident_share() -> list[str]:
 def adapters() -> list[str]:
     rows = latest(read("adapter"), "case", "embeddings", "threads")
     compared = [row for row in rows if row["case"] != "time"]
-    dims = [str(dim) for dim in compared[0]["dims"]]
+    first = compared[0]
+    dims = [str(dim) for dim in first["dims"]]
+    body, recall = [], []
+    for row in compared:
+        for name, cells in row["metrics"]["right_1nn"].items():
+            shown = adapter_name(row) if name == "adapter" else name
+            body.append([row["case"], shown, *(f"{cells[dim]['mean']:.2f}" for dim in dims)])
+        body.append([row["case"], "adapter - PCA", *over_pca(row, "right_1nn", dims)])
+        recall.append([row["case"], *over_pca(row, "recall", dims)])
     lines = [
         "## Adapters behind a frozen encoder",
         "",
-        f"{compared[0]['data']}, in a random rotation. `matryoshka adapt` trains on one part, chooses "
-        "between the learnt map and PCA on a second; the table is of the third, in which each of "
-        f"{compared[0]['queries']:,} or fewer embeddings searches all others: 1-NN %, one run a row "
-        "(n = 1). The last line of each case is the paired difference to PCA in points, with its 95 "
-        "% interval over the embeddings.",
+        f"{first['data']}, in a random rotation. `matryoshka adapt` trains on one part and chooses "
+        "between the learnt map and PCA on a second. The table is of the third, in which each of "
+        f"at most {first['queries']:,} embeddings searches all others: 1-NN %, n = 1. Differences "
+        "are paired, in points, with their 95 % interval over the embeddings.",
         "",
         provenance(rows, "bench/adapter.py"),
         "",
-    ]
-    body = []
-    for row in compared:
-        shown = row["metrics"]["right_1nn"]
-        chosen = {"learnt": f"the map of epoch {row['best_epoch']}", "pca": "PCA"}
-        for name, cells in shown.items():
-            if name == "adapter":
-                name = f"**adapter**: {chosen.get(row['chosen'], row['chosen'])}"
-            body.append([row["case"], name, *(f"{cells[dim]['mean']:.2f}" for dim in dims)])
-        over = [shown["adapter"][dim]["over_pca"] for dim in dims]
-        cells = [f"{o['mean']:+.2f} ({o['low']:+.2f} to {o['high']:+.2f})" for o in over]
-        body.append([row["case"], "over PCA", *cells])
-    lines += table(["case", "embeddings", *dims], body)
-    neighbours = []
-    for row in compared:
-        over = [row["metrics"]["recall"]["adapter"][dim]["over_pca"] for dim in dims]
-        cells = [f"{o['mean']:+.2f} ({o['low']:+.2f} to {o['high']:+.2f})" for o in over]
-        neighbours.append([row["case"], *cells])
-    lines += [
-        "Recall of the ten nearest by the original full width, the adapter over PCA in points:",
+        *table(["case", "embeddings", *dims], body),
+        "Recall of the ten nearest by the original full width, the adapter's minus that of PCA:",
         "",
-        *table(["case", *dims], neighbours),
+        *table(["case", *dims], recall),
     ]
     for row in rows:
         if row["case"] == "time":
             lines += [
-                f"A whole run for {row['embeddings']} random embeddings with labels of "
-                f"{row['classes']:,} classes (`{row['options'] or 'defaults'}`), {row['threads']} "
-                f"threads: {row['wall_s'] / 60:.1f} minutes, {row['core_s'] / 60:.1f} minutes of all "
-                f"cores together, {row['epochs']} epochs.",
+                f"A whole run for {row['embeddings']} random embeddings of {row['classes']:,} "
+                f"classes (`{row['options'] or 'defaults'}`): {row['wall_s'] / 60:.1f} minutes "
+                f"with {row['threads']} threads, {row['core_s'] / 60:.1f} minutes of all cores "
+                f"together, {row['epochs']} epochs.",
                 "",
             ]
     return lines
+
+
+def adapter_name(row: Row) -> str:
+    """The adapter of a run, and what was chosen for it."""
+    if row["chosen"] == "learnt":
+        return f"**adapter**, the map of epoch {row['best_epoch']}"
+    return f"**adapter**, {row['chosen']}"
+
+
+def over_pca(row: Row, metric: str, dims: Sequence[str]) -> list[str]:
+    """The adapter's difference to PCA at each prefix."""
+    found = []
+    for dim in dims:
+        over = row["metrics"][metric]["adapter"][dim]["over_pca"]
+        found.append(f"{over['mean']:+.2f} ({over['low']:+.2f} to {over['high']:+.2f})")
+    return found
 
 
 # ---- training ----
