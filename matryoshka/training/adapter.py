@@ -53,7 +53,7 @@ class AdapterTraining:
 
     loss: str
     epochs: int = 40
-    patience: int = 5
+    patience: int = 10
     batch_size: int = 1024
     lr: float | None = None
     weight_decay: float = 1e-4

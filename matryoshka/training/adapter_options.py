@@ -108,7 +108,7 @@ class TrainingOptions:
 
     epochs: int = option(40, help="at most; 0: PCA alone", low=0, high=100_000, common=True)
     patience: int = option(
-        5, help="epochs without a better validation before the training stops", low=1
+        10, help="epochs without a better validation before the training stops", low=1
     )
     batch_size: int = option(1024, help="embeddings per step", low=2, high=1 << 20)
     lr: float | None = option(None, help="peak rate of AdamW; unset: that of the loss", above=0)
