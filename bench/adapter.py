@@ -51,21 +51,23 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     if bool(args.embeddings) == bool(args.time):
         p.error("give either E or --time")
-    rows = []
+
+    def keep(row: dict) -> None:
+        if args.record:
+            print(record.append("adapter", [row]), flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
         given = Path(folder) / "given"
         given.mkdir()
         if args.time:
             count, width = map(int, args.time.split("x"))
             write_random(given, count, width)
-            rows.append(timed(given, Path(folder) / "out", args))
+            keep(timed(given, Path(folder) / "out", args))
         else:
             write_rotated(given, args.embeddings, args.seed)
             for case, words in CASES.items():
                 if args.only in (None, case):
-                    rows.append(compared(case, words, given, Path(folder) / case, args))
-    if args.record:
-        print(record.append("adapter", rows))
+                    keep(compared(case, words, given, Path(folder) / case, args))
     return 0
 
 
