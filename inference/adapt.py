@@ -177,7 +177,7 @@ def settings_of(args: SimpleNamespace, given: Given) -> AdapterTraining:
     """The settings of the training. ConfigError or AdapterError where labels are missing."""
     loss = args.loss
     if loss == "auto":
-        loss = "neighbours" if given.labels is None else "supcon"
+        loss = "neighbours" if given.labels is None else "nca"
     if given.labels is None:
         needed = f"--loss {loss}" if loss in SUPERVISED else ""
         needed = "--split classes" if args.split == "classes" else needed

@@ -179,6 +179,26 @@ def supervised_contrastive(
     return (of_each * has_others).sum() / has_others.sum().clamp(min=1)
 
 
+def neighbourhood_components(
+    embeddings: Tensor, *, labels: Tensor, temperature: float | Tensor
+) -> Tensor:
+    """Neighbourhood components analysis (Goldberger et al., NIPS 2004): the probability that the
+    neighbour which each image draws by a softmax over its cosines is of its class.
+
+    embeddings [N, E], labels int64 [N]. The mean of -log of it (their second objective) over the
+    images whose class has others; 0, with gradients, if there are none.
+    """
+    unit = F.normalize(embeddings, dim=1)
+    itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+    # Finite: where a class has no others, a sum over -inf alone has no gradient but NaN.
+    lowest = torch.finfo(unit.dtype).min / 4
+    logits = (unit @ unit.T / temperature).masked_fill(itself, lowest)
+    own_class = (labels[:, None] == labels) & ~itself
+    has_others = own_class.any(1)
+    of_each = logits.logsumexp(1) - logits.masked_fill(~own_class, lowest).logsumexp(1)
+    return of_each.masked_fill(~has_others, 0).sum() / has_others.sum().clamp(min=1)
+
+
 def prototype_cross_entropy(
     embeddings: Tensor, prototypes: Tensor, *, labels: Tensor, temperature: float | Tensor
 ) -> Tensor:
@@ -299,6 +319,7 @@ __all__ = [
     "byol",
     "info_nce",
     "neighbour_divergence",
+    "neighbourhood_components",
     "nt_xent",
     "over_prefixes",
     "pairwise_similarity",

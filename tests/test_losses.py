@@ -13,6 +13,7 @@ from matryoshka.losses import (
     byol,
     info_nce,
     neighbour_divergence,
+    neighbourhood_components,
     nt_xent,
     over_prefixes,
     pairwise_similarity,
@@ -269,9 +270,28 @@ def test_supervised_contrastive(size):
     close(supervised_contrastive(tensor(z), labels=tensor(labels), temperature=T), wanted)
 
 
-def test_images_without_others_of_their_class_change_nothing():
+@settings(max_examples=25)
+@given(sizes)
+def test_neighbourhood_components(size):
+    images, width, classes, seed = size
+    z = drawn(seed, images, width)
+    labels = np.random.default_rng(seed).integers(0, classes + 1, images)
+    total, counted = 0.0, 0
+    for i in range(images):
+        others = [j for j in range(images) if j != i]
+        weights = [math.exp(cosine(z[i], z[j]) / T) for j in others]
+        own = sum(w for w, j in zip(weights, others, strict=True) if labels[j] == labels[i])
+        if own:
+            total -= math.log(own / sum(weights))
+            counted += 1
+    wanted = total / counted if counted else 0.0
+    close(neighbourhood_components(tensor(z), labels=tensor(labels), temperature=T), wanted)
+
+
+@pytest.mark.parametrize("loss_of", [supervised_contrastive, neighbourhood_components])
+def test_images_without_others_of_their_class_change_nothing(loss_of):
     z = tensor(drawn(0, 5, 3)).requires_grad_()
-    loss = supervised_contrastive(z, labels=torch.arange(5), temperature=T)
+    loss = loss_of(z, labels=torch.arange(5), temperature=T)
     loss.backward()
     assert loss.item() == 0
     assert z.grad is not None

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from matryoshka.losses import (
     neighbour_divergence,
+    neighbourhood_components,
     over_prefixes,
     pairwise_similarity,
     prototype_cross_entropy,
@@ -38,7 +39,7 @@ from matryoshka.models.adapter import (
 )
 
 WARM_UP_STEPS = 20
-SUPERVISED = ("classes", "supcon")
+SUPERVISED = ("nca", "supcon", "classes")
 Report = Callable[[str], None]
 # (adapted [B, E], original [B, D] of length 1, labels [B]) -> scalar
 BatchLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -207,8 +208,16 @@ def _numbered(labels: np.ndarray | None) -> tuple[Tensor, int]:
 # ---------------------------------------------------------------- losses and rates
 
 # lr at the default batch size, and temperature of the cosines: bench/NOTES.md.
-RATES = {"classes": 3e-3, "supcon": 3e-3, "similarity": 1e-3, "neighbours": 1e-3}
-TEMPERATURES = {"classes": 0.1, "supcon": 0.2, "neighbours": 0.1}
+RATES = {
+    "nca": 3e-3,
+    "supcon": 3e-3,
+    "classes": 3e-3,
+    "neighbours": 1e-3,
+    "similarity": 1e-3,
+}
+TEMPERATURES = {"nca": 0.1, "supcon": 0.2, "classes": 0.1, "neighbours": 0.1}
+# Losses of embeddings and labels alone.
+OF_LABELS = {"nca": neighbourhood_components, "supcon": supervised_contrastive}
 
 
 def rate_of(settings: AdapterTraining) -> float:
@@ -240,8 +249,8 @@ def batch_loss(
             return nested(adapted, prototypes, labels=labels, temperature=temperature)[0]
 
         return of_classes, [prototypes]
-    if settings.loss == "supcon":
-        nested = over_prefixes(supervised_contrastive, dims)
+    if settings.loss in OF_LABELS:
+        nested = over_prefixes(OF_LABELS[settings.loss], dims)
 
         def of_pairs(adapted: Tensor, _: Tensor, labels: Tensor) -> Tensor:
             return nested(adapted, labels=labels, temperature=temperature)[0]

@@ -10,7 +10,7 @@ from matryoshka.config import FlagParser, flat_parser, option
 from matryoshka.runtime import MAX_THREADS
 
 MAPS = ("linear", "residual")
-LOSSES = ("auto", "classes", "supcon", "similarity", "neighbours")
+LOSSES = ("auto", "nca", "supcon", "classes", "neighbours", "similarity")
 SPLITS = ("random", "classes")
 MAX_SEED = 2**63 - 1  # torch's generators
 
@@ -70,9 +70,9 @@ class MapOptions:
     )
     loss: str = option(
         "auto",
-        help="classes: nested cross-entropy; supcon: images of a class find each other; "
-        "similarity: keeps the cosines of the full width, neighbours: keeps who is near, both "
-        "without labels; auto: supcon if there are labels, else neighbours",
+        help="with labels nca: a near image is of the same class, supcon: all images of a class "
+        "are near, classes: nested cross-entropy; without labels neighbours: keeps who is near at "
+        "full width, similarity: keeps its cosines; auto: nca or neighbours",
         choices=LOSSES,
         common=True,
     )

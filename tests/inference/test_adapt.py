@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +11,10 @@ from embedding_folders import write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matryoshka.inference import adapt, embed, export_models, index, retrieve, serve
+from PIL import Image
 
 from matryoshka.checkpoint.adapter_file import add_adapter, load_adapter, save_adapter
 from matryoshka.checkpoint.model_file import load_model, save_model
-from matryoshka.data import CenterCrop, read_images
 from matryoshka.embeddings.reading import adapted_sha256, open_embeddings, trunk_sha256
 from matryoshka.evaluation.leave_one_out import Panel, difference_of_means, other_neighbours
 from matryoshka.export.graph import Deployed
@@ -36,8 +37,8 @@ def hidden_classes(count=900, classes=6, seed=0):
     """(float32 [count, WIDTH], int64 [count]): the classes are in directions of little variance."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, count)
-    x = 4 * rng.standard_normal((count, WIDTH))
-    x[:, :6] = 0.3 * rng.standard_normal((count, 6)) + np.eye(6)[labels]
+    x = rng.standard_normal((count, WIDTH))
+    x[:, :6] = 0.2 * rng.standard_normal((count, 6)) + 1.2 * np.eye(6)[labels]
     rotation = np.linalg.qr(np.random.default_rng(9).standard_normal((WIDTH, WIDTH)))[0]
     return (x @ rotation).astype(np.float32), labels
 
@@ -144,7 +145,7 @@ def test_the_interval_of_a_difference_is_that_of_the_pairs():
 # ---------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("loss", ["classes", "supcon", "similarity", "neighbours"])
+@pytest.mark.parametrize("loss", ["nca", "supcon", "classes", "neighbours", "similarity"])
 @pytest.mark.parametrize("hidden", [0, 8])
 def test_a_step_of_each_loss_lowers_it(loss, hidden):
     rows, labels = hidden_classes(300)
@@ -192,8 +193,8 @@ def test_labels_find_what_pca_cannot_see(arrays, tmp_path, capsys):
     assert results["parts"] == {"train": 630, "validation": 135, "test": 135}
     one = results["metrics"]["right_1nn"]
     assert set(one) == {"raw prefix", "PCA", "random rotation", "adapter"}
-    assert one["PCA"]["4"]["mean"] < 60
-    assert one["adapter"]["4"]["mean"] > 90
+    assert one["PCA"]["4"]["mean"] < 50
+    assert one["adapter"]["4"]["mean"] > 80
     assert one["adapter"]["4"]["over_pca"]["low"] > 10
     assert f"{one['adapter']['8']['mean']:.2f}" in said
     adapter = load_adapter(tmp_path / "out/adapter.safetensors")
@@ -390,19 +391,17 @@ def test_an_adapter_that_does_not_fit_is_refused(made, capsys, tmp_path):
 
 
 def test_a_query_image_goes_through_the_adapter(made, folder, photo):
-    from types import SimpleNamespace
-
     found = Index(made / "of-short")
     args = SimpleNamespace(
         model=None, adapter=None, index=str(made / "of-short"), threads=1, device="cpu"
     )
     model = serve.load(args, found)  # index and model name the files
     file = sorted((folder / "train" / "ant").glob("*.jpg"))[2]
-    pixels = read_images([file], CenterCrop(32, model.preprocessing.ratio))[0]
+    pixels = np.asarray(Image.open(file))
     vector = serve.encoder(model, found.preprocessing)(pixels)
     short = open_embeddings(made / "short")
     row = next(i for i in range(20) if short.ids[i] == "ant/2.jpg")
-    np.testing.assert_allclose(vector, short.X[row], atol=1e-4)
+    np.testing.assert_allclose(vector, short.X[row], atol=1e-3)
     assert serve.classifier(model) is None, "the classifier sees other numbers"
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from matryoshka.models.adapter import (
     Adapter,
     AdapterError,
     AdapterSpec,
+    discriminant_adapter,
     pca_adapter,
     random_adapter,
 )
@@ -44,6 +46,32 @@ def test_pca_is_scikit_learns_of_rows_of_length_1(width, seed):
     np.testing.assert_allclose(found * signs, expected, atol=2e-5)
     largest = adapter.weight[torch.arange(width), adapter.weight.abs().argmax(1)]
     assert bool((largest > 0).all()), "the signs must be the same on every machine"
+
+
+@settings(max_examples=20)
+@given(st.integers(2, 8), st.integers(2, 5), st.integers(0, 1000))
+def test_a_discriminant_analysis_solves_the_generalised_eigenproblem(width, classes, seed):
+    x = rows(80, width, seed)
+    labels = np.random.default_rng(seed).integers(0, classes, 80)
+    u = unit(x.astype(np.float64))
+    within, between = np.zeros((width, width)), np.zeros((width, width))
+    for c in range(classes):
+        own = u[labels == c]
+        offset = own.mean(0) - u.mean(0)
+        within += (own - own.mean(0)).T @ (own - own.mean(0)) / 80
+        between += len(own) / 80 * np.outer(offset, offset)
+    shrunk = within + 0.3 * np.trace(within) / width * np.eye(width)
+    values, vectors = scipy.linalg.eigh(between + 1e-3 * within, shrunk)
+    found = discriminant_adapter(x, labels, AdapterSpec(width, (width,))).weight.detach().numpy()
+    np.testing.assert_allclose(found @ shrunk @ found.T, np.eye(width), atol=1e-4)
+    ratios = np.diag(found @ (between + 1e-3 * within) @ found.T)
+    np.testing.assert_allclose(ratios, values[::-1], atol=1e-5)
+    assert abs(found[0] @ shrunk @ vectors[:, -1]) == pytest.approx(1, abs=1e-2)
+
+
+def test_classes_without_two_embeddings_tell_nothing():
+    with pytest.raises(AdapterError, match="no class has two"):
+        discriminant_adapter(rows(30), np.arange(30), SPEC)
 
 
 @pytest.mark.parametrize("hidden", [0, 5])
