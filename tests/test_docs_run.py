@@ -38,7 +38,7 @@ PARSED_ONLY = {
     r"dataset=(cifar|stl|tiny|hf:)": "a download; tests/data/test_small_sets.py writes the like",
     r"labels\.csv|resnet34": "tests/fitting/test_fit.py runs the like",
     r"matryoshka sweep": "trains many models; tests/training/test_sweeps.py runs it",
-    r"adapt": "needs hundreds of photos; tests/inference/test_adapt.py runs it",
+    r"\badapter|\badapt\b": "needs hundreds of photos; tests/inference/test_adapt.py runs it",
     r"licence": "a column that the reader has added",
 }
 SHELL_WORDS = ("curl", "source", "cd", "trap", "wait", "export")
