@@ -75,8 +75,9 @@ def plot_methods(
         is_last = number == len(methods) - 1
         dims = list(points)
         values = [points[d][0] for d in dims]
-        below = [points[d][0] - points[d][1] for d in dims]
-        above = [points[d][2] - points[d][0] for d in dims]
+        # At 0 and 100 percent, rounding can leave a value outside of its interval.
+        below = [max(points[d][0] - points[d][1], 0) for d in dims]
+        above = [max(points[d][2] - points[d][0], 0) for d in dims]
         axes.errorbar(
             dims,
             values,

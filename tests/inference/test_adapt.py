@@ -437,8 +437,8 @@ def test_an_exported_file_has_the_adapter(made):
     embedding, logits = session.run(None, {"input": images.numpy()})
     with torch.no_grad():
         expected = adapter.apply_to(model.features(images).numpy())[:, :8]
-        np.testing.assert_allclose(embedding, expected, atol=1e-4)
-        np.testing.assert_allclose(logits, model(images), atol=1e-3)
+        np.testing.assert_allclose(np.asarray(embedding), expected, atol=1e-4)
+        np.testing.assert_allclose(np.asarray(logits), model(images), atol=1e-3)
     facts = session.get_modelmeta().custom_metadata_map
     assert json.loads(facts["adapter"]) == {"sha256": adapter.sha256(), "dims": [8]}
 
