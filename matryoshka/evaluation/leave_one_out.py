@@ -21,7 +21,7 @@ import torch
 from matryoshka.evaluation.neighbours import NeighbourError, nearest, vote
 from matryoshka.models.adapter import Adapter
 from matryoshka.report.tables import Z_95, wilson_interval
-from matryoshka.retrieval.ranking_metrics import recall_against_exact
+from matryoshka.retrieval.ranking_metrics import recall_against_exact, relevant_rows
 
 KNN = 20  # neighbours that vote
 AT = 10  # of mAP and of the recall of neighbours
@@ -84,7 +84,7 @@ def scores_of(
     classes = labels[found]  # [G, Q, K]
     truth = labels[own]
     winners = vote(torch.from_numpy(classes[:, :, :KNN])).numpy()
-    rows_of_class = np.bincount(labels)[truth] - 1  # without the query itself
+    rows_of_class = relevant_rows(labels, truth) - 1  # without the query itself
     hits = classes[:, :, :AT] == truth[:, None]
     at_hits = np.where(hits, hits.cumsum(2) / np.arange(1, hits.shape[2] + 1), 0)
     precision = at_hits.sum(2) / np.clip(rows_of_class, 1, hits.shape[2])

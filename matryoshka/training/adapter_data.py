@@ -125,7 +125,9 @@ def _check(given: Given, labels_file: str | None) -> None:
                 f"{where}: the label of row {row} is {labels[row]}; classes are numbers from 0 on"
             )
     for first in range(0, len(given.rows), CHECKED_ROWS):
-        finite = np.isfinite(given.rows[first : first + CHECKED_ROWS]).all(1)
+        with np.errstate(over="ignore"):  # numbers of float64 beyond float32
+            part = np.asarray(given.rows[first : first + CHECKED_ROWS], np.float32)
+        finite = np.isfinite(part).all(1)
         if not finite.all():
             row = first + int(finite.argmin())
             raise AdapterError(
