@@ -309,6 +309,64 @@ def resident_share() -> list[str]:
     ]
 
 
+# ---- adapters ----
+
+
+def adapters() -> list[str]:
+    rows = latest(read("adapter"), "case", "embeddings", "threads")
+    compared = [row for row in rows if row["case"] != "time"]
+    first = compared[0]
+    dims = [str(dim) for dim in first["dims"]]
+    body, recall = [], []
+    for row in compared:
+        for name, cells in row["metrics"]["right_1nn"].items():
+            shown = adapter_name(row) if name == "adapter" else name
+            body.append([row["case"], shown, *(f"{cells[dim]['mean']:.2f}" for dim in dims)])
+        body.append([row["case"], "adapter - PCA", *over_pca(row, "right_1nn", dims)])
+        recall.append([row["case"], *over_pca(row, "recall", dims)])
+    lines = [
+        "## Adapters behind a frozen encoder",
+        "",
+        f"{first['data']}, in a random rotation. `matryoshka adapt` trains on one part and chooses "
+        "between the learnt map and PCA on a second. The table is of the third, in which each of "
+        f"at most {first['queries']:,} embeddings searches all others: 1-NN %, n = 1. Differences "
+        "are paired, in points, with their 95 % interval over the embeddings.",
+        "",
+        provenance(rows, "bench/adapter.py"),
+        "",
+        *table(["case", "embeddings", *dims], body),
+        "Recall of the ten nearest by the original full width, the adapter's minus that of PCA:",
+        "",
+        *table(["case", *dims], recall),
+    ]
+    for row in rows:
+        if row["case"] == "time":
+            lines += [
+                f"A whole run for {row['embeddings']} random embeddings of {row['classes']:,} "
+                f"classes (`{row['options'] or 'defaults'}`): {row['wall_s'] / 60:.1f} minutes "
+                f"with {row['threads']} threads, {row['core_s'] / 60:.1f} minutes of all cores "
+                f"together, {row['epochs']} epochs.",
+                "",
+            ]
+    return lines
+
+
+def adapter_name(row: Row) -> str:
+    """The adapter of a run, and what was chosen for it."""
+    if row["chosen"] == "learnt":
+        return f"**adapter**, the map of epoch {row['best_epoch']}"
+    return f"**adapter**, {row['chosen']}"
+
+
+def over_pca(row: Row, metric: str, dims: Sequence[str]) -> list[str]:
+    """The adapter's difference to PCA at each prefix."""
+    found = []
+    for dim in dims:
+        over = row["metrics"][metric]["adapter"][dim]["over_pca"]
+        found.append(f"{over['mean']:+.2f} ({over['low']:+.2f} to {over['high']:+.2f})")
+    return found
+
+
 # ---- training ----
 
 
@@ -602,6 +660,7 @@ SECTIONS: tuple[Section, ...] = (
     kills,
     evaluation,
     search,
+    adapters,
     loader,
 )
 

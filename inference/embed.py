@@ -22,6 +22,7 @@ if __name__ == "__main__":
     config.check_first(parser())  # torch takes two seconds to import
 
 from matryoshka import distributed
+from matryoshka.checkpoint.adapter_file import add_adapter
 from matryoshka.checkpoint.options import load_flags
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data.sources import open_images
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load(args)
     options = EmbeddingOptions(
         checkpoint=args.path,
+        adapter=args.adapter,
         preprocessing=args.preprocessing,
         truncate_dim=args.truncate_dim,
         normalize=args.normalize,
@@ -56,9 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def load(args: SimpleNamespace) -> NestedModel:
-    """The model of --path with the preprocessing of the options."""
+    """The model of --path with the preprocessing and the adapter of the options."""
     model = widest(load_any(args.path, **load_flags(args)))
     set_preprocessing(model, args.preprocessing, args.resolution)
+    if args.adapter:
+        add_adapter(model, args.adapter, args.path)
     return model
 
 

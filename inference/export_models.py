@@ -7,7 +7,8 @@
         --output_dir exported_models
 
 Writes <name>.onnx, <name>.pt2, <name>.pt (TorchScript), <name>_int8.onnx to --output_dir, where
-<name> is that of the architecture, with _d64 behind it for --truncate-dim 64. Nothing is written
+<name> is that of the architecture, with _adapted behind it for --adapter and _d64 for
+--truncate-dim 64. Nothing is written
 unless all formats can be exported and, with --verify, agree with the model. docs/export.md
 describes the files and runs one without this package.
 """
@@ -29,6 +30,7 @@ if __name__ == "__main__":
 
 import torch
 
+from matryoshka.checkpoint.adapter_file import add_adapter
 from matryoshka.checkpoint.options import load_flags
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader, open_dataset
@@ -121,6 +123,13 @@ def load(args: SimpleNamespace) -> NestedModel:
             f"--model_type {args.model_type}: {args.checkpoint} is a {arch}; "
             f"use --model_type {arch}, or leave it out"
         )
+    if args.adapter:
+        if not model.one_pass:
+            raise ExportError(
+                f"--adapter {args.adapter}: {args.checkpoint} is a family of widths, whose members "
+                "have embeddings of their own; export one of them"
+            )
+        add_adapter(model, args.adapter, args.checkpoint)
     if args.img_size is not None:
         model.preprocessing = replace(model.preprocessing, size=args.img_size)
     return model
@@ -129,6 +138,8 @@ def load(args: SimpleNamespace) -> NestedModel:
 def file_names(args: SimpleNamespace, model: NestedModel) -> dict[str, Path]:
     """The file of each format. ExportError for one that exists, without --overwrite."""
     stem = model.spec.arch.removeprefix(TIMM)
+    if args.adapter:
+        stem = f"{stem}_adapted"
     if args.truncate_dim is not None:
         stem = f"{stem}_d{args.truncate_dim}"
     files = {name: Path(args.output_dir) / f"{stem}{ENDINGS[name]}" for name in args.format}
@@ -147,6 +158,8 @@ def summary(args: SimpleNamespace, source: Deployed) -> list[str]:
         f"{args.checkpoint}: {model.spec.arch}, {model.spec.num_classes} classes, "
         f"embedding of {source.embedding_dim} numbers, logits of prefixes {dims}"
     )
+    if model.adapter is not None:
+        lines.append(f"{args.adapter}: {model.adapter.summary()}")
     lines.append(f"input: {source.input_text()}")
     if "torchscript" in args.format:
         lines.append(f"note: {NOTE}")

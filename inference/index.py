@@ -41,6 +41,7 @@ from matryoshka.evaluation.embedding_map import (
     remove_map,
     write_map,
 )
+from matryoshka.retrieval.adapted import AdaptedRows
 from matryoshka.retrieval.store import MANIFEST, Index, trained_dims
 from matryoshka.retrieval.store_writer import IndexRows, Writer
 
@@ -191,11 +192,18 @@ def read_embeddings(args: SimpleNamespace) -> IndexRows:
     for section, key in ((model, "file"), (data, "path")):
         if os.path.exists(section[key]):
             section[key] = os.path.abspath(section[key])
-    model["normalised"] = embeddings.meta["normalised"]
+    rows: Any = embeddings.X
+    if args.adapter:
+        rows = AdaptedRows(rows, args.adapter)
+        model = rows.model(model, os.path.abspath(args.adapter), args.embeddings)
+    elif "adapter" in model and os.path.exists(model["adapter"]["file"]):
+        # A copy: meta.json's own must not change.
+        model["adapter"] = dict(model["adapter"], file=os.path.abspath(model["adapter"]["file"]))
+    model["normalised"] = embeddings.meta["normalised"] and not args.adapter
     classes = data.pop("classes")
     names: Any = Prefixed(embeddings.ids, args.prefix) if args.prefix else embeddings.ids
     return IndexRows(
-        rows=embeddings.X,
+        rows=rows,
         names=names,
         labels=np.asarray(embeddings.y),
         model=model,
@@ -250,6 +258,9 @@ def describe(index: Index) -> str:
         )
     )
     lines.append(("size", f"{index.nbytes / 1e6:,.1f} MB"))
+    if "adapter" in model:
+        adapter = model["adapter"]
+        lines.append(("adapter", f"{adapter['file']} ({adapter['sha256'][:12]})"))
     # Deleted rows take time and space, and later parts are usually scanned without lists.
     outside = index.total - (index.parts[0].count if index.parts else 0)
     if num_deleted + outside > COMPACT_SHARE * index.total:

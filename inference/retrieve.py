@@ -45,6 +45,7 @@ from matryoshka.embeddings.reading import META, WORK
 from matryoshka.files import write_atomically
 from matryoshka.retrieval import Engine, SearchParams, sweep_report
 from matryoshka.retrieval import ranking_metrics as metrics
+from matryoshka.retrieval.adapted import adapt_table
 from matryoshka.retrieval.params import SearchOptions
 from matryoshka.retrieval.store import MANIFEST
 from matryoshka.retrieval.store_writer import Writer
@@ -81,9 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     check(args)
     if args.threads:
         torch.set_num_threads(args.threads)  # of exact search
-    database, queries = open_pair(
-        open_table(args.database, args.threads), open_table(args.queries, args.threads)
-    )
+    tables = [open_table(args.database, args.threads), open_table(args.queries, args.threads)]
+    if args.adapter:
+        tables = [adapt_table(table, args.adapter) for table in tables]
+    database, queries = open_pair(*tables)
     print(f"database {args.database}: {len(database):,} x {database.columns}")
     print(f"queries  {args.queries}: {len(queries):,}")
     for text in notes(database, queries):

@@ -32,12 +32,13 @@ import torch
 from PIL import Image
 
 from matryoshka import distributed
+from matryoshka.checkpoint.adapter_file import add_adapter
 from matryoshka.checkpoint.published import PREFIXES, load_any
 from matryoshka.data import CenterCrop
 from matryoshka.data.augment import Preprocessing
 from matryoshka.data.images import central_square
 from matryoshka.data.resized_images import resize_and_crop
-from matryoshka.embeddings.reading import trunk_sha256
+from matryoshka.embeddings.reading import embedding_sha256
 from matryoshka.evaluation.embedding import fingerprint
 from matryoshka.models import NestedModel, widest
 from matryoshka.retrieval.store import Index
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         service = search_page.Service(
             index,
             encoder(model, index.preprocessing),
-            trunk_sha256(model),
+            embedding_sha256(model),
             pictures,
             classify=classifier(model),
         )
@@ -159,7 +160,15 @@ def load(args: SimpleNamespace, index: Index) -> NestedModel:
     if name.endswith(".pt"):  # weights alone do not always identify the head
         flags = {"mrl": head == "mrl", "efficient": head == "mrl-e"}
     model = widest(load_any(name, "--model", **flags))
-    index.check_model(trunk_sha256(model), f"--model {name}")
+    made_by = index.model.get("adapter")
+    adapter = args.adapter or (made_by["file"] if made_by else None)
+    if adapter:
+        if not os.path.isfile(adapter):
+            raise config.ConfigError(
+                f"--adapter {adapter}: no such file, which made {args.index}; give its present path"
+            )
+        add_adapter(model, adapter, f"--model {name}")
+    index.check_model(embedding_sha256(model), f"--model {name}")
     if args.threads:
         torch.set_num_threads(args.threads)
     return model.to(distributed.pick_device(args.device, 0))
@@ -195,10 +204,11 @@ def encoder(
 def classifier(model: NestedModel) -> Callable[[np.ndarray], list[tuple[str, float]]] | None:
     """A function embedding, float32 [D] -> (class, probability) of the TOP most probable classes.
 
-    By the classifier of the longest prefix. None for a model without class names.
+    By the classifier of the longest prefix. None for a model without class names, and behind an
+    adapter, whose embeddings are not what the classifier sees.
     """
     names = model.classes
-    if not names:
+    if not names or model.adapter is not None:
         return None
     device = next(model.parameters()).device
 

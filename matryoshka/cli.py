@@ -76,6 +76,11 @@ PROGRAMS = {
         "every dim of a model: accuracy, cost, confusion matrices, maps",
         "matryoshka.evaluation.dims_options:dims_parser",
     ),
+    "adapt": Program(
+        "matryoshka.inference.adapt",
+        "good prefixes for the embeddings of any frozen encoder",
+        "matryoshka.training.adapter_options:adapt_parser",
+    ),
     "embed": Program(
         "matryoshka.inference.embed",
         "a data set's embeddings as memory-mapped arrays",

@@ -1,4 +1,5 @@
-"""Losses of self-supervised learning as pure functions of tensors, plain and nested.
+"""Losses of embeddings as pure functions of tensors, plain and nested: of self-supervised learning,
+and of adapters behind a frozen encoder.
 
     loss, per_prefix = over_prefixes(info_nce, dims=(8, 64, 512))(queries, keys, temperature=0.1)
 
@@ -186,6 +187,107 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
+# ---------------------------------------------------------------- with labels
+
+
+def supervised_contrastive(
+    embeddings: Tensor, *, labels: Tensor, temperature: float | Tensor
+) -> Tensor:
+    """SupCon (arXiv 2004.11362, equation 2): each image finds all others of its class.
+
+    embeddings [N, E], labels int64 [N]. The mean over the images whose class has others; 0, with
+    gradients, if there are none.
+    """
+    unit = F.normalize(embeddings, dim=1)
+    rows = len(unit)
+    itself = torch.eye(rows, dtype=torch.bool, device=unit.device)
+    logits = (unit @ unit.T / temperature).masked_fill(itself, float("-inf"))
+    own_class = (labels[:, None] == labels) & ~itself
+    # -inf times 0 would be NaN: what is not of the class is left out before the sum.
+    log_found = logits.log_softmax(1).masked_fill(~own_class, 0)
+    others = own_class.sum(1)
+    has_others = others > 0
+    of_each = -log_found.sum(1) / others.clamp(min=1)
+    return (of_each * has_others).sum() / has_others.sum().clamp(min=1)
+
+
+def neighbourhood_components(
+    embeddings: Tensor, *, labels: Tensor, temperature: float | Tensor
+) -> Tensor:
+    """Neighbourhood components analysis (Goldberger et al., NIPS 2004): the probability that the
+    neighbour which each image draws by a softmax over its cosines is of its class.
+
+    embeddings [N, E], labels int64 [N]. The mean of -log of it (their second objective) over the
+    images whose class has others; 0, with gradients, if there are none.
+    """
+    unit = F.normalize(embeddings, dim=1)
+    itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+    # Finite: where a class has no others, a sum over -inf alone has no gradient but NaN.
+    lowest = torch.finfo(unit.dtype).min / 4
+    logits = (unit @ unit.T / temperature).masked_fill(itself, lowest)
+    own_class = (labels[:, None] == labels) & ~itself
+    has_others = own_class.any(1)
+    of_each = logits.logsumexp(1) - logits.masked_fill(~own_class, lowest).logsumexp(1)
+    return of_each.masked_fill(~has_others, 0).sum() / has_others.sum().clamp(min=1)
+
+
+def prototype_cross_entropy(
+    embeddings: Tensor, prototypes: Tensor, *, labels: Tensor, temperature: float | Tensor
+) -> Tensor:
+    """Cross-entropy of the cosines to one prototype of each class (arXiv 1811.12649, equation 2).
+
+    embeddings [N, E], prototypes [C, E], labels int64 [N].
+    """
+    cosines = F.normalize(embeddings, dim=1) @ F.normalize(prototypes, dim=1).T
+    return F.cross_entropy(cosines / temperature, labels)
+
+
+# ---------------------------------------------------------------- similarities that are kept
+
+
+def pairwise_similarity(embeddings: Tensor, *, wanted: Tensor) -> Tensor:
+    """How far the cosines of all pairs are from the wanted ones (arXiv 2407.20243, L_pair).
+
+    embeddings [N, E], wanted [N, N]: the cosines of the same images at full width. The mean of
+    |cosine - wanted| over the pairs of two different images.
+    """
+    difference = (_cosines(embeddings) - wanted).abs()
+    count = len(embeddings)
+    return (difference.sum() - difference.diagonal().sum()) / (count * (count - 1))
+
+
+def top_k_similarity(embeddings: Tensor, *, wanted: Tensor, k: int) -> Tensor:
+    """`pairwise_similarity` of each image and the k others most similar to it by `wanted` (arXiv
+    2407.20243, L_topk).
+    """
+    count = len(embeddings)
+    itself = torch.eye(count, dtype=torch.bool, device=wanted.device)
+    nearest = wanted.masked_fill(itself, float("-inf")).topk(min(k, count - 1), dim=1).indices
+    return (_cosines(embeddings) - wanted).abs().gather(1, nearest).mean()
+
+
+def neighbour_divergence(
+    embeddings: Tensor, *, wanted: Tensor, temperature: float | Tensor
+) -> Tensor:
+    """How far each image's neighbours are from the wanted ones: the divergence of SNE (Hinton and
+    Roweis, NIPS 2002) with cosines for distances.
+
+    embeddings [N, E], N >= 2; wanted [N, N]: the cosines of the same images at full width. Both are
+    softmax distributions of each image over all others; the mean of KL(wanted || found).
+    """
+    itself = torch.eye(len(embeddings), dtype=torch.bool, device=embeddings.device)
+    # Finite: the product of a probability of 0 and a logarithm of -inf would be NaN.
+    lowest = torch.finfo(embeddings.dtype).min / 4
+    goal = (wanted / temperature).masked_fill(itself, lowest).log_softmax(1)
+    found = (_cosines(embeddings) / temperature).masked_fill(itself, lowest).log_softmax(1)
+    return _kl(goal, found)
+
+
+def _cosines(embeddings: Tensor) -> Tensor:
+    unit = F.normalize(embeddings, dim=1)
+    return unit @ unit.T
+
+
 # ---------------------------------------------------------------- without negatives
 
 
@@ -264,10 +366,16 @@ __all__ = [
     "byol",
     "info_nce",
     "lejepa",
+    "neighbour_divergence",
+    "neighbourhood_components",
     "nt_xent",
     "over_prefixes",
+    "pairwise_similarity",
+    "prototype_cross_entropy",
     "relic",
     "relic_small",
     "sigreg",
+    "supervised_contrastive",
+    "top_k_similarity",
     "vicreg",
 ]

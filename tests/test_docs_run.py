@@ -40,6 +40,7 @@ PARSED_ONLY = {
     r"labels\.csv|resnet34": "tests/fitting/test_fit.py runs the like",
     r"import transformers|from (lightly|transformers)": "tests/data/test_trainers.py runs it",
     r"matryoshka sweep": "trains many models; tests/training/test_sweeps.py runs it",
+    r"\badapter|\badapt\b": "needs hundreds of photos; tests/inference/test_adapt.py runs it",
     r"licence": "a column that the reader has added",
 }
 SHELL_WORDS = ("curl", "source", "cd", "trap", "wait", "export")

@@ -13,11 +13,17 @@ from matryoshka.losses import (
     byol,
     info_nce,
     lejepa,
+    neighbour_divergence,
+    neighbourhood_components,
     nt_xent,
     over_prefixes,
+    pairwise_similarity,
+    prototype_cross_entropy,
     relic,
     relic_small,
     sigreg,
+    supervised_contrastive,
+    top_k_similarity,
     vicreg,
 )
 
@@ -292,3 +298,114 @@ def test_slices_are_blocks_of_columns():
         over_prefixes(byol, [])
     with pytest.raises(ValueError, match="longest prefix has 10"):
         over_prefixes(byol, blocks)(x[:, :9], y)
+
+
+# ---------------------------------------------------------------- of adapters
+
+
+@settings(max_examples=25)
+@given(sizes)
+def test_supervised_contrastive(size):
+    images, width, classes, seed = size
+    z = drawn(seed, images, width)
+    labels = np.random.default_rng(seed).integers(0, classes + 1, images)
+    total, counted = 0.0, 0
+    for i in range(images):
+        others = [j for j in range(images) if j != i]
+        scores = [cosine(z[i], z[j]) / T for j in others]
+        found = [cross_entropy(scores, at) for at, j in enumerate(others) if labels[j] == labels[i]]
+        if found:
+            total += sum(found) / len(found)
+            counted += 1
+    wanted = total / counted if counted else 0.0
+    close(supervised_contrastive(tensor(z), labels=tensor(labels), temperature=T), wanted)
+
+
+@settings(max_examples=25)
+@given(sizes)
+def test_neighbourhood_components(size):
+    images, width, classes, seed = size
+    z = drawn(seed, images, width)
+    labels = np.random.default_rng(seed).integers(0, classes + 1, images)
+    total, counted = 0.0, 0
+    for i in range(images):
+        others = [j for j in range(images) if j != i]
+        weights = [math.exp(cosine(z[i], z[j]) / T) for j in others]
+        own = sum(w for w, j in zip(weights, others, strict=True) if labels[j] == labels[i])
+        if own:
+            total -= math.log(own / sum(weights))
+            counted += 1
+    wanted = total / counted if counted else 0.0
+    close(neighbourhood_components(tensor(z), labels=tensor(labels), temperature=T), wanted)
+
+
+@pytest.mark.parametrize("loss_of", [supervised_contrastive, neighbourhood_components])
+def test_images_without_others_of_their_class_change_nothing(loss_of):
+    z = tensor(drawn(0, 5, 3)).requires_grad_()
+    loss = loss_of(z, labels=torch.arange(5), temperature=T)
+    loss.backward()
+    assert loss.item() == 0
+    assert z.grad is not None
+    assert not z.grad.any(), "there is nothing to learn from"
+
+
+@settings(max_examples=25)
+@given(sizes)
+def test_prototype_cross_entropy(size):
+    images, width, more, seed = size
+    classes = more + 1
+    z, prototypes = drawn(seed, images, width), drawn(seed + 1, classes, width)
+    labels = np.random.default_rng(seed).integers(0, classes, images)
+    total = 0.0
+    for i in range(images):
+        scores = [cosine(z[i], prototypes[c]) / T for c in range(classes)]
+        total += cross_entropy(scores, labels[i])
+    found = prototype_cross_entropy(
+        tensor(z), tensor(prototypes), labels=tensor(labels), temperature=T
+    )
+    close(found, total / images)
+
+
+@settings(max_examples=25)
+@given(sizes)
+def test_similarities_that_are_kept(size):
+    images, width, k, seed = size
+    z, full = drawn(seed, images, width), drawn(seed + 1, images, width + 3)
+    wanted = [[cosine(a, b) for b in full] for a in full]
+    pairs, nearest = [], []
+    for i in range(images):
+        others = [j for j in range(images) if j != i]
+        pairs += [abs(cosine(z[i], z[j]) - wanted[i][j]) for j in others]
+        best = sorted(others, key=lambda j: -wanted[i][j])[: k + 1]
+        nearest += [abs(cosine(z[i], z[j]) - wanted[i][j]) for j in best]
+    close(pairwise_similarity(tensor(z), wanted=tensor(wanted)), sum(pairs) / len(pairs))
+    found = top_k_similarity(tensor(z), wanted=tensor(wanted), k=k + 1)
+    close(found, sum(nearest) / len(nearest))
+
+
+@settings(max_examples=25)
+@given(sizes)
+def test_neighbours_that_are_kept(size):
+    images, width, _, seed = size
+    z, full = drawn(seed, images, width), drawn(seed + 1, images, width + 3)
+    wanted = [[cosine(a, b) for b in full] for a in full]
+    total = 0.0
+    for i in range(images):
+        others = [j for j in range(images) if j != i]
+        goal = [wanted[i][j] / T for j in others]
+        found = [cosine(z[i], z[j]) / T for j in others]
+        for at in range(len(others)):
+            log_p = -cross_entropy(goal, at)
+            total += math.exp(log_p) * (log_p + cross_entropy(found, at))
+    loss = neighbour_divergence(tensor(z), wanted=tensor(wanted), temperature=T)
+    close(loss, total / images)
+
+
+def test_losses_of_adapters_are_nested_like_all_others():
+    z, prototypes = tensor(drawn(0, 6, 8)), tensor(drawn(1, 3, 8))
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    nested = over_prefixes(prototype_cross_entropy, (2, 8))
+    total, each = nested(z, prototypes, labels=labels, temperature=T)
+    short = prototype_cross_entropy(z[:, :2], prototypes[:, :2], labels=labels, temperature=T)
+    close(each[0], float(short))
+    close(total, float(each.sum()))

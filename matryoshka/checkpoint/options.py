@@ -39,6 +39,19 @@ class CheckpointOptions(HeadOptions, PathOption):  # fields in the order path, m
     """Arguments of `load_any`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdapterOption:
+    """A map behind the encoder."""
+
+    adapter: str | None = option(
+        None,
+        help="adapter of `matryoshka adapt`, which embeddings go through",
+        metavar="FILE",
+        common=True,
+        existing=True,
+    )
+
+
 def load_flags(args: Any) -> dict[str, Any]:
     """The keyword arguments of `load_any` that the flags of HeadOptions mean."""
     return {

@@ -8,12 +8,22 @@ if TYPE_CHECKING:
     from matryoshka.embeddings.reading import (
         EmbeddingError,
         Embeddings,
+        adapted_sha256,
+        embedding_sha256,
         labels_like,
         open_embeddings,
         trunk_sha256,
     )
 
-__all__ = ["EmbeddingError", "Embeddings", "labels_like", "open_embeddings", "trunk_sha256"]
+__all__ = [
+    "EmbeddingError",
+    "Embeddings",
+    "adapted_sha256",
+    "embedding_sha256",
+    "labels_like",
+    "open_embeddings",
+    "trunk_sha256",
+]
 
 __getattr__ = lazy.attribute(
     __name__,
@@ -21,6 +31,8 @@ __getattr__ = lazy.attribute(
         "reading": (
             "EmbeddingError",
             "Embeddings",
+            "adapted_sha256",
+            "embedding_sha256",
             "labels_like",
             "open_embeddings",
             "trunk_sha256",

@@ -50,6 +50,19 @@ def trunk_sha256(model) -> str:
     return digest.hexdigest()
 
 
+def embedding_sha256(model) -> str:
+    """Hex digest of what determines a NestedModel's embeddings: `trunk_sha256`, and, behind an
+    adapter, `adapted_sha256` of it.
+    """
+    encoder = trunk_sha256(model)
+    return encoder if model.adapter is None else adapted_sha256(encoder, model.adapter.sha256())
+
+
+def adapted_sha256(encoder: str, adapter: str) -> str:
+    """The digest of an encoder and its adapter, from theirs."""
+    return hashlib.sha256(f"{encoder} {adapter}".encode()).hexdigest()
+
+
 class Ids(Sequence[str]):
     """The names of the images, decoded on access. text: uint8 [bytes]; ends: int64 [N]."""
 

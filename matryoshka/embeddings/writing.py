@@ -40,7 +40,7 @@ from matryoshka.files import sync_folder, write_atomically
 
 PLAN = "plan.json"
 # Keys of meta.json that do not change the numbers: a resumed run may differ in them.
-_IGNORED_KEYS = ("model.file", "data.path", "code")
+_IGNORED_KEYS = ("model.file", "model.adapter.file", "data.path", "code")
 _NAMES_PER_WRITE = 1 << 16  # bounds the memory for names
 
 

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from matryoshka import __version__, distributed
+from matryoshka.checkpoint.adapter_file import adapted_model
 from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader
 from matryoshka.data.order import rank_slice
 from matryoshka.data.reader import printable
@@ -50,6 +51,7 @@ class EmbeddingOptions:
     """Settings of an embedding run. meta.json records all but batch_size and workers."""
 
     checkpoint: str  # as the user named it
+    adapter: str | None = None  # the file of the model's adapter
     preprocessing: str = "checkpoint"  # its name; the model has the values
     truncate_dim: int | None = None  # keep the first columns only; None: all
     normalize: bool = False  # to length 1, after truncation
@@ -76,17 +78,16 @@ class EmbeddingJob:
         ModelError for a truncate_dim that the model does not have.
         """
         columns = options.truncate_dim
-        if columns is not None and not 1 <= columns <= model.width:
-            raise ModelError(
-                f"--truncate-dim {columns}: expected 1 to {model.width}, the feature width of this "
-                "model"
-            )
+        width = model.embedding_width
+        if columns is not None and not 1 <= columns <= width:
+            what = "the feature width of this model" if model.adapter is None else "the adapter's"
+            raise ModelError(f"--truncate-dim {columns}: expected 1 to {width}, {what}")
         self.model = model.to(world.device).to(memory_format=torch.channels_last)
         self.data = data
         self.options = options
         self.world = world
         self.labels = data.labels if labels is None else labels
-        self.columns: int = columns or model.width
+        self.columns: int = columns or width
         self.precision = distributed.pick_precision(options.precision, world.device)
 
     @property
@@ -112,14 +113,7 @@ class EmbeddingJob:
             "columns": self.columns,
             "dtype": options.dtype,
             "normalised": bool(options.normalize),
-            "model": {
-                "file": options.checkpoint,
-                "weights_sha256": trunk_sha256(model),
-                "arch": model.spec.arch,
-                "head": model.spec.head_name,
-                "dims": list(model.dims),
-                "width": model.width,
-            },
+            "model": self._model_entry(),
             # tuples become lists, as they are when meta.json is read and compared
             "preprocessing": json.loads(json.dumps(preprocessing)),
             "precision": self.precision,
@@ -131,6 +125,21 @@ class EmbeddingJob:
             },
             "code": {"version": __version__, **(git_state() or {})},
         }
+
+    def _model_entry(self) -> dict[str, Any]:
+        model = self.model
+        options = self.options
+        entry = {
+            "file": options.checkpoint,
+            "weights_sha256": trunk_sha256(model),
+            "arch": model.spec.arch,
+            "head": model.spec.head_name,
+            "dims": list(model.dims),
+            "width": model.width,
+        }
+        if model.adapter is None:
+            return entry
+        return adapted_model(entry, model.adapter, str(options.adapter), options.checkpoint)
 
     def name(self, row: int) -> str:
         """The image's file relative to the data set; its number in a .beton file without names."""
@@ -147,7 +156,7 @@ class EmbeddingJob:
         data = self.data
         options = self.options
         lines = [f"note: {note}" for note in model.notes]
-        longest = model.dims[-1]
+        longest = model.embedding_dims[-1]
         if longest < self.columns:
             lines.append(
                 f"note: no classifier of this model was trained on columns {longest} to "
@@ -155,8 +164,10 @@ class EmbeddingJob:
             )
         lines.append(
             f"{options.checkpoint}: {model.spec.arch}, {model.spec.head_name}, {self.columns} of "
-            f"{model.width} columns"
+            f"{model.embedding_width} columns"
         )
+        if model.adapter is not None:
+            lines.append(f"{options.adapter}: {model.adapter.summary()}")
         classes = f"of {data.num_classes:,} classes"
         if not data.num_classes:
             classes = "without classes"

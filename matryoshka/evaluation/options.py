@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from matryoshka.checkpoint.options import CheckpointOptions, HeadOptions
+from matryoshka.checkpoint.options import AdapterOption, CheckpointOptions, HeadOptions
 from matryoshka.config import FlagParser, flat_parser, option
 from matryoshka.runtime import DeviceOptions, RuntimeOptions
 
@@ -216,6 +216,7 @@ def embed_parser() -> FlagParser:
         "A killed run resumes when it is started again with the same options. "
         "docs/retrieval.md describes the files.",
         CheckpointOptions,
+        AdapterOption,
         EmbedOptions,
         RuntimeOptions,
     )

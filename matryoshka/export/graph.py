@@ -28,9 +28,11 @@ class Deployed(nn.Module):
     """What a file computes: images -> (embedding [B, d], logits [G, B, C]).
 
     with_preprocessing: images are uint8 [B, S, S, 3], normalised here; else float32 [B, 3, S, S],
-    normalised already. truncate_dim: d, and only the prefixes up to it; None: all.
+    normalised already. truncate_dim: d, and only the prefixes up to it; None: all. The embedding of
+    a model with an adapter is behind it, the logits are those of the features before it, of all
+    prefixes.
 
-    ExportError for a truncate_dim that is not a prefix of the model.
+    ExportError for a truncate_dim that is not a prefix of the model, or of its adapter.
     """
 
     scale: Tensor
@@ -44,7 +46,7 @@ class Deployed(nn.Module):
         if truncate_dim is not None:
             model = _truncated(model, truncate_dim)
         self.model = model
-        self.embedding_dim = truncate_dim or model.width
+        self.embedding_dim = truncate_dim or model.embedding_width
         self.with_preprocessing = with_preprocessing
         # (x / 255 - mean) / std as x * scale + shift. Not augment.normalise: its cached constants
         # would keep the fake tensors of a recording.
@@ -56,7 +58,7 @@ class Deployed(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         normalised = self._normalised(images) if self.with_preprocessing else images
         # `cut` merges what the two calls compute twice.
-        return self.model.features(normalised)[:, : self.embedding_dim], self.model(normalised)
+        return self.model.embeddings(normalised)[:, : self.embedding_dim], self.model(normalised)
 
     def logits(self, images: Tensor) -> Tensor:
         """Only the logits: the model's usual call, for its latency."""
@@ -95,11 +97,21 @@ class Deployed(nn.Module):
             "preprocessing": described["preprocessing"],
             "model": described["model"],
         }
+        if model.adapter is not None:
+            kept = [dim for dim in model.adapter.dims if dim <= self.embedding_dim]
+            facts["adapter"] = {"sha256": model.adapter.sha256(), "dims": kept}
         return {name: json.dumps(value) for name, value in facts.items()}
 
 
 def _truncated(model: NestedModel, dim: int) -> NestedModel:
-    """`model` with its prefixes up to `dim`."""
+    """`model` with its prefixes up to `dim`; with an adapter, the model itself."""
+    if model.adapter is not None:
+        if dim not in model.adapter.dims:
+            known = ", ".join(map(str, model.adapter.dims))
+            raise ExportError(
+                f"--truncate-dim {dim}: not a prefix of the adapter, which has {known}"
+            )
+        return model
     kept = [d for d in model.dims if d < dim]
     try:
         return with_prefixes(model, [*kept, dim])

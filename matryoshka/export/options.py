@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from matryoshka.checkpoint.options import HeadOptions
+from matryoshka.checkpoint.options import AdapterOption, HeadOptions
 from matryoshka.config import FlagParser, flat_parser, option
 from matryoshka.runtime import MAX_THREADS
 
@@ -57,8 +57,8 @@ class ExportOptions:
     )
     truncate_dim: int | None = option(
         None,
-        help="only the first D numbers of the embedding, the logits of prefixes up to D, and the "
-        "weights that these need",
+        help="only the first D numbers of the embedding, the logits of prefixes up to D (with "
+        "--adapter: of all), and the weights that these need",
         metavar="D",
         low=1,
         common=True,
@@ -150,6 +150,7 @@ def export_parser() -> FlagParser:
         "preprocessing, class names and prefixes are in its metadata. docs/export.md shows how to "
         "use the files.",
         SourceOptions,
+        AdapterOption,
         ExportOptions,
         Int8Options,
         CheckOptions,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from matryoshka.data import CenterCrop, image_files, read_images
 from matryoshka.data.augment import Preprocessing, normalise
+from matryoshka.models.adapter import Adapter
 from matryoshka.models.backbones import backbone
 from matryoshka.models.blurpool import apply_blurpool
 from matryoshka.models.neck import build_neck
@@ -65,6 +66,8 @@ class NestedModel(nn.Module):
         # Modules that stay in eval mode, see transfer.apply_freeze. Names, not modules: a deep copy
         # or a conversion to SyncBatchNorm has modules of its own.
         self.frozen: tuple[str, ...] = ()
+        # A map behind the features that embeddings take and the head does not: see adapter.py.
+        self.adapter: Adapter | None = None
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -127,6 +130,26 @@ class NestedModel(nn.Module):
         features = self.trunk(images)
         return features if self.neck is None else self.neck(features)
 
+    def embeddings(self, images: Tensor) -> Tensor:
+        """The features, or what the adapter makes of them in float32: [B, embedding_width]."""
+        features = self.features(images)
+        if self.adapter is None:
+            return features
+        if not torch.is_autocast_enabled(features.device.type):
+            return self.adapter(features.float())
+        # A fraction of the encoder's work: half precision would save nothing.
+        with torch.autocast(features.device.type, enabled=False):
+            return self.adapter(features.float())
+
+    @property
+    def embedding_width(self) -> int:
+        return self.width if self.adapter is None else self.adapter.width
+
+    @property
+    def embedding_dims(self) -> tuple[int, ...]:
+        """The prefixes that embeddings were trained for."""
+        return self.dims if self.adapter is None else self.adapter.dims
+
     def features_of(self, images: Tensor, dim: int) -> Tensor:
         """What the classifier of `dim` sees, [B, dim]."""
         return self.features(images)[:, :dim]
@@ -138,18 +161,19 @@ class NestedModel(nn.Module):
     def encode(
         self, images: Tensor, truncate_dim: int | None = None, normalize: bool = False
     ) -> Tensor:
-        """Embeddings, float32 [B, d]: the first `truncate_dim` columns of the features (None: all).
+        """Embeddings, float32 [B, d]: the first `truncate_dim` columns of `embeddings` (None: all).
 
         images: uint8 [B, H, W, 3] as a Loader yields them, normalised here; or float [B, 3, H, W],
         already normalised. Their size is that of `preprocessing`; any device. normalize: scale to
         length 1 after truncation (a zero vector stays zero).
 
         Runs in eval mode without gradients, then restores the mode of every module. ModelError for
-        a truncate_dim beyond the feature width and for images of another shape or type.
+        a truncate_dim beyond the embedding width and for images of another shape or type.
         """
-        if truncate_dim is not None and not 1 <= truncate_dim <= self.width:
+        if truncate_dim is not None and not 1 <= truncate_dim <= self.embedding_width:
             raise ModelError(
-                f"truncate_dim={truncate_dim}: expected 1 to {self.width}, the feature width"
+                f"truncate_dim={truncate_dim}: expected 1 to {self.embedding_width}, the feature "
+                "width"
             )
         self._check_images(images)
         images = images.to(next(self.parameters()).device)
@@ -160,7 +184,7 @@ class NestedModel(nn.Module):
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            features = self.features(images)[:, :truncate_dim].float()  # [B, d]
+            features = self.embeddings(images)[:, :truncate_dim].float()  # [B, d]
         finally:
             for module, mode in modes:
                 module.training = mode

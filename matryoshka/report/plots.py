@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from matryoshka.report.run import Run, best_of, read_run, short_dims
 from matryoshka.report.tables import wilson_interval
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 BLUE = "#1f5fa8"
 RED = "#d1495b"
+SHADES = ("#9a9a9a", BLUE, "#66a182", "#8d6a9f")
+MARKERS = ("o", "s", "^", "D", "v")
 
 
 def plot_accuracy(
@@ -53,6 +55,52 @@ def plot_accuracy(
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
     figure.savefig(path)
+
+
+def plot_methods(
+    path: str | Path | IO[bytes],
+    methods: Mapping[str, Mapping[int, tuple[float, float, float]]],
+    metric: str,
+    title: str,
+) -> None:
+    """Plot a metric of several methods against prefix length (log scale) as PNG.
+
+    methods: {name: {prefix: (percent, lower, upper end of its interval)}}; the last one stands out.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained", dpi=150)
+    axes = figure.add_subplot()
+    for number, (name, points) in enumerate(methods.items()):
+        is_last = number == len(methods) - 1
+        dims = list(points)
+        values = [points[d][0] for d in dims]
+        # At 0 and 100 percent, rounding can leave a value outside of its interval.
+        below = [max(points[d][0] - points[d][1], 0) for d in dims]
+        above = [max(points[d][2] - points[d][0], 0) for d in dims]
+        axes.errorbar(
+            dims,
+            values,
+            [below, above],
+            fmt=f"{MARKERS[number % len(MARKERS)]}-",
+            color=RED if is_last else SHADES[number % len(SHADES)],
+            capsize=3,
+            elinewidth=1,
+            linewidth=2 if is_last else 1.2,
+            markersize=5,
+            label=name,
+        )
+    dims = sorted({d for points in methods.values() for d in points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(dims, [str(d) for d in dims])
+    axes.minorticks_off()
+    axes.set_xlabel("prefix of the embedding (numbers)")
+    axes.set_ylabel(metric)
+    axes.set_title(title, loc="left", parse_math=False)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path, format="png")
 
 
 def plot_importances(path: str | Path, shares: Mapping[str, float], title: str) -> None:

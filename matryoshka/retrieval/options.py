@@ -30,6 +30,14 @@ class RetrieveOptions:
 
     database: str = option(help=f"{_TABLE}, or an index", metavar="DIR", common=True, existing=True)
     queries: str = option(help=_TABLE, metavar="DIR", common=True, existing=True)
+    adapter: str | None = option(
+        None,
+        help="adapter of `matryoshka adapt`, which embeddings and arrays go through; indexes, and "
+        "embeddings that did already, stay as they are",
+        metavar="FILE",
+        common=True,
+        existing=True,
+    )
     output: str = option(help="folder of the results", metavar="DIR", common=True)
     overwrite: bool = option(False, help="replace results in it", common=True)
     index: str | None = option(
@@ -146,6 +154,13 @@ class SourceOptions:
         help="folder that `matryoshka embed` wrote", metavar="DIR", existing=True
     )
     prefix: str = option("", help="text before every name")
+    adapter: str | None = option(
+        None,
+        help="adapter of `matryoshka adapt`, which these embeddings go through; not for embeddings "
+        "that did already",
+        metavar="FILE",
+        existing=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -166,14 +166,23 @@ class Index:
             return False
 
     def check_model(self, weights_sha256: str, what: str) -> None:
-        """RetrievalError unless `what` comes from the index's model (embeddings.trunk_sha256)."""
+        """RetrievalError unless `what` comes from the index's model and adapter
+        (embeddings.embedding_sha256).
+        """
         own = self.model["weights_sha256"]
-        if weights_sha256 != own:
+        if weights_sha256 == own:
+            return
+        adapter = self.model.get("adapter")
+        if adapter and weights_sha256 == self.model.get("encoder_sha256"):
             raise RetrievalError(
-                f"{what}: is of another model (weights {weights_sha256[:12]}) than {self.path} "
-                f"({own[:12]}, {self.model.get('file')}); embed with that model, or build another "
-                "index"
+                f"{what}: is not behind the adapter of {self.path} ({adapter['file']}); give it "
+                "with --adapter"
             )
+        raise RetrievalError(
+            f"{what}: is of another model (weights {weights_sha256[:12]}) than {self.path} "
+            f"({own[:12]}, {self.model.get('file')}); embed with that model, or build another "
+            "index"
+        )
 
     def check_params(self, params: SearchParams) -> None:
         """RetrievalError for params that need codes or dimensions that the index does not have."""

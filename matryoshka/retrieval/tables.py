@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,23 @@ class Table:
     @property
     def columns(self) -> int:
         return self.rows.shape[1] if self.index is None else self.index.columns
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The entry `model` of meta.json; empty for bare arrays."""
+        if self.index is not None:
+            return self.index.model
+        return {} if self.embeddings is None else self.embeddings.meta["model"]
+
+    @property
+    def adapter(self) -> dict[str, Any] | None:
+        """What is known about the adapter that the rows are behind; None without one."""
+        return self.model.get("adapter")
+
+    @property
+    def encoder(self) -> str | None:
+        """Hash of the encoder before the adapter."""
+        return self.model.get("encoder_sha256")
 
     def exact(self, queries: np.ndarray, k: int) -> np.ndarray:
         """The nearest neighbours by all dimensions, int64 [Q, k]."""
@@ -158,6 +176,12 @@ def open_pair(database: Table, queries: Table) -> tuple[Table, Table]:
             f"{database.columns}; embed both in the same way"
         )
     if database.weights and queries.weights and database.weights != queries.weights:
+        for one, other in ((database, queries), (queries, database)):
+            if one.adapter and one.encoder == other.weights:
+                raise RetrievalError(
+                    f"{other.path}: is not behind the adapter of {one.path}; add --adapter "
+                    f"{one.adapter['file']}"
+                )
         raise RetrievalError(
             f"{queries.path}: is of another model (weights {queries.weights[:12]}) than "
             f"{database.path} ({database.weights[:12]}); embed both with the same model"
@@ -172,8 +196,15 @@ def open_pair(database: Table, queries: Table) -> tuple[Table, Table]:
 
 
 def notes(database: Table, queries: Table) -> list[str]:
-    """Warnings about a pair: another preprocessing, or queries that are in the database."""
+    """Warnings about a pair: another preprocessing, queries that are in the database, and arrays of
+    which nobody knows whether they are behind an adapter.
+    """
     if queries.embeddings is None:
+        if database.adapter:
+            return [
+                f"{database.path} is behind the adapter {database.adapter['file']}: the rows of "
+                f"{queries.path} must be, too"
+            ]
         return []
     metadata = queries.embeddings.meta
     if database.index is not None:

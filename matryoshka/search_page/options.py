@@ -19,6 +19,12 @@ class ServeOptions:
         metavar="FILE",
         existing=True,
     )
+    adapter: str | None = option(
+        None,
+        help="adapter of the index's embeddings; unset: the file that the index names",
+        metavar="FILE",
+        existing=True,
+    )
     data: tuple[str, ...] | None = option(
         None,
         help="data set of the pictures, if it has moved; for an index of several, once for each in "

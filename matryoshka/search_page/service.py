@@ -98,10 +98,10 @@ class RecentlyUsed(Generic[T]):
 class Service:
     """Thread-safe answers; every method may raise Refusal.
 
-    encode: pixels, uint8 [H, W, 3] of any size -> embedding, float [D], by the model with these
-    weights (embeddings.trunk_sha256). classify: such an embedding -> (class, probability) of the
-    most probable classes, best first; None for a model without class names. RetrievalError for an
-    index of another model.
+    encode: pixels, uint8 [H, W, 3] of any size -> embedding, float [D], by the model and adapter
+    with these weights (embeddings.embedding_sha256). classify: such an embedding -> (class,
+    probability) of the most probable classes, best first; None for a model without class names.
+    RetrievalError for an index of another model.
     """
 
     def __init__(

@@ -273,3 +273,25 @@ def test_the_bench_of_self_supervised_steps(capsys, monkeypatch, tmp_path):
     assert [row["method"] for row in rows] == ["moco", "sigreg"]
     assert all(row["time / plain"]["n"] == 1 for row in rows)
     assert "goal 1.05" in capsys.readouterr().out
+
+
+def test_the_adapter_bench(capsys, monkeypatch, tmp_path):
+    import adapter as bench
+    import record
+    import results_page
+    from embedding_folders import nested, write
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(results_page, "RESULTS", tmp_path)
+    rows, labels = nested(400, 16, 0)
+    few = ["--threads=1", "--more=--epochs=1", "--record"]
+    given = write(tmp_path / "embeddings", rows, labels)
+    assert bench.main([given, "--data=clusters", "--dims=4,8", *few]) == 0
+    assert bench.main(["--time=2500x16", *few]) == 0
+    kept = results_page.read("adapter")
+    assert [row["case"] for row in kept] == [*bench.CASES, "time"]
+    assert all(set(row["metrics"]["right_1nn"]["PCA"]) == {"4", "8"} for row in kept[:3])
+    page = "\n".join(results_page.adapters())
+    mean = kept[0]["metrics"]["right_1nn"]["adapter"]["8"]["mean"]
+    assert f"{mean:.2f}" in page
+    assert "2500x16" in page

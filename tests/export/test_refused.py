@@ -166,7 +166,7 @@ def test_a_link_with_another_name(tmp_path, monkeypatch):
     link = tmp_path / "small-4-ckpt.t7"
     link.symlink_to(checkpoint)
     args = SimpleNamespace(checkpoint=str(link), model_type="small", img_size=None)
-    for flag in ("mrl", "efficient", "rep_size", "old_ckpt"):
+    for flag in ("mrl", "efficient", "rep_size", "old_ckpt", "adapter"):
         setattr(args, flag, None)
     assert export_models.load(args).spec.arch == "small"
 
