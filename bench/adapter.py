@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 import record
-from matryoshka.inference import adapt
 
+from matryoshka import cli
 from matryoshka.embeddings import open_embeddings
 
 SHOWN = ("right_1nn", "precision", "recall")
@@ -93,8 +93,8 @@ def write_random(folder: Path, count: int, width: int, classes: int = 1000) -> N
 
 def adapted(given: Path, output: Path, words: list[str]) -> dict:
     """results.json of a run of `matryoshka adapt`."""
-    argv = [f"--embeddings={given}", f"--output={output}", *words]
-    if adapt.main(argv) != 0:
+    argv = ["adapt", f"--embeddings={given}", f"--output={output}", *words]
+    if cli.main(argv) != 0:
         sys.exit(1)
     return json.loads((output / "results.json").read_text())
 
