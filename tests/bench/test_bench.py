@@ -30,7 +30,11 @@ def test_the_loader_bench(capsys, monkeypatch, tmp_path):
     few += ["--peers", "torchvision PIL", "torchvision v2", "simplejpeg + cv2"]
     few += [
         "--cases",
-        *[name for name in (*bench.CASES, *bench.WRITERS, bench.OPEN) if name != "RRC 160"],
+        *[
+            name
+            for name in (*bench.CASES, *bench.VIEWS, *bench.WRITERS, bench.OPEN)
+            if name != "RRC 160"
+        ],
     ]
     assert bench.main(few) == 0
     said = capsys.readouterr().out
