@@ -255,7 +255,11 @@ def test_without_labels_the_neighbours_of_the_full_width_are_kept(arrays, tmp_pa
 
 BAD = {
     "a NaN row": (lambda x, y: x.__setitem__((5, 2), np.nan), [], "row 5 has NaN"),
-    "beyond float32": (lambda x, y: np.where(x == x[7, 0], 1e300, x), [], "row 7 has NaN"),
+    "beyond float32": (
+        lambda x, y: np.where(x == x[7, 0], np.float64(1e300), x),
+        [],
+        "row 7 has NaN",
+    ),
     "too many labels": (lambda x, y: np.append(y, 0), [], "901 labels for 900"),
     "a negative label": (lambda x, y: y.__setitem__(3, -1), [], "label of row 3 is -1"),
     "one class": (lambda x, y: y.fill(2), [], "one class only"),
