@@ -28,8 +28,10 @@ class ResizedImages(Loader):
         self._threads = ThreadPoolExecutor(threads, "matryoshka-pillow")
 
     def _decode(
-        self, samples: Samples, crops: np.ndarray, images: np.ndarray, exact: bool
+        self, samples: Samples, crops: np.ndarray, views: list[np.ndarray], exact: bool
     ) -> np.ndarray:
+        (images,) = views  # the crop is one
+
         def fill(b: int) -> int:
             try:
                 images[b] = resize_and_crop(_stored_picture(samples, b))
