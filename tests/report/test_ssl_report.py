@@ -97,7 +97,7 @@ def test_the_page_shows_the_log(run, tmp_path):
     shown = {dim: re.findall(r"<td>(.*?)</td>", cells) for dim, cells in rows}
     assert shown["8"] == ["60.00", "30.00", "50.25", "0.90", "2.00", "-3.00", "0.30"]
     assert shown["96"] == ["62.00", "32.00", "52.25", "0.90", "24.00", "-3.00", "0.30"]
-    assert "PFLOP of training 3.50" in text
+    assert "PFLOP of training 3.5" in text
     # Every curve in the charts for wide and for narrow pages; 1 of 2 values has no mark.
     for label in (
         "8, 0: 40.00 %",
