@@ -95,11 +95,13 @@ def all_features(
     count = len(loader.dataset)
     mean, std = encoder.preprocessing.mean, encoder.preprocessing.std
     features = torch.zeros(count, encoder.width, device=world.device)
+    # One more than the label: 0 for an image that was left out, which then has none.
     labels = torch.zeros(count, dtype=torch.int64, device=world.device)
     for batch in batches:
         with autocast(batch.images.device, precision):
             output = encoder.features(normalise(batch.images, mean, std))
         features[batch.index] = output.float()
-        labels[batch.index] = batch.labels
+        labels[batch.index] = batch.labels + 1
     # every row is of one rank, and zero on the others
-    return distributed.sum_over_ranks(features, world), distributed.sum_over_ranks(labels, world)
+    labels = distributed.sum_over_ranks(labels, world) - 1
+    return distributed.sum_over_ranks(features, world), labels

@@ -12,7 +12,6 @@ from matryoshka import losses
 from matryoshka.models import NestedModel
 from matryoshka.ssl.method import Method
 from matryoshka.ssl.options import SslConfig
-from matryoshka.ssl.projector import make_predictor
 from matryoshka.ssl.towers import Target, Towers
 
 
@@ -22,11 +21,9 @@ class Byol(Method):
     def __init__(self, encoder: NestedModel, config: SslConfig) -> None:
         super().__init__(encoder, config)
         self.target = Target(self.online)
-        wanted = config.predictor is None or config.predictor
-        self.predictor = make_predictor(self.columns, config) if wanted else None
 
     def forward(self, views: Sequence[Tensor], target_views: Sequence[Tensor]) -> Towers:
-        return self.two_towers(views, target_views, self.predictor)
+        return self.two_towers(views, target_views)
 
     def loss(self, own: Towers, all_ranks: Towers, first: int, **_: Any) -> tuple[Tensor, Tensor]:
         online, target = [], []

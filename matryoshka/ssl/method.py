@@ -21,8 +21,15 @@ from torch import Tensor, nn
 from matryoshka.losses import NestedLoss, over_prefixes
 from matryoshka.models import NestedModel
 from matryoshka.ssl.options import SslConfig
-from matryoshka.ssl.projector import make_projector
+from matryoshka.ssl.projector import make_predictor, make_projector
 from matryoshka.ssl.towers import Target, Tower, Towers
+
+
+def has_predictor(config: SslConfig) -> bool:
+    """Whether the online tower ends with a predictor; by default as in the method's paper."""
+    if config.predictor is not None:
+        return config.predictor
+    return config.method == "byol" or (config.method == "moco" and config.version == 3)
 
 
 class Method(nn.Module):
@@ -40,8 +47,10 @@ class Method(nn.Module):
         self.dims = encoder.dims
         # Its classifiers are not trained by the method.
         encoder.head.requires_grad_(False)
-        self.online = Tower(encoder, make_projector(encoder.dims, config))
+        projector = make_projector(encoder.dims, config, predicted=has_predictor(config))
+        self.online = Tower(encoder, projector)
         self.columns = self.online.projector.columns
+        self.predictor = make_predictor(self.columns, config) if has_predictor(config) else None
         self.target = None
         self.weights: Sequence[float] | None = None
         self.large = 2
@@ -52,16 +61,11 @@ class Method(nn.Module):
         features, online = zip(*(self.online(view) for view in views), strict=True)
         return Towers(list(online), [], features[0].detach())
 
-    def two_towers(
-        self,
-        views: Sequence[Tensor],
-        target_views: Sequence[Tensor],
-        predictor: nn.Module | None,
-    ) -> Towers:
+    def two_towers(self, views: Sequence[Tensor], target_views: Sequence[Tensor]) -> Towers:
         assert self.target is not None
         features, online = zip(*(self.online(view) for view in views), strict=True)
-        if predictor is not None:
-            online = [predictor(embedding) for embedding in online]
+        if self.predictor is not None:
+            online = [self.predictor(embedding) for embedding in online]
         target_features, target = zip(*(self.target(view) for view in target_views), strict=True)
         seen = target_features if self.evaluates_target else features
         return Towers(list(online), list(target), seen[0].detach())
@@ -120,11 +124,11 @@ class Method(nn.Module):
         """Where `encoder` is, with a final dot."""
         return "target.tower.encoder." if self.evaluates_target else "online.encoder."
 
-    def after_part(self, all_ranks: Towers) -> None:
-        """What follows each part of a step: the queue."""
+    def after_part(self, all_ranks: Towers, skipped: Tensor | None = None) -> None:
+        """What follows each part of a step: the queue. skipped: whether the step was, bool, 0-d."""
 
-    def after_step(self, all_ranks: Towers, momentum: float) -> None:
+    def after_step(self, all_ranks: Towers, momentum: float, skipped: Tensor | None = None) -> None:
         """What follows the optimizer's step: the target's average, and `after_part` of the last."""
         if self.target is not None:
             self.target.follow(self.online, momentum)
-        self.after_part(all_ranks)
+        self.after_part(all_ranks, skipped)

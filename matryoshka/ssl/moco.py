@@ -14,7 +14,6 @@ from matryoshka import losses
 from matryoshka.models import NestedModel
 from matryoshka.ssl.method import Method
 from matryoshka.ssl.options import SslConfig
-from matryoshka.ssl.projector import make_predictor
 from matryoshka.ssl.queue import KeyQueue
 from matryoshka.ssl.towers import Target, Towers
 
@@ -30,14 +29,12 @@ class Moco(Method):
         self.target = Target(self.online)
         is_third = config.version == 3
         self.symmetric = is_third if config.symmetric is None else config.symmetric
-        wanted = is_third if config.predictor is None else config.predictor
-        self.predictor = make_predictor(self.columns, config) if wanted else None
         self.queue = None if is_third else KeyQueue(config.queue, self.online.projector.width)
 
     def forward(self, views: Sequence[Tensor], target_views: Sequence[Tensor]) -> Towers:
         # Small views are queries of the first key alone, as the second view is where the method
         # is not symmetric.
-        return self.two_towers(views, target_views, self.predictor)
+        return self.two_towers(views, target_views)
 
     def key_views(self, large: int) -> tuple[int, ...]:
         return tuple(range(large)) if self.symmetric else (1,)
@@ -62,6 +59,6 @@ class Moco(Method):
         scalars, per_prefix = zip(*total, strict=True)
         return torch.stack(scalars).mean(), torch.stack(per_prefix).mean(0)
 
-    def after_part(self, all_ranks: Towers) -> None:
+    def after_part(self, all_ranks: Towers, skipped: Tensor | None = None) -> None:
         if self.queue is not None:
-            self.queue.push(torch.cat(all_ranks.target))
+            self.queue.push(torch.cat(all_ranks.target), skipped)

@@ -8,6 +8,7 @@ embedding of each prefix.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,11 @@ class Projector(nn.Module):
 
 
 class NoProjector(Projector):
-    """The features themselves: the loss of a prefix takes the prefix. W = the longest prefix."""
+    """The features themselves: the loss of a prefix takes the prefix. W = the longest prefix.
+
+    Its columns overlap, so it serves no predictor, which maps each prefix to one of its own: see
+    Prefixes.
+    """
 
     def __init__(self, dims: Sequence[int]) -> None:
         super().__init__()
@@ -35,6 +40,20 @@ class NoProjector(Projector):
 
     def forward(self, features: Tensor) -> Tensor:
         return features[:, : self.width]
+
+
+class Prefixes(Projector):
+    """The prefixes of the features side by side, unchanged; W = the sum of their lengths."""
+
+    def __init__(self, dims: Sequence[int]) -> None:
+        super().__init__()
+        self._dims = tuple(dims)
+        ends = list(accumulate(dims))
+        self.columns = tuple(slice(end - d, end) for d, end in zip(dims, ends, strict=True))
+        self.width = ends[-1]
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.cat([features[:, :d] for d in self._dims], dim=1)
 
 
 class PrefixProjectors(Projector):
@@ -100,10 +119,13 @@ def make_predictor(columns: Sequence[slice], config: SslConfig) -> Predictors:
     return Predictors(columns, config.hidden or HIDDEN)
 
 
-def make_projector(dims: Sequence[int], config: SslConfig) -> Projector:
-    """The projector that `ssl.projector` names, for prefixes `dims` of the features."""
+def make_projector(dims: Sequence[int], config: SslConfig, *, predicted: bool) -> Projector:
+    """The projector that `ssl.projector` names, for prefixes `dims` of the features.
+
+    predicted: a predictor follows.
+    """
     if config.projector == "none":
-        return NoProjector(dims)
+        return Prefixes(dims) if predicted else NoProjector(dims)
     if config.projector == "mrl-e":
         return SlicedProjector(dims, config)
     return PrefixProjectors(dims, config)

@@ -21,9 +21,16 @@ class KeyQueue(nn.Module):
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def push(self, keys: Tensor) -> None:
-        """Replace the oldest keys by `keys` [N, width], N <= size. No wait for the device."""
+    def push(self, keys: Tensor, skipped: Tensor | None = None) -> None:
+        """Replace the oldest keys by `keys` [N, width], N <= size. No wait for the device.
+
+        skipped: bool, 0-d: whether to leave everything as it is, because the keys are not finite.
+        """
         size = len(self.keys)
         rows = (self.position + torch.arange(len(keys), device=keys.device)) % size
-        self.keys.index_copy_(0, rows, keys.to(self.keys.dtype))
-        self.position.copy_((self.position + len(keys)) % size)
+        new, count = keys.to(self.keys.dtype), torch.full_like(self.position, len(keys))
+        if skipped is not None:
+            new = torch.where(skipped, self.keys[rows], new)
+            count = torch.where(skipped, torch.zeros_like(count), count)
+        self.keys.index_copy_(0, rows, new)
+        self.position.copy_((self.position + count) % size)

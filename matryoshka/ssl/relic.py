@@ -14,7 +14,6 @@ from matryoshka import losses
 from matryoshka.models import NestedModel
 from matryoshka.ssl.method import Method
 from matryoshka.ssl.options import SslConfig
-from matryoshka.ssl.projector import make_predictor
 from matryoshka.ssl.towers import LearnedTemperature, Target, Towers
 
 
@@ -24,13 +23,12 @@ class Relic(Method):
     def __init__(self, encoder: NestedModel, config: SslConfig) -> None:
         super().__init__(encoder, config)
         self.target = Target(self.online)
-        self.predictor = make_predictor(self.columns, config) if config.predictor else None
         self.temperature = None
         if config.learn_temperature:
             self.temperature = LearnedTemperature(config.temperature[0], config.least_temperature)
 
     def forward(self, views: Sequence[Tensor], target_views: Sequence[Tensor]) -> Towers:
-        return self.two_towers(views, target_views, self.predictor)
+        return self.two_towers(views, target_views)
 
     def loss(self, own: Towers, all_ranks: Towers, first: int, **_: Any) -> tuple[Tensor, Tensor]:
         config = self.config

@@ -61,11 +61,16 @@ def make_loaders(
     return train_loader, validation_loader(cfg, world, val_set)
 
 
-def validation_loader(cfg: SimpleNamespace, world: World, val_set: Dataset | None = None) -> Loader:
+def validation_loader(
+    cfg: SimpleNamespace,
+    world: World,
+    val_set: Dataset | None = None,
+    **options: Any,
+) -> Loader:
     """Build the loader that yields every image of `val_set`, or of data.val_dataset, once over all
     ranks.
 
-    An image that cannot be decoded is always an error.
+    An image that cannot be decoded is an error, unless `options` of the loader say otherwise.
     """
     return new_loader(
         cfg,
@@ -74,6 +79,7 @@ def validation_loader(cfg: SimpleNamespace, world: World, val_set: Dataset | Non
         cfg.validation.batch_size * world.size,
         order="sequential",
         crop=CenterCrop(cfg.validation.resolution, cfg.validation.crop_ratio),
+        **options,
     )
 
 

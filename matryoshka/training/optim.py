@@ -68,7 +68,8 @@ def lr_at(epoch: float, config: LrConfig, peak: float, epochs: int) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, norm_weight_decay: float) -> list[dict]:
-    """Two groups for an optimizer: parameters of normalisation layers, and all others.
+    """Two groups for an optimizer: parameters of normalisation layers, and all others; a third for
+    a learned temperature, where there is one.
 
     Normalisation layers are found by module type; upstream looks for "bn" in the name, which misses
     ResNet's `downsample.1`. The last `classifiers` (a count) parameters of a group belong to nested
@@ -80,7 +81,6 @@ def parameter_groups(model: nn.Module, weight_decay: float, norm_weight_decay: f
         nn.GroupNorm,
         nn.RMSNorm,
         DynamicTanh,  # stands in place of a norm
-        LearnedTemperature,  # decay would change what the loss means
     )
     in_norms: set[int] = set()
     in_heads: set[int] = set()
@@ -91,13 +91,20 @@ def parameter_groups(model: nn.Module, weight_decay: float, norm_weight_decay: f
             in_heads |= {id(p) for p in module.parameters()}
 
     trainable = [p for p in model.parameters() if p.requires_grad]
+    in_temperatures = {
+        id(p) for m in model.modules() if isinstance(m, LearnedTemperature) for p in m.parameters()
+    }
     norms = [p for p in trainable if id(p) in in_norms]
     heads = [p for p in trainable if id(p) in in_heads]
-    trunk = [p for p in trainable if id(p) not in in_norms | in_heads]
-    return [
+    trunk = [p for p in trainable if id(p) not in in_norms | in_heads | in_temperatures]
+    groups = [
         {"params": norms, "weight_decay": norm_weight_decay, "classifiers": 0},
         {"params": trunk + heads, "weight_decay": weight_decay, "classifiers": len(heads)},
     ]
+    temperatures = [p for p in trainable if id(p) in in_temperatures]
+    if temperatures:  # decay would change what the loss means
+        groups.append({"params": temperatures, "weight_decay": 0.0, "classifiers": 0})
+    return groups
 
 
 def configured_optimizer(

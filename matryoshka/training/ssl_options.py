@@ -7,6 +7,7 @@ of the three accept as well. docs/coming_from_mrl_ssl.md lists them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,12 @@ class SslDataConfig(ReadingConfig):
         "with train/ (or unlabeled/) and test/ or val/",
         affects_result=False,
         common=True,
+    )
+    bank_dataset: str | None = option(
+        None,
+        help="labelled images among which neighbours are looked for; unset: the training images",
+        affects_result=False,
+        existing=True,
     )
     cache: str = option("data", help="folder of downloaded data sets", affects_result=False)
 
@@ -170,8 +177,10 @@ def _defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         **METHOD_DEFAULTS[given.get("ssl.method", SslConfig.method)],
     }
     epochs = _number(given.get("training.epochs", values["training.epochs"]))
-    if epochs is not None and epochs < 20:  # a short trial
-        values["lr.warmup_epochs"] = 1.0
+    if epochs is not None:
+        values["lr.warmup_epochs"] = min(10.0, epochs / 10)
+    if given.get("lr.lr_schedule_type") == "cyclic":  # has a warm-up of its own
+        del values["lr.warmup_epochs"]
     return values
 
 
@@ -257,7 +266,7 @@ class RelicFlags:
     alpha: float | None = option(None, help="weight of the invariance (1)", low=0)
     update_gamma_after_step: int | None = option(
         None,
-        help="step from which the decay rises; until then the target is a copy (1)",
+        help="step from which the decay rises; until then the target is a copy (2)",
         flag="--update_gamma_after_step",
         low=0,
     )
@@ -319,6 +328,8 @@ def _translate_relic(flags: Mapping[str, Any], others: Mapping[str, Any]) -> dic
             given["data.dataset"] = _known_name(name)
     if flags.get("fp16_precision"):
         given["training.precision"] = "auto"
+    if "weight_decay" in flags:
+        given["training.bn_wd"] = flags["weight_decay"]  # of all layers, as there
     if "ckpt_path" in flags:
         given[_resume_or_init(Path(flags["ckpt_path"]))] = flags["ckpt_path"]
     return given
@@ -353,22 +364,17 @@ def _resume_or_init(path: Path) -> str:
 
 
 def _defaults_relic(given: Mapping[str, Any]) -> dict[str, Any]:
+    method = given.get("ssl.method", "relic")
     dataset = given.get("data.dataset", "stl10")
     size = RELIC_SIZES.get(dataset, 0)
     blurred = given.get("views.size") or size
-    return {
+    values = {
         "model.arch": "resnet18",
         "model.mrl": True,
         "data.dataset": "stl10",
         "ssl.method": "relic",
         "ssl.projector": "mrl-e",
         "ssl.out": 64,
-        "ssl.stop_gradient": "columns",
-        "ssl.learn_temperature": True,
-        "ssl.temperature": (1.0,),
-        "ssl.least_temperature": 0.2,  # theirs: 1 / temperature is at most 5
-        "ssl.momentum": 0.995,
-        "ssl.momentum_after": 2,
         "views.size": size,
         "views.scale": (0.08, 1.0),
         "views.strengths": (0.8, 0.8, 0.8, 0.2),
@@ -387,6 +393,24 @@ def _defaults_relic(given: Mapping[str, Any]) -> dict[str, Any]:
         "logging.folder": "ssl_runs",
         "logging.relic_folder": "models",
     }
+    if method == "relic":
+        values |= {
+            "ssl.learn_temperature": True,
+            "ssl.temperature": (1.0,),
+            "ssl.least_temperature": 0.2,  # theirs: 1 / temperature is at most 5
+            "ssl.momentum": 0.995,
+            "ssl.momentum_after": 2,
+        }
+        # The term compares two views and the images of one process.
+        several = _number(given.get("views.small")) or _is_distributed(given)
+        values["ssl.stop_gradient"] = "none" if several else "columns"
+    return values
+
+
+def _is_distributed(given: Mapping[str, Any]) -> bool:
+    """Whether several processes will train, as far as options and torchrun say."""
+    asked = str(given.get("training.distributed", False)).lower() in ("1", "true")
+    return asked or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 # ---------------------------------------------------------------- MoCo-Matryoshka
@@ -498,11 +522,6 @@ def _defaults_moco(given: Mapping[str, Any]) -> dict[str, Any]:
         "data.dataset": IMAGENET_100,
         "ssl.method": "moco",
         "ssl.projector": "none",
-        "ssl.version": 1,
-        "ssl.temperature": (0.07,),
-        "ssl.momentum": 0.999,
-        "ssl.momentum_end": 0.999,
-        "ssl.queue": 4096,
         "training.batch_size": 256,
         "training.epochs": 100,
         "training.weight_decay": 1e-4,
@@ -511,6 +530,13 @@ def _defaults_moco(given: Mapping[str, Any]) -> dict[str, Any]:
         "logging.folder": "runs",
         "logging.moco_folder": "checkpoints",
     }
+    if given.get("ssl.method", "moco") == "moco":
+        values |= {
+            "ssl.version": 1,
+            "ssl.temperature": (0.07,),
+            "ssl.momentum": 0.999,
+            "ssl.momentum_end": 0.999,
+        }
     if not plain and "model.dims" not in given:
         values["model.dims"] = MOCO_DIMS
     return values

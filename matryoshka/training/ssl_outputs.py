@@ -66,7 +66,8 @@ class SslOutputs:
             lines.append(f"weights  {self._relic}: relic_model.pth, encoder.pth")
         if self._moco is not None:
             self._write_moco("final_model.pt", run.cfg.training.epochs, session.loop.best)
-            lines.append(f"weights  {self._moco}: final_model.pt, best_model.pt")
+            best = ", best_model.pt" if (self._moco / "best_model.pt").exists() else ""
+            lines.append(f"weights  {self._moco}: final_model.pt{best}")
         values = results(metrics, run.dims, run.cfg.ssl.method)
         write_atomically(folder / RESULTS, (json.dumps(values, indent=1) + "\n").encode())
         checkpoint.save_upstream(model, folder / "final_weights.pt")

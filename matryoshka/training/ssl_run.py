@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from matryoshka import checkpoint, distributed
 from matryoshka.checkpoint.transfer import start_model, start_weights
@@ -131,7 +132,7 @@ class SslRun(TrainingRun[Learner]):
         encoder, notes = start_model(model_config, spec, classes)
         if resumed:
             encoder.preprocessing = checkpoint.preprocessing_of(resumed.metadata)
-        elif encoder.preprocessing == Preprocessing():
+        elif encoder.preprocessing == Preprocessing() and not start_weights(cfg.model):
             mean, std = normalisation(cfg.data.dataset or "")
             encoder.preprocessing = replace(encoder.preprocessing, mean=mean, std=std)
         encoder.preprocessing = replace(
@@ -148,7 +149,10 @@ class SslRun(TrainingRun[Learner]):
         self.learner = Learner(method, probe).to(self.world.device)
         if cfg.training.sync_bn:
             nn.SyncBatchNorm.convert_sync_batchnorm(self.learner)
-        self._ddp = distribute(self.learner.method, self.world)
+        # All ranks push the same keys: nothing of the queue needs to travel in each step.
+        of_queue = [name for name, _ in method.named_buffers() if name.startswith("queue.")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(method, of_queue)
+        self._ddp = distribute(method, self.world)
         self._views = ViewMaker(
             [view_options(cfg.views, view) for view in range(cfg.views.count + cfg.views.small)],
             encoder.preprocessing,
@@ -302,11 +306,14 @@ class SslRun(TrainingRun[Learner]):
         last: on all images to evaluate on, else on validation.queries of them.
         """
         cfg = self.cfg
-        train, evaluation = self.images.train, self.images.evaluation
+        evaluation = self.images.evaluation
         bank = queries = None
         if evaluation is not None:
-            chosen = evenly(len(train), cfg.validation.bank)
-            bank = validation_loader(cfg, self.world, Subset(train, chosen))
+            chosen = evenly(len(self.images.bank), cfg.validation.bank)
+            # As in training, an image that cannot be decoded may be left out.
+            bank = validation_loader(
+                cfg, self.world, Subset(self.images.bank, chosen), on_error=cfg.data.on_error
+            )
             asked = evenly(len(evaluation), len(evaluation) if last else cfg.validation.queries)
             queries = validation_loader(cfg, self.world, Subset(evaluation, asked))
         return evaluate_encoder(

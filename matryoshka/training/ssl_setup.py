@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,22 @@ from matryoshka.checkpoint.transfer import check_start
 from matryoshka.config import ConfigError
 from matryoshka.data import RandomResizedCrop
 from matryoshka.data.bars import Bars
-from matryoshka.data.catalogue import HUGGING_FACE, SETS
+from matryoshka.data.catalogue import HELD_OUT, HUGGING_FACE, SETS
 from matryoshka.data.dataset import Dataset
 from matryoshka.data.named import named_dataset, part_of
 from matryoshka.data.resident import MAX_SIDE
-from matryoshka.data.sources import open_images
+from matryoshka.data.sources import PARTS, open_images
 from matryoshka.data.views import ViewOptions
 from matryoshka.models import FAMILIES, ModelSpec, model_spec, option_names
 from matryoshka.models.resnets import RESNETS
-from matryoshka.ssl.options import ACCUMULATES, MULTI_CROP, SslConfig, ViewsConfig
+from matryoshka.ssl.options import (
+    ACCUMULATES,
+    MULTI_CROP,
+    WITH_TARGET,
+    WITH_TEMPERATURE,
+    SslConfig,
+    ViewsConfig,
+)
 from matryoshka.training.checks import check_device_options, global_batch_size
 from matryoshka.training.loaders import check_classes
 from matryoshka.training.step import check_whole_batch
@@ -35,24 +43,48 @@ BLUR_SHARE = 0.1  # kernel of the blur / side of the view, as in SimCLR (appendi
 TRIAL_CLASSES = 1  # a check of a model needs a number before the data are there
 
 
+# Options of section `ssl` that only some methods have a use for.
+USED_BY = {
+    "version": ("moco",),
+    "queue": ("moco",),
+    "symmetric": ("moco",),
+    "shuffle_bn": ("moco",),
+    "alpha": ("relic",),
+    "stop_gradient": ("relic",),
+    "invariance": ("vicreg",),
+    "variance": ("vicreg",),
+    "covariance": ("vicreg",),
+    "gaussian": ("sigreg",),
+    "directions": ("sigreg",),
+    "knots": ("sigreg",),
+    "temperature": WITH_TEMPERATURE,
+    **dict.fromkeys(
+        ("predictor", "momentum", "momentum_end", "momentum_after", "momentum_every"), WITH_TARGET
+    ),
+}
+
+
 class Images:
     """The opened data sets of a run.
 
     train: to learn from, its labels are ignored. evaluation: labelled images whose neighbours are
-    looked for among `train`, or None; why_not then says why, for the user.
+    looked for in `bank`, by default `train`; or None: why_not then says why, for the user.
     """
 
     def __init__(self, cfg: SimpleNamespace) -> None:
         self.train: Dataset = open_images([cfg.data.train_dataset])
         self.evaluation: Dataset | None = None
         self.why_not = ""
-        if (self.train.labels < 0).any() or self.train.num_classes < 2:
+        self.bank: Dataset = self.train
+        if cfg.data.bank_dataset is not None:
+            self.bank = open_images([cfg.data.bank_dataset])
+        if (self.bank.labels < 0).any() or self.bank.num_classes < 2:
             self.why_not = "the training images have no classes"
         elif cfg.data.val_dataset is None:
             self.why_not = "there is no data.val_dataset"
         else:
             self.evaluation = open_images([cfg.data.val_dataset])
-            check_classes(self.train, self.evaluation)
+            check_classes(self.bank, self.evaluation)
 
     @property
     def num_classes(self) -> int:
@@ -125,24 +157,27 @@ def _check_method(cfg: SimpleNamespace) -> None:
             f"views.count={views.count}: {ssl.method} has two large views; add small ones "
             "(views.small)"
         )
-    unused = {
-        "version": "moco",
-        "queue": "moco",
-        "symmetric": "moco",
-        "shuffle_bn": "moco",
-        "alpha": "relic",
-        "stop_gradient": "relic",
-        "invariance": "vicreg",
-        "variance": "vicreg",
-        "covariance": "vicreg",
-        "gaussian": "sigreg",
-        "directions": "sigreg",
-        "knots": "sigreg",
-    }
-    for name, method in unused.items():
+    for name, methods in USED_BY.items():
         value = getattr(ssl, name)
-        if ssl.method != method and value != getattr(SslConfig, name):
-            raise ConfigError(f"ssl.{name}={value}: is for {method}, not {ssl.method}")
+        if ssl.method not in methods and value != getattr(SslConfig, name):
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            raise ConfigError(
+                f"ssl.{name}={shown}: is for {' and '.join(methods)}, not {ssl.method}"
+            )
+    for name in ("layers", "norm"):
+        if ssl.projector != "mrl" and getattr(ssl, name) != getattr(SslConfig, name):
+            raise ConfigError(
+                f"ssl.{name}={getattr(ssl, name)}: is for ssl.projector=mrl, not {ssl.projector}"
+            )
+    if ssl.learn_temperature and len(ssl.temperature) > 1:
+        raise ConfigError("ssl.learn_temperature=1: learns one; give one ssl.temperature")
+    if not ssl.learn_temperature and ssl.least_temperature != SslConfig.least_temperature:
+        raise ConfigError(
+            f"ssl.least_temperature={ssl.least_temperature:g}: needs ssl.learn_temperature=1"
+        )
+    for name in ("small_size", "small_scale"):
+        if not views.small and getattr(views, name) != getattr(ViewsConfig, name):
+            raise ConfigError(f"views.{name}: needs views.small, the number of small views")
     if ssl.method == "moco" and ssl.version == 3 and ssl.queue != SslConfig.queue:
         raise ConfigError(f"ssl.queue={ssl.queue}: version 3 has no queue; leave it out")
     if ssl.stop_gradient == "columns" and views.small:
@@ -165,27 +200,54 @@ def _with_data(cfg: SimpleNamespace) -> Any:
         raise ConfigError(
             f"data.dataset={data.dataset} and data.train_dataset or data.val_dataset: give one"
         )
-    train, test = _parts(data.dataset, data.cache)
-    return replace(data, train_dataset=str(train), val_dataset=None if test is None else str(test))
+    train, test, bank = _parts(data.dataset, data.cache)
+    return replace(
+        data,
+        train_dataset=str(train),
+        val_dataset=None if test is None else str(test),
+        bank_dataset=data.bank_dataset if bank is None else str(bank),
+    )
 
 
-def _parts(name: str, cache: str) -> tuple[Path, Path | None]:
-    """(images to learn from, labelled images to evaluate on) of a name, a folder or a file."""
+Parts = tuple[Path, Path | None, Path | None]
+
+
+def _parts(name: str, cache: str) -> Parts:
+    """(images to learn from, images to evaluate on, labelled images for their neighbours) of a
+    name, a folder or a file. The third is None where the first serves.
+    """
     is_named = name in SETS or name.startswith(HUGGING_FACE)
     if not is_named:
-        train = part_of(Path(name), "train")
-        if train == Path(name):
-            return train, None
-        unlabelled = Path(name) / "unlabeled"
-        return (unlabelled if unlabelled.is_dir() else train), part_of(Path(name), "test")
-    first = "train"
-    if name in SETS and "unlabeled" in SETS[name].splits:
-        first = "unlabeled"
+        return _parts_of_folder(Path(name))
+    unlabelled = name in SETS and "unlabeled" in SETS[name].splits
     with Bars() as progress:
-        return (
-            named_dataset(name, first, cache, progress=progress),
-            named_dataset(name, "test", cache, progress=progress),
-        )
+        train = named_dataset(name, "train", cache, progress=progress)
+        test = named_dataset(name, "test", cache, progress=progress)
+        if not unlabelled:
+            return train, test, None
+        return named_dataset(name, "unlabeled", cache, progress=progress), test, train
+
+
+def _parts_of_folder(path: Path) -> Parts:
+    """As `_parts`; `unlabeled/` is learned from if it is there, and a part may be missing."""
+
+    def part(*names: str) -> Path | None:
+        for name in names:
+            for found in (path / name, path / f"{name}.beton"):
+                if found.exists():
+                    return found
+        return None
+
+    folders = {entry.name for entry in path.iterdir() if entry.is_dir()} if path.is_dir() else set()
+    if not {name for name in folders if not name.startswith(".")} <= {*PARTS, "unlabeled"}:
+        return path, None, None  # classes, of which one may be called train
+    held_out = part(*HELD_OUT)
+    train, unlabelled = part("train"), part("unlabeled")
+    if unlabelled is not None:
+        return unlabelled, held_out, train
+    if train is not None and (held_out is not None or len(list(path.iterdir())) == 1):
+        return train, held_out, None
+    return part_of(path, "train"), None, None
 
 
 def _common_side(dataset: Dataset) -> int | None:
@@ -204,9 +266,10 @@ def _common_side(dataset: Dataset) -> int | None:
 
 def _with_sizes(views: ViewsConfig, side: int | None) -> ViewsConfig:
     size = views.size or side or LARGE_SIZE
-    small = views.small_size or max(1, round(SMALL_VIEW * size))
-    kernels = tuple(kernel or _odd(BLUR_SHARE * size) for kernel in views.blur_kernel)
-    return replace(views, size=size, small_size=small, blur_kernel=kernels)
+    small = views.small_size
+    if views.small and not small:
+        small = max(1, round(SMALL_VIEW * size))
+    return replace(views, size=size, small_size=small)
 
 
 def _odd(pixels: float) -> int:
@@ -242,6 +305,8 @@ def check(cfg: SimpleNamespace, processes: int) -> Images:
         and not distributed.started_by_torchrun()
     ):
         raise ConfigError("training.resume=auto needs logging.run_id, the run to resume")
+    if distributed.started_by_torchrun():
+        processes = int(os.environ["WORLD_SIZE"])
     images = Images(cfg)
     batch = global_batch_size(cfg, processes, images=len(images.train))
     check_batch(cfg, processes, batch)
@@ -275,6 +340,18 @@ def check_batch(cfg: SimpleNamespace, processes: int, batch: int) -> None:
                 f"data.on_error={cfg.data.on_error}: processes would hold different numbers of "
                 "images; leave it out, or use one process"
             )
+    largest = cfg.training.batch_size
+    alone = batch // processes % largest == 1 if largest < batch // processes else largest == 1
+    if alone:
+        raise ConfigError(
+            f"training.batch_size={largest}: leaves a part of one image of a step's "
+            f"{batch // processes}, but batch norm needs two or more; give another"
+        )
+    if processes > 1 and ssl.stop_gradient == "columns":
+        raise ConfigError(
+            "ssl.stop_gradient=columns: compares the images of one process; give "
+            "--ssl.stop_gradient=none for several"
+        )
     if ssl.method not in ACCUMULATES or (ssl.method == "moco" and ssl.version == 3):
         world = distributed.World(device=None, size=processes)  # type: ignore[arg-type]
         check_whole_batch(
@@ -313,7 +390,7 @@ def view_options(views: ViewsConfig, view: int) -> ViewOptions:
         return values[view] if len(values) > 1 else values[0]
 
     size = views.size if view < views.count else views.small_size
-    kernel = at(views.blur_kernel)
+    kernel = at(views.blur_kernel) or _odd(BLUR_SHARE * size)
     if at(views.blur) and kernel // 2 >= size:
         raise ConfigError(
             f"views.blur_kernel={kernel}: is too large for views of {size} px; give less than "

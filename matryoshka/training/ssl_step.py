@@ -103,13 +103,13 @@ def train_step(
                 )
             # The losses in float32: their sums lose too much in half precision.
             own = own.map(_not_half)
-            everyone = of_all_ranks(own, order, world)
+            everyone = of_all_ranks(own, order, world, target_features=method.evaluates_target)
             first = world.rank * len(part)
             loss, prefix_loss = method.loss(own, everyone, first=first, generator=generator)
             state.backward(loss * part.loss_weight)
         sums = {"loss": loss, "prefix_loss": prefix_loss}
         if probe is not None:
-            sums["right"] = _probe_step(probe, own.features, part.labels, world)
+            sums["right"] = _probe_step(probe, everyone.features, part.labels, world)
         state.sums.add(images=len(part), **sums)
         seen.append(everyone.map(Tensor.detach))
 
@@ -117,8 +117,8 @@ def train_step(
     norm, skipped = apply_gradients(state, guard, lr)
     # Also after a skipped step, which left the online tower unchanged.
     for everyone in seen[:-1]:
-        method.after_part(everyone)
-    method.after_step(seen[-1], momentum)
+        method.after_part(everyone, skipped)
+    method.after_step(seen[-1], momentum, skipped)
     return mean_loss, norm, skipped
 
 
@@ -127,9 +127,11 @@ def _not_half(x: Tensor) -> Tensor:
 
 
 def _probe_step(probe: OnlineProbe, features: Tensor, labels: Tensor, world: World) -> Tensor:
-    """A step of the probe on the images of all ranks; the share that was right before, [G]."""
-    everyone = distributed.gather_rows(features, world)
-    right, labelled = probe.update(everyone, distributed.gather_rows(labels, world))
+    """A step of the probe; the share that was right before, [G].
+
+    features: of the images of all ranks; labels: of this rank's.
+    """
+    right, labelled = probe.update(features, distributed.gather_rows(labels, world))
     return right / labelled.clamp_min(1)
 
 
@@ -159,14 +161,20 @@ def reordered(images: Tensor, order: np.ndarray | None, world: World) -> Tensor:
     return everyone[torch.from_numpy(own).to(images.device)]
 
 
-def of_all_ranks(own: Towers, order: np.ndarray | None, world: World) -> Towers:
-    """The embeddings of all ranks, of the images in their own order."""
+def of_all_ranks(
+    own: Towers, order: np.ndarray | None, world: World, *, target_features: bool
+) -> Towers:
+    """The embeddings of all ranks, of the images in their own order.
+
+    target_features: whether the features are the target's, which has seen the other order.
+    """
     if world.size == 1:
         return own
     target = [distributed.gather_rows(x, world) for x in own.target]
+    features = distributed.gather_rows(own.features, world)
     if order is not None and target:
         back = torch.from_numpy(np.argsort(order)).to(target[0].device)
         target = [x[back] for x in target]
-    # With two towers, the loss compares with the target alone.
-    online = own.online if target else [distributed.gather_rows(x, world) for x in own.online]
-    return Towers(online, target, own.features)
+        features = features[back] if target_features else features
+    online = [distributed.gather_rows(x, world) for x in own.online]
+    return Towers(online, target, features)

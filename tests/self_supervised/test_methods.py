@@ -66,6 +66,30 @@ def test_everything_that_is_trained_gets_a_gradient_and_the_target_none(name):
     assert all(not x.requires_grad for x in own.target)
 
 
+@pytest.mark.parametrize("name", ssl_options.WITH_TARGET)
+@pytest.mark.parametrize("projector", ssl_options.PROJECTORS)
+def test_a_predictor_sees_each_prefix_alone(name, projector):
+    """Each block of the online tensor faces the same columns of the target's."""
+    method = method_of(name, projector=projector, predictor=True)
+    own, (loss, _) = one_loss(method, views_of())
+    assert own.online[0].shape == own.target[0].shape
+    loss.backward()
+    for part in method.predictor.parts:
+        last = part[-1].weight.grad
+        assert bool((last.abs().sum(1) > 0).all()), "an output that nothing reads"
+
+
+def test_skipped_keys_do_not_enter_the_queue():
+    queue = KeyQueue(6, 2)
+    before = queue.keys.clone()
+    queue.push(torch.full((4, 2), math.nan), torch.tensor(True))
+    assert torch.equal(queue.keys, before)
+    assert int(queue.position) == 0
+    queue.push(torch.ones(4, 2), torch.tensor(False))
+    assert queue.keys[:4].eq(1).all()
+    assert int(queue.position) == 4
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_lowers_the_loss_at_every_prefix(name):
     method = method_of(name)

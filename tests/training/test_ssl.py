@@ -321,11 +321,53 @@ MISTAKES = [
     ("relic --model.arch=vit_nested", "a family of widths"),
     ("relic --data.loader=ffcv", "gives one view"),
     ("relic --data.dataset=cifar10", "give one"),
+    ("vicreg --ssl.temperature=0.1", "ssl.temperature=0.1: is for relic and moco and simclr"),
+    ("simclr --ssl.predictor=1", "ssl.predictor=True: is for relic and moco and byol, not simclr"),
+    ("relic --ssl.projector=mrl-e --ssl.layers=3", "ssl.layers"),
+    (
+        "byol --training.batch_size=33 --training.global_batch_size=100",
+        "leaves a part of one image",
+    ),
+    ("relic --views.small_size=9", "needs views.small"),
+    ("relic --ssl.least_temperature=0.1", "needs ssl.learn_temperature=1"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("parts", "found"),
+    [
+        ("train val", ("train", "val", None)),
+        ("train unlabeled test", ("unlabeled", "test", "train")),
+        ("unlabeled test", ("unlabeled", "test", None)),
+        ("train", ("train", None, None)),
+        ("train plane", ("", None, None)),
+    ],
+)
+def test_the_parts_of_a_folder(parts, found, tmp_path):
+    for name in parts.split():
+        (tmp_path / name).mkdir()
+    wanted = tuple(None if name is None else tmp_path / name for name in found)
+    assert ssl_setup._parts_of_folder(tmp_path) == wanted
+
+
+@pytest.mark.parametrize(
+    ("face", "words"),
+    [
+        ("relic", "--views.small=4"),
+        ("relic", "--ssl.method=moco"),
+        ("moco", "--ssl.method=byol"),
+        ("ssl", "--lr.lr_schedule_type=cyclic"),
+        ("moco", "--dim=512 --num-gpus=2 --backend=gloo --pretrained"),
+    ],
+)
+def test_defaults_fit_the_given_options(face, words):
+    cfg = ssl_options.parser(face).parse_args(words.split())
+    ssl_setup._check_method(cfg)
+    ssl_setup._check_model(cfg)
 
 
 @pytest.mark.parametrize(("words", "text"), MISTAKES, ids=[words for words, _ in MISTAKES])
 def test_mistakes_are_one_line(digits, words, text, capsys, tmp_path):
-    method, option = words.split()
-    assert text in refused([*command(digits, method, "--epochs=1"), option], capsys)
+    method, *options = words.split()
+    assert text in refused([*command(digits, method, "--epochs=1"), *options], capsys)
     assert not (tmp_path / "ssl_runs").exists()
