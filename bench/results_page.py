@@ -291,6 +291,25 @@ def small_steps() -> list[str]:
     ]
 
 
+def ssl_steps() -> list[str]:
+    rows = latest(read("ssl_steps"), "method", "arch")
+    body = []
+    for row in rows:
+        over = row["time / plain"]
+        ratio = f"{over['median']:.3f} ({over['min']:.3f} to {over['max']:.3f})"
+        body.append([row["method"], f"`{row['arch']}`", ratio, str(over["n"]), commit(row)])
+    return [
+        "### Training without labels, nested over plain",
+        "",
+        "Time of a step with a loss for every prefix, each behind its projector, over that of a "
+        "step with the full width alone, pair by pair.",
+        "",
+        provenance(rows, "bench/ssl_steps.py"),
+        "",
+        *table(["method", "encoder", "nested / plain", "pairs", "commit"], body),
+    ]
+
+
 def resident_share() -> list[str]:
     rows = latest(read("resident"), "case")
     body = []
@@ -655,6 +674,7 @@ SECTIONS: tuple[Section, ...] = (
     width_families,
     optimizers,
     small_steps,
+    ssl_steps,
     resident_share,
     training_step,
     kills,
