@@ -81,7 +81,7 @@ class Images:
         if (self.bank.labels < 0).any() or self.bank.num_classes < 2:
             self.why_not = "the training images have no classes"
         elif cfg.data.val_dataset is None:
-            self.why_not = "there is no data.val_dataset"
+            self.why_not = "data.val_dataset is not given"
         else:
             self.evaluation = open_images([cfg.data.val_dataset])
             check_classes(self.bank, self.evaluation)

@@ -164,17 +164,19 @@ def reordered(images: Tensor, order: np.ndarray | None, world: World) -> Tensor:
 def of_all_ranks(
     own: Towers, order: np.ndarray | None, world: World, *, target_features: bool
 ) -> Towers:
-    """The embeddings of all ranks, of the images in their own order.
+    """The embeddings of all ranks, of the images in their own order; with two towers, the target's
+    alone are gathered: nothing is compared with the online ones.
 
     target_features: whether the features are the target's, which has seen the other order.
     """
     if world.size == 1:
         return own
-    target = [distributed.gather_rows(x, world) for x in own.target]
     features = distributed.gather_rows(own.features, world)
-    if order is not None and target:
-        back = torch.from_numpy(np.argsort(order)).to(target[0].device)
+    if not own.target:
+        return Towers([distributed.gather_rows(x, world) for x in own.online], [], features)
+    target = [distributed.gather_rows(x, world) for x in own.target]
+    if order is not None:
+        back = torch.from_numpy(np.argsort(order)).to(features.device)
         target = [x[back] for x in target]
         features = features[back] if target_features else features
-    online = [distributed.gather_rows(x, world) for x in own.online]
-    return Towers(online, target, features)
+    return Towers(own.online, target, features)
