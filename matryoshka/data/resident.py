@@ -173,7 +173,8 @@ class ResidentLoader(Loader):
             images = self._images[index]  # uint8 [B, H, W, 3]
             if self._kept is None:
                 images = self._cropped(images, indices, epoch, crop)
-            yield LoadedBatch(number, Batch(images, self._labels[index], index), skipped)
+            batch = Batch(images, self._labels[index], index).with_host_index(indices)
+            yield LoadedBatch(number, batch, skipped)
 
     def _without_broken(self, indices: np.ndarray) -> tuple[np.ndarray, list[Skipped]]:
         """The indices of readable images, and the records of the others."""

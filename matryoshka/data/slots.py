@@ -14,16 +14,33 @@ import torch
 from torch import Tensor
 
 
-class Batch(NamedTuple):
-    """One batch of a Loader, on its device.
+class _OnDevice(NamedTuple):
+    images: Any
+    labels: Tensor  # int64 [B]
+    index: Tensor  # int64 [B], position of each sample in the dataset
+
+
+class Batch(_OnDevice):
+    """One batch of a Loader, on its device: a tuple (images, labels, index).
 
     images: uint8 [B, H, W, 3]; of a list of V crops [V, B, H, W, 3], and where their sizes differ a
     list of V tensors [B, h, w, 3].
     """
 
-    images: Any
-    labels: Tensor  # int64 [B]
-    index: Tensor  # int64 [B], position of each sample in the dataset
+    _host_index: np.ndarray | None = None
+
+    def with_host_index(self, index: np.ndarray) -> Batch:
+        """The same batch, which knows its index, int64 [B], on the host as well."""
+        batch = Batch(*self)
+        batch._host_index = index
+        return batch
+
+    @property
+    def host_index(self) -> np.ndarray:
+        """`index` on the host; of a Loader's batch without waiting for the device."""
+        if self._host_index is None:
+            return self.index.cpu().numpy()
+        return self._host_index
 
 
 # The side of the images, or of those of every view.
@@ -64,7 +81,8 @@ class HostSlots:
             pixels = [self._on_device(view) for view in images]
         else:
             pixels = self._on_device(images)
-        return Batch(pixels, self._on_device(labels), self._on_device(index)), None
+        batch = Batch(pixels, self._on_device(labels), self._on_device(index))
+        return batch.with_host_index(index), None
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device)
@@ -180,7 +198,7 @@ class PinnedSlots:
             copied.record(self._stream)
         self._entry.copied = copied
         on_device, numbers = batch_views(piece, self._count, self._size)
-        return Batch(on_device, numbers[0], numbers[1]), copied
+        return Batch(on_device, numbers[0], numbers[1]).with_host_index(index), copied
 
     def receive(self, batch: Batch, sent: torch.cuda.Event) -> Batch:
         """Make the consumer's stream wait for the copy."""

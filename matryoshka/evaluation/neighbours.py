@@ -140,35 +140,54 @@ def weighted_knn(
         raise NeighbourError(
             f"k={list(k)}, temperature={temperature}: expected one k or more, all above 0"
         )
-    bank, bank_labels = _labelled(bank, bank_labels, "the bank")
-    queries, labels = _labelled(queries, labels, "the queries")
-    device = bank.device
-    bank_labels, labels = bank_labels.to(device), labels.to(device)
-    counts = sorted({min(count, len(bank)) for count in k})
-    num_classes = int(bank_labels.max()) + 1
-
+    bank, bank_labels = labelled(bank, bank_labels, "the bank")
+    queries, labels = labelled(queries, labels, "the queries")
     accuracy = {}
     for d in dims:
-        hits = dict.fromkeys(counts, 0)
-        blocks = _best(bank, queries, d, counts[-1], device=device, dtype=dtype, cosine=True)
-        for first, score, index in blocks:
-            # Relative to the nearest image, so that no weight overflows.
-            weights = ((score - score[:, :1]) / temperature).exp()
-            votes_for = bank_labels[index]
-            truth = labels[first : first + len(index)]
-            votes = torch.zeros(len(index), num_classes, device=device)
-            counted = 0
-            for count in counts:
-                new = slice(counted, count)
-                votes.scatter_add_(1, votes_for[:, new], weights[:, new])
-                hits[count] += int((votes.argmax(1) == truth).sum())
-                counted = count
+        hits = weighted_hits(
+            bank, bank_labels, queries, labels, d=d, k=k, temperature=temperature, dtype=dtype
+        )
         accuracy[d] = {count: 100 * right / len(queries) for count, right in hits.items()}
     return accuracy
 
 
-def _labelled(features: Tensor, labels: Tensor, what: str) -> tuple[Tensor, Tensor]:
-    """The images that have a label."""
+def weighted_hits(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    *,
+    d: int,
+    k: Sequence[int] = (20, 200),
+    temperature: float = 0.07,
+    dtype: torch.dtype = torch.float32,
+) -> dict[int, int]:
+    """{neighbours: queries that are right} by the first d features, see `weighted_knn`; all images
+    have a label.
+    """
+    device = bank.device
+    bank_labels, labels = bank_labels.to(device), labels.to(device)
+    counts = sorted({min(count, len(bank)) for count in k})
+    num_classes = int(bank_labels.max()) + 1
+    hits = dict.fromkeys(counts, 0)
+    blocks = _best(bank, queries, d, counts[-1], device=device, dtype=dtype, cosine=True)
+    for first, score, index in blocks:
+        # Relative to the nearest image, so that no weight overflows.
+        weights = ((score - score[:, :1]) / temperature).exp()
+        votes_for = bank_labels[index]
+        truth = labels[first : first + len(index)]
+        votes = torch.zeros(len(index), num_classes, device=device)
+        counted = 0
+        for count in counts:
+            new = slice(counted, count)
+            votes.scatter_add_(1, votes_for[:, new], weights[:, new])
+            hits[count] += int((votes.argmax(1) == truth).sum())
+            counted = count
+    return hits
+
+
+def labelled(features: Tensor, labels: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """The images that have a label. what: names them in the NeighbourError if there are none."""
     kept = labels >= 0
     if len(labels) != len(features) or not bool(kept.any()):
         raise NeighbourError(
@@ -303,8 +322,8 @@ def few_shot(
     Arguments as in `weighted_knn`; images without a label (-1) are left out. The interval is that
     of the draw of the shots, on these queries.
     """
-    bank, bank_labels = _labelled(bank, bank_labels, "the bank")
-    queries, labels = _labelled(queries, labels, "the queries")
+    bank, bank_labels = labelled(bank, bank_labels, "the bank")
+    queries, labels = labelled(queries, labels, "the queries")
     accuracy = nearest_class_mean(
         bank,
         bank_labels,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from matryoshka.nested import NestedLinear
 
+_TILE = 1 << 24  # numbers in the largest intermediate
 LR = 1e-3  # AdamW's default, which fits because the features are normalised
 
 
@@ -135,7 +136,12 @@ class OnlineProbe(nn.Module):
     def answers(self, features: Tensor, labels: Tensor) -> Answers:
         """How many labelled images are right, with the running statistics and without a step."""
         self.eval()
-        return _answers(self(features), labels.to(features.device))
+        labels = labels.to(features.device)
+        # 9 prefixes, 1,000 classes and 50,000 images would be 1.8 GB of logits.
+        rows = max(1, _TILE // (len(self.dims) * self.head.num_classes))
+        parts = zip(features.split(rows), labels.split(rows), strict=True)
+        right, labelled = zip(*(_answers(self(x), y) for x, y in parts), strict=True)
+        return Answers(torch.stack(right).sum(0), torch.stack(labelled).sum())
 
 
 def _answers(logits: Tensor, labels: Tensor) -> Answers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from matryoshka.data import Loader
 from matryoshka.data.augment import normalise
 from matryoshka.distributed import World, autocast
 from matryoshka.evaluation.collapse import collapse_monitors
-from matryoshka.evaluation.neighbours import weighted_knn
+from matryoshka.evaluation.neighbours import labelled, weighted_hits
 from matryoshka.evaluation.online_probe import OnlineProbe
 from matryoshka.models import NestedModel
 
@@ -57,11 +57,16 @@ def evaluate_encoder(
         if bank is not None and queries is not None:
             known, known_labels = all_features(encoder, interruptible(bank), bank, precision, world)
             asked, labels = all_features(encoder, interruptible(queries), queries, precision, world)
-            knn = weighted_knn(known, known_labels, asked, labels, encoder.dims)
+            known, known_labels = labelled(known, known_labels, "the bank")
+            asked, labels = labelled(asked, labels, "the queries")
+            parts = weighted_parts(
+                known, known_labels, asked, labels, dims=encoder.dims, world=world
+            )
+            knn = over_ranks(list(interruptible(parts)), encoder.dims, len(asked), world)
             if probe is not None:
                 with evaluating(probe):
-                    right, labelled = probe.answers(asked, labels)
-                shares = (100 * right / labelled).tolist()
+                    right, answered = probe.answers(asked, labels)
+                shares = (100 * right / answered).tolist()
                 probed = dict(zip(encoder.dims, shares, strict=True))
         first, second = [], []
         for views in interruptible(watched):
@@ -70,6 +75,33 @@ def evaluate_encoder(
                 second.append(encoder.features(views[1]).float())
         monitors = collapse_monitors(torch.cat(first), torch.cat(second), encoder.dims)
     return Evaluation(knn, probed, monitors, time.perf_counter() - began)
+
+
+def weighted_parts(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    *,
+    dims: Sequence[int],
+    world: World,
+) -> Iterator[dict[int, int]]:
+    """{neighbours: right answers} for each prefix, of this rank's part of the queries."""
+    own = slice(world.rank, None, world.size)
+    for d in dims:
+        yield weighted_hits(bank, bank_labels, queries[own], labels[own], d=d)
+
+
+def over_ranks(
+    parts: Sequence[dict[int, int]], dims: Sequence[int], queries: int, world: World
+) -> dict[int, dict[int, float]]:
+    """{prefix: {neighbours: top-1 %}} of all ranks' parts."""
+    right = torch.tensor([list(hits.values()) for hits in parts], device=world.device)
+    shares = 100 * distributed.sum_over_ranks(right, world).double() / queries
+    counts = list(parts[0])
+    return {
+        d: dict(zip(counts, row, strict=True)) for d, row in zip(dims, shares.tolist(), strict=True)
+    }
 
 
 @contextmanager

@@ -35,7 +35,8 @@ def has_predictor(config: SslConfig) -> bool:
 class Method(nn.Module):
     """online: the tower that is trained. target: the one that follows it, or None.
 
-    weights: of the prefixes' losses; large: how many of the views are large. Both may be set after
+    weights: of the prefixes' losses; large: how many of the views are large; bn_group: images of
+    the target that share batch norm's statistics, 0 for all of a process. They may be set after
     construction.
     """
 
@@ -54,6 +55,7 @@ class Method(nn.Module):
         self.target = None
         self.weights: Sequence[float] | None = None
         self.large = 2
+        self.bn_group = 0
 
     # ---------------------------------------------------------------- for subclasses
 
@@ -66,7 +68,8 @@ class Method(nn.Module):
         features, online = zip(*(self.online(view) for view in views), strict=True)
         if self.predictor is not None:
             online = [self.predictor(embedding) for embedding in online]
-        target_features, target = zip(*(self.target(view) for view in target_views), strict=True)
+        seen_by_target = [self.target(view, self.bn_group) for view in target_views]
+        target_features, target = zip(*seen_by_target, strict=True)
         seen = target_features if self.evaluates_target else features
         return Towers(list(online), list(target), seen[0].detach())
 

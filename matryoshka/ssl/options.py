@@ -55,8 +55,15 @@ class SslConfig:
     queue: int = option(4096, help="moco: keys in the queue", low=1, high=10_000_000)
     shuffle_bn: bool = option(
         True,
-        help="moco, several processes: keys are computed in another order of the images, so that "
-        "batch norm does not tell which belong together",
+        help="moco: keys are computed in another order of the images, and in groups, so that batch "
+        "norm does not tell which belong together",
+    )
+    bn_group: int = option(
+        0,
+        help="moco: keys of a process that share batch norm's statistics; 0: 64 with a queue on "
+        "one process, else all",
+        low=0,
+        high=1_000_000,
     )
     temperature: tuple[float, ...] = option(
         (0.2,), help="of similarities: one, or one for each prefix", above=0

@@ -58,8 +58,14 @@ class Target(nn.Module):
         self.tower = copy.deepcopy(online).requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.tower(images)
+    def forward(self, images: Tensor, together: int = 0) -> tuple[Tensor, Tensor]:
+        """See Tower. together: images that share statistics of batch norm; 0: all."""
+        groups = len(images) // together if together else 1
+        if groups < 2:
+            return self.tower(images)
+        parts = [self.tower(part) for part in images.tensor_split(groups)]
+        features, embedding = zip(*parts, strict=True)
+        return torch.cat(features), torch.cat(embedding)
 
     @torch.no_grad()
     def follow(self, online: Tower, momentum: float) -> None:

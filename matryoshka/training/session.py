@@ -405,14 +405,20 @@ class Session:
         return self._state.sums.means(self._epoch_totals.sum(0))
 
     def interruptible(self, batches: Iterable[T]) -> Iterator[T]:
-        """Yield the batches of an evaluation; raise Stopped once a stop signal was received."""
+        """Yield the parts of an evaluation; raise Stopped if any rank received a stop signal.
+
+        Use it to its end, on every rank, before ranks exchange results.
+        """
         for batch in batches:
             self._watch.beat()
-            # No collective: each rank stops by itself, and `save` has the totals since end_epoch.
             if self._signal.received is not None:
-                self.save(totals=self._epoch_totals, always=True)
-                self._stop()
+                break
             yield batch
+        # Here ranks agree: one that stopped by itself would leave the others waiting for its
+        # results.
+        if self._flags.agree(self._signal.received is not None):
+            self.save(totals=self._epoch_totals, always=True)
+            self._stop()
 
     def log_epoch(self, metrics: Mapping[str, float]) -> None:
         """Write the epoch's metrics to the log and to TensorBoard; list the images left out.

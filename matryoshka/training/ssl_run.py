@@ -44,7 +44,7 @@ from matryoshka.training.ssl_setup import (
     view_crops,
     view_options,
 )
-from matryoshka.training.ssl_step import Learner, ViewMaker, train_step
+from matryoshka.training.ssl_step import Learner, ViewMaker, bn_group, train_step
 from matryoshka.training.summary import batch_notes, schedule_notes, size_text
 
 WATCHED = 2048  # images whose two views the monitors of collapse look at
@@ -145,6 +145,7 @@ class SslRun(TrainingRun[Learner]):
         method = make_method(encoder, cfg.ssl)
         method.weights = cfg.model.relative_importance
         method.large = cfg.views.count
+        method.bn_group = bn_group(cfg, self.world)
         probe = OnlineProbe(spec.dims, spec.num_classes) if self.images.has_classes else None
         self.learner = Learner(method, probe).to(self.world.device)
         if cfg.training.sync_bn:

@@ -49,6 +49,7 @@ USED_BY = {
     "queue": ("moco",),
     "symmetric": ("moco",),
     "shuffle_bn": ("moco",),
+    "bn_group": ("moco",),
     "alpha": ("relic",),
     "stop_gradient": ("relic",),
     "invariance": ("vicreg",),

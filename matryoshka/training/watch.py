@@ -89,6 +89,14 @@ class AnyRankFlags:
         self._flags = torch.zeros_like(self._flags)
         return [bool(value) for value in result]
 
+    def agree(self, flag: bool) -> bool:
+        """Whether any rank raised this flag, at once; between two epochs' exchanges."""
+        if self._single:
+            return flag
+        raised = torch.tensor(flag, dtype=torch.uint8)
+        dist.all_reduce(raised, dist.ReduceOp.MAX, self._group)
+        return bool(raised)
+
 
 class HangWatch:
     """Ends the process with status 1 if `beat` is not called for `seconds`; 0 disables it.

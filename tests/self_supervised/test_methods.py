@@ -2,7 +2,9 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,12 +12,14 @@ from hypothesis import strategies as st
 
 import MRL
 from matryoshka import losses
+from matryoshka.distributed import World
 from matryoshka.models import ModelSpec, build
 from matryoshka.ssl import METHODS, SslConfig, make_method, momentum_at
 from matryoshka.ssl import options as ssl_options
 from matryoshka.ssl.projector import SlicedProjector
 from matryoshka.ssl.queue import KeyQueue
-from matryoshka.ssl.towers import LearnedTemperature
+from matryoshka.ssl.towers import LearnedTemperature, Towers
+from matryoshka.training import ssl_step
 
 DIMS = (8, 16, 32)
 OPTIONS = {
@@ -77,6 +81,53 @@ def test_a_predictor_sees_each_prefix_alone(name, projector):
     for part in method.predictor.parts:
         last = part[-1].weight.grad
         assert bool((last.abs().sum(1) > 0).all()), "an output that nothing reads"
+
+
+def test_keys_know_their_group_alone():
+    """Batch norm of the target mixes groups of a batch, and gives the images in their order."""
+    method = method_of("moco")
+    (images, _) = views_of(images=8)
+    changed = torch.cat([images[:4], torch.randn_like(images[4:])])
+    for together, same in ((4, True), (0, False)):
+        _, keys = method.target(images, together)
+        _, other = method.target(changed, together)
+        assert torch.equal(keys[:4], other[:4]) == same
+    _, apart = method.target(images[4:])
+    assert torch.equal(method.target(images, 4)[1][4:], apart)
+    # 9 images are groups of 5 and 4: none of one image, which has no statistics
+    assert len(method.target(torch.cat([images, images[:1]]), 4)[1]) == 9
+
+
+def test_shuffled_keys_come_back_in_the_order_of_the_images():
+    world = World(torch.device("cpu"))
+    rows = torch.arange(6.0)[:, None]
+    order = ssl_step.key_order(shuffling(method="moco"), world, 6, np.random.default_rng(0))
+    keys = ssl_step.reordered(rows, order, world)
+    assert not torch.equal(keys, rows)
+    own = Towers([rows], [keys], keys)
+    found = ssl_step.of_all_ranks(own, order, world, target_features=True)
+    assert torch.equal(found.target[0], rows)
+    assert torch.equal(found.features, rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "expected"),
+    [
+        ({"method": "moco"}, 1, 64),
+        ({"method": "moco"}, 2, 0),
+        ({"method": "moco", "bn_group": 16}, 2, 16),
+        ({"method": "moco", "version": 3}, 1, 0),
+        ({"method": "moco", "shuffle_bn": False}, 1, 0),
+        ({"method": "byol"}, 1, 0),
+    ],
+)
+def test_the_groups_of_keys(options, ranks, expected):
+    world = World(torch.device("cpu"), size=ranks)
+    assert ssl_step.bn_group(shuffling(**options), world) == expected
+
+
+def shuffling(**options):
+    return SimpleNamespace(ssl=SslConfig(**options))
 
 
 def test_skipped_keys_do_not_enter_the_queue():

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked_ranks import run_script
 from matryoshka.inference import pytorch_inference
 from matryoshka.train import train_cifar10, train_imagenet
 from torchrun_starts import ROOT, free_ports, torchrun
@@ -24,9 +25,10 @@ from matryoshka.distributed import DistConfig, DistributedError
 # One step of the training loop's own function in float64, batch norm in eval mode, by forks of one
 # process.
 STEPS = """
-import functools, os, sys, traceback
+import functools, sys
 import torch
 from types import SimpleNamespace
+from forked_ranks import as_ranks
 from matryoshka import distributed
 from matryoshka.data import Loader, RandomResizedCrop, augment
 from matryoshka.training.guard import NonFiniteGuard
@@ -96,22 +98,7 @@ def work():
         torch.save(found, f"{out}.{world.size}.{world.rank}")
 
 for size, port in zip(map(int, sys.argv[6].split(",")), map(int, sys.argv[7].split(","))):
-    children = []
-    for rank in range(size):
-        children.append(os.fork())
-        if children[-1] == 0:
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            code = 1
-            try:
-                work()
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * size
+    assert as_ranks(work, size, port) == [0] * size
 """
 
 
@@ -123,8 +110,6 @@ def test_processes_see_one_order_and_compute_one_gradient(tmp_path, digits, batc
     """2, 3, 4 and 7 gloo processes against 1, same global batch, also where it does not divide, and
     cut into parts.
     """
-    script = tmp_path / "steps.py"
-    script.write_text(STEPS)
     ports = ",".join(map(str, free_ports(len(worlds))))
     arguments = [
         digits["train"],
@@ -135,12 +120,7 @@ def test_processes_see_one_order_and_compute_one_gradient(tmp_path, digits, batc
         ",".join(map(str, worlds)),
         ports,
     ]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(STEPS, *arguments)
     results = {
         w: [torch.load(f"{tmp_path}/out.{w}.{r}", weights_only=False) for r in range(w)]
         for w in worlds

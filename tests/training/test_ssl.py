@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked_ranks import run_script
 from matryoshka.train import train_ssl
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
+from torchrun_starts import free_ports
 
 from matryoshka.checkpoint import load_model
 from matryoshka.data import CenterCrop, Loader
@@ -210,6 +212,80 @@ def test_a_stopped_run_resumes_to_the_same_weights(digits, moco, monkeypatch, ca
     )
     assert ours[-50_000:] == theirs[-50_000:], "the state differs from an undisturbed run's"
     assert Path("ssl_runs/run/results.json").read_text() == (moco / "results.json").read_text()
+
+
+RANKS = """
+import json, os, signal, sys
+from forked_ranks import as_ranks
+import torch
+from matryoshka.train import train_ssl
+from matryoshka.evaluation import self_supervised
+from matryoshka.training import ssl_outputs, ssl_run
+from matryoshka.training.guard import NonFiniteGuard
+
+ports, argv = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+torch.set_num_threads(1)
+ssl_outputs.draw_chart = lambda *_: None
+ssl_run.WATCHED = 64
+before_step, hits = NonFiniteGuard.before_step, self_supervised.weighted_hits
+steps = []
+
+def only_rank_1():
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def at_step(self):
+    steps.append(0)
+    if len(steps) == 2:
+        only_rank_1()
+    return before_step(self)
+
+def in_evaluation(*args, **kwargs):
+    only_rank_1()
+    return hits(*args, **kwargs)
+
+def run(*more):
+    return lambda: train_ssl.main([*argv, *more])
+
+assert as_ranks(run("--logging.run_id=whole"), 2, ports[0]) == [0, 0]
+NonFiniteGuard.before_step = at_step
+assert as_ranks(run(), 2, ports[1]) == [75, 75]
+NonFiniteGuard.before_step = before_step
+self_supervised.weighted_hits = in_evaluation
+assert as_ranks(run("--training.resume=auto"), 2, ports[2]) == [75, 75]
+self_supervised.weighted_hits = hits
+assert as_ranks(run("--training.resume=auto"), 2, ports[3]) == [0, 0]
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--method=relic --ssl.learn_temperature=1",
+        "--method=byol --batch-size=25 --training.global_batch_size=100",
+    ],
+)
+def test_two_processes_stop_together_and_resume(digits, tmp_path, words):
+    """A signal reaches one of them, inside an epoch and then in an evaluation: both stop, and end
+    with the weights of an undisturbed run. Targets, a learned temperature, accumulated gradients.
+    """
+    argv = command(digits, words.split()[0].partition("=")[2], "--epochs=2", "--validation.every=1")
+    argv += ["--batch-size=50", *words.split()[1:], f"--logging.folder={tmp_path}"]
+    argv += ["--logging.relic_folder=" + str(tmp_path / "named")]
+    out = run_script(RANKS, json.dumps(free_ports(4)), json.dumps(argv))
+    assert "resume   after step 3, epoch 0" in out, out
+    assert "resume   after step 4, epoch 0" in out, "trained, not evaluated"
+    ours, theirs = (
+        snapshot.read(tmp_path / run / "checkpoints" / "last.safetensors").tensors
+        for run in ("run", "whole")
+    )
+    assert ours.keys() == theirs.keys()
+    differ = [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+    assert not differ
+    results = [
+        json.loads((tmp_path / run / "results.json").read_text()) for run in ("run", "whole")
+    ]
+    assert results[0] == results[1]
 
 
 def test_another_method_cannot_resume(digits, moco, capsys):
