@@ -79,9 +79,13 @@ def train(cfg: SimpleNamespace, world: World, images: Images, notes: Sequence[st
                 with run.meter(session) as meter:
                     for batch in meter:
                         lr, momentum = run.lr(session), run.momentum(session)
-                        step_loss, norm, skipped = run.step(batch, lr, momentum)
-                        reports = session.after_step(step_loss, norm, skipped)
+                        loss, norm, skipped, prefix_losses = run.step(batch, lr, momentum)
+                        reports = session.after_step(
+                            loss, norm, skipped, prefix_losses=prefix_losses
+                        )
                         meter.update(reports, lr)
+                        if outputs is not None:
+                            outputs.write_steps(session, reports)
 
                 metrics = run.metrics(session, meter, lr=lr, momentum=momentum)
                 if run.is_evaluated(epoch):

@@ -28,13 +28,12 @@ from matryoshka.evaluation.baseline_methods import (
     random_probe,
     spread_of_draws,
 )
-from matryoshka.evaluation.neighbours import nearest, weighted_knn
+from matryoshka.evaluation.neighbours import RANKED, nearest, weighted_knn
 from matryoshka.evaluation.probe import fit
 from matryoshka.retrieval.ranking_metrics import mean_average_precision
 
 NEIGHBOURS = (20, 200)
 TEMPERATURE = 0.07
-RANKED = 10  # results of a query whose precision counts: mAP@10, as in the MRL paper
 PIXEL_SIDE = 32  # of the copies whose pixels are compared
 
 Measure = Callable[[BaselineInputs], dict[str, Row]]

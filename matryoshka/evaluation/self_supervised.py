@@ -15,17 +15,20 @@ from matryoshka.data import Loader
 from matryoshka.data.augment import normalise
 from matryoshka.distributed import World, autocast
 from matryoshka.evaluation.collapse import collapse_monitors
-from matryoshka.evaluation.neighbours import labelled, weighted_hits
+from matryoshka.evaluation.neighbours import NeighbourHits, labelled, neighbour_hits
 from matryoshka.evaluation.online_probe import OnlineProbe
 from matryoshka.models import NestedModel
 
 
 class Evaluation(NamedTuple):
-    """knn: {dim: {k: top-1 %}}, of the weighted vote. probe: {dim: top-1 %}. monitors: see
-    collapse_monitors. Empty where there was nothing to evaluate on.
+    """knn: {dim: {k: top-1 %}}, of the weighted vote; knn_top_5: {dim: %}, of that of 20.
+    map: {dim: mAP@10 in %}. probe: {dim: top-1 %}. monitors: see collapse_monitors. Empty where
+    there was nothing to evaluate on.
     """
 
     knn: dict[int, dict[int, float]]
+    knn_top_5: dict[int, float]
+    map: dict[int, float]
     probe: dict[int, float]
     monitors: dict[int, dict[str, float]]
     seconds: float
@@ -51,7 +54,7 @@ def evaluate_encoder(
     began = time.perf_counter()
     # Ranks have different batch-norm statistics: all evaluate what rank 0 saves.
     distributed.broadcast_buffers(encoder, world)
-    knn: dict[int, dict[int, float]] = {}
+    found = Neighbours({}, {}, {})
     probed: dict[int, float] = {}
     with evaluating(encoder), torch.no_grad():
         if bank is not None and queries is not None:
@@ -59,10 +62,10 @@ def evaluate_encoder(
             asked, labels = all_features(encoder, interruptible(queries), queries, precision, world)
             known, known_labels = labelled(known, known_labels, "the bank")
             asked, labels = labelled(asked, labels, "the queries")
-            parts = weighted_parts(
+            parts = neighbour_parts(
                 known, known_labels, asked, labels, dims=encoder.dims, world=world
             )
-            knn = over_ranks(list(interruptible(parts)), encoder.dims, len(asked), world)
+            found = over_ranks(list(interruptible(parts)), encoder.dims, len(asked), world)
             if probe is not None:
                 with evaluating(probe):
                     right, answered = probe.answers(asked, labels)
@@ -74,10 +77,18 @@ def evaluate_encoder(
                 first.append(encoder.features(views[0]).float())
                 second.append(encoder.features(views[1]).float())
         monitors = collapse_monitors(torch.cat(first), torch.cat(second), encoder.dims)
-    return Evaluation(knn, probed, monitors, time.perf_counter() - began)
+    return Evaluation(*found, probed, monitors, time.perf_counter() - began)
 
 
-def weighted_parts(
+class Neighbours(NamedTuple):
+    """The first fields of Evaluation."""
+
+    knn: dict[int, dict[int, float]]
+    knn_top_5: dict[int, float]
+    map: dict[int, float]
+
+
+def neighbour_parts(
     bank: Tensor,
     bank_labels: Tensor,
     queries: Tensor,
@@ -85,23 +96,25 @@ def weighted_parts(
     *,
     dims: Sequence[int],
     world: World,
-) -> Iterator[dict[int, int]]:
-    """{neighbours: right answers} for each prefix, of this rank's part of the queries."""
+) -> Iterator[NeighbourHits]:
+    """Sums over this rank's part of the queries, for each prefix."""
     own = slice(world.rank, None, world.size)
     for d in dims:
-        yield weighted_hits(bank, bank_labels, queries[own], labels[own], d=d)
+        yield neighbour_hits(bank, bank_labels, queries[own], labels[own], d=d)
 
 
 def over_ranks(
-    parts: Sequence[dict[int, int]], dims: Sequence[int], queries: int, world: World
-) -> dict[int, dict[int, float]]:
-    """{prefix: {neighbours: top-1 %}} of all ranks' parts."""
-    right = torch.tensor([list(hits.values()) for hits in parts], device=world.device)
-    shares = 100 * distributed.sum_over_ranks(right, world).double() / queries
-    counts = list(parts[0])
-    return {
-        d: dict(zip(counts, row, strict=True)) for d, row in zip(dims, shares.tolist(), strict=True)
-    }
+    parts: Sequence[NeighbourHits], dims: Sequence[int], queries: int, world: World
+) -> Neighbours:
+    """Percentages of all ranks' sums."""
+    sums = [[*hits.votes.values(), hits.top_5, hits.precision] for hits in parts]
+    total = distributed.sum_over_ranks(torch.tensor(sums, device=world.device), world)
+    rows = (100 * total.cpu().double() / queries).tolist()
+    knn, knn_top_5, precision = {}, {}, {}
+    for d, hits, row in zip(dims, parts, rows, strict=True):
+        *votes, knn_top_5[d], precision[d] = row
+        knn[d] = dict(zip(hits.votes, votes, strict=True))
+    return Neighbours(knn, knn_top_5, precision)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ class KeyQueue(nn.Module):
 
     keys: Tensor
     position: Tensor
+    stays_finite = True  # `push` leaves skipped keys out: no copy of a large queue in each step
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()

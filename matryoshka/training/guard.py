@@ -19,12 +19,14 @@ class StepReport(NamedTuple):
     """Numbers of one step, on the host.
 
     consecutive_skips: length of the streak of skipped steps that ends here; 0 if this step counted.
+    prefix_losses: of each prefix, where the caller gave them.
     """
 
     step: int
     loss: float
     norm: float
     consecutive_skips: int
+    prefix_losses: tuple[float, ...] = ()
 
 
 class NonFiniteGuard:
@@ -37,7 +39,7 @@ class NonFiniteGuard:
     def __init__(self, model: nn.Module, device: torch.device, clip: float = 0.0) -> None:
         self.clip = clip
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._buffers = [b for b in model.buffers() if b.is_floating_point()]
+        self._buffers = _guarded_buffers(model)
         # Two steps later the copy to the host has finished: reading it does not stall the GPU.
         self.lag = 2 if device.type == "cuda" else 0
         self._skips = torch.zeros((), device=device)
@@ -79,7 +81,15 @@ class NonFiniteGuard:
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def after_step(self, step: int, loss: Tensor, norm: Tensor, skip: Tensor) -> list[StepReport]:
+    def after_step(
+        self,
+        step: int,
+        loss: Tensor,
+        norm: Tensor,
+        skip: Tensor,
+        *,
+        prefix_losses: Tensor | None = None,
+    ) -> list[StepReport]:
         """Repair the buffers, count the skips and return the reports that have arrived."""
         # The forward pass of a bad step has already changed batch norm's running statistics.
         if self._buffers:
@@ -92,6 +102,8 @@ class NonFiniteGuard:
 
         # One copy to the host for all numbers of the step.
         numbers = torch.stack([loss.float(), norm.float(), self._skips])
+        if prefix_losses is not None:
+            numbers = torch.cat([numbers, prefix_losses.float()])
         event = None
         if numbers.is_cuda:
             numbers = numbers.to("cpu", non_blocking=True)
@@ -110,9 +122,18 @@ class NonFiniteGuard:
             step, numbers, event = self._pending.popleft()
             if event is not None:
                 event.synchronize()
-            loss, norm, skips = numbers.tolist()
-            reports.append(StepReport(step, loss, norm, int(skips)))
+            loss, norm, skips, *prefix_losses = numbers.tolist()
+            reports.append(StepReport(step, loss, norm, int(skips), tuple(prefix_losses)))
         return reports
+
+
+def _guarded_buffers(model: nn.Module) -> list[Tensor]:
+    """The buffers that a bad step may damage; a module with `stays_finite` looks after its own."""
+    buffers = []
+    for module in model.modules():
+        if not getattr(module, "stays_finite", False):
+            buffers += [b for b in module.buffers(recurse=False) if b.is_floating_point()]
+    return buffers
 
 
 def _flatten(tensors: Iterable[Tensor]) -> Tensor:

@@ -259,6 +259,8 @@ UNLABELLED = (
     "loss",
     "knn20",
     "knn200",
+    "knn20_top5",
+    "map10",
     "probe",
     "probe_train",
     "std",

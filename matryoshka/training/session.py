@@ -369,12 +369,17 @@ class Session:
         position = {"epoch": self.loop.epoch, "batch": batch}
         loader.load_state_dict(loader.state_dict() | position)
 
-    def after_step(self, loss: Tensor, norm: Tensor, skip: Tensor) -> list[StepReport]:
+    def after_step(
+        self, loss: Tensor, norm: Tensor, skip: Tensor, *, prefix_losses: Tensor | None = None
+    ) -> list[StepReport]:
         """Count the step and write a checkpoint if one is due; return the reports that arrived.
 
-        Raises Stopped if any rank received a stop signal.
+        prefix_losses: for the reports, float [G]. Raises Stopped if any rank received a stop
+        signal.
         """
-        reports = self._guard.after_step(self.loop.step, loss, norm, skip)
+        reports = self._guard.after_step(
+            self.loop.step, loss, norm, skip, prefix_losses=prefix_losses
+        )
         self.loop.step += 1
         self._watch.beat()
         self._handle_reports(reports)

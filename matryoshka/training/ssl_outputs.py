@@ -21,12 +21,15 @@ from matryoshka import checkpoint
 from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.files import write_atomically
 from matryoshka.models import NestedModel
+from matryoshka.training.guard import StepReport
 from matryoshka.training.run_folder import draw_chart
 from matryoshka.training.session import Session
 from matryoshka.training.ssl_run import BEST_METRIC, SslRun
 
 RESULTS = "results.json"
-MOCO_EVERY = 10  # epochs between two checkpoint_epoch_<e>.pt, as in MoCo-Matryoshka
+# As in MoCo-Matryoshka: epochs between two checkpoint_epoch_<e>.pt, steps between losses.
+MOCO_EVERY = 10
+BATCH_EVERY = 10
 
 
 class SslOutputs:
@@ -52,6 +55,18 @@ class SslOutputs:
             self._write_moco("best_model.pt", epoch, value)
         if epoch % MOCO_EVERY == 0:
             self._write_moco(f"checkpoint_epoch_{epoch}.pt", epoch, session.loop.best)
+
+    def write_steps(self, session: Session, reports: Sequence[StepReport]) -> None:
+        """Write the losses of every tenth step under the names of MoCo-Matryoshka."""
+        if self._moco is None:
+            return
+        assert session.log is not None
+        for report in reports:
+            if report.step % BATCH_EVERY == 0:
+                tags = {"Loss/batch_total": report.loss}
+                for dim, loss in zip(self._run.dims, report.prefix_losses, strict=True):
+                    tags[f"Loss/batch_dim_{dim}"] = loss
+                session.log.write_board(tags, report.step)
 
     def write_final(
         self, session: Session, model: NestedModel, metrics: Mapping[str, float]
@@ -110,7 +125,7 @@ def results(metrics: Mapping[str, float], dims: Sequence[int], method: str) -> d
             continue
         if kind in ("knn20", "knn200"):
             knn.setdefault(dim, {})[kind.removeprefix("knn")] = value
-        elif kind in ("probe", "std", "alignment", "uniformity", "rank"):
+        elif kind in ("map10", "probe", "std", "alignment", "uniformity", "rank"):
             found.setdefault(kind, {})[dim] = value
     if knn:
         found["knn"] = knn
@@ -122,9 +137,14 @@ def moco_tags(metrics: Mapping[str, float], dims: Sequence[int]) -> dict[str, fl
     tags = {"Loss/epoch_total": metrics["loss"], "LR/learning_rate": metrics["lr"]}
     for dim in dims:
         tags[f"Loss/epoch_dim_{dim}"] = metrics[f"loss/{dim}"]
-    full = f"knn20/{dims[-1]}"
-    if full in metrics:
-        tags["KNN/top1_acc"] = metrics[full] / 100
+    full = dims[-1]
+    for name, tag in (
+        ("knn20", "KNN/top1_acc"),
+        ("knn20_top5", "KNN/top5_acc"),
+        ("map10", "Retrieval/mAP"),
+    ):
+        if f"{name}/{full}" in metrics:
+            tags[tag] = metrics[f"{name}/{full}"] / 100
     return tags
 
 

@@ -226,7 +226,7 @@ class SslRun(TrainingRun[Learner]):
             every=ssl.momentum_every,
         )
 
-    def step(self, batch: Batch, lr: float, momentum: float) -> tuple[Tensor, Tensor, Tensor]:
+    def step(self, batch: Batch, lr: float, momentum: float) -> tuple[Tensor, ...]:
         """One optimizer step on this rank's part of a global batch; see `train_step`."""
         return train_step(
             batch,
@@ -294,6 +294,8 @@ class SslRun(TrainingRun[Learner]):
             metrics |= {f"knn{k}/{dim}": value for dim, value in votes.items()}
             if k == 20 and votes:
                 metrics[BEST_METRIC] = sum(votes.values()) / len(votes)
+        metrics |= {f"knn20_top5/{dim}": value for dim, value in result.knn_top_5.items()}
+        metrics |= {f"map10/{dim}": value for dim, value in result.map.items()}
         metrics |= {f"probe/{dim}": value for dim, value in result.probe.items()}
         self._history.append(result.monitors)
         for line in fallen(self._history, images=2 * len(self._watched())):

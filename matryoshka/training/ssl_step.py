@@ -74,11 +74,11 @@ def train_step(
     views: ViewMaker,
     momentum: float,
     precision: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One optimizer step on this rank's part of a global batch.
 
     momentum: of the target after this step. Returns (mean loss, gradient norm, whether the step was
-    skipped), 0-d tensors on the device.
+    skipped), 0-d tensors on the device, and the loss of each prefix [G].
     """
     t = cfg.training
     method, probe = state.model.method, state.model.probe
@@ -114,12 +114,13 @@ def train_step(
         seen.append(everyone.map(Tensor.detach))
 
     mean_loss = state.sums.step_mean("loss")
+    prefix_losses = state.sums.step_mean("prefix_loss")
     norm, skipped = apply_gradients(state, guard, lr)
     # Also after a skipped step, which left the online tower unchanged.
     for everyone in seen[:-1]:
         method.after_part(everyone, skipped)
     method.after_step(seen[-1], momentum, skipped)
-    return mean_loss, norm, skipped
+    return mean_loss, norm, skipped, prefix_losses
 
 
 def _not_half(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from matryoshka.evaluation.neighbours import (
     draw_shots,
     few_shot,
     mean_interval,
+    neighbour_hits,
     weighted_knn,
 )
 
@@ -103,6 +104,31 @@ def test_weighted_votes_are_scikit_learns(monkeypatch):
             by_majority.append(100 * majority.score(queries[0][:, :d], queries[1]))
     weighted = [found[d][k] for d in (3, 12) for k in (20, 200)]
     assert weighted != by_majority, "weights change nothing: the test is vacuous"
+
+
+def test_top_5_and_mean_precision_equal_loops():
+    bank, queries = blobs(5, (90, 40), classes=8)
+    found = neighbour_hits(*tensors(bank, queries), d=6, k=(20, 60))
+    top_5, precision = 0, 0.0
+    for query, label in zip(*queries, strict=True):
+        products = []
+        for entry in bank[0]:
+            pairs = zip(unit(query[:6].tolist()), unit(entry[:6].tolist()), strict=True)
+            products.append(sum(a * b for a, b in pairs))
+        order = sorted(range(90), key=lambda i, p=products: -p[i])
+        weights = {}
+        for i in order[:20]:
+            own = math.exp(products[i] / 0.07)
+            weights[bank[1][i]] = weights.get(bank[1][i], 0) + own
+        top_5 += label in sorted(weights, key=lambda c, w=weights: -w[c])[:5]
+        right = 0
+        for rank, i in enumerate(order[:10], 1):
+            if bank[1][i] == label:
+                right += 1
+                precision += right / rank / 10
+    assert found.top_5 == top_5
+    assert 0 < top_5 < 40
+    assert found.precision == pytest.approx(precision, rel=1e-5)
 
 
 def test_similarities_that_would_overflow_still_vote():

@@ -14,6 +14,7 @@ from forked_ranks import run_script
 from matryoshka.train import train_ssl
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchrun_starts import free_ports
 
 from matryoshka.checkpoint import load_model
@@ -96,7 +97,17 @@ def test_the_numbers_are_those_of_the_saved_encoder(moco, digits):
     lines = [json.loads(line) for line in (moco / "log").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
     for line in lines:
-        for name in ("knn20", "knn200", "probe", "std", "alignment", "uniformity", "rank"):
+        for name in (
+            "knn20",
+            "knn200",
+            "knn20_top5",
+            "map10",
+            "probe",
+            "std",
+            "alignment",
+            "uniformity",
+            "rank",
+        ):
             assert f"{name}/32" in line, name
     assert lines[1]["pflop"] == pytest.approx(2 * lines[0]["pflop"])
     assert lines[1]["knn20/32"] == pytest.approx(results["knn"]["32"]["20"])
@@ -227,7 +238,7 @@ ports, argv = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 torch.set_num_threads(1)
 ssl_outputs.draw_chart = lambda *_: None
 ssl_run.WATCHED = 64
-before_step, hits = NonFiniteGuard.before_step, self_supervised.weighted_hits
+before_step, hits = NonFiniteGuard.before_step, self_supervised.neighbour_hits
 steps = []
 
 def only_rank_1():
@@ -251,9 +262,9 @@ assert as_ranks(run("--logging.run_id=whole"), 2, ports[0]) == [0, 0]
 NonFiniteGuard.before_step = at_step
 assert as_ranks(run(), 2, ports[1]) == [75, 75]
 NonFiniteGuard.before_step = before_step
-self_supervised.weighted_hits = in_evaluation
+self_supervised.neighbour_hits = in_evaluation
 assert as_ranks(run("--training.resume=auto"), 2, ports[2]) == [75, 75]
-self_supervised.weighted_hits = hits
+self_supervised.neighbour_hits = hits
 assert as_ranks(run("--training.resume=auto"), 2, ports[3]) == [0, 0]
 """
 
@@ -336,7 +347,16 @@ def test_the_flags_of_moco_matryoshka(digits, tmp_path):
         shutil.copy(digits[part], tmp_path / f"{part}.beton")
     argv = "--batch-size 100 --epochs 1 --queue-size 200 --nesting-list 4,8,24 --temp 0.1"
     argv = [*argv.split(), *small_flags(), "--data", str(tmp_path), "--eval-interval", "1"]
-    assert train_ssl.main(argv, face="moco") == 0
+    assert train_ssl.main([*argv, "--logging.tensorboard=1"], face="moco") == 0
+    board = EventAccumulator("runs/run/tensorboard")
+    board.Reload()
+    tags = set(board.Tags()["scalars"])
+    named = "KNN/top1_acc KNN/top5_acc Retrieval/mAP Loss/batch_total Loss/epoch_total"
+    assert {*named.split(), "LR/learning_rate"} <= tags
+    (total,) = board.Scalars("Loss/batch_total")
+    prefixes = [board.Scalars(f"Loss/batch_dim_{dim}")[0] for dim in (4, 8, 24)]
+    assert total.step == 0, "of 4 steps, the first is a tenth one"
+    assert sum(loss.value for loss in prefixes) == pytest.approx(total.value, rel=1e-5)
     final = torch.load("checkpoints/final_model.pt", weights_only=True)
     best = torch.load("checkpoints/best_model.pt", weights_only=True)
     assert final["nesting_list"] == [4, 8, 24]

@@ -36,6 +36,7 @@ class Curves(NamedTuple):
 ACCURACIES = (
     Curves("knn20", "Weighted kNN, 20 neighbours", "top-1 (%)", percent=True),
     Curves("knn200", "Weighted kNN, 200 neighbours", "top-1 (%)", percent=True),
+    Curves("map10", "mAP@10 of the nearest neighbours", "mAP@10 (%)", percent=True),
     Curves("probe", "Linear classifier beside the run", "top-1 (%)", percent=True),
 )
 LOSSES = (Curves("loss", "Loss", "loss"),)
@@ -76,6 +77,7 @@ SCHEDULES = (
 COLUMNS = {
     "knn20": "kNN 20, %",
     "knn200": "kNN 200, %",
+    "map10": "mAP@10, %",
     "probe": "Linear, %",
     "std": "Std",
     "rank": "Rank",
