@@ -54,7 +54,12 @@ def main(argv: Sequence[str] | None = None, face: str = "ssl") -> int:
 
 
 # The file that a face's processes run.
-FACE_FILES = {"ssl": "train_ssl.py", "relic": "mrl_train.py", "moco": "train_distributed.py"}
+FACE_FILES = {
+    "ssl": "train_ssl.py",
+    "relic": "mrl_train.py",
+    "moco": "train_distributed.py",
+    "moco-distributed": "train_distributed.py",
+}
 
 
 def train(cfg: SimpleNamespace, world: World, images: Images, notes: Sequence[str] = ()) -> None:

@@ -7,13 +7,15 @@ frozen, and 60 % as more stages train with it (Kusupati et al., arXiv 2205.13147
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from matryoshka import checkpoint
+from matryoshka.checkpoint.torch_files import is_whole, load_plain
 from matryoshka.data.augment import Preprocessing
 from matryoshka.models import (
     RESNETS,
@@ -186,7 +188,13 @@ def _from_file(
     All keys and shapes are compared here. `model` may be on the meta device.
     """
     spec = model.spec
-    contents = _read_init(path, spec.arch)
+    try:
+        contents = _read_init(path, spec.arch)
+    except ModelError:
+        bare = _bare_trunk(path, model)
+        if bare is None:
+            raise
+        return bare
     note = f"trunk from {path}"
     state = contents.state
     expected = model.state_dict()
@@ -236,6 +244,43 @@ def _read_init(path: str, arch: str) -> checkpoint.Contents:
             f"--model.arch={contents.spec.arch}"
         )
     return contents
+
+
+def _bare_trunk(
+    path: str, model: NestedModel
+) -> tuple[dict[str, Tensor], Preprocessing, str] | None:
+    """As _from_file, of a file of torch.save in which the trunk's weights are somewhere, under
+    their own names: encoder.pth, relic_model.pth, best_model.pt; None if they are not all there.
+    """
+    try:
+        stored = load_plain(Path(path))
+    except checkpoint.CheckpointError:
+        return None
+    tensors = dict(_named_tensors(stored))
+    wanted = {name: tensor.shape for name, tensor in model.trunk.state_dict().items()}
+    first = next(iter(wanted))
+    prefixes = [name.removesuffix(first) for name in tensors if name.endswith(first)]
+    # Of two towers the target is the encoder that is kept; the shortest name is the outermost.
+    for prefix in sorted(prefixes, key=lambda p: ("target" not in p, len(p))):
+        found = {name: tensors.get(prefix + name) for name in wanted}
+        state = {}
+        for name, tensor in found.items():
+            if tensor is not None and tensor.shape == wanted[name] and is_whole(tensor):
+                state[f"trunk.{name}"] = tensor
+        if len(state) == len(wanted):
+            where = f" ({prefix.rstrip('.')})" if prefix else ""
+            note = f"trunk from {path}{where}; the head is initialised at random"
+            return state, Preprocessing(), note
+    return None
+
+
+def _named_tensors(stored: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of nested dictionaries, named by their keys with dots between them."""
+    if isinstance(stored, Tensor):
+        yield path, stored
+    elif isinstance(stored, Mapping):
+        for key, value in stored.items():
+            yield from _named_tensors(value, f"{path}.{key}" if path else str(key))
 
 
 def _without(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,10 @@ from matryoshka.data.layout import BetonError
 from matryoshka.data.reader import printable
 
 
+class MissingPartError(BetonError):
+    """A data set without a part to evaluate on."""
+
+
 class HuggingFaceImages:
     """An image and a label column of one split, as a source (see sources.py).
 
@@ -88,6 +92,8 @@ class HuggingFaceImages:
                     return self._part(datasets, str(path.resolve()), options)
                 with offline_without_network():
                     return self._part(datasets, name, options)
+        except MissingPartError:
+            raise
         except Exception as error:  # datasets and its back ends raise many types
             text = str(error).strip() or type(error).__name__
             reason = printable(text.splitlines()[0])[:300]
@@ -98,8 +104,7 @@ class HuggingFaceImages:
                 f"{self._shown}: split {split} cannot be read: {reason}{remedy}"
             ) from error
 
-    @staticmethod
-    def _part(datasets: Any, path: str, options: dict[str, Any]) -> Any:
+    def _part(self, datasets: Any, path: str, options: dict[str, Any]) -> Any:
         """The rows of options["split"]; `test` and `val` are the part that is held out."""
         split = options["split"]
         if split in HELD_OUT:
@@ -107,7 +112,9 @@ class HuggingFaceImages:
             for name in sorted(HELD_OUT, key=lambda name: name != split):
                 if name in parts:
                     return parts[name]
-            raise ValueError(f"its splits are {', '.join(parts)}")
+            raise MissingPartError(
+                f"{self._shown}: split {split} cannot be read: its splits are {', '.join(parts)}"
+            )
         return datasets.load_dataset(path, **options)
 
     def _image_column(self, datasets: Any, features: dict[str, Any], wanted: str | None) -> str:

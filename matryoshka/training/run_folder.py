@@ -90,6 +90,13 @@ class RunLog:
             self._board = SummaryWriter(str(path / "tensorboard"), purge_step=purge_step)
         self._start = time.time()
 
+    def lines(self) -> list[dict[str, Any]]:
+        """The epochs' lines of `log` so far."""
+        path = self.path / "log"
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
     def truncate(self, epoch: int) -> None:
         """Drop the lines of log and skipped.jsonl from `epoch` on, and unfinished lines."""
         for file in self._files.values():

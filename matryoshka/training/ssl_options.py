@@ -293,7 +293,15 @@ Every option of `matryoshka ssl` is accepted as well: --ssl.projector=mrl, --vie
 
 RELIC_SETS = {"tiny_imagenet": "tiny-imagenet", "food101": "hf:ethz/food101"}
 RELIC_SETS["imagenet1k"] = "hf:ILSVRC/imagenet-1k"
-RELIC_SIZES: dict[str, int] = {"cifar10": 32, "cifar100": 32, "stl10": 96, "tiny-imagenet": 64}
+RELIC_LARGE = 192  # pixels of a crop of photos, as there
+RELIC_SIZES: dict[str, int] = {
+    "cifar10": 32,
+    "cifar100": 32,
+    "stl10": 96,
+    "tiny-imagenet": 64,
+    RELIC_SETS["food101"]: RELIC_LARGE,
+    RELIC_SETS["imagenet1k"]: RELIC_LARGE,
+}
 
 
 def _translate_relic(flags: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
@@ -320,9 +328,14 @@ def _translate_relic(flags: Mapping[str, Any], others: Mapping[str, Any]) -> dic
     if path is not None and _holds_images(Path(path)):
         given["data.dataset"] = path
         if name is not None:
-            given["views.size"] = RELIC_SIZES.get(_known_name(name), 192)
+            given["views.size"] = RELIC_SIZES.get(_known_name(name), RELIC_LARGE)
     else:
         if path is not None:
+            if name is None and not Path(path).exists():
+                raise config.ConfigError(
+                    f"--dataset_path {path}: no such folder or file; for downloads to it, name "
+                    "what to download: --dataset_name stl10"
+                )
             given["data.cache"] = path
         if name is not None:
             given["data.dataset"] = _known_name(name)
@@ -449,7 +462,10 @@ class MocoFlags:
     )
     num_workers: int | None = option(None, help="decoding threads per process (all cores)", low=0)
     num_gpus: int | None = option(
-        None, help="processes, one for each GPU or MIG slice", low=1, common=True
+        None,
+        help="processes, one for each GPU or MIG slice (train.py: 1; train_distributed.py: all)",
+        low=1,
+        common=True,
     )
     backend: str | None = option(
         None, help="of collectives: gloo, nccl (nccl; gloo on MIG slices)", choices=BACKENDS
@@ -499,8 +515,8 @@ def _translate_moco(flags: Mapping[str, Any], others: Mapping[str, Any]) -> dict
         given["ssl.temperature"] = (flags["temp"],)
     if "moco_m" in flags:
         given["ssl.momentum_end"] = flags["moco_m"]
-    if flags.get("num_gpus", 1) > 1:
-        given["training.distributed"] = True
+    if "num_gpus" in flags:
+        given["training.distributed"] = flags["num_gpus"] > 1
     if flags.get("pretrained"):
         given["model.pretrained"] = True
     if "dim" in flags:
@@ -542,6 +558,10 @@ def _defaults_moco(given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _defaults_distributed(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_defaults_moco(given), "training.distributed": True}
+
+
 # ---------------------------------------------------------------- the three faces
 
 
@@ -559,6 +579,9 @@ FACES = {
     "ssl": Face("train_ssl.py", DESCRIPTION, Flags, _translate, _defaults),
     "relic": Face("mrl_train", RELIC_DESCRIPTION, RelicFlags, _translate_relic, _defaults_relic),
     "moco": Face("train.py", MOCO_DESCRIPTION, MocoFlags, _translate_moco, _defaults_moco),
+    "moco-distributed": Face(
+        "train_distributed.py", MOCO_DESCRIPTION, MocoFlags, _translate_moco, _defaults_distributed
+    ),
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from matryoshka.data.catalogue import normalisation
 from matryoshka.data.loader import Batch
 from matryoshka.data.subset import Subset
 from matryoshka.distributed import World
-from matryoshka.evaluation.collapse import fallen
+from matryoshka.evaluation.collapse import MONITORS, fallen
 from matryoshka.evaluation.online_probe import OnlineProbe
 from matryoshka.evaluation.self_supervised import Evaluation, evaluate_encoder
 from matryoshka.models import NestedModel, module_multiply_adds, pflop
@@ -77,7 +78,6 @@ class SslRun(TrainingRun[Learner]):
         self._load_data()
         notes = self._build_learner()
         self._build_state()
-        self._history: list[dict[int, dict[str, float]]] = []
         self._print_summary(notes)
 
     @property
@@ -297,10 +297,13 @@ class SslRun(TrainingRun[Learner]):
         metrics |= {f"knn20_top5/{dim}": value for dim, value in result.knn_top_5.items()}
         metrics |= {f"map10/{dim}": value for dim, value in result.map.items()}
         metrics |= {f"probe/{dim}": value for dim, value in result.probe.items()}
-        self._history.append(result.monitors)
-        for line in fallen(self._history, images=2 * len(self._watched())):
-            self.progress.print0(f"warning  epoch {session.loop.epoch}: {line}")
-            session.event("collapse", epoch=session.loop.epoch, text=line)
+        if session.log is not None:
+            # From the log, which a resumed run continues and a rollback cuts.
+            earlier = [monitors_of(line, self.dims) for line in session.log.lines()]
+            history = [*filter(None, earlier), result.monitors]
+            for line in fallen(history, images=2 * len(self._watched())):
+                self.progress.print0(f"warning  epoch {session.loop.epoch}: {line}")
+                session.event("collapse", epoch=session.loop.epoch, text=line)
         return metrics
 
     def evaluate(self, session: Session, *, last: bool) -> Evaluation:
@@ -308,7 +311,9 @@ class SslRun(TrainingRun[Learner]):
 
         last: on all images to evaluate on, else on validation.queries of them.
         """
-        cfg = self.cfg
+        # Every image once: a set that is resident for the epochs' sake would be held twice.
+        data = replace(self.cfg.data, resident="0")
+        cfg = SimpleNamespace(**vars(self.cfg) | {"data": data})
         evaluation = self.images.evaluation
         bank = queries = None
         if evaluation is not None:
@@ -369,6 +374,16 @@ class SslRun(TrainingRun[Learner]):
         self.write_probe()
         model = copy.deepcopy(self.encoder)
         return model.requires_grad_(True).eval()
+
+
+def monitors_of(line: Mapping[str, Any], dims: Sequence[int]) -> dict[int, dict[str, float]]:
+    """The monitors in an epoch's line of the log; empty if it was not evaluated."""
+    found = {}
+    for d in dims:
+        values = {name: line[f"{name}/{d}"] for name in MONITORS if f"{name}/{d}" in line}
+        if values:
+            found[d] = values
+    return found
 
 
 def evenly(count: int, most: int) -> np.ndarray:

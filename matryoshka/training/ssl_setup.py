@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from matryoshka.data import RandomResizedCrop
 from matryoshka.data.bars import Bars
 from matryoshka.data.catalogue import HELD_OUT, HUGGING_FACE, SETS
 from matryoshka.data.dataset import Dataset
+from matryoshka.data.hugging_face import MissingPartError
 from matryoshka.data.named import named_dataset, part_of
 from matryoshka.data.resident import MAX_SIDE
 from matryoshka.data.sources import PARTS, open_images
@@ -84,8 +86,15 @@ class Images:
         elif cfg.data.val_dataset is None:
             self.why_not = "data.val_dataset is not given"
         else:
-            self.evaluation = open_images([cfg.data.val_dataset])
-            check_classes(self.bank, self.evaluation)
+            evaluation = open_images([cfg.data.val_dataset])
+            try:
+                check_classes(self.bank, evaluation)
+                self.evaluation = evaluation
+            except ConfigError as error:
+                # A part that the user did not name is not worth a refusal.
+                if cfg.data.dataset is None:
+                    raise
+                self.why_not = str(error)
 
     @property
     def num_classes(self) -> int:
@@ -223,7 +232,10 @@ def _parts(name: str, cache: str) -> Parts:
     unlabelled = name in SETS and "unlabeled" in SETS[name].splits
     with Bars() as progress:
         train = named_dataset(name, "train", cache, progress=progress)
-        test = named_dataset(name, "test", cache, progress=progress)
+        try:
+            test = named_dataset(name, "test", cache, progress=progress)
+        except MissingPartError:
+            test = None
         if not unlabelled:
             return train, test, None
         return named_dataset(name, "unlabeled", cache, progress=progress), test, train
@@ -254,11 +266,14 @@ def _parts_of_folder(path: Path) -> Parts:
 def _common_side(dataset: Dataset) -> int | None:
     """The shorter side of images that all have one small size; of some of them, looked at."""
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), 64)).astype(np.int64))
-    sides = {
-        (int(h), int(w))
-        for part in dataset.fetch(chosen)
-        for h, w in zip(part.height, part.width, strict=True)
-    }
+    # An image that cannot be read is named when it is needed, or left out (data.on_error).
+    unreadable: dict[int, str] = {}
+    sides = set()
+    with closing(dataset.feed([chosen], unreadable)) as feed:
+        for part in feed.fetch(0):
+            sides |= {(int(h), int(w)) for h, w in zip(part.height, part.width, strict=True)}
+    if unreadable:
+        sides.discard((0, 0))
     if len(sides) != 1:
         return None
     shorter = min(next(iter(sides)))

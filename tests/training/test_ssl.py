@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +20,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchrun_starts import free_ports
 
 from matryoshka.checkpoint import load_model
+from matryoshka.checkpoint.transfer import start_model
+from matryoshka.config import ConfigError
 from matryoshka.data import CenterCrop, Loader
+from matryoshka.data.hugging_face import MissingPartError
+from matryoshka.evaluation import self_supervised
 from matryoshka.evaluation.predict import extract_features
+from matryoshka.models import ModelConfig, ModelError
 from matryoshka.ssl import METHODS
 from matryoshka.training import snapshot, ssl_options, ssl_outputs, ssl_run, ssl_setup, ssl_step
 from matryoshka.training.guard import NonFiniteGuard
@@ -162,14 +169,17 @@ def test_photos_without_classes(tmp_path, photo, capsys):
     (tmp_path / "photos").mkdir()
     for k in range(12):
         Image.fromarray(photo(50 + k, 40, seed=k)).save(tmp_path / "photos" / f"{k}.jpg")
+    (tmp_path / "photos" / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
     argv = [*SMALL, "--data=photos", "--epochs=1", "--batch-size=6", "--method=simclr"]
-    assert train_ssl.main(argv) == 0
+    assert train_ssl.main([*argv, "--data.on_error=skip"]) == 0
     out = capsys.readouterr().out
+    assert "1 images were left out of this epoch" in out
     assert "note     neighbours are not evaluated: the training images have no classes" in out
     results = json.loads((tmp_path / "ssl_runs/run/results.json").read_text())
     assert "knn" not in results
     assert set(results["rank"]) == {"8", "16", "32"}
     model = load_model("ssl_runs/run/model.safetensors")
+    (tmp_path / "photos" / "torn.jpg").unlink()
     assert model.encode_files("photos", truncate_dim=8).shape == (12, 8)
 
 
@@ -223,6 +233,31 @@ def test_a_stopped_run_resumes_to_the_same_weights(digits, moco, monkeypatch, ca
     )
     assert ours[-50_000:] == theirs[-50_000:], "the state differs from an undisturbed run's"
     assert Path("ssl_runs/run/results.json").read_text() == (moco / "results.json").read_text()
+
+
+def test_a_resumed_run_remembers_its_monitors(digits, monkeypatch, capsys):
+    """A standard deviation of half of the best value is a fall, though none is in this process."""
+    stds = iter([1.0, 0.4])
+    before_step, steps = NonFiniteGuard.before_step, []
+
+    def monitors(first, second, dims):
+        std = next(stds)
+        return {d: {"std": std, "alignment": 0.0, "uniformity": -2.0, "rank": 4.0} for d in dims}
+
+    def at_step(self):
+        steps.append(0)
+        if len(steps) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return before_step(self)
+
+    monkeypatch.setattr(self_supervised, "collapse_monitors", monitors)
+    monkeypatch.setattr(NonFiniteGuard, "before_step", at_step)
+    argv = command(digits, "sigreg", "--epochs=2", "--validation.every=1")
+    assert train_ssl.main(argv) == REQUEUE
+    assert "warning" not in capsys.readouterr().out
+    assert train_ssl.main([*argv, "--training.resume=auto"]) == 0
+    out = capsys.readouterr().out
+    assert "warning  epoch 1: std of prefix 8 is 0.40, it has been 1.00" in out
 
 
 RANKS = """
@@ -340,6 +375,17 @@ def test_mrl_train(digits, tmp_path, capsys):
     assert params["training.optimizer"] == "adam"
     assert params["lr.lr"] == 1e-3
     assert "temperature" in Path("ssl_runs/run/log").read_text()
+    # Both files are a start: of relic_model.pth, the target.
+    for name in ("encoder.pth", "relic_model.pth"):
+        config = ModelConfig(arch="fast_cnn", init=f"out/{name}")
+        started, notes = start_model(config, model.spec)
+        assert f"trunk from out/{name}" in notes[0]
+        assert all(torch.equal(w, encoder[n]) for n, w in started.trunk.state_dict().items())
+    with pytest.raises(ModelError, match="no classifier"):
+        start_model(
+            ModelConfig(arch="resnet10", init="out/encoder.pth"),
+            replace(model.spec, arch="resnet10", dims=(8, 512), arch_options=()),
+        )
 
 
 def test_the_flags_of_moco_matryoshka(digits, tmp_path):
@@ -444,6 +490,59 @@ def test_the_parts_of_a_folder(parts, found, tmp_path):
         (tmp_path / name).mkdir()
     wanted = tuple(None if name is None else tmp_path / name for name in found)
     assert ssl_setup._parts_of_folder(tmp_path) == wanted
+
+
+def test_sets_of_relic_have_their_sizes():
+    for name, size in (("cifar10", 32), ("stl10", 96), ("food101", 192), ("imagenet1k", 192)):
+        cfg = ssl_options.parser("relic").parse_args(["--dataset_name", name])
+        assert cfg.views.size == size
+
+
+def test_a_mistyped_folder_downloads_nothing(capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        train_ssl.main(["--dataset_path", "phots"], face="relic")
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "--dataset_path phots: no such folder or file" in line
+
+
+def test_the_processes_of_moco_matryoshka():
+    def asked(face, *words):
+        cfg = ssl_options.parser(face).parse_args(words)
+        return cfg.training.distributed, cfg.dist.world_size
+
+    assert asked("moco") == (None, 0)
+    assert asked("moco", "--num-gpus=2") == (True, 2)
+    assert asked("moco-distributed") == (True, 0), "all GPUs or slices"
+    assert asked("moco-distributed", "--num-gpus=1") == (False, 1)
+
+
+def test_a_part_of_other_classes_is_noted(digits, tmp_path, photo):
+    for folder, names in (("train", "ab"), ("val", "ac")):
+        for name in names:
+            (tmp_path / folder / name).mkdir(parents=True)
+            Image.fromarray(photo(40, 40)).save(tmp_path / folder / name / "1.jpg")
+    data = SimpleNamespace(
+        dataset=str(tmp_path),
+        train_dataset=str(tmp_path / "train"),
+        val_dataset=str(tmp_path / "val"),
+        bank_dataset=None,
+    )
+    images = ssl_setup.Images(SimpleNamespace(data=data))
+    assert images.evaluation is None
+    assert "its 2 classes are not the 2 of" in images.why_not
+    data.dataset = None  # the user has named both
+    with pytest.raises(ConfigError, match="its 2 classes are not"):
+        ssl_setup.Images(SimpleNamespace(data=data))
+
+
+def test_a_set_without_a_part_to_evaluate_on(monkeypatch):
+    def named(name, split, cache, progress):
+        if split == "test":
+            raise MissingPartError(f"{name}: its splits are train")
+        return Path("train.beton")
+
+    monkeypatch.setattr(ssl_setup, "named_dataset", named)
+    assert ssl_setup._parts("hf:someone/photos", "cache") == (Path("train.beton"), None, None)
 
 
 @pytest.mark.parametrize(
