@@ -291,6 +291,48 @@ def small_steps() -> list[str]:
     ]
 
 
+def ssl_runs() -> list[str]:
+    rows = latest(read("ssl_runs"), "recipe")
+    body, differences = [], []
+    for row in rows:
+        cells = []
+        for dim, value in row["knn20"].items():
+            low, high = row["interval"][dim]
+            cells.append(f"{dim}: {value:.2f} ({low:.2f} to {high:.2f})")
+        full = list(row["knn20"])[-1]
+        body.append(
+            [
+                f"`{row['recipe']}`, {row['data']}",
+                f"{row['minutes']:.0f} min, {row['epochs']} epochs, {row['pflop']:.2f} PFLOP",
+                ", ".join(cells),
+                f"{row['probe'][full]:.1f}",
+                commit(row),
+            ]
+        )
+        if "against" in row:
+            found = row["against"]
+            low, high = found["interval"]
+            differences.append(
+                f"The full width of `{row['recipe']}` against the same training without prefixes, "
+                f"paired on {found['images']:,} images: {found['difference']:+.2f} points "
+                f"({low:+.2f} to {high:+.2f}).",
+            )
+    return [
+        "## Training without labels",
+        "",
+        "Top-1 % of the weighted vote of the 20 nearest training images, of every prefix, with its "
+        "95 % interval over the test images; the linear classifier beside the run, full width. One "
+        f"run a row. Raw pixels, less their mean, by the same vote: {rows[0]['pixels']:.1f}. Other "
+        "programs ran beside the runs: their minutes are too many.",
+        "",
+        provenance(rows, "bench/ssl_runs.py"),
+        "",
+        *table(["recipe, data", "training", "kNN of each prefix", "linear", "commit"], body),
+        *differences,
+        "",
+    ]
+
+
 def ssl_steps() -> list[str]:
     rows = latest(read("ssl_steps"), "method", "arch")
     body = []
@@ -299,7 +341,7 @@ def ssl_steps() -> list[str]:
         ratio = f"{over['median']:.3f} ({over['min']:.3f} to {over['max']:.3f})"
         body.append([row["method"], f"`{row['arch']}`", ratio, str(over["n"]), commit(row)])
     return [
-        "### Training without labels, nested over plain",
+        "### A step, nested over plain",
         "",
         "Time of a step with a loss for every prefix, each behind its projector, over that of a "
         "step with the full width alone, pair by pair.",
@@ -674,8 +716,9 @@ SECTIONS: tuple[Section, ...] = (
     width_families,
     optimizers,
     small_steps,
-    ssl_steps,
     resident_share,
+    ssl_runs,
+    ssl_steps,
     training_step,
     kills,
     evaluation,

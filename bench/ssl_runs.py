@@ -2,9 +2,11 @@
 
     matryoshka ssl --config-file ssl_configs/relic_cifar10.yaml --data cifar10
     python bench/ssl_runs.py RUN --recipe relic_cifar10.yaml --data "CIFAR-10, JPEG copy" --record
+    python bench/ssl_runs.py RUN --against PLAIN_RUN --recipe ... --data ... --record
 
 RUN is a finished run folder. Hardware, versions and commit are those of the run. The images must
 still be where the run found them: beside its numbers stand those of raw pixels, by the same vote.
+--against: the same method without prefixes; the paired difference of the full width's votes.
 """
 
 from __future__ import annotations
@@ -15,13 +17,19 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from record import RESULTS
+from sklearn.neighbors import KNeighborsClassifier
 from small_images import last_of_each_start
+from width_families import wald
 
+from matryoshka.checkpoint import load_model
 from matryoshka.data import CenterCrop, Loader
 from matryoshka.data.sources import open_images
 from matryoshka.evaluation.neighbours import weighted_knn
+from matryoshka.evaluation.predict import extract_features
+from matryoshka.report.claims import paired
 from matryoshka.report.tables import wilson_interval
 
 PIXELS = 32  # side of the images whose raw pixels are compared
@@ -34,15 +42,25 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     p.add_argument("--recipe", required=True, help="file of ssl_configs/, or a name")
     p.add_argument("--data", required=True, help="what the images are")
+    p.add_argument("--against", type=Path, metavar="RUN", help="a run without prefixes")
     p.add_argument("--record", action="store_true", help="append to bench/results/")
     args = p.parse_args(argv)
     rows = [{"recipe": args.recipe, "data": args.data, **row_of(run)} for run in args.runs]
+    if args.against is not None:
+        for run, row in zip(args.runs, rows, strict=True):
+            row["against"] = compared(run, args.against)
     for row in rows:
         votes = "  ".join(f"{dim}: {value:.2f}" for dim, value in row["knn20"].items())
         print(
             f"{row['method']}, {row['minutes']:.1f} min, {row['epochs']} epochs, "
             f"{row['pflop']:.2f} PFLOP, kNN {votes}; raw pixels {row['pixels']:.2f}"
         )
+        if "against" in row:
+            found = row["against"]
+            low, high = found["interval"]
+            print(
+                f"full width against plain: {found['difference']:+.2f} ({low:+.2f} to {high:+.2f})"
+            )
     if args.record:
         with open(RESULTS / "ssl_runs.jsonl", "a") as file:
             for row in rows:
@@ -86,6 +104,38 @@ def row_of(run: Path) -> dict:
         "hardware": env["hardware"],
         "versions": env["versions"],
     }
+
+
+def compared(run: Path, plain: Path) -> dict:
+    """The vote of 20 neighbours at full width: this run less the plain one, on the same images."""
+    pair = paired(right_votes(run), right_votes(plain))
+    difference = 100 * (pair.first_only - pair.second_only) / pair.images
+    error = 100 * wald(pair)
+    return {
+        "run": plain.name,
+        "difference": difference,
+        "interval": [difference - error, difference + error],
+        "images": pair.images,
+    }
+
+
+def right_votes(run: Path) -> np.ndarray:
+    """Whether the vote is right, bool [N], by scikit-learn's neighbours."""
+    params = json.loads((run / "params.json").read_text())
+    model = load_model(run / "model.safetensors")
+    sets = []
+    for path in (params["data.train_dataset"], params["data.val_dataset"]):
+        crop = CenterCrop(params["validation.resolution"], params["validation.crop_ratio"])
+        loader = Loader(open_images([path]), 1000, order="sequential", crop=crop)
+        sets.append(extract_features(model, loader, len(loader.dataset)))
+    (known, known_labels), (asked, labels) = sets
+    votes = KNeighborsClassifier(20, metric="cosine", weights=_weights)
+    votes.fit(known.numpy(), known_labels.numpy())
+    return votes.predict(asked.numpy()) == labels.numpy()
+
+
+def _weights(distance: np.ndarray) -> np.ndarray:
+    return np.exp(-distance / 0.07)  # the temperature of the runs' own vote
 
 
 def of_pixels(train: str, test: str) -> float:

@@ -197,12 +197,16 @@ def test_a_run_is_kept(moco, monkeypatch, tmp_path, capsys):
     import ssl_runs
 
     monkeypatch.setattr(ssl_runs, "RESULTS", tmp_path)
-    argv = [str(moco), "--recipe", "moco", "--data", "digits", "--record"]
+    argv = [str(moco), "--recipe", "moco", "--data", "digits", "--record", "--against", str(moco)]
     assert ssl_runs.main(argv) == 0
-    assert "moco, " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "moco, " in out
+    assert "against plain: +0.00 (+0.00 to +0.00)" in out
+    votes = ssl_runs.right_votes(moco)
     (row,) = [json.loads(line) for line in (tmp_path / "ssl_runs.jsonl").read_text().splitlines()]
     results = json.loads((moco / "results.json").read_text())
     assert row["knn20"]["32"] == results["knn"]["32"]["20"]
+    assert 100 * votes.mean() == pytest.approx(row["knn20"]["32"], abs=1.01), "a near tie"
     assert row["pixels"] > 50, "digits are easy"
     assert [line["epoch"] for line in row["curve"]] == [0, 1]
 
