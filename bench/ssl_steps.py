@@ -28,6 +28,7 @@ from matryoshka.distributed import autocast
 from matryoshka.models import BACKBONES, ModelSpec, backbone, build
 from matryoshka.nested import default_dims
 from matryoshka.ssl import METHODS, SslConfig, make_method
+from matryoshka.training.ssl_step import BN_GROUP
 
 GOAL = 1.05  # time of a nested step over a plain one, at most
 KINDS = ("plain", "nested")
@@ -44,6 +45,7 @@ class Step:
         encoder = build(ModelSpec(args.arch, 10, tuple(dims), arch_options=options))
         config = SslConfig(method=method, queue=16 * args.batch)
         self.method = make_method(encoder, config).to(machine.device).train()
+        self.method.bn_group = BN_GROUP if method == "moco" else 0  # as a run on one process
         self.machine = machine
         trained = [p for p in self.method.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(trained, lr=0.01, momentum=0.9)

@@ -346,16 +346,22 @@ def sigreg(
 
 
 def lejepa(
-    directions: Tensor, *views: Tensor, gaussian: float, knots: int = 17, large: int = 2
+    directions: Tensor,
+    *views: Tensor,
+    gaussian: float,
+    knots: int = 17,
+    large: int = 2,
+    rows: slice = slice(None),
 ) -> Tensor:
     """LeJEPA (arXiv 2511.08544): (1 - gaussian) x distance of views + gaussian x sigreg.
 
     views: V embeddings [N, E], of which the first `large` are of large views. The distance is the
-    mean square of a view's difference from the mean of the large views; sigreg, with `directions`
-    [M, E], is the mean over views.
+    mean square of a view's difference from the mean of the large views; sigreg, with `rows` of
+    `directions` [M, E], is the mean over views.
     """
     centre = torch.stack(views[:large]).mean(0)
     distance = (torch.stack(views) - centre).square().mean()
+    directions = directions[rows]
     irregular = torch.stack([sigreg(view, directions, knots=knots) for view in views]).mean()
     return (1 - gaussian) * distance + gaussian * irregular
 
