@@ -333,6 +333,27 @@ def ssl_runs() -> list[str]:
     ]
 
 
+def views() -> list[str]:
+    rows = latest(read("views"), "size")
+    body = []
+    for row in rows:
+        over = row["time / ours"]
+        ratio = f"{over['median']:.2f}x ({over['min']:.2f} to {over['max']:.2f})"
+        speeds = [number(speed) for speed in row["images/s"].values()]
+        body.append([f"{row['size']} px", ratio, *speeds, commit(row)])
+    return [
+        "### Views on the device",
+        "",
+        "Flip, colour jitter, grey, blur and solarisation with random numbers of every image's "
+        "own, of cropped images; torchvision's transforms image by image. Images a second of "
+        f"{rows[0]['threads']} thread.",
+        "",
+        provenance(rows, "bench/views.py"),
+        "",
+        *table(["images", "ours", "ours, images/s", "torchvision v2, images/s", "commit"], body),
+    ]
+
+
 def ssl_steps() -> list[str]:
     rows = latest(read("ssl_steps"), "method", "arch")
     body = []
@@ -719,6 +740,7 @@ SECTIONS: tuple[Section, ...] = (
     resident_share,
     ssl_runs,
     ssl_steps,
+    views,
     training_step,
     kills,
     evaluation,

@@ -1,6 +1,6 @@
 """Random views of images for self-supervised learning, on the device and in batches.
 
-    draws = draw_views(batch.index, SIMCLR, seed=0, epoch=3, view=1)
+    draws = draw_views(batch.host_index, SIMCLR, seed=0, epoch=3, view=1)
     images = apply_views(batch.images, draws)      # uint8 [B, H, W, 3], as given
     images = normalise(images, mean, std)
 
@@ -25,6 +25,8 @@ from matryoshka.data.rand_augment import grey, one_for_each, per_image
 
 SOLARISE_FROM = 128  # values of at least half the range are inverted
 _DRAWS = 14  # numbers per image and view
+# Numbers of a part on a CPU, whose floats stay in its cache: 1.4 times as fast with 224 pixels.
+_IN_CACHE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,12 @@ class ViewDraws(NamedTuple):
     sigma: np.ndarray  # float; 0: no blur
     solarise: np.ndarray  # bool
     kernel: int
+
+    def of(self, part: slice) -> ViewDraws:
+        """Those of some of the images."""
+        arrays = self._asdict()
+        kernel = arrays.pop("kernel")
+        return ViewDraws(**{name: rows[part] for name, rows in arrays.items()}, kernel=kernel)
 
 
 def draw_views(
@@ -124,6 +132,17 @@ def _mixed(z: np.ndarray) -> np.ndarray:
 def apply_views(images: Tensor, draws: ViewDraws) -> Tensor:
     """The views: uint8 [B, H, W, 3] -> uint8 [B, H, W, 3], a new tensor."""
     images = images.clone()
+    count = len(images)
+    if images.device.type == "cpu" and images.numel() > _IN_CACHE:
+        count = max(1, _IN_CACHE * count // images.numel())
+    for first in range(0, len(images), max(1, count)):
+        part = slice(first, first + count)
+        _change(images[part], draws.of(part))
+    return images
+
+
+def _change(images: Tensor, draws: ViewDraws) -> None:
+    """Make views of these images, in place."""
     _replace(images, draws.flip, lambda part: part.flip(2))
     jitter = np.flatnonzero(draws.jitter)
     for k in range(draws.order.shape[1]):
@@ -138,7 +157,6 @@ def apply_views(images: Tensor, draws: ViewDraws) -> Tensor:
     sigma = draws.sigma[draws.sigma > 0]
     _replace(images, draws.sigma > 0, lambda part: blurred(part, sigma, draws.kernel))
     _replace(images, draws.solarise, solarised)
-    return images
 
 
 def _replace(images: Tensor, chosen: np.ndarray, operation: Callable[[Tensor], Tensor]) -> None:

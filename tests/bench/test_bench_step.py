@@ -167,3 +167,13 @@ def test_the_bench_of_resident_sets(capsys, tmp_path):
     for row in rows:
         share = row["share of a step"]
         assert 0 < share["min"] <= share["median"] <= share["max"] < 1
+
+
+def test_the_views_bench(capsys, tmp_path):
+    import views as bench
+
+    argv = ["--size", "8", "--batch", "4", "--blocks", "1", "--seconds", "0.01", "--device", "cpu"]
+    assert bench.main(argv) == 0
+    assert "8 px: " in capsys.readouterr().out
+    (row,) = rows_of(tmp_path / "views.jsonl")
+    assert row["images/s"]["matryoshka"] > 0

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchvision.transforms.v2 import functional as tv
 
+from matryoshka.data import views as views_module
 from matryoshka.data.views import (
     ViewDraws,
     ViewOptions,
@@ -82,6 +83,9 @@ def test_a_view_depends_on_the_sample_alone(data):
     part = data.draw(st.lists(st.integers(0, 11), min_size=1, max_size=12, unique=True))
     draws = draw_views(np.array(part), ALL, seed=3, epoch=1, view=1)
     assert torch.equal(apply_views(images[part], draws), whole[part])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(views_module, "_IN_CACHE", 3 * images[0].numel() + 1)
+        assert torch.equal(apply_views(images[part], draws), whole[part]), "in parts of three"
 
 
 def test_every_word_of_the_key_counts():
