@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from matryoshka import config
+from matryoshka.config.limits import MAX_COUNT, MAX_SEED
 from matryoshka.data.imagenet import FOLDERS
 from matryoshka.embeddings.reading import META
 from matryoshka.evaluation import analysis
@@ -83,19 +84,24 @@ class ReportOptions:
         positional=True,
         existing=True,
     )
-    run: str | None = config.option(None, help="the same as RUN", metavar="DIR")
+    run: str | None = config.option(None, help="the same as RUN", metavar="DIR", file_name=True)
     results: tuple[str, ...] = config.option(
-        (), help="results.json of evaluations", metavar="FILE ...", words=True
+        (), help="results.json of evaluations", metavar="FILE ...", words=True, file_name=True
     )
-    analysis: str | None = config.option(None, help="analysis.json of the subject", metavar="FILE")
+    analysis: str | None = config.option(
+        None, help="analysis.json of the subject", metavar="FILE", file_name=True
+    )
     baselines: str | None = config.option(
-        None, help="baselines.json of the subject", metavar="FILE"
+        None, help="baselines.json of the subject", metavar="FILE", file_name=True
     )
     dims: str | None = config.option(
-        None, help="dims.json that matryoshka dims wrote, of the subject", metavar="FILE"
+        None,
+        help="dims.json that matryoshka dims wrote, of the subject",
+        metavar="FILE",
+        file_name=True,
     )
     gradcam: str | None = config.option(
-        None, help="folder that matryoshka gradcam wrote", metavar="DIR"
+        None, help="folder that matryoshka gradcam wrote", metavar="DIR", file_name=True
     )
     embeddings: str | None = config.option(
         None,
@@ -104,8 +110,10 @@ class ReportOptions:
         metavar="DIR",
         existing=True,
     )
-    samples: int = config.option(16, help="images to show with their predictions; 0: none", low=0)
-    seed: int = config.option(0, help="seed of their choice", low=0)
+    samples: int = config.option(
+        16, help="images to show with their predictions; 0: none", low=0, high=MAX_COUNT
+    )
+    seed: int = config.option(0, help="seed of their choice", low=0, high=MAX_SEED)
     title: str | None = config.option(None, help="unset: the model and its data set")
     output: str | None = config.option(
         None, help="unset: report.html in the run folder, else here", metavar="FILE"

@@ -39,13 +39,13 @@ import numpy as np
 from tqdm import tqdm
 
 from matryoshka import config
+from matryoshka.config.limits import MAX_COUNT, MAX_THREADS
 from matryoshka.data import BetonError, BetonFile, write_beton
 from matryoshka.data.layout import PageWriter, page_size_for
 from matryoshka.data.options import MAX_RESOLUTION, MAX_SEED, TRANSCODE, WriteOptions
 from matryoshka.data.reader import manifest_path, printable
 from matryoshka.data.sources import EXTENSIONS, decode_image
 from matryoshka.files import AtomicFile, write_atomically
-from matryoshka.runtime import MAX_THREADS
 
 QUERIES = "imagenet4k_queries.beton"
 DATABASE = "imagenet4k_database.beton"
@@ -69,12 +69,20 @@ class BuildOptions:
     """Options of the draw and of the files."""
 
     data: str = config.option(
-        help="ImageNet-21K: one folder of images per WordNet id", metavar="DIR"
+        help="ImageNet-21K: one folder of images per WordNet id", metavar="DIR", file_name=True
     )
-    classes: str = config.option(help="the list of classes, IDtoClass.txt", metavar="FILE")
-    output: str = config.option(help="folder of the files, created if missing", metavar="DIR")
-    database_per_class: int = config.option(1000, help="images per class in the database", low=1)
-    queries_per_class: int = config.option(50, help="images per class among the queries", low=1)
+    classes: str = config.option(
+        help="the list of classes, IDtoClass.txt", metavar="FILE", file_name=True
+    )
+    output: str = config.option(
+        help="folder of the files, created if missing", metavar="DIR", file_name=True
+    )
+    database_per_class: int = config.option(
+        1000, help="images per class in the database", low=1, high=MAX_COUNT
+    )
+    queries_per_class: int = config.option(
+        50, help="images per class among the queries", low=1, high=MAX_COUNT
+    )
     seed: int = config.option(0, help="seed of the draw", low=0, high=MAX_SEED)
     leave_out_small: bool = config.option(
         False,

@@ -26,6 +26,7 @@ from matryoshka.config.options import (
     OutOfRange,
     default_of,
     did_you_mean,
+    legible,
     options_of,
     show,
 )
@@ -188,7 +189,7 @@ def _values(
         except OutOfRange as error:
             # The source only where the user does not see the value: in a file, or a default.
             shown_source = "" if source == _COMMAND_LINE else f" {source}"
-            number = str(error.value).removesuffix(".0")
+            number = legible(str(error.value).removesuffix(".0"))
             errors.append(f"{key}={number}{shown_source}: {error}")
         except ValueError as error:
             errors.append(f"{key}={show(value)} {source}: {error}")
