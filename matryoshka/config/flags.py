@@ -259,6 +259,8 @@ def _reading(field: Field, option: Option) -> dict[str, Any]:
 
 def _typed(field: Field, option: Option, value: Any) -> Any:
     """A value from the command line in its type. ConfigError names the flag, value and range."""
+    if isinstance(value, list) and (not value or [] in value):  # argparse's reading of `--flag=--`
+        raise ConfigError(f"{_label(field)}: a value is missing")
     try:
         return option.check_flag(value)
     except ValueError as error:

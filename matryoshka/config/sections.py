@@ -139,12 +139,11 @@ def read(
     for name in command.files:
         given |= read_file(name, params, errors)
     if translated is not None:
-        others = given | words | command.given
-        more = translated({key: value for key, (value, _) in others.items()})
+        more = translated(_legal(given | words | command.given, params))
         given |= _split(more, params, errors, takes_words=False).given
     given |= words | command.given
     if defaults is not None:
-        values = defaults({key: value for key, (value, _) in given.items()})
+        values = defaults(_legal(given, params))
         given = Given({key: (value, "by default") for key, value in values.items()}) | given
     config = SimpleNamespace()
     for name, section in sections.items():
@@ -164,6 +163,20 @@ def read(
         print(to_yaml(config, sources), end="", flush=True)
         raise SystemExit(0)
     return config
+
+
+def _legal(given: Given, params: Mapping[str, fastargs.Param]) -> dict[str, object]:
+    """{option: value as written}, without values that `_values` will refuse: functions that derive
+    options from others need not expect them.
+    """
+    found = {}
+    for key, (value, _) in given.items():
+        try:
+            params[key].checker.check(value)
+        except ValueError:
+            continue
+        found[key] = value
+    return found
 
 
 def _values(

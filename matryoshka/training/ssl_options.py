@@ -492,7 +492,7 @@ class MocoFlags:
     momentum: float | None = option(None, help="momentum of SGD (0.9)", low=0, high=1)
     weight_decay: float | None = option(None, help="weight decay (0.0001)", low=0, high=MAX_DECAY)
     nesting_list: tuple[int, ...] | None = option(
-        None, help="prefix lengths (8,16,...,2048)", low=1, common=True, high=MAX_DIM
+        None, help="prefix lengths (8,16,...,2048)", low=1, common=True, nonempty=True, high=MAX_DIM
     )
     dim: int | None = option(
         None, help="width of the embedding without prefixes: plain MoCo", low=1, high=MAX_DIM

@@ -61,13 +61,22 @@ def run(argv: list[str]) -> int:
         return cli.main(argv)
 
 
+def names() -> list[str]:
+    """The commands that `command` knows."""
+    return list(_commands(Path("root"), Path("out")))
+
+
 def command(name: str, root: Path, out: Path) -> list[str]:
     """The words after `matryoshka`. root: of `write_inputs`. out: folder of the outputs."""
+    return [*name.split(), *_commands(root, out)[name]]
+
+
+def _commands(root: Path, out: Path) -> dict[str, list[str]]:
     train, val, model = root / "train.beton", root / "val.beton", root / "model.safetensors"
     inputs = root / "inputs"
     sets = [f"--data.train_dataset={train}", f"--data.val_dataset={val}"]
     run_folder = [f"--logging.folder={out}", "--logging.run_id=run"]
-    commands = {
+    return {
         "write": [
             f"--cfg.data_dir={root / 'photos/train'}",
             f"--cfg.write_path={out / 'a.beton'}",
@@ -198,4 +207,3 @@ def command(name: str, root: Path, out: Path) -> list[str]:
             f"--output={out / 'report.html'}",
         ],
     }
-    return [*name.split(), *commands[name]]
