@@ -35,9 +35,10 @@ ORDER = [
     "config",
     "environment",
     "files",
+    "interrupts",
     "lazy",
 ]
-ABOVE = ("cli", "fitting")  # the command: only these files name programs
+ABOVE = ("__main__", "cli", "fitting")  # the command: only these files name programs
 
 
 def imports(path: Path) -> set[str]:

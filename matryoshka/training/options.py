@@ -36,6 +36,7 @@ MOMENTUM = 0.9
 ADAN_BETAS = (0.98, 0.92, 0.99)  # of the authors' code
 BETAS = {"adam": 2, "adamw": 2, "adan": 3, "muon": 2}  # their number, by optimizer
 CROPS = ("resized", "padded")
+SHORTEST_HANG = 1  # second; every step counts as progress, and the first one takes longest
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,12 @@ class LrConfig:
             )
 
 
+def check_hang_timeout(seconds: float) -> None:
+    """ValueError for a time in which no step can be made."""
+    if 0 < seconds < SHORTEST_HANG:
+        raise ValueError(f"expected 0, or {SHORTEST_HANG} seconds or more")
+
+
 @dataclass(frozen=True)
 class LoopConfig:
     """Options of section `training` that every training program has."""
@@ -353,6 +360,7 @@ class LoopConfig:
         1800.0,
         help="seconds without progress before the run saves its stacks and ends; 0: never",
         low=0,
+        check=check_hang_timeout,
         affects_result=False,
         high=MAX_SECONDS,
     )
