@@ -30,7 +30,7 @@ from matryoshka.data.imagenet import FOLDERS
 from matryoshka.embeddings.reading import META
 from matryoshka.evaluation import analysis
 from matryoshka.evaluation.superclasses import name_of
-from matryoshka.files import write_atomically
+from matryoshka.files import check_regular, read_regular, write_atomically
 from matryoshka.report import Run, RunError, read_run, short_dims
 from matryoshka.report.dims import dims_table
 from matryoshka.report.page import (
@@ -230,7 +230,7 @@ def files_in_run(folder: str | None) -> dict[str, Path]:
 def is_of_training(results: Path) -> bool:
     """Whether a results.json is of train_cifar10.py or train_ssl.py, not an evaluation's."""
     try:
-        value = json.loads(results.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(results))
     except (ValueError, RecursionError):
         return False
     return (
@@ -243,7 +243,7 @@ def is_of_training(results: Path) -> bool:
 def read_json(path: Path, key: str, what: str) -> dict[str, Any]:
     """Read a JSON object with a non-empty object under `key`. what: its name in errors."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(path))
     except (ValueError, RecursionError):
         raise ReportError(f"{path}: not valid JSON; expected the {what}") from None
     if not isinstance(value, dict) or not isinstance(value.get(key), dict) or not value[key]:
@@ -507,7 +507,7 @@ def add_heat_maps(evidence: Evidence, folder: Path, budget: int) -> None:
     """Add the montages listed in gradcam.json, as many as fit into `budget` bytes."""
     index = folder / "gradcam.json"
     try:
-        entries = json.loads(index.read_text(encoding="utf-8"))
+        entries = json.loads(read_regular(index))
         names = [(str(entry["file"]), str(entry["image"])) for entry in entries]
         evidence.heat_map_layer = layer_text(entries[0]) if entries else ""
     except FileNotFoundError:
@@ -522,6 +522,7 @@ def add_heat_maps(evidence: Evidence, folder: Path, budget: int) -> None:
         if Path(file).name != file or "\0" in file:
             raise ReportError(f"{index}: {file!r} is not the name of a picture in that folder")
         try:
+            check_regular(folder / file)
             with Image.open(folder / file, formats=("PNG", "JPEG")) as picture:
                 shown = Picture(data_url(picture, HEAT_MAP), name)
         except (OSError, ValueError, Image.DecompressionBombError) as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from matryoshka import __version__, config
+from matryoshka.files import read_regular
 from matryoshka.interrupts import importing
 
 
@@ -204,7 +205,7 @@ def demo(argv: Sequence[str]) -> int:
     state = folder / STATE
     if folder.exists() and not state.exists():
         raise FitError(f"{folder}: exists and is not a demo; give another folder")
-    if state.exists() and "seconds" in json.loads(state.read_text()):
+    if state.exists() and "seconds" in json.loads(read_regular(state)):
         shutil.rmtree(folder)
     shutil.rmtree(photos, ignore_errors=True)
     write_digits_folder(photos)

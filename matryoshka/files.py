@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import os
 import select
 import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, TextIO
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MAX_CONTENT = 1 << 30  # bytes that are read at once; a sparse file may claim any number
 PIPE_SECONDS = 10  # for a command of the shell to start and write
 KERNEL_FOLDERS = ("/proc", "/sys", "/sys/kernel/debug", "/sys/kernel/tracing", "/sys/fs/cgroup")
 
@@ -146,7 +147,7 @@ def sync_folder(path: str | Path) -> None:
 
 def open_regular(
     path: str | Path, *, max_bytes: int | None = None, follow_links: bool = True
-) -> BinaryIO:
+) -> io.BufferedReader:
     """Open a file for reading if it is a regular file of at most `max_bytes` bytes.
 
     Opening a pipe would wait for its other end, a device has no end, and a file of the kernel (in
@@ -172,8 +173,8 @@ def open_regular(
     return os.fdopen(descriptor, "rb")
 
 
-def read_regular(path: str | Path, *, max_bytes: int | None = None) -> bytes:
-    """The content of a regular file; see `open_regular`."""
+def read_regular(path: str | Path, *, max_bytes: int | None = MAX_CONTENT) -> bytes:
+    """The content of a regular file of at most `max_bytes` bytes; see `open_regular`."""
     with open_regular(path, max_bytes=max_bytes) as file:
         try:
             return file.read() if max_bytes is None else file.read(max_bytes)
@@ -186,7 +187,7 @@ def check_regular(path: str | Path) -> None:
     _check_kind(path, _status(path))
 
 
-def open_append(path: str | Path) -> TextIO:
+def open_append(path: str | Path) -> io.TextIOWrapper:
     """Open a text file, new or regular, for whole lines at its end."""
     if os.path.lexists(path):
         check_regular(path)
@@ -196,31 +197,31 @@ def open_append(path: str | Path) -> TextIO:
 def read_stream(path: str | Path, *, max_bytes: int) -> bytes:
     """The content of a regular file, or of a pipe, such as `<(command)` in a shell.
 
-    A pipe into which nobody writes for PIPE_SECONDS is an OSError; at most max_bytes + 1 are read.
+    OSError for more than max_bytes, and for a pipe into which nobody writes for PIPE_SECONDS.
     """
     try:
         is_pipe = stat.S_ISFIFO(_status(path).st_mode)
     except OSError:
         is_pipe = False  # open_regular says why
     if not is_pipe:
-        with open_regular(path) as file:
-            return file.read(max_bytes + 1)
+        return read_regular(path, max_bytes=max_bytes)
     # O_NONBLOCK: without it, opening waits for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     content = b""
     try:
-        while len(content) <= max_bytes:
+        while True:
             ready, _, _ = select.select([descriptor], [], [], PIPE_SECONDS)
             if not ready:
                 reason = f"is a pipe into which nobody wrote for {PIPE_SECONDS} seconds"
                 raise OSError(errno.ETIMEDOUT, reason, str(path))
             part = os.read(descriptor, max_bytes + 1 - len(content))
             if not part:
-                break
+                return content
             content += part
+            if len(content) > max_bytes:
+                raise OSError(errno.EFBIG, f"is larger than {max_bytes} bytes", str(path))
     finally:
         os.close(descriptor)
-    return content
 
 
 def _status(path: str | Path, follow_links: bool = True) -> os.stat_result:

@@ -125,8 +125,6 @@ def _parse(path: str, content: bytes, options: Collection[str]) -> list[tuple[st
     """(dotted key, value) pairs of a file; a value is text, None, a list, _Pairs or, in JSON, a
     bool.
     """
-    if len(content) > MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
     line = 1
     text = ""
     try:
