@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from matryoshka import cli
 from matryoshka.config import ConfigError, files
 
-SECONDS = 120  # of a run that should take two: a hang, on any machine
+SECONDS = 300  # of a run that should take two: a hang, on any machine
 MAX_LINE = 5000  # characters of an error: a path may have 4096
 DECLARED = hostile_options.declared()
 PROGRAMS = sorted({option.program for option in DECLARED})

@@ -18,17 +18,7 @@ from attacks.scale import scaled
 
 from matryoshka import cli, files
 
-SECONDS = 120
-# A name, and a function that makes it; the last two are regular files by their status alone.
-KINDS = {
-    "pipe": os.mkfifo,
-    "zeros": lambda path: path.symlink_to("/dev/zero"),
-    "socket": lambda path: bound(path),
-    "folder": lambda path: path.mkdir(),
-    "loop": lambda path: path.symlink_to(path),
-    "memory": lambda path: path.symlink_to("/proc/self/mem"),
-    "pages": lambda path: path.symlink_to("/proc/self/pagemap"),
-}
+SECONDS = 300  # far more than any import takes on a busy machine
 
 
 def bound(path: Path) -> None:
@@ -40,6 +30,18 @@ def bound(path: Path) -> None:
             server.bind(path.name)
     finally:
         os.chdir(before)
+
+
+# A name, and a function that makes it; the last two are regular files by their status alone.
+KINDS = {
+    "pipe": os.mkfifo,
+    "zeros": lambda path: path.symlink_to("/dev/zero"),
+    "socket": bound,
+    "folder": lambda path: path.mkdir(),
+    "loop": lambda path: path.symlink_to(path),
+    "memory": lambda path: path.symlink_to("/proc/self/mem"),
+    "pages": lambda path: path.symlink_to("/proc/self/pagemap"),
+}
 
 
 def status(argv: list[str]) -> int | str | None:

@@ -42,7 +42,7 @@ TEXTS = (
 # Options that decide how long a program runs: their upper ends are for the patient.
 LONG = (
     *("epochs", "n_epochs", "num_epochs", "steps", "splits", "draws", "minutes", "timeout"),
-    *("max_iter", "accumulate", "muon_steps", "knots", "trials"),
+    *("max_iter", "accumulate", "muon_steps", "knots", "trials", "hiddens"),
 )
 
 
