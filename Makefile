@@ -1,5 +1,5 @@
-# make setup | demo | test | test-slow | test-oldest | lint | format | tidy | docs | wheel | fuzz | chaos | interop |
-# trainers | bench-peers | bench
+# make setup | demo | test | test-slow | test-oldest | lint | format | tidy | docs | wheel | fuzz | chaos | attack |
+# interop | trainers | bench-peers | bench
 # Every target sets up what it needs first. PYTHON=python3.12 selects the interpreter; interop, trainers,
 # bench-peers and test-oldest always use Python 3.11.
 PYTHON ?= python3
@@ -15,7 +15,7 @@ UV_OLDEST := $(BIN)/uv pip install --quiet --python $(OLDEST)/bin/python
 UNINSTALL := $(BIN)/uv pip uninstall --quiet --python
 OLD_NAME := matryoshka
 
-.PHONY: setup setup-dev demo test test-slow test-oldest lint format tidy docs wheel fuzz chaos interop trainers bench-peers bench clean
+.PHONY: setup setup-dev demo test test-slow test-oldest lint format tidy docs wheel fuzz chaos attack interop trainers bench-peers bench clean
 .DEFAULT_GOAL := setup
 
 # Container images often set this. Without bytecode each process that imports torch compiles 1,500 modules: tests take
@@ -118,6 +118,10 @@ endif
 # Kills KILLS (20) training runs; each must end with the same weights as a run without a kill.
 chaos: setup-dev
 	$(BIN)/python tests/training/chaos.py --kills $(or $(KILLS),20) $(CHAOS_ARGS)
+
+# Hostile files, options and requests: the tests of tests/attacks, which `make test` runs in small, at their full size
+attack: setup-dev
+	OMP_NUM_THREADS=1 MATRYOSHKA_ATTACK=1 $(BIN)/python -m pytest $(WORKERS) -q tests/attacks $(PYTEST_ARGS)
 
 # FFCV and the other peers have their own environment: they need Python 3.11 and 700 MB of system packages.
 $(FFCV)/.ready: requirements.txt requirements-dev.txt requirements-ffcv.txt system-deps.sh $(SOURCES) | $(BIN)/uv

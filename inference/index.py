@@ -25,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from matryoshka import config
+from matryoshka.files import read_stream
 from matryoshka.retrieval.options import index_parser as parser
 
 if __name__ == "__main__":
@@ -47,6 +48,7 @@ from matryoshka.retrieval.store_writer import IndexRows, Writer
 
 # `info` advises compacting when this share of the rows is deleted, or outside of the first part.
 COMPACT_SHARE = 0.2
+MAX_NAMES_BYTES = 1 << 30  # of --names-from
 
 
 @config.program
@@ -107,7 +109,7 @@ def delete(args: SimpleNamespace) -> int:
     if args.names_from:
         try:
             # Not splitlines, which splits at characters that names may contain.
-            lines = args.names_from.read_bytes().decode().split("\n")
+            lines = read_stream(args.names_from, max_bytes=MAX_NAMES_BYTES).decode().split("\n")
             names += [line.removesuffix("\r") for line in lines if line not in ("", "\r")]
         except UnicodeDecodeError:
             raise config.ConfigError(f"--names-from {args.names_from}: is not UTF-8 text") from None

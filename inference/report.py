@@ -25,11 +25,12 @@ import numpy as np
 from PIL import Image
 
 from matryoshka import config
+from matryoshka.config.limits import MAX_COUNT, MAX_SEED
 from matryoshka.data.imagenet import FOLDERS
 from matryoshka.embeddings.reading import META
 from matryoshka.evaluation import analysis
 from matryoshka.evaluation.superclasses import name_of
-from matryoshka.files import write_atomically
+from matryoshka.files import check_regular, read_regular, write_atomically
 from matryoshka.report import Run, RunError, read_run, short_dims
 from matryoshka.report.dims import dims_table
 from matryoshka.report.page import (
@@ -83,19 +84,24 @@ class ReportOptions:
         positional=True,
         existing=True,
     )
-    run: str | None = config.option(None, help="the same as RUN", metavar="DIR")
+    run: str | None = config.option(None, help="the same as RUN", metavar="DIR", file_name=True)
     results: tuple[str, ...] = config.option(
-        (), help="results.json of evaluations", metavar="FILE ...", words=True
+        (), help="results.json of evaluations", metavar="FILE ...", words=True, file_name=True
     )
-    analysis: str | None = config.option(None, help="analysis.json of the subject", metavar="FILE")
+    analysis: str | None = config.option(
+        None, help="analysis.json of the subject", metavar="FILE", file_name=True
+    )
     baselines: str | None = config.option(
-        None, help="baselines.json of the subject", metavar="FILE"
+        None, help="baselines.json of the subject", metavar="FILE", file_name=True
     )
     dims: str | None = config.option(
-        None, help="dims.json that matryoshka dims wrote, of the subject", metavar="FILE"
+        None,
+        help="dims.json that matryoshka dims wrote, of the subject",
+        metavar="FILE",
+        file_name=True,
     )
     gradcam: str | None = config.option(
-        None, help="folder that matryoshka gradcam wrote", metavar="DIR"
+        None, help="folder that matryoshka gradcam wrote", metavar="DIR", file_name=True
     )
     embeddings: str | None = config.option(
         None,
@@ -104,8 +110,10 @@ class ReportOptions:
         metavar="DIR",
         existing=True,
     )
-    samples: int = config.option(16, help="images to show with their predictions; 0: none", low=0)
-    seed: int = config.option(0, help="seed of their choice", low=0)
+    samples: int = config.option(
+        16, help="images to show with their predictions; 0: none", low=0, high=MAX_COUNT
+    )
+    seed: int = config.option(0, help="seed of their choice", low=0, high=MAX_SEED)
     title: str | None = config.option(None, help="unset: the model and its data set")
     output: str | None = config.option(
         None, help="unset: report.html in the run folder, else here", metavar="FILE"
@@ -222,7 +230,7 @@ def files_in_run(folder: str | None) -> dict[str, Path]:
 def is_of_training(results: Path) -> bool:
     """Whether a results.json is of train_cifar10.py or train_ssl.py, not an evaluation's."""
     try:
-        value = json.loads(results.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(results))
     except (ValueError, RecursionError):
         return False
     return (
@@ -235,7 +243,7 @@ def is_of_training(results: Path) -> bool:
 def read_json(path: Path, key: str, what: str) -> dict[str, Any]:
     """Read a JSON object with a non-empty object under `key`. what: its name in errors."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(path))
     except (ValueError, RecursionError):
         raise ReportError(f"{path}: not valid JSON; expected the {what}") from None
     if not isinstance(value, dict) or not isinstance(value.get(key), dict) or not value[key]:
@@ -499,7 +507,7 @@ def add_heat_maps(evidence: Evidence, folder: Path, budget: int) -> None:
     """Add the montages listed in gradcam.json, as many as fit into `budget` bytes."""
     index = folder / "gradcam.json"
     try:
-        entries = json.loads(index.read_text(encoding="utf-8"))
+        entries = json.loads(read_regular(index))
         names = [(str(entry["file"]), str(entry["image"])) for entry in entries]
         evidence.heat_map_layer = layer_text(entries[0]) if entries else ""
     except FileNotFoundError:
@@ -514,6 +522,7 @@ def add_heat_maps(evidence: Evidence, folder: Path, budget: int) -> None:
         if Path(file).name != file or "\0" in file:
             raise ReportError(f"{index}: {file!r} is not the name of a picture in that folder")
         try:
+            check_regular(folder / file)
             with Image.open(folder / file, formats=("PNG", "JPEG")) as picture:
                 shown = Picture(data_url(picture, HEAT_MAP), name)
         except (OSError, ValueError, Image.DecompressionBombError) as error:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from matryoshka import __version__, config
+from matryoshka.files import read_regular
+from matryoshka.interrupts import importing
 
 
 class Program(NamedTuple):
@@ -137,6 +139,7 @@ def usage() -> str:
     return f"{head}\n\n{lines}\n\nmatryoshka {__version__}"
 
 
+@config.program
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of the command `matryoshka`; its exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -165,11 +168,13 @@ def run(command: str, argv: Sequence[str]) -> int:
     if (command, first) in ROUTES:
         program = ROUTES[command, first]
         argv = argv[1:]
-    if program.options is not None:
-        module, _, parser = program.options.partition(":")
-        make_parser = getattr(importlib.import_module(module), parser)
-        config.check_first(make_parser(), argv)
-    return importlib.import_module(program.module).main(argv) or 0
+    with importing():
+        if program.options is not None:
+            module, _, parser = program.options.partition(":")
+            make_parser = getattr(importlib.import_module(module), parser)
+            config.check_first(make_parser(), argv)
+        start = importlib.import_module(program.module).main
+    return start(argv) or 0
 
 
 # Digits are not photos: no mirror images, mild crops. Prefixes from one number on, so that the
@@ -188,8 +193,9 @@ DEMO_MINUTES = 2.0
 @config.program
 def demo(argv: Sequence[str]) -> int:
     """`fit` on handwritten digits; an earlier demo is replaced, an interrupted one resumed."""
-    from matryoshka.data.sources import write_digits_folder
-    from matryoshka.fitting import STATE, FitError, fit
+    with importing():
+        from matryoshka.data.sources import write_digits_folder
+        from matryoshka.fitting import STATE, FitError, fit
 
     if len(argv) > 1 or any(a.startswith("-") for a in argv):
         print("usage: matryoshka demo [FOLDER]      (default: runs/demo; replaces an earlier demo)")
@@ -199,7 +205,7 @@ def demo(argv: Sequence[str]) -> int:
     state = folder / STATE
     if folder.exists() and not state.exists():
         raise FitError(f"{folder}: exists and is not a demo; give another folder")
-    if state.exists() and "seconds" in json.loads(state.read_text()):
+    if state.exists() and "seconds" in json.loads(read_regular(state)):
         shutil.rmtree(folder)
     shutil.rmtree(photos, ignore_errors=True)
     write_digits_folder(photos)

@@ -1,4 +1,4 @@
-"""Atomic file replacement, and opening of files that may not be regular files.
+"""Atomic file replacement, and reading of paths that may not be regular files.
 
     with AtomicFile(path) as file:      # a temporary name beside `path`
         file.append(content)
@@ -11,14 +11,19 @@
 from __future__ import annotations
 
 import errno
+import functools
+import io
 import os
+import select
 import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MAX_CONTENT = 1 << 30  # bytes that are read at once; a sparse file may claim any number
+PIPE_SECONDS = 10  # for a command of the shell to start and write
+KERNEL_FOLDERS = ("/proc", "/sys", "/sys/kernel/debug", "/sys/kernel/tracing", "/sys/fs/cgroup")
 
 
 class FileError(OSError):
@@ -44,6 +49,11 @@ class AtomicFile:
         self._written = 0  # bytes, of `write`
 
     def __enter__(self) -> AtomicFile:
+        # A rename would replace a device or a pipe itself: /dev/null would become a file.
+        if os.path.lexists(self.path):
+            mode = _status(self.path, follow_links=False).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):
+                raise OSError(errno.EINVAL, "is not a regular file", str(self.path))
         flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
         try:
             self._descriptor = os.open(self.temporary, flags, 0o666)
@@ -137,28 +147,107 @@ def sync_folder(path: str | Path) -> None:
 
 def open_regular(
     path: str | Path, *, max_bytes: int | None = None, follow_links: bool = True
-) -> BinaryIO:
+) -> io.BufferedReader:
     """Open a file for reading if it is a regular file of at most `max_bytes` bytes.
 
-    Opening a pipe would wait for its other end, and a device has no end: neither is opened. OSError
-    with the reason as `strerror`.
+    Opening a pipe would wait for its other end, a device has no end, and a file of the kernel (in
+    /proc or /sys) may have either fault: none is opened. OSError that names `path`, with the reason
+    as `strerror`.
     """
     # O_NONBLOCK: open() returns at once also for a pipe. It does not affect regular files.
     flags = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)
     if not follow_links:
         flags |= getattr(os, "O_NOFOLLOW", 0)
     # Before opening as well: opening a device or a pipe can have effects on its other end.
-    if not stat.S_ISREG(os.stat(path, follow_symlinks=follow_links).st_mode):
-        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    _check_kind(path, _status(path, follow_links))
     descriptor = os.open(path, flags)
     try:
         # once more, of what was opened: the name may belong to another file by now
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        _check_kind(path, status)
         if max_bytes is not None and status.st_size > max_bytes:
             raise OSError(errno.EFBIG, f"is larger than {max_bytes} bytes", str(path))
     except OSError:
         os.close(descriptor)
         raise
     return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: str | Path, *, max_bytes: int | None = MAX_CONTENT) -> bytes:
+    """The content of a regular file of at most `max_bytes` bytes; see `open_regular`."""
+    with open_regular(path, max_bytes=max_bytes) as file:
+        try:
+            return file.read() if max_bytes is None else file.read(max_bytes)
+        except OSError as error:  # of a failing disk, without a name
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def check_regular(path: str | Path) -> None:
+    """OSError, as of `open_regular`, for a path that a library is about to open by its name."""
+    _check_kind(path, _status(path))
+
+
+def open_append(path: str | Path) -> io.TextIOWrapper:
+    """Open a text file, new or regular, for whole lines at its end."""
+    if os.path.lexists(path):
+        check_regular(path)
+    return open(path, "a", encoding="utf-8", buffering=1)
+
+
+def read_stream(path: str | Path, *, max_bytes: int) -> bytes:
+    """The content of a regular file, or of a pipe, such as `<(command)` in a shell.
+
+    OSError for more than max_bytes, and for a pipe into which nobody writes for PIPE_SECONDS.
+    """
+    try:
+        is_pipe = stat.S_ISFIFO(_status(path).st_mode)
+    except OSError:
+        is_pipe = False  # open_regular says why
+    if not is_pipe:
+        return read_regular(path, max_bytes=max_bytes)
+    # O_NONBLOCK: without it, opening waits for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    content = b""
+    try:
+        while True:
+            ready, _, _ = select.select([descriptor], [], [], PIPE_SECONDS)
+            if not ready:
+                reason = f"is a pipe into which nobody wrote for {PIPE_SECONDS} seconds"
+                raise OSError(errno.ETIMEDOUT, reason, str(path))
+            part = os.read(descriptor, max_bytes + 1 - len(content))
+            if not part:
+                return content
+            content += part
+            if len(content) > max_bytes:
+                raise OSError(errno.EFBIG, f"is larger than {max_bytes} bytes", str(path))
+    finally:
+        os.close(descriptor)
+
+
+def _status(path: str | Path, follow_links: bool = True) -> os.stat_result:
+    try:
+        return os.stat(path, follow_symlinks=follow_links)
+    except ValueError:  # a NUL character: no such name can exist
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+
+
+def _check_kind(path: str | Path, status: os.stat_result) -> None:
+    """OSError unless it is a regular file, on a disk."""
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    if status.st_dev in _kernel_devices():
+        raise OSError(errno.EINVAL, "is a file of the kernel, not of a disk", str(path))
+
+
+@functools.cache
+def _kernel_devices() -> frozenset[int]:
+    """Device numbers of the file systems that show the kernel's state."""
+    found = set()
+    for name in KERNEL_FOLDERS:
+        with suppress(OSError):
+            found.add(os.stat(name).st_dev)
+    with suppress(OSError):
+        found.discard(os.stat("/").st_dev)  # a folder of that name on an ordinary disk
+    return frozenset(found)

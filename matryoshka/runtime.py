@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from matryoshka.config import option
+from matryoshka.config.limits import MAX_PROCESSES, MAX_THREADS
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 BACKENDS = ("auto", "nccl", "gloo")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-MAX_THREADS = 1024  # of a native pool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,7 @@ class DistConfig:
         help="processes to start; 0: one for each visible GPU or MIG slice, else 1",
         low=0,
         affects_result=False,
+        high=MAX_PROCESSES,
     )
     address: str = option("localhost", help="rendezvous host", affects_result=False)
     port: int = option(

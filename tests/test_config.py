@@ -358,15 +358,16 @@ def test_duplicate_keys(file):
 
 
 FLOATS, INTS = st.floats(allow_nan=False, allow_infinity=False), st.lists(st.integers()).map(tuple)
-NOT_NONE = st.text().filter(lambda text: text.strip().lower() not in ("none", "null", ""))
+TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
+NOT_NONE = TEXT.filter(lambda text: text.strip().lower() not in ("none", "null", ""))
 TYPES = {
     "int_": (int, st.integers()),
     "float_": (float, FLOATS),
-    "str_": (str, st.text()),
+    "str_": (str, TEXT),
     "bool_": (bool, st.booleans()),
     "ints": (tuple[int, ...], INTS),
     "pair": (tuple[float, float], st.tuples(FLOATS, FLOATS)),
-    "strs": (tuple[str, ...], st.lists(st.text()).map(tuple)),
+    "strs": (tuple[str, ...], st.lists(TEXT).map(tuple)),
     "maybe_ints": (tuple[int, ...] | None, st.none() | INTS),
     "maybe_str": (str | None, st.none() | NOT_NONE),
 }
@@ -429,11 +430,11 @@ def test_program(error, code, message, capsys, monkeypatch):
         main()
 
 
-def test_program_is_quiet_when_its_reader_goes_away():
+def test_program_ends_as_it_should_when_its_reader_goes_away():
     code = "from matryoshka.config import program\nprogram(lambda: print('x' * 10**6))()"
     with Popen([sys.executable, "-c", code], stdout=PIPE, stderr=PIPE, cwd=ROOT) as child:
         child.stdout.close()
-        assert (child.stderr.read(), child.wait()) == (b"", 141)
+        assert (child.stderr.read(), child.wait()) == (b"", 0)
 
 
 # ---------------------------------------------------------------- ranges

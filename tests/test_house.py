@@ -35,9 +35,10 @@ ORDER = [
     "config",
     "environment",
     "files",
+    "interrupts",
     "lazy",
 ]
-ABOVE = ("cli", "fitting")  # the command: only these files name programs
+ABOVE = ("__main__", "cli", "fitting")  # the command: only these files name programs
 
 
 def imports(path: Path) -> set[str]:
@@ -182,3 +183,36 @@ def test_public_functions_say_what_they_do():
                 if not fields_only:
                     missing.append(f"{path.name}: {node.name}")
     assert missing == []
+
+
+# Files of the package itself, and of the kernel: their content is not the user's.
+OWN_FILES = (
+    *("search_page/app.py", "evaluation/superclasses.py", "report/page/__init__.py"),
+    *("data/imagenet.py", "environment.py", "export/int8.py"),
+)
+KERNEL = ("/proc/", "status")
+BY_NAME = ("safe_open", "open_memmap", "torch.load", "Image.open")  # readers of other libraries
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *PROGRAMS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_read_through_one_door(path):
+    """files.py, which refuses pipes and devices: they would be read for ever."""
+    if path.as_posix().endswith((*OWN_FILES, "matryoshka/files.py")):
+        return
+    text = path.read_text()
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Call):
+            continue
+        shown = ast.unparse(node)
+        name = ast.unparse(node.func)
+        is_kernel = any(word in shown for word in KERNEL)
+        if name.endswith((".read_text", ".read_bytes")) and not is_kernel:
+            assert name == "fields.read_bytes", f"{shown}: use files.read_regular"
+        if name == "open" or name.endswith(("path.open", "file.open")):
+            mode = [ast.unparse(word) for word in node.args[name == "open" :]]
+            writes = mode and mode[0].strip("'\"")[0] in "wax"
+            assert writes, f"{shown}: use files.open_regular"
+        if name.endswith(BY_NAME) and "BytesIO" not in shown and "(file," not in shown:
+            assert "check_regular" in text or "open_regular" in text, (
+                f"{shown}: check_regular first"
+            )

@@ -244,10 +244,13 @@ def test_every_number_has_its_legal_range():
             ):
                 continue
             numbers += 1
-            if not str(field.metadata["range"]) and not field.metadata["choices"]:
+            limits = field.metadata["range"]
+            has_lower = limits.low is not None or limits.above is not None
+            has_upper = limits.high is not None or limits.below is not None
+            if not (has_lower and has_upper) and not field.metadata["choices"]:
                 unlimited.append(f"{section.__name__}.{field.name}")
     assert numbers > 100, "the declarations were not found"
-    assert unlimited == [], "declare low, high, above or below: option(..., low=1)"
+    assert unlimited == [], "declare both ends: option(..., low=1, high=limits.MAX_COUNT)"
 
 
 def test_options_that_a_resumed_run_may_change():

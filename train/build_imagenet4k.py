@@ -39,13 +39,13 @@ import numpy as np
 from tqdm import tqdm
 
 from matryoshka import config
+from matryoshka.config.limits import MAX_COUNT, MAX_THREADS
 from matryoshka.data import BetonError, BetonFile, write_beton
 from matryoshka.data.layout import PageWriter, page_size_for
 from matryoshka.data.options import MAX_RESOLUTION, MAX_SEED, TRANSCODE, WriteOptions
 from matryoshka.data.reader import manifest_path, printable
 from matryoshka.data.sources import EXTENSIONS, decode_image
-from matryoshka.files import AtomicFile, write_atomically
-from matryoshka.runtime import MAX_THREADS
+from matryoshka.files import AtomicFile, open_regular, read_regular, write_atomically
 
 QUERIES = "imagenet4k_queries.beton"
 DATABASE = "imagenet4k_database.beton"
@@ -69,12 +69,20 @@ class BuildOptions:
     """Options of the draw and of the files."""
 
     data: str = config.option(
-        help="ImageNet-21K: one folder of images per WordNet id", metavar="DIR"
+        help="ImageNet-21K: one folder of images per WordNet id", metavar="DIR", file_name=True
     )
-    classes: str = config.option(help="the list of classes, IDtoClass.txt", metavar="FILE")
-    output: str = config.option(help="folder of the files, created if missing", metavar="DIR")
-    database_per_class: int = config.option(1000, help="images per class in the database", low=1)
-    queries_per_class: int = config.option(50, help="images per class among the queries", low=1)
+    classes: str = config.option(
+        help="the list of classes, IDtoClass.txt", metavar="FILE", file_name=True
+    )
+    output: str = config.option(
+        help="folder of the files, created if missing", metavar="DIR", file_name=True
+    )
+    database_per_class: int = config.option(
+        1000, help="images per class in the database", low=1, high=MAX_COUNT
+    )
+    queries_per_class: int = config.option(
+        50, help="images per class among the queries", low=1, high=MAX_COUNT
+    )
     seed: int = config.option(0, help="seed of the draw", low=0, high=MAX_SEED)
     leave_out_small: bool = config.option(
         False,
@@ -158,7 +166,7 @@ def read_classes(file: Path) -> list[str]:
     """WordNet ids of a class list, sorted. Lines with only an id (n00005787) are accepted, too."""
     wnids = []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_regular(file).decode().splitlines()
     except UnicodeDecodeError:
         raise BuildError(f"--classes {file}: is not a text file; give IDtoClass.txt") from None
     for number, line in enumerate(lines, 1):
@@ -224,14 +232,14 @@ def finished(output: Path, plan: dict, overwrite: bool) -> bool:
     manifest = output / MANIFEST
     if overwrite or not manifest.exists():
         return False
-    with manifest.open("rb") as file:
+    with open_regular(manifest) as file:
         must_match(manifest, read_json(file.readline()), plan)
     return all((output / name).exists() for name in (QUERIES, DATABASE))
 
 
 def prepare(parts: Path, plan: dict, overwrite: bool) -> None:
     """Create the folder of parts, or check that its parts were made with the same options."""
-    stored = read_json((parts / PLAN).read_bytes()) if (parts / PLAN).exists() else None
+    stored = read_json(read_regular(parts / PLAN)) if (parts / PLAN).exists() else None
     if stored is not None and not overwrite:
         must_match(parts, stored, plan)
     elif stored != plan:
@@ -283,7 +291,7 @@ class ClassImages:
         return len(self._names)
 
     def read(self, index: int) -> bytes:
-        return (self._folder / self._names[index]).read_bytes()
+        return read_regular(self._folder / self._names[index])
 
     def name(self, index: int) -> str:
         return self._names[index]
@@ -365,7 +373,7 @@ def assemble(output: Path, wnids: list[str], plan: dict) -> Summary:
     parts = output / PARTS
 
     def record(wnid: str) -> dict:
-        return read_json((parts / f"{wnid}.json").read_bytes())
+        return read_json(read_regular(parts / f"{wnid}.json"))
 
     kept = [wnid for wnid in wnids if "left_out" not in record(wnid)]
     if not kept:

@@ -24,13 +24,13 @@ import numpy as np
 from tqdm import tqdm
 
 from matryoshka import config
+from matryoshka.config.limits import MAX_THREADS
 from matryoshka.data import BetonError, BetonFile, ImageFolder, _native, layout, open_dataset
 from matryoshka.data.crops import whole_images
 from matryoshka.data.fields import TYPE_NAMES
 from matryoshka.data.reader import manifest_path, printable
 from matryoshka.data.sources import decode_image
 from matryoshka.environment import available_cores
-from matryoshka.runtime import MAX_THREADS
 
 EXAMINED = 500  # images whose JPEG header `info` reads
 SHOWN = 20  # samples that a list on the terminal names
@@ -58,6 +58,7 @@ class FileOptions:
         help="a .beton file; verify also takes a folder of class folders",
         metavar="FILE",
         positional=True,
+        file_name=True,
     )
     json: bool = config.option(False, help="print JSON")
 

@@ -51,6 +51,7 @@ class RunsOptions:
         help="a folder of run folders, or a run folder",
         metavar="DIR",
         positional=True,
+        file_name=True,
     )
     sort: str = config.option(
         "date", help="newest, most accurate or alphabetically first", choices=SORTS

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matryoshka import config
+from matryoshka.config.limits import MAX_COUNT, MAX_SECONDS
 from matryoshka.report.plots import plot_importances
 from matryoshka.training.sweep_file import Sweep, read_sweep
 from matryoshka.training.sweeps import (
@@ -49,18 +50,24 @@ class SweepFlags:
         positional=True,
     )
     study: str | None = config.option(
-        None, help=f"folder of the study (default {STUDIES}/<name of the file>)", metavar="DIR"
+        None,
+        help=f"folder of the study (default {STUDIES}/<name of the file>)",
+        metavar="DIR",
+        file_name=True,
     )
     trials: int | None = config.option(
         None,
         help="trials of the study, earlier starts included (default: run_cap of the file, or the "
         "points of a grid); 0: only show its table",
         low=0,
+        high=MAX_COUNT,
     )
-    timeout: float | None = config.option(None, help="seconds after which no trial starts", above=0)
+    timeout: float | None = config.option(
+        None, help="seconds after which no trial starts", above=0, high=MAX_SECONDS
+    )
     workers: int = config.option(1, help="trials at the same time", low=1, high=256)
-    top: int = config.option(5, help="rows of the table", low=1)
-    seed: int = config.option(0, help="seed of the search", low=0)
+    top: int = config.option(5, help="rows of the table", low=1, high=MAX_COUNT)
+    seed: int = config.option(0, help="seed of the search", low=0, high=2**32 - 1)
     run_flags: str = config.option(
         RUN_FLAGS, help="options by which a program learns its run folder, which has the log"
     )

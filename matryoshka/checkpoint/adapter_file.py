@@ -15,7 +15,7 @@ from torch import Tensor
 
 from matryoshka.checkpoint.contents import first_line
 from matryoshka.embeddings.reading import adapted_sha256, trunk_sha256
-from matryoshka.files import write_atomically
+from matryoshka.files import check_regular, write_atomically
 from matryoshka.models import NestedModel
 from matryoshka.models.adapter import METHODS, Adapter, AdapterError, AdapterSpec
 
@@ -42,6 +42,7 @@ def load_adapter(path: str | Path) -> Adapter:
     if not path.is_file():
         raise AdapterError(f"{path}: no such adapter file; {MAKE}")
     try:
+        check_regular(path)
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {}).get(KEY, "null"))
             if not isinstance(facts, dict) or facts.get("format") != FORMAT:

@@ -32,7 +32,7 @@ from matryoshka.checkpoint.contents import (
 from matryoshka.checkpoint.torch_files import load_plain
 from matryoshka.data import CenterCrop
 from matryoshka.data.augment import Preprocessing
-from matryoshka.files import write_atomically
+from matryoshka.files import check_regular, open_regular, write_atomically
 from matryoshka.models import FAMILIES, ModelSpec, NestedModel, build, extract
 
 EXPORTS = ("safetensors", "pth")  # formats of `export_dims`
@@ -182,7 +182,7 @@ def read(
 
 def _is_safetensors(path: Path) -> bool:
     """Whether a file of any name, such as checkpoint/vit-4-ckpt.t7, starts as this format does."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         start = file.read(9)  # the length of a JSON object, and its brace
     return len(start) == 9 and start[8:] == b"{"
 
@@ -196,6 +196,7 @@ def _refuse_old_style(path: Path, old_ckpt: bool) -> None:
 
 def _read_safetensors(path: Path) -> Contents:
     try:
+        check_regular(path)
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("matryoshka", "null"))
             known = (FORMAT, TRAINING_FORMAT)

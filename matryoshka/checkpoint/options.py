@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from matryoshka.config import option
+from matryoshka.config.limits import MAX_DIM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,11 @@ class HeadOptions:
     mrl: bool = option(False, help="an upstream checkpoint trained with MRL", common=True)
     efficient: bool = option(False, help="with --mrl: MRL-E")
     rep_size: int | None = option(
-        None, help="width of an upstream fixed-feature checkpoint", flag="--rep_size", low=1
+        None,
+        help="width of an upstream fixed-feature checkpoint",
+        flag="--rep_size",
+        low=1,
+        high=MAX_DIM,
     )
     old_ckpt: bool = option(
         False, help="an upstream checkpoint with the keys of its first release", flag="--old_ckpt"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from matryoshka.checkpoint.contents import CheckpointError
+from matryoshka.files import check_regular
 
 
 def load_plain(path: Path) -> Any:
@@ -21,6 +22,7 @@ def load_plain(path: Path) -> Any:
     try:
         with warnings.catch_warnings():  # torch warns of plain pickles before it refuses them
             warnings.simplefilter("ignore")
+            check_regular(path)
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None

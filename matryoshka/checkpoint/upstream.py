@@ -16,7 +16,7 @@ from torch import Tensor
 from matryoshka.checkpoint.contents import CheckpointError, Contents, first_line
 from matryoshka.checkpoint.torch_files import is_whole
 from matryoshka.data.augment import Preprocessing
-from matryoshka.files import write_atomically
+from matryoshka.files import read_regular, write_atomically
 from matryoshka.models import (
     BACKBONES,
     FAMILIES,
@@ -160,7 +160,7 @@ def _read_params(path: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        params = json.loads(file.read_text())
+        params = json.loads(read_regular(file))
     except ValueError as error:
         raise CheckpointError(f"{file}: not valid JSON ({error}); fix or remove it") from None
     if not isinstance(params, dict):

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from matryoshka.config.options import ConfigError
 from matryoshka.config.outcome import program
 from matryoshka.config.sections import names_a_pipe
+from matryoshka.interrupts import quit_on_interrupt
 
 _PUBLISHED = re.compile(r"[a-z-]{2,}:")  # torchvision:NAME, timm:NAME; one letter is a drive
 
@@ -35,14 +36,20 @@ class Parser(Protocol):
     def paths(self, args: SimpleNamespace) -> list[tuple[str, Any]]: ...
 
 
-@program
 def check_first(parser: Parser, argv: Sequence[str] | None = None) -> None:
     """Exit as the program itself would for `--help`, a mistake in the options or a missing file.
 
     argv: default sys.argv[1:]. The program parses the options again. A config file from a pipe can
-    be read only once, so nothing is checked then.
+    be read only once, so nothing is checked then. Where a script is started, which gives no argv,
+    an interrupt during the imports that follow ends it in one line.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    _check(parser, sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        quit_on_interrupt()
+
+
+@program
+def _check(parser: Parser, argv: Sequence[str]) -> None:
     if names_a_pipe(argv):
         return
     for text, path in parser.paths(parser.parse_args(argv)):

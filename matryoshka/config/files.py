@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from matryoshka.config.options import ConfigError, did_you_mean, show
+from matryoshka.config.options import ConfigError, did_you_mean, legible, show
+from matryoshka.files import read_stream
 
 Given = dict[str, tuple[object, str]]  # option -> (value as written, its source)
 
@@ -36,6 +37,49 @@ class _Yaml(yaml.SafeLoader):
             problem = f"aliases, and more than {MAX_FILE_VALUES} values, are not supported"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
         return super().compose_node(parent, index)
+
+
+class _Data(_Yaml):
+    """_Yaml for `load_yaml`: a key that is given twice is an error, and so is a NUL character."""
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        node = super().compose_scalar_node(anchor)
+        if "\0" in node.value:
+            raise yaml.MarkedYAMLError(problem="a NUL character", problem_mark=node.start_mark)
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if key.value.__hash__ and key.value in seen:
+                problem = f"{show(key.value)} is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value if key.value.__hash__ else None)
+        return node
+
+
+def load_yaml(content: bytes) -> object:
+    """Numbers, text, lists and mappings of a YAML file. ConfigError: `line N: reason`.
+
+    Aliases, keys that are given twice and more than MAX_FILE_VALUES values are errors.
+    """
+    line = 1
+    try:
+        return _Data(content.decode("utf-8-sig")).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        problem = error.problem
+        if error.problem_mark:
+            line = error.problem_mark.line + 1
+    except yaml.reader.ReaderError as error:
+        problem = error.reason
+    except UnicodeDecodeError:
+        problem = "not UTF-8 text"
+    except RecursionError:
+        problem = "nested too deeply"
+    except (ValueError, OverflowError):  # the 13th month, a number of 5,000 digits
+        problem = "a number, date or character that does not exist"
+    raise ConfigError(f"line {line}: {problem}")
 
 
 def read_file(name: str, options: Collection[str], errors: list[str]) -> Given:
@@ -71,21 +115,16 @@ def _open(name: str) -> tuple[str, bytes]:
     root = [_PACKAGE.parent] if (_PACKAGE.parent / "pyproject.toml").is_file() else []
     candidates = [folder / name for folder in (Path(), *root, _PACKAGE / "configs")]
     for path in candidates:
-        with (
-            contextlib.suppress(FileNotFoundError, NotADirectoryError),
-            open(path, "rb") as handle,
-        ):
-            return str(path), handle.read(MAX_FILE_BYTES + 1)  # one more: _parse sees the excess
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return str(path), read_stream(path, max_bytes=MAX_FILE_BYTES)
     tried = ", ".join(dict.fromkeys(map(os.path.abspath, candidates)))
-    raise ConfigError(f"config file {show(name)} was not found (tried {tried})")
+    raise ConfigError(f"config file {show(name)} was not found (tried {legible(tried)})")
 
 
 def _parse(path: str, content: bytes, options: Collection[str]) -> list[tuple[str, object]]:
     """(dotted key, value) pairs of a file; a value is text, None, a list, _Pairs or, in JSON, a
     bool.
     """
-    if len(content) > MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
     line = 1
     text = ""
     try:
@@ -118,6 +157,8 @@ def _parse(path: str, content: bytes, options: Collection[str]) -> list[tuple[st
         line = content.count(b"\n", 0, error.start) + 1
     except RecursionError:
         problem = "nested too deeply"
+    except (ValueError, OverflowError):  # an escape beyond Unicode, a version of 5,000 digits
+        problem = "a character or number that YAML does not have"
     raise ConfigError(f"{path}, line {line}: {problem}")
 
 

@@ -19,6 +19,7 @@ from matryoshka.config.options import (
     Option,
     default_of,
     did_you_mean,
+    legible,
     options_of,
     show,
 )
@@ -258,13 +259,13 @@ def _reading(field: Field, option: Option) -> dict[str, Any]:
 
 def _typed(field: Field, option: Option, value: Any) -> Any:
     """A value from the command line in its type. ConfigError names the flag, value and range."""
+    if isinstance(value, list) and (not value or [] in value):  # argparse's reading of `--flag=--`
+        raise ConfigError(f"{_label(field)}: a value is missing")
     try:
         return option.check_flag(value)
     except ValueError as error:
-        shown = value if isinstance(value, str) else " ".join(value)
-        if not shown.isprintable() or not shown:  # as a quoted literal, on one line
-            shown = show(shown)
-        raise ConfigError(f"{_label(field)} {shown}: {error}") from None
+        text = value if isinstance(value, str) else " ".join(value)
+        raise ConfigError(f"{_label(field)} {legible(text)}: {error}") from None
 
 
 def _row(field: Field, option: Option) -> Row:

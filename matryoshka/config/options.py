@@ -23,10 +23,16 @@ FALSE = ("false", "0", "no", "off")
 AUTO = ("auto", "1", "0")  # choices of a switch that may also be left to the program
 NONE = ("none", "null", "")
 MAX_NAME_BYTES = 200  # file systems allow 255 bytes; the rest is for suffixes
+MAX_TEXT = 4096  # characters: PATH_MAX of Linux
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 200
 show = _short.repr  # one line of bounded length, also for hostile text from a file
+
+
+def legible(text: str) -> str:
+    """`text` itself where it is a line of bounded length, else as `show` has it."""
+    return text if text.isprintable() and 0 < len(text) <= _short.maxstring else show(text)
 
 
 class ConfigError(ValueError):
@@ -58,6 +64,7 @@ def option(
     affects_result: bool = True,
     common: bool = False,
     existing: bool = False,
+    file_name: bool = False,
     flag: str | None = None,
     short: str | None = None,
     metavar: str | None = None,
@@ -74,7 +81,8 @@ def option(
     computes; a resumed run may change them.
     common: listed by `--help` where there are too many options to list all.
     existing: names a file or folder, which `check_first` looks for; `torchvision:resnet50` and the
-    like are not paths.
+    like are not paths. file_name: names a file, a folder or a row, whose bytes need not be text;
+    existing implies it.
 
     For `flat_parser` alone: flag, default `--name-with-dashes`; short, such as `-r`; metavar;
     positional: an argument without a flag; words: a flag with several values; repeat: a flag that
@@ -89,6 +97,7 @@ def option(
         "affects_result": affects_result,
         "common": common,
         "existing": existing,
+        "file_name": file_name or existing,
         "flag": flag,
         "short": short,
         "metavar": metavar,
@@ -155,6 +164,7 @@ class Option(Checker):
         self.range: Range = metadata.get("range", Range())
         self.nonempty: bool = metadata.get("nonempty", False)
         self.rule: Callable[[Any], None] | None = metadata.get("check")
+        self.file_name: bool = metadata.get("file_name", False)
 
     def kind(self) -> str:
         """The type: `int`, `float,float`, `int,...`."""
@@ -204,6 +214,8 @@ class Option(Checker):
             facts = ", each ".join(["expected one or more values", *self.facts()])
             raise OutOfRange(list(items), facts)
         for item in items:
+            if isinstance(item, str | Path):
+                check_text(str(item), file_name=self.file_name)
             if self.choices and item not in self.choices:
                 names = [str(choice) for choice in self.choices]
                 hint = did_you_mean(str(item), names)
@@ -277,6 +289,20 @@ def check_fields(instance: Any, section: str = "") -> None:
         except ValueError as error:
             prefix = f"{section}." if section else ""
             raise ValueError(f"{prefix}{name}={value}: {error}") from None
+
+
+def check_text(text: str, *, file_name: bool = False) -> None:
+    """ValueError for a text that no option takes.
+
+    file_name: bytes that are not UTF-8 are legal. Python has them as lone surrogates, which
+    neither a log nor a model file can hold as text.
+    """
+    if "\0" in text:
+        raise ValueError("expected text without NUL characters")
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"expected at most {MAX_TEXT} characters")
+    if not file_name and not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError("expected text in UTF-8")
 
 
 def check_name(name: str) -> None:

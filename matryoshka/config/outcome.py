@@ -2,55 +2,109 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import functools
 import os
 import sys
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import NoReturn, ParamSpec, TypeVar
+
+from matryoshka.config.options import legible
+from matryoshka.config.streams import complaint, guarded
+from matryoshka.interrupts import INTERRUPTED, is_interrupt, raise_on_interrupt
 
 P = ParamSpec("P")
 R = TypeVar("R")
+# Reasons that a user can change, of errors that name no file, such as those of a buffered write.
+RESOURCES = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+)
 
 
 def program(main: Callable[P, R]) -> Callable[P, R]:
     """Decorate a program's `main(argv=None)`: errors of the user become `error: ...` and status 2.
 
-    These are exceptions whose class has `user_error = True`, and OSErrors that name a file; with
-    MATRYOSHKA_TRACEBACK=1 in the environment they propagate. An interrupt exits with status 130. A
-    closed pipe behind standard output exits with status 141, without a message. Any other
-    exception is a bug of this package and propagates.
+    These are exceptions whose class has `user_error = True`, OSErrors that name a file or a
+    resource of the machine, and a lack of memory; with MATRYOSHKA_TRACEBACK=1 in the environment
+    they propagate. An interrupt exits with status 130. Any other exception is a bug of this package
+    and propagates.
+
+    A closed standard output changes nothing: the program does its work and exits with its status. A
+    full disk behind it is an error once the work is done.
     """
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            result = main(*args, **kwargs)
-            sys.stdout.flush()  # a closed pipe shows here, not at the interpreter's exit
-            return result
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
-        except BrokenPipeError:
-            # Without this, flushing the rest of the buffer raises again at exit.
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(141) from None
-        except Exception as error:
-            message = _message(error)
-            if message is None or os.environ.get("MATRYOSHKA_TRACEBACK") == "1":
+        with guarded() as output:
+            if output is not None:  # the outermost program: its imports are done
+                raise_on_interrupt()
+            try:
+                result = main(*args, **kwargs)
+            except SystemExit as end:
+                if not end.code:
+                    _check_output(complaint(output))
                 raise
-            for line in message.splitlines():
-                print(f"error: {line}", file=sys.stderr)
-            raise SystemExit(2) from None
+            except KeyboardInterrupt:
+                _interrupted()
+            except Exception as error:
+                if is_interrupt(error):
+                    _interrupted()
+                message = _message(error)
+                if message is None or os.environ.get("MATRYOSHKA_TRACEBACK") == "1":
+                    raise
+                for line in message.splitlines():
+                    print(f"error: {line}", file=sys.stderr)
+                raise SystemExit(2) from None
+            if not result:
+                _check_output(complaint(output))
+            return result
 
     return run
+
+
+def _interrupted() -> NoReturn:
+    print("interrupted", file=sys.stderr)
+    raise SystemExit(INTERRUPTED) from None
+
+
+def _check_output(problem: str | None) -> None:
+    if problem is not None:
+        print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _message(error: Exception) -> str | None:
     """The text for the user; None for an exception that a user cannot correct."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return f"{_name(error.filename)}: {error.strerror}"
     if getattr(error, "user_error", False):
         return str(error) or type(error).__name__
-    return None
+    if isinstance(error, OSError) and error.errno in RESOURCES:
+        return error.strerror or str(error)
+    if isinstance(error, UnicodeEncodeError) and not _is_text(error.object):
+        return f"{legible(error.object)}: not text in UTF-8; give it another name"
+    return _lack_of_memory(error)
+
+
+def _name(name: object) -> str:
+    """A file's name on one line."""
+    text = os.fsdecode(name) if isinstance(name, bytes) else str(name)
+    return text if text.isprintable() else legible(text)
+
+
+def _is_text(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _lack_of_memory(error: Exception) -> str | None:
+    """A line for a failed allocation, of Python, NumPy or torch; None for any other error."""
+    text = str(error)
+    # torch's on a CPU is a RuntimeError; its class for GPUs is not imported for a name
+    is_torch = isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text
+    )
+    if not isinstance(error, MemoryError) and not is_torch:
+        return None
+    reason = legible(text.splitlines()[0]) if text else "no reason given"
+    return f"not enough memory ({reason}): smaller batches, images or models need less"

@@ -26,6 +26,7 @@ from matryoshka.config.options import (
     OutOfRange,
     default_of,
     did_you_mean,
+    legible,
     options_of,
     show,
 )
@@ -138,12 +139,11 @@ def read(
     for name in command.files:
         given |= read_file(name, params, errors)
     if translated is not None:
-        others = given | words | command.given
-        more = translated({key: value for key, (value, _) in others.items()})
+        more = translated(_legal(given | words | command.given, params))
         given |= _split(more, params, errors, takes_words=False).given
     given |= words | command.given
     if defaults is not None:
-        values = defaults({key: value for key, (value, _) in given.items()})
+        values = defaults(_legal(given, params))
         given = Given({key: (value, "by default") for key, value in values.items()}) | given
     config = SimpleNamespace()
     for name, section in sections.items():
@@ -163,6 +163,20 @@ def read(
         print(to_yaml(config, sources), end="", flush=True)
         raise SystemExit(0)
     return config
+
+
+def _legal(given: Given, params: Mapping[str, fastargs.Param]) -> dict[str, object]:
+    """{option: value as written}, without values that `_values` will refuse: functions that derive
+    options from others need not expect them.
+    """
+    found = {}
+    for key, (value, _) in given.items():
+        try:
+            params[key].checker.check(value)
+        except ValueError:
+            continue
+        found[key] = value
+    return found
 
 
 def _values(
@@ -188,7 +202,7 @@ def _values(
         except OutOfRange as error:
             # The source only where the user does not see the value: in a file, or a default.
             shown_source = "" if source == _COMMAND_LINE else f" {source}"
-            number = str(error.value).removesuffix(".0")
+            number = legible(str(error.value).removesuffix(".0"))
             errors.append(f"{key}={number}{shown_source}: {error}")
         except ValueError as error:
             errors.append(f"{key}={show(value)} {source}: {error}")

@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 from matryoshka.data.catalogue import RemoteFile
 from matryoshka.data.layout import BetonError
-from matryoshka.files import sync_folder
+from matryoshka.files import open_regular, sync_folder
 
 NETWORK_SECONDS = 10.0  # to reach the server, and the longest stall of a download
 _BLOCK = 1 << 20
@@ -204,5 +204,5 @@ def _verify(path: Path, file: RemoteFile) -> None:
 
 
 def _md5(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

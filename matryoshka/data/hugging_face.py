@@ -14,6 +14,7 @@ from matryoshka.data.catalogue import HELD_OUT, HUGGING_FACE
 from matryoshka.data.hub import offline_without_network, quiet_hub
 from matryoshka.data.layout import BetonError
 from matryoshka.data.reader import printable
+from matryoshka.files import read_regular
 
 
 class MissingPartError(BetonError):
@@ -71,7 +72,7 @@ class HuggingFaceImages:
         stored = self._rows[index][self._image]
         if isinstance(stored, dict):
             if stored.get("bytes") is None and stored.get("path"):
-                return Path(stored["path"]).read_bytes()
+                return read_regular(stored["path"])
             stored = stored.get("bytes")
         return stored if isinstance(stored, bytes) else b""
 

@@ -12,6 +12,7 @@ from matryoshka.data import _native
 from matryoshka.data.crops import CenterCrop
 from matryoshka.data.layout import BetonError
 from matryoshka.data.sources import EXTENSIONS, decode_image
+from matryoshka.files import read_regular
 
 
 def image_files(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
@@ -48,7 +49,7 @@ def read_images(
     squares = []
     for path in image_files(paths):
         try:
-            squares.append(central_square(decode_image(Path(path).read_bytes()).pixels, crop))
+            squares.append(central_square(decode_image(read_regular(path)).pixels, crop))
         except OSError as error:
             raise BetonError(f"{path}: {error.strerror}") from None
         except ValueError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matryoshka.config import check_fields, option
+from matryoshka.config.limits import MAX_COUNT, MAX_THREADS
 from matryoshka.data.catalogue import (
     FOLDER,
     HUGGING_FACE,
@@ -46,7 +47,10 @@ class WriteOptions:
         None, help="share stored as jpg, only for proportion (0.5)", low=0, high=1
     )
     smart_threshold: int | None = option(
-        None, help="only for smart: jpg above this number of raw bytes; unset: all raw", low=0
+        None,
+        help="only for smart: jpg above this number of raw bytes; unset: all raw",
+        low=0,
+        high=MAX_COUNT,
     )
     jpeg_quality: float = option(90, help="JPEG quality", low=1, high=100, common=True)
     transcode: str = option(
@@ -55,7 +59,11 @@ class WriteOptions:
         choices=TRANSCODE,
     )
     subset: int = option(
-        -1, help="number of samples to store, evenly over the classes; -1: all", low=-1, common=True
+        -1,
+        help="number of samples to store, evenly over the classes; -1: all",
+        low=-1,
+        common=True,
+        high=MAX_COUNT,
     )
     seed: int = option(
         0, help="seed of the subset and of proportion's choices", low=0, high=MAX_SEED
@@ -88,7 +96,9 @@ class WriterConfig(WriteOptions):
     """Section `cfg` of write_imagenet.py."""
 
     write_path: str = option(
-        help="the .beton to write; an old one is replaced once the new one is complete", common=True
+        help="the .beton to write; an old one is replaced once the new one is complete",
+        common=True,
+        file_name=True,
     )
     max_resolution: int | None = option(  # type: ignore[assignment]
         None,
@@ -104,12 +114,15 @@ class WriterConfig(WriteOptions):
         "of class folders, or one with train/ and test/",
         check=_set_or_folder,
         common=True,
+        file_name=True,
     )
     split: str | None = option(
         None, help="part of a named set, or of the folder cfg.dataset, such as train", common=True
     )
-    data_dir: str | None = option(None, help="the folder that holds the class folders", common=True)
-    cache_dir: str = option("./data", help="folder for the downloads of named sets")
+    data_dir: str | None = option(
+        None, help="the folder that holds the class folders", common=True, file_name=True
+    )
+    cache_dir: str = option("./data", help="folder for the downloads of named sets", file_name=True)
     image_column: str | None = option(
         None, help="for hf: column of the images; default: the only one of that type"
     )
@@ -122,12 +135,14 @@ class WriterConfig(WriteOptions):
         low=0,
         affects_result=False,
         common=True,
+        high=MAX_THREADS,
     )
     chunk_size: int = option(
         100,
         help="largest number of samples per unit of work; does not change the file",
         low=1,
         affects_result=False,
+        high=MAX_COUNT,
     )
     writer: str = option(
         "native", help="ffcv: FFCV's own writer, for comparison", choices=("native", "ffcv")

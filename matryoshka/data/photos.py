@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from matryoshka.data.sources import EXTENSIONS, PARTS
+from matryoshka.files import read_regular
 
 TRAIN = "train"
 VAL_NAMES = ("val", "valid", "validation")
@@ -64,7 +65,7 @@ class Photos:
 
     def read(self, index: int) -> bytes:
         """The bytes of an image file. OSError if it cannot be read."""
-        return self.path(index).read_bytes()
+        return read_regular(self.path(index))
 
     def name(self, index: int) -> str:
         """The file's path, relative to the root."""
@@ -335,7 +336,7 @@ def _of_table(root: Path, names: Mapping[str, str]) -> Photos:
 def _read_table(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """(line number, row) of a CSV or a JSONL file. PhotoError for other columns."""
     try:
-        text = table.read_bytes().decode("utf-8-sig")
+        text = read_regular(table).decode("utf-8-sig")
     except OSError as error:
         raise PhotoError(f"--labels {table}: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -26,6 +26,7 @@ from matryoshka.data.catalogue import HELD_OUT
 from matryoshka.data.layout import JPG, RAW, BetonError, Samples
 from matryoshka.data.pages import MapFeed
 from matryoshka.data.reader import BetonFile
+from matryoshka.files import read_regular
 
 HEIF_EXTENSIONS = (".heic", ".heif")
 HAS_HEIF = find_spec("pillow_heif") is not None  # the extra [heif]
@@ -248,7 +249,7 @@ class ImageFolder:
 
     def read(self, index: int) -> bytes:
         """The bytes of an image file. OSError if it cannot be read."""
-        return (self.path / self._names[index]).read_bytes()
+        return read_regular(self.path / self._names[index])
 
     def name(self, index: int) -> str:
         """The file's path, relative to the root."""

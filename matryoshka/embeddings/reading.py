@@ -21,6 +21,8 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
+from matryoshka.files import open_regular, read_regular
+
 FORMAT = "matryoshka-embeddings-1"
 DTYPES = ("float32", "float16")
 ARRAYS = ("X.npy", "y.npy", "ids.npy", "ids_ends.npy")
@@ -211,7 +213,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
             f"{folder}: has no embeddings (no {META}); `matryoshka embed --output DIR` makes them"
         )
     try:
-        meta = json.loads(file.read_bytes())
+        meta = json.loads(read_regular(file))
         if meta["format"] != FORMAT:
             raise EmbeddingError(f"{file}: format {str(meta['format'])[:40]!r}, expected {FORMAT}")
         is_valid = _is_valid_meta(meta)
@@ -246,7 +248,7 @@ def _memory_map(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     """A .npy file of exactly this type, shape and size as a read-only memory map."""
     expected = f"{dtype} [{', '.join(map(str, shape))}]"
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             # Version 1.0, which writing.py writes. numpy.load would also unpickle objects.
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError

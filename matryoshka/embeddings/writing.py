@@ -36,7 +36,7 @@ from matryoshka.embeddings.reading import (
     open_embeddings,
     read_meta,
 )
-from matryoshka.files import sync_folder, write_atomically
+from matryoshka.files import read_regular, sync_folder, write_atomically
 
 PLAN = "plan.json"
 # Keys of meta.json that do not change the numbers: a resumed run may differ in them.
@@ -225,7 +225,7 @@ class EmbeddingWriter:
     def _read_plan(self) -> dict | None:
         """plan.json; None if it is missing or damaged."""
         try:
-            stored = json.loads((self.work / PLAN).read_bytes())
+            stored = json.loads(read_regular(self.work / PLAN))
         except (OSError, ValueError):
             return None
         if not isinstance(stored, dict) or "token" not in stored:
@@ -238,7 +238,7 @@ class EmbeddingWriter:
         files = list(self.work.glob("progress*.json"))
         for file in files:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                stored = json.loads(file.read_bytes())
+                stored = json.loads(read_regular(file))
                 # Another token: a process of an earlier attempt that still runs.
                 if stored["token"] == token:
                     ranges += [(int(start), int(stop)) for start, stop in stored["rows"]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from matryoshka.config import FlagParser, flat_parser, option
+from matryoshka.config.limits import MAX_COUNT
 from matryoshka.evaluation.options import CACHE
 from matryoshka.runtime import RuntimeOptions
 
@@ -29,6 +30,7 @@ class DimsOptions:
         help="cifar10, cifar100, stl10, tiny-imagenet, hf:OWNER/NAME or a path of your own; unset: "
         "the run's test set",
         common=True,
+        file_name=True,
     )
     data_root: str | None = option(
         None,
@@ -44,13 +46,14 @@ class DimsOptions:
         common=True,
     )
     cache: str | None = option(
-        None, help=f"folder of downloaded data sets; unset: {CACHE}", metavar="DIR"
+        None, help=f"folder of downloaded data sets; unset: {CACHE}", metavar="DIR", file_name=True
     )
     output: str | None = option(
         None,
         help="folder of the results, created if missing; unset: dims/ in the run folder, or here",
         metavar="DIR",
         common=True,
+        file_name=True,
     )
     resolution: int | None = option(
         None, help="pixels of a side; unset: as the checkpoint says", low=1, high=8192
@@ -64,6 +67,7 @@ class DimsOptions:
         flag="--max_samples",
         low=-1,
         common=True,
+        high=MAX_COUNT,
     )
     perplexity: float = option(30.0, help="neighbours that t-SNE counts", above=0, below=1e6)
     seed: int = option(42, help="seed of the sample and of t-SNE", low=0, high=2**32 - 1)
@@ -71,6 +75,7 @@ class DimsOptions:
         None,
         help="also write loss and accuracy to this folder of TensorBoard, with the dim as step",
         metavar="DIR",
+        file_name=True,
     )
     no_latency: bool = option(False, help="do not measure the latency")
     batches: tuple[int, ...] = option(

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from matryoshka.files import write_atomically
+from matryoshka.files import check_regular, write_atomically
 from matryoshka.retrieval.store import Index
 
 METHODS = ("pca", "tsne")
@@ -173,6 +173,7 @@ def remove_map(index: Index) -> None:
 def read_map(index: Index) -> EmbeddingMap | None:
     """The map of an index; None if it has none, or a damaged one, or that of other rows."""
     try:
+        check_regular(index.path / MAP_FILE)
         with safe_open(index.path / MAP_FILE, "numpy") as stored:
             about = stored.metadata()
             part = about["part"]

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from matryoshka.checkpoint.options import AdapterOption, CheckpointOptions, HeadOptions
 from matryoshka.config import FlagParser, flat_parser, option
+from matryoshka.config.limits import MAX_COUNT, MAX_DIM, MAX_SEED
 from matryoshka.runtime import DeviceOptions, RuntimeOptions
 
 KINDS = ("logits", "softmax", "predictions", "gt")  # arrays that an evaluation saves
@@ -27,7 +28,6 @@ FROZEN_METHODS = (
 PROTOCOLS = {"paper": METHODS, "frozen": FROZEN_METHODS}
 FORMATS = ("png", "jpg")
 CACHE = "data"  # folder of public data sets
-MAX_SEED = 2**63 - 1  # torch's generators
 
 
 def increasing(numbers: Sequence[int]) -> None:
@@ -80,6 +80,7 @@ class EvaluationSetOptions:
         "R, Sketch or O; cifar10, cifar100, stl10, tiny-imagenet or hf:OWNER/NAME; a path of "
         "your own; unset: the "
         "test set of the model's run, else V1",
+        file_name=True,
     )
     data_root: str | None = option(
         None,
@@ -97,7 +98,10 @@ class EvaluationSetOptions:
         "or validation",
     )
     cache: str | None = option(
-        None, help=f"cifar10 and the like: folder of downloads; unset: {CACHE}", metavar="DIR"
+        None,
+        help=f"cifar10 and the like: folder of downloads; unset: {CACHE}",
+        metavar="DIR",
+        file_name=True,
     )
 
 
@@ -119,6 +123,7 @@ class EvalOptions(PreprocessingOptions, EvaluationSetOptions):
         metavar="D,D,...",
         low=1,
         nonempty=True,
+        high=MAX_DIM,
     )
     tta: bool = option(False, help="add the logits of the mirror image")
 
@@ -128,7 +133,9 @@ class SaveOptions:
     """Outputs of an evaluation."""
 
     output: str | None = option(
-        None, help="also write the table as JSON to this file; arrays go to its folder"
+        None,
+        help="also write the table as JSON to this file; arrays go to its folder",
+        file_name=True,
     )
     save_logits: bool = option(
         False, help="write logits to a .npy file, here or beside --output", flag="--save_logits"
@@ -151,12 +158,14 @@ class SaveOptions:
         help="prefix of these files' names; a folder ends with /",
         flag="--retrieval_array_path",
         metavar="PREFIX",
+        file_name=True,
     )
     random_sample_dim: int = option(
         4_202_000,
         help="--retrieval: largest number of images",
         flag="--random_sample_dim",
         low=1,
+        high=MAX_COUNT,
     )
 
 
@@ -189,13 +198,21 @@ class EmbedOptions(PreprocessingOptions, ImagesOptions):
     """Inputs and outputs of an embedding run."""
 
     output: str = option(
-        help="folder of the embeddings, created if missing", metavar="DIR", common=True
+        help="folder of the embeddings, created if missing",
+        metavar="DIR",
+        common=True,
+        file_name=True,
     )
     dtype: str = option(
         "float32", help="type of the embeddings on disk", choices=DTYPES, common=True
     )
     truncate_dim: int | None = option(
-        None, help="only the first D dimensions of every embedding", metavar="D", low=1, common=True
+        None,
+        help="only the first D dimensions of every embedding",
+        metavar="D",
+        low=1,
+        common=True,
+        high=MAX_DIM,
     )
     normalize: bool = option(False, help="scale to length 1, after truncation", common=True)
     overwrite: bool = option(
@@ -235,9 +252,12 @@ class GradcamOptions(ImagesOptions):
     """Images and classes to explain, and the pictures to write."""
 
     output: str = option(
-        help="folder for the pictures, created if missing", metavar="DIR", common=True
+        help="folder for the pictures, created if missing",
+        metavar="DIR",
+        common=True,
+        file_name=True,
     )
-    images: int = option(20, help="largest number of images", low=1, common=True)
+    images: int = option(20, help="largest number of images", low=1, common=True, high=MAX_COUNT)
     dims: tuple[int, ...] | None = option(
         None,
         help="prefixes to show; unset: all of the checkpoint's",
@@ -245,6 +265,7 @@ class GradcamOptions(ImagesOptions):
         low=1,
         nonempty=True,
         common=True,
+        high=MAX_DIM,
     )
     target: str = option(
         "predicted",
@@ -312,6 +333,7 @@ class BaselineOptions:
         nonempty=True,
         check=increasing,
         common=True,
+        high=MAX_DIM,
     )
     only: tuple[str, ...] | None = option(
         None,
@@ -327,12 +349,17 @@ class BaselineOptions:
         nonempty=True,
         check=increasing,
         common=True,
+        high=MAX_COUNT,
     )
-    ways: int | None = option(None, help="ncm: classes in a draw; unset: all", low=2)
+    ways: int | None = option(
+        None, help="ncm: classes in a draw; unset: all", low=2, high=MAX_COUNT
+    )
     draws: int = option(5, help="number of random draws", low=1, high=9999)
     seed: int = option(0, help="seed of the draws", low=0, high=MAX_SEED)
     weight_decay: float = option(1e-4, help="weight decay of the probes", low=0, high=1e9)
-    output: str = option("baselines.json", help="file of the results, JSON", common=True)
+    output: str = option(
+        "baselines.json", help="file of the results, JSON", common=True, file_name=True
+    )
 
 
 def baselines_parser() -> FlagParser:
@@ -382,7 +409,7 @@ class AnalyzeOptions:
     )
     gt: str | None = option(None, help="labels of that array", metavar="FILE", existing=True)
     dims: tuple[int, ...] | None = option(
-        None, help="prefix lengths of that array", metavar="D,D,...", low=1
+        None, help="prefix lengths of that array", metavar="D,D,...", low=1, high=MAX_DIM
     )
     macs: tuple[int, ...] | None = option(
         None,
@@ -390,6 +417,7 @@ class AnalyzeOptions:
         "has them",
         metavar="M,M,...",
         low=1,
+        high=2**53,
     )
     validation: str | None = option(
         None,
@@ -407,11 +435,11 @@ class AnalyzeOptions:
     only: tuple[str, ...] = option(
         ANALYSES, help="some of the analyses", choices=ANALYSES, nonempty=True, common=True
     )
-    splits: int = option(30, help="random splits of the images", low=1, common=True)
+    splits: int = option(30, help="random splits of the images", low=1, common=True, high=100_000)
     learn: float = option(
         0.2, help="share of images to learn thresholds on", above=0, below=1, common=True
     )
-    seed: int = option(0, help="seed of the splits", low=0)
+    seed: int = option(0, help="seed of the splits", low=0, high=MAX_SEED)
     epsilon: tuple[float, ...] = option(
         (0.5, 1.0, 2.0),
         help="certified cascades: accuracy that may be lost, in percentage points",
@@ -432,7 +460,10 @@ class AnalyzeOptions:
         common=True,
     )
     output: str | None = option(
-        None, help="file to write; unset: analysis.json beside the results, else here", common=True
+        None,
+        help="file to write; unset: analysis.json beside the results, else here",
+        common=True,
+        file_name=True,
     )
 
 

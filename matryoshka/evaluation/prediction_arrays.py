@@ -18,6 +18,7 @@ import torch
 from matryoshka.data.imagenet import CLASSES, wnids
 from matryoshka.evaluation.analysis import entropy_confidence, top_confidence
 from matryoshka.evaluation.options import SCORES
+from matryoshka.files import check_regular, read_regular
 
 MAX_CLASSES = 10_000_000
 METADATA = ("checkpoint", "arch", "head", "dataset", "data", "tta", "precision")
@@ -83,7 +84,7 @@ def from_results(path: str | Path) -> PredictionArrays:
     """Open the arrays that a results.json names, in the same folder."""
     file = Path(path)
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = json.loads(read_regular(file))
         names = dict(results["arrays"])
         dims = [int(d) for d in results["prefixes"]]
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
@@ -274,8 +275,9 @@ def _guess_kind(array: np.ndarray) -> str:
 
 def _read_array(path: Path) -> np.ndarray:
     """A .npy file as a memory map; upstream's .pth, a tensor, without unpickling objects."""
-    if not path.is_file():
+    if not path.exists():
         raise ArrayError(f"{path}: no such file")
+    check_regular(path)
     try:
         if path.suffix == ".npy":
             return np.lib.format.open_memmap(path, "r")

@@ -6,10 +6,19 @@ from dataclasses import dataclass
 
 from matryoshka import config
 from matryoshka.config import check_name, option
-from matryoshka.runtime import DEVICES, MAX_THREADS, PRECISIONS
+from matryoshka.config.limits import (
+    MAX_BATCH,
+    MAX_COUNT,
+    MAX_DIM,
+    MAX_EPOCHS,
+    MAX_NESTING_START,
+    MAX_RATE,
+    MAX_SEED,
+    MAX_THREADS,
+)
+from matryoshka.runtime import DEVICES, PRECISIONS
 
 SOLVERS = ("lbfgs", "sgd")
-MAX_SEED = 2**63 - 1  # torch's generators
 
 
 @dataclass(frozen=True)
@@ -28,8 +37,11 @@ class FrozenConfig:
         "width",
         low=1,
         common=True,
+        high=MAX_DIM,
     )
-    nesting_start: int = option(3, help="the shortest prefix is 2^nesting_start", low=0)
+    nesting_start: int = option(
+        3, help="the shortest prefix is 2^nesting_start", low=0, high=MAX_NESTING_START
+    )
     efficient: bool = option(False, help="MRL-E: one classifier sliced per prefix")
     device: str = option(
         "auto", help="auto: CUDA, else MPS, else CPU", choices=DEVICES, common=True
@@ -67,18 +79,23 @@ class ProbeConfig:
         low=0,
         nonempty=True,
         common=True,
+        high=1e9,
     )
-    max_iter: int = option(1000, help="lbfgs: largest number of iterations", low=1)
+    max_iter: int = option(1000, help="lbfgs: largest number of iterations", low=1, high=MAX_COUNT)
     tolerance: float = option(
         1e-4,
         help="lbfgs: largest entry of the gradient, as a share of that at zero weights",
         above=0,
+        high=1,
     )
-    epochs: int = option(20, help="sgd: epochs", low=1)
+    epochs: int = option(20, help="sgd: epochs", low=1, high=MAX_EPOCHS)
     lr: float | None = option(
-        None, help="sgd: learning rate; unset: 1 / the curvature, for each prefix", above=0
+        None,
+        help="sgd: learning rate; unset: 1 / the curvature, for each prefix",
+        above=0,
+        high=MAX_RATE,
     )
-    batch_size: int = option(1024, help="sgd: images per step", low=1)
+    batch_size: int = option(1024, help="sgd: images per step", low=1, high=MAX_BATCH)
     precision: str = option(
         "auto",
         help="precision of the solver; auto: fp64, on MPS fp32",
@@ -91,7 +108,7 @@ class ProbeConfig:
 class LoggingConfig:
     """Section `logging`."""
 
-    folder: str = option("trainlogs", help="parent of the run folder", common=True)
+    folder: str = option("trainlogs", help="parent of the run folder", common=True, file_name=True)
     run_id: str | None = option(
         None,
         help="name of the run folder; unset: time, probe, 4 digits",

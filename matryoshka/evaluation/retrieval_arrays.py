@@ -27,6 +27,7 @@ from matryoshka.embeddings.reading import META, EmbeddingError, open_embeddings
 from matryoshka.embeddings.writing import differences
 from matryoshka.evaluation.embedding import EmbeddingJob, Report, embed
 from matryoshka.evaluation.saved_arrays import write_array
+from matryoshka.files import read_regular
 from matryoshka.models import NestedModel
 
 # Data set -> split -> possible files or folders below --data-root; the first that exists is used.
@@ -135,7 +136,7 @@ def write_arrays(job: EmbeddingJob, target: str, *, report: Report) -> None:
 def is_published(target: str, job: EmbeddingJob) -> bool:
     """Whether all files of `target` exist and are of this job."""
     try:
-        stored = json.loads(Path(f"{target}-{META}").read_bytes())
+        stored = json.loads(read_regular(f"{target}-{META}"))
     except (OSError, ValueError):
         return False
     exist = all(Path(f"{target}-{kind}.npy").exists() for kind in "Xy")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from matryoshka.checkpoint.options import AdapterOption, HeadOptions
 from matryoshka.config import FlagParser, flat_parser, option
-from matryoshka.runtime import MAX_THREADS
+from matryoshka.config.limits import MAX_DIM, MAX_THREADS
 
 FORMATS = ("onnx", "pt2", "torchscript", "int8")
 
@@ -47,6 +47,7 @@ class ExportOptions:
         flag="--output_dir",
         metavar="DIR",
         common=True,
+        file_name=True,
     )
     format: tuple[str, ...] = option(
         ("onnx", "torchscript"),
@@ -62,6 +63,7 @@ class ExportOptions:
         metavar="D",
         low=1,
         common=True,
+        high=MAX_DIM,
     )
     with_preprocessing: bool = option(
         False, help="the files take uint8 [B, H, W, 3] and normalise it", common=True
@@ -129,6 +131,7 @@ class CheckOptions:
         1e-3,
         help="--verify: largest difference from a value v, in units of 1 + |v|; int8 has no limit",
         above=0,
+        high=1e6,
     )
     no_latency: bool = option(False, help="do not measure the latency of the files")
     threads: int = option(

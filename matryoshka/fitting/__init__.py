@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from matryoshka import config
 from matryoshka.checkpoint.run_files import FINAL
+from matryoshka.config.limits import MAX_MINUTES, MAX_SEED
 from matryoshka.runtime import DEVICES
 
 if TYPE_CHECKING:
@@ -47,16 +48,23 @@ class FitOptions:
         "with --labels",
         positional=True,
         metavar="PHOTOS",
+        file_name=True,
     )
-    minutes: float = config.option(10.0, help="time from the start to the last line", above=0)
+    minutes: float = config.option(
+        10.0, help="time from the start to the last line", above=0, high=MAX_MINUTES
+    )
     output: str | None = config.option(
-        None, help="folder of all outputs; unset: runs/<name of PHOTOS>", metavar="DIR"
+        None,
+        help="folder of all outputs; unset: runs/<name of PHOTOS>",
+        metavar="DIR",
+        file_name=True,
     )
     labels: str | None = config.option(
         None,
         help="CSV with the columns path,label (and split: train, val, test), or JSON lines with "
         "these keys; paths are relative to PHOTOS",
         metavar="FILE",
+        file_name=True,
     )
     val_share: float = config.option(
         0.15,
@@ -64,7 +72,7 @@ class FitOptions:
         above=0,
         high=0.5,
     )
-    seed: int = config.option(0, help="seed of the split and of the training", low=0)
+    seed: int = config.option(0, help="seed of the split and of the training", low=0, high=MAX_SEED)
     device: str = config.option("auto", help="auto: CUDA, else MPS, else CPU", choices=DEVICES)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from matryoshka.files import open_append
 from matryoshka.training.progress import LINE_SECONDS, duration
 
 Report = Callable[[str], None]
@@ -55,7 +56,7 @@ class Progress:
 
     def open_log(self, path: Path) -> None:
         """Append all that the programs print to a file."""
-        self._log = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._log = open_append(path)
 
     def close_log(self) -> None:
         if self._log is not None:

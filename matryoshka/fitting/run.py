@@ -13,7 +13,7 @@ from matryoshka import distributed
 from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.data.photos import Found, PhotoError, count_reasons, find_photos
 from matryoshka.data.writer import write_beton
-from matryoshka.files import write_atomically
+from matryoshka.files import read_regular, write_atomically
 from matryoshka.fitting import STATE, summary
 from matryoshka.fitting.choices import Stored, choose, start_weights
 from matryoshka.fitting.looking import Photographed, check_classes, fingerprint, look
@@ -302,7 +302,7 @@ class Run:
         """Print the end; ({prefix: accuracy}, images that it was measured on)."""
         progress = self.progress
         progress.stage("")
-        results = json.loads((self.folder / "results.json").read_text())
+        results = json.loads(read_regular(self.folder / "results.json"))
         prefixes = {int(dim): row for dim, row in results["prefixes"].items()}
         progress.print("")
         progress.print(
@@ -335,7 +335,7 @@ class Run:
 def read_state(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     """The state of an earlier start. PhotoError if it had other options or photos."""
     try:
-        state = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+        state = json.loads(read_regular(path).decode(errors="surrogateescape"))
     except ValueError:
         raise PhotoError(f"{path}: damaged: not valid JSON; remove its folder") from None
     if "images" not in state:  # a start that did not get beyond its photos

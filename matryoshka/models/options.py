@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from matryoshka.config import option
+from matryoshka.config.limits import MAX_DIM, MAX_NESTING_START, MAX_WEIGHT
 
-MAX_NECK = 65536  # numbers of a layer behind the backbone
 # Families of transformers nested in their width: their dims are widths, see nested_vit.py.
 FAMILIES = ("vit_nested", "vit_independent", "vit_nested_proj")
 
@@ -51,8 +51,8 @@ def parse_neck(text: str) -> tuple[str, tuple[int, ...]]:
         widths = ()
     if kind not in ("linear", "mlp") or not widths or min(widths) < 1:
         raise ValueError("expected linear:WIDTH, or mlp:WIDTH,...,WIDTH")
-    if max(widths) > MAX_NECK:
-        raise ValueError(f"expected widths of at most {MAX_NECK}")
+    if max(widths) > MAX_DIM:
+        raise ValueError(f"expected widths of at most {MAX_DIM}")
     if kind == "linear" and len(widths) > 1:
         raise ValueError("linear has one width; several are mlp:WIDTH,...,WIDTH")
     return kind, widths
@@ -103,18 +103,24 @@ class ModelConfig:
     efficient: bool = option(
         False, help="MRL-E: one classifier sliced per prefix; wins over mrl", common=True
     )
-    nesting_start: int = option(3, help="the shortest prefix is 2^nesting_start", low=0)
+    nesting_start: int = option(
+        3, help="the shortest prefix is 2^nesting_start", low=0, high=MAX_NESTING_START
+    )
     fixed_feature: int = option(
-        0, help="baseline: width of the classified feature; 0: the backbone's width", low=0
+        0,
+        help="baseline: width of the classified feature; 0: the backbone's width",
+        low=0,
+        high=MAX_DIM,
     )
     dims: tuple[int, ...] | None = option(
         None,
         help="prefix lengths, e.g. 8,12,512, or the widths of a family; unset: powers of two from "
         "2^nesting_start to the width",
         low=1,
+        high=MAX_DIM,
     )
     relative_importance: tuple[float, ...] | None = option(
-        None, help="loss weight of each prefix; unset: all 1", low=0
+        None, help="loss weight of each prefix; unset: all 1", low=0, high=MAX_WEIGHT
     )
 
 

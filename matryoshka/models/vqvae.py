@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from matryoshka.files import write_atomically
+from matryoshka.files import check_regular, write_atomically
 from matryoshka.models.options import ModelError
 from matryoshka.models.sizes import check_counts
 
@@ -293,6 +293,7 @@ def read_encoder(path: str | Path) -> StoredEncoder:
     if not Path(path).is_file():
         raise ModelError(f"{wrong}: no such file; `matryoshka vqvae` writes one")
     try:
+        check_regular(path)
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("matryoshka", "null"))
             if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:

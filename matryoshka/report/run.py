@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from matryoshka.files import check_regular, read_regular
+
 
 class RunError(ValueError):
     """A folder that is not a readable training run; the message names the file."""
@@ -103,7 +105,7 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     file = folder / "params.json"
     try:
-        params = json.loads(file.read_text(encoding="utf-8"))
+        params = json.loads(read_regular(file))
     except (ValueError, RecursionError):
         raise RunError(f"{file}: damaged: not valid JSON") from None
     if not isinstance(params, dict) or not isinstance(params.get("model.arch"), str):
@@ -133,7 +135,7 @@ def _read_json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     objects = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for line in read_regular(path).decode(errors="replace").split("\n"):
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
@@ -161,6 +163,7 @@ def _model_of_checkpoint(folder: Path) -> _Model | None:
     for name in ("model.safetensors", "checkpoints/last.safetensors"):
         try:
             # through NumPy: importing PyTorch takes seconds
+            check_regular(folder / name)
             with safe_open(folder / name, "numpy") as file:
                 spec = json.loads(file.metadata()["matryoshka"])["model"]
             return _Model(spec["arch"], tuple(spec["dims"]), spec["efficient"], nested=True)

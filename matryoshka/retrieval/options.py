@@ -38,7 +38,7 @@ class RetrieveOptions:
         common=True,
         existing=True,
     )
-    output: str = option(help="folder of the results", metavar="DIR", common=True)
+    output: str = option(help="folder of the results", metavar="DIR", common=True, file_name=True)
     overwrite: bool = option(False, help="replace results in it", common=True)
     index: str | None = option(
         None,
@@ -77,6 +77,7 @@ class RetrieveOptions:
         metavar="D,D,...",
         low=1,
         nonempty=True,
+        high=MAX_COUNT,
     )
     funnel_k: tuple[int, ...] | None = option(
         None,
@@ -84,6 +85,7 @@ class RetrieveOptions:
         metavar="K,K,...",
         low=1,
         nonempty=True,
+        high=MAX_COUNT,
     )
     at: tuple[int, ...] | None = option(
         None,
@@ -92,6 +94,7 @@ class RetrieveOptions:
         metavar="K,K,...",
         low=1,
         nonempty=True,
+        high=MAX_COUNT,
     )
     truth: int = option(
         2000,
@@ -106,6 +109,7 @@ class RetrieveOptions:
         metavar="B,B,...",
         low=1,
         nonempty=True,
+        high=MAX_COUNT,
     )
     no_speed: bool = option(False, help="do not measure speed")
     sweep: bool = option(False, help="try many search parameters instead of one set", common=True)
@@ -143,7 +147,7 @@ def retrieve_parser() -> FlagParser:
 class FolderOptions:
     """The index of a command."""
 
-    index: str = option(help="folder of the index", metavar="DIR", positional=True)
+    index: str = option(help="folder of the index", metavar="DIR", positional=True, file_name=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +157,7 @@ class SourceOptions:
     embeddings: str = option(
         help="folder that `matryoshka embed` wrote", metavar="DIR", existing=True
     )
-    prefix: str = option("", help="text before every name")
+    prefix: str = option("", help="text before every name", file_name=True)
     adapter: str | None = option(
         None,
         help="adapter of `matryoshka adapt`, which these embeddings go through; not for embeddings "
@@ -167,7 +171,7 @@ class SourceOptions:
 class LanceOptions:
     """A table of LanceDB."""
 
-    lancedb: str = option(help="folder or address of the database", metavar="URI")
+    lancedb: str = option(help="folder or address of the database", metavar="URI", file_name=True)
     table: str = option("embeddings", help="name of the table")
 
 
@@ -176,7 +180,7 @@ class ShortlistOptions:
     """The codes of a new index."""
 
     shortlist_dim: int | None = option(
-        None, help="dimensions of the codes; unset: 64, or all", metavar="D", low=1
+        None, help="dimensions of the codes; unset: 64, or all", metavar="D", low=1, high=MAX_COUNT
     )
 
 
@@ -185,7 +189,7 @@ class BuildOptions:
     """A new index."""
 
     lists: int | None = option(
-        None, help="lists of the inverted file; unset: about 4 x sqrt(rows)", low=1
+        None, help="lists of the inverted file; unset: about 4 x sqrt(rows)", low=1, high=MAX_COUNT
     )
     seed: int = option(0, help="seed of k-means and of the map", low=0, high=MAX_SEED)
     map: str = option(
@@ -207,7 +211,9 @@ class AddOptions:
 class DeleteOptions:
     """Rows to delete."""
 
-    names: tuple[str, ...] = option((), help="names of rows", metavar="NAME", positional=True)
+    names: tuple[str, ...] = option(
+        (), help="names of rows", metavar="NAME", positional=True, file_name=True
+    )
     names_from: Path | None = option(
         None, help="file of names, one per line, UTF-8", metavar="FILE", existing=True
     )

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from matryoshka.files import read_regular
 from matryoshka.retrieval.exact import exact_search
 from matryoshka.retrieval.hits import (
     Hits,
@@ -135,7 +136,7 @@ class Index:
         entry = self.manifest["deleted"]
         if not entry:
             return bits
-        stored = (self.path / entry["file"]).read_bytes()
+        stored = read_regular(self.path / entry["file"])
         if len(stored) != bits.nbytes or zlib.crc32(stored) != entry["crc32"]:
             raise RetrievalError(f"{self.path / entry['file']}: is damaged; {REBUILD}")
         return np.frombuffer(stored, np.uint64)

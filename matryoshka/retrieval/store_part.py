@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from matryoshka.files import open_regular, read_regular
 from matryoshka.retrieval import _native
 from matryoshka.retrieval.hits import RetrievalError, empty_bits
 from matryoshka.retrieval.ivf import InvertedFile
@@ -49,7 +50,7 @@ def with_checksum(metadata: Mapping[str, Any]) -> bytes:
 
 def read_checked(path: Path) -> dict[str, Any]:
     """Read a file of `with_checksum`. RetrievalError if a byte differs, OSError if unreadable."""
-    content = path.read_bytes()
+    content = read_regular(path)
     first, _, rest = content.partition(b"\n")
     try:
         if first == b'{"crc32": %d,' % zlib.crc32(rest):
@@ -161,11 +162,11 @@ class Part:
         if not size:  # an empty file cannot be mapped
             return np.zeros(shape, dtype)
         if size >= MMAP_MIN_BYTES:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 area = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, **MMAP_OPTIONS)
             array = np.frombuffer(area, dtype).reshape(shape)
         else:
-            array = np.frombuffer(path.read_bytes(), dtype).reshape(shape)
+            array = np.frombuffer(read_regular(path), dtype).reshape(shape)
         # A checksum reads the whole file: opening a large index must not.
         is_checked = name not in MAYBE_LARGE or size < MMAP_MIN_BYTES
         if is_checked and zlib.crc32(array.reshape(-1).view(np.uint8).data) != crc:
@@ -178,7 +179,7 @@ class Part:
             raise self.damaged(PART)
         for name, (_, crc) in self._files.items():
             actual = 0
-            with (self.folder / name).open("rb") as file:
+            with open_regular(self.folder / name) as file:
                 while block := file.read(1 << 22):
                     actual = zlib.crc32(block, actual)
             if actual != crc:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from matryoshka.embeddings.reading import META, Classes, Embeddings, matched_labels, open_embeddings
+from matryoshka.files import check_regular
 from matryoshka.retrieval.exact import exact_search
 from matryoshka.retrieval.hits import RetrievalError
 from matryoshka.retrieval.params import SearchParams
@@ -153,6 +154,7 @@ def _arrays(path: Path) -> Table:
 def _read(path: Path) -> np.ndarray:
     """Memory-map an .npy file, never a pickled one. RetrievalError."""
     try:
+        check_regular(path)
         return np.lib.format.open_memmap(path, "r")
     except OSError as error:
         raise RetrievalError(f"{path}: {error.strerror or error}") from None

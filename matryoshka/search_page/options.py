@@ -31,6 +31,7 @@ class ServeOptions:
         "their order",
         metavar="PATH",
         repeat=True,
+        file_name=True,
     )
     host: str = option("127.0.0.1", help="address to listen on; the default: this computer only")
     port: int = option(8000, help="0: any free one", low=0, high=65535)

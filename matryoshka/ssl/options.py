@@ -5,6 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from matryoshka.config import check_fields, option
+from matryoshka.config.limits import (
+    MAX_COUNT,
+    MAX_JITTER,
+    MAX_RATIO,
+    MAX_TEMPERATURE,
+    MAX_WEIGHT,
+    MIN_RATIO,
+    MIN_TEMPERATURE,
+)
 
 METHODS = ("relic", "moco", "simclr", "byol", "vicreg", "sigreg")
 WITH_TARGET = ("relic", "moco", "byol")  # a second tower, which follows the first
@@ -66,13 +75,21 @@ class SslConfig:
         high=1_000_000,
     )
     temperature: tuple[float, ...] = option(
-        (0.2,), help="of similarities: one, or one for each prefix", above=0
+        (0.2,),
+        help="of similarities: one, or one for each prefix",
+        low=MIN_TEMPERATURE,
+        high=MAX_TEMPERATURE,
     )
     learn_temperature: bool = option(
         False, help="relic: learn it, from ssl.temperature on, but not below ssl.least_temperature"
     )
-    least_temperature: float = option(0.05, help="with learn_temperature: its bound", above=0)
-    alpha: float = option(1.0, help="relic: weight of the invariance", low=0)
+    least_temperature: float = option(
+        0.05,
+        help="with learn_temperature: its bound",
+        low=MIN_TEMPERATURE,
+        high=MAX_TEMPERATURE,
+    )
+    alpha: float = option(1.0, help="relic: weight of the invariance", low=0, high=MAX_WEIGHT)
     stop_gradient: str = option(
         "second",
         help="relic: which of the two compared distributions has no gradient; columns: the term "
@@ -83,11 +100,21 @@ class SslConfig:
     momentum_end: float = option(
         1.0, help="decay at the end, reached along half a cosine", low=0, high=1
     )
-    momentum_after: int = option(0, help="steps in which the target is a copy", low=0)
-    momentum_every: int = option(1, help="steps between two updates of the target", low=1)
-    invariance: float = option(25.0, help="vicreg: weight of the views' distance", low=0)
-    variance: float = option(25.0, help="vicreg: weight of the standard deviations", low=0)
-    covariance: float = option(1.0, help="vicreg: weight of the covariances", low=0)
+    momentum_after: int = option(
+        0, help="steps in which the target is a copy", low=0, high=MAX_COUNT
+    )
+    momentum_every: int = option(
+        1, help="steps between two updates of the target", low=1, high=MAX_COUNT
+    )
+    invariance: float = option(
+        25.0, help="vicreg: weight of the views' distance", low=0, high=MAX_WEIGHT
+    )
+    variance: float = option(
+        25.0, help="vicreg: weight of the standard deviations", low=0, high=MAX_WEIGHT
+    )
+    covariance: float = option(
+        1.0, help="vicreg: weight of the covariances", low=0, high=MAX_WEIGHT
+    )
     gaussian: float = option(
         0.05,
         help="sigreg: weight of the distance from a Gaussian; 1 minus it of the views'",
@@ -139,7 +166,12 @@ class ViewsConfig:
     scale: tuple[float, float] = option(
         (0.2, 1.0), help="area of a view, share of the image: low,high", above=0, high=1
     )
-    ratio: tuple[float, float] = option((3 / 4, 4 / 3), help="width / height: low,high", above=0)
+    ratio: tuple[float, float] = option(
+        (3 / 4, 4 / 3),
+        help="width / height: low,high",
+        low=MIN_RATIO,
+        high=MAX_RATIO,
+    )
     small: int = option(0, help="further, small views (multi-crop)", low=0, high=64)
     small_size: int = option(0, help="pixels of their side; 0: 3/7 of size", low=0, high=16384)
     small_scale: tuple[float, float] = option(
@@ -152,6 +184,7 @@ class ViewsConfig:
         help="of brightness,contrast,saturation,hue, as torchvision's ColorJitter",
         low=0,
         check=_check_strengths,
+        high=MAX_JITTER,
     )
     grey: tuple[float, ...] = option((0.2,), help="probability of greyscale", low=0, high=1)
     blur: tuple[float, ...] = option((0.0,), help="probability of blur", low=0, high=1)
@@ -159,7 +192,10 @@ class ViewsConfig:
         (0,), help="pixels of the blur's kernel, odd; 0: a tenth of the view", low=0, high=1023
     )
     blur_sigma: tuple[float, float] = option(
-        (0.1, 2.0), help="standard deviation of the blur: low,high", above=0
+        (0.1, 2.0),
+        help="standard deviation of the blur: low,high",
+        low=0.01,
+        high=100,
     )
     solarise: tuple[float, ...] = option(
         (0.0,), help="probability of inverted bright values", low=0, high=1

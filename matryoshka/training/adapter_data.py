@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from matryoshka.embeddings.reading import META, WORK, open_embeddings
+from matryoshka.files import check_regular
 from matryoshka.models.adapter import AdapterError
 
 ROWS = "embeddings.npy"
@@ -81,6 +82,7 @@ def _of_embed(folder: Path) -> Given:
 
 def _array(file: Path) -> np.ndarray:
     try:
+        check_regular(file)
         # Never a pickle: open_memmap maps numbers only.
         return np.lib.format.open_memmap(file, "r")
     except OSError as error:

@@ -7,12 +7,21 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from matryoshka.config import FlagParser, flat_parser, option
-from matryoshka.runtime import MAX_THREADS
+from matryoshka.config.limits import (
+    MAX_COUNT,
+    MAX_DECAY,
+    MAX_DIM,
+    MAX_EPOCHS,
+    MAX_RATE,
+    MAX_SEED,
+    MAX_TEMPERATURE,
+    MAX_THREADS,
+    MIN_TEMPERATURE,
+)
 
 MAPS = ("linear", "residual")
 LOSSES = ("auto", "nca", "supcon", "classes", "neighbours", "similarity")
 SPLITS = ("random", "classes")
-MAX_SEED = 2**63 - 1  # torch's generators
 
 
 def _increasing(numbers: Sequence[int]) -> None:
@@ -39,7 +48,7 @@ class InputOptions:
         existing=True,
     )
     output: str = option(
-        help="folder of the results, created if missing", metavar="DIR", common=True
+        help="folder of the results, created if missing", metavar="DIR", common=True, file_name=True
     )
     overwrite: bool = option(False, help="replace the results in it", common=True)
 
@@ -57,6 +66,7 @@ class MapOptions:
         nonempty=True,
         check=_increasing,
         common=True,
+        high=MAX_DIM,
     )
     map: str = option(
         "linear",
@@ -108,15 +118,25 @@ class TrainingOptions:
 
     epochs: int = option(40, help="at most; 0: PCA alone", low=0, high=100_000, common=True)
     patience: int = option(
-        10, help="epochs without a better validation before the training stops", low=1
+        10,
+        help="epochs without a better validation before the training stops",
+        low=1,
+        high=MAX_EPOCHS,
     )
     batch_size: int = option(1024, help="embeddings per step", low=2, high=1 << 20)
-    lr: float | None = option(None, help="peak rate of AdamW; unset: that of the loss", above=0)
-    weight_decay: float = option(1e-4, help="of AdamW", low=0)
-    temperature: float | None = option(
-        None, help="of the cosines, but for similarity; unset: that of the loss", above=0
+    lr: float | None = option(
+        None, help="peak rate of AdamW; unset: that of the loss", above=0, high=MAX_RATE
     )
-    neighbours: int = option(10, help="similarity: nearest of each batch that count again", low=1)
+    weight_decay: float = option(1e-4, help="of AdamW", low=0, high=MAX_DECAY)
+    temperature: float | None = option(
+        None,
+        help="of the cosines, but for similarity; unset: that of the loss",
+        low=MIN_TEMPERATURE,
+        high=MAX_TEMPERATURE,
+    )
+    neighbours: int = option(
+        10, help="similarity: nearest of each batch that count again", low=1, high=MAX_COUNT
+    )
     threads: int = option(
         0, help="of PyTorch; 0: its default", low=0, high=MAX_THREADS, affects_result=False
     )

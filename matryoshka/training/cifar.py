@@ -13,6 +13,7 @@ from matryoshka.config import ConfigError
 from matryoshka.data.bars import Bars
 from matryoshka.data.catalogue import HUGGING_FACE
 from matryoshka.data.named import named_dataset
+from matryoshka.files import read_regular
 from matryoshka.models import FAMILIES, model_spec, option_names
 from matryoshka.training.checks import check_options
 from matryoshka.training.cifar_options import is_compression
@@ -130,9 +131,7 @@ def _why_no_wandb() -> str | None:
     if mode == "disabled":
         return "WANDB_MODE=disabled"
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    has_key = "WANDB_API_KEY" in os.environ or (
-        netrc.is_file() and "wandb" in netrc.read_text(errors="replace")
-    )
+    has_key = "WANDB_API_KEY" in os.environ or (netrc.is_file() and b"wandb" in read_regular(netrc))
     return None if has_key else "wandb is not configured (wandb login)"
 
 

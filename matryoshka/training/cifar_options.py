@@ -15,6 +15,14 @@ from typing import Any
 
 from matryoshka import config
 from matryoshka.config import MixedParser, flat_parser, option
+from matryoshka.config.limits import (
+    MAX_BATCH,
+    MAX_DECAY,
+    MAX_DIM,
+    MAX_EPOCHS,
+    MAX_RATE,
+    MAX_SEED,
+)
 from matryoshka.training.options import SECTIONS as TRAINING_SECTIONS
 from matryoshka.training.options import adan_betas
 
@@ -43,15 +51,20 @@ class CifarConfig:
     """Section `cifar`."""
 
     dataset: str = option(
-        "cifar10", help="cifar10, cifar100, stl10, tiny-imagenet, hf:OWNER/NAME, or a name for data"
+        "cifar10",
+        help="cifar10, cifar100, stl10, tiny-imagenet, hf:OWNER/NAME, or a name for data",
+        file_name=True,
     )
     data: tuple[str, ...] | None = option(
         None,
         help="instead of a download: a folder with train/ and test/ (and val/), or two .beton "
         "files, for training and test",
         affects_result=False,
+        file_name=True,
     )
-    cache: str = option("data", help="folder of downloaded data sets", affects_result=False)
+    cache: str = option(
+        "data", help="folder of downloaded data sets", affects_result=False, file_name=True
+    )
     image_column: str | None = option(None, help="of hf: data sets; unset: the column of images")
     label_column: str | None = option(
         None, help="of hf: data sets; unset: the column of class labels"
@@ -61,11 +74,13 @@ class CifarConfig:
     )
     size: int = option(32, help="pixels of a side, of the net's input", low=8, high=1024)
     patch: int | None = option(
-        None, help="pixels of a patch's side; unset: the net's default", low=1
+        None, help="pixels of a patch's side; unset: the net's default", low=1, high=1024
     )
-    dim: int | None = option(None, help="width of the transformer; unset: the net's default", low=1)
+    dim: int | None = option(
+        None, help="width of the transformer; unset: the net's default", low=1, high=MAX_DIM
+    )
     convkernel: int | None = option(
-        None, help="kernel of convmixer's convolutions; unset: the net's default", low=1
+        None, help="kernel of convmixer's convolutions; unset: the net's default", low=1, high=1024
     )
     val_share: float = option(
         0.1,
@@ -97,33 +112,49 @@ class Flags:
         None, help="architecture (vit; vitfixedposdualpatchnorm with MRL)", common=True
     )
     dataset: str | None = option(
-        None, help="cifar10, cifar100, stl10, tiny-imagenet or hf:OWNER/NAME (cifar10)", common=True
+        None,
+        help="cifar10, cifar100, stl10, tiny-imagenet or hf:OWNER/NAME (cifar10)",
+        common=True,
+        file_name=True,
     )
     data: str | None = option(
         None,
         help="instead of a download: a folder with train/ and test/ (and val/), or "
         "TRAIN.beton,TEST.beton",
         common=True,
+        file_name=True,
     )
-    cache: str | None = option(None, help="folder of downloaded data sets (data)")
-    lr: float | None = option(None, help="peak learning rate (0.0001)", low=0, common=True)
+    cache: str | None = option(None, help="folder of downloaded data sets (data)", file_name=True)
+    lr: float | None = option(
+        None, help="peak learning rate (0.0001)", low=0, common=True, high=MAX_RATE
+    )
     opt: str | None = option(None, help="optimizer (adam)", choices=OPTIMIZERS, common=True)
-    bs: int | None = option(None, help="images per step (512)", low=1, common=True)
+    bs: int | None = option(None, help="images per step (512)", low=1, common=True, high=MAX_BATCH)
     n_epochs: int | None = option(
-        None, help="epochs (200; 100 with MRL)", flag="--n_epochs", low=1, common=True
+        None,
+        help="epochs (200; 100 with MRL)",
+        flag="--n_epochs",
+        low=1,
+        common=True,
+        high=MAX_EPOCHS,
     )
-    size: int | None = option(None, help="pixels of a side (32)", low=8, common=True)
-    patch: int | None = option(None, help="pixels of a patch's side (4)", low=1, common=True)
-    dimhead: int | None = option(None, help="width of the transformer (512)", low=1, common=True)
+    size: int | None = option(None, help="pixels of a side (32)", low=8, common=True, high=1024)
+    patch: int | None = option(
+        None, help="pixels of a patch's side (4)", low=1, common=True, high=1024
+    )
+    dimhead: int | None = option(
+        None, help="width of the transformer (512)", low=1, common=True, high=MAX_DIM
+    )
     embedding_dim: int | None = option(
-        None, help="another name of --dimhead", flag="--embedding_dim", low=1
+        None, help="another name of --dimhead", flag="--embedding_dim", low=1, high=MAX_DIM
     )
-    convkernel: int | None = option(None, help="kernel of convmixer (8)", low=1)
+    convkernel: int | None = option(None, help="kernel of convmixer (8)", low=1, high=1024)
     weight_decay: float | None = option(
         None,
         help="weight decay (0.02 for adamw and adan, else 0)",
         flag="--weight_decay",
         low=0,
+        high=MAX_DECAY,
     )
     adan_beta1: float | None = option(
         None,
@@ -151,6 +182,7 @@ class Flags:
         flag="--mrl_dims",
         low=1,
         common=True,
+        high=MAX_DIM,
     )
     nested_proj_mrl: bool = option(
         False, help="short for --mrl_kind nested_proj", flag="--nested_proj_mrl"
@@ -170,7 +202,7 @@ class Flags:
     device: str | None = option(
         None, help="cuda, mps or cpu (the first of them that there is)", common=True
     )
-    seed: int | None = option(None, help="seed of everything random (0)", low=0)
+    seed: int | None = option(None, help="seed of everything random (0)", low=0, high=MAX_SEED)
     resume: bool = option(
         False, help="resume the newest run of this net, data set and patch", short="-r", common=True
     )

@@ -26,7 +26,7 @@ from matryoshka.checkpoint.model_file import EXPORTS
 from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.config import ConfigError
 from matryoshka.evaluation.evaluate import Evaluation
-from matryoshka.files import write_atomically
+from matryoshka.files import read_regular, write_atomically
 from matryoshka.models import FAMILIES, NestedModel
 from matryoshka.training.cifar_options import as_name
 from matryoshka.training.run_folder import draw_chart
@@ -114,7 +114,7 @@ class CifarOutputs:
         widest = self._run.dims[-1]
         key = self._accuracy if len(self._run.dims) == 1 else f"{self._accuracy}_{widest}"
         lines, losses, accuracies = [], [], []
-        for line in (folder / "log").read_text().splitlines():
+        for line in read_regular(folder / "log").decode().splitlines():
             values = json.loads(line)
             if key not in values:
                 continue  # not evaluated

@@ -9,30 +9,44 @@ from dataclasses import dataclass
 
 from matryoshka import config
 from matryoshka.config import AUTO, check_fields, check_name, option
+from matryoshka.config.limits import (
+    MAX_ALPHA,
+    MAX_BATCH,
+    MAX_COUNT,
+    MAX_DECAY,
+    MAX_EPOCHS,
+    MAX_JITTER,
+    MAX_MINUTES,
+    MAX_RATE,
+    MAX_RATIO,
+    MAX_SECONDS,
+    MAX_SEED,
+    MAX_SIDE,
+    MAX_TEMPERATURE,
+    MAX_THREADS,
+    MIN_RATIO,
+    MIN_TEMPERATURE,
+)
 from matryoshka.data.options import ON_ERROR, ORDERS
 from matryoshka.models.options import ModelConfig
-from matryoshka.runtime import DEVICES, MAX_THREADS, PRECISIONS, DistConfig
+from matryoshka.runtime import DEVICES, PRECISIONS, DistConfig
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "adan", "lars", "muon")
 MOMENTUM = 0.9
 ADAN_BETAS = (0.98, 0.92, 0.99)  # of the authors' code
 BETAS = {"adam": 2, "adamw": 2, "adan": 3, "muon": 2}  # their number, by optimizer
 CROPS = ("resized", "padded")
-MAX_IMAGE_SIZE = 16384  # pixels of a side, as the crops allow
+SHORTEST_HANG = 1  # second; every step counts as progress, and the first one takes longest
 
 
 @dataclass(frozen=True)
 class ResolutionConfig:
     """Section `resolution`: training images grow from min_res to max_res between two epochs."""
 
-    min_res: int = option(
-        160, help="pixels up to start_ramp", low=1, high=MAX_IMAGE_SIZE, common=True
-    )
-    max_res: int = option(
-        160, help="pixels from end_ramp on", low=1, high=MAX_IMAGE_SIZE, common=True
-    )
-    start_ramp: int = option(0, help="epoch at which images start to grow", low=0)
-    end_ramp: int = option(0, help="epoch from which images have max_res", low=0)
+    min_res: int = option(160, help="pixels up to start_ramp", low=1, high=MAX_SIDE, common=True)
+    max_res: int = option(160, help="pixels from end_ramp on", low=1, high=MAX_SIDE, common=True)
+    start_ramp: int = option(0, help="epoch at which images start to grow", low=0, high=MAX_EPOCHS)
+    end_ramp: int = option(0, help="epoch from which images have max_res", low=0, high=MAX_EPOCHS)
 
 
 def check_color_jitter(strengths: tuple[float, float, float, float]) -> None:
@@ -85,6 +99,7 @@ class ReadingConfig:
         128,
         help="pages (8 MB each) that quasi_random mixes and, with in_memory=0, holds",
         low=1,
+        high=2**20,
     )
     resident: str = option(
         "auto",
@@ -110,16 +125,24 @@ class DataConfig(ReadingConfig):
         choices=CROPS,
     )
     padding: int = option(
-        4, help="black pixels around the image, for crop=padded", low=0, high=MAX_IMAGE_SIZE
+        4, help="black pixels around the image, for crop=padded", low=0, high=MAX_SIDE
     )
     scale: tuple[float, float] = option(
         (0.08, 1.0), help="crop area, share of the image: low,high", above=0, high=1
     )
-    ratio: tuple[float, float] = option((3 / 4, 4 / 3), help="crop aspect ratio: low,high", above=0)
-    mixup: float = option(
-        0.0, help="alpha of mixup; with cutmix, each for half of the batches; 0: off", low=0
+    ratio: tuple[float, float] = option(
+        (3 / 4, 4 / 3),
+        help="crop aspect ratio: low,high",
+        low=MIN_RATIO,
+        high=MAX_RATIO,
     )
-    cutmix: float = option(0.0, help="alpha of CutMix; 0: off", low=0)
+    mixup: float = option(
+        0.0,
+        help="alpha of mixup; with cutmix, each for half of the batches; 0: off",
+        low=0,
+        high=MAX_ALPHA,
+    )
+    cutmix: float = option(0.0, help="alpha of CutMix; 0: off", low=0, high=MAX_ALPHA)
     randaugment: float = option(
         0.0,
         help="magnitude of RandAugment on the paper's scale; 0: off",
@@ -132,6 +155,7 @@ class DataConfig(ReadingConfig):
         help="strength of random brightness,contrast,saturation,hue, as torchvision's; 0: off",
         low=0,
         check=check_color_jitter,
+        high=MAX_JITTER,
     )
     random_erasing: float = option(
         0.0, help="probability that a rectangle of the image is erased", low=0, high=1
@@ -142,8 +166,10 @@ class DataConfig(ReadingConfig):
 class EvaluationCrop:
     """Options of section `validation`: images of an evaluation."""
 
-    batch_size: int = option(512, help="images per process", low=1, affects_result=False)
-    resolution: int = option(224, help="pixels of the central crop", low=1, high=MAX_IMAGE_SIZE)
+    batch_size: int = option(
+        512, help="images per process", low=1, affects_result=False, high=MAX_BATCH
+    )
+    resolution: int = option(224, help="pixels of the central crop", low=1, high=MAX_SIDE)
     crop_ratio: float = option(
         224 / 256, help="side of the crop / shorter side of the image", above=0, high=1
     )
@@ -160,21 +186,28 @@ class ValidationConfig(EvaluationCrop):
 class LrConfig:
     """Section `lr`."""
 
-    lr: float | None = option(None, help="peak rate; unset: lr_per_256 x global batch / 256", low=0)
+    lr: float | None = option(
+        None, help="peak rate; unset: lr_per_256 x global batch / 256", low=0, high=MAX_RATE
+    )
     lr_per_256: float = option(
-        0.125, help="peak rate per 256 images of the global batch", low=0, common=True
+        0.125,
+        help="peak rate per 256 images of the global batch",
+        low=0,
+        common=True,
+        high=MAX_RATE,
     )
     lr_schedule_type: str = option(
         "cyclic", help="shape over the run", choices=("step", "cyclic", "constant", "cosine")
     )
-    lr_peak_epoch: int = option(2, help="cyclic: epoch of the highest rate", low=0)
+    lr_peak_epoch: int = option(2, help="cyclic: epoch of the highest rate", low=0, high=MAX_EPOCHS)
     warmup_epochs: float = option(
         0.0,
         help="step, constant, cosine: epochs from 1e-4 x the peak rate to the peak, linear",
         low=0,
+        high=MAX_EPOCHS,
     )
-    step_ratio: float = option(0.1, help="step: factor at each step", low=0)
-    step_length: int = option(30, help="step: epochs between two steps", low=1)
+    step_ratio: float = option(0.1, help="step: factor at each step", low=0, high=1)
+    step_length: int = option(30, help="step: epochs between two steps", low=1, high=MAX_EPOCHS)
 
     def __post_init__(self) -> None:
         check_fields(self, "lr")
@@ -190,6 +223,12 @@ class LrConfig:
             )
 
 
+def check_hang_timeout(seconds: float) -> None:
+    """ValueError for a time in which no step can be made."""
+    if 0 < seconds < SHORTEST_HANG:
+        raise ValueError(f"expected 0, or {SHORTEST_HANG} seconds or more")
+
+
 @dataclass(frozen=True)
 class LoopConfig:
     """Options of section `training` that every training program has."""
@@ -200,15 +239,17 @@ class LoopConfig:
         low=1,
         affects_result=False,
         common=True,
+        high=MAX_BATCH,
     )
     accumulate: int = option(
-        1, help="forward passes per optimizer step", low=1, affects_result=False
+        1, help="forward passes per optimizer step", low=1, affects_result=False, high=65_536
     )
     global_batch_size: int = option(
         0,
         help="images per optimizer step; 0: batch_size x processes x accumulate",
         low=0,
         affects_result=False,
+        high=MAX_COUNT,
     )
     optimizer: str = option("sgd", help="optimizer", choices=OPTIMIZERS)
     momentum: float = option(
@@ -236,24 +277,35 @@ class LoopConfig:
         choices=("adamw", "sgd"),
     )
     muon_rest_lr: float = option(
-        1.0, help="muon: rate of the rest, as a factor of the rate", above=0
+        1.0, help="muon: rate of the rest, as a factor of the rate", above=0, high=MAX_RATE
     )
     muon_rest_momentum: float | None = option(
         None, help="muon: momentum of muon_rest=sgd; unset: momentum", low=0, below=1
     )
-    weight_decay: float = option(4e-5, help="weight decay of all but norm layers", low=0)
-    bn_wd: float = option(0.0, help="weight decay of norm layers, found by their type", low=0)
+    weight_decay: float = option(
+        4e-5, help="weight decay of all but norm layers", low=0, high=MAX_DECAY
+    )
+    bn_wd: float = option(
+        0.0, help="weight decay of norm layers, found by their type", low=0, high=MAX_DECAY
+    )
     clip: float = option(
-        0.0, help="largest gradient norm of a step, longer ones are scaled; 0: no limit", low=0
+        0.0,
+        help="largest gradient norm of a step, longer ones are scaled; 0: no limit",
+        low=0,
+        high=1e9,
     )
     sync_bn: bool = option(False, help="batch norm over all processes (GPUs only)")
-    epochs: int = option(30, help="passes over the training set", low=1, common=True)
+    epochs: int = option(
+        30, help="passes over the training set", low=1, common=True, high=MAX_EPOCHS
+    )
     distributed: bool | None = option(
         None,
         help="1: start the processes of section dist; under torchrun 1 is implied, 0 an error",
         affects_result=False,
     )
-    seed: int = option(0, help="seed of weights, sample order, crops and augmentations", low=0)
+    seed: int = option(
+        0, help="seed of weights, sample order, crops and augmentations", low=0, high=MAX_SEED
+    )
     deterministic: bool = option(
         False, help="the same weights in every run, slower: no compilation, no autotuning"
     )
@@ -274,33 +326,43 @@ class LoopConfig:
         "checkpoint in one",
         affects_result=False,
         common=True,
+        file_name=True,
     )
     checkpoint_every_steps: int = option(
         0,
         help="steps between two checkpoints; 0: only those of epochs and minutes",
         low=0,
         affects_result=False,
+        high=MAX_COUNT,
     )
     checkpoint_every_minutes: float = option(
         10.0,
         help="minutes between two checkpoints within an epoch; 0: off",
         low=0,
         affects_result=False,
+        high=MAX_MINUTES,
     )
     keep_last: int = option(
-        3, help="number of checkpoints to keep, beside the best one", low=1, affects_result=False
+        3,
+        help="number of checkpoints to keep, beside the best one",
+        low=1,
+        affects_result=False,
+        high=MAX_COUNT,
     )
     skip_limit: int = option(
         10,
         help="consecutive steps without a finite gradient before a rollback to the last checkpoint",
         low=1,
         affects_result=False,
+        high=MAX_COUNT,
     )
     hang_timeout: float = option(
         1800.0,
         help="seconds without progress before the run saves its stacks and ends; 0: never",
         low=0,
+        check=check_hang_timeout,
         affects_result=False,
+        high=MAX_SECONDS,
     )
 
     def __post_init__(self) -> None:
@@ -377,13 +439,17 @@ class TrainingConfig(LoopConfig):
         high=1,
     )
     distill_temperature: float = option(
-        1.0, help="distill: temperature that softens both answers", above=0
+        1.0,
+        help="distill: temperature that softens both answers",
+        low=MIN_TEMPERATURE,
+        high=MAX_TEMPERATURE,
     )
     sandwich: int | None = option(
         None,
         help="train the smallest, the largest and this many random other widths in each step; "
         "unset: all",
         low=0,
+        high=1024,
     )
     use_blurpool: bool = option(False, help="anti-aliased strided convolutions")
 
@@ -407,7 +473,11 @@ class LoggingConfig:
     """Section `logging`."""
 
     folder: str = option(
-        "trainlogs", help="parent of the run folder", affects_result=False, common=True
+        "trainlogs",
+        help="parent of the run folder",
+        affects_result=False,
+        common=True,
+        file_name=True,
     )
     run_id: str | None = option(
         None,
@@ -421,6 +491,7 @@ class LoggingConfig:
         help="0: evaluate once, at the end; 1: after every epoch; 2: also log steps",
         low=0,
         affects_result=False,
+        high=2,
     )
     tensorboard: bool = option(True, help="write scalars for TensorBoard", affects_result=False)
     wandb: str | None = option(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from matryoshka.environment import environment
-from matryoshka.files import write_atomically
+from matryoshka.files import open_append, read_regular, write_atomically
 
 
 class RunExists(ValueError):
@@ -108,7 +108,7 @@ class RunLog:
                 continue
             # An epoch that is trained again would otherwise have two lines.
             kept = []
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            for line in read_regular(path).decode().splitlines(keepends=True):
                 try:
                     values = json.loads(line)
                 except ValueError:
@@ -120,8 +120,7 @@ class RunLog:
     def _append(self, name: str, values: Mapping) -> None:
         if name not in self._files:
             # Line-buffered: a kill loses at most the line that is being written.
-            file = open(self.path / name, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-            self._files[name] = file
+            self._files[name] = open_append(self.path / name)
         self._files[name].write(json.dumps(values) + "\n")
 
     def write_line(self, values: Mapping) -> None:
@@ -206,7 +205,7 @@ def _start_wandb(project: str, path: Path, params: Mapping, *, resumed: bool) ->
     try:
         return wandb.init(
             project=project,
-            id=id_file.read_text().strip(),
+            id=read_regular(id_file).decode().strip(),
             resume="allow",
             dir=str(path),
             config=dict(params),

@@ -32,6 +32,7 @@ from matryoshka import distributed
 from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.config import check_name
 from matryoshka.distributed import World
+from matryoshka.files import read_regular
 from matryoshka.training import snapshot
 from matryoshka.training.guard import NonFiniteGuard, StepReport
 from matryoshka.training.run_folder import RunExists, RunLog, epoch_scalars, log_line
@@ -205,7 +206,7 @@ def _is_restart(path: Path) -> bool:
     if launch is None:
         return False
     try:
-        return json.loads((path / "env.json").read_text()).get("launch") == launch
+        return json.loads(read_regular(path / "env.json")).get("launch") == launch
     except (OSError, ValueError):
         # Killed before it wrote env.json; torchrun counts its restarts.
         return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from matryoshka.checkpoint.contents import TRAINING_FORMAT as FORMAT
 from matryoshka.checkpoint.contents import CheckpointError
-from matryoshka.files import write_atomically
+from matryoshka.files import open_regular, read_regular, write_atomically
 
 _DTYPES = {
     "F64": torch.float64,
@@ -223,7 +223,7 @@ def _link(path: Path, name: Path) -> None:
         os.link(path, temporary)
         os.replace(temporary, name)
     except PermissionError:  # FAT, some network volumes, some containers
-        write_atomically(name, path.read_bytes())
+        write_atomically(name, read_regular(path, max_bytes=None))
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -268,7 +268,7 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 def read(path: Path) -> Checkpoint:
     """Read a training checkpoint. Raises CheckpointError if it is not one, or damaged."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             header = _read_header(path, file)
             data = bytearray(file.read())
     except OSError as error:

@@ -15,6 +15,20 @@ from typing import Any, NamedTuple
 
 from matryoshka import config
 from matryoshka.config import MixedParser, flat_parser, option
+from matryoshka.config.limits import (
+    MAX_BATCH,
+    MAX_COUNT,
+    MAX_DECAY,
+    MAX_DIM,
+    MAX_EPOCHS,
+    MAX_PROCESSES,
+    MAX_RATE,
+    MAX_SEED,
+    MAX_TEMPERATURE,
+    MAX_THREADS,
+    MAX_WEIGHT,
+    MIN_TEMPERATURE,
+)
 from matryoshka.models.options import ModelConfig
 from matryoshka.runtime import BACKENDS, DistConfig
 from matryoshka.ssl.options import METHODS, SslConfig, ViewsConfig
@@ -39,6 +53,7 @@ class SslDataConfig(ReadingConfig):
         "with train/ (or unlabeled/) and test/ or val/",
         affects_result=False,
         common=True,
+        file_name=True,
     )
     bank_dataset: str | None = option(
         None,
@@ -46,7 +61,9 @@ class SslDataConfig(ReadingConfig):
         affects_result=False,
         existing=True,
     )
-    cache: str = option("data", help="folder of downloaded data sets", affects_result=False)
+    cache: str = option(
+        "data", help="folder of downloaded data sets", affects_result=False, file_name=True
+    )
 
 
 @dataclass(frozen=True)
@@ -62,18 +79,22 @@ class SslValidationConfig(EvaluationCrop):
         low=0,
         high=1,
     )
-    every: int = option(5, help="epochs between two evaluations", low=1, affects_result=False)
+    every: int = option(
+        5, help="epochs between two evaluations", low=1, affects_result=False, high=MAX_EPOCHS
+    )
     queries: int = option(
         2_000,
         help="images to evaluate on during the run; after the last epoch it is all of them",
         low=1,
         affects_result=False,
+        high=MAX_COUNT,
     )
     bank: int = option(
         50_000,
         help="training images among which neighbours are looked for",
         low=1,
         affects_result=False,
+        high=MAX_COUNT,
     )
 
 
@@ -85,12 +106,14 @@ class SslLoggingConfig(LoggingConfig):
         None,
         help="also write relic_model.pth and encoder.pth there, as the repository relic does",
         affects_result=False,
+        file_name=True,
     )
     moco_folder: str | None = option(
         None,
         help="also write best_model.pt, checkpoint_epoch_<e>.pt and final_model.pt there, as "
         "MoCo-Matryoshka does",
         affects_result=False,
+        file_name=True,
     )
 
 
@@ -119,19 +142,26 @@ class Flags:
         None,
         help="a name, a folder with train/ and test/ (or val/), a folder of images, or a .beton",
         common=True,
+        file_name=True,
     )
     net: str | None = option(None, help="encoder: see docs/models.md (resnet18)", common=True)
     dims: tuple[int, ...] | None = option(
-        None, help="prefix lengths (powers of two from 8 to the width)", low=1, common=True
+        None,
+        help="prefix lengths (powers of two from 8 to the width)",
+        low=1,
+        common=True,
+        high=MAX_DIM,
     )
     plain: bool = option(False, help="no prefixes: the full width alone", common=True)
-    epochs: int | None = option(None, help="epochs (200)", low=1, common=True)
+    epochs: int | None = option(None, help="epochs (200)", low=1, common=True, high=MAX_EPOCHS)
     batch_size: int | None = option(
-        None, help="images per process and step (256)", low=1, common=True
+        None, help="images per process and step (256)", low=1, common=True, high=MAX_BATCH
     )
-    lr: float | None = option(None, help="peak learning rate", low=0, common=True)
+    lr: float | None = option(None, help="peak learning rate", low=0, common=True, high=MAX_RATE)
     device: str | None = option(None, help="cuda, mps or cpu", common=True)
-    seed: int | None = option(None, help="seed of everything random (0)", low=0, common=True)
+    seed: int | None = option(
+        None, help="seed of everything random (0)", low=0, common=True, high=MAX_SEED
+    )
 
 
 DESCRIPTION = """Train an encoder without labels whose every prefix is a good embedding.
@@ -207,6 +237,7 @@ class RelicFlags:
         help="folder of downloads (./data); or a folder of images, or a .beton, to train on",
         flag="--dataset_path",
         common=True,
+        file_name=True,
     )
     dataset_name: str | None = option(
         None,
@@ -224,12 +255,19 @@ class RelicFlags:
         flag="--save_model_dir",
         short="-save_model_dir",
         common=True,
+        file_name=True,
     )
     num_epochs: int | None = option(
-        None, help="epochs (100)", flag="--num_epochs", low=1, common=True
+        None, help="epochs (100)", flag="--num_epochs", low=1, common=True, high=MAX_EPOCHS
     )
     batch_size: int | None = option(
-        None, help="images of a step (256)", flag="--batch_size", short="-b", low=1, common=True
+        None,
+        help="images of a step (256)",
+        flag="--batch_size",
+        short="-b",
+        low=1,
+        common=True,
+        high=MAX_BATCH,
     )
     learning_rate: float | None = option(
         None,
@@ -238,9 +276,16 @@ class RelicFlags:
         short="-lr",
         low=0,
         common=True,
+        high=MAX_RATE,
     )
     weight_decay: float | None = option(
-        None, help="weight decay (1e-5)", flag="--weight_decay", short="-wd", low=0, common=True
+        None,
+        help="weight decay (1e-5)",
+        flag="--weight_decay",
+        short="-wd",
+        low=0,
+        common=True,
+        high=MAX_DECAY,
     )
     fp16_precision: bool = option(
         False,
@@ -249,37 +294,49 @@ class RelicFlags:
         common=True,
     )
     proj_out_dim: int | None = option(
-        None, help="numbers of the projector's output (64)", flag="--proj_out_dim", low=1
+        None,
+        help="numbers of the projector's output (64)",
+        flag="--proj_out_dim",
+        low=1,
+        high=MAX_DIM,
     )
     proj_hidden_dim: int | None = option(
         None,
         help="numbers of its hidden layer (the encoder's width)",
         flag="--proj_hidden_dim",
         low=1,
+        high=MAX_DIM,
     )
     log_every_n_steps: int | None = option(
-        None, help="steps between two checkpoints (400)", flag="--log_every_n_steps", low=1
+        None,
+        help="steps between two checkpoints (400)",
+        flag="--log_every_n_steps",
+        low=1,
+        high=MAX_COUNT,
     )
     gamma: float | None = option(
         None, help="decay of the target at the start (0.995)", low=0, high=1
     )
-    alpha: float | None = option(None, help="weight of the invariance (1)", low=0)
+    alpha: float | None = option(None, help="weight of the invariance (1)", low=0, high=MAX_WEIGHT)
     update_gamma_after_step: int | None = option(
         None,
         help="step from which the decay rises; until then the target is a copy (2)",
         flag="--update_gamma_after_step",
         low=0,
+        high=MAX_COUNT,
     )
     update_gamma_every_n_steps: int | None = option(
         None,
         help="steps between two updates of the target (1)",
         flag="--update_gamma_every_n_steps",
         low=1,
+        high=MAX_COUNT,
     )
     ckpt_path: str | None = option(
         None,
         help="a run folder or checkpoint to resume, or weights to start from",
         flag="--ckpt_path",
+        file_name=True,
     )
 
 
@@ -438,43 +495,51 @@ class MocoFlags:
         help="instead of ImageNet-100 from the Hugging Face hub: a folder with train/ and val/, a "
         "name, or a .beton",
         common=True,
+        file_name=True,
     )
     batch_size: int | None = option(
-        None, help="images per process and step (256)", low=1, common=True
+        None, help="images per process and step (256)", low=1, common=True, high=MAX_BATCH
     )
-    epochs: int | None = option(None, help="epochs (100)", low=1, common=True)
-    lr: float | None = option(None, help="learning rate (0.03)", low=0, common=True)
+    epochs: int | None = option(None, help="epochs (100)", low=1, common=True, high=MAX_EPOCHS)
+    lr: float | None = option(None, help="learning rate (0.03)", low=0, common=True, high=MAX_RATE)
     momentum: float | None = option(None, help="momentum of SGD (0.9)", low=0, high=1)
-    weight_decay: float | None = option(None, help="weight decay (0.0001)", low=0)
+    weight_decay: float | None = option(None, help="weight decay (0.0001)", low=0, high=MAX_DECAY)
     nesting_list: tuple[int, ...] | None = option(
-        None, help="prefix lengths (8,16,...,2048)", low=1, common=True
+        None, help="prefix lengths (8,16,...,2048)", low=1, common=True, nonempty=True, high=MAX_DIM
     )
     dim: int | None = option(
-        None, help="width of the embedding without prefixes: plain MoCo", low=1
+        None, help="width of the embedding without prefixes: plain MoCo", low=1, high=MAX_DIM
     )
-    queue_size: int | None = option(None, help="keys in the queue (4096)", low=1, common=True)
+    queue_size: int | None = option(
+        None, help="keys in the queue (4096)", low=1, common=True, high=10_000_000
+    )
     moco_m: float | None = option(
         None, help="decay of the key encoder (0.999)", low=0, high=1, common=True
     )
-    temp: float | None = option(None, help="temperature (0.07)", above=0, common=True)
-    eval_interval: int | None = option(
-        None, help="epochs between two evaluations (5)", low=1, common=True
+    temp: float | None = option(
+        None, help="temperature (0.07)", common=True, low=MIN_TEMPERATURE, high=MAX_TEMPERATURE
     )
-    num_workers: int | None = option(None, help="decoding threads per process (all cores)", low=0)
+    eval_interval: int | None = option(
+        None, help="epochs between two evaluations (5)", low=1, common=True, high=MAX_EPOCHS
+    )
+    num_workers: int | None = option(
+        None, help="decoding threads per process (all cores)", low=0, high=MAX_THREADS
+    )
     num_gpus: int | None = option(
         None,
         help="processes, one for each GPU or MIG slice (train.py: 1; train_distributed.py: all)",
         low=1,
         common=True,
+        high=MAX_PROCESSES,
     )
     backend: str | None = option(
         None, help="of collectives: gloo, nccl (nccl; gloo on MIG slices)", choices=BACKENDS
     )
-    grad_clip: float | None = option(None, help="largest gradient norm", low=0)
+    grad_clip: float | None = option(None, help="largest gradient norm", low=0, high=1e9)
     pretrained: bool = option(False, help="start from ImageNet weights of torchvision")
-    log_dir: str | None = option(None, help="folder of the runs (runs)")
+    log_dir: str | None = option(None, help="folder of the runs (runs)", file_name=True)
     checkpoint_dir: str | None = option(
-        None, help="folder of best_model.pt and final_model.pt (checkpoints)"
+        None, help="folder of best_model.pt and final_model.pt (checkpoints)", file_name=True
     )
 
 

@@ -6,6 +6,7 @@ from what was drawn: rounded to a multiple of q, or through the inverse of a dis
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -17,9 +18,10 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-import yaml
-
-from matryoshka.config.options import did_you_mean, show
+from matryoshka.config.files import load_yaml
+from matryoshka.config.limits import MAX_COUNT
+from matryoshka.config.options import ConfigError, did_you_mean, show
+from matryoshka.files import read_regular
 
 MAX_BYTES = 1 << 20
 METHODS = ("grid", "random", "bayes")
@@ -30,6 +32,8 @@ LABELS = ("name", "description", "project", "entity", "apiVersion", "kind", "con
 VARIABLE = re.compile(r"\$\{envvar:(\w+)\}")
 STYLES = ("args", "args_no_hyphens", "args_no_equals", "args_no_boolean_flags", "args_json")
 MACROS = ("env", "interpreter", "program", "envvar:NAME", *STYLES)
+MAX_NUMBER = 1e15  # above, float64 has no neighbouring integers
+MAX_EXPONENT = 700  # e^709 is the largest float64
 MAX_GRID = 10_000  # points, each a row of the data base
 
 Q = {"q": 1}
@@ -57,6 +61,10 @@ DISTRIBUTIONS: dict[str, dict[str, Any]] = {
     "beta": BETA,
     "q_beta": BETA | Q,
 }
+EXPONENTS = (
+    *("log_uniform", "q_log_uniform", "inv_log_uniform"),
+    *("log_normal", "q_log_normal"),
+)
 # Share of a distribution's tails that is cut off: its inverse is infinite at 0 and 1.
 TAIL = 1e-9
 
@@ -125,7 +133,7 @@ class Parameter:
         if kind in ("normal", "q_normal", "log_normal", "q_log_normal"):
             drawn = facts["mu"] + facts["sigma"] * NormalDist().inv_cdf(drawn)
             if "log" in kind:
-                drawn = math.exp(drawn)
+                drawn = math.exp(min(drawn, MAX_EXPONENT))
         if kind in ("beta", "q_beta"):
             from scipy.stats import beta  # half a second to import
 
@@ -140,14 +148,22 @@ class Parameter:
         if domain.kind == "choice":
             return list(domain.choices)
         if domain.kind == "int":
+            self._check_grid(domain.high - domain.low)
             return list(range(int(domain.low), int(domain.high) + 1))
         if self.distribution == "q_uniform":
             q = self.facts["q"]
+            self._check_grid((domain.high - domain.low) / q)
             first, last = round(domain.low / q), round(domain.high / q)
             values = [rounded(k * q, q) for k in range(first, last + 1)]
             # What is drawn must lie in the domain, also where rounding has left it.
             return [min(max(value, domain.low), domain.high) for value in values]
         raise ValueError(f"method: grid needs values, not the distribution {self.distribution}")
+
+    def _check_grid(self, steps: float) -> None:
+        if steps > MAX_GRID:
+            raise ValueError(
+                f"parameters.{self.name}: a grid of {steps:,.0f} points; at most {MAX_GRID:,}"
+            )
 
 
 def rounded(value: float, q: float) -> float:
@@ -215,15 +231,16 @@ class Sweep:
 def read_sweep(path: str | Path) -> Sweep:
     """Read a sweep file. Raises SweepError, one line, for the first mistake; OSError."""
     path = Path(path)
-    if path.stat().st_size > MAX_BYTES:
-        raise SweepError(f"{path}: more than {MAX_BYTES} bytes: not a sweep file")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or "not text"
-        raise SweepError(f"{path}{line}: not valid YAML: {reason}") from None
+        content = load_yaml(read_regular(path, max_bytes=MAX_BYTES))
+    except ConfigError as error:
+        where, _, reason = str(error).partition(": ")
+        raise SweepError(f"{path}, {where}: not valid YAML: {reason}") from None
+    except OSError as error:
+        if error.errno == errno.EFBIG:
+            text = f"{path}: more than {MAX_BYTES} bytes: not a sweep file"
+            raise SweepError(text) from None
+        raise
     try:
         return _sweep(path, content)
     except ValueError as error:
@@ -271,7 +288,7 @@ def _parameter(name: str, given: Any) -> Parameter:
     if "parameters" in given:
         raise ValueError(f"{where}: nested parameters; write them as `{name}.inner` and so on")
     distribution = given.get("distribution") or _implied(given, where)
-    if distribution not in DISTRIBUTIONS:
+    if not isinstance(distribution, str) or distribution not in DISTRIBUTIONS:
         known = list(DISTRIBUTIONS)
         hint = did_you_mean(str(distribution), known)
         raise ValueError(
@@ -305,6 +322,11 @@ def _implied(given: Mapping[str, Any], where: str) -> str:
 
 def _check(distribution: str, facts: dict[str, Any], where: str) -> None:
     """ValueError for numbers that a distribution cannot have."""
+    for key in ("value", "values"):
+        try:
+            json.dumps(facts.get(key))
+        except (TypeError, ValueError):  # YAML has dates, and bytes
+            raise ValueError(f"{where}.{key}: expected numbers or text") from None
     if "values" in facts:
         values = facts["values"]
         if not isinstance(values, list) or not values:
@@ -312,12 +334,19 @@ def _check(distribution: str, facts: dict[str, Any], where: str) -> None:
         shares = facts.get("probabilities", [1.0])
         if not isinstance(shares, list) or not all(isinstance(s, int | float) for s in shares):
             raise ValueError(f"{where}.probabilities: expected a list of numbers")
+        for share in shares:
+            _number(share, f"{where}.probabilities")
         if "probabilities" in facts and len(shares) != len(values):
             raise ValueError(f"{where}.probabilities: expected one for each of the values")
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"{where}.probabilities: expected a sum of 1, none below 0")
     if "min" in facts and facts["min"] >= facts["max"]:
         raise ValueError(f"{where}: min={facts['min']} is not below max={facts['max']}")
+    if distribution in EXPONENTS:
+        for key, value in facts.items():
+            if key != "q" and abs(value) > MAX_EXPONENT:
+                text = f"expected an exponent of e, -{MAX_EXPONENT} to {MAX_EXPONENT}"
+                raise ValueError(f"{where}.{key}={value}: {text}")
     if "log_uniform_values" in distribution and facts["min"] <= 0:
         raise ValueError(f"{where}.min={facts['min']}: expected more than 0 for a logarithm")
     if distribution == "int_uniform" and not all(isinstance(n, int) for n in facts.values()):
@@ -344,7 +373,7 @@ def _stopping(given: Any) -> Stopping | None:
         return Stopping(_count(given["min_iter"], f"{name}.min_iter"), eta)
     last = _count(given["max_iter"], f"{name}.max_iter")
     # W&B's bands are max_iter / eta, ..., max_iter / eta^s.
-    brackets = _count(given.get("s"), f"{name}.s")
+    brackets = min(_count(given.get("s"), f"{name}.s"), 64)  # from there on, eta^s > max_iter
     return Stopping(max(1, last // eta**brackets), eta, last)
 
 
@@ -378,14 +407,16 @@ def _number(given: Any, where: str) -> float:
             given = float(given)
         except ValueError:
             given = None
-    if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
+    if isinstance(given, bool) or not isinstance(given, int | float) or math.isnan(given):
         raise ValueError(f"{where}: expected a number")
+    if abs(given) > MAX_NUMBER:
+        raise ValueError(f"{where}={show(given)}: expected at most {MAX_NUMBER:g}")
     return given
 
 
 def _count(given: Any, where: str) -> int:
-    if type(given) is not int or given < 1:
-        raise ValueError(f"{where}={show(given)}: expected a whole number, 1 or more")
+    if type(given) is not int or not 1 <= given <= MAX_COUNT:
+        raise ValueError(f"{where}={show(given)}: expected a whole number, 1 to {MAX_COUNT}")
     return given
 
 

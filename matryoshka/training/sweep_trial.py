@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from matryoshka.files import open_regular, read_regular
 from matryoshka.training.sweep_file import SweepError
 
 ROOT = Path(__file__).resolve().parents[2]  # the repository, or site-packages
@@ -96,7 +97,7 @@ class Process:
 
     def last_words(self) -> str:
         """The last line of its output, to explain a failure."""
-        text = self._output.read_bytes()[-10_000:].decode(errors="replace")
+        text = read_regular(self._output)[-10_000:].decode(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         line = lines[-1] if lines else "no output"
         return re.sub(r"[^\x20-\x7e]+", " ", line)[:300]
@@ -157,7 +158,7 @@ class Log:
     def new_lines(self) -> list[dict[str, Any]]:
         """The whole lines since the last call."""
         try:
-            with open(self._path, "rb") as file:
+            with open_regular(self._path) as file:
                 file.seek(self._at)
                 content = file.read()
         except FileNotFoundError:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from matryoshka.files import write_atomically
+from matryoshka.files import open_append, read_regular, write_atomically
 from matryoshka.training.sweep_file import Sweep, SweepError, command_line
 from matryoshka.training.sweep_trial import (
     Log,
@@ -186,7 +186,7 @@ def _optuna() -> Any:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One worker of one process at a time. The system frees the lock of a killed process."""
-    with open(folder / "lock", "ab") as file:
+    with open_append(folder / "lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -203,7 +203,7 @@ def _open(sweep: Sweep, folder: Path) -> Any:
     (folder / "trials").mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         if known.exists():
-            before = json.loads(known.read_text(encoding="utf-8"))
+            before = json.loads(read_regular(known))
             changed = [key for key in searched if before.get(key) != searched[key]]
             if changed:
                 raise SweepError(

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from matryoshka import config
 from matryoshka.config import option
-from matryoshka.runtime import DEVICES, MAX_THREADS
+from matryoshka.config.limits import MAX_SEED, MAX_THREADS
+from matryoshka.runtime import DEVICES
 
-MAX_SEED = 2**63 - 1  # torch's generators
 SUFFIX = ".safetensors"
 
 
@@ -108,6 +108,7 @@ class OutputConfig:
         help="the file to write; replaced when the new one is whole",
         common=True,
         check=_check_path,
+        file_name=True,
     )
 
 

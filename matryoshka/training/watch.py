@@ -115,6 +115,7 @@ class HangWatch:
         if self._seconds:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             # Open from the start: faulthandler's timer writes to a file descriptor.
+            self._path.unlink(missing_ok=True)  # a pipe of this name would wait for a reader
             self._file = open(self._path, "w", encoding="utf-8")
             self.beat()
         return self
