@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from matryoshka.environment import environment
 from matryoshka.files import write_atomically
+from matryoshka.training.run_lock import is_unused
 
 
 class RunExists(ValueError):
@@ -189,7 +190,7 @@ def _start_wandb(project: str, path: Path, params: Mapping, *, resumed: bool) ->
             f"logging.wandb={project}: wandb is not installed; `pip install wandb`"
         ) from None
 
-    is_new = not path.exists() or not any(path.iterdir())
+    is_new = is_unused(path)
     path.mkdir(parents=True, exist_ok=True)
     id_file = path / "wandb_id"
     # A new run in a folder of the same name must not continue the earlier run of wandb.
