@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from matryoshka import checkpoint, distributed
+from matryoshka import checkpoint, distributed, json_files
 from matryoshka.checkpoint.published import load_any
 from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.data import CenterCrop, Loader, open_dataset
@@ -204,7 +204,7 @@ def probe_and_save(
         "environment": environment(),
     }
     options = config.flat(cfg)
-    write_atomically(run / "params.json", (json.dumps(options, indent=1) + "\n").encode())
+    write_atomically(run / "params.json", json_files.encode(options))
     write_atomically(run / "config.yaml", config.to_yaml(cfg).encode())
     write_atomically(run / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     # Last: its existence marks a run as finished (list_runs.py).

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matryoshka import distributed
+from matryoshka import distributed, json_files
 from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.data.photos import Found, PhotoError, count_reasons, find_photos
 from matryoshka.data.writer import write_beton
@@ -92,8 +92,7 @@ class Run:
         shutil.rmtree(self.folder)
 
     def save(self) -> None:
-        content = json.dumps(self.state, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(self.folder / STATE, content.encode(errors="surrogateescape"))
+        write_atomically(self.folder / STATE, json_files.encode(self.state))
 
     def data(self, part: str) -> str:
         return str(self.folder / "data" / f"{part}.beton")
@@ -341,9 +340,9 @@ class Run:
 def read_state(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     """The state of an earlier start. PhotoError if it had other options or photos."""
     try:
-        state = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-    except ValueError:
-        raise PhotoError(f"{path}: damaged: not valid JSON; remove its folder") from None
+        state, _ = json_files.decode(path.read_bytes())
+    except json_files.JsonFileError as error:
+        raise PhotoError(f"{path}: damaged: {error}; otherwise remove its folder") from None
     if "images" not in state:  # a start that did not get beyond its photos
         return dict(asked)
     different = []

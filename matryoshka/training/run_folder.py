@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from matryoshka import json_files
 from matryoshka.environment import environment
 from matryoshka.files import write_atomically
 from matryoshka.training.run_lock import is_unused
@@ -72,9 +73,9 @@ class RunLog:
 
         path.mkdir(parents=True, exist_ok=True)
         env = environment() | {"launch": launch}
-        (path / "params.json").write_text(json.dumps(dict(params), indent=1) + "\n")
-        (path / "config.yaml").write_text(config_yaml)
-        (path / "env.json").write_text(json.dumps(env, indent=1) + "\n")
+        write_atomically(path / "params.json", json_files.encode(params))
+        write_atomically(path / "config.yaml", config_yaml.encode())
+        write_atomically(path / "env.json", (json.dumps(env, indent=1) + "\n").encode())
 
         if resumed_at is None:
             for name in ("log", "events.jsonl", "skipped.jsonl"):

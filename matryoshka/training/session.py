@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from matryoshka import distributed
+from matryoshka.checkpoint.contents import first_line
 from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.config import check_name
 from matryoshka.distributed import World
@@ -161,18 +162,19 @@ def resolve_run(
         lock = held.enter_context(RunLock(path, patience=patience, remedy=OTHER_FOLDER))
         _check_resumable(path, resume)
 
+    def accept(checkpoint: Checkpoint) -> None:
+        check_options(checkpoint, options, neutral, defaults or {})
+
     notes = [lock.note] if lock is not None and lock.note else []
     if run_lock.is_unused(path):
         return ResumePoint(path, notes=tuple(notes), lock=lock)
     if chosen is not None:
-        checkpoint = snapshot.read(chosen)
+        checkpoint, more = snapshot.chosen(chosen, accept)
     else:
-        checkpoint, rejected = snapshot.newest(path / "checkpoints")
-        notes += rejected
+        checkpoint, more = snapshot.newest(path / "checkpoints", accept)
     if checkpoint is None and resume not in (None, "auto"):
         raise SessionError(f"training.resume={resume}: contains no valid checkpoint")
-    if checkpoint is not None:
-        check_options(checkpoint, options, neutral, defaults or {})
+    notes += more
     return ResumePoint(path, checkpoint, _is_finished(path, chosen), tuple(notes), lock)
 
 
@@ -290,12 +292,12 @@ def broadcast_checkpoint(checkpoint: Checkpoint | None, world: World) -> Checkpo
     header = None
     if checkpoint is not None:
         shapes = {name: (t.dtype, tuple(t.shape)) for name, t in checkpoint.tensors.items()}
-        header = (checkpoint.path, checkpoint.metadata, shapes)
+        header = (checkpoint.path, checkpoint.metadata, shapes, checkpoint.is_sealed)
     header = distributed.broadcast(header, world)
     if header is None:
         return None
 
-    path, metadata, shapes = header
+    path, metadata, shapes, is_sealed = header
     tensors = {}
     for name, (dtype, shape) in shapes.items():
         if checkpoint is not None:
@@ -305,7 +307,7 @@ def broadcast_checkpoint(checkpoint: Checkpoint | None, world: World) -> Checkpo
         tensor = tensor.to(world.device)  # NCCL sends device memory only
         torch.distributed.broadcast(tensor, src=0)
         tensors[name] = tensor.cpu()
-    return Checkpoint(path, metadata, tensors)
+    return Checkpoint(path, metadata, tensors, is_sealed)
 
 
 # ---------------------------------------------------------------- the session
@@ -337,9 +339,11 @@ class Session:
         self._print0 = print0
         self.path = resume_point.path
         self._lock = resume_point.lock
-        self._resumed = resume_point.checkpoint is not None
+        folder = self.path / "checkpoints"
+        resumed: Checkpoint | None = None
         if resume_point.checkpoint is not None:
-            self._load(resume_point.checkpoint)
+            resumed = self._resume(resume_point.checkpoint, folder)
+        self._resumed = resumed is not None
 
         self.log: RunLog | None = None
         if world.is_main:
@@ -361,11 +365,11 @@ class Session:
             "global_batch": state.loader.batch_size,
             **state.metadata,
         }
-        self.snapshots = Snapshots(self.path / "checkpoints", metadata, options.keep_last)
-        if world.is_main and resume_point.checkpoint is not None:
+        self.snapshots = Snapshots(folder, metadata, options.keep_last)
+        if world.is_main and resumed is not None:
             # Later checkpoints belong to a continuation that this one replaces.
-            snapshot.delete_after(self.snapshots.folder, self.loop.step)
-            self.snapshots.adopt(resume_point.checkpoint)
+            snapshot.delete_after(folder, self.loop.step)
+            self.snapshots.adopt(resumed)
 
         self._signal = StopSignal()
         self._flags = AnyRankFlags(2, world)  # stop, checkpoint
@@ -587,6 +591,28 @@ class Session:
         )
         raise _RolledBack
 
+    def _resume(self, checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+        """Load a checkpoint and return it.
+
+        A file of an older version may be damaged in its header: if it does not fit, the one before
+        it is tried.
+        """
+        while True:
+            try:
+                self._load(checkpoint)
+                return checkpoint
+            except ValueError as error:  # SessionError, and the loader's StateError
+                if checkpoint.is_sealed:
+                    raise
+                older: Checkpoint | None = None
+                if self._world.is_main:
+                    older, _ = snapshot.newest(folder, before=checkpoint.metadata["step"])
+                older = broadcast_checkpoint(older, self._world)
+                if older is None:
+                    raise
+                self._print0(f"note     {error}; going on from {older.path.name}")
+                checkpoint = older
+
     def _load(self, checkpoint: Checkpoint) -> None:
         try:
             self._state.restore(
@@ -595,9 +621,9 @@ class Session:
                 self._world.rank,
                 self._world.size,
             )
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, LookupError, TypeError, AttributeError) as error:
             raise SessionError(
-                f"{checkpoint.path}: does not fit this run: {str(error).splitlines()[0]}"
+                f"{checkpoint.path}: does not fit this run: {first_line(error)}"
             ) from None
         self._guard.reset()
         self._consecutive_skips = 0

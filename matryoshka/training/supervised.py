@@ -292,7 +292,8 @@ class SupervisedRun(TrainingRun[NestedModel]):
     def best_model(self, session: Session) -> NestedModel:
         """The model of the best checkpoint; without one, of the last step. A copy, on all ranks.
 
-        Of the averaged weights, where there are any.
+        Of the averaged weights, where there are any. A best checkpoint that is damaged counts as
+        none, and is named.
         """
         average = self.ema is not None
         model = copy.deepcopy(self.ema.module if self.ema is not None else self.model)
@@ -300,7 +301,10 @@ class SupervisedRun(TrainingRun[NestedModel]):
         best: Checkpoint | None = None
         file = session.snapshots.folder / "best.safetensors"
         if self.world.is_main and file.exists():
-            best = read_checkpoint(file)
+            try:
+                best = read_checkpoint(file)
+            except checkpoint.CheckpointError as error:
+                self.print_notes([f"{error}; what follows is the model of the last step"])
         best = broadcast_checkpoint(best, self.world)
         if best is not None:
             model.load_state_dict(best.part("ema." if average else "model."))
