@@ -16,7 +16,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ from matryoshka.training.adapter import (
     temperature_of,
 )
 from matryoshka.training.adapter_data import Given, Parts, read_input, split
+from matryoshka.training.run_lock import RunLock
 
 ADAPTER = "adapter.safetensors"
 PLOT = "accuracy.png"
@@ -71,7 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     check(args)
     if args.threads:
         torch.set_num_threads(args.threads)
+    remedy = "wait for its end, or give another --output"
+    with RunLock(Path(args.output), remedy=remedy):
+        check(args)  # again: another start may have written there in the meantime
+        fit_and_write(args, report)
+    return 0
 
+
+def fit_and_write(args: SimpleNamespace, report: Callable[[str], None]) -> None:
+    """Read the embeddings, fit the map, choose, and write the files."""
     # ---- everything that can be refused, before work that takes time ----
     given = read_input(args.embeddings, args.labels)
     settings = settings_of(args, given)
@@ -144,7 +153,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "environment": environment(),
     }
     write(args, choice, results, metrics)
-    return 0
 
 
 # ---------------------------------------------------------------- options

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from matryoshka import __version__, config
+from matryoshka import __version__, config, json_files
 from matryoshka.files import read_regular
 from matryoshka.interrupts import importing
 
@@ -205,8 +204,13 @@ def demo(argv: Sequence[str]) -> int:
     state = folder / STATE
     if folder.exists() and not state.exists():
         raise FitError(f"{folder}: exists and is not a demo; give another folder")
-    if state.exists() and "seconds" in json.loads(read_regular(state)):
-        shutil.rmtree(folder)
+    if state.exists():
+        try:
+            before, _ = json_files.decode(read_regular(state))
+        except json_files.JsonFileError as error:
+            raise FitError(f"{state}: damaged: {error}; otherwise remove its folder") from None
+        if "seconds" in before:
+            shutil.rmtree(folder)
     shutil.rmtree(photos, ignore_errors=True)
     write_digits_folder(photos)
     print("scikit-learn's handwritten digits as photos; on your own: matryoshka fit PHOTOS\n")

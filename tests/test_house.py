@@ -34,6 +34,8 @@ ORDER = [
     "runtime",
     "config",
     "environment",
+    "tensor_files",
+    "json_files",
     "files",
     "interrupts",
     "lazy",

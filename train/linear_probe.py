@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from matryoshka import checkpoint, distributed
+from matryoshka import checkpoint, distributed, json_files
 from matryoshka.checkpoint.published import load_any
 from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.data import CenterCrop, Loader, open_dataset
@@ -48,6 +48,7 @@ from matryoshka.models import NestedModel, shortest_prefix, widest
 from matryoshka.nested import NestedLinear, check_dims, default_dims
 from matryoshka.training.loaders import check_classes
 from matryoshka.training.run_folder import new_run_id
+from matryoshka.training.run_lock import OTHER_FOLDER, RunLock, is_unused
 
 
 @config.program
@@ -57,10 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise config.ConfigError("linear_probe.py runs as one process; start it without torchrun")
     world = World(distributed.pick_device(cfg.model.device, 0))
     run = Path(cfg.logging.folder) / (cfg.logging.run_id or new_run_id("probe"))
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise config.ConfigError(
-            f"{run}: exists; choose another --logging.run_id or --logging.folder"
-        )
+    check_new(run)
     sets = {
         "train": open_dataset(cfg.data.train_dataset),
         "val": open_dataset(cfg.data.val_dataset),
@@ -68,10 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_sets(**sets)
     model = widest(load_any(cfg.model.path, "model.path"))
     dims = prefixes(cfg, model)
-    # Before hours of work: a folder that cannot be created ends the program now.
-    run.mkdir(parents=True, exist_ok=True)
-    probe_and_save(cfg, model, dims, sets=sets, run=run, device=world.device)
+    # Before hours of work: a folder that cannot be created, or is in use, ends the program now.
+    with RunLock(run, remedy=OTHER_FOLDER):
+        check_new(run)
+        probe_and_save(cfg, model, dims, sets=sets, run=run, device=world.device)
     return 0
+
+
+def check_new(run: Path) -> None:
+    """Raise ConfigError for a folder that has something in it."""
+    if not is_unused(run):
+        raise config.ConfigError(
+            f"{run}: exists; choose another --logging.run_id or --logging.folder"
+        )
 
 
 def check_sets(train, val) -> None:
@@ -197,7 +204,7 @@ def probe_and_save(
         "environment": environment(),
     }
     options = config.flat(cfg)
-    write_atomically(run / "params.json", (json.dumps(options, indent=1) + "\n").encode())
+    write_atomically(run / "params.json", json_files.encode(options))
     write_atomically(run / "config.yaml", config.to_yaml(cfg).encode())
     write_atomically(run / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     # Last: its existence marks a run as finished (list_runs.py).

@@ -5,9 +5,9 @@
     matryoshka runs trainlogs --json
 
 epochs            done / planned
-state             finished: its model exists; running: it wrote something in the last minutes;
-                  stopped: by a signal, resume it with --training.resume=auto; failed: it ended
-                  without a message
+state             finished: its model exists; running: a process holds its folder, or, where nothing
+                  shows that, has written in the last minutes; stopped: by a signal, resume it with
+                  --training.resume=auto; failed: it ended without a message
 short, long, at   top-1 % of the shortest and the longest prefix after the epoch in which the
                   longest was best
 img/s, wait       medians over the epochs; wait: share of the time spent waiting for data
@@ -16,8 +16,10 @@ skips             steps with non-finite gradients / rollbacks; the column is lef
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
 import sys
 import time
 from collections import Counter
@@ -31,6 +33,7 @@ from typing import Any
 from matryoshka import config
 from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.report import Run, RunError, read_run, short_dims
+from matryoshka.training import run_lock
 
 COLUMNS = 120
 # Seconds beyond the checkpoint interval after which a run that writes nothing has failed.
@@ -67,13 +70,18 @@ def parser() -> config.FlagParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     runs, others = collect([Path(folder) for folder in args.folders])
-    if not runs:
+    rows = []
+    for name, run in runs:
+        try:
+            rows.append(facts(name, run))
+        except OSError as error:  # removed since it was read, or a link that leads nowhere
+            others[run.path] = reason(error)
+    if not rows:
         why = f" ({left_out(others)})" if others else ""
         raise config.ConfigError(
             f"{', '.join(args.folders)}: contains no run{why}; name the folder that training wrote "
             "to (--logging.folder), or start a run: matryoshka train"
         )
-    rows = [facts(name, run) for name, run in runs]
     # Sorting is stable: rows that are equal by the second key stay sorted by date.
     rows.sort(key=SORTS["date"])
     rows.sort(key=SORTS[args.sort])
@@ -112,8 +120,13 @@ def collect(folders: Iterable[Path]) -> tuple[list[tuple[str, Run]], dict[Path, 
         except RunError as error:
             others[path] = str(error).removeprefix(f"{path}/")
         except OSError as error:
-            others[path] = f"{Path(error.filename or path).name}: {error.strerror}"
+            others[path] = reason(error)
     return runs, others
+
+
+def reason(error: OSError) -> str:
+    """Why a folder cannot be read, with the name of the file."""
+    return f"{Path(error.filename or '').name}: {error.strerror}"
 
 
 def search(root: Path) -> tuple[list[Path], dict[Path, str]]:
@@ -135,13 +148,21 @@ def search(root: Path) -> tuple[list[Path], dict[Path, str]]:
     if root not in runs:
         known = {path.relative_to(root).parts[0] for path in (*runs, *others)}
         with os.scandir(root) as entries:
-            names = sorted(
-                e.name
-                for e in entries
-                if e.is_dir() and not e.name.startswith(".") and e.name not in known
-            )
-        others |= {root / name: "no params.json" for name in names}
+            names = sorted(e.name for e in entries if not e.name.startswith("."))
+        for name in names:
+            why = why_no_run(root / name)
+            if why and name not in known:
+                others[root / name] = why
     return runs, others
+
+
+def why_no_run(path: Path) -> str:
+    """Why an entry without a run below it has none; "" for a file, which is not expected to."""
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except OSError as error:  # a link that leads nowhere, or to itself
+        return error.strerror or str(error)
+    return "no params.json" if is_folder else ""
 
 
 def left_out(others: Mapping[Path, str]) -> str:
@@ -184,9 +205,12 @@ def state(run: Run, now: float) -> str:
     """finished, stopped, running or failed."""
     if (run.path / FINAL).exists():
         return "finished"
+    if run_lock.holder(run.path) is not None:
+        return "running"
     if run.events and run.events[-1].get("event") == "stopped":
         return "stopped"
-    # No process can be asked: a run is alive if it has written within its checkpoint interval.
+    # A run on a file system without locks, or of an older version, is alive if it has written
+    # within its checkpoint interval.
     interval = run.params.get("training.checkpoint_every_minutes")
     quiet = QUIET + (60 * interval if isinstance(interval, int | float) else 0)
     return "running" if now - last_write(run.path) < quiet else "failed"
@@ -195,11 +219,15 @@ def state(run: Run, now: float) -> str:
 def last_write(folder: Path) -> float:
     """Time of the last change below a run folder; 0 if it is empty."""
     times = []
-    for path in (*folder.iterdir(), *folder.glob("checkpoints/*"), *folder.glob("tensorboard/*")):
+    for below in (folder, folder / "checkpoints", folder / "tensorboard"):
         try:
-            times.append(path.stat().st_mtime)
-        except OSError:  # a running run deletes and renames files
+            paths = list(below.iterdir())
+        except OSError:  # not there yet, or not a folder
             continue
+        for path in paths:
+            # A running run deletes and renames files.
+            with contextlib.suppress(OSError):
+                times.append(path.stat().st_mtime)
     return max(times, default=0.0)
 
 

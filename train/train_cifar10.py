@@ -30,6 +30,7 @@ from matryoshka.training.checks import check
 from matryoshka.training.cifar import resolved
 from matryoshka.training.cifar_images import SmallImages
 from matryoshka.training.cifar_outputs import CifarOutputs
+from matryoshka.training.run import claimed_run
 from matryoshka.training.summary import accuracy_text, epoch_line
 from matryoshka.training.supervised import SupervisedRun
 from matryoshka.training.watch import Stopped
@@ -63,22 +64,28 @@ def train(cfg: SimpleNamespace, world: World, notes: Sequence[str] = ()) -> None
     for note in notes:
         print0(note)
     images = SmallImages(cfg)
-    run = SupervisedRun(
-        cfg,
-        world,
-        print0,
-        sections=SECTIONS,
-        datasets=(images.train, images.validation),
-        normalisation=images.normalisation,
-        val_role=images.val_role,
-    )
-    folder = run.start.path
-    if run.start.finished:
-        print0(f"finished {folder}: this run is done; its model is {folder / FINAL}")
-        return
+    with claimed_run(cfg, world, sections=SECTIONS, name=cfg.model.arch) as start:
+        if start.finished:
+            print0(f"finished {start.path}: this run is done; its model is {start.path / FINAL}")
+            return
+        run = SupervisedRun(
+            cfg,
+            world,
+            print0,
+            start,
+            datasets=(images.train, images.validation),
+            normalisation=images.normalisation,
+            val_role=images.val_role,
+        )
+        print0(images.text)
+        train_epochs(run, images)
 
-    print0(images.text)
-    outputs = CifarOutputs(run) if world.is_main else None
+
+def train_epochs(run: SupervisedRun, images: SmallImages) -> None:
+    """Train, evaluate and save the best model."""
+    cfg = run.cfg
+    print0 = run.print0
+    outputs = CifarOutputs(run) if run.world.is_main else None
     epochs = cfg.training.epochs
     with run.session(best_of_average=True, resume_hint="--resume") as session:
         if outputs is not None:

@@ -31,6 +31,7 @@ from matryoshka.evaluation.evaluate import evaluate
 from matryoshka.nested import nested_cross_entropy
 from matryoshka.training.checks import check
 from matryoshka.training.loaders import validation_loader
+from matryoshka.training.run import claimed_run
 from matryoshka.training.run_folder import draw_chart
 from matryoshka.training.summary import accuracy_text, epoch_line
 from matryoshka.training.supervised import SupervisedRun
@@ -64,12 +65,18 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
     loss: has the signature of nested_cross_entropy.
     """
     print0 = partial(print, flush=True) if world.is_main else lambda *_: None
-    run = SupervisedRun(cfg, world, print0, sections=SECTIONS, loss=loss)
-    folder = run.start.path
-    if run.start.finished:
-        print0(f"finished {folder}: this run is done; its model is {folder / FINAL}")
-        return
+    with claimed_run(cfg, world, sections=SECTIONS, name=cfg.model.arch) as start:
+        if start.finished:
+            print0(f"finished {start.path}: this run is done; its model is {start.path / FINAL}")
+            return
+        train_epochs(SupervisedRun(cfg, world, print0, start, loss=loss))
 
+
+def train_epochs(run: SupervisedRun) -> None:
+    """Train, evaluate and save the model."""
+    cfg = run.cfg
+    print0 = run.print0
+    folder = run.start.path
     epochs = cfg.training.epochs
     mirrored = cfg.validation.lr_tta
     with run.session() as session:
@@ -102,7 +109,7 @@ def train(cfg: SimpleNamespace, world: World, *, loss: Callable = nested_cross_e
         if mirrored:
             accuracy = run.evaluate(session, tta=True).accuracy
             print0(f"mirrored {accuracy_text(accuracy)}  (with mirror images, validation.lr_tta=1)")
-        if world.is_main:
+        if run.world.is_main:
             # the last checkpoint must be complete before the run is finished
             session.snapshots.wait()
             checkpoint.save_upstream(run.model, folder / "final_weights.pt")

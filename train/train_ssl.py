@@ -26,6 +26,7 @@ if __name__ == "__main__":
 from matryoshka import distributed
 from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.distributed import World
+from matryoshka.training.run import claimed_run
 from matryoshka.training.ssl_outputs import SslOutputs
 from matryoshka.training.ssl_run import SslRun
 from matryoshka.training.ssl_setup import Images, check, resolved
@@ -65,15 +66,21 @@ FACE_FILES = {
 def train(cfg: SimpleNamespace, world: World, images: Images, notes: Sequence[str] = ()) -> None:
     """Run the training to its end, from its first step or from its last checkpoint."""
     print0 = partial(print, flush=True) if world.is_main else lambda *_: None
-    run = SslRun(cfg, world, print0, sections=SECTIONS, images=images)
-    folder = run.start.path
-    if run.start.finished:
-        print0(f"finished {folder}: this run is done; its encoder is {folder / FINAL}")
-        return
-    run.print_notes(notes)
+    name = f"{cfg.ssl.method}-{cfg.model.arch}"
+    with claimed_run(cfg, world, sections=SECTIONS, name=name) as start:
+        if start.finished:
+            print0(f"finished {start.path}: this run is done; its encoder is {start.path / FINAL}")
+            return
+        run = SslRun(cfg, world, print0, start, images=images)
+        run.print_notes(notes)
+        train_epochs(run)
 
-    outputs = SslOutputs(run) if world.is_main else None
-    epochs = cfg.training.epochs
+
+def train_epochs(run: SslRun) -> None:
+    """Train, evaluate and save the encoder."""
+    print0 = run.print0
+    outputs = SslOutputs(run) if run.world.is_main else None
+    epochs = run.cfg.training.epochs
     metrics: dict[str, float] = {}
     with run.session() as session:
         while session.loop.epoch < epochs:

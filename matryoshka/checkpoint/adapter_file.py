@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from matryoshka import tensor_files
 from matryoshka.checkpoint.contents import first_line
 from matryoshka.embeddings.reading import adapted_sha256, trunk_sha256
-from matryoshka.files import check_regular, write_atomically
+from matryoshka.files import write_atomically
 from matryoshka.models import NestedModel
 from matryoshka.models.adapter import METHODS, Adapter, AdapterError, AdapterSpec
 
 FORMAT = "matryoshka-adapter-1"
-KEY = "matryoshka"  # of the metadata
 MAKE = "`matryoshka adapt` makes one"
 DAMAGES = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError)
 MOST = 1 << 20  # numbers of an embedding: a file may claim any width
@@ -33,7 +30,7 @@ def save_adapter(path: str | Path, adapter: Adapter, about: Mapping[str, Any]) -
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in adapter.state_dict().items()
     }
-    write_atomically(path, save(tensors, {KEY: json.dumps(facts)}))
+    write_atomically(path, *tensor_files.encode(tensors, facts))
 
 
 def load_adapter(path: str | Path) -> Adapter:
@@ -42,19 +39,18 @@ def load_adapter(path: str | Path) -> Adapter:
     if not path.is_file():
         raise AdapterError(f"{path}: no such adapter file; {MAKE}")
     try:
-        check_regular(path)
-        with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {}).get(KEY, "null"))
-            if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-                raise AdapterError(f"{path}: is not an adapter (no {FORMAT} metadata); {MAKE}")
-            spec = _spec(facts["adapter"])
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        stored = tensor_files.read(path)
+        facts = stored.metadata
+        if facts is None or facts.get("format") != FORMAT:
+            raise AdapterError(f"{path}: is not an adapter (no {FORMAT} metadata); {MAKE}")
+        spec = _spec(facts["adapter"])
+        state = stored.tensors()
         _check_shapes(spec, state)
         adapter = Adapter(spec)
         adapter.load_state_dict(state)
     except AdapterError:
         raise
-    except (SafetensorError, OSError, *DAMAGES) as error:
+    except (OSError, *DAMAGES) as error:
         raise AdapterError(
             f"{path}: is not a whole adapter ({first_line(error)}); {MAKE}"
         ) from None

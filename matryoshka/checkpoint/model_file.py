@@ -7,7 +7,6 @@ Matryoshka ViT compression (`.pth`) by vit_pth.py.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from matryoshka import tensor_files
 from matryoshka.checkpoint import upstream, vit_pth
 from matryoshka.checkpoint.contents import (
     FORMAT,
@@ -32,7 +30,7 @@ from matryoshka.checkpoint.contents import (
 from matryoshka.checkpoint.torch_files import load_plain
 from matryoshka.data import CenterCrop
 from matryoshka.data.augment import Preprocessing
-from matryoshka.files import check_regular, open_regular, write_atomically
+from matryoshka.files import open_regular, write_atomically
 from matryoshka.models import FAMILIES, ModelSpec, NestedModel, build, extract
 
 EXPORTS = ("safetensors", "pth")  # formats of `export_dims`
@@ -46,7 +44,7 @@ def save_model(model: NestedModel, path: str | Path, config: Mapping | None = No
     """
     metadata = {"format": FORMAT, **describe(model), "config": dict(config or {})}
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    write_atomically(path, save(tensors, {"matryoshka": json.dumps(metadata)}))
+    write_atomically(path, *tensor_files.encode(tensors, metadata))
 
 
 def describe(model: NestedModel) -> dict[str, Any]:
@@ -196,31 +194,30 @@ def _refuse_old_style(path: Path, old_ckpt: bool) -> None:
 
 def _read_safetensors(path: Path) -> Contents:
     try:
-        check_regular(path)
-        with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("matryoshka", "null"))
-            known = (FORMAT, TRAINING_FORMAT)
-            if not isinstance(metadata, dict) or metadata.get("format") not in known:
-                raise CheckpointError(
-                    f"{path}: a safetensors file, but not a Matryoshka checkpoint "
-                    f"(no {FORMAT} metadata)"
-                )
-            # A training checkpoint has the optimizer's tensors beside the model's. `encoder` names
-            # the part to load; older files lack the key and hold a classifier.
-            trained = metadata["format"] == TRAINING_FORMAT
-            prefix = metadata.get("encoder", "model.") if trained else ""
-            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a dict)
-            state = {key[len(prefix) :]: file.get_tensor(key) for key in keys}
+        stored = tensor_files.read(path)
+        metadata = stored.metadata
+        if metadata is None or metadata.get("format") not in (FORMAT, TRAINING_FORMAT):
+            raise CheckpointError(
+                f"{path}: a safetensors file, but not a Matryoshka checkpoint "
+                f"(no {FORMAT} metadata)"
+            )
+        # A training checkpoint has the optimizer's tensors beside the model's. `encoder` names
+        # the part to load; older files lack the key and hold a classifier.
+        trained = metadata["format"] == TRAINING_FORMAT
+        state = stored.tensors(metadata.get("encoder", "model.") if trained else "")
         model = metadata["model"]  # JSON turned its tuple into a list
         spec = ModelSpec(**{**model, "dims": tuple(model["dims"])})
         preprocessing = preprocessing_of(metadata)
     except CheckpointError:
         raise
-    except (SafetensorError, OSError, TypeError, KeyError, RecursionError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except (TypeError, KeyError, RecursionError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: not a whole safetensors checkpoint ({first_line(error)})"
         ) from None
-    return Contents(spec, preprocessing, metadata.get("classes"), [], state)
+    notes = [] if stored.is_sealed else [tensor_files.OLD_NOTE]
+    return Contents(spec, preprocessing, metadata.get("classes"), notes, state)
 
 
 # ---------------------------------------------------------------- checks of a file's contents

@@ -5,7 +5,6 @@ names.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from matryoshka import json_files
 from matryoshka.checkpoint.contents import CheckpointError, Contents, first_line
 from matryoshka.checkpoint.torch_files import is_whole
 from matryoshka.data.augment import Preprocessing
@@ -160,9 +160,9 @@ def _read_params(path: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        params = json.loads(read_regular(file))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}); fix or remove it") from None
+        params, _ = json_files.decode(read_regular(file))
+    except json_files.JsonFileError as error:
+        raise CheckpointError(f"{file}: {error}; fix or remove it") from None
     if not isinstance(params, dict):
         return {}
     expected = {"model.arch": str, "model.nesting_start": int, "validation.resolution": int}

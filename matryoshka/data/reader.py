@@ -10,7 +10,6 @@ sample points outside its bytes; the contents of a JPEG stream are validated by 
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import zlib
@@ -20,6 +19,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from matryoshka import json_files
 from matryoshka.data import fields, layout
 from matryoshka.data.layout import BetonError, Samples
 from matryoshka.data.pages import MapFeed, PagedFile
@@ -420,17 +420,13 @@ class BetonFile:
         path = manifest_path(self.path)
         try:
             with open_regular(path) as file:
-                text = file.read().decode("utf-8")
+                manifest, _ = json_files.decode(file.read())
         except FileNotFoundError:
             return
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise BetonError(f"{path}: cannot be read: {reason}") from error
-        try:
-            # RecursionError: deeply nested lists exhaust the parser's stack.
-            manifest = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BetonError(f"{path}: is not JSON: {error}") from error
+        except OSError as error:
+            raise BetonError(f"{path}: cannot be read: {error.strerror}") from error
+        except json_files.JsonFileError as error:
+            raise BetonError(f"{path}: {error}") from None
         if not isinstance(manifest, dict):
             raise BetonError(f"{path}: is not a JSON object")
         self.manifest = manifest

@@ -10,7 +10,6 @@ disk.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Generator
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from matryoshka import json_files
 from matryoshka.data import _native, layout
 from matryoshka.data.layout import BetonError
 from matryoshka.data.options import WriteOptions
@@ -113,7 +113,7 @@ def write_beton(
             )
         num_bytes = pages.finish()
         content = manifest.content(pages.count, num_bytes)
-        side.append(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+        side.append(json_files.encode(content))
         # Both on the disk before either gets its name.
         file.flush()
         side.flush()

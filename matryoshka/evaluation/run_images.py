@@ -6,18 +6,16 @@ name, dataset = images_of_run(run, "validation")    # the images that chose the 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
+from matryoshka import json_files
 from matryoshka.checkpoint.run_files import PARAMS, run_of
 from matryoshka.config import ConfigError
 from matryoshka.data import BetonFile, ImageFolder, open_dataset
 from matryoshka.data.named import validation_part
 from matryoshka.data.split import held_out
 from matryoshka.data.subset import Subset
-from matryoshka.files import read_regular
 
 PARTS = ("test", "validation")
 _NEEDED = (
@@ -94,11 +92,13 @@ def _opened(run: Path, path: str | Path) -> BetonFile | ImageFolder:
 def _options(run: Path) -> SimpleNamespace | None:
     """The options that say what a run's images are; None if these are not among its options."""
     try:
-        params: dict[str, Any] = json.loads(read_regular(run / PARAMS))
+        params, _ = json_files.decoderead_regular(run / PARAMS)
         values = {name.partition(".")[2]: params[name] for name in _NEEDED}
         share, seed = float(values["val_share"]), int(values["seed"])
         paths = [Path(values[name]) for name in ("train_dataset", "val_dataset")]
-    except (OSError, ValueError, TypeError, RecursionError, LookupError, AttributeError):
+    except json_files.JsonFileError as error:
+        raise ConfigError(f"{run / PARAMS}: {error}") from None
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
     return SimpleNamespace(
         dataset=values["dataset"],

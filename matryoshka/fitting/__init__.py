@@ -10,6 +10,7 @@ outputs are in one folder; the same command resumes an interrupted run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -234,8 +235,11 @@ def fit(
     from matryoshka.fitting.output import Progress
     from matryoshka.fitting.run import Run
 
-    with Progress(report or (lambda _: None), 60 * minutes, started) as progress:
-        run = Run(folder, root, settings, progress)
+    with (
+        Progress(report or (lambda _: None), 60 * minutes, started) as progress,
+        contextlib.ExitStack() as held,
+    ):
+        run = Run(folder, root, settings, progress, held)
         prefixes, images = run.all()
     return FitResult(
         folder=folder,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matryoshka import distributed
+from matryoshka import distributed, json_files
 from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.data.photos import Found, PhotoError, count_reasons, find_photos
 from matryoshka.data.writer import write_beton
@@ -21,7 +22,9 @@ from matryoshka.fitting.output import Progress
 from matryoshka.report.tables import accuracy_table
 from matryoshka.training import recipe
 from matryoshka.training.progress import duration
+from matryoshka.training.run_lock import RunLock, is_unused
 
+LOCK = "fit.lock"  # not that of the training, which takes its own inside a fit
 IMAGES = "images.json"  # what was found and what was left out
 PARTS = ("train", "val", "test")
 VERSION = 1
@@ -35,6 +38,7 @@ class Run:
     root: Path
     settings: dict[str, Any]
     progress: Progress
+    held: ExitStack  # receives the lock of the folder
     state: dict[str, Any] = field(default_factory=dict)
 
     def all(self) -> tuple[dict[int, dict[str, float]], int]:
@@ -67,13 +71,15 @@ class Run:
         """Make the folder, or read the state of the run that is in it; whether it is new."""
         self.state = {"version": VERSION, **self.settings, "files": fingerprint(found)}
         path = self.folder / STATE
+        if not path.exists() and not is_unused(self.folder):
+            raise PhotoError(
+                f"--output {self.folder}: exists and was not made by fit; give another folder"
+            )
+        self.held.enter_context(
+            RunLock(self.folder, LOCK, remedy="wait for its end, or give another --output")
+        )
         is_new = not path.exists()
         if is_new:
-            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                raise PhotoError(
-                    f"--output {self.folder}: exists and was not made by fit; give another folder"
-                )
-            self.folder.mkdir(parents=True, exist_ok=True)
             self.save()
         else:
             self.state = read_state(path, self.state)
@@ -86,8 +92,7 @@ class Run:
         shutil.rmtree(self.folder)
 
     def save(self) -> None:
-        content = json.dumps(self.state, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(self.folder / STATE, content.encode(errors="surrogateescape"))
+        write_atomically(self.folder / STATE, json_files.encode(self.state))
 
     def data(self, part: str) -> str:
         return str(self.folder / "data" / f"{part}.beton")
@@ -335,9 +340,9 @@ class Run:
 def read_state(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     """The state of an earlier start. PhotoError if it had other options or photos."""
     try:
-        state = json.loads(read_regular(path).decode(errors="surrogateescape"))
-    except ValueError:
-        raise PhotoError(f"{path}: damaged: not valid JSON; remove its folder") from None
+        state, _ = json_files.decode(read_regular(path))
+    except json_files.JsonFileError as error:
+        raise PhotoError(f"{path}: damaged: {error}; otherwise remove its folder") from None
     if "images" not in state:  # a start that did not get beyond its photos
         return dict(asked)
     different = []

@@ -12,7 +12,6 @@ around the patch influence, too.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,11 +19,10 @@ from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from matryoshka.files import check_regular, write_atomically
+from matryoshka import tensor_files
+from matryoshka.files import write_atomically
 from matryoshka.models.options import ModelError
 from matryoshka.models.sizes import check_counts
 
@@ -284,7 +282,7 @@ def save_vqvae(
     """Write a .safetensors file: weights, sizes, and the normalisation of the training images."""
     metadata = {"format": FORMAT, "sizes": asdict(model.sizes), "mean": mean, "std": std}
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    write_atomically(path, save(tensors, {"matryoshka": json.dumps(metadata)}))
+    write_atomically(path, *tensor_files.encode(tensors, metadata))
 
 
 def read_encoder(path: str | Path) -> StoredEncoder:
@@ -293,16 +291,11 @@ def read_encoder(path: str | Path) -> StoredEncoder:
     if not Path(path).is_file():
         raise ModelError(f"{wrong}: no such file; `matryoshka vqvae` writes one")
     try:
-        check_regular(path)
-        with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("matryoshka", "null"))
-            if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-                raise ModelError(f"{wrong}: not a VQ-VAE; `matryoshka vqvae` writes one")
-            prefix = "encoder."
-            state = {}
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                if key.startswith(prefix):
-                    state[key.removeprefix(prefix)] = file.get_tensor(key)
+        stored = tensor_files.read(path)
+        metadata = stored.metadata
+        if metadata is None or metadata.get("format") != FORMAT:
+            raise ModelError(f"{wrong}: not a VQ-VAE; `matryoshka vqvae` writes one")
+        state = stored.tensors("encoder.")
         sizes = _sizes_of(metadata, path)
         mean, std = _three(metadata["mean"]), _three(metadata["std"])
         with torch.device("meta"):  # a file may claim any size
@@ -311,7 +304,7 @@ def read_encoder(path: str | Path) -> StoredEncoder:
             raise ModelError(f"{wrong}: its weights do not fit its sizes; train it again")
     except ModelError:
         raise
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError, RecursionError) as error:
+    except (OSError, TypeError, KeyError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{wrong}: not a whole VQ-VAE file ({reason})") from None
     encoder = Encoder(sizes)

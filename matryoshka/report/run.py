@@ -11,9 +11,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
-from matryoshka.files import check_regular, read_regular
+from matryoshka import json_files, tensor_files
+from matryoshka.files import open_regular, read_regular
 
 
 class RunError(ValueError):
@@ -105,9 +104,9 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     file = folder / "params.json"
     try:
-        params = json.loads(read_regular(file))
-    except (ValueError, RecursionError):
-        raise RunError(f"{file}: damaged: not valid JSON") from None
+        params, _ = json_files.decode(read_regular(file))
+    except json_files.JsonFileError as error:
+        raise RunError(f"{file}: damaged: {error}") from None
     if not isinstance(params, dict) or not isinstance(params.get("model.arch"), str):
         raise RunError(f"{file}: not the options of a training run: model.arch is missing")
 
@@ -162,12 +161,11 @@ def _model_of_checkpoint(folder: Path) -> _Model | None:
     """The model that a checkpoint of the run describes; None without a readable checkpoint."""
     for name in ("model.safetensors", "checkpoints/last.safetensors"):
         try:
-            # through NumPy: importing PyTorch takes seconds
-            check_regular(folder / name)
-            with safe_open(folder / name, "numpy") as file:
-                spec = json.loads(file.metadata()["matryoshka"])["model"]
+            with open_regular(folder / name) as file:
+                metadata = tensor_files.read_header(file).metadata or {}
+            spec = metadata["model"]
             return _Model(spec["arch"], tuple(spec["dims"]), spec["efficient"], nested=True)
-        except (OSError, SafetensorError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError):
             continue
     return None
 

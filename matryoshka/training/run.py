@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,10 +26,11 @@ from matryoshka.training.optim import configured_optimizer, lr_at, parameter_gro
 from matryoshka.training.progress import Forecast, Progress
 from matryoshka.training.run_folder import new_run_id
 from matryoshka.training.session import (
+    ResumePoint,
     Session,
     SessionOptions,
+    claim_run,
     launch_id,
-    resolve_run_on_all_ranks,
 )
 from matryoshka.training.state import TrainState
 from matryoshka.training.sums import Sums
@@ -40,12 +42,33 @@ Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean, std of each
 M = TypeVar("M", bound=nn.Module)
 
 
+@contextlib.contextmanager
+def claimed_run(
+    cfg: SimpleNamespace, world: World, *, sections: Mapping[str, type], name: str
+) -> Iterator[ResumePoint]:
+    """Where a run starts; in the block, no other process can use its folder.
+
+    sections: of the program, which decide what a resumed run may change. name: of a new run's
+    folder. Raises what `session.resolve_run` raises.
+    """
+    run_id = cfg.logging.run_id or launch_id() or new_run_id(name.replace(":", "-"))
+    with claim_run(
+        Path(cfg.logging.folder),
+        distributed.broadcast(run_id, world),
+        cfg.training.resume,
+        options=config.flat(cfg),
+        neutral=config.neutral_options(sections),
+        defaults=config.default_options(sections),
+        world=world,
+    ) as start:
+        yield start
+
+
 class TrainingRun(Generic[M]):
     """The part of a run that does not depend on what is learned. M: the module that is trained.
 
     cfg: sections `model`, `data`, `lr`, `training`, `logging` and those of the program. print0:
-    prints a line on rank 0. sections: of the program, which decide what a resumed run may change.
-    name: of a new run's folder. A finished run (`start.finished`) has nothing but its folder.
+    prints a line on rank 0. start: of `claimed_run`, not of a finished run.
     """
 
     train_loader: Loader
@@ -57,27 +80,14 @@ class TrainingRun(Generic[M]):
         cfg: SimpleNamespace,
         world: World,
         print0: Callable[[str], None],
-        *,
-        sections: Mapping[str, type],
-        name: str,
+        start: ResumePoint,
     ) -> None:
         self.cfg = cfg
         self.world = world
         self.print0 = print0
-        t = cfg.training
-        distributed.prepare(world.device, t.seed, t.deterministic)
-        run_id = cfg.logging.run_id or launch_id() or new_run_id(name.replace(":", "-"))
-        run_id = distributed.broadcast(run_id, world)
+        self.start = start
         self.options = config.flat(cfg)
-        self.start = resolve_run_on_all_ranks(
-            Path(cfg.logging.folder),
-            run_id,
-            t.resume,
-            options=self.options,
-            neutral=config.neutral_options(sections),
-            defaults=config.default_options(sections),
-            world=world,
-        )
+        distributed.prepare(world.device, cfg.training.seed, cfg.training.deterministic)
 
     @property
     def resumed(self) -> bool:

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from matryoshka import json_files
 from matryoshka.environment import environment
 from matryoshka.files import open_append, read_regular, write_atomically
+from matryoshka.training.run_lock import is_unused
 
 
 class RunExists(ValueError):
@@ -71,9 +73,9 @@ class RunLog:
 
         path.mkdir(parents=True, exist_ok=True)
         env = environment() | {"launch": launch}
-        (path / "params.json").write_text(json.dumps(dict(params), indent=1) + "\n")
-        (path / "config.yaml").write_text(config_yaml)
-        (path / "env.json").write_text(json.dumps(env, indent=1) + "\n")
+        write_atomically(path / "params.json", json_files.encode(params))
+        write_atomically(path / "config.yaml", config_yaml.encode())
+        write_atomically(path / "env.json", (json.dumps(env, indent=1) + "\n").encode())
 
         if resumed_at is None:
             for name in ("log", "events.jsonl", "skipped.jsonl"):
@@ -95,7 +97,7 @@ class RunLog:
         path = self.path / "log"
         if not path.exists():
             return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in read_regular(path).decode().splitlines()]
 
     def truncate(self, epoch: int) -> None:
         """Drop the lines of log and skipped.jsonl from `epoch` on, and unfinished lines."""
@@ -195,7 +197,7 @@ def _start_wandb(project: str, path: Path, params: Mapping, *, resumed: bool) ->
             f"logging.wandb={project}: wandb is not installed; `pip install wandb`"
         ) from None
 
-    is_new = not path.exists() or not any(path.iterdir())
+    is_new = is_unused(path)
     path.mkdir(parents=True, exist_ok=True)
     id_file = path / "wandb_id"
     # A new run in a folder of the same name must not continue the earlier run of wandb.

@@ -29,13 +29,15 @@ import torch
 from torch import Tensor
 
 from matryoshka import distributed
+from matryoshka.checkpoint.contents import first_line
 from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.config import check_name
 from matryoshka.distributed import World
 from matryoshka.files import read_regular
-from matryoshka.training import snapshot
+from matryoshka.training import run_lock, snapshot
 from matryoshka.training.guard import NonFiniteGuard, StepReport
 from matryoshka.training.run_folder import RunExists, RunLog, epoch_scalars, log_line
+from matryoshka.training.run_lock import OTHER_FOLDER, RunInUse, RunLock
 from matryoshka.training.snapshot import Checkpoint, Snapshots
 from matryoshka.training.state import LoopState, TrainState
 from matryoshka.training.watch import AnyRankFlags, HangWatch, Stopped, StopSignal
@@ -44,6 +46,8 @@ T = TypeVar("T")
 ROLLBACK_LR_FACTOR = 0.1  # of the learning rate after a rollback ...
 ROLLBACK_LR_STEPS = 100  # ... for this many steps after the bad one
 MAX_ROLLBACKS = 5
+# Seconds in which the process that torchrun has replaced frees its folder.
+RESTART_PATIENCE = 30.0
 
 
 class SessionError(ValueError):
@@ -66,13 +70,15 @@ class _RolledBack(Exception):
 class ResumePoint:
     """Start of a run: its folder, and the checkpoint to resume from, if any.
 
-    finished: the run is complete. notes: damaged checkpoints that were skipped.
+    finished: the run is complete. notes: for the user, such as the damaged checkpoints that were
+    skipped. lock: of the folder, on the rank that holds it.
     """
 
     path: Path
     checkpoint: Checkpoint | None = None
     finished: bool = False
     notes: tuple[str, ...] = ()
+    lock: RunLock | None = None
 
 
 @dataclass(frozen=True)
@@ -132,52 +138,77 @@ def resolve_run(
     *,
     neutral: Collection[str] = (),
     defaults: Mapping[str, Any] | None = None,
+    held: contextlib.ExitStack | None = None,
 ) -> ResumePoint:
     """Find where the run in `<folder>/<run_id>` starts.
 
     resume: "auto", a run folder, a checkpoint file in a run folder, or None. A folder created by
-    the same torchrun is a restart, which implies "auto". Raises RunExists if the folder is not
-    empty and resume is None, and SessionError if the path is not a run or if `options` would give
-    another result than the run's options. neutral: names of options that may differ, see
-    `config.neutral_options`. defaults: values of options that an older run does not have, see
-    `config.default_options`.
+    the same torchrun is a restart, which implies "auto". neutral: names of options that may differ,
+    see `config.neutral_options`. defaults: values of options that an older run does not have, see
+    `config.default_options`. held: receives the lock of the folder, unless the run is finished; it
+    is taken before the folder is looked at, so that no other start finds the same.
+
+    Raises RunInUse if another process uses the folder, RunExists if it is not empty and resume is
+    None, and SessionError if the path is not a run or if `options` would give another result than
+    the run's options.
     """
+    path, chosen = _run_path(folder, run_id, resume)
+    # Before the lock, too: a start that is refused leaves the folder as it is.
+    if (owner := run_lock.holder(path)) is not None and not _is_restart(path):
+        raise RunInUse(f"{path}: {owner}; {OTHER_FOLDER}")
+    _check_resumable(path, resume)
+    lock = None
+    if held is not None and not _is_finished(path, chosen):
+        patience = RESTART_PATIENCE if _restarts() else run_lock.PATIENCE
+        lock = held.enter_context(RunLock(path, patience=patience, remedy=OTHER_FOLDER))
+        _check_resumable(path, resume)
+
+    def accept(checkpoint: Checkpoint) -> None:
+        check_options(checkpoint, options, neutral, defaults or {})
+
+    notes = [lock.note] if lock is not None and lock.note else []
+    if run_lock.is_unused(path):
+        return ResumePoint(path, notes=tuple(notes), lock=lock)
+    if chosen is not None:
+        checkpoint, more = snapshot.chosen(chosen, accept)
+    else:
+        checkpoint, more = snapshot.newest(path / "checkpoints", accept)
+    if checkpoint is None and resume not in (None, "auto"):
+        raise SessionError(f"training.resume={resume}: contains no valid checkpoint")
+    notes += more
+    return ResumePoint(path, checkpoint, _is_finished(path, chosen), tuple(notes), lock)
+
+
+def _run_path(folder: Path, run_id: str, resume: str | None) -> tuple[Path, Path | None]:
+    """(the run folder, the checkpoint file that the user named)."""
     try:
         check_name(run_id)
     except ValueError as error:
         raise SessionError(f"logging.run_id={run_id!r}: {error}") from None
-    path = folder / run_id
-    chosen = None  # the checkpoint file that the user named
-    if resume not in (None, "auto"):
-        resume_path = Path(resume)
-        if resume_path.is_file():
-            chosen = resume_path
-            path = resume_path.parent.parent  # <run>/checkpoints/step_N.safetensors
-        else:
-            path = resume_path
-        if not path.is_dir():
-            raise SessionError(f"training.resume={resume}: no such run folder or checkpoint")
+    if resume in (None, "auto"):
+        return folder / run_id, None
+    named = Path(resume)
+    chosen = named if named.is_file() else None
+    # <run>/checkpoints/step_N.safetensors
+    path = named if chosen is None else named.parent.parent
+    if not path.is_dir():
+        raise SessionError(f"training.resume={resume}: no such run folder or checkpoint")
+    return path, chosen
 
-    if not path.exists() or not any(path.iterdir()):
-        return ResumePoint(path)
-    if resume is None and not _is_restart(path):
+
+def _check_resumable(path: Path, resume: str | None) -> None:
+    """RunExists if a run is in the folder that was not asked for."""
+    if resume is None and not run_lock.is_unused(path) and not _is_restart(path):
         raise RunExists(path)
 
-    notes: list[str] = []
-    if chosen is not None:
-        checkpoint = snapshot.read(chosen)
-    else:
-        checkpoint, notes = snapshot.newest(path / "checkpoints")
-    if checkpoint is None and resume not in (None, "auto"):
-        raise SessionError(f"training.resume={resume}: contains no valid checkpoint")
-    if checkpoint is not None:
-        check_options(checkpoint, options, neutral, defaults or {})
+
+def _is_finished(path: Path, chosen: Path | None) -> bool:
     # A chosen checkpoint continues a finished run from there.
-    finished = (path / FINAL).exists() and chosen is None
-    return ResumePoint(path, checkpoint, finished, tuple(notes))
+    return (path / FINAL).exists() and chosen is None
 
 
-def resolve_run_on_all_ranks(
+@contextlib.contextmanager
+def claim_run(
     folder: Path,
     run_id: str,
     resume: str | None,
@@ -186,19 +217,33 @@ def resolve_run_on_all_ranks(
     neutral: Collection[str] = (),
     defaults: Mapping[str, Any] | None = None,
     world: World,
-) -> ResumePoint:
-    """`resolve_run` on rank 0, with the result on all ranks."""
+) -> Iterator[ResumePoint]:
+    """`resolve_run` on rank 0, with the result on all ranks; in the block, the folder is this
+    run's alone.
+    """
     checkpoint: Checkpoint | None = None  # stays None on all ranks but the main one
+    lock: RunLock | None = None
 
-    def resolve() -> ResumePoint:
-        nonlocal checkpoint
-        resolved = resolve_run(folder, run_id, resume, options, neutral=neutral, defaults=defaults)
-        checkpoint = resolved.checkpoint
-        # on_main pickles its result; the tensors travel separately, without pickle.
-        return replace(resolved, checkpoint=None)
+    with contextlib.ExitStack() as held:
 
-    point = distributed.on_main(resolve, world)
-    return replace(point, checkpoint=broadcast_checkpoint(checkpoint, world))
+        def resolve() -> ResumePoint:
+            nonlocal checkpoint, lock
+            resolved = resolve_run(
+                folder, run_id, resume, options, neutral=neutral, defaults=defaults, held=held
+            )
+            checkpoint = resolved.checkpoint
+            lock = resolved.lock
+            # on_main pickles its result; the tensors travel separately, without pickle.
+            return replace(resolved, checkpoint=None, lock=None)
+
+        point = distributed.on_main(resolve, world)
+        checkpoint = broadcast_checkpoint(checkpoint, world)
+        yield replace(point, checkpoint=checkpoint, lock=lock)
+
+
+def _restarts() -> int:
+    """How often torchrun has restarted this process."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _is_restart(path: Path) -> bool:
@@ -209,7 +254,7 @@ def _is_restart(path: Path) -> bool:
         return json.loads(read_regular(path / "env.json")).get("launch") == launch
     except (OSError, ValueError):
         # Killed before it wrote env.json; torchrun counts its restarts.
-        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        return _restarts() > 0
 
 
 def check_options(
@@ -248,12 +293,12 @@ def broadcast_checkpoint(checkpoint: Checkpoint | None, world: World) -> Checkpo
     header = None
     if checkpoint is not None:
         shapes = {name: (t.dtype, tuple(t.shape)) for name, t in checkpoint.tensors.items()}
-        header = (checkpoint.path, checkpoint.metadata, shapes)
+        header = (checkpoint.path, checkpoint.metadata, shapes, checkpoint.is_sealed)
     header = distributed.broadcast(header, world)
     if header is None:
         return None
 
-    path, metadata, shapes = header
+    path, metadata, shapes, is_sealed = header
     tensors = {}
     for name, (dtype, shape) in shapes.items():
         if checkpoint is not None:
@@ -263,7 +308,7 @@ def broadcast_checkpoint(checkpoint: Checkpoint | None, world: World) -> Checkpo
         tensor = tensor.to(world.device)  # NCCL sends device memory only
         torch.distributed.broadcast(tensor, src=0)
         tensors[name] = tensor.cpu()
-    return Checkpoint(path, metadata, tensors)
+    return Checkpoint(path, metadata, tensors, is_sealed)
 
 
 # ---------------------------------------------------------------- the session
@@ -294,9 +339,12 @@ class Session:
         self._options = options
         self._print0 = print0
         self.path = resume_point.path
-        self._resumed = resume_point.checkpoint is not None
+        self._lock = resume_point.lock
+        folder = self.path / "checkpoints"
+        resumed: Checkpoint | None = None
         if resume_point.checkpoint is not None:
-            self._load(resume_point.checkpoint)
+            resumed = self._resume(resume_point.checkpoint, folder)
+        self._resumed = resumed is not None
 
         self.log: RunLog | None = None
         if world.is_main:
@@ -318,11 +366,11 @@ class Session:
             "global_batch": state.loader.batch_size,
             **state.metadata,
         }
-        self.snapshots = Snapshots(self.path / "checkpoints", metadata, options.keep_last)
-        if world.is_main and resume_point.checkpoint is not None:
+        self.snapshots = Snapshots(folder, metadata, options.keep_last)
+        if world.is_main and resumed is not None:
             # Later checkpoints belong to a continuation that this one replaces.
-            snapshot.delete_after(self.snapshots.folder, self.loop.step)
-            self.snapshots.adopt(resume_point.checkpoint)
+            snapshot.delete_after(folder, self.loop.step)
+            self.snapshots.adopt(resumed)
 
         self._signal = StopSignal()
         self._flags = AnyRankFlags(2, world)  # stop, checkpoint
@@ -473,6 +521,8 @@ class Session:
             totals = distributed.stack_over_ranks(self._state.sums.totals, self._world)
         self._saved_at = time.monotonic()
         if self._world.is_main:
+            if self._lock is not None:
+                self._lock.renew()
             tensors = self._state.tensors(totals)
             self.snapshots.save(self.loop.step, tensors, self._state.values(), best=best)
             self._report_problems()
@@ -553,6 +603,28 @@ class Session:
         )
         raise _RolledBack
 
+    def _resume(self, checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+        """Load a checkpoint and return it.
+
+        A file of an older version may be damaged in its header: if it does not fit, the one before
+        it is tried.
+        """
+        while True:
+            try:
+                self._load(checkpoint)
+                return checkpoint
+            except ValueError as error:  # SessionError, and the loader's StateError
+                if checkpoint.is_sealed:
+                    raise
+                older: Checkpoint | None = None
+                if self._world.is_main:
+                    older, _ = snapshot.newest(folder, before=checkpoint.metadata["step"])
+                older = broadcast_checkpoint(older, self._world)
+                if older is None:
+                    raise
+                self._print0(f"note     {error}; going on from {older.path.name}")
+                checkpoint = older
+
     def _load(self, checkpoint: Checkpoint) -> None:
         try:
             self._state.restore(
@@ -561,9 +633,9 @@ class Session:
                 self._world.rank,
                 self._world.size,
             )
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, LookupError, TypeError, AttributeError) as error:
             raise SessionError(
-                f"{checkpoint.path}: does not fit this run: {str(error).splitlines()[0]}"
+                f"{checkpoint.path}: does not fit this run: {first_line(error)}"
             ) from None
         self._guard.reset()
         self._consecutive_skips = 0

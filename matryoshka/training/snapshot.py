@@ -6,7 +6,7 @@
 
 `step_N.safetensors` are the latest few, `last` is the newest of them and `best` the most accurate
 one (hard links). A file gets its name only after it is complete and flushed to disk; reading
-verifies its checksum.
+verifies its checksums (tensor_files.py).
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import os
 import re
 import threading
 import time
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,32 +24,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from matryoshka import tensor_files
 from matryoshka.checkpoint.contents import TRAINING_FORMAT as FORMAT
 from matryoshka.checkpoint.contents import CheckpointError
-from matryoshka.files import open_regular, read_regular, write_atomically
+from matryoshka.files import read_regular, write_atomically
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+_DTYPES = tensor_files.dtypes()
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# What a run that resumes reads of the metadata; every version has written it.
+_METADATA = {"config": dict, "global_batch": int, "step": int, "best": bool, "progress": dict}
+_PROGRESS = {
+    "step": int,
+    "epoch": int,
+    "best": (int, float),
+    "rollbacks": int,
+    "calm_until": int,
+    "loader": dict,
+    "scaler": dict,
+    "optimizer": dict,
+}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as read from a file; tensors are on the CPU."""
+    """A checkpoint as read from a file; tensors are on the CPU.
+
+    is_sealed: all of the file was under checksums. Only a file of an older version is not.
+    """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
+    is_sealed: bool = True
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose name starts with `prefix`, without it: `model.`, `ema.`."""
@@ -193,13 +198,10 @@ class Snapshots:
                 return
 
             data = memoryview(copy.block.numpy())  # pyright: ignore[reportArgumentType]
-            own = {"matryoshka": metadata, "crc32": f"{zlib.crc32(data):08x}"}
-            header = json.dumps({"__metadata__": own, **copy.entries}).encode()
-            header += b" " * (-len(header) % 8)  # safetensors aligns the data to 8 bytes
-
+            header = tensor_files.encode_header(metadata, copy.entries, data)
             path = self.folder / f"step_{step}.safetensors"
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, len(header).to_bytes(8, "little"), header, data)
+            write_atomically(path, header, data)
             _link_names(path, best)
             # `best` is another hard link: deleting its step_N file does not delete its data.
             for old in _steps(self.folder)[self.keep_last :]:
@@ -230,12 +232,16 @@ def _link(path: Path, name: Path) -> None:
 
 def _steps(folder: Path) -> list[Path]:
     """step_N files, newest first."""
-    numbered = []
+    paths = []
     for path in folder.glob("step_*.safetensors"):
-        match = re.fullmatch(r"step_(\d+)\.safetensors", path.name)
-        if match is not None:
-            numbered.append((int(match[1]), path))  # as a number: step_10 is later than step_9
-    return [path for _, path in sorted(numbered, reverse=True)]
+        if re.fullmatch(r"step_\d+", path.stem):
+            paths.append(path)
+    return sorted(paths, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    """N of step_N, as a number: step_10 is later than step_9."""
+    return int(path.stem.removeprefix("step_"))
 
 
 def delete_after(folder: Path, step: int) -> None:
@@ -245,54 +251,86 @@ def delete_after(folder: Path, step: int) -> None:
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
     for path in _steps(folder):
-        if int(path.stem.removeprefix("step_")) > step:
+        if _step_of(path) > step:
             path.unlink(missing_ok=True)
 
 
-def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Newest valid checkpoint, and why newer ones were rejected."""
-    candidates = _steps(folder)
+def chosen(path: Path, accept: Callable[[Checkpoint], None]) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint of a file that the user named, and a note if it lacks a checksum.
+
+    Raises CheckpointError if it is damaged, and what `accept` raises.
+    """
+    checkpoint = read(path)
+    accept(checkpoint)
+    return checkpoint, _age(checkpoint)
+
+
+def _age(checkpoint: Checkpoint) -> list[str]:
+    return [] if checkpoint.is_sealed else [f"{checkpoint.path}: {tensor_files.OLD_NOTE}"]
+
+
+def newest(
+    folder: Path,
+    accept: Callable[[Checkpoint], None] = lambda checkpoint: None,
+    *,
+    before: int | None = None,
+) -> tuple[Checkpoint | None, list[str]]:
+    """Newest valid checkpoint, and notes: why newer ones were rejected, and what it lacks.
+
+    accept: raises a ValueError if a checkpoint cannot be resumed. That of a sealed file counts. A
+    file of an older version may be damaged, so its reason counts only if no other file will do.
+    before: a step; only earlier checkpoints.
+    """
+    candidates = []
+    for path in _steps(folder):
+        if before is None or _step_of(path) < before:
+            candidates.append(path)
     last = folder / "last.safetensors"
-    if last.exists():
+    if last.exists() and before is None:
         candidates.append(last)
     # A damaged file costs only the steps since the one before it.
-    notes = []
+    notes: list[str] = []
+    unfit: ValueError | None = None
     for path in candidates:
         try:
-            return read(path), notes
+            checkpoint = read(path)
         except CheckpointError as error:
             notes.append(str(error))
+            continue
+        try:
+            accept(checkpoint)
+        except ValueError as error:
+            if checkpoint.is_sealed:
+                raise
+            unfit = unfit or error
+            notes.append(str(error))
+            continue
+        return checkpoint, notes + _age(checkpoint)
+    if unfit is not None:
+        raise unfit
     return None, notes
 
 
 def read(path: Path) -> Checkpoint:
     """Read a training checkpoint. Raises CheckpointError if it is not one, or damaged."""
     try:
-        with open_regular(path) as file:
-            header = _read_header(path, file)
-            data = bytearray(file.read())
+        stored = tensor_files.read(path)
+        metadata = stored.metadata
+        if metadata is None or metadata.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: not a training checkpoint (no {FORMAT} metadata)")
+        tensors = stored.tensors()
+        if not stored.is_sealed:
+            _check_types(metadata, _METADATA, "")
+            _check_types(metadata["progress"], _PROGRESS, "progress.")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-
-    # safetensors has no checksum of its own, and a flipped bit would go unnoticed.
-    own = header.pop("__metadata__")
-    if f"{zlib.crc32(data):08x}" != own.get("crc32"):
-        raise CheckpointError(f"{path}: damaged: its checksum does not match its contents")
-    block = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    # Clones are aligned as libraries expect it (torch.set_rng_state crashes otherwise), and each
-    # can be freed alone.
-    tensors = {name: _view(block, entry).clone() for name, entry in header.items()}
-    return Checkpoint(path, json.loads(own["matryoshka"]), tensors)
+    except tensor_files.TensorFileError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return Checkpoint(path, metadata, tensors, stored.is_sealed)
 
 
-def _read_header(path: Path, file) -> dict[str, Any]:
-    try:
-        size = int.from_bytes(file.read(8), "little")
-        # A damaged size must not allocate more than 64 MiB.
-        header = json.loads(file.read(size)) if size < 1 << 26 else None
-        metadata = json.loads(header["__metadata__"]["matryoshka"])  # type: ignore[index]
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not a complete training checkpoint") from error
-    if metadata.get("format") != FORMAT or header is None:
-        raise CheckpointError(f"{path}: not a training checkpoint (no {FORMAT} metadata)")
-    return header
+def _check_types(values: Mapping[str, Any], types: Mapping[str, Any], prefix: str) -> None:
+    """TensorFileError unless `values` has all names of `types`, with values of these types."""
+    for name, kind in types.items():
+        if not isinstance(values.get(name), kind):
+            raise tensor_files.TensorFileError(f"damaged: its metadata lack {prefix}{name}")

@@ -37,7 +37,7 @@ from matryoshka.training.loaders import (
 )
 from matryoshka.training.meter import EpochMeter
 from matryoshka.training.run import TrainingRun, compile_model, distribute
-from matryoshka.training.session import Session
+from matryoshka.training.session import ResumePoint, Session
 from matryoshka.training.ssl_setup import (
     Images,
     check_batch,
@@ -55,8 +55,8 @@ BEST_METRIC = "knn20_mean"  # over the prefixes
 class SslRun(TrainingRun[Learner]):
     """A run that is set up from its options and ready for its first or next step.
 
-    cfg: resolved by ssl_setup. images: the opened data sets. print0: prints a line on rank 0. A
-    finished run (`start.finished`) has no loader and no learner.
+    cfg: resolved by ssl_setup. print0: prints a line on rank 0. start: of `claimed_run`, not of a
+    finished run. images: the opened data sets.
     """
 
     learner: Learner
@@ -66,15 +66,12 @@ class SslRun(TrainingRun[Learner]):
         cfg: SimpleNamespace,
         world: World,
         print0: Callable[[str], None],
+        start: ResumePoint,
         *,
-        sections: Mapping[str, type],
         images: Images,
     ) -> None:
-        name = f"{cfg.ssl.method}-{cfg.model.arch}"
-        super().__init__(cfg, world, print0, sections=sections, name=name)
+        super().__init__(cfg, world, print0, start)
         self.images = images
-        if self.start.finished:
-            return
         self._load_data()
         notes = self._build_learner()
         self._build_state()

@@ -2,7 +2,7 @@
 
 A program prepares a run, opens its session and writes the loop itself:
 
-    run = SupervisedRun(cfg, world, print0, sections=SECTIONS)
+    run = SupervisedRun(cfg, world, print0, start)      # of `claimed_run`
     with run.session() as session:
         while session.loop.epoch < epochs:
             with session.rollback():
@@ -51,10 +51,7 @@ from matryoshka.training.loaders import (
 from matryoshka.training.meter import EpochMeter
 from matryoshka.training.run import Normalisation, TrainingRun, compile_model, distribute
 from matryoshka.training.run_folder import accuracy_metrics
-from matryoshka.training.session import (
-    Session,
-    broadcast_checkpoint,
-)
+from matryoshka.training.session import ResumePoint, Session, broadcast_checkpoint
 from matryoshka.training.snapshot import Checkpoint
 from matryoshka.training.snapshot import read as read_checkpoint
 from matryoshka.training.summary import batch_notes, schedule_notes, size_text
@@ -64,13 +61,11 @@ from matryoshka.training.supervised_step import LossFn, train_step
 class SupervisedRun(TrainingRun[NestedModel]):
     """A run that is set up from its options and ready for its first or next step.
 
-    cfg: sections of training/options.py. print0: prints a line on rank 0. sections: of the program,
-    which decide what a resumed run may change. datasets: opened training and validation sets
-    instead of data.train_dataset and data.val_dataset. normalisation: mean and std of the images,
-    used unless initial weights have their own. val_role: what the validation set is for. loss: has
-    the signature of nested_cross_entropy.
-
-    A finished run (`start.finished`) has no loaders and no model.
+    cfg: sections of training/options.py. print0: prints a line on rank 0. start: of `claimed_run`,
+    not of a finished run. datasets: opened training and validation sets instead of
+    data.train_dataset and data.val_dataset. normalisation: mean and std of the images, used unless
+    initial weights have their own. val_role: what the validation set is for. loss: has the
+    signature of nested_cross_entropy.
     """
 
     val_loader: Loader
@@ -81,17 +76,15 @@ class SupervisedRun(TrainingRun[NestedModel]):
         cfg: SimpleNamespace,
         world: World,
         print0: Callable[[str], None],
+        start: ResumePoint,
         *,
-        sections: Mapping[str, type],
         datasets: tuple[Dataset, Dataset] | None = None,
         normalisation: Normalisation | None = None,
         val_role: str = "for validation",
         loss: Callable = nested_cross_entropy,
     ) -> None:
-        super().__init__(cfg, world, print0, sections=sections, name=cfg.model.arch)
+        super().__init__(cfg, world, print0, start)
         self._val_role = val_role
-        if self.start.finished:
-            return
         self._load_data(datasets)
         notes = self._build_model(normalisation)
         self._build_state(loss)
@@ -299,7 +292,8 @@ class SupervisedRun(TrainingRun[NestedModel]):
     def best_model(self, session: Session) -> NestedModel:
         """The model of the best checkpoint; without one, of the last step. A copy, on all ranks.
 
-        Of the averaged weights, where there are any.
+        Of the averaged weights, where there are any. A best checkpoint that is damaged counts as
+        none, and is named.
         """
         average = self.ema is not None
         model = copy.deepcopy(self.ema.module if self.ema is not None else self.model)
@@ -307,7 +301,10 @@ class SupervisedRun(TrainingRun[NestedModel]):
         best: Checkpoint | None = None
         file = session.snapshots.folder / "best.safetensors"
         if self.world.is_main and file.exists():
-            best = read_checkpoint(file)
+            try:
+                best = read_checkpoint(file)
+            except checkpoint.CheckpointError as error:
+                self.print_notes([f"{error}; what follows is the model of the last step"])
         best = broadcast_checkpoint(best, self.world)
         if best is not None:
             model.load_state_dict(best.part("ema." if average else "model."))

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from matryoshka import json_files
 from matryoshka.files import open_append, read_regular, write_atomically
 from matryoshka.training.sweep_file import Sweep, SweepError, command_line
 from matryoshka.training.sweep_trial import (
@@ -203,7 +204,10 @@ def _open(sweep: Sweep, folder: Path) -> Any:
     (folder / "trials").mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         if known.exists():
-            before = json.loads(read_regular(known))
+            try:
+                before, _ = json_files.decode(read_regular(known))
+            except json_files.JsonFileError as error:
+                raise SweepError(f"{known}: damaged: {error}") from None
             changed = [key for key in searched if before.get(key) != searched[key]]
             if changed:
                 raise SweepError(
@@ -211,7 +215,7 @@ def _open(sweep: Sweep, folder: Path) -> Any:
                     "give another folder (--study), or delete this one"
                 )
         else:
-            write_atomically(known, (json.dumps(searched, indent=1) + "\n").encode())
+            write_atomically(known, json_files.encode(searched))
         storage = optuna.storages.RDBStorage(
             f"sqlite:///{(folder / 'study.db').resolve()}",
             engine_kwargs={"connect_args": {"timeout": 60}},
