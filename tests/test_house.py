@@ -35,6 +35,7 @@ ORDER = [
     "config",
     "environment",
     "files",
+    "arrays",
     "lazy",
 ]
 ABOVE = ("cli", "fitting")  # the command: only these files name programs

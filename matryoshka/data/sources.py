@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from matryoshka.arrays import integers, takes
 from matryoshka.data import _native
 from matryoshka.data.catalogue import HELD_OUT
 from matryoshka.data.layout import JPG, RAW, BetonError, Samples
@@ -281,6 +282,7 @@ class ImageFolder:
         """Checksum of the file names; part of a loader's state."""
         return zlib.crc32("\n".join(self._names).encode(errors="surrogateescape"))
 
+    @takes(indices=integers("B"))
     def fetch(self, indices: np.ndarray, unreadable: dict[int, str] | None = None) -> list[Samples]:
         """Read the images of `indices` (int64 [B]) into one buffer, to train from a folder.
 

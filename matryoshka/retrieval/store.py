@@ -16,6 +16,7 @@ image that is added or deleted.
 from __future__ import annotations
 
 import math
+import operator
 import os
 import re
 import zlib
@@ -26,14 +27,16 @@ from typing import Any
 
 import numpy as np
 
+from matryoshka.arrays import as_array, as_int64
 from matryoshka.retrieval.exact import exact_search
 from matryoshka.retrieval.hits import (
     Hits,
     RetrievalError,
     as_rows,
-    check_rows,
+    check_bits,
     empty_bits,
     get_bits,
+    row_numbers,
     set_bits,
 )
 from matryoshka.retrieval.ivf import InvertedFile
@@ -228,9 +231,10 @@ class Index:
         params: index "ivf" or "scan" of the index's own `dim`, or "exact"; default: the index's.
         k: number of results, see SearchParams.with_k; default: what `params` give, else DEFAULT_K.
         deleted: bits of further rows to leave out.
-        only: a filter, int64: the rows that may be found; -1, which `find` gives for unknown names,
-            is ignored. Up to MAX_EXACT_FILTER_ROWS rows are compared in full. For longer filters
-            nprobe grows as the filter narrows. Parts without lists are scanned.
+        only: a filter: the rows that may be found, as integers or as a mask, bool [total]. -1,
+            which `find` gives for unknown names, is ignored. Up to MAX_EXACT_FILTER_ROWS rows are
+            compared in full. For longer filters nprobe grows as the filter narrows. Parts without
+            lists are scanned.
 
         RetrievalError for other params, other widths, and rows that the index does not have.
         """
@@ -260,7 +264,6 @@ class Index:
     def _check_queries(self, queries: Any) -> np.ndarray:
         """Queries as an array [Q, columns]. RetrievalError."""
         queries = as_rows(queries)
-        check_rows(queries, 1, "queries")
         if queries.shape[1] != self.columns:
             raise RetrievalError(
                 f"queries: have {queries.shape[1]} dimensions, {self.path} has {self.columns}"
@@ -271,20 +274,14 @@ class Index:
         self, deleted: np.ndarray | None, only: np.ndarray | None
     ) -> tuple[np.ndarray, int | None]:
         """Bits of all rows that a search leaves out; the length of the filter, None without one."""
-        if deleted is not None and deleted.shape != self.deleted.shape:
-            raise RetrievalError(
-                f"deleted: has bits for {64 * deleted.size} rows, {self.path} has {self.total}"
-            )
+        if deleted is not None:
+            check_bits(deleted, self.total)
         excluded = self.deleted if deleted is None else self.deleted | deleted
         if only is None:
             return excluded, None
 
-        only = np.asarray(only, np.int64)
+        only = row_numbers(only, self.total, "only", str(self.path))
         only = only[only >= 0]
-        if len(only) and only.max() >= self.total:
-            raise RetrievalError(
-                f"only: row {only.max()} out of range, {self.path} has {self.total} rows"
-            )
         allowed = empty_bits(self.total)
         set_bits(allowed, only)
         return excluded | ~allowed, len(only)
@@ -335,7 +332,9 @@ class Index:
 
     def _locate(self, row: int) -> tuple[Part, int]:
         """The part of a row, and its number there. IndexError."""
-        if not 0 <= row < self.total:
+        if isinstance(row, bool):
+            raise TypeError("row: is bool, expected an integer")
+        if not 0 <= operator.index(row) < self.total:
             raise IndexError(f"row {row} of {self.total}")
         part = self.parts[int(np.searchsorted(self._firsts, row, side="right")) - 1]
         return part, row - part.first
@@ -371,6 +370,9 @@ class Index:
         # A string is a sequence of names as well, of one character each.
         if isinstance(names, str):
             raise TypeError(f"find takes several names: find([{names!r}])")
+        for name in names:
+            if not isinstance(name, str):
+                raise TypeError(f"find takes names: {type(name).__name__} is not text")
         hashes = np.array([name_hash(name) for name in names], np.uint64)
         found = np.full(len(names), -1, np.int64)
         for part in self.parts:
@@ -382,8 +384,13 @@ class Index:
         return found
 
     def is_deleted(self, rows: np.ndarray) -> np.ndarray:
-        """Whether each row is deleted, bool; row -1 counts as row 0."""
-        at = np.maximum(rows, 0).astype(np.uint64)
+        """Whether each row is deleted, bool; row -1 counts as row 0. RetrievalError."""
+        numbers = as_int64(as_array(rows, "rows", RetrievalError), "rows", RetrievalError)
+        if numbers.size and numbers.max() >= self.total:
+            raise RetrievalError(
+                f"rows: row {numbers.max()} out of range, {self.path} has {self.total} rows"
+            )
+        at = np.maximum(numbers, 0).astype(np.uint64)
         word = self.deleted[at // np.uint64(64)]
         return (word >> (at % np.uint64(64)) & np.uint64(1)).astype(bool)
 

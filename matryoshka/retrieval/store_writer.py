@@ -20,12 +20,13 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from matryoshka.arrays import as_array, as_float32, as_int64
 from matryoshka.files import sync_folder
 from matryoshka.retrieval.hits import CHUNK, RetrievalError, check_rows, empty_bits, set_bits
 from matryoshka.retrieval.ivf import InvertedFile
@@ -121,7 +122,7 @@ class Writer:
         file, 0: about 4 * sqrt(n) from MIN_ROWS_FOR_IVF rows on, else none. seed: of k-means.
         RetrievalError if there is an index, damaged or not, and `overwrite` is false.
         """
-        self._check(batch)
+        batch = self._checked(batch)
         present = (self.path / MANIFEST).exists()
         if present and not overwrite:
             raise RetrievalError(
@@ -161,7 +162,7 @@ class Writer:
                 f"{self.path}: has {len(index.parts)} parts, the maximum; run `matryoshka index "
                 "compact`, then add again"
             )
-        self._check(batch)
+        batch = self._checked(batch)
         index.check_model(batch.model["weights_sha256"], "the embeddings")
         # As JSON has it: tuples are lists there.
         prepared = json.loads(json.dumps(batch.preprocessing))
@@ -291,27 +292,34 @@ class Writer:
         self._sweep(index.manifest)
         return index
 
-    def _check(self, batch: IndexRows) -> None:
-        """RetrievalError for rows, names, labels or origins that do not fit together."""
-        check_rows(batch.rows, 1, "embeddings")
-        n = len(batch.rows)
+    def _checked(self, batch: IndexRows) -> IndexRows:
+        """The rows with arrays in place of lists.
+
+        RetrievalError for rows, names, labels or origins that do not fit together.
+        """
+        rows = as_array(batch.rows, "embeddings", RetrievalError)
+        check_rows(rows, 1, "embeddings")
+        n = len(rows)
         if not n:
             raise RetrievalError("embeddings: have no rows; an index needs some")
-        labels = batch.labels
+        labels = as_array(batch.labels, "embeddings: labels", RetrievalError)
         if len(batch.names) != n or labels.shape != (n,) or labels.dtype.kind not in "iu":
             what = f"{len(batch.names)} names, labels {labels.dtype} {list(labels.shape)}"
             raise RetrievalError(
                 f"embeddings: {n} rows, {what}; expected one name and one integer label per row"
             )
-        origins = batch.origins
-        if origins is None:
-            return
-        is_pair = origins.shape == (n, 2)
+        labels = as_int64(labels, "embeddings: labels", RetrievalError)
+        if batch.origins is None:
+            return replace(batch, rows=rows, labels=labels)
+        origins = as_array(batch.origins, "embeddings: origins", RetrievalError)
+        origins = as_int64(origins, "embeddings: origins", RetrievalError)
+        is_pair = origins.shape == (n, 2) and 0 <= origins.min() <= origins.max() < 1 << 32
         if not is_pair or not 0 <= origins[:, 0].min() <= origins[:, 0].max() < len(batch.data):
             raise RetrievalError(
                 f"embeddings: origins {list(origins.shape)}, expected [{n}, 2] with numbers of "
-                f"{len(batch.data)} data sets"
+                f"{len(batch.data)} data sets, and of images"
             )
+        return replace(batch, rows=rows, labels=labels, origins=origins)
 
     def _check_unique(self, names: Sequence[str]) -> None:
         """RetrievalError for a name that occurs twice."""
@@ -481,7 +489,7 @@ def to_float16(rows: np.ndarray) -> np.ndarray:
     Nothing overflows or becomes subnormal, so that the only rounding is that to float16's 11 bits;
     cosines do not depend on the factor. Rows with NaN or infinity become NaN.
     """
-    rows = np.asarray(rows, np.float32)
+    rows = as_float32(rows)
     with np.errstate(all="ignore"):
         largest = np.abs(rows).max(1)
         _, exponent = np.frexp(np.where(np.isfinite(largest) & (largest > 0), largest, 1))
