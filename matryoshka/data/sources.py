@@ -41,7 +41,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF")
 # decoder: half a gigabyte of RGB.
 MAX_PIXELS = 178_956_970
 _ORIENTATION = 0x0112  # the EXIF tag
-_STRIP = 1 << 20  # 16-bit pixels that are converted together
+_STRIP = 1 << 20  # pixels that are converted together
 
 
 class _Stored(NamedTuple):
@@ -182,7 +182,17 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
             out[top : top + rows] = (values // 257)[:, :, None]
         return out
     image.info.pop("transparency", None)  # dropped in any case; Pillow warns about a palette's
-    return np.array(image.convert("RGB"))
+    width, height = image.size
+    if width * height <= _STRIP:
+        return np.array(image.convert("RGB"))
+    # A large image at once would take 14 bytes a pixel: Pillow copies it twice.
+    image.load()
+    out = np.empty((height, width, 3), np.uint8)
+    rows = max(1, _STRIP // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        out[top:bottom] = image.crop((0, top, width, bottom)).convert("RGB")
+    return out
 
 
 # Names of a data set's parts, not of classes: train, and one or more of the others.

@@ -36,15 +36,21 @@ class Hits(NamedTuple):
     scores: np.ndarray
 
 
-@cache
 def pool(num_threads: int) -> Any:
     """The shared thread pool of this size; 0: one thread per core."""
-    if num_threads:
-        return _native.Pool(num_threads)
-    # The cores that this process may use, which a container or taskset limits.
-    if hasattr(os, "sched_getaffinity"):
-        return pool(len(os.sched_getaffinity(0)))
-    return pool(os.cpu_count() or 1)
+    if not num_threads:
+        # The cores that this process may use, which a container or taskset limits.
+        if hasattr(os, "sched_getaffinity"):
+            num_threads = len(os.sched_getaffinity(0))
+        else:
+            num_threads = os.cpu_count() or 1
+    # Threads do not survive a fork: a child makes a pool of its own.
+    return _pool_of(num_threads, os.getpid())
+
+
+@cache
+def _pool_of(num_threads: int, process: int) -> Any:
+    return _native.Pool(num_threads)
 
 
 def huge_page_zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
