@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -125,8 +125,13 @@ class InvertedFile:
         *,
         deleted: np.ndarray | None = None,
         kernels: str = "",
+        code_blocks: Any = None,
+        id_blocks: Any = None,
     ) -> Hits:
-        """The k rows of highest estimated cosine in the lists of the `nprobe` nearest centroids."""
+        """The k rows of highest estimated cosine in the lists of the `nprobe` nearest centroids.
+
+        code_blocks, id_blocks: CheckedFile.blocks of `packed` and `ids`, if they are of files.
+        """
         queries = as_rows(queries, self.dim)
         check_k(k)
         check_k(nprobe, "nprobe")
@@ -149,6 +154,8 @@ class InvertedFile:
             k=k,
             deleted=excluded_bits(self.bad, deleted, self.count),
             kernels=kernels,
+            code_blocks=code_blocks,
+            id_blocks=id_blocks,
         )
         return mask_missing(ids, scores * scale[:, None] + offset[:, None], prefixes)
 

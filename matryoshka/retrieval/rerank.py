@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,12 +55,14 @@ def rerank(
     prefix_cache: np.ndarray | None = None,
     num_threads: int = 0,
     kernels: str = "",
+    blocks: Any = None,
 ) -> Hits:
     """Order candidates (ids [Q, m], -1 where missing) by the last stage; cosines are exact.
 
     rows: float16 or float32 [N, D], also a memory map. queries: float [Q, D]. prefix_cache: from
-    `build_prefix_cache`, read instead of `rows` by the stages that fit into it. RetrievalError for
-    stages that do not get longer, and for ids out of range.
+    `build_prefix_cache`, read instead of `rows` by the stages that fit into it. blocks:
+    CheckedFile.blocks of the file of `rows`. RetrievalError for stages that do not get longer, and
+    for ids out of range.
     """
     stages = [Stage(*stage) for stage in stages]
     if not stages or any(a.dim >= b.dim for a, b in pairwise(stages)):
@@ -102,5 +104,5 @@ def rerank(
     # The native code reads consecutive float32 and int64.
     prefixes = np.ascontiguousarray(as_float32(queries[:, : stages[-1].dim]))
     candidates = np.ascontiguousarray(candidates, np.int64)
-    ids, scores = _native.rerank(pool(num_threads), native, prefixes, candidates, kernels)
+    ids, scores = _native.rerank(pool(num_threads), native, prefixes, candidates, kernels, blocks)
     return Hits(ids, scores)

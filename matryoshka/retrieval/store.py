@@ -6,11 +6,13 @@
     part-*/rows.f16     float16 [n, D]: each row times a power of two, which cancels in a cosine
     part-*/...          7-bit codes of the first `dim` dimensions, in lists if there are many rows;
                         names, labels
+    part-*/blocks.u64   a checksum of every 32 kB of the large files
 
 Files are little-endian, raw and memory-mapped. Opening reads the small files and checks the sizes
-of all. Readers need no lock: files never change, and a process that has an older index open keeps
-its files. store_writer.py writes. The parts exist because 5 GB of rows cannot be rewritten for one
-image that is added or deleted.
+of all; blocks of the large ones are compared with their checksums when they are first read. Readers
+need no lock: files never change, and a process that has an older index open keeps its files.
+store_writer.py writes. The parts exist because 5 GB of rows cannot be rewritten for one image that
+is added or deleted.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from matryoshka.arrays import as_array, as_int64
+from matryoshka.retrieval.checked_file import REBUILD
 from matryoshka.retrieval.exact import exact_search
 from matryoshka.retrieval.hits import (
     Hits,
@@ -39,10 +42,9 @@ from matryoshka.retrieval.hits import (
     row_numbers,
     set_bits,
 )
-from matryoshka.retrieval.ivf import InvertedFile
 from matryoshka.retrieval.params import PREFIX_CACHE_DIMS, SearchParams
-from matryoshka.retrieval.rerank import Stage, build_prefix_cache, rerank
-from matryoshka.retrieval.store_part import REBUILD, Part, name_hash, read_checked
+from matryoshka.retrieval.rerank import Stage, build_prefix_cache
+from matryoshka.retrieval.store_part import Part, name_hash, read_checked
 
 FORMAT = "matryoshka-index-1"
 MANIFEST = "index.json"
@@ -215,6 +217,7 @@ class Index:
                 part.prefix_cache = build_prefix_cache(
                     part.rows, min(PREFIX_CACHE_DIMS, self.columns)
                 )
+                part.check_files()
 
     def search(
         self,
@@ -296,33 +299,23 @@ class Index:
         rows = np.flatnonzero(~get_bits(excluded, 0, part.count))
         # All queries have the same candidates; broadcast_to makes no copies.
         candidates = np.broadcast_to(rows, (len(queries), len(rows)))
-        stages = [Stage(self.columns, k)]
-        return rerank(part.rows, queries, candidates, stages, num_threads=self.num_threads)
+        return part.rerank(queries, candidates, [Stage(self.columns, k)])
 
     def _search_part(
         self, part: Part, queries: np.ndarray, params: SearchParams, excluded: np.ndarray
     ) -> Hits:
         """Shortlist and re-ranking in one part; ids count from the part's first row."""
         deleted = excluded if excluded.any() else None
-        shortlist = part.shortlist
         if params.index == "exact":
             found = exact_search(part.rows, queries, params.dim, params.k, deleted=deleted)
-        elif isinstance(shortlist, InvertedFile):
-            # A scan of a part with lists visits all of them.
-            nprobe = params.nprobe if params.index == "ivf" else len(shortlist.starts)
-            found = shortlist.search(queries, params.k, nprobe, deleted=deleted)
+            part.check_files()
         else:
-            found = shortlist.search(queries, params.k, deleted=deleted)
+            # A scan of a part with lists visits all of them.
+            nprobe = params.nprobe if params.index == "ivf" else None
+            found = part.search_codes(queries, params.k, nprobe, deleted)
         if not params.stages:
             return found
-        return rerank(
-            part.rows,
-            queries,
-            found.ids,
-            params.stages,
-            prefix_cache=part.prefix_cache,
-            num_threads=self.num_threads,
-        )
+        return part.rerank(queries, found.ids, params.stages)
 
     @property
     def memory_bytes(self) -> int:
@@ -346,7 +339,7 @@ class Index:
     def class_name(self, row: int) -> str | None:
         """The class of a row, None if its data set does not name the classes."""
         part, local = self._locate(row)
-        label = int(part.labels[local])
+        label = part.label(local)
         if part.classes and 0 <= label < len(part.classes):
             return part.classes[label]
         return None
@@ -354,7 +347,7 @@ class Index:
     def origin(self, row: int) -> tuple[dict[str, Any], int]:
         """The data set of a row, as embed described it, and the number of its image there."""
         part, local = self._locate(row)
-        source, item = part.origins[local].tolist()
+        source, item = part.origin(local)
         # origins.u32 may be too large for a checksum when the part is opened.
         if source >= len(part.data):
             raise part.damaged("origins.u32")
@@ -363,7 +356,7 @@ class Index:
     def vector(self, row: int) -> np.ndarray:
         """The embedding times a power of two, float32 [D]."""
         part, local = self._locate(row)
-        return part.rows[local].astype(np.float32)
+        return part.vector(local).astype(np.float32)
 
     def find(self, names: Sequence[str]) -> np.ndarray:
         """The row of each name, int64; -1 for unknown and deleted ones."""
@@ -404,6 +397,19 @@ class Index:
         except OSError as error:
             raise RetrievalError(f"{error.filename}: {error.strerror}; {REBUILD}") from None
 
+    def check_files(self) -> None:
+        """RetrievalError if a file was cut off since the index was opened.
+
+        Who reads arrays of `parts` calls it afterwards: they have zeros then.
+        """
+        for part in self.parts:
+            part.check_files()
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether all large files have checksums of their blocks; older versions wrote none."""
+        return all(part.has_sums for part in self.parts)
+
     @property
     def nbytes(self) -> int:
         """Size of all parts on disk."""
@@ -441,6 +447,7 @@ class RowSubset:
         for stored in self._index.parts:
             inside = (numbers >= stored.first) & (numbers < stored.first + stored.count)
             out[inside] = stored.rows[numbers[inside] - stored.first]
+            stored.check_files()
         return out
 
 

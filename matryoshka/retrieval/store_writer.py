@@ -28,6 +28,7 @@ import numpy as np
 
 from matryoshka.arrays import as_array, as_float32, as_int64
 from matryoshka.files import sync_folder
+from matryoshka.retrieval.checked_file import BLOCK, BlockSums
 from matryoshka.retrieval.hits import CHUNK, RetrievalError, check_rows, empty_bits, set_bits
 from matryoshka.retrieval.ivf import InvertedFile
 from matryoshka.retrieval.params import SearchParams, default_params
@@ -42,7 +43,14 @@ from matryoshka.retrieval.store import (
     merge_classes,
     rows_key,
 )
-from matryoshka.retrieval.store_part import PART, name_hash, read_checked, with_checksum
+from matryoshka.retrieval.store_part import (
+    MAYBE_LARGE,
+    PART,
+    SUMS,
+    name_hash,
+    read_checked,
+    with_checksum,
+)
 
 MAX_PARTS = 128  # a search visits all parts, and a large part keeps ten files open
 # Smaller parts are scanned: among 50,000 x 512 real rows a scan has recall@10 0.996 at 20,000
@@ -374,9 +382,12 @@ class Writer:
                 origins = np.stack([np.zeros(n, np.uint32), np.arange(n, dtype=np.uint32)], 1)
             files.array("origins.u32", np.ascontiguousarray(origins, np.uint32))
             _write_names(files, batch.names)
+            large, sums = files.sums()
+            files.array(SUMS, sums)
             metadata = {
                 "rows": n,
                 "lists": count,
+                "blocks": {"bytes": BLOCK, "files": large},
                 "files": files.written,
                 "classes": batch.classes,
                 "data": [dict(source) for source in batch.data] or [{}],
@@ -441,18 +452,30 @@ class _Files:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.written: dict[str, dict[str, int]] = {}
+        self._sums: dict[str, np.ndarray] = {}
+
+    def sums(self) -> tuple[list[str], np.ndarray]:
+        """Names of the files that may be large, and the checksums of their blocks, one after the
+        other.
+        """
+        return list(self._sums), np.concatenate(list(self._sums.values()))
 
     def write(self, name: str, blocks: Iterator[np.ndarray]) -> None:
         size = crc = 0
+        sums = BlockSums()
         with (self.folder / name).open("wb") as file:
             for block in blocks:
                 data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
                 file.write(data)
                 size += len(data)
                 crc = zlib.crc32(data, crc)
+                if name in MAYBE_LARGE:
+                    sums.add(data)
             file.flush()
             os.fsync(file.fileno())
         self.written[name] = {"bytes": size, "crc32": crc}
+        if name in MAYBE_LARGE:
+            self._sums[name] = sums.end()
 
     def array(self, name: str, array: np.ndarray) -> None:
         self.write(name, iter([array]))

@@ -20,13 +20,12 @@ from matryoshka.search_page.refusal import Refusal
 
 BUDGET = 512 << 20  # bytes of pixels that are decoded at the same time
 WAIT = 3.0  # seconds
-# Peak bytes for a pixel, measured. The result has 3, Pillow's own pixels up
-# to 4, and the crop of a model's preprocessing a copy of them.
-PLAIN = 8
-# libjpeg keeps the coefficients of a progressive file, 2 bytes for each of its components.
-PROGRESSIVE = 10
+# Peak bytes for a pixel, measured. The result has 3, Pillow's own pixels up to 4, and the crop of a
+# model's preprocessing a copy of them. libjpeg keeps the coefficients of a progressive file, 2
+# bytes for each of its components.
+PLAIN = 10
 PROGRESSIVE_CMYK = 16
-WEBP = 20  # libwebp holds three frames of 4 bytes, for animations
+WEBP = 24  # libwebp holds three frames of 4 bytes, for animations
 
 
 def decoding_bytes(data: bytes) -> int:
@@ -40,8 +39,8 @@ def decoding_bytes(data: bytes) -> int:
             each = PLAIN
             if image.format == "WEBP":
                 each = WEBP
-            elif image.info.get("progressive"):
-                each = PROGRESSIVE_CMYK if image.mode == "CMYK" else PROGRESSIVE
+            elif image.mode == "CMYK" and image.info.get("progressive"):
+                each = PROGRESSIVE_CMYK
             return width * height * each
     except Exception:  # hostile files make Pillow raise many types
         return 0
