@@ -4,7 +4,8 @@
     matryoshka index add photos.index --embeddings embeddings/new --prefix new/
     matryoshka index delete photos.index cats/17.jpg --names-from gone.txt
     matryoshka index compact photos.index
-    matryoshka index info photos.index --verify
+    matryoshka index info photos.index
+    matryoshka index verify photos.index
     matryoshka index record --lancedb photos.lance --embeddings embeddings/photos
     matryoshka index sync photos.index --lancedb photos.lance
 
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "delete": delete,
         "compact": compact,
         "info": info,
+        "verify": verify,
         "record": record,
         "sync": sync,
     }
@@ -147,6 +149,17 @@ def info(args: SimpleNamespace) -> int:
     return 0
 
 
+def verify(args: SimpleNamespace) -> int:
+    started = time.perf_counter()
+    index = Index(args.index, args.threads)
+    index.verify()
+    print(
+        f"{args.index}: {index.nbytes / 1e6:,.1f} MB in {len(index.parts)} parts: all checksums "
+        f"match ({time.perf_counter() - started:.1f} s)"
+    )
+    return 0
+
+
 def record(args: SimpleNamespace) -> int:
     from matryoshka.retrieval.lance import Record
 
@@ -169,7 +182,9 @@ def sync(args: SimpleNamespace) -> int:
 def map_of(index: Index, method: str, seed: int) -> EmbeddingMap:
     """A map of the index's first part, for the prefixes that its model was trained for."""
     dims = map_dims(trained_dims(index), method)
-    return make_map(index.parts[0].rows, dims, method=method, seed=seed)
+    made = make_map(index.parts[0].rows, dims, method=method, seed=seed)
+    index.check_files()
+    return made
 
 
 def existing(args: SimpleNamespace) -> Writer:
@@ -263,6 +278,10 @@ def describe(index: Index) -> str:
     if "adapter" in model:
         adapter = model["adapter"]
         lines.append(("adapter", f"{adapter['file']} ({adapter['sha256'][:12]})"))
+    if not index.has_sums:
+        # Of a version before the checksums of blocks: only `verify` finds damage.
+        text = f"without checksums of blocks; matryoshka index compact {index.path} adds them"
+        lines.append(("note", text))
     # Deleted rows take time and space, and later parts are usually scanned without lists.
     outside = index.total - (index.parts[0].count if index.parts else 0)
     if num_deleted + outside > COMPACT_SHARE * index.total:

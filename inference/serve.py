@@ -50,7 +50,7 @@ ANY_ADDRESS = ("0.0.0.0", "::", "")  # --host values that listen on all interfac
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    search_page, uvicorn = import_server()
+    search_page = import_server()
     index = Index(args.index, args.threads)
     moved = moved_data_sets(index, args.data)
     # The port is taken before the model is loaded, so that a port in use is reported at once.
@@ -71,26 +71,41 @@ def main(argv: Sequence[str] | None = None) -> int:
             any_address=args.host in ANY_ADDRESS,
             max_upload=int(args.max_upload_mb * (1 << 20)),
         )
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                log_level="warning",
-                server_header=False,
-                proxy_headers=False,
-                timeout_graceful_shutdown=3,
-            )
-        )
-        try:
-            server.run(sockets=[server_socket])
-        except KeyboardInterrupt:  # uvicorn raises it again after its shutdown
-            print()
+        run_server(app, server_socket)
     return 0
 
 
-def import_server() -> tuple[Any, Any]:
-    """matryoshka.search_page and uvicorn. ConfigError if one of their packages is missing."""
+def run_server(app: Any, server_socket: socket.socket) -> None:
+    """Answer requests until Ctrl-C."""
+    import uvicorn
+
+    from matryoshka.search_page.app import HEADERS
+    from matryoshka.search_page.connections import Connections, Listener, connection_limit
+    from matryoshka.search_page.log_lines import quiet_log
+
+    allowed = Connections(connection_limit(), HEADERS)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=3,
+            **allowed.server_options(),
+        )
+    )
     try:
-        import uvicorn
+        with quiet_log():
+            server.run(sockets=[Listener(fileno=server_socket.detach())])
+    except KeyboardInterrupt:  # uvicorn raises it again after its shutdown
+        print()
+
+
+def import_server() -> Any:
+    """matryoshka.search_page. ConfigError if one of its packages is missing."""
+    try:
+        import uvicorn  # noqa: F401 - for run_server
 
         from matryoshka import search_page
         from matryoshka.search_page import make_app  # noqa: F401 - needs fastapi
@@ -100,7 +115,7 @@ def import_server() -> tuple[Any, Any]:
         raise config.ConfigError(
             f"retrieve serve needs {error.name}: pip install {error.name}"
         ) from None
-    return search_page, uvicorn
+    return search_page
 
 
 def moved_data_sets(index: Index, paths: Sequence[str] | None) -> dict[str, str]:

@@ -38,6 +38,7 @@ ORDER = [
     "json_files",
     "files",
     "interrupts",
+    "arrays",
     "lazy",
 ]
 ABOVE = ("__main__", "cli", "fitting")  # the command: only these files name programs

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from matryoshka.arrays import integers, takes
 from matryoshka.data import _native
 
 
@@ -40,6 +41,7 @@ class RandomResizedCrop:
             raise ValueError(f"ratio={self.ratio}: expected 0 < low <= high")
         _check_flip(self.flip)
 
+    @takes(width=integers("B"), height=integers("B"), index=integers("B"))
     def crops(
         self,
         width: np.ndarray,
@@ -80,6 +82,7 @@ class CenterCrop:
         if not 0 < self.ratio <= 1:
             raise ValueError(f"ratio={self.ratio}: expected 0 < ratio <= 1")
 
+    @takes(width=integers("B"), height=integers("B"), index=integers("B"))
     def crops(
         self, width: np.ndarray, height: np.ndarray, index: np.ndarray, seed: int, epoch: int
     ) -> np.ndarray:
@@ -106,12 +109,14 @@ class PadCrop:
         if not 0 <= self.padding <= self.size:
             raise ValueError(f"padding={self.padding}: expected 0 to {self.size} pixels")
 
+    @takes(width=integers("B"), height=integers("B"), index=integers("B"))
     def crops(
         self, width: np.ndarray, height: np.ndarray, index: np.ndarray, seed: int, epoch: int
     ) -> np.ndarray:
         """int32 [B, 5] rows (0, 0, width, height, 0): `shift` moves the window after the resize."""
         return whole_images(width, height)
 
+    @takes(index=integers("B"))
     def windows(self, index: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         """int32 [B, 5] rows (x, y, size, size, flip) inside the padded images; x and y are 0 to 2 x
         padding.
@@ -165,6 +170,7 @@ def sizes_of(crop: Crop | Views) -> int | tuple[int, ...]:
     return tuple(view.size for view in crop) if isinstance(crop, tuple) else crop.size
 
 
+@takes(width=integers("B"), height=integers("B"), index=integers("B"))
 def crop_rows(
     crop: Crop | Views,
     width: np.ndarray,
@@ -181,6 +187,7 @@ def crop_rows(
     return np.stack(views)
 
 
+@takes(width=integers("B"), height=integers("B"))
 def whole_images(width: np.ndarray, height: np.ndarray) -> np.ndarray:
     """Crops of whole images: int32 [B, 5] rows (0, 0, width, height, 0)."""
     zero = np.zeros_like(width)

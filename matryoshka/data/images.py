@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from matryoshka.arrays import takes, uint8
 from matryoshka.data import _native
 from matryoshka.data.crops import CenterCrop
 from matryoshka.data.layout import BetonError
@@ -57,6 +58,7 @@ def read_images(
     return np.stack(squares) if squares else np.empty((0, crop.size, crop.size, 3), np.uint8)
 
 
+@takes(pixels=uint8("H+ W+ 3"))
 def central_square(pixels: np.ndarray, crop: CenterCrop) -> np.ndarray:
     """Cut and resize the central crop: uint8 [H, W, 3] -> [size, size, 3]."""
     height, width = np.array(pixels.shape[:2], np.int32)[:, None]  # [1] each

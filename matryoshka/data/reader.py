@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from matryoshka import json_files
+from matryoshka.arrays import integers, takes
 from matryoshka.data import fields, layout
 from matryoshka.data.layout import BetonError, Samples
 from matryoshka.data.pages import MapFeed, PagedFile
@@ -85,6 +86,7 @@ class BetonFile:
     def num_classes(self) -> int:
         return len(self.classes) if self.classes is not None else max(int(self.labels.max()) + 1, 0)
 
+    @takes(indices=integers("B"))
     def fetch(self, indices: np.ndarray) -> list[Samples]:
         """The stored images of `indices` (int64 [B]): one Samples of places in the memory map.
 
@@ -115,6 +117,7 @@ class BetonFile:
         """The file for reads by offset, which need no map."""
         return PagedFile(self)
 
+    @takes(indices=integers("B"))
     def field(self, name: str, indices: np.ndarray) -> Any:
         """The values of a field for the samples `indices` (int64 [B]).
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from matryoshka.arrays import integers, takes
 from matryoshka.data import _native
 from matryoshka.data.catalogue import HELD_OUT
 from matryoshka.data.layout import JPG, RAW, BetonError, Samples
@@ -41,7 +42,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF")
 # decoder: half a gigabyte of RGB.
 MAX_PIXELS = 178_956_970
 _ORIENTATION = 0x0112  # the EXIF tag
-_STRIP = 1 << 20  # 16-bit pixels that are converted together
+_STRIP = 1 << 20  # pixels that are converted together
 
 
 class _Stored(NamedTuple):
@@ -182,7 +183,17 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
             out[top : top + rows] = (values // 257)[:, :, None]
         return out
     image.info.pop("transparency", None)  # dropped in any case; Pillow warns about a palette's
-    return np.array(image.convert("RGB"))
+    width, height = image.size
+    if width * height <= _STRIP:
+        return np.array(image.convert("RGB"))
+    # A large image at once would take 14 bytes a pixel: Pillow copies it twice.
+    image.load()
+    out = np.empty((height, width, 3), np.uint8)
+    rows = max(1, _STRIP // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        out[top:bottom] = image.crop((0, top, width, bottom)).convert("RGB")
+    return out
 
 
 # Names of a data set's parts, not of classes: train, and one or more of the others.
@@ -282,6 +293,7 @@ class ImageFolder:
         """Checksum of the file names; part of a loader's state."""
         return zlib.crc32("\n".join(self._names).encode(errors="surrogateescape"))
 
+    @takes(indices=integers("B"))
     def fetch(self, indices: np.ndarray, unreadable: dict[int, str] | None = None) -> list[Samples]:
         """Read the images of `indices` (int64 [B]) into one buffer, to train from a folder.
 

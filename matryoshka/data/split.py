@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from matryoshka.arrays import integers, takes
 from matryoshka.data.dataset import Dataset
 from matryoshka.data.subset import Subset
 
@@ -14,6 +15,7 @@ def held_out(train: Dataset, share: float, seed: int) -> tuple[Subset, Subset]:
     return Subset(train, kept), Subset(train, taken)
 
 
+@takes(labels=integers("N"))
 def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions of (training, validation) samples, int64, both sorted: a part of every class.
 

@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 
+from matryoshka.arrays import ArrayError, as_array, as_int64, integers, takes
 from matryoshka.data.dataset import Dataset
 from matryoshka.data.layout import Samples
 from matryoshka.data.pages import MapFeed
@@ -13,15 +14,23 @@ from matryoshka.data.sources import ImageFolder
 
 
 class Subset:
-    """The samples `indices` (int64 [n], any order) of an opened dataset, as a dataset.
+    """The samples `indices` (integers [n], any order) of an opened dataset, as a dataset.
 
     Labels keep their meaning: classes and num_classes are those of `dataset`, which must stay
-    open. A subset has no pages: it is always read through `dataset.fetch`.
+    open. A subset has no pages: it is always read through `dataset.fetch`. ArrayError for indices
+    that are not integers, or that the dataset does not have.
     """
 
     def __init__(self, dataset: Dataset, indices: np.ndarray) -> None:
         self.dataset = dataset
-        self.indices = np.asarray(indices, np.int64)
+        self.indices = as_int64(as_array(indices, "indices"), "indices")
+        if self.indices.ndim != 1:
+            raise ArrayError(f"indices: are {list(self.indices.shape)}, expected [n]")
+        total = len(dataset.labels)
+        if len(self.indices) and not 0 <= self.indices.min() <= self.indices.max() < total:
+            raise ArrayError(
+                f"indices: are {self.indices.min()} to {self.indices.max()} of {total} samples"
+            )
         self.path = dataset.path
         self.classes = dataset.classes
         self.num_classes = dataset.num_classes
@@ -33,6 +42,7 @@ class Subset:
     def name(self, index: int) -> str:
         return self.dataset.name(int(self.indices[index]))
 
+    @takes(indices=integers("B"))
     def fetch(self, indices: np.ndarray) -> list[Samples]:
         return self.dataset.fetch(self.indices[indices])
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from matryoshka.arrays import integers, takes
 from matryoshka.data.colour_jitter import ADJUSTMENTS
 from matryoshka.data.rand_augment import grey, one_for_each, per_image
 
@@ -79,6 +80,7 @@ class ViewDraws(NamedTuple):
         return ViewDraws(**{name: rows[part] for name, rows in arrays.items()}, kernel=kernel)
 
 
+@takes(index=integers("B"))
 def draw_views(
     index: np.ndarray, options: ViewOptions, *, seed: int, epoch: int, view: int
 ) -> ViewDraws:
@@ -103,6 +105,7 @@ def draw_views(
     )
 
 
+@takes(index=integers("B"))
 def uniform_numbers(index: np.ndarray, key: tuple[int, ...], count: int) -> np.ndarray:
     """float64 [B, count] in [0, 1), a pure function of each index and the key.
 

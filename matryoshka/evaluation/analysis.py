@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from matryoshka.arrays import booleans, floats, integers, takes
 from matryoshka.report.claims import Paired, holm, mcnemar
 
 # Images at a time: 2 MB of 1000 classes stay in the cache (4096 images take 1.5 times as long).
@@ -27,6 +28,7 @@ class AnalysisError(ValueError):
     user_error = True
 
 
+@takes(scores=floats("G N C+"))
 def top_confidence(
     scores: np.ndarray, *, logits: bool = True, chunk: int = ROWS
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -58,6 +60,7 @@ def top_confidence(
     return predictions, confidence
 
 
+@takes(scores=floats("G N C+"))
 def entropy_confidence(scores: np.ndarray, *, logits: bool = True, chunk: int = ROWS) -> np.ndarray:
     """1 - H / log C, H the entropy of the softmax: float32 [G, N], 0 (even) to 1 (one class).
 
@@ -105,6 +108,7 @@ class OracleResult(NamedTuple):
     majority_accuracy: float
 
 
+@takes(predictions=integers("G+ N+"), labels=integers("N"))
 def oracle(predictions: np.ndarray, labels: np.ndarray, dims: Sequence[int]) -> OracleResult:
     """Accuracy and cost of an oracle router, which takes the first right prefix (paper, appendix).
 
@@ -125,6 +129,7 @@ def oracle(predictions: np.ndarray, labels: np.ndarray, dims: Sequence[int]) -> 
     )
 
 
+@takes(predictions=integers("G+ N"))
 def majority_vote(predictions: np.ndarray) -> np.ndarray:
     """The most frequent prediction of each image, int64 [N].
 
@@ -137,11 +142,13 @@ def majority_vote(predictions: np.ndarray) -> np.ndarray:
     return np.take_along_axis(predictions, longest[None], 0)[0]
 
 
+@takes(predictions=integers("G+ N+"))
 def agreement(predictions: np.ndarray) -> np.ndarray:
     """Fraction of the images for which two prefixes predict the same class: float [G, G]."""
     return np.stack([(predictions == row).mean(1) for row in predictions])
 
 
+@takes(first=integers("N", low=0))
 def draw_by_first_right(first: np.ndarray, kinds: int, count: int, seed: int) -> np.ndarray:
     """Draw `count` images evenly over their first right prefix, so that rare kinds are included.
 
@@ -162,6 +169,7 @@ def draw_by_first_right(first: np.ndarray, kinds: int, count: int, seed: int) ->
 # ---------------------------------------------------------------- classes
 
 
+@takes(predictions=integers("G+ N"), labels=integers("N", low=0))
 def class_accuracy(predictions: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
     """Accuracy on the images of each class: float [G, C], NaN for a class without images."""
     images = np.bincount(labels, minlength=num_classes)
@@ -170,6 +178,7 @@ def class_accuracy(predictions: np.ndarray, labels: np.ndarray, num_classes: int
         return np.stack(hits) / images
 
 
+@takes(accuracy=floats("G C"))
 def trends(accuracy: np.ndarray) -> list[str]:
     """Trend of each class from the shortest to the longest prefix, one of TRENDS.
 
@@ -199,6 +208,7 @@ def trends(accuracy: np.ndarray) -> list[str]:
     return trend_of_class
 
 
+@takes(correct=booleans("G+ N"), labels=integers("N", low=0))
 def class_changes(correct: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[int, int]:
     """Classes that the longest prefix has more often right than the shortest, and less often.
 
@@ -216,6 +226,7 @@ def class_changes(correct: np.ndarray, labels: np.ndarray, num_classes: int) -> 
     return better, len(changed) - better
 
 
+@takes(predictions=integers("N", low=0), labels=integers("N", low=0), groups=integers("C", low=0))
 def superclass_confusion(
     predictions: np.ndarray, labels: np.ndarray, groups: np.ndarray, num_groups: int
 ) -> np.ndarray:
@@ -228,6 +239,7 @@ def superclass_confusion(
     return np.bincount(pairs, minlength=num_groups**2).reshape(num_groups, num_groups)
 
 
+@takes(confusion=integers("K+ K", low=0))
 def superclass_accuracy(confusion: np.ndarray) -> tuple[float, np.ndarray]:
     """Accuracy over all images, and of each group, float [K], NaN for a group without images."""
     with np.errstate(invalid="ignore"):
@@ -235,6 +247,7 @@ def superclass_accuracy(confusion: np.ndarray) -> tuple[float, np.ndarray]:
     return float(np.trace(confusion) / confusion.sum()), each
 
 
+@takes(scores=floats("N C"), labels=integers("N", low=0), groups=integers("C", low=0))
 def within_superclass(
     scores: np.ndarray, labels: np.ndarray, groups: np.ndarray, num_groups: int
 ) -> np.ndarray:
@@ -268,6 +281,7 @@ class OutOfDistribution(NamedTuple):
     fpr95: float
 
 
+@takes(inside=floats("N+"), outside=floats("M+"))
 def out_of_distribution(inside: np.ndarray, outside: np.ndarray) -> OutOfDistribution:
     """Metrics from the confidences of images of known classes [N] and of unknown ones [M].
 
@@ -307,6 +321,7 @@ class Reliability(NamedTuple):
     accuracy: np.ndarray
 
 
+@takes(confidence=floats("N+", finite=True), correct=booleans("N"))
 def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> Reliability:
     """Compare confidence [N] and correct [N] in equal bins (a, b] of (0, 1].
 
@@ -328,6 +343,7 @@ def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -
     )
 
 
+@takes(logits=floats("N+ C+", finite=True), labels=integers("N", low=0))
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The T > 0 that minimises the mean negative log-likelihood of softmax(logits / T).
 
@@ -368,6 +384,7 @@ class ScaledConfidence(NamedTuple):
     confidence: np.ndarray
 
 
+@takes(labels=integers("N", low=0), fit=integers("n", low=0), rest=integers("m", low=0))
 def temperature_scaling(
     logits_of: Callable[[np.ndarray], np.ndarray],
     labels: np.ndarray,

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from matryoshka.arrays import booleans, floats, integers, takes
 from matryoshka.report.claims import Paired, paired
 
 GRID = np.linspace(0.1, 1, 100)  # of thresholds, as in the paper's code
@@ -24,6 +25,7 @@ GRID = np.linspace(0.1, 1, 100)  # of thresholds, as in the paper's code
 ALLOWED_LOSSES = np.concatenate([[0.0], np.geomspace(1e-3, 1, 40)])
 
 
+@takes(confidence=floats("G+ N+", finite=True), correct=booleans("G N"), grid=floats("T+"))
 def learn_thresholds(
     confidence: np.ndarray, correct: np.ndarray, grid: np.ndarray = GRID
 ) -> np.ndarray:
@@ -47,6 +49,7 @@ def learn_thresholds(
     return np.array(thresholds, float)
 
 
+@takes(confidence=floats("G+ N", finite=True), thresholds=floats("T"))
 def exits(confidence: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     """The prefix that answers each image, int64 [N]: the first above its threshold, else the last.
 
@@ -69,6 +72,7 @@ class CascadeMetrics(NamedTuple):
     cumulative_dim: np.ndarray
 
 
+@takes(exit_prefix=integers("N+", low=0), correct=booleans("G N"))
 def evaluate(exit_prefix: np.ndarray, correct: np.ndarray, dims: Sequence[int]) -> CascadeMetrics:
     """Metrics of the cascade and of its shortened versions. exit_prefix: int64 [N] from `exits`."""
     lengths = np.asarray(dims, float)
@@ -106,6 +110,7 @@ class CascadeResult(NamedTuple):
     thresholds: np.ndarray
 
 
+@takes(confidence=floats("G+ N+", finite=True), correct=booleans("G N"), grid=floats("T+"))
 def cascade(
     confidence: np.ndarray,
     correct: np.ndarray,
@@ -135,6 +140,7 @@ def cascade(
     )
 
 
+@takes(confidence=floats("G+ N+", finite=True), correct=booleans("G N"), grid=floats("T+"))
 def compare_with_longest(
     confidence: np.ndarray,
     correct: np.ndarray,
@@ -187,6 +193,7 @@ class Certificate(NamedTuple):
     full_accuracy: float
 
 
+@takes(confidence=floats("G+ N+", finite=True), correct=booleans("G N"))
 def certify(
     confidence: np.ndarray,
     correct: np.ndarray,
@@ -289,6 +296,7 @@ class HeldOut(NamedTuple):
     expected_dim: np.ndarray
 
 
+@takes(confidence=floats("G+ N+", finite=True), correct=booleans("G N"))
 def certify_held_out(
     confidence: np.ndarray,
     correct: np.ndarray,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from matryoshka.arrays import integers, takes
 from matryoshka.data.augment import normalise
 from matryoshka.data.loader import Batch
 from matryoshka.distributed import autocast
@@ -83,6 +84,7 @@ def answer(
     into.loss.update(loss.compute())
 
 
+@takes(labels=integers("N+", low=0), predictions=integers("N", low=0))
 def confusion(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
     """int64 [C, C]: how many images of the class of the row were predicted as that of the column.
 
@@ -93,6 +95,7 @@ def confusion(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.n
     return confusion_matrix(labels, predictions, labels=np.arange(classes))
 
 
+@takes(matrix=integers("C C", low=0))
 def most_confused(matrix: np.ndarray, count: int) -> list[tuple[int, int, int]]:
     """The largest entries off the diagonal: (true class, predicted class, images), largest first.
 

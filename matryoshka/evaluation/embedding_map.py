@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from matryoshka.arrays import floats, takes
 from matryoshka.files import check_regular, write_atomically
 from matryoshka.retrieval.store import Index
 
@@ -42,6 +43,7 @@ class EmbeddingMap(NamedTuple):
     means: np.ndarray
     axes: np.ndarray
 
+    @takes(vectors=floats("m D"))
     def place(self, dim: int, vectors: np.ndarray) -> np.ndarray:
         """Points of embeddings [m, D] on the map of a prefix, float32 [m, 2]; NaN for t-SNE."""
         if not len(self.axes):
@@ -51,6 +53,7 @@ class EmbeddingMap(NamedTuple):
         return centred @ self.axes[at, :, :dim].T
 
 
+@takes(embeddings=floats("N D+"))
 def embedding_map(
     embeddings: np.ndarray,
     *,
@@ -74,6 +77,7 @@ def embedding_map(
     return out
 
 
+@takes(embeddings=floats("N D+"))
 def make_map(
     embeddings: np.ndarray,
     dims: Sequence[int],
@@ -103,6 +107,7 @@ def map_dims(dims: Sequence[int], method: str) -> list[int]:
     return list(dims) if method == "pca" else sorted({min(dims), max(dims)})
 
 
+@takes(embeddings=floats("N D"))
 def sample_rows(embeddings: np.ndarray, max_rows: int, seed: int) -> np.ndarray:
     """Numbers of at most `max_rows` random rows without NaN and infinity, int64, rising."""
     rows = np.arange(len(embeddings))
@@ -111,6 +116,7 @@ def sample_rows(embeddings: np.ndarray, max_rows: int, seed: int) -> np.ndarray:
     return rows[np.isfinite(np.asarray(embeddings[rows], np.float32)).all(1)]
 
 
+@takes(embeddings=floats("N D"))
 def unit_prefixes(embeddings: np.ndarray, dim: int) -> np.ndarray:
     """The first `dim` numbers of each row, scaled to length 1; zeros stay zeros. float32."""
     prefixes = np.asarray(embeddings[:, :dim], np.float32)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from matryoshka.arrays import floats, integers, takes
 from matryoshka.evaluation.neighbours import NeighbourError, nearest, vote
 from matryoshka.models.adapter import Adapter
 from matryoshka.report.tables import Z_95, wilson_interval
@@ -27,6 +28,7 @@ KNN = 20  # neighbours that vote
 AT = 10  # of mAP and of the recall of neighbours
 
 
+@takes(rows=floats("N D"), queries=integers("Q", low=0))
 def other_neighbours(
     rows: np.ndarray, dims: Sequence[int], k: int, queries: np.ndarray | None = None
 ) -> np.ndarray:
@@ -70,6 +72,12 @@ class Scores:
         return np.asarray(self.recall if self.right_1nn is None else self.right_1nn, np.float64)
 
 
+@takes(
+    found=integers("G+ Q K+", low=0),
+    exact=integers("Q A"),
+    labels=integers("N"),
+    own=integers("Q", low=0),
+)
 def scores_of(
     found: np.ndarray, exact: np.ndarray, labels: np.ndarray | None, own: np.ndarray
 ) -> Scores:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from matryoshka.arrays import booleans, floats, takes
 from matryoshka.evaluation.cascade import certify, exits, split_indices
 
 MAX_STAGES = 4  # widths of one cascade: more of them add cost, and hardly save any
@@ -36,12 +37,14 @@ class Measured(NamedTuple):
     right: np.ndarray
 
 
+@takes(thresholds=floats("T"))
 def costs(thresholds: np.ndarray, macs: Sequence[float]) -> np.ndarray:
     """Multiply-adds spent on an image that each width answers, float [G]: all that were asked."""
     asked = np.append(np.isfinite(thresholds), True)
     return np.where(asked, np.asarray(macs, float), 0.0).cumsum()
 
 
+@takes(confidence=floats("G+ N+", finite=True), correct=booleans("G N"), thresholds=floats("T"))
 def measure(
     confidence: np.ndarray, correct: np.ndarray, thresholds: np.ndarray, macs: Sequence[float]
 ) -> Measured:
@@ -64,6 +67,7 @@ class Candidate(NamedTuple):
     macs: float
 
 
+@takes(confidence=floats("G+ N+", finite=True), correct=booleans("G N"))
 def frontier(confidence: np.ndarray, correct: np.ndarray, macs: Sequence[float]) -> list[Candidate]:
     """The cascades that none other beats in both accuracy and cost, by rising cost.
 
@@ -167,6 +171,7 @@ class CertifiedCascade(NamedTuple):
     loss_bound: float
 
 
+@takes(confidence=floats("G+ N+", finite=True), correct=booleans("G N"))
 def certify_widths(
     confidence: np.ndarray,
     correct: np.ndarray,

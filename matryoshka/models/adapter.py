@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from matryoshka.arrays import floats, integers, takes
 from matryoshka.nested import check_dims
 
 MAPS = ("linear", "residual")
@@ -113,6 +114,7 @@ class Adapter(nn.Module):
                 f"{self.spec.width:,}"
             )
 
+    @takes(AdapterError, rows=floats("N D"))
     @torch.no_grad()
     def apply_to(self, rows: np.ndarray) -> np.ndarray:
         """Adapted rows, float32 [N, E], of an array or memory map [N, D], block by block.
@@ -141,6 +143,7 @@ class Adapter(nn.Module):
 # ---------------------------------------------------------------- without training
 
 
+@takes(AdapterError, rows=floats("N D+", finite=True))
 @torch.no_grad()
 def pca_adapter(rows: np.ndarray, spec: AdapterSpec) -> Adapter:
     """The rotation of PCA of rows [N, D], as an adapter: the mean is removed, and the directions of
@@ -157,6 +160,7 @@ def pca_adapter(rows: np.ndarray, spec: AdapterSpec) -> Adapter:
 SHRINKAGE = 0.3  # of the covariance inside classes towards the same variance in all directions
 
 
+@takes(AdapterError, rows=floats("N D+", finite=True), labels=integers("N"))
 @torch.no_grad()
 def discriminant_adapter(rows: np.ndarray, labels: np.ndarray, spec: AdapterSpec) -> Adapter:
     """Linear discriminant analysis of rows [N, D] with classes [N]: the directions in which the
@@ -230,6 +234,7 @@ def _with_weights(spec: AdapterSpec, mean: np.ndarray, axes: np.ndarray) -> Adap
     return adapter
 
 
+@takes(AdapterError, rows=floats("n D"))
 def unit_rows(rows: np.ndarray) -> np.ndarray:
     """Rows [n, D] scaled to length 1, float32; zeros stay zeros."""
     return F.normalize(torch.from_numpy(np.array(rows, np.float32)), dim=1).numpy()

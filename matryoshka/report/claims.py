@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from matryoshka.arrays import booleans, floats, integers, takes
 from matryoshka.report.tables import Z_95, wilson_interval
 
 MARGIN = 1.0  # percentage points: a smaller loss counts as none in sentences of the report
@@ -31,6 +32,7 @@ class Paired(NamedTuple):
     images: int
 
 
+@takes(first_right=booleans("N"), second_right=booleans("N"))
 def paired(first_right: np.ndarray, second_right: np.ndarray) -> Paired:
     """Count the images that only one of two classifiers has right; bool [N] each."""
     return Paired(
@@ -109,6 +111,7 @@ def beats(pair: Paired) -> bool:
     return pair.first_only > pair.second_only and mcnemar(pair) < ALPHA
 
 
+@takes(right=integers("C+", low=0), images=integers("C", low=0))
 def against_constant(right: np.ndarray, images: np.ndarray) -> Paired:
     """A classifier, paired with always answering the most frequent class.
 
@@ -122,6 +125,7 @@ def against_constant(right: np.ndarray, images: np.ndarray) -> Paired:
     )
 
 
+@takes(p_values=floats("m", finite=True))
 def holm(p_values: np.ndarray, alpha: float = ALPHA) -> np.ndarray:
     """Which hypotheses Holm's step-down procedure rejects: bool [m], together at level alpha."""
     order = np.argsort(p_values, kind="stable")

@@ -15,6 +15,25 @@ class Pool:
     @property
     def num_threads(self) -> int: ...
 
+# The bytes of a file, a checksum of each block, the state of each block, bytes of a block.
+Blocks = tuple[NDArray[np.uint8], NDArray[np.uint64], NDArray[np.uint8], int]
+
+class DamagedBlock(RuntimeError):
+    """A block of a file differs from its checksum."""
+
+class GuardedMap:
+    """A mapped file; if it is cut off meanwhile, its rest is read as zeros."""
+
+    def __init__(self, path: str, size: int) -> None: ...
+    @property
+    def bytes(self) -> NDArray[np.uint8]: ...
+    @property
+    def is_cut(self) -> bool: ...
+
+def keep_guard() -> None: ...
+def check_blocks(pool: Pool, blocks: Blocks, begin: int, end: int) -> None: ...
+def sum_blocks(pool: Pool, data: NDArray[np.uint8], block: int) -> NDArray[np.uint64]: ...
+
 IdsAndScores = tuple[NDArray[np.int64], NDArray[np.int32]]  # both [queries, k]
 
 def kernels() -> list[str]: ...
@@ -50,6 +69,8 @@ def search_lists(
     k: int,
     deleted: NDArray[np.uint64] | None = None,
     kernels: str = "",
+    code_blocks: Blocks | None = None,
+    id_blocks: Blocks | None = None,
 ) -> IdsAndScores: ...
 def rerank(
     pool: Pool,
@@ -57,4 +78,5 @@ def rerank(
     queries: NDArray[np.float32],
     candidates: NDArray[np.int64],
     kernels: str = "",
+    blocks: Blocks | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]: ...

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from matryoshka.arrays import as_float32
 from matryoshka.retrieval.exact import stable_top_k
-from matryoshka.retrieval.hits import Hits, RetrievalError, as_rows, check_rows, get_bits
+from matryoshka.retrieval.hits import Hits, RetrievalError, as_rows, check_bits, get_bits
 from matryoshka.retrieval.params import SearchParams
 
 ROWS = 1 << 18  # rows per matrix product
@@ -26,7 +27,7 @@ class DeviceSearcher:
     """
 
     def __init__(self, rows: np.ndarray, device: str | torch.device = "cuda") -> None:
-        check_rows(rows, 1, "database")
+        rows = as_rows(rows, 1, "database")
         if not len(rows):
             raise RetrievalError("database: is empty; a search needs rows")
         self.device = torch.device(device)
@@ -78,12 +79,13 @@ class DeviceSearcher:
         )
         deleted_rows = None  # bool [N] on the device
         if deleted is not None:
+            check_bits(deleted, len(self.rows))
             deleted_rows = torch.from_numpy(get_bits(deleted, 0, len(self.rows))).to(self.device)
         # Per query: scores of ROWS rows in the shortlist, gathered prefixes in the stages.
         largest = max([ROWS, *(params.k * stage.dim for stage in params.stages)])
         at_once = max(1, TILE // largest)
         for first in range(0, len(queries), at_once):
-            part = np.asarray(queries[first : first + at_once], np.float32)
+            part = np.ascontiguousarray(as_float32(queries[first : first + at_once]))
             on_device = torch.from_numpy(part).to(self.device)
             ids, scores = self._shortlist(on_device, params, deleted_rows)
             for stage in params.stages:

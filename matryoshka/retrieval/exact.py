@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from matryoshka.retrieval.hits import Hits, check_k, check_rows, get_bits, unit
+from matryoshka.arrays import as_float32
+from matryoshka.retrieval.hits import Hits, as_rows, check_bits, check_k, get_bits, unit
 from matryoshka.retrieval.rerank import Stage, rerank
 
 BLOCK_ROWS = 16_384  # with 1000 queries 64 MB of scores
@@ -34,9 +35,11 @@ def exact_search(
     same order. If still more rows may tie with the k-th, the query takes another pass in float64,
     whose errors vanish when the result is rounded to float32.
     """
-    check_rows(rows, dim, "database")
-    check_rows(queries, dim, "queries")
+    rows = as_rows(rows, dim, "database")
+    queries = as_rows(queries, dim)
     check_k(k)
+    if deleted is not None:
+        check_bits(deleted, len(rows))
     pass_options: Any = {"device": device, "rows_at_once": rows_at_once, "deleted": deleted}
     out = Hits(
         np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
@@ -44,7 +47,7 @@ def exact_search(
     unsure = np.ones(len(queries), bool)  # queries that need the pass in float64
     if rows.dtype in (np.float16, np.float32):
         near = _pass(rows, queries, dim, k + MARGIN, dtype=torch.float32, **pass_options)
-        found = rerank(rows, np.asarray(queries, np.float32), near.ids, [Stage(dim, k)])
+        found = rerank(rows, as_float32(queries), near.ids, [Stage(dim, k)])
         out.ids[:], out.scores[:] = found
         if near.ids.shape[1] < k + MARGIN:  # the pass kept every row
             unsure[:] = False

@@ -6,7 +6,16 @@ from typing import Any, Self
 
 import numpy as np
 
-from matryoshka.retrieval.hits import Hits, RetrievalError, check_k, check_rows, chunks, pool, unit
+from matryoshka.retrieval.hits import (
+    Hits,
+    RetrievalError,
+    as_rows,
+    check_bits,
+    check_k,
+    chunks,
+    pool,
+    unit,
+)
 
 LINKS = 32  # M of the paper's HNSW32
 
@@ -31,7 +40,7 @@ class Graph:
         zero vectors, too. RetrievalError without faiss, and for rows with NaN or infinity, which a
         graph cannot leave out.
         """
-        check_rows(rows, dim, "database")
+        rows = as_rows(rows, dim, "database")
         try:
             import faiss
         except ImportError:
@@ -63,8 +72,10 @@ class Graph:
         """As PrefixScan.search. ef_search: size of the candidate queue, raised to k."""
         import faiss
 
-        check_rows(queries, self.dim, "queries")
+        queries = as_rows(queries, self.dim)
         check_k(k)
+        if deleted is not None:
+            check_bits(deleted, self.count)
         if deleted is not None and deleted.any():
             raise RetrievalError("index hnsw cannot leave rows out; use scan, ivf, binary or exact")
         # The setting belongs to the process, and another index may have changed it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import operator
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from matryoshka.arrays import as_array, as_float32, as_int64
 from matryoshka.retrieval import _native
 
 CHUNK = 65_536  # rows per conversion: 67 MB of float32 at 256 dimensions
@@ -34,15 +36,21 @@ class Hits(NamedTuple):
     scores: np.ndarray
 
 
-@cache
 def pool(num_threads: int) -> Any:
     """The shared thread pool of this size; 0: one thread per core."""
-    if num_threads:
-        return _native.Pool(num_threads)
-    # The cores that this process may use, which a container or taskset limits.
-    if hasattr(os, "sched_getaffinity"):
-        return pool(len(os.sched_getaffinity(0)))
-    return pool(os.cpu_count() or 1)
+    if not num_threads:
+        # The cores that this process may use, which a container or taskset limits.
+        if hasattr(os, "sched_getaffinity"):
+            num_threads = len(os.sched_getaffinity(0))
+        else:
+            num_threads = os.cpu_count() or 1
+    # Threads do not survive a fork: a child makes a pool of its own.
+    return _pool_of(num_threads, os.getpid())
+
+
+@cache
+def _pool_of(num_threads: int, process: int) -> Any:
+    return _native.Pool(num_threads)
 
 
 def huge_page_zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -72,21 +80,70 @@ def check_rows(rows: np.ndarray, dim: int, what: str) -> None:
         )
 
 
-def as_rows(queries: Any, what: str = "queries") -> np.ndarray:
-    """Convert arrays, lists and CPU tensors; RetrievalError for anything that NumPy cannot read."""
-    try:
-        return np.asarray(queries)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+def as_rows(rows: Any, dim: int = 1, what: str = "queries") -> np.ndarray:
+    """Arrays, lists and CPU tensors as an array of `check_rows`. RetrievalError for all else."""
+    array = as_array(rows, what, RetrievalError)
+    check_rows(array, dim, what)
+    return array
+
+
+def as_candidates(ids: Any, rows: int) -> np.ndarray:
+    """Row ids [Q, m] as int64. RetrievalError for other types and shapes, and beyond `rows`."""
+    array = as_int64(as_array(ids, "candidates", RetrievalError), "candidates", RetrievalError)
+    if array.ndim != 2:
+        raise RetrievalError(f"candidates {list(array.shape)}: expected one list for each query")
+    if array.size and array.max() >= rows:
         raise RetrievalError(
-            f"{what}: {reason}; give an array [rows, dimensions], or a tensor on the CPU"
-        ) from None
+            f"candidates: row id {array.max()} out of range, the database has {rows} rows"
+        )
+    return array
 
 
-def check_k(k: int) -> None:
-    """RetrievalError unless the native code can count to k."""
-    if not 1 <= k < 1 << 31:
-        raise RetrievalError(f"k={k}: expected 1 to {(1 << 31) - 1} neighbours")
+def row_numbers(rows: Any, total: int, what: str, where: str = "the database") -> np.ndarray:
+    """Row numbers, int64 [n], from integers or from a mask, bool [total].
+
+    RetrievalError for anything else, for a mask of another length and beyond `total`; where: of
+    the rows, for messages. Negative numbers stay.
+    """
+    array = as_array(rows, what, RetrievalError)
+    if array.ndim != 1:
+        raise RetrievalError(
+            f"{what}: is {array.dtype} {list(array.shape)}, expected row numbers [n] or a mask "
+            f"of {total} booleans"
+        )
+    if array.dtype.kind == "b":
+        if len(array) != total:
+            raise RetrievalError(f"{what}: is a mask of {len(array)} rows, {where} has {total}")
+        return np.flatnonzero(array)
+    array = as_int64(array, what, RetrievalError)
+    if len(array) and array.max() >= total:
+        raise RetrievalError(f"{what}: row {array.max()} out of range, {where} has {total} rows")
+    return array
+
+
+def check_bits(bits: Any, rows: int, what: str = "deleted") -> None:
+    """RetrievalError unless `bits` is a bitmap of `rows` rows, see `set_bits`."""
+    words = len(empty_bits(rows))
+    is_array = isinstance(bits, np.ndarray)
+    if not is_array or bits.dtype != np.uint64 or bits.ndim != 1:
+        found = f"{bits.dtype} {list(bits.shape)}" if is_array else type(bits).__name__
+        raise RetrievalError(
+            f"{what}: is {found}, expected a bitmap, uint64 [{words}]: "
+            f"matryoshka.retrieval.hits.empty_bits({rows}), then set_bits"
+        )
+    if len(bits) != words:
+        raise RetrievalError(f"{what}: has bits for {64 * len(bits)} rows, expected {rows}")
+
+
+def check_k(k: int, what: str = "k") -> None:
+    """RetrievalError unless k is an integer to which the native code can count."""
+    try:
+        count = operator.index(k)
+    except TypeError:
+        raise RetrievalError(f"{what}={k}: expected an integer") from None
+    if isinstance(k, bool) or not 1 <= count < 1 << 31:
+        of_what = "lists" if what == "nprobe" else "neighbours"
+        raise RetrievalError(f"{what}={k}: expected 1 to {(1 << 31) - 1} {of_what}")
 
 
 def unit(rows: np.ndarray, dim: int) -> np.ndarray:
@@ -95,7 +152,7 @@ def unit(rows: np.ndarray, dim: int) -> np.ndarray:
     Zero vectors stay zero. Rows with NaN or infinity become NaN in all dimensions, so that one
     column shows whether a row is valid.
     """
-    cut = np.asarray(rows[:, :dim], np.float32)
+    cut = as_float32(rows[:, :dim])
     with np.errstate(all="ignore"):
         # Squares of large float32 numbers overflow float32, but not float64.
         length = np.sqrt(np.einsum("nd,nd->n", cut, cut, dtype=np.float64))
@@ -121,8 +178,11 @@ def empty_bits(count: int) -> np.ndarray:
 
 
 def set_bits(bits: np.ndarray, rows: np.ndarray) -> None:
-    """Set the bits of `rows` in place."""
-    rows = np.asarray(rows, np.uint64)
+    """Set the bits of `rows`, integers [n], in place. RetrievalError for other row numbers."""
+    rows = row_numbers(rows, 64 * len(bits), "rows")
+    if len(rows) and rows.min() < 0:
+        raise RetrievalError(f"rows: row {rows.min()}, expected 0 or more")
+    rows = rows.astype(np.uint64)
     # `at`, because several rows share a word; an assignment would keep the last bit only.
     np.bitwise_or.at(bits, rows // 64, np.uint64(1) << (rows % 64))
 
@@ -133,7 +193,14 @@ def get_bits(bits: np.ndarray, first: int, count: int) -> np.ndarray:
     return (bits[rows // 64] >> (rows % 64) & np.uint64(1)).astype(bool)
 
 
-def excluded_bits(bad: np.ndarray, deleted: np.ndarray | None) -> NDArray[np.uint64] | None:
-    """Bits of rows that a search skips; None without any, which spares it the test per row."""
+def excluded_bits(
+    bad: np.ndarray, deleted: np.ndarray | None, count: int
+) -> NDArray[np.uint64] | None:
+    """Bits of `count` rows that a search skips; None without any, which spares it the test per row.
+
+    RetrievalError unless `deleted` is such a bitmap.
+    """
+    if deleted is not None:
+        check_bits(deleted, count)
     both = bad if deleted is None else np.bitwise_or(bad, deleted)
     return both if both.any() else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -10,8 +10,8 @@ from matryoshka.retrieval import _native
 from matryoshka.retrieval.hits import (
     Hits,
     RetrievalError,
+    as_rows,
     check_k,
-    check_rows,
     chunks,
     empty_bits,
     excluded_bits,
@@ -73,7 +73,7 @@ class InvertedFile:
 
         lists: 0 for about 4 * sqrt(N), a power of two.
         """
-        check_rows(rows, dim, "database")
+        rows = as_rows(rows, dim, "database")
         if not len(rows):
             raise RetrievalError("database: is empty; an inverted file needs rows")
         lists = min(lists or 2 ** round(np.log2(4 * np.sqrt(len(rows)))), len(rows))
@@ -125,12 +125,16 @@ class InvertedFile:
         *,
         deleted: np.ndarray | None = None,
         kernels: str = "",
+        code_blocks: Any = None,
+        id_blocks: Any = None,
     ) -> Hits:
-        """The k rows of highest estimated cosine in the lists of the `nprobe` nearest centroids."""
-        check_rows(queries, self.dim, "queries")
+        """The k rows of highest estimated cosine in the lists of the `nprobe` nearest centroids.
+
+        code_blocks, id_blocks: CheckedFile.blocks of `packed` and `ids`, if they are of files.
+        """
+        queries = as_rows(queries, self.dim)
         check_k(k)
-        if nprobe < 1:
-            raise RetrievalError(f"nprobe={nprobe}: expected 1 or more lists")
+        check_k(nprobe, "nprobe")
         prefixes = unit(queries, self.dim)
         # By 7-bit codes as well: 16 us for the 32 nearest of 4,096 centroids (bench/NOTES.md).
         nearest = self.centroids.search_unit(
@@ -148,8 +152,10 @@ class InvertedFile:
             queries=signed,
             probes=probes,
             k=k,
-            deleted=excluded_bits(self.bad, deleted),
+            deleted=excluded_bits(self.bad, deleted, self.count),
             kernels=kernels,
+            code_blocks=code_blocks,
+            id_blocks=id_blocks,
         )
         return mask_missing(ids, scores * scale[:, None] + offset[:, None], prefixes)
 

@@ -333,6 +333,7 @@ def _same(index: Index, numbers: _Numbers, rows: np.ndarray, block: _Block) -> n
             & (sources[np.minimum(origin[:, 0], len(sources) - 1)] == block.sources[inside])
             & (origin[:, 1] == block.items[inside])
         )
+        part.check_files()
     return same
 
 

@@ -270,5 +270,6 @@ def index_parser() -> CommandParser:
                 folder,
             ),
             "info": ("Show what an index holds.", (*folder, InfoOptions)),
+            "verify": ("Read a whole index and compare all checksums.", folder),
         },
     )

@@ -8,7 +8,7 @@ import numpy as np
 
 from matryoshka.retrieval.exact import exact_search
 from matryoshka.retrieval.graph import Graph
-from matryoshka.retrieval.hits import Hits, RetrievalError, as_rows, check_rows
+from matryoshka.retrieval.hits import Hits, RetrievalError, as_rows, check_bits, check_rows
 from matryoshka.retrieval.ivf import InvertedFile
 from matryoshka.retrieval.params import PREFIX_CACHE_DIMS, SearchParams
 from matryoshka.retrieval.rerank import build_prefix_cache, rerank
@@ -57,7 +57,7 @@ class Searcher:
     """
 
     def __init__(self, rows: np.ndarray, num_threads: int = 0, seed: int = 0) -> None:
-        check_rows(rows, 1, "database")
+        rows = as_rows(rows, 1, "database")
         if not len(rows):
             raise RetrievalError("database: is empty; a search needs rows")
         self.rows = rows
@@ -91,6 +91,8 @@ class Searcher:
     ) -> Hits:
         """The shortlist without re-ranking; its scores are estimates, except for "exact"."""
         queries = as_rows(queries)
+        if deleted is not None:
+            check_bits(deleted, len(self.rows))
         self.prepare(params)
         if params.index == "exact":
             return exact_search(self.rows, queries, params.dim, params.k, deleted=deleted)

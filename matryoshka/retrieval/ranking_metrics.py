@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from matryoshka.arrays import booleans, floats, integers, numbers, takes
+
 BLOCK = 512  # queries per step: 8 MB at k = 2048
 
 
@@ -31,15 +33,13 @@ class Average(NamedTuple):
 # ---------------------------------------------------------------- against the classes
 
 
+@takes(ids=integers("Q k"), labels=integers("N"), query_labels=integers("L"))
 def class_hits(ids: np.ndarray, labels: np.ndarray, query_labels: np.ndarray) -> np.ndarray:
     """Whether each result has its query's class, bool [Q, k].
 
     Missing results and unknown classes never count. ValueError for ids out of range, and for labels
     that are not integers: upstream's float16 cannot distinguish 2049 from 2048.
     """
-    for name, array in (("ids", ids), ("labels", labels), ("query_labels", query_labels)):
-        if array.dtype.kind not in "iu":
-            raise ValueError(f"{name}: {array.dtype}, expected integers")
     if len(ids) != len(query_labels):
         raise ValueError(f"ids of {len(ids)} queries, query_labels of {len(query_labels)}")
     if ids.size and ids.max() >= len(labels):
@@ -54,6 +54,7 @@ def class_hits(ids: np.ndarray, labels: np.ndarray, query_labels: np.ndarray) ->
     return hits
 
 
+@takes(labels=integers("N"), query_labels=integers("Q"))
 def relevant_rows(labels: np.ndarray, query_labels: np.ndarray) -> np.ndarray:
     """Database rows of each query's class, int64 [Q]; 0 where the class is unknown."""
     classes, counts = np.unique(labels, return_counts=True)
@@ -63,16 +64,19 @@ def relevant_rows(labels: np.ndarray, query_labels: np.ndarray) -> np.ndarray:
     return np.where((classes[at] == query_labels) & (query_labels >= 0), counts[at], 0)
 
 
+@takes(hits=booleans("Q k"))
 def top1(hits: np.ndarray) -> float:
     """Share of queries whose first result is a hit: 1-nearest-neighbour accuracy."""
     return precision_at(hits, 1)
 
 
+@takes(hits=booleans("Q k"))
 def precision_at(hits: np.ndarray, k: int) -> float:
     """P@k: mean of (hits among the first k) / k; missing results count as wrong."""
     return _mean(_first(hits, k).sum(1) / k)
 
 
+@takes(hits=booleans("Q k"), relevant=integers("R", low=0))
 def recall_at(hits: np.ndarray, k: int, relevant: np.ndarray) -> Average:
     """Recall@k: mean of (hits among the first k) / R, with R = `relevant_rows` of the query.
 
@@ -81,6 +85,7 @@ def recall_at(hits: np.ndarray, k: int, relevant: np.ndarray) -> Average:
     return _average(_first(hits, k).sum(1), relevant, relevant)
 
 
+@takes(hits=booleans("Q k"), relevant=integers("R", low=0))
 def mean_average_precision(
     hits: np.ndarray,
     k: int,
@@ -137,6 +142,7 @@ def _mean(values: np.ndarray) -> float:
 # ---------------------------------------------------------------- against exact search
 
 
+@takes(found=integers("Q m"), exact=integers("L k"))
 def recall_against_exact(found: np.ndarray, exact: np.ndarray) -> np.ndarray:
     """Share of the rows in `exact` (int64 [Q, k]) that `found` (int64 [Q, m]) contains, [Q].
 
@@ -196,6 +202,7 @@ class RecallSummary(NamedTuple):
         return int(np.searchsorted(self.found.cumsum(), share * self.queries * (1 - 1e-12)))
 
 
+@takes(recall=floats("Q"))
 def summarise_recall(
     recall: np.ndarray, k: int, confidence: float = 0.95, bonferroni: int = 1
 ) -> RecallSummary:
@@ -227,6 +234,7 @@ def summarise_recall(
     )
 
 
+@takes(values=numbers("n"))
 def mean_lower_bound(values: np.ndarray, confidence: float = 0.95, bonferroni: int = 1) -> float:
     """Lower confidence bound of a mean, valid for every distribution and sample size.
 

@@ -16,8 +16,8 @@ from matryoshka.retrieval import _native
 from matryoshka.retrieval.hits import (
     Hits,
     RetrievalError,
+    as_rows,
     check_k,
-    check_rows,
     chunks,
     empty_bits,
     excluded_bits,
@@ -113,7 +113,7 @@ class PrefixScan:
     @classmethod
     def build(cls, rows: np.ndarray, dim: int, num_threads: int = 0) -> Self:
         """Encode `rows`, float [N, D]. RetrievalError if D < dim."""
-        check_rows(rows, dim, "database")
+        rows = as_rows(rows, dim, "database")
         codec = Codec.learn(rows, dim)
         block = _native.BLOCK
         packed = huge_page_zeros((-(-len(rows) // block) * block * codec.width,), np.uint8)
@@ -131,7 +131,7 @@ class PrefixScan:
         deleted: bits of rows to leave out, see hits.set_bits. kernels: a name of
         _native.kernels(); default: the fastest that the CPU has.
         """
-        check_rows(queries, self.dim, "queries")
+        queries = as_rows(queries, self.dim)
         check_k(k)
         return self.search_unit(unit(queries, self.dim), k, deleted=deleted, kernels=kernels)
 
@@ -146,7 +146,7 @@ class PrefixScan:
             count=self.count,
             queries=signed,
             k=k,
-            deleted=excluded_bits(self.bad, deleted),
+            deleted=excluded_bits(self.bad, deleted, self.count),
             kernels=kernels,
         )
         return mask_missing(ids, scores * scale[:, None] + offset[:, None], prefixes)
@@ -183,7 +183,7 @@ class BinaryScan:
 
         RetrievalError for any other dim, and for D < dim.
         """
-        check_rows(rows, dim, "database")
+        rows = as_rows(rows, dim, "database")
         if dim % 64:
             raise RetrievalError(f"dim={dim}: binary codes need a multiple of 64")
         values = unit(sample(rows, SAMPLE_ROWS), dim)
@@ -204,7 +204,7 @@ class BinaryScan:
         self, queries: np.ndarray, k: int, *, deleted: np.ndarray | None = None, kernels: str = ""
     ) -> Hits:
         """As PrefixScan.search."""
-        check_rows(queries, self.dim, "queries")
+        queries = as_rows(queries, self.dim)
         check_k(k)
         prefixes = unit(queries, self.dim)
         ids, scores = _native.search_bits(
@@ -213,7 +213,7 @@ class BinaryScan:
             count=self.count,
             queries=_above(prefixes, self.medians),
             k=k,
-            deleted=excluded_bits(self.bad, deleted),
+            deleted=excluded_bits(self.bad, deleted, self.count),
             kernels=kernels,
         )
         return mask_missing(ids, 1 + scores * np.float32(2 / self.dim), prefixes)

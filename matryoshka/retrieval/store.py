@@ -6,16 +6,19 @@
     part-*/rows.f16     float16 [n, D]: each row times a power of two, which cancels in a cosine
     part-*/...          7-bit codes of the first `dim` dimensions, in lists if there are many rows;
                         names, labels
+    part-*/blocks.u64   a checksum of every 32 kB of the large files
 
 Files are little-endian, raw and memory-mapped. Opening reads the small files and checks the sizes
-of all. Readers need no lock: files never change, and a process that has an older index open keeps
-its files. store_writer.py writes. The parts exist because 5 GB of rows cannot be rewritten for one
-image that is added or deleted.
+of all; blocks of the large ones are compared with their checksums when they are first read. Readers
+need no lock: files never change, and a process that has an older index open keeps its files.
+store_writer.py writes. The parts exist because 5 GB of rows cannot be rewritten for one image that
+is added or deleted.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 import os
 import re
 import zlib
@@ -26,21 +29,23 @@ from typing import Any
 
 import numpy as np
 
+from matryoshka.arrays import as_array, as_int64
 from matryoshka.files import read_regular
+from matryoshka.retrieval.checked_file import REBUILD
 from matryoshka.retrieval.exact import exact_search
 from matryoshka.retrieval.hits import (
     Hits,
     RetrievalError,
     as_rows,
-    check_rows,
+    check_bits,
     empty_bits,
     get_bits,
+    row_numbers,
     set_bits,
 )
-from matryoshka.retrieval.ivf import InvertedFile
 from matryoshka.retrieval.params import PREFIX_CACHE_DIMS, SearchParams
-from matryoshka.retrieval.rerank import Stage, build_prefix_cache, rerank
-from matryoshka.retrieval.store_part import REBUILD, Part, name_hash, read_checked
+from matryoshka.retrieval.rerank import Stage, build_prefix_cache
+from matryoshka.retrieval.store_part import Part, name_hash, read_checked
 
 FORMAT = "matryoshka-index-1"
 MANIFEST = "index.json"
@@ -213,6 +218,7 @@ class Index:
                 part.prefix_cache = build_prefix_cache(
                     part.rows, min(PREFIX_CACHE_DIMS, self.columns)
                 )
+                part.check_files()
 
     def search(
         self,
@@ -229,9 +235,10 @@ class Index:
         params: index "ivf" or "scan" of the index's own `dim`, or "exact"; default: the index's.
         k: number of results, see SearchParams.with_k; default: what `params` give, else DEFAULT_K.
         deleted: bits of further rows to leave out.
-        only: a filter, int64: the rows that may be found; -1, which `find` gives for unknown names,
-            is ignored. Up to MAX_EXACT_FILTER_ROWS rows are compared in full. For longer filters
-            nprobe grows as the filter narrows. Parts without lists are scanned.
+        only: a filter: the rows that may be found, as integers or as a mask, bool [total]. -1,
+            which `find` gives for unknown names, is ignored. Up to MAX_EXACT_FILTER_ROWS rows are
+            compared in full. For longer filters nprobe grows as the filter narrows. Parts without
+            lists are scanned.
 
         RetrievalError for other params, other widths, and rows that the index does not have.
         """
@@ -261,7 +268,6 @@ class Index:
     def _check_queries(self, queries: Any) -> np.ndarray:
         """Queries as an array [Q, columns]. RetrievalError."""
         queries = as_rows(queries)
-        check_rows(queries, 1, "queries")
         if queries.shape[1] != self.columns:
             raise RetrievalError(
                 f"queries: have {queries.shape[1]} dimensions, {self.path} has {self.columns}"
@@ -272,20 +278,14 @@ class Index:
         self, deleted: np.ndarray | None, only: np.ndarray | None
     ) -> tuple[np.ndarray, int | None]:
         """Bits of all rows that a search leaves out; the length of the filter, None without one."""
-        if deleted is not None and deleted.shape != self.deleted.shape:
-            raise RetrievalError(
-                f"deleted: has bits for {64 * deleted.size} rows, {self.path} has {self.total}"
-            )
+        if deleted is not None:
+            check_bits(deleted, self.total)
         excluded = self.deleted if deleted is None else self.deleted | deleted
         if only is None:
             return excluded, None
 
-        only = np.asarray(only, np.int64)
+        only = row_numbers(only, self.total, "only", str(self.path))
         only = only[only >= 0]
-        if len(only) and only.max() >= self.total:
-            raise RetrievalError(
-                f"only: row {only.max()} out of range, {self.path} has {self.total} rows"
-            )
         allowed = empty_bits(self.total)
         set_bits(allowed, only)
         return excluded | ~allowed, len(only)
@@ -300,33 +300,23 @@ class Index:
         rows = np.flatnonzero(~get_bits(excluded, 0, part.count))
         # All queries have the same candidates; broadcast_to makes no copies.
         candidates = np.broadcast_to(rows, (len(queries), len(rows)))
-        stages = [Stage(self.columns, k)]
-        return rerank(part.rows, queries, candidates, stages, num_threads=self.num_threads)
+        return part.rerank(queries, candidates, [Stage(self.columns, k)])
 
     def _search_part(
         self, part: Part, queries: np.ndarray, params: SearchParams, excluded: np.ndarray
     ) -> Hits:
         """Shortlist and re-ranking in one part; ids count from the part's first row."""
         deleted = excluded if excluded.any() else None
-        shortlist = part.shortlist
         if params.index == "exact":
             found = exact_search(part.rows, queries, params.dim, params.k, deleted=deleted)
-        elif isinstance(shortlist, InvertedFile):
-            # A scan of a part with lists visits all of them.
-            nprobe = params.nprobe if params.index == "ivf" else len(shortlist.starts)
-            found = shortlist.search(queries, params.k, nprobe, deleted=deleted)
+            part.check_files()
         else:
-            found = shortlist.search(queries, params.k, deleted=deleted)
+            # A scan of a part with lists visits all of them.
+            nprobe = params.nprobe if params.index == "ivf" else None
+            found = part.search_codes(queries, params.k, nprobe, deleted)
         if not params.stages:
             return found
-        return rerank(
-            part.rows,
-            queries,
-            found.ids,
-            params.stages,
-            prefix_cache=part.prefix_cache,
-            num_threads=self.num_threads,
-        )
+        return part.rerank(queries, found.ids, params.stages)
 
     @property
     def memory_bytes(self) -> int:
@@ -336,7 +326,9 @@ class Index:
 
     def _locate(self, row: int) -> tuple[Part, int]:
         """The part of a row, and its number there. IndexError."""
-        if not 0 <= row < self.total:
+        if isinstance(row, bool):
+            raise TypeError("row: is bool, expected an integer")
+        if not 0 <= operator.index(row) < self.total:
             raise IndexError(f"row {row} of {self.total}")
         part = self.parts[int(np.searchsorted(self._firsts, row, side="right")) - 1]
         return part, row - part.first
@@ -348,7 +340,7 @@ class Index:
     def class_name(self, row: int) -> str | None:
         """The class of a row, None if its data set does not name the classes."""
         part, local = self._locate(row)
-        label = int(part.labels[local])
+        label = part.label(local)
         if part.classes and 0 <= label < len(part.classes):
             return part.classes[label]
         return None
@@ -356,7 +348,7 @@ class Index:
     def origin(self, row: int) -> tuple[dict[str, Any], int]:
         """The data set of a row, as embed described it, and the number of its image there."""
         part, local = self._locate(row)
-        source, item = part.origins[local].tolist()
+        source, item = part.origin(local)
         # origins.u32 may be too large for a checksum when the part is opened.
         if source >= len(part.data):
             raise part.damaged("origins.u32")
@@ -365,13 +357,16 @@ class Index:
     def vector(self, row: int) -> np.ndarray:
         """The embedding times a power of two, float32 [D]."""
         part, local = self._locate(row)
-        return part.rows[local].astype(np.float32)
+        return part.vector(local).astype(np.float32)
 
     def find(self, names: Sequence[str]) -> np.ndarray:
         """The row of each name, int64; -1 for unknown and deleted ones."""
         # A string is a sequence of names as well, of one character each.
         if isinstance(names, str):
             raise TypeError(f"find takes several names: find([{names!r}])")
+        for name in names:
+            if not isinstance(name, str):
+                raise TypeError(f"find takes names: {type(name).__name__} is not text")
         hashes = np.array([name_hash(name) for name in names], np.uint64)
         found = np.full(len(names), -1, np.int64)
         for part in self.parts:
@@ -383,8 +378,13 @@ class Index:
         return found
 
     def is_deleted(self, rows: np.ndarray) -> np.ndarray:
-        """Whether each row is deleted, bool; row -1 counts as row 0."""
-        at = np.maximum(rows, 0).astype(np.uint64)
+        """Whether each row is deleted, bool; row -1 counts as row 0. RetrievalError."""
+        numbers = as_int64(as_array(rows, "rows", RetrievalError), "rows", RetrievalError)
+        if numbers.size and numbers.max() >= self.total:
+            raise RetrievalError(
+                f"rows: row {numbers.max()} out of range, {self.path} has {self.total} rows"
+            )
+        at = np.maximum(numbers, 0).astype(np.uint64)
         word = self.deleted[at // np.uint64(64)]
         return (word >> (at % np.uint64(64)) & np.uint64(1)).astype(bool)
 
@@ -397,6 +397,19 @@ class Index:
             self._stored_bits()
         except OSError as error:
             raise RetrievalError(f"{error.filename}: {error.strerror}; {REBUILD}") from None
+
+    def check_files(self) -> None:
+        """RetrievalError if a file was cut off since the index was opened.
+
+        Who reads arrays of `parts` calls it afterwards: they have zeros then.
+        """
+        for part in self.parts:
+            part.check_files()
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether all large files have checksums of their blocks; older versions wrote none."""
+        return all(part.has_sums for part in self.parts)
 
     @property
     def nbytes(self) -> int:
@@ -435,6 +448,7 @@ class RowSubset:
         for stored in self._index.parts:
             inside = (numbers >= stored.first) & (numbers < stored.first + stored.count)
             out[inside] = stored.rows[numbers[inside] - stored.first]
+            stored.check_files()
         return out
 
 

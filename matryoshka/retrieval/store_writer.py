@@ -20,13 +20,15 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from matryoshka.arrays import as_array, as_float32, as_int64
 from matryoshka.files import sync_folder
+from matryoshka.retrieval.checked_file import BLOCK, BlockSums
 from matryoshka.retrieval.hits import CHUNK, RetrievalError, check_rows, empty_bits, set_bits
 from matryoshka.retrieval.ivf import InvertedFile
 from matryoshka.retrieval.params import SearchParams, default_params
@@ -41,7 +43,14 @@ from matryoshka.retrieval.store import (
     merge_classes,
     rows_key,
 )
-from matryoshka.retrieval.store_part import PART, name_hash, read_checked, with_checksum
+from matryoshka.retrieval.store_part import (
+    MAYBE_LARGE,
+    PART,
+    SUMS,
+    name_hash,
+    read_checked,
+    with_checksum,
+)
 
 MAX_PARTS = 128  # a search visits all parts, and a large part keeps ten files open
 # Smaller parts are scanned: among 50,000 x 512 real rows a scan has recall@10 0.996 at 20,000
@@ -121,7 +130,7 @@ class Writer:
         file, 0: about 4 * sqrt(n) from MIN_ROWS_FOR_IVF rows on, else none. seed: of k-means.
         RetrievalError if there is an index, damaged or not, and `overwrite` is false.
         """
-        self._check(batch)
+        batch = self._checked(batch)
         present = (self.path / MANIFEST).exists()
         if present and not overwrite:
             raise RetrievalError(
@@ -161,7 +170,7 @@ class Writer:
                 f"{self.path}: has {len(index.parts)} parts, the maximum; run `matryoshka index "
                 "compact`, then add again"
             )
-        self._check(batch)
+        batch = self._checked(batch)
         index.check_model(batch.model["weights_sha256"], "the embeddings")
         # As JSON has it: tuples are lists there.
         prepared = json.loads(json.dumps(batch.preprocessing))
@@ -291,27 +300,34 @@ class Writer:
         self._sweep(index.manifest)
         return index
 
-    def _check(self, batch: IndexRows) -> None:
-        """RetrievalError for rows, names, labels or origins that do not fit together."""
-        check_rows(batch.rows, 1, "embeddings")
-        n = len(batch.rows)
+    def _checked(self, batch: IndexRows) -> IndexRows:
+        """The rows with arrays in place of lists.
+
+        RetrievalError for rows, names, labels or origins that do not fit together.
+        """
+        rows = as_array(batch.rows, "embeddings", RetrievalError)
+        check_rows(rows, 1, "embeddings")
+        n = len(rows)
         if not n:
             raise RetrievalError("embeddings: have no rows; an index needs some")
-        labels = batch.labels
+        labels = as_array(batch.labels, "embeddings: labels", RetrievalError)
         if len(batch.names) != n or labels.shape != (n,) or labels.dtype.kind not in "iu":
             what = f"{len(batch.names)} names, labels {labels.dtype} {list(labels.shape)}"
             raise RetrievalError(
                 f"embeddings: {n} rows, {what}; expected one name and one integer label per row"
             )
-        origins = batch.origins
-        if origins is None:
-            return
-        is_pair = origins.shape == (n, 2)
+        labels = as_int64(labels, "embeddings: labels", RetrievalError)
+        if batch.origins is None:
+            return replace(batch, rows=rows, labels=labels)
+        origins = as_array(batch.origins, "embeddings: origins", RetrievalError)
+        origins = as_int64(origins, "embeddings: origins", RetrievalError)
+        is_pair = origins.shape == (n, 2) and 0 <= origins.min() <= origins.max() < 1 << 32
         if not is_pair or not 0 <= origins[:, 0].min() <= origins[:, 0].max() < len(batch.data):
             raise RetrievalError(
                 f"embeddings: origins {list(origins.shape)}, expected [{n}, 2] with numbers of "
-                f"{len(batch.data)} data sets"
+                f"{len(batch.data)} data sets, and of images"
             )
+        return replace(batch, rows=rows, labels=labels, origins=origins)
 
     def _check_unique(self, names: Sequence[str]) -> None:
         """RetrievalError for a name that occurs twice."""
@@ -366,9 +382,12 @@ class Writer:
                 origins = np.stack([np.zeros(n, np.uint32), np.arange(n, dtype=np.uint32)], 1)
             files.array("origins.u32", np.ascontiguousarray(origins, np.uint32))
             _write_names(files, batch.names)
+            large, sums = files.sums()
+            files.array(SUMS, sums)
             metadata = {
                 "rows": n,
                 "lists": count,
+                "blocks": {"bytes": BLOCK, "files": large},
                 "files": files.written,
                 "classes": batch.classes,
                 "data": [dict(source) for source in batch.data] or [{}],
@@ -433,18 +452,30 @@ class _Files:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.written: dict[str, dict[str, int]] = {}
+        self._sums: dict[str, np.ndarray] = {}
+
+    def sums(self) -> tuple[list[str], np.ndarray]:
+        """Names of the files that may be large, and the checksums of their blocks, one after the
+        other.
+        """
+        return list(self._sums), np.concatenate(list(self._sums.values()))
 
     def write(self, name: str, blocks: Iterator[np.ndarray]) -> None:
         size = crc = 0
+        sums = BlockSums()
         with (self.folder / name).open("wb") as file:
             for block in blocks:
                 data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
                 file.write(data)
                 size += len(data)
                 crc = zlib.crc32(data, crc)
+                if name in MAYBE_LARGE:
+                    sums.add(data)
             file.flush()
             os.fsync(file.fileno())
         self.written[name] = {"bytes": size, "crc32": crc}
+        if name in MAYBE_LARGE:
+            self._sums[name] = sums.end()
 
     def array(self, name: str, array: np.ndarray) -> None:
         self.write(name, iter([array]))
@@ -481,7 +512,7 @@ def to_float16(rows: np.ndarray) -> np.ndarray:
     Nothing overflows or becomes subnormal, so that the only rounding is that to float16's 11 bits;
     cosines do not depend on the factor. Rows with NaN or infinity become NaN.
     """
-    rows = np.asarray(rows, np.float32)
+    rows = as_float32(rows)
     with np.errstate(all="ignore"):
         largest = np.abs(rows).max(1)
         _, exponent = np.frexp(np.where(np.isfinite(largest) & (largest > 0), largest, 1))

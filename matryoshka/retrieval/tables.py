@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from matryoshka.arrays import as_float32
 from matryoshka.embeddings.reading import META, Classes, Embeddings, matched_labels, open_embeddings
 from matryoshka.files import check_regular
 from matryoshka.retrieval.exact import exact_search
@@ -130,7 +131,10 @@ def _arrays(path: Path) -> Table:
     is_fortran_order = rows.strides[1] != rows.itemsize
     if rows.dtype not in (np.float16, np.float32) or is_fortran_order:
         # The native code reads consecutive float16 or float32.
-        rows = np.ascontiguousarray(rows, np.float16 if rows.dtype == np.float16 else np.float32)
+        if rows.dtype == np.float16:
+            rows = np.ascontiguousarray(rows)
+        else:
+            rows = np.ascontiguousarray(as_float32(rows))
     labels = None
     labels_file = path.with_name(path.name.removesuffix("-X.npy") + "-y.npy")
     if path.name.endswith("-X.npy") and labels_file.exists():

@@ -41,6 +41,7 @@ from starlette.requests import ClientDisconnect
 from matryoshka.retrieval import RetrievalError
 from matryoshka.search_page.comparison import NEIGHBOURS, Choice
 from matryoshka.search_page.download import as_csv, as_json
+from matryoshka.search_page.log_lines import described
 from matryoshka.search_page.pictures import SIZES, Refusal
 from matryoshka.search_page.service import Service, Wanted
 
@@ -48,6 +49,7 @@ MAX_UPLOAD = 16 << 20
 MAX_CONCURRENT_UPLOADS = 4  # more are refused, because each may hold MAX_UPLOAD bytes
 WORKERS = 4  # concurrent searches, and concurrent pictures; more requests wait
 UPLOAD_TIMEOUT = 30.0  # seconds
+RETRY_SECONDS = 1  # after which a client that got 503 may ask again
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "[::1]"))
 # A fixed list: no request can name another file.
 STATIC = {
@@ -93,7 +95,9 @@ def make_app(
     folder = Path(__file__).parent
     files = {name: (folder / name).read_bytes() for name in STATIC}
     searches = CapacityLimiter(WORKERS)
-    pictures = CapacityLimiter(WORKERS)  # a separate limit: they must not wait for searches
+    # Separate limits: pictures and uploads must not wait for searches, nor these for them.
+    pictures = CapacityLimiter(WORKERS)
+    decoders = CapacityLimiter(WORKERS)
     uploads = 0
 
     async def work(
@@ -139,7 +143,7 @@ def make_app(
         uploads += 1
         try:
             data = await body(request, max_upload)
-            return JSONResponse({"query": await work(service.add_query, data)})
+            return JSONResponse({"query": await work(service.add_query, data, limiter=decoders)})
         finally:
             uploads -= 1
 
@@ -180,7 +184,7 @@ def make_app(
             str(getattr(error, "detail", "")),
         ),
         RetrievalError: _damaged,
-        Exception: lambda _: (500, INTERNAL_ERROR),  # uvicorn logs the traceback
+        Exception: lambda _: (500, INTERNAL_ERROR),  # SameOriginGuard logs it
     }
     for kind, status_and_message in handlers.items():
         app.add_exception_handler(kind, partial(_answer, status_and_message))
@@ -217,7 +221,10 @@ async def body(request: Request, most: int) -> bytes:
     too_large = Refusal(413, f"the picture has more than {most / (1 << 20):g} MB")
     try:
         # Before anything is read; the header may be absent or wrong, so the bytes count as well.
-        if int(request.headers.get("content-length", 0)) > most:
+        length = request.headers.get("content-length", "0")
+        if not (length.isascii() and length.isdigit()):
+            raise Refusal(400, "content-length: expected a number")
+        if len(length) > 18 or int(length) > most:
             raise too_large
         data = bytearray()
         async with asyncio.timeout(UPLOAD_TIMEOUT):
@@ -247,14 +254,18 @@ async def _answer(
     status_and_message: Callable[[Exception], tuple[int, str]], _: Request, error: Exception
 ) -> JSONResponse:
     status, message = status_and_message(error)
-    return JSONResponse({"error": message}, status, {"Cache-Control": "no-store"})
+    headers = {"Cache-Control": "no-store"}
+    if status == 503:
+        headers["Retry-After"] = str(RETRY_SECONDS)
+    return JSONResponse({"error": message}, status, headers)
 
 
 class SameOriginGuard:
     """Accepts requests of this page only, and adds HEADERS to every answer.
 
     It checks the Host, against DNS rebinding (a foreign name that resolves to this machine), and
-    Sec-Fetch-Site and Origin, against requests of other sites' pages.
+    Sec-Fetch-Site and Origin, against requests of other sites' pages. What the application raises
+    ends here, as one line of the log.
     """
 
     def __init__(
@@ -265,8 +276,12 @@ class SameOriginGuard:
         self._any_address = any_address
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        begun = False
+
         async def guarded(message: Any) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers[name] = value
@@ -276,9 +291,14 @@ class SameOriginGuard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            refused = self._refused(scope)
-            answer = self._app if refused is None else JSONResponse({"error": refused}, 403)
-            await answer(scope, receive, guarded)
+            try:
+                refused = self._refused(scope)
+                answer = self._app if refused is None else JSONResponse({"error": refused}, 403)
+                await answer(scope, receive, guarded)
+            except Exception as error:
+                log.error("%s", described(error))
+                if not begun:
+                    await JSONResponse({"error": INTERNAL_ERROR}, 500)(scope, receive, guarded)
 
     def _refused(self, scope: Any) -> str | None:
         """Why a request is refused; None if it is not."""
@@ -289,10 +309,11 @@ class SameOriginGuard:
         refusal = "pages of other sites may not send requests to this server"
         # A link on another page may open this page, which then sends requests of its own.
         is_link = scope["method"] == "GET" and scope["path"] == "/"
-        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not is_link:
+        sites = set(headers.getlist("sec-fetch-site"))
+        if sites - {"none", "same-origin"} and not is_link:
             return refusal
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != hosts[0].lower():
+        origins = headers.getlist("origin")
+        if len(origins) > 1 or not all(_is_of(origin, hosts[0]) for origin in origins):
             return refusal
         return None
 
@@ -308,3 +329,11 @@ class SameOriginGuard:
             return self._any_address and bool(ip_address(name.strip("[]")))
         except ValueError:
             return False
+
+
+def _is_of(origin: str, host: str) -> bool:
+    """Whether an Origin header names a page of this host; "null" and what is no address do not."""
+    try:
+        return urlsplit(origin).netloc.lower() == host.lower()
+    except ValueError:
+        return False

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from matryoshka.retrieval import SearchParams, Stage, rerank
+from matryoshka.retrieval import SearchParams, Stage
 from matryoshka.retrieval.hits import empty_bits, set_bits
 from matryoshka.retrieval.store import Index, trained_dims
 
@@ -157,13 +157,7 @@ class Comparison:
         ids = []
         scores = []
         for part, rows in zip(self.index.parts, candidates, strict=True):
-            hits = rerank(
-                part.rows,
-                query[None],
-                rows[None],
-                [Stage(dim, keep)],
-                num_threads=self.index.num_threads,
-            )
+            hits = part.rerank(query[None], rows[None], [Stage(dim, keep)], whole_rows=True)
             ids.append(np.where(hits.ids[0] < 0, -1, hits.ids[0] + part.first))
             scores.append(hits.scores[0])
         return _best(np.concatenate(ids), np.concatenate(scores), leave_out, k)

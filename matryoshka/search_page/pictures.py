@@ -11,7 +11,8 @@ import io
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from matryoshka.data import BetonError, BetonFile, ImageFolder, _native
 from matryoshka.data.layout import RAW
 from matryoshka.data.sources import decode_image, open_images, upright
 from matryoshka.files import open_regular
+from matryoshka.search_page.memory import PixelMemory, decoding_bytes
+from matryoshka.search_page.refusal import Refusal
 
 UPLOAD_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # formats that browsers can show
 MAX_PIXELS = 50_000_000  # of an upload: 150 MB of RGB
@@ -30,14 +33,6 @@ SIZES = 16, 1024  # smallest and largest longer side of a picture, pixels
 QUALITY = 85
 # A data set that was refused is tried again after this time; it may have been mounted since.
 RETRY_SECONDS = 5.0
-
-
-class Refusal(ValueError):
-    """A request that is refused. status: of HTTP; the message reveals no paths of this machine."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 def read_upload(data: bytes, exif_rotate: bool = False) -> np.ndarray:
@@ -83,6 +78,7 @@ class Pictures:
         moved: Mapping[str, str] | None = None,
         fingerprint: Callable[[BetonFile | ImageFolder], str] | None = None,
     ) -> None:
+        self.memory = PixelMemory()
         self._moved = dict(moved or {})
         self._fingerprint = fingerprint
         self._opened: dict[tuple[str, str | None], BetonFile | ImageFolder] = {}
@@ -144,25 +140,45 @@ class Pictures:
             return False
         return bool((data.manifest or {}).get("options", {}).get("exif_rotate"))
 
-    def pixels(self, source: Mapping[str, Any], number: int, name: str) -> np.ndarray:
-        """An image by its number, uint8 [H, W, 3]. Refusal.
+    @contextmanager
+    def upload(self, data: bytes, exif_rotate: bool) -> Iterator[np.ndarray]:
+        """The pixels of `read_upload`, which count against `memory` until they are given back."""
+        with self.memory.taken(decoding_bytes(data)):
+            yield read_upload(data, exif_rotate)
+
+    @contextmanager
+    def pixels(self, source: Mapping[str, Any], number: int, name: str) -> Iterator[np.ndarray]:
+        """An image by its number, uint8 [H, W, 3], which counts against `memory`. Refusal.
 
         name: the index's name of it, which may have a prefix.
         """
+        stored = self._stored(source, number, name)
+        if isinstance(stored, np.ndarray):
+            yield stored
+            return
+        with self.memory.taken(decoding_bytes(stored)):
+            try:
+                pixels = decode_image(stored).pixels
+            except ValueError:
+                raise Refusal(404, "the picture is damaged") from None
+            yield pixels
+
+    def _stored(self, source: Mapping[str, Any], number: int, name: str) -> bytes | np.ndarray:
+        """An image as its data set has it: an encoded file, or pixels. Refusal."""
         data = self.open(source)
         # endswith: `matryoshka index add --prefix` puts a text before the name.
         if not 0 <= number < len(data) or not name.endswith(_name(data, number)):
             raise Refusal(404, "the data set has changed since the index was made")
         try:
             if isinstance(data, ImageFolder):
-                return decode_image(_read_inside(data.path, data.name(number))).pixels
+                return _read_inside(data.path, data.name(number))
             (samples,) = data.fetch(np.array([number]))
             start = int(samples.offset[0])
             size = int(samples.size[0])
             stored = np.asarray(samples.data)[start : start + size]
             if samples.mode[0] == RAW:
                 return stored.reshape(int(samples.height[0]), int(samples.width[0]), 3)
-            return decode_image(stored.tobytes()).pixels
+            return stored.tobytes()
         except Refusal:
             raise
         except OSError:
@@ -172,13 +188,14 @@ class Pictures:
 
     def jpeg(self, source: Mapping[str, Any], number: int, name: str, size: int) -> bytes:
         """The image of `pixels` as JPEG, with at most `size` pixels on its longer side."""
-        pixels = self.pixels(source, number, name)
-        height, width = pixels.shape[:2]
-        scale = min(1.0, size / max(height, width))
-        shape = max(1, round(height * scale)), max(1, round(width * scale))
-        if scale < 1:
-            pixels = _native.resize(np.ascontiguousarray(pixels), *shape)
-        return _native.encode(np.ascontiguousarray(pixels), QUALITY, 0)
+        with self.pixels(source, number, name) as pixels:
+            height, width = pixels.shape[:2]
+            scale = min(1.0, size / max(height, width))
+            shape = max(1, round(height * scale)), max(1, round(width * scale))
+            shown = np.ascontiguousarray(pixels)
+            if scale < 1:
+                shown = _native.resize(shown, *shape)
+            return _native.encode(shown, QUALITY, 0)
 
 
 def _name(data: BetonFile | ImageFolder, number: int) -> str:

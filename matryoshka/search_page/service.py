@@ -27,7 +27,7 @@ from matryoshka.search_page.comparison import (
     Comparison,
     recall,
 )
-from matryoshka.search_page.pictures import Pictures, Refusal, read_upload
+from matryoshka.search_page.pictures import Pictures, Refusal
 
 MAX_QUERIES = 256  # uploads whose embeddings are kept: at most 8 kB each
 MAX_TRUTHS = 64  # queries whose exact neighbours are kept, for the sliders
@@ -223,7 +223,8 @@ class Service:
         sources = [source for part in self.current().index.parts for source in part.data]
         # A photo of a phone must be turned as the photos it is compared with.
         exif_rotate = all(self._pictures.are_upright(source) for source in sources)
-        upload = self._embed(read_upload(data, exif_rotate))
+        with self._pictures.upload(data, exif_rotate) as pixels:
+            upload = self._embed(pixels)
         # Random, so that nobody can guess the key of another visitor's upload.
         key = secrets.token_urlsafe(12)
         with self._query_lock:
@@ -263,8 +264,9 @@ class Service:
                 found = self._predictions.get(key)
             if found is None:
                 source, number = opened.index.origin(row)
-                pixels = self._pictures.pixels(source, number, opened.index.name(row))
-                found = self._embed(pixels).predicted
+                name = opened.index.name(row)
+                with self._pictures.pixels(source, number, name) as pixels:
+                    found = self._embed(pixels).predicted
                 with self._query_lock:
                     self._predictions.put(key, found)
         return [{"class": name, "probability": probability} for name, probability in found]

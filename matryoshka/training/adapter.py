@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from matryoshka.arrays import floats, integers, takes
 from matryoshka.losses import (
     neighbour_divergence,
     neighbourhood_components,
@@ -81,6 +82,7 @@ class Fitted(NamedTuple):
         return self.adapter is self.pca
 
 
+@takes(rows=floats("N D"), labels=integers("N"))
 def fit_adapter(
     rows: np.ndarray,
     labels: np.ndarray | None,

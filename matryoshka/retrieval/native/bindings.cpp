@@ -15,6 +15,8 @@
 #include <tuple>
 #include <vector>
 
+#include "block_sums.hpp"
+#include "guarded_map.hpp"
 #include "search.hpp"
 
 namespace nb = nanobind;
@@ -32,6 +34,9 @@ using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<nb::ro, nb::ndim<2>, nb::device::cpu>;
 using StageArgs = std::tuple<Table, size_t, size_t, size_t>;  // rows, begin, end, keep
 using Deleted = std::optional<Vector<uint64_t>>;
+// The bytes of a file, a checksum of each of its blocks, the state of each block, bytes of a block.
+using SumsArgs =
+    std::optional<std::tuple<Vector<uint8_t>, Vector<uint64_t>, MutableVector<uint8_t>, size_t>>;
 
 // ---- checks ----
 
@@ -66,6 +71,28 @@ const uint64_t* deleted_bits(const Deleted& deleted, size_t rows) {
   return deleted->data();
 }
 
+std::optional<BlockSums> block_sums(const SumsArgs& args) {
+  if (!args) return std::nullopt;
+  const auto& [data, sums, state, block] = *args;
+  require(block >= 1, "blocks: expected at least one byte each");
+  const BlockSums found{data.data(), data.size(), block, sums.data(), state.data()};
+  require(sums.size() == found.count() && state.size() == found.count(),
+          "blocks: sums and state must have one entry for each block");
+  return found;
+}
+
+const BlockSums* pointer_to(const std::optional<BlockSums>& sums) {
+  return sums ? &*sums : nullptr;
+}
+
+// Whether all of a table is inside the bytes that checksums are of.
+bool covers(const BlockSums& sums, const Stage& stage, size_t rows, size_t columns) {
+  const auto* first = static_cast<const uint8_t*>(stage.rows);
+  if (first < sums.data || first > sums.data + sums.size || !rows) return false;
+  const size_t numbers = (rows - 1) * stage.stride + columns;
+  return numbers * stage.item() <= sums.size - static_cast<size_t>(first - sums.data);
+}
+
 Rows code_rows(const Vector<uint8_t>& packed, size_t count, size_t dim, const Deleted& deleted) {
   require_code_dim(dim);
   require_row_count(count);
@@ -81,7 +108,7 @@ Stage checked_stage(const Table& table, size_t begin, size_t end, size_t keep) {
   require(table.stride(0) >= 0, "rows must not have a negative stride");
   require(keep >= 1, "a stage must keep at least one candidate");
   const auto stride = static_cast<size_t>(table.stride(0));
-  return {table.data(), type.bits == 16, stride, begin, end, keep};
+  return {table.data(), type.bits == 16, stride, begin, end, keep, nullptr};
 }
 
 // ---- results ----
@@ -170,7 +197,15 @@ nb::tuple search_inverted_lists(Pool& pool, const Vector<uint8_t>& packed,
                                 const Vector<int64_t>& starts, const Vector<int32_t>& sizes,
                                 const Vector<uint32_t>& ids_of_slots, size_t num_ids,
                                 const Matrix<int8_t>& queries, const Matrix<int32_t>& probes,
-                                size_t k, const Deleted& deleted, const std::string& kernels) {
+                                size_t k, const Deleted& deleted, const std::string& kernels,
+                                const SumsArgs& code_blocks, const SumsArgs& id_blocks) {
+  const auto code_sums = block_sums(code_blocks);
+  const auto id_sums = block_sums(id_blocks);
+  require(!code_sums || (code_sums->data == packed.data() && code_sums->size == packed.size()),
+          "blocks: are not those of the packed codes");
+  require(!id_sums || (id_sums->data == reinterpret_cast<const uint8_t*>(ids_of_slots.data()) &&
+                       id_sums->size == 4 * ids_of_slots.size()),
+          "blocks: are not those of the ids");
   const size_t slots = ids_of_slots.size();
   Rows rows = code_rows(packed, slots, queries.shape(1), std::nullopt);
   rows.deleted = deleted_bits(deleted, num_ids);  // by id, not by slot
@@ -185,7 +220,8 @@ nb::tuple search_inverted_lists(Pool& pool, const Vector<uint8_t>& packed,
     require(inside && start % static_cast<int64_t>(kBlock) == 0,
             "a list is outside of the packed codes or does not start at a multiple of 64");
   }
-  const Lists lists{starts.data(), sizes.data(), ids_of_slots.data(), starts.size(), num_ids};
+  const Lists lists{starts.data(), sizes.data(),          ids_of_slots.data(), starts.size(),
+                    num_ids,       pointer_to(code_sums), pointer_to(id_sums)};
   const Kernels& chosen = kernels_named(kernels);
   const size_t num_queries = queries.shape(0);
   return run_search<int32_t>(num_queries, k, [&](int64_t* ids, int32_t* scores) {
@@ -196,7 +232,8 @@ nb::tuple search_inverted_lists(Pool& pool, const Vector<uint8_t>& packed,
 
 nb::tuple rerank_candidates(Pool& pool, const std::vector<StageArgs>& stages,
                             const Matrix<float>& queries, const Matrix<int64_t>& candidates,
-                            const std::string& kernels) {
+                            const std::string& kernels, const SumsArgs& blocks) {
+  const auto sums = block_sums(blocks);
   require(!stages.empty(), "stages: expected at least one");
   require(candidates.shape(0) == queries.shape(0), "candidates and queries have different lengths");
   const size_t num_rows = std::get<Table>(stages[0]).shape(0);
@@ -208,6 +245,8 @@ nb::tuple rerank_candidates(Pool& pool, const std::vector<StageArgs>& stages,
     require(begin == previous_end && begin < end && inside,
             "stages must follow each other inside the rows and the queries");
     require(table.shape(0) == num_rows, "stages have different numbers of rows");
+    if (sums && covers(*sums, checked.back(), num_rows, table.shape(1)))
+      checked.back().sums = &*sums;
     previous_end = end;
   }
   const Kernels& chosen = kernels_named(kernels);
@@ -216,6 +255,35 @@ nb::tuple rerank_candidates(Pool& pool, const std::vector<StageArgs>& stages,
     rerank(pool, chosen, checked, num_rows, queries.data(), queries.shape(1), num_queries,
            candidates.data(), candidates.shape(1), ids, scores);
   });
+}
+
+void check_blocks(Pool& pool, const SumsArgs& blocks, size_t begin, size_t end) {
+  const auto sums = block_sums(blocks);
+  require(sums && begin <= end && end <= sums->size, "the bytes are outside of the file");
+  nb::gil_scoped_release release;
+  if (begin == 0 && end == sums->size) {
+    sums->check_all(pool);
+  } else {
+    sums->check(begin, end);
+  }
+}
+
+nb::object sums_of_blocks(Pool& pool, const Vector<uint8_t>& data, size_t block) {
+  require(block >= 1, "blocks: expected at least one byte each");
+  const size_t count = (data.size() + block - 1) / block;
+  std::unique_ptr<uint64_t[]> memory(new uint64_t[count]);
+  {
+    nb::gil_scoped_release release;
+    sum_blocks(pool, data.data(), data.size(), block, memory.get());
+  }
+  nb::capsule owner(memory.get(), [](void* p) noexcept { delete[] static_cast<uint64_t*>(p); });
+  return nb::cast(nb::ndarray<nb::numpy, uint64_t, nb::ndim<1>>(memory.release(), {count}, owner));
+}
+
+nb::object bytes_of_map(nb::handle_t<GuardedMap> self) {
+  const auto* map = nb::inst_ptr<GuardedMap>(self);
+  return nb::cast(
+      nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(map->data(), {map->size()}, self));
 }
 
 }  // namespace
@@ -232,6 +300,18 @@ NB_MODULE(_native, m) {
       .def(nb::init<int>(), "num_threads"_a)
       .def_prop_ro("num_threads", &Pool::num_threads);
 
+  nb::exception<DamagedBlock>(m, "DamagedBlock", PyExc_RuntimeError);
+  nb::class_<GuardedMap>(m, "GuardedMap",
+                         "A mapped file; if it is cut off meanwhile, its rest is read as zeros.")
+      .def(nb::init<const std::string&, size_t>(), "path"_a, "size"_a)
+      .def_prop_ro("bytes", &bytes_of_map, "The file, uint8 [size].")
+      .def_prop_ro("is_cut", &GuardedMap::is_cut, "Whether some of it is not there any more.");
+  m.def("keep_guard", &GuardedMap::keep_guard, "Catch SIGBUS again if other code has taken it.");
+  m.def("check_blocks", &check_blocks, "pool"_a, "blocks"_a, "begin"_a, "end"_a,
+        "Compare the blocks of the bytes begin .. end; DamagedBlock if one differs.");
+  m.def("sum_blocks", &sums_of_blocks, "pool"_a, "data"_a, "block"_a,
+        "XXH64 of each block, uint64 [blocks].");
+
   m.def("kernels", &kernel_names, "Names of the kernels that this CPU can run, fastest first.");
   m.def("pack", &pack_codes, "pool"_a, "codes"_a, "packed"_a,
         "Pack uint8 codes [rows, dim], 0 to 127, into `packed`.");
@@ -245,9 +325,9 @@ NB_MODULE(_native, m) {
         "The k rows with the lowest Hamming distances: ids and negated distances [queries, k].");
   m.def("search_lists", &search_inverted_lists, "pool"_a, "packed"_a, "starts"_a, "sizes"_a,
         "ids"_a, "num_ids"_a, "queries"_a, "probes"_a, "k"_a, "deleted"_a = nb::none(),
-        "kernels"_a = "",
+        "kernels"_a = "", "code_blocks"_a = nb::none(), "id_blocks"_a = nb::none(),
         "search_codes among the rows of the lists `probes` [queries, num_probes].");
   m.def("rerank", &rerank_candidates, "pool"_a, "stages"_a, "queries"_a, "candidates"_a,
-        "kernels"_a = "",
+        "kernels"_a = "", "blocks"_a = nb::none(),
         "Order candidates by cosine, stage by stage: ids and scores [queries, keep of the last].");
 }

@@ -334,6 +334,10 @@ void search_lists(Pool& pool, const Kernels& kernels, const Rows& rows, const Li
         if (!full && !last_of_list) continue;
         const auto start = static_cast<size_t>(lists.starts[list]);
         const auto size = static_cast<size_t>(lists.sizes[list]);
+        const size_t read = round_up(size, kBlock);  // the kernels read whole blocks
+        const size_t width = rows.query_bytes();
+        if (lists.code_sums) lists.code_sums->check(start * width, (start + read) * width);
+        if (lists.id_sums) lists.id_sums->check(4 * start, 4 * (start + size));
         group.scan(start, start + size, true, accept);
       }
     }
@@ -453,6 +457,15 @@ void score_stage(const Kernels& kernels, const Stage& stage, const float* query,
   }
 }
 
+// Compare the blocks of all candidates' rows with their checksums. Throws DamagedBlock.
+void check_rows(const Stage& stage, const std::vector<Candidate>& candidates) {
+  for (const Candidate& c : candidates) {
+    const auto* row = static_cast<const uint8_t*>(row_of(stage, c.id));
+    const auto first = static_cast<size_t>(row - stage.sums->data);
+    stage.sums->check(first, first + (stage.end - stage.begin) * stage.item());
+  }
+}
+
 // Score all candidates with each stage in turn; each keeps its best `keep`, without NaN.
 void run_stages(const Kernels& kernels, const std::vector<Stage>& stages, const float* query,
                 std::vector<Candidate>& candidates) {
@@ -460,6 +473,7 @@ void run_stages(const Kernels& kernels, const std::vector<Stage>& stages, const 
   for (const Stage& stage : stages) {
     length += sum_of_squares(query + stage.begin, stage.end - stage.begin);
     const double scale = length > 0 ? 1 / std::sqrt(static_cast<double>(length)) : 0;
+    if (stage.sums) check_rows(stage, candidates);
     score_stage(kernels, stage, query, scale, candidates);
     const auto valid_end = std::remove_if(candidates.begin(), candidates.end(),
                                           [](const Candidate& c) { return std::isnan(c.score); });

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../../data/native/pool.hpp"
+#include "block_sums.hpp"
 #include "scan_kernels.hpp"
 
 namespace matryoshka::search {
@@ -38,6 +39,9 @@ struct Lists {
   const int32_t* sizes;
   const uint32_t* ids;  // of every slot, below num_ids
   size_t count, num_ids;
+  // Checksums of the packed codes and of `ids`, or null: lists are checked when they are visited.
+  const BlockSums* code_sums;
+  const BlockSums* id_sums;
 };
 
 // Pack codes [rows, 4 x chunks] of 0 to 127; rows up to a multiple of kBlock become zero.
@@ -63,6 +67,9 @@ struct Stage {
   const void* rows;
   bool half;
   size_t stride, begin, end, keep;
+  const BlockSums* sums;  // of the file with `rows`, or null: rows are checked when they are read
+
+  size_t item() const { return half ? 2 : 4; }
 };
 
 // Order the candidates [count, m] (-1: empty) of each query [dim] by the cosine of their first
