@@ -85,7 +85,7 @@ def decode_image(data: bytes) -> Decoded:
     if is_jpeg(data):
         damage = ""
         try:
-            components = _checked_jpeg_size(data)[2]
+            components = checked_jpeg_size(data)[2]
             if components in (1, 3):  # Pillow converts CMYK
                 pixels = _native.decode(data)
                 return Decoded(
@@ -110,7 +110,8 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _checked_jpeg_size(data: bytes) -> tuple[int, int, int]:
+def checked_jpeg_size(data: bytes) -> tuple[int, int, int]:
+    """(width, height, components). ValueError for a damaged header and for MAX_PIXELS or more."""
     width, height, components = _native.jpeg_size(data)
     _check_pixels(width, height)
     return width, height, components
@@ -339,7 +340,7 @@ class ImageFolder:
         data = self.read(index)
         if is_jpeg(data):
             try:
-                width, height, components = _checked_jpeg_size(data)
+                width, height, components = checked_jpeg_size(data)
                 if components in (1, 3):
                     return _Stored(data, JPG, width, height)
             except ValueError:

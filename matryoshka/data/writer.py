@@ -26,7 +26,13 @@ from matryoshka.data import _native, layout
 from matryoshka.data.layout import BetonError
 from matryoshka.data.options import WriteOptions
 from matryoshka.data.reader import manifest_path
-from matryoshka.data.sources import ImageFolder, _exif_orientation, decode_image, upright
+from matryoshka.data.sources import (
+    ImageFolder,
+    _exif_orientation,
+    checked_jpeg_size,
+    decode_image,
+    upright,
+)
 from matryoshka.environment import available_cores
 from matryoshka.files import AtomicFile
 
@@ -249,10 +255,10 @@ def _encode(source: Source, index: int, options: WriteOptions) -> _Stored:
 
 def _transcoded(data: bytes, index: int, options: WriteOptions) -> _Stored | None:
     """The coefficients of a source JPEG, with restart markers added; None if the image must be
-    decoded.
+    decoded, also where its copy would differ: native/proof.hpp compares them.
     """
     try:
-        width, height, components = _native.jpeg_size(data)
+        width, height, components = checked_jpeg_size(data)
         is_turned = _exif_orientation(data) != 1
         # Resizing and rotating need pixels.
         if max(width, height) > options.max_resolution or (is_turned and options.exif_rotate):

@@ -29,6 +29,7 @@ MESSAGES += [
     "bad crop",
 ]
 MESSAGES += ["unsupported colour space (CMYK)", "image too large", "not a baseline JPEG"]
+MESSAGES += ["a copy would have other coefficients"]
 (
     OK,
     CORRUPT,
@@ -41,6 +42,7 @@ MESSAGES += ["unsupported colour space (CMYK)", "image too large", "not a baseli
     COLOUR,
     TOO_LARGE,
     NOT_BASELINE,
+    NOT_COPIED,
 ) = range(len(MESSAGES))
 JPG, RAW = 0, 1
 POOL = _native.Pool(2)

@@ -13,12 +13,13 @@ constexpr size_t kMaxBytes = size_t{16} << 20;
 
 namespace {
 
-// 64 numbers of 8 or 16 bits, in zigzag order.
-void copy_quant_table(Bytes from, uint16_t* to) {
+// 64 numbers of 8 or 16 bits, in zigzag order. False for a zero, which T.81, B.2.4.1 forbids.
+bool copy_quant_table(Bytes from, uint16_t* to) {
   for (int k = 0; k < 64; ++k) {
     const int value = from.size == 64 ? from.data[k] : from.data[2 * k] << 8 | from.data[2 * k + 1];
     to[k] = static_cast<uint16_t>(value);
   }
+  return std::find(to, to + 64, 0) == to + 64;
 }
 
 // In MCUs.
@@ -54,7 +55,7 @@ bool BaselineDecoder::accepts(const Tiles& tiles) {
     HuffmanTable& ac_table = tables_[1][from.ac_table];
     if (!dc_table.build(dc.data, dc.size, true)) return false;
     if (!ac_table.build(ac.data, ac.size, false)) return false;
-    copy_quant_table(quant_table, quant_tables_[from.quant_table]);
+    if (!copy_quant_table(quant_table, quant_tables_[from.quant_table])) return false;
 
     DecodeJob::Component& c = job_.component[i];
     c = {};

@@ -318,8 +318,9 @@ NB_MODULE(_native, m) {
         "Encode uint8 [height, width, 3] as a 4:2:0 JPEG with a restart marker about every `tile`\n"
         "pixels; 0: without markers.");
   m.def("transcode", &transcode, "data"_a, "tile"_a = 64,
-        "Copy a baseline JPEG, with a restart marker about every `tile` pixels (0: without); all\n"
-        "pixels stay the same. ValueError for damaged, progressive, arithmetic and CMYK files.");
+        "Copy a baseline JPEG, with a restart marker about every `tile` pixels (0: without). The\n"
+        "copy is read again: its coefficients equal the source's. ValueError for damaged,\n"
+        "progressive, arithmetic and CMYK files.");
   m.def("resize", &resize, "image"_a.noconvert(), "height"_a, "width"_a,
         "Resize: area averaging where an axis shrinks, bilinear where it grows.");
   m.def("status_message", &status_message, "code"_a, "The message for a status of decode_batch.");

@@ -187,7 +187,9 @@ inline BlockKind read_block(BitReader& reader, DecodeJob::Component& c, int16_t*
   BitReader in = reader;  // stays in registers
   int32_t difference;
   if (!decode_dc(in, *c.dc, &difference)) return kDamaged;
-  c.dc_pred = static_cast<int16_t>(c.dc_pred + difference);
+  c.dc_pred += difference;
+  // libjpeg keeps the low 16 bits, and refuses a sum beyond 32 bits.
+  if (c.dc_pred != static_cast<int16_t>(c.dc_pred)) return kDamaged;
   if (kDecode) block[0] = static_cast<int16_t>(c.dc_pred * c.quant_table[0]);
   BlockKind kind;
   if (kDecode) {
@@ -263,9 +265,10 @@ inline void idct_pass(__m128i* v) {
 
   // Even part.
   const Wide v26 = interleave(v[2], v[6]);
-  const Wide v04 = interleave(v[0], v[4]);
-  const Wide even0 = multiply_add(v04, pair(1 << kConstBits, 1 << kConstBits)) + round;
-  const Wide even1 = multiply_add(v04, pair(1 << kConstBits, -(1 << kConstBits))) + round;
+  // The sums wrap around where damaged data overflows, as in libjpeg's vector code.
+  const Wide v04 = interleave(_mm_add_epi16(v[0], v[4]), _mm_sub_epi16(v[0], v[4]));
+  const Wide even0 = multiply_add(v04, pair(1 << kConstBits, 0)) + round;
+  const Wide even1 = multiply_add(v04, pair(0, 1 << kConstBits)) + round;
   const Wide even2 = multiply_add(v26, pair(kFix0_541196100, kFix0_541196100 - kFix1_847759065));
   const Wide even3 = multiply_add(v26, pair(kFix0_541196100 + kFix0_765366865, kFix0_541196100));
   const Wide a0 = even0 + even3;
@@ -391,6 +394,16 @@ inline void clear_block(int16_t* block) {
   for (int i = 0; i < 64; i += kLanes) store(reinterpret_cast<uint16_t*>(block) + i, zero);
 }
 
+// The bits of the first row's magnitudes. libjpeg's inverse DCT has a short cut for blocks without
+// other coefficients, which overflows from kExtreme on. No encoder writes such numbers.
+constexpr int kExtreme = 1 << 13;
+
+inline uint16_t magnitude_bits(const int16_t* block) {
+  uint32_t bits = 0;
+  for (int k = 0; k < 8; ++k) bits |= static_cast<uint32_t>(block[k] ^ block[k] >> 15);
+  return static_cast<uint16_t>(bits);
+}
+
 // ---- segments ----
 
 bool decode_blocks(DecodeJob& job) {
@@ -398,6 +411,7 @@ bool decode_blocks(DecodeJob& job) {
   const int64_t available = static_cast<int64_t>(job.size) * 8;
   alignas(32) int16_t block[72] = {};  // 64 coefficients and the place of those beyond
   for (int i = 0; i < job.components; ++i) job.component[i].dc_pred = 0;
+  uint32_t magnitudes = 0;
   int row = static_cast<int>(job.first / job.mcus_per_row);
   int column = static_cast<int>(job.first % job.mcus_per_row);
   for (int64_t mcu = job.first; mcu < job.last; ++mcu) {
@@ -414,6 +428,7 @@ bool decode_blocks(DecodeJob& job) {
           const size_t block_row = static_cast<size_t>(row - job.top) * c.v + y;
           const size_t block_column = static_cast<size_t>(column - job.left) * c.h + x;
           uint8_t* out = c.plane + 8 * block_row * c.stride + 8 * block_column;
+          magnitudes |= magnitude_bits(block);
           if (kind == kDcOnly) {
             fill_block(block[0], out, c.stride);
           } else {
@@ -428,8 +443,97 @@ bool decode_blocks(DecodeJob& job) {
       ++row;
     }
   }
+  if (magnitudes >= kExtreme) return false;
   // Up to 7 bits pad the last byte (T.81, F.1.2.3); a whole byte left over is a lost block.
   return !job.complete || available - in.bits_used() < 8;
+}
+
+// Read the 63 AC coefficients code by code, without their values. False for damage.
+inline bool pass_ac(BitReader& in, const HuffmanTable& table) {
+  uint32_t k = 1;
+  while (k < 64) {
+    in.refill();
+    for (int i = 0; i < 5 && k < 64; ++i) {  // as in decode_ac
+      const uint32_t entry = table.lookup[in.peek(kLookupBits)];
+      uint32_t run = entry >> 8 & 255;
+      if (__builtin_expect(entry & kSlowFlag, 0)) {
+        run = decode_slowly(in, table, entry, false).run;
+        if (run == kBadCode) return false;
+        i = 5;
+      } else {
+        in.drop(entry & 31);
+      }
+      k += run + 1;
+    }
+  }
+  return k == 64 || k > kEndOfBlock;  // else: a run beyond the block
+}
+
+// 32 bits of `data`, from bit `at` on.
+inline uint32_t load_bits(const uint8_t* data, int64_t at) {
+  uint64_t word;
+  std::memcpy(&word, data + (at >> 3), sizeof word);
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  word = __builtin_bswap64(word);
+#endif
+  return static_cast<uint32_t>(word << (at & 7) >> 32);
+}
+
+inline bool equal_bits(const uint8_t* a, int64_t a_at, const uint8_t* b, int64_t b_at, int64_t n) {
+  uint32_t different = 0;
+  for (; n >= 32; n -= 32, a_at += 32, b_at += 32)
+    different |= load_bits(a, a_at) ^ load_bits(b, b_at);
+  if (n > 0) different |= (load_bits(a, a_at) ^ load_bits(b, b_at)) >> (32 - n);
+  return different == 0;
+}
+
+inline BitReader reader_at(const uint8_t* data, int64_t bit) {
+  BitReader in{data + (bit >> 3), data, 0, 0};
+  in.refill();
+  in.drop(static_cast<int>(bit & 7));
+  return in;
+}
+
+// Read the DC coefficient of the next block. False for damage.
+inline bool next_dc(BitReader& in, CompareJob::Side& side, int component) {
+  int32_t difference;
+  if (!decode_dc(in, *side.dc[component], &difference)) return false;
+  int32_t& dc = side.dc_pred[component];
+  dc += difference;
+  return dc == static_cast<int16_t>(dc);
+}
+
+// The first side is read code by code. Where the AC codes are the same, equal bits are equal
+// coefficients.
+bool equal_blocks(CompareJob& job) {
+  CompareJob::Side& a = job.side[0];
+  CompareJob::Side& b = job.side[1];
+  const int64_t available_a = static_cast<int64_t>(a.size) * 8;
+  const int64_t available_b = static_cast<int64_t>(b.size) * 8;
+  BitReader in_a = reader_at(a.data, a.place);
+  int64_t place_b = b.place;
+  for (int64_t mcu = job.first; mcu < job.last; ++mcu) {
+    for (int i = 0; i < job.components; ++i) {
+      for (int k = 0; k < job.blocks[i]; ++k) {
+        BitReader in = in_a;  // stays in registers
+        BitReader in_b = reader_at(b.data, place_b);
+        if (!next_dc(in, a, i) || !next_dc(in_b, b, i)) return false;
+        if (a.dc_pred[i] != b.dc_pred[i]) return false;
+        const int64_t ac_a = in.bits_used();
+        const int64_t ac_b = in_b.bits_used();
+        if (!pass_ac(in, *job.ac[i])) return false;
+        const int64_t length = in.bits_used() - ac_a;
+        place_b = ac_b + length;
+        if (in.bits_used() > available_a || place_b > available_b) return false;
+        if (!equal_bits(a.data, ac_a, b.data, ac_b, length)) return false;
+        in_a = in;
+      }
+    }
+  }
+  a.place = in_a.bits_used();
+  b.place = place_b;
+  // See decode_blocks.
+  return !(a.complete && available_a - a.place >= 8) && !(b.complete && available_b - b.place >= 8);
 }
 
 }  // namespace

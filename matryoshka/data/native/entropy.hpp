@@ -39,6 +39,24 @@ struct DecodeJob {
   }
 };
 
+// MCUs [first, last) of two JPEGs with the same AC codes, for equal_blocks. Each has its own
+// segments and DC codes.
+struct CompareJob {
+  struct Side {
+    const uint8_t* data;  // as of a DecodeJob
+    size_t size;
+    int64_t place;  // bits of the segment that were read
+    bool complete;  // the segment ends with MCU `last`, and another one follows
+    const HuffmanTable* dc[3];
+    int32_t dc_pred[3];
+  };
+  Side side[2];
+  const HuffmanTable* ac[3];
+  int components;
+  int blocks[3];  // of an MCU, by component
+  int64_t first, last;
+};
+
 // A damaged block is noticed after its end: 64 codes of 16 + 15 bits, and a 64-byte margin.
 constexpr size_t kSegmentPadding = 64 * 4 + 64;
 

@@ -193,6 +193,7 @@ void filter_horizontal_ycc(uint8_t* const* out, const uint16_t* const columns[3]
 }  // namespace
 
 const Kernels MATRYOSHKA_KERNELS = {filter_vertical,       transpose,     filter_horizontal,
-                                    filter_horizontal_ycc, decode_blocks, recode_blocks};
+                                    filter_horizontal_ycc, decode_blocks, equal_blocks,
+                                    recode_blocks};
 
 }  // namespace matryoshka

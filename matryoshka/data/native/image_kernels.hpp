@@ -11,6 +11,7 @@
 
 namespace matryoshka {
 
+struct CompareJob;
 struct DecodeJob;
 struct RecodeJob;
 
@@ -43,6 +44,8 @@ struct Kernels {
                                 const ColumnFilter& luma, const ColumnFilter& chroma, int width);
   // Entropy decoding and inverse DCT of a run of MCUs (entropy.hpp). False for damage.
   bool (*decode_blocks)(DecodeJob& job);
+  // Whether two JPEGs have the same coefficients in a run of MCUs (entropy.hpp). False for damage.
+  bool (*equal_blocks)(CompareJob& job);
   // Entropy-coded MCUs with different restart markers (recode.hpp). False for damage.
   bool (*recode_blocks)(RecodeJob& job);
 };

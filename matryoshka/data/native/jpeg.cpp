@@ -13,6 +13,7 @@ struct JpegDecoder::State {
   JpegErrors errors;
   JpegSource source;
   jpeg_progress_mgr progress;
+  Bytes data;
   bool created;
   int block_size;  // output pixels along one side of a block
   int x;           // of the first decoded column
@@ -42,6 +43,7 @@ Status open_image(State* s, const uint8_t* data, size_t size) {
     s->progress.progress_monitor = limit_scans;
     s->info.progress = &s->progress;
   }
+  s->data = {data, size};
   set_data(&s->source, data, size);
   clear_tables(&s->info);
   jpeg_read_header(&s->info, TRUE);
@@ -66,6 +68,17 @@ void crop_columns(State* s, int x, int width) {
   s->x = static_cast<int>(offset);
 }
 
+// Whether the scans of a progressive image have sent all bits of all coefficients. libjpeg would
+// smooth the blocks of an incomplete one, over neighbours that a crop does not have.
+bool has_all_bits(const jpeg_decompress_struct& info) {
+  if (!info.progressive_mode) return true;
+  for (int i = 0; i < info.num_components; ++i) {
+    const int* const missing = info.coef_bits[i];  // low bits not sent; -1: nothing sent
+    if (std::any_of(missing, missing + DCTSIZE2, [](int bits) { return bits != 0; })) return false;
+  }
+  return true;
+}
+
 template <class State>
 Status start_image(State* s, int x, int width, bool halve) {
   if (setjmp(s->errors.escape)) return s->errors.status;
@@ -75,6 +88,7 @@ Status start_image(State* s, int x, int width, bool halve) {
     case JCS_RGB: break;
     default: return Status::colour_space;
   }
+  if (has_filled_stuffing(s->data)) return Status::corrupt;
   s->info.out_color_space = JCS_RGB;
   s->info.dct_method = JDCT_ISLOW;
   s->info.do_fancy_upsampling = TRUE;
@@ -84,7 +98,7 @@ Status start_image(State* s, int x, int width, bool halve) {
   jpeg_start_decompress(&s->info);
   // Of several scans, all have been read here; a missing one would not be noticed later.
   if (s->source.exhausted && jpeg_has_multiple_scans(&s->info)) return Status::corrupt;
-  if (!has_quant_tables(s->info)) return Status::corrupt;
+  if (!has_quant_tables(s->info) || !has_all_bits(s->info)) return Status::corrupt;
   crop_columns(s, x, width);
   return Status::ok;
 }

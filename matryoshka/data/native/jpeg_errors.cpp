@@ -100,7 +100,9 @@ void clear_tables(j_decompress_ptr info) {
 
 bool has_quant_tables(const jpeg_decompress_struct& info) {
   const auto has_table = [](const jpeg_component_info& component) {
-    return component.quant_table && component.quant_table->quantval[0] != 0;
+    if (!component.quant_table) return false;
+    const UINT16* values = component.quant_table->quantval;
+    return std::find(values, values + DCTSIZE2, 0) == values + DCTSIZE2;
   };
   return std::all_of(info.comp_info, info.comp_info + info.num_components, has_table);
 }

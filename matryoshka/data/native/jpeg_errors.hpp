@@ -43,7 +43,8 @@ void set_data(JpegSource* source, const unsigned char* data, size_t size);
 // lacks a table must not be decoded with that of another image. Call this before reading the
 // header; libjpeg then fails for a missing Huffman table.
 void clear_tables(j_decompress_ptr info);
-// Call this after the first scan has begun. False for a missing quantisation table.
+// Call this after the first scan has begun. False for a missing quantisation table, and for one
+// with a zero, which T.81, B.2.4.1 forbids.
 bool has_quant_tables(const jpeg_decompress_struct& info);
 
 // Progressive decoding and transcoding keep all coefficients in memory.

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "bytes.hpp"
+
 namespace matryoshka {
 
 enum Marker : uint8_t {
@@ -25,5 +27,11 @@ enum Marker : uint8_t {
 
 // The code of the n-th restart marker of a scan.
 constexpr uint8_t restart_marker(int64_t n) { return static_cast<uint8_t>(M_RST0 + n % 8); }
+
+// Whether a scan has fill bytes before a stuffed zero, 0xFF 0xFF 0x00. T.81, B.1.1.2 allows them
+// before markers only. libjpeg's fast Huffman decoder takes them for a marker and leaves the block
+// to the slow one, which takes them for one byte and keeps coefficients of the first attempt:
+// pixels then depend on how much data follows.
+bool has_filled_stuffing(Bytes jpeg);
 
 }  // namespace matryoshka

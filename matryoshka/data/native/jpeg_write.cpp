@@ -5,7 +5,6 @@
 #include <type_traits>
 
 #include "jpeg_errors.hpp"
-#include "jpeg_markers.hpp"
 
 namespace matryoshka {
 namespace {
@@ -47,11 +46,9 @@ void destination_end(j_compress_ptr info) {
 
 struct JpegWriter::State {
   jpeg_compress_struct info;
-  jpeg_decompress_struct original;  // the source of a transcode; shares the errors
   JpegErrors errors;
-  JpegSource source;
   Destination destination;
-  bool created, reader_created;
+  bool created;
 };
 
 namespace {
@@ -66,16 +63,6 @@ void create_writer(State* s) {
   s->destination.base.empty_output_buffer = destination_grow;
   s->destination.base.term_destination = destination_end;
   s->info.dest = &s->destination.base;
-}
-
-template <class State>
-void create_reader(State* s) {
-  if (s->reader_created) return;
-  s->original.err = install(&s->errors);
-  jpeg_create_decompress(&s->original);
-  s->reader_created = true;
-  s->original.mem->max_memory_to_use = kMaxCoefficientBytes;
-  install(&s->source, &s->original);
 }
 
 template <class State>
@@ -101,67 +88,17 @@ Status encode_image(State* s, const uint8_t* rgb, int width, int height, int qua
   return Status::ok;
 }
 
-// Whether all coefficients have codes in the standard DC tables and in the source's AC tables,
-// which the encoder does not check. Restart markers change only DC differences.
-bool fit_known_tables(jpeg_decompress_struct* from, jvirt_barray_ptr* coefficients) {
-  if (jpeg_has_multiple_scans(from)) return false;  // tables may change between scans
-  for (int i = 0; i < from->num_components; ++i) {
-    const jpeg_component_info& c = from->comp_info[i];
-    int magnitude_bits = 0;  // of all coefficients together
-    for (JDIMENSION y = 0; y < c.height_in_blocks; ++y) {
-      const auto info = reinterpret_cast<j_common_ptr>(from);
-      JBLOCKARRAY row = from->mem->access_virt_barray(info, coefficients[i], y, 1, FALSE);
-      const JCOEF* values = row[0][0];
-      for (size_t k = 0; k < size_t{DCTSIZE2} * c.width_in_blocks; ++k)
-        magnitude_bits |= values[k] ^ values[k] >> 15;
-    }
-    if (magnitude_bits > 1023) return false;  // the limit of AC coefficients (T.81, F.1.2.2)
-  }
-  return true;
-}
-
-// Use the source's AC tables: counting symbols for better ones would take longer than all the rest.
-void copy_ac_tables(const jpeg_decompress_struct* from, jpeg_compress_struct* to) {
-  for (int i = 0; i < NUM_HUFF_TBLS; ++i) {
-    const JHUFF_TBL* table = from->ac_huff_tbl_ptrs[i];
-    if (!table) continue;
-    JHUFF_TBL*& slot = to->ac_huff_tbl_ptrs[i];
-    if (!slot) slot = jpeg_alloc_huff_table(reinterpret_cast<j_common_ptr>(to));
-    std::copy_n(table->bits, 17, slot->bits);
-    std::copy_n(table->huffval, 256, slot->huffval);
-    slot->sent_table = FALSE;
-  }
-  for (int i = 0; i < to->num_components; ++i)
-    to->comp_info[i].ac_tbl_no = from->comp_info[i].ac_tbl_no;
-}
-
+// Write what the proof has read. Its Huffman tables may lack codes for these coefficients, after a
+// run beyond a block for example, and the encoder does not check that: it makes new ones.
 template <class State>
-Status transcode_image(State* s, const uint8_t* data, size_t size, int tile) {
+Status write_coefficients(State* s, Original* original, int tile) {
   if (setjmp(s->errors.escape)) return s->errors.status;
   create_writer(s);
-  create_reader(s);
-  set_data(&s->source, data, size);
-  jpeg_decompress_struct& from = s->original;
-  clear_tables(&from);
-  jpeg_read_header(&from, TRUE);
-  if (int64_t{from.image_width} * from.image_height > kMaxPixels) return Status::too_large;
-  if (from.progressive_mode || from.arith_code || from.data_precision != BITS_IN_JSAMPLE)
-    return Status::not_baseline;
-  switch (from.jpeg_color_space) {
-    case JCS_GRAYSCALE:
-    case JCS_YCbCr:
-    case JCS_RGB: break;
-    default: return Status::colour_space;
-  }
-  jvirt_barray_ptr* coefficients = jpeg_read_coefficients(&from);
-  if (s->source.exhausted && jpeg_has_multiple_scans(&from)) return Status::corrupt;
-  if (!has_quant_tables(from)) return Status::corrupt;
-  jpeg_copy_critical_parameters(&from, &s->info);
-  s->info.optimize_coding = !fit_known_tables(&from, coefficients);
-  if (!s->info.optimize_coding) copy_ac_tables(&from, &s->info);
-  const int mcu = DCTSIZE * (from.num_components == 1 ? 1 : from.max_h_samp_factor);
-  s->info.restart_interval = restart_interval(static_cast<int>(from.image_width), mcu, tile);
-  jpeg_write_coefficients(&s->info, coefficients);
+  jpeg_copy_critical_parameters(original->info, &s->info);
+  s->info.optimize_coding = TRUE;
+  const int mcu = DCTSIZE * original->mcu_blocks;
+  s->info.restart_interval = restart_interval(static_cast<int>(s->info.image_width), mcu, tile);
+  jpeg_write_coefficients(&s->info, original->coefficients);
   jpeg_finish_compress(&s->info);
   return Status::ok;
 }
@@ -188,7 +125,6 @@ JpegWriter::JpegWriter() : state_(new State()) {}
 
 JpegWriter::~JpegWriter() {
   if (state_->created) jpeg_destroy_compress(&state_->info);
-  if (state_->reader_created) jpeg_destroy_decompress(&state_->original);
   std::free(state_->destination.block);
 }
 
@@ -200,22 +136,31 @@ Status JpegWriter::encode(const uint8_t* rgb, int width, int height, int quality
 }
 
 Status JpegWriter::transcode(Bytes jpeg, int tile) {
-  if (jpeg.size < 2 || jpeg.data[0] != 0xFF || jpeg.data[1] != M_SOI) return Status::not_jpeg;
+  const Status status = copy_proven(jpeg, tile);
+  proof_.close();
+  return status;
+}
+
+Status JpegWriter::copy_proven(Bytes jpeg, int tile) {
   if (tiles_.parse(jpeg)) {
     const Frame& f = tiles_.frame();
-    if (recoder_.recode(tiles_, jpeg, restart_interval(f.width, f.mcu_width, tile))) {
+    if (recoder_.recode(tiles_, jpeg, restart_interval(f.width, f.mcu_width, tile)) &&
+        proof_.holds(jpeg, tiles_, recoder_.result())) {
       result_ = recoder_.result();
       return Status::ok;
     }
   }
   // Unusual and damaged files go through libjpeg, at a fifth of the speed.
-  const Status status = transcode_image(state_.get(), jpeg.data, jpeg.size, tile);
+  Status status = proof_.read(jpeg);
+  if (status != Status::ok) return status;
+  Original original = proof_.original();
+  status = write_coefficients(state_.get(), &original, tile);
   result_ = {state_->destination.block, state_->destination.size};
   // libjpeg would reuse this image's Huffman tables for the next one.
   if (state_->created) jpeg_destroy_compress(&state_->info);
   state_->created = false;
-  if (state_->reader_created) jpeg_abort_decompress(&state_->original);
-  return status;
+  if (status != Status::ok) return status;
+  return proof_.holds(result_) ? Status::ok : Status::not_copied;
 }
 
 }  // namespace matryoshka

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "bytes.hpp"
+#include "proof.hpp"
 #include "recode.hpp"
 #include "status.hpp"
 #include "tiles.hpp"
@@ -25,16 +26,21 @@ class JpegWriter {
 
   // Write baseline 4:2:0 with the standard Huffman tables, as most JPEG software at this quality.
   Status encode(const uint8_t* rgb, int width, int height, int quality, int tile);
-  // Write the coefficients of a baseline JPEG, unchanged, without its metadata.
+  // Write the coefficients of a baseline JPEG, unchanged, without its metadata. The result is read
+  // again and compared with the source: not_copied if anything differs.
   Status transcode(Bytes jpeg, int tile);
   // The last image; valid until the next one.
   Bytes result() const { return result_; }
 
  private:
   struct State;
+
+  Status copy_proven(Bytes jpeg, int tile);
+
   std::unique_ptr<State> state_;
   Tiles tiles_;
   Recoder recoder_;
+  Proof proof_;
   Bytes result_{};
 };
 

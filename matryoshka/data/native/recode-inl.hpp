@@ -29,16 +29,6 @@ inline void put_bits(BitWriter& w, uint32_t value, int n) {
   for (int shift = 24; shift >= 0; shift -= 8) *w.next++ = static_cast<uint8_t>(word >> shift);
 }
 
-// 32 bits of `data`, from bit `at` on.
-inline uint32_t load_bits(const uint8_t* data, int64_t at) {
-  uint64_t word;
-  std::memcpy(&word, data + (at >> 3), sizeof word);
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-  word = __builtin_bswap64(word);
-#endif
-  return static_cast<uint32_t>(word << (at & 7) >> 32);
-}
-
 // Append the bits [begin, end) of `data`.
 inline void copy_bits(BitWriter& w, const uint8_t* data, int64_t begin, int64_t end) {
   for (; end - begin >= 32; begin += 32) put_bits(w, load_bits(data, begin), 32);

@@ -135,18 +135,17 @@ bool share_rows(const View* views, size_t count, bool exact, bool parsed) {
   return true;
 }
 
-// With libjpeg; several views only if they share_rows. parsed: w.tiles has parsed the JPEG.
-Status decode_rows(Bytes bytes, const Sample& sample, bool exact, bool parsed, const View* views,
-                   size_t count) {
+// The views from a whole JPEG; spliced: from the stream that w.tiles has made of it for one view.
+Status decode_stream(Bytes bytes, const Sample& sample, bool exact, bool spliced, const View* views,
+                     size_t count) {
   Workspace& w = workspace();
   w.crops.clear();
   for (size_t v = 0; v < count; ++v) w.crops.push_back(views[v].crop);
-  const bool spliced = count == 1 && parsed && w.tiles.splice(w.crops[0]);
   if (spliced) {
     w.crops[0].x -= w.tiles.x();
     w.crops[0].y -= w.tiles.y();
   }
-  const OpenJpeg jpeg(w.decoder, spliced ? w.tiles.stream() : bytes);
+  const OpenJpeg jpeg(w.decoder, bytes);
   if (jpeg.status != Status::ok) return jpeg.status;
   if (!spliced && (w.decoder.width() != sample.width || w.decoder.height() != sample.height))
     return Status::wrong_dimensions;
@@ -160,6 +159,18 @@ Status decode_rows(Bytes bytes, const Sample& sample, bool exact, bool parsed, c
   if (const Status status = push_rows(halve); status != Status::ok) return status;
   if (spliced && w.decoder.has_unread_data(w.tiles.data_end())) return Status::corrupt;
   return Status::ok;
+}
+
+// With libjpeg; several views only if they share_rows. parsed: w.tiles has parsed the JPEG.
+Status decode_rows(Bytes bytes, const Sample& sample, bool exact, bool parsed, const View* views,
+                   size_t count) {
+  Tiles& tiles = workspace().tiles;
+  if (count == 1 && parsed && tiles.splice(views[0].crop) &&
+      decode_stream(tiles.stream(), sample, exact, true, views, 1) == Status::ok)
+    return Status::ok;
+  // Also after damage: of a few bytes before a restart marker, libjpeg notices those that it has
+  // not read ahead. A crop must not fail where the whole image is accepted.
+  return decode_stream(bytes, sample, exact, false, views, count);
 }
 
 Status decode_jpeg_views(Bytes bytes, const Sample& sample, bool exact, const View* views,

@@ -17,6 +17,7 @@ enum class Status : uint8_t {
   colour_space,
   too_large,
   not_baseline,
+  not_copied,
   count
 };
 
@@ -33,6 +34,7 @@ inline const char* message(Status status) {
     case Status::colour_space: return "unsupported colour space (CMYK)";
     case Status::too_large: return "image too large";
     case Status::not_baseline: return "not a baseline JPEG";
+    case Status::not_copied: return "a copy would have other coefficients";
     case Status::count: break;
   }
   return nullptr;

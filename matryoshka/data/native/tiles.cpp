@@ -13,6 +13,8 @@ namespace {
 // (jdhuff.c, BUFSIZE); an MCU has up to 10 blocks.
 constexpr size_t kStreamPadding = 1280;
 
+constexpr int kMaxSide = 65500;  // JPEG_MAX_DIMENSION of libjpeg, which decodes most files
+
 int read_u16(const uint8_t* p) { return p[0] << 8 | p[1]; }
 
 uint8_t high_byte(int value) { return static_cast<uint8_t>(value >> 8); }
@@ -30,6 +32,7 @@ bool read_sof(Bytes body, Frame* frame) {
   frame->width = read_u16(p + 3);
   frame->components = p[5];
   if (frame->height == 0 || frame->width == 0) return false;  // height 0: a DNL segment has it
+  if (frame->height > kMaxSide || frame->width > kMaxSide) return false;
   if (frame->components != 1 && frame->components != 3) return false;
   if (body.size != 6 + 3 * static_cast<size_t>(frame->components)) return false;
   frame->max_h = 1;
@@ -184,7 +187,10 @@ bool Tiles::find_segments(size_t last) {
     while (at != end && *at == 0xFF) ++at;  // any number of fill bytes precede a marker
     if (at == end) break;
     const uint8_t marker = *at++;
-    if (marker == 0) continue;  // a stuffed 0xFF
+    if (marker == 0) {                   // a stuffed 0xFF
+      if (at - first > 2) return false;  // see has_filled_stuffing
+      continue;
+    }
 
     const bool is_restart = M_RST0 <= marker && marker <= M_RST7;
     const bool ends_last = segments_.size() == last + 1;
