@@ -32,6 +32,7 @@ from matryoshka import distributed
 from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.config import check_name
 from matryoshka.distributed import World
+from matryoshka.environment import count_in
 from matryoshka.files import read_regular
 from matryoshka.training import snapshot
 from matryoshka.training.guard import NonFiniteGuard, StepReport
@@ -209,7 +210,7 @@ def _is_restart(path: Path) -> bool:
         return json.loads(read_regular(path / "env.json")).get("launch") == launch
     except (OSError, ValueError):
         # Killed before it wrote env.json; torchrun counts its restarts.
-        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        return count_in("TORCHELASTIC_RESTART_COUNT", 0) > 0
 
 
 def check_options(

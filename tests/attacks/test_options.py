@@ -17,7 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matryoshka import cli
+from matryoshka.checkpoint import transfer
 from matryoshka.config import ConfigError, files
+from matryoshka.environment import VariableError, count_in
+from matryoshka.models import ModelConfig, build, model_spec
+from matryoshka.models.options import ModelError
 
 SECONDS = 300  # of a run that should take two: a hang, on any machine
 MAX_LINE = 5000  # characters of an error: a path may have 4096
@@ -228,3 +232,34 @@ def test_a_run_id_stays_in_its_folder(program, inputs, tmp_path, capsys, monkeyp
         assert status([*base, f"--logging.run_id={name}"]) == 2
         assert "logging.run_id" in capsys.readouterr().err
         assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- the environment, the machine
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "x", "-1", "1e3", "0x1", "1.5", "9" * 10, "\u0661", "1\n"]
+)
+def test_a_variable_of_torchrun_that_is_no_number(text, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", text)
+    with pytest.raises(VariableError, match=r"environment variable WORLD_SIZE: .*whole number"):
+        count_in("WORLD_SIZE")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert count_in("WORLD_SIZE") == 16
+    monkeypatch.delenv("WORLD_SIZE")
+    assert count_in("WORLD_SIZE", 1) == 1
+    with pytest.raises(VariableError, match="WORLD_SIZE: unset"):
+        count_in("WORLD_SIZE")
+
+
+def test_a_model_that_does_not_fit_into_memory(monkeypatch):
+    """Otherwise the system ends the process, without a word."""
+    config = ModelConfig(arch="resnet10", mrl=True)
+    spec = model_spec(config, 10)
+    transfer.check_start(config, spec)
+    weights = 4 * sum(p.numel() for p in build(spec).parameters())
+    monkeypatch.setattr(transfer, "free_memory", lambda: weights)
+    transfer.check_start(config, spec)
+    monkeypatch.setattr(transfer, "free_memory", lambda: weights - 1)
+    with pytest.raises(ModelError, match=r"model\.arch=resnet10: .* parameters need 0\.0 GB"):
+        transfer.check_start(config, spec)
