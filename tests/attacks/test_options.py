@@ -52,7 +52,7 @@ def test_a_value_is_refused_in_a_line_or_lies_in_its_range(program):
     rng = random.Random(program)
     for option in options_of(program):
         texts = option.texts()
-        for text in rng.sample(texts, min(len(texts), scaled(3, 10_000))):
+        for text in rng.sample(texts, min(len(texts), scaled(2, 10_000))):
             argv = option.after(base, text)
             try:
                 args = parsers[program].parse_args(argv)
@@ -92,7 +92,7 @@ TREES = st.recursive(
 NAMES = ["lr.lr", "model.dims", "logging.run_id", "training.seed", "data.ratio", "ssl.method"]
 
 
-@settings(max_examples=scaled(60, 20_000))
+@settings(max_examples=scaled(30, 20_000))
 @given(st.dictionaries(st.sampled_from(NAMES), TREES), st.sampled_from(["yaml", "json"]))
 def test_values_of_any_type_in_a_file(tmp_path_factory, values, ending):
     path = tmp_path_factory.getbasetemp() / f"options.{ending}"
@@ -113,7 +113,7 @@ PIECES += ["'", '"', "\\0", "\\U99999999", "\\ud800", "%YAML 1.1\n", "---\n", ".
 PIECES += ["\n", " ", "<<: ", "lr", ".lr", "1e308", "2026-13-45", "0x", "\0", "\x85", "\u2028", "~"]
 
 
-@settings(max_examples=scaled(200, 50_000))
+@settings(max_examples=scaled(100, 50_000))
 @given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=3).map(repr), max_size=30))
 def test_pieces_of_yaml(tmp_path_factory, pieces):
     content = "".join(pieces).encode("utf-8", "surrogatepass")
@@ -155,13 +155,6 @@ def test_bombs(name, tmp_path, capsys, monkeypatch):
 
 
 # ---------------------------------------------------------------- runs
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("inputs")
-    small_commands.write_inputs(root)
-    return root
 
 
 def status(argv: list[str]) -> int | str | None:
