@@ -35,7 +35,6 @@ This protocol also takes two folders of matryoshka embed, without --path:
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -61,7 +60,7 @@ from matryoshka.checkpoint.options import load_flags
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data import CenterCrop, Loader, open_dataset
 from matryoshka.embeddings import labels_like, open_embeddings
-from matryoshka.environment import environment
+from matryoshka.environment import count_in, environment
 from matryoshka.evaluation.baseline_methods import (
     METHODS,
     NEED_CLASSES,
@@ -290,7 +289,7 @@ def settings(args: SimpleNamespace, device: torch.device) -> dict[str, Any]:
 
 def check(args: SimpleNamespace) -> None:
     """ConfigError for more than one process, and for a place that is not writable."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if count_in("WORLD_SIZE", 1) > 1:
         raise config.ConfigError("baselines.py runs as one process; start it without torchrun")
     if Path(args.output).is_dir():
         raise config.ConfigError(f"--output {args.output}: is a folder; give the name of a file")

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from matryoshka import mig
+from matryoshka.environment import count_in
 from matryoshka.runtime import DistConfig
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ def check(distributed: bool | None, device: str) -> None:
 
     distributed: None means yes under torchrun, else no.
     """
-    size = int(os.environ["WORLD_SIZE"]) if started_by_torchrun() else 1
+    size = count_in("WORLD_SIZE") if started_by_torchrun() else 1
     if size > 1 and distributed is False:
         raise DistributedError(
             f"training.distributed=0 under torchrun with {size} processes: each would train the "
@@ -63,7 +64,7 @@ def check(distributed: bool | None, device: str) -> None:
 
 def local_rank() -> int:
     """This process's number on its machine, 0 without torchrun."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return count_in("LOCAL_RANK", 0)
 
 
 def processes_to_start(config: DistConfig, distributed: bool | None, device: str) -> int:
@@ -168,7 +169,7 @@ def _on_own_slice(device: str) -> bool:
     """Whether this process of torchrun works on a slice of a GPU, which it then sees alone."""
     if device not in ("auto", "cuda") or not started_by_torchrun():
         return False
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_size = count_in("LOCAL_WORLD_SIZE", 1)
     return mig.use_own_slice(local_rank(), local_size) is not None
 
 
@@ -198,10 +199,10 @@ def joined(device: str, backend: str = "auto") -> Iterator[World]:
     env = os.environ
     world = World(
         device=pick_device(device, local_rank()),
-        rank=int(env["RANK"]),
-        size=int(env["WORLD_SIZE"]),
+        rank=count_in("RANK"),
+        size=count_in("WORLD_SIZE"),
         local_rank=local_rank(),
-        local_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
+        local_size=count_in("LOCAL_WORLD_SIZE", 1),
     )
     # An agent that restarts its workers keeps its store, with the addresses of the earlier ones.
     store: dict[str, Any] = {}
@@ -244,7 +245,7 @@ def fresh_store(rank: int, size: int, patience: float = 900.0) -> Any:
     """
     from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = TCPStore(os.environ["MASTER_ADDR"], count_in("MASTER_PORT"), is_master=False)
     deadline = time.monotonic() + patience
 
     def wait(ready: Callable[[], bool]) -> None:

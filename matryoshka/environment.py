@@ -33,6 +33,21 @@ def free_memory() -> int | None:
     return max(min(limits), 0) if limits else None
 
 
+class VariableError(ValueError):
+    """An environment variable that is not the number that its name promises."""
+
+    user_error = True
+
+
+def count_in(variable: str, default: int | None = None) -> int:
+    """The whole number, 0 or more, in an environment variable such as torchrun's WORLD_SIZE."""
+    text = os.environ.get(variable, None if default is None else str(default))
+    if text is None or not text.isascii() or not text.isdecimal() or len(text) > 9:
+        shown = "unset" if text is None else repr(text[:50])
+        raise VariableError(f"environment variable {variable}: {shown}, expected a whole number")
+    return int(text)
+
+
 def _number_in(path: str, prefix: str = "") -> int | None:
     """The number after `prefix`, in the first line that starts with it; None without one."""
     try:
@@ -61,7 +76,7 @@ def environment() -> dict:
         "git": git_state(),
         "hardware": {"cpu": _cpu_name(), "cores": available_cores(), "gpus": gpus},
         "platform": platform.platform(),
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": count_in("WORLD_SIZE", 1),
     }
 
 

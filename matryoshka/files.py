@@ -177,7 +177,7 @@ def read_regular(path: str | Path, *, max_bytes: int | None = MAX_CONTENT) -> by
     """The content of a regular file of at most `max_bytes` bytes; see `open_regular`."""
     with open_regular(path, max_bytes=max_bytes) as file:
         try:
-            return file.read() if max_bytes is None else file.read(max_bytes)
+            return file.read()  # not read(max_bytes), which first allocates as many
         except OSError as error:  # of a failing disk, without a name
             raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 

@@ -13,7 +13,7 @@ INTERRUPTED = 130  # exit status: 128 + SIGINT
 
 
 def quit_at_once(_number: int, _frame: object) -> NoReturn:
-    """Signal handler: say so and end the process, without unwinding.
+    """Signal handler: print a line and end the process, without unwinding.
 
     A KeyboardInterrupt in the middle of an import shows the stack of somebody else's module, and
     some modules turn it into another error, or swallow it.

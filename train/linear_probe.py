@@ -15,7 +15,6 @@ nested head; `matryoshka eval --path` reads it). Runs as one process.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -40,7 +39,7 @@ from matryoshka.checkpoint.published import load_any
 from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.data import CenterCrop, Loader, open_dataset
 from matryoshka.distributed import World
-from matryoshka.environment import environment
+from matryoshka.environment import count_in, environment
 from matryoshka.evaluation.predict import extract_features
 from matryoshka.evaluation.probe import Probe, ProbeError, choose_weight_decay, fit
 from matryoshka.files import write_atomically
@@ -54,7 +53,7 @@ from matryoshka.training.run_lock import OTHER_FOLDER, RunLock, is_unused
 @config.program
 def main(argv: Sequence[str] | None = None) -> int:
     cfg = parser().parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if count_in("WORLD_SIZE", 1) > 1:
         raise config.ConfigError("linear_probe.py runs as one process; start it without torchrun")
     world = World(distributed.pick_device(cfg.model.device, 0))
     run = Path(cfg.logging.folder) / (cfg.logging.run_id or new_run_id("probe"))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from matryoshka import checkpoint
 from matryoshka.checkpoint.torch_files import is_whole, load_plain
 from matryoshka.data.augment import Preprocessing
+from matryoshka.environment import free_memory
 from matryoshka.models import (
     RESNETS,
     TIMM,
@@ -93,12 +94,24 @@ def check_start(
     init = start_weights(config)
     with torch.device("meta"):
         model = build(spec)
+    _check_memory(model)
     if init and not _published(init, spec.arch):
         _from_file(init, model, classes)
     apply_freeze(model, config.freeze)
     if spec.arch not in ("resnet10", *RESNETS):  # which accept every size
         for size in sorted(set(sizes)):
             _check_size(model, size)
+
+
+def _check_memory(model: NestedModel) -> None:
+    """ModelError for a model whose weights alone do not fit: the system would end the process."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    free = free_memory()
+    if free is not None and 4 * count > free:
+        raise ModelError(
+            f"model.arch={model.spec.arch}: {count:,} parameters need {4 * count / 1e9:,.1f} GB, "
+            f"{free / 1e9:,.1f} GB are free; choose a smaller model"
+        )
 
 
 def _check_size(model: NestedModel, size: int) -> None:

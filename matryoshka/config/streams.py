@@ -1,7 +1,7 @@
 """Standard output and error of a program, when nobody reads them or the disk is full.
 
 A program whose reader has gone, such as `matryoshka train ... | head`, does its work to the end. A
-line that does not fit on a disk is an error, but one for the end: the work goes on meanwhile.
+line that does not fit on a disk is an error, reported once the work is done.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from matryoshka.checkpoint.contents import first_line
 from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.config import check_name
 from matryoshka.distributed import World
+from matryoshka.environment import count_in
 from matryoshka.files import read_regular
 from matryoshka.training import run_lock, snapshot
 from matryoshka.training.guard import NonFiniteGuard, StepReport
@@ -243,7 +244,7 @@ def claim_run(
 
 def _restarts() -> int:
     """How often torchrun has restarted this process."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return count_in("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def _is_restart(path: Path) -> bool:

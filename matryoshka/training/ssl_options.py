@@ -7,7 +7,6 @@ of the three accept as well. docs/coming_from_mrl_ssl.md lists them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from matryoshka.config.limits import (
     MAX_WEIGHT,
     MIN_TEMPERATURE,
 )
+from matryoshka.environment import count_in
 from matryoshka.models.options import ModelConfig
 from matryoshka.runtime import BACKENDS, DistConfig
 from matryoshka.ssl.options import METHODS, SslConfig, ViewsConfig
@@ -480,7 +480,7 @@ def _defaults_relic(given: Mapping[str, Any]) -> dict[str, Any]:
 def _is_distributed(given: Mapping[str, Any]) -> bool:
     """Whether several processes will train, as far as options and torchrun say."""
     asked = str(given.get("training.distributed", False)).lower() in ("1", "true")
-    return asked or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return asked or count_in("WORLD_SIZE", 1) > 1
 
 
 # ---------------------------------------------------------------- MoCo-Matryoshka

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -24,6 +23,7 @@ from matryoshka.data.named import named_dataset, part_of
 from matryoshka.data.resident import MAX_SIDE
 from matryoshka.data.sources import PARTS, open_images
 from matryoshka.data.views import ViewOptions
+from matryoshka.environment import count_in
 from matryoshka.models import FAMILIES, ModelSpec, model_spec, option_names
 from matryoshka.models.resnets import RESNETS
 from matryoshka.ssl.options import (
@@ -322,7 +322,7 @@ def check(cfg: SimpleNamespace, processes: int) -> Images:
     ):
         raise ConfigError("training.resume=auto needs logging.run_id, the run to resume")
     if distributed.started_by_torchrun():
-        processes = int(os.environ["WORLD_SIZE"])
+        processes = count_in("WORLD_SIZE")
     images = Images(cfg)
     batch = global_batch_size(cfg, processes, images=len(images.train))
     check_batch(cfg, processes, batch)

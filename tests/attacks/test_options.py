@@ -17,7 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matryoshka import cli
+from matryoshka.checkpoint import transfer
 from matryoshka.config import ConfigError, files
+from matryoshka.environment import VariableError, count_in
+from matryoshka.models import ModelConfig, build, model_spec
+from matryoshka.models.options import ModelError
 
 SECONDS = 300  # of a run that should take two: a hang, on any machine
 MAX_LINE = 5000  # characters of an error: a path may have 4096
@@ -48,7 +52,7 @@ def test_a_value_is_refused_in_a_line_or_lies_in_its_range(program):
     rng = random.Random(program)
     for option in options_of(program):
         texts = option.texts()
-        for text in rng.sample(texts, min(len(texts), scaled(3, 10_000))):
+        for text in rng.sample(texts, min(len(texts), scaled(2, 10_000))):
             argv = option.after(base, text)
             try:
                 args = parsers[program].parse_args(argv)
@@ -88,7 +92,7 @@ TREES = st.recursive(
 NAMES = ["lr.lr", "model.dims", "logging.run_id", "training.seed", "data.ratio", "ssl.method"]
 
 
-@settings(max_examples=scaled(60, 20_000))
+@settings(max_examples=scaled(30, 20_000))
 @given(st.dictionaries(st.sampled_from(NAMES), TREES), st.sampled_from(["yaml", "json"]))
 def test_values_of_any_type_in_a_file(tmp_path_factory, values, ending):
     path = tmp_path_factory.getbasetemp() / f"options.{ending}"
@@ -109,7 +113,7 @@ PIECES += ["'", '"', "\\0", "\\U99999999", "\\ud800", "%YAML 1.1\n", "---\n", ".
 PIECES += ["\n", " ", "<<: ", "lr", ".lr", "1e308", "2026-13-45", "0x", "\0", "\x85", "\u2028", "~"]
 
 
-@settings(max_examples=scaled(200, 50_000))
+@settings(max_examples=scaled(100, 50_000))
 @given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=3).map(repr), max_size=30))
 def test_pieces_of_yaml(tmp_path_factory, pieces):
     content = "".join(pieces).encode("utf-8", "surrogatepass")
@@ -151,13 +155,6 @@ def test_bombs(name, tmp_path, capsys, monkeypatch):
 
 
 # ---------------------------------------------------------------- runs
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("inputs")
-    small_commands.write_inputs(root)
-    return root
 
 
 def status(argv: list[str]) -> int | str | None:
@@ -228,3 +225,34 @@ def test_a_run_id_stays_in_its_folder(program, inputs, tmp_path, capsys, monkeyp
         assert status([*base, f"--logging.run_id={name}"]) == 2
         assert "logging.run_id" in capsys.readouterr().err
         assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- the environment, the machine
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "x", "-1", "1e3", "0x1", "1.5", "9" * 10, "\u0661", "1\n"]
+)
+def test_a_variable_of_torchrun_that_is_no_number(text, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", text)
+    with pytest.raises(VariableError, match=r"environment variable WORLD_SIZE: .*whole number"):
+        count_in("WORLD_SIZE")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert count_in("WORLD_SIZE") == 16
+    monkeypatch.delenv("WORLD_SIZE")
+    assert count_in("WORLD_SIZE", 1) == 1
+    with pytest.raises(VariableError, match="WORLD_SIZE: unset"):
+        count_in("WORLD_SIZE")
+
+
+def test_a_model_that_does_not_fit_into_memory(monkeypatch):
+    """Otherwise the system ends the process, without a word."""
+    config = ModelConfig(arch="resnet10", mrl=True)
+    spec = model_spec(config, 10)
+    transfer.check_start(config, spec)
+    weights = 4 * sum(p.numel() for p in build(spec).parameters())
+    monkeypatch.setattr(transfer, "free_memory", lambda: weights)
+    transfer.check_start(config, spec)
+    monkeypatch.setattr(transfer, "free_memory", lambda: weights - 1)
+    with pytest.raises(ModelError, match=r"model\.arch=resnet10: .* parameters need 0\.0 GB"):
+        transfer.check_start(config, spec)

@@ -124,13 +124,6 @@ def test_a_pipe_is_a_stream_while_somebody_writes(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- programs
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("inputs")
-    small_commands.write_inputs(root)
-    return root
-
-
 @pytest.mark.parametrize("program", small_commands.names())
 def test_options_that_name_a_file(program, inputs, tmp_path, monkeypatch, capsys):
     """One line and status 2, for every option that names an existing file or folder."""
@@ -143,7 +136,7 @@ def test_options_that_name_a_file(program, inputs, tmp_path, monkeypatch, capsys
         if option.program == program and option.field.metadata.get("existing"):
             cases += [(option, kind) for kind in kinds]
     random.Random(program).shuffle(cases)
-    for option, kind in cases[: scaled(3, 1000)]:
+    for option, kind in cases[: scaled(2, 1000)]:
         argv = small_commands.command(program, inputs, tmp_path / "out")
         code = status([*argv, *option.words(str(tmp_path / kind))])
         shown = capsys.readouterr()
@@ -172,7 +165,7 @@ def test_files_inside_a_folder(program, folder, inputs, tmp_path, capsys):
     names = sorted(path.relative_to(inputs / "inputs" / folder) for path in below)
     cases = [(name, kind) for name in names for kind in KINDS if kind != "loop"]
     random.Random(program + folder).shuffle(cases)
-    for name, kind in cases[: scaled(4, 1000)]:
+    for name, kind in cases[: scaled(3, 1000)]:
         root = tmp_path / "copy"
         shutil.copytree(inputs, root, symlinks=True)
         target = root / "inputs" / folder / name

@@ -39,10 +39,11 @@ TEXTS = (
         "'",
     ),
 )
-# Options that decide how long a program runs: their upper ends are for the patient.
+# Options that decide how long a program runs, and how much memory its images take: their upper ends
+# are for the patient.
 LONG = (
     *("epochs", "n_epochs", "num_epochs", "steps", "splits", "draws", "minutes", "timeout"),
-    *("max_iter", "accumulate", "muon_steps", "knots", "trials", "hiddens"),
+    *("max_iter", "accumulate", "muon_steps", "knots", "trials", "hiddens", "resolution"),
 )
 
 

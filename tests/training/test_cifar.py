@@ -380,7 +380,7 @@ def test_weights_and_biases_get_the_keys_of_both_repositories(digits, monkeypatc
         (["--net=res18", "--mrl_flag", "--mrl_dims=8,1024"], "beyond the feature width 512"),
         (["--data=nowhere"], "nowhere"),
         (["--data=a,b,c"], "TRAIN.beton,TEST.beton"),
-        (["--bs=0"], "1 or more"),
+        (["--bs=0"], "1 to 16777216"),
         (["--data={train}"], "the same images to train and to test on"),
         (["--data={train},{train}"], "the same images to train and to test on"),
         (["--val_share=0.001"], "--val_share 0.001: "),
