@@ -193,6 +193,10 @@ class Part:
         """Whether its large files have checksums of blocks, as all since version 0.3 have."""
         return bool(self._sums)
 
+    @property
+    def mapped_files(self) -> list[CheckedFile]:
+        return list(self._mapped.values())
+
     # ---- large files, checked ----
 
     @property
