@@ -303,7 +303,6 @@ class Part:
         """A search, and the error of the file that it found damaged or cut off."""
         mapped = [file for file in files if file is not None]
         if mapped:
-            # Other code of this process may have taken the signal.
             _native.keep_guard()
         try:
             found = search()
