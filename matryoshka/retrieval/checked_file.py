@@ -59,6 +59,7 @@ class CheckedFile:
 
     def check(self, first: int = 0, end: int | None = None) -> None:
         """Compare the blocks of the bytes first .. end, default: all. RetrievalError."""
+        _native.keep_guard()  # other code of this process may have taken the signal
         if self._blocks is None:
             return
         whole = first == 0 and end is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,19 @@ BLOCK_ROWS = 16_384  # with 1000 queries 64 MB of scores
 MARGIN = 32  # rows beyond k that the first pass finds
 # Cosines that differ by less may be equal: BLAS sums in another order at the edges of its blocks.
 TIE_TOLERANCE = 4e-6
+
+
+IMPORTED_BY = os.getpid()
+
+
+@cache
+def prepare_torch(process: int) -> None:
+    """In a forked process, let torch compute in one thread.
+
+    The threads of OpenMP do not survive a fork, and GNU's waits for them for ever.
+    """
+    if process != IMPORTED_BY:
+        torch.set_num_threads(1)
 
 
 def exact_search(
@@ -35,6 +50,7 @@ def exact_search(
     same order. If still more rows may tie with the k-th, the query takes another pass in float64,
     whose errors vanish when the result is rounded to float32.
     """
+    prepare_torch(os.getpid())
     rows = as_rows(rows, dim, "database")
     queries = as_rows(queries, dim)
     check_k(k)

@@ -194,6 +194,10 @@ class Part:
         """Whether its large files have checksums of blocks, as all since version 0.3 have."""
         return bool(self._sums)
 
+    @property
+    def mapped_files(self) -> list[CheckedFile]:
+        return list(self._mapped.values())
+
     # ---- large files, checked ----
 
     @property
@@ -300,7 +304,6 @@ class Part:
         """A search, and the error of the file that it found damaged or cut off."""
         mapped = [file for file in files if file is not None]
         if mapped:
-            # Other code of this process may have taken the signal.
             _native.keep_guard()
         try:
             found = search()

@@ -88,6 +88,7 @@ def open_table(path: str, num_threads: int = 0) -> Table:
         classes, labels = merge_classes(index, every_row)
         # Deleted rows must not count among the relevant rows of a class.
         labels = np.where(index.is_deleted(every_row), -1, labels)
+        index.check_files()
         known = [source.get("num_classes", 0) for part in index.parts for source in part.data]
         count = len(classes) if classes else max([*known, int(labels.max()) + 1])
         return Table(

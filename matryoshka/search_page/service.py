@@ -135,7 +135,9 @@ class Service:
         version = hashlib.sha256(manifest).hexdigest()[:12]
         comparison = Comparison(index)
         exact_only = not comparison.needs_fast_search()
-        return Opened(index, comparison, version, ClassRows(index), exact_only, read_map(index))
+        classes = ClassRows(index)
+        index.check_files()
+        return Opened(index, comparison, version, classes, exact_only, read_map(index))
 
     def current(self) -> Opened:
         """The current index; opens it again if it has changed on disk."""

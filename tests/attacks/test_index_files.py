@@ -2,14 +2,18 @@
 
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import xxhash
-from attacks.scale import scaled
+from attacks.scale import LONG, scaled
 from hypothesis import given
 from hypothesis import strategies as st
 from matryoshka.inference import index as program
@@ -18,7 +22,7 @@ from stored_indexes import built, random_rows
 from matryoshka.retrieval import RetrievalError, SearchParams, Stage, _native, store_part
 from matryoshka.retrieval.checked_file import BLOCK, BlockSums, CheckedFile, sums_of
 from matryoshka.retrieval.store import Index
-from matryoshka.retrieval.store_part import MAYBE_LARGE
+from matryoshka.retrieval.store_part import MAYBE_LARGE, read_checked, with_checksum
 from matryoshka.retrieval.store_writer import Writer
 
 ROWS, COLUMNS, DIM = 3000, 48, 16
@@ -157,6 +161,24 @@ def test_the_program_verifies(sound, capsys):
         file.write_bytes(good)
 
 
+def test_an_index_of_an_older_version_is_searched_as_before(sound, tmp_path, capsys):
+    folder = tmp_path / "old.index"
+    shutil.copytree(sound, folder)
+    for file in folder.rglob("part.json"):
+        about = read_checked(file)
+        del about["blocks"], about["files"]["blocks.u64"]
+        file.write_bytes(with_checksum(about))
+        (file.parent / "blocks.u64").unlink()
+    old = Index(folder, 1)
+    assert answers(old) == answers(Index(sound, 1))
+    assert program.main(["info", str(folder)]) == 0
+    assert "without checksums of blocks; matryoshka index compact" in capsys.readouterr().out
+    file = large_files(folder)[-1]
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    with pytest.raises(RetrievalError, match="damaged"):
+        Index(folder, 1).verify()
+
+
 # ---------------------------------------------------------------- files that are cut off
 
 
@@ -268,6 +290,30 @@ def test_forked_workers_search(sound):
 
     assert [in_child(work) for _ in range(3)] == [0, 0, 0]
     work()
+
+
+FORKED_EXACT_SEARCH = """
+import os, signal, sys, torch
+from stored_indexes import random_rows
+from matryoshka.retrieval import exact_search
+torch.set_num_threads(2)
+rows = random_rows(20_000, 128)
+expected = exact_search(rows, rows[:200], 128, 10).ids
+child = os.fork()
+if child == 0:
+    signal.alarm(300)
+    found = exact_search(rows, rows[:200], 128, 10).ids
+    os._exit(0 if (found == expected).all() else 3)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not LONG, reason="only in `make attack`: it imports torch once more")
+def test_exact_search_in_a_fork_of_a_process_with_threads():
+    builders = Path(__file__).resolve().parents[1] / "builders"
+    command = [sys.executable, "-c", FORKED_EXACT_SEARCH]
+    environment = {**os.environ, "PYTHONPATH": str(builders), "OMP_NUM_THREADS": "2"}
+    assert subprocess.run(command, env=environment, check=False).returncode == 0
 
 
 class Searched(torch.utils.data.Dataset):
