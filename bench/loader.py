@@ -81,7 +81,7 @@ CASES = {
 # Two views of every photo: the file, and the least speed as a multiple of a decode for each view.
 VIEWS = {"two views 224": ("jpg", 1.2), "two views 224, no markers": ("folder", 1.4)}
 VIEW_BY_VIEW = "view by view"
-WRITERS = {"write": 1.5, "write, lossless": 6.0}
+WRITERS = {"write": 1.5, "write, lossless": 3.0}
 OPEN = "open 1.28 M"
 
 

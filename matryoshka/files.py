@@ -114,6 +114,18 @@ class AtomicFile:
         return OSError(error.errno, reason, str(self.path))
 
 
+def as_text(name: str) -> str:
+    """The name of a file or a folder as text that can be written and printed.
+
+    A name is bytes. Those that are not UTF-8, which Python keeps as surrogate escapes (PEP 383),
+    become `\\xNN`; other names stay as they are. The result does not find the file.
+    """
+    try:
+        return os.fsencode(name).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # surrogates that no file name has, from JSON for example
+        return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def check_writable(folder: Path) -> None:
     """OSError if a folder, which need not exist yet, cannot take files. Creates nothing."""
     while not folder.exists() and folder != folder.parent:

@@ -445,6 +445,7 @@ def copy(part: BetonFile, pages: PageWriter, label: int) -> None:
         pages.add(
             stored, int(samples.mode[i]), int(samples.width[i]), int(samples.height[i]), label
         )
+    samples.check()
 
 
 if __name__ == "__main__":

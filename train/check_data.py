@@ -31,6 +31,8 @@ from matryoshka.data.fields import TYPE_NAMES
 from matryoshka.data.reader import manifest_path, printable
 from matryoshka.data.sources import decode_image
 from matryoshka.environment import available_cores
+from matryoshka.files import as_text
+from matryoshka.runtime import MAX_THREADS
 
 EXAMINED = 500  # images whose JPEG header `info` reads
 SHOWN = 20  # samples that a list on the terminal names
@@ -209,6 +211,7 @@ def jpeg_facts(data: BetonFile, jpg: np.ndarray) -> dict[str, Any]:
         jpeg_header(samples.data[start : start + min(size, 1 << 16)].tobytes())
         for start, size in zip(samples.offset.tolist(), samples.size.tolist(), strict=True)
     ]
+    samples.check()
     known = [header for header in headers if header]
     spacings = np.array([header.spacing for header in known if header.spacing])
     return {
@@ -409,6 +412,7 @@ def verify_beton(
             crops=crops,
             out=out[:n],
         )
+        samples.check()
         for k in np.flatnonzero(status).tolist():
             report(int(indices[k]), _native.status_message(int(status[k])))
         for name in others:
@@ -464,7 +468,7 @@ def verify_folder(
                 for index, (size, reason, notes) in zip(
                     indices, pool.map(check, indices), strict=True
                 ):
-                    entry = {"index": index, "name": data.name(index)}
+                    entry = {"index": index, "name": as_text(data.name(index))}
                     if reason:
                         broken.append(entry | {"reason": reason})
                     noticed.extend(entry | {"reason": note} for note in notes)

@@ -14,6 +14,28 @@ class Pool:
     @property
     def num_threads(self) -> int: ...
 
+class FileMap:
+    """An open file mapped into memory, read-only. Where the file has lost bytes since, readers find
+    zeros; with Python's mmap, SIGBUS ends the process.
+
+    data: uint8 [size], read-only; keeps the map. torn: whether a reader has found such zeros.
+    OSError if the file cannot be mapped.
+    """
+
+    def __init__(self, descriptor: int) -> None: ...
+    @property
+    def data(self) -> NDArray[np.uint8]: ...
+    @property
+    def torn(self) -> bool: ...
+    def begin_reading(self) -> int:
+        """The file's size now. Call it before a group of reads."""
+
+    def expect(self) -> None:
+        """Let the system read the file into its cache."""
+
+    def forget(self, offset: int, size: int) -> None:
+        """Release the pages of a part."""
+
 def random_crops(
     width: NDArray[np.int32],
     height: NDArray[np.int32],

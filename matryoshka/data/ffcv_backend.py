@@ -37,7 +37,7 @@ from matryoshka.data.sources import decode_image, upright
 from matryoshka.data.state import StateError
 from matryoshka.data.writer import Source, WriteOptions
 from matryoshka.environment import available_cores
-from matryoshka.files import AtomicFile
+from matryoshka.files import AtomicFile, as_text
 
 # The options of FFCV's image field, then those that we implement around it (subset, EXIF, names).
 _SUPPORTED_OPTIONS = {
@@ -137,7 +137,7 @@ def write_with_ffcv(
                 **native.left_out(source),
             }
         if settings.names:
-            content["names"] = [source.name(index) for index in indices.tolist()]
+            content["names"] = [as_text(source.name(index)) for index in indices.tolist()]
         side.append(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
         file.flush()
         side.flush()

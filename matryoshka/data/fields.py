@@ -103,7 +103,7 @@ def read_numbers(column: np.ndarray) -> np.ndarray:
 
 
 def read_bytes(column: Column) -> list[np.ndarray]:
-    """Read-only uint8 views, one per sample. records: (pointer, size)."""
+    """Read-only uint8 arrays, one per sample. records: (pointer, size)."""
     data, regions, records, samples, fail = column
     pointer = records["pointer"]
     size = records["size"]
@@ -116,11 +116,14 @@ def read_bytes(column: Column) -> list[np.ndarray]:
             "of "
             f"{stored[k]}"
         )
-    # a value without bytes has no region, and its pointer has no meaning
-    return [
-        data[p : p + s] if s else data[:0]
-        for p, s in zip(pointer.tolist(), size.tolist(), strict=True)
-    ]
+    values = []
+    for start, length in zip(pointer.tolist(), size.tolist(), strict=True):
+        # A value without bytes has no region, and its pointer has no meaning. Copies: a file that
+        # is cut off later would make zeros of a view.
+        value = data[start : start + length].copy() if length else np.empty(0, np.uint8)
+        value.flags.writeable = False
+        values.append(value)
+    return values
 
 
 def read_json(column: Column) -> list[Any]:

@@ -67,13 +67,18 @@ class BetonError(ValueError):
     user_error = True  # programs print the message alone, without a traceback
 
 
+def _kept() -> None:
+    """The check of bytes that cannot be lost."""
+
+
 class Samples(NamedTuple):
     """The stored images of a batch that are in one file; the native decoder's input.
 
     data: uint8 [N], a memory map or a buffer; sample b is data[offset[b] : offset[b] + size[b]].
     offset, size: uint64 [B]. mode: uint8 [B], JPG (a whole JPEG stream) or RAW (RGB, height x width
     x 3). width, height: int32 [B], pixels. rows: the positions of these B samples in the batch; the
-    default is a whole batch in its order.
+    default is a whole batch in its order. check: call it after the last use of `data`; BetonError
+    if the file has lost bytes meanwhile, in whose place the map has zeros.
     """
 
     data: np.ndarray
@@ -83,6 +88,7 @@ class Samples(NamedTuple):
     width: np.ndarray
     height: np.ndarray
     rows: slice | np.ndarray = slice(None)
+    check: Callable[[], None] = _kept
 
 
 def align(offset: int, alignment: int) -> int:

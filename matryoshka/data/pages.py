@@ -40,7 +40,9 @@ class Feed(Protocol):
         ...
 
     def release(self, k: int) -> None:
-        """Allow the bytes of batch k to be overwritten."""
+        """Allow the bytes of batch k to be overwritten. BetonError if the file has lost some while
+        they were in use: what was decoded from them must not be used.
+        """
         ...
 
     def close(self) -> None:
@@ -59,12 +61,15 @@ class MapFeed:
     ) -> None:
         self._fetch = fetch
         self._batches = batches
+        self._fetched: dict[int, list[Samples]] = {}
 
     def fetch(self, k: int) -> list[Samples]:
-        return self._fetch(self._batches[k])
+        self._fetched[k] = self._fetch(self._batches[k])
+        return self._fetched[k]
 
     def release(self, k: int) -> None:
-        pass
+        for samples in self._fetched.pop(k):
+            samples.check()
 
     def close(self) -> None:
         pass

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from matryoshka.data.sources import EXTENSIONS, PARTS
-from matryoshka.files import read_regular
+from matryoshka.files import as_text, read_regular
 
 TRAIN = "train"
 VAL_NAMES = ("val", "valid", "validation")
@@ -198,7 +198,7 @@ def _find_classes(root: Path, part: str) -> tuple[Photos, list[LeftOut]]:
         if images:
             labels += [len(classes)] * len(images)
             names += images
-            classes.append(name)
+            classes.append(as_text(name))
     if not names:
         if loose:
             raise PhotoError(
@@ -211,6 +211,12 @@ def _find_classes(root: Path, part: str) -> tuple[Photos, list[LeftOut]]:
             f"{folder}: has no images ({' '.join(EXTENSIONS)}) in class folders"
             + (f"; left out: {reasons}" if reasons else "")
         )
+    for name, count in Counter(classes).items():
+        if count > 1:
+            raise PhotoError(
+                f"{folder}: {count} class folders have the name {name} when bytes that are not "
+                "UTF-8 are written as \\xNN; rename one"
+            )
     photos = Photos(root, names, np.array(labels, np.int64), classes)
     return photos, left_out
 
@@ -386,4 +392,8 @@ def _checked(row: dict[str, str], table: Path, number: int) -> dict[str, str]:
     for key in ("path", "label"):
         if not row.get(key):
             raise PhotoError(f"--labels {table}, line {number}: {key} is empty")
+    if as_text(row["label"]) != row["label"]:
+        raise PhotoError(
+            f"--labels {table}, line {number}: label {as_text(row['label'])} is not text"
+        )
     return row

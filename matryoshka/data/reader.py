@@ -10,10 +10,10 @@ sample points outside its bytes; the contents of a JPEG stream are validated by 
 
 from __future__ import annotations
 
-import mmap
 import os
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +21,7 @@ import numpy as np
 
 from matryoshka import json_files
 from matryoshka.arrays import integers, takes
-from matryoshka.data import fields, layout
+from matryoshka.data import _native, fields, layout
 from matryoshka.data.layout import BetonError, Samples
 from matryoshka.data.pages import MapFeed, PagedFile
 from matryoshka.files import open_regular
@@ -62,13 +62,14 @@ class BetonFile:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         file = self._open()
-        self._map: mmap.mmap | None = file
-        self._size = len(file)
-        self._data = np.frombuffer(file, np.uint8)
+        self._map: _native.FileMap | None = file
+        self._data = file.data
+        self._size = len(self._data)
         self._by_position: fields.Regions | None = None  # created by the first `field`
         self._read_header()
         self._read_fields()
         self._read_samples()
+        self._check_whole(file)
         self._read_manifest()
 
     # ---------------------------------------------------------------- use
@@ -93,7 +94,7 @@ class BetonFile:
         IndexError for an index outside the file, BetonError if the file was closed or has been
         truncated.
         """
-        self._check_open()
+        file = self._check_open()
         samples = Samples(
             data=self._data,
             offset=self.offset[indices],
@@ -101,6 +102,7 @@ class BetonFile:
             mode=self.mode[indices],
             width=self.width[indices],
             height=self.height[indices],
+            check=partial(self._check_whole, file),
         )
         return [samples]
 
@@ -127,7 +129,7 @@ class BetonFile:
         IndexError for an index outside the file. BetonError for an unknown field, for the image
         (use `fetch`), for damage, and if the file was closed.
         """
-        self._check_open()
+        file = self._check_open()
         names = [known for known, _ in self.fields]
         if name not in names:
             raise self._error(f"has no field {name!r}; it has {', '.join(map(repr, names))}")
@@ -140,7 +142,9 @@ class BetonFile:
         samples = np.arange(len(self))[indices]  # negative ones count from the end, as in fetch
         records = self._records()[f"f{k}"][samples]
         if kind in (layout.FLOAT, layout.INT):
-            return fields.read_numbers(records)
+            numbers = fields.read_numbers(records)
+            self._check_whole(file)
+            return numbers
 
         def fail(reason: str) -> NoReturn:
             raise self._error(f"field {name!r}: {reason}")
@@ -150,10 +154,14 @@ class BetonFile:
             self._by_position = fields.Regions(self._regions())
         column = fields.Column(self._data, self._by_position, records, samples, fail)
         if kind == layout.BYTES:
-            return fields.read_bytes(column)
-        if kind == layout.JSON:
-            return fields.read_json(column)
-        return fields.read_arrays(column, self._descriptors()[k]["arguments"].tobytes())
+            values = fields.read_bytes(column)
+        elif kind == layout.JSON:
+            values = fields.read_json(column)
+        else:
+            arguments = self._descriptors()[k]["arguments"].tobytes()
+            values = fields.read_arrays(column, arguments)
+        self._check_whole(file)
+        return values
 
     @property
     def page_size(self) -> int:
@@ -175,8 +183,8 @@ class BetonFile:
 
     def preload(self) -> None:
         """Ask the system to read the whole file into the page cache, in the background."""
-        if self._map is not None and hasattr(mmap, "MADV_WILLNEED"):
-            self._map.madvise(mmap.MADV_WILLNEED)
+        if self._map is not None:
+            self._map.expect()
 
     def close(self) -> None:
         """Close the file. Batches fetched before stay valid: the map lives as long as they do."""
@@ -191,17 +199,24 @@ class BetonFile:
 
     # ---------------------------------------------------------------- checks
 
-    def _check_open(self) -> None:
+    def _check_open(self) -> _native.FileMap:
         if self._map is None:
             raise self._error("is closed")
-        now = self._map.size()
-        if now < self._size:  # reading beyond the end of a map is a SIGBUS, which ends the process
+        self._check_whole(self._map)
+        return self._map
+
+    def _check_whole(self, file: _native.FileMap) -> None:
+        """BetonError if the file has lost bytes since it was opened: readers may find zeros."""
+        now = file.begin_reading()
+        if now < self._size:
             raise self._error(f"was truncated while in use: {now} of {self._size} bytes are left")
+        if file.torn:
+            raise self._error("was truncated while in use, or its disk failed; open it again")
 
     def _error(self, reason: str) -> BetonError:
         return BetonError(f"{self.path}: {reason}")
 
-    def _open(self) -> mmap.mmap:
+    def _open(self) -> _native.FileMap:
         try:
             with open_regular(self.path) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -210,7 +225,7 @@ class BetonFile:
                         f"is not a .beton file: {size} bytes are fewer than its header"
                     )
                 # The map stays valid after the file is closed.
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                return _native.FileMap(file.fileno())
         except OSError as error:
             raise self._error(error.strerror or str(error)) from error
 
@@ -356,9 +371,8 @@ class BetonFile:
             begin = offset + start * dtype.itemsize
             end = offset + part.stop * dtype.itemsize
             yield part, self._rows(dtype, begin, part.stop - start)
-            if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-                begin -= begin % mmap.PAGESIZE
-                self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+            if self._map is not None:
+                self._map.forget(begin, end - begin)
 
     def _table_rows(self) -> int:
         return (self._size - self._table) // layout.TABLE_ROW.itemsize

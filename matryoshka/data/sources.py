@@ -27,7 +27,7 @@ from matryoshka.data.catalogue import HELD_OUT
 from matryoshka.data.layout import JPG, RAW, BetonError, Samples
 from matryoshka.data.pages import MapFeed
 from matryoshka.data.reader import BetonFile
-from matryoshka.files import read_regular
+from matryoshka.files import as_text, read_regular
 
 HEIF_EXTENSIONS = (".heic", ".heif")
 HAS_HEIF = find_spec("pillow_heif") is not None  # the extra [heif]
@@ -212,14 +212,26 @@ def parts_in(folder: str | os.PathLike) -> list[str]:
     return visible
 
 
+def class_names(root: Path, folders: Sequence[str]) -> list[str]:
+    """The names of class folders as text (files.as_text). BetonError where two are the same."""
+    names = [as_text(folder) for folder in folders]
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise BetonError(
+                f"{as_text(str(root))}: {count} class folders have the name {name} when bytes that "
+                "are not UTF-8 are written as \\xNN; rename one"
+            )
+    return names
+
+
 class ImageFolder:
     """A folder with one subfolder per class, `root/<class>/**/<image>`, as a source and a dataset.
 
     The layout is that of torchvision's ImageFolder. path: the root. classes: names of the
-    subfolders, sorted; a label is a position in it. labels: int64 [N]. Samples are sorted by class,
-    folder, file name. Hidden files and folders are ignored, symbolic links are followed. left_out:
-    paths relative to the root of the other files that are not samples: those of other types, HEIC
-    without pillow-heif, and all files beside the class folders.
+    subfolders, sorted, as text (files.as_text); a label is a position in it. labels: int64 [N].
+    Samples are sorted by class, folder, file name. Hidden files and folders are ignored, symbolic
+    links are followed. left_out: paths relative to the root of the other files that are not
+    samples: those of other types, HEIC without pillow-heif, and all files beside the class folders.
 
     BetonError if the folder is missing, has no class folders, or a class has no images.
     """
@@ -231,7 +243,8 @@ class ImageFolder:
         if not self.path.is_dir():
             raise BetonError(f"{self.path}: is not a folder")
         visible = [entry for entry in os.scandir(self.path) if not entry.name.startswith(".")]
-        self.classes = sorted(entry.name for entry in visible if entry.is_dir())
+        folders = sorted(entry.name for entry in visible if entry.is_dir())
+        self.classes = class_names(self.path, folders)
         self.left_out = sorted(entry.name for entry in visible if not entry.is_dir())
         if not self.classes:
             raise BetonError(
@@ -239,7 +252,7 @@ class ImageFolder:
             )
         self._names: list[str] = []
         counts = []
-        for name in self.classes:
+        for name in folders:
             others: list[str] = []
             images = sorted(_images(self.path / name, others=others))
             self.left_out += sorted(os.path.join(name, other) for other in others)
@@ -274,7 +287,7 @@ class ImageFolder:
         kinds: Counter[str] = Counter()
         for name in self.left_out:
             folder, file = os.path.split(name)
-            extension = os.path.splitext(file)[1].lower() or "no extension"
+            extension = as_text(os.path.splitext(file)[1].lower()) or "no extension"
             kinds[extension if folder else f"{extension} beside the class folders"] += 1
         return dict(sorted(kinds.items()))
 

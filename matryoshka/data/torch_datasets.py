@@ -86,10 +86,13 @@ class TorchDataset(torch.utils.data.Dataset):
         shape = int(sample.height[0]), int(sample.width[0]), 3
         try:
             if sample.mode[0] == layout.RAW:
-                return stored.reshape(shape).copy()
-            pixels = _native.decode(np.ascontiguousarray(stored))
+                pixels = stored.reshape(shape).copy()
+            else:
+                pixels = _native.decode(np.ascontiguousarray(stored))
         except ValueError as error:
+            sample.check()  # names the cause
             raise BetonError(f"{self.path}: {self._data.name(index)}: {error}") from error
+        sample.check()
         if pixels.shape != shape:
             raise BetonError(
                 f"{self.path}: {self._data.name(index)}: JPEG dimensions differ from the metadata"

@@ -34,7 +34,7 @@ from matryoshka.data.sources import (
     upright,
 )
 from matryoshka.environment import available_cores
-from matryoshka.files import AtomicFile
+from matryoshka.files import AtomicFile, as_text
 
 # Several chunks are in memory at a time: chunks of large raw images are limited to this size.
 _CHUNK_BYTES = 16 << 20
@@ -91,6 +91,9 @@ def write_beton(
         settings = replace(settings, compress_probability=0.5)
     check_arguments(path, num_workers, chunk_size, settings.subset, len(source))
     check_destination(path)
+    for name in source.classes or ():
+        if as_text(name) != name:  # before the work, not after it
+            raise BetonError(f"{path}: not written: the class name {as_text(name)} is not text")
     indices = select_subset(source.labels, settings.subset, settings.seed)
     raw_bytes = 3 * settings.max_resolution**2  # of the largest image that is stored
     workers = num_workers or available_cores()
@@ -132,7 +135,7 @@ def left_out(source: Source) -> dict[str, Any]:
     """The manifest's record of files in an image folder that are not samples; empty without any."""
     if not isinstance(source, ImageFolder) or not source.left_out:
         return {}
-    heif = [{"name": name, "reason": "pip install pillow-heif"} for name in source.heif()]
+    heif = [{"name": as_text(name), "reason": "pip install pillow-heif"} for name in source.heif()]
     return {"ignored": source.ignored()} | ({"heif": heif} if heif else {})
 
 
@@ -342,7 +345,7 @@ class _Manifest:
         return self._lists["broken"]
 
     def add(self, sample: _Stored) -> None:
-        name = self._source.name(sample.index)
+        name = as_text(self._source.name(sample.index))
         for kind, reason in sample.notes:
             if kind in self._counts:
                 self._counts[kind] += 1

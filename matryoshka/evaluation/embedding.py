@@ -203,6 +203,7 @@ def fingerprint(data: Data, labels: np.ndarray) -> str:
         (samples,) = source.fetch(sampled)
         for offset, size in zip(samples.offset.tolist(), samples.size.tolist(), strict=True):
             digest.update(np.ascontiguousarray(samples.data[offset : offset + size]).data)
+        samples.check()
     return digest.hexdigest()[:16]
 
 

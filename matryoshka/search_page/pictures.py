@@ -175,7 +175,8 @@ class Pictures:
             (samples,) = data.fetch(np.array([number]))
             start = int(samples.offset[0])
             size = int(samples.size[0])
-            stored = np.asarray(samples.data)[start : start + size]
+            stored = np.asarray(samples.data)[start : start + size].copy()
+            samples.check()
             if samples.mode[0] == RAW:
                 return stored.reshape(int(samples.height[0]), int(samples.width[0]), 3)
             return stored.tobytes()

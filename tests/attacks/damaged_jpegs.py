@@ -28,6 +28,8 @@ def damaged(data: bytes, rng: Random) -> tuple[bytes, list[str]]:
     """One to three kinds of damage, and their names."""
     names = []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        if len(data) < 32:
+            break
         name = rng.choice(list(KINDS))
         changed = KINDS[name](data, rng)
         if changed is not None and changed != data:

@@ -7,6 +7,7 @@ has a libjpeg of its own and accepts what libjpeg only warns of.
 
 import io
 import warnings
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -36,6 +37,9 @@ def sources():
             image = Image.fromarray(picture(72, 104)).convert(mode)
             image.save(file, "JPEG", quality=85, **{option: True})
             found[f"{mode}, {option}"] = file.getvalue()
+    # From libjpeg-turbo's cjpeg -quality 60, for what Pillow cannot write.
+    for path in sorted(Path(__file__).with_name("jpegs").glob("*.jpg")):
+        found[path.stem] = path.read_bytes()
     return found
 
 
@@ -133,9 +137,7 @@ def check(data, rng):
         if pixels is not None:
             assert found is not None, f"crop {box}, {exact=}"
             expected = pixels[y : y + h, x : x + w]
-            if exact:
-                np.testing.assert_array_equal(found, expected)
-            elif components == 1:
+            if exact or components == 1:
                 np.testing.assert_array_equal(found, expected)
 
     try:
@@ -153,6 +155,7 @@ def check(data, rng):
 
 
 def test_sound_files():
+    assert len(SOURCES) > 30
     for name, data in SOURCES.items():
         assert check(data, Random(name)), name
 

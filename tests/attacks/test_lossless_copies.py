@@ -22,14 +22,14 @@ def folder(tmp_path):
     (tmp_path / "in" / "a").mkdir(parents=True)
     rng = Random(17)
     names = list(SAMPLINGS)
+    changes = list(KINDS.values())
     for k in range(scaled(150, 3000)):
-        sound = sampled(SIDE, SIDE, names[k % len(names)], 80, restart_marker_blocks=1 + k % 3)
-        data = sound
-        while k % 10 and data == sound:
-            change = list(KINDS.values())[k % len(KINDS)] if k % 3 else None
-            data = (change(sound, rng) if change else damaged(sound, rng)[0]) or sound
-            k += 1
-        (tmp_path / "in" / "a" / f"{k:05}{rng.randrange(10**6)}.jpg").write_bytes(data)
+        data = sampled(SIDE, SIDE, names[k % len(names)], 80, restart_marker_blocks=1 + k % 3)
+        if k % 10 and k % 3:
+            data = changes[k % len(changes)](data, rng) or data
+        elif k % 10:
+            data = damaged(data, rng)[0]
+        (tmp_path / "in" / "a" / f"{k:05}.jpg").write_bytes(data)
     return ImageFolder(tmp_path / "in")
 
 

@@ -7,15 +7,18 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cmath>
 #include <limits>
 #include <memory>
 #include <stdexcept>
+#include <system_error>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "crop.hpp"
+#include "file_map.hpp"
 #include "jpeg_write.hpp"
 #include "pool.hpp"
 #include "sample.hpp"
@@ -158,6 +161,7 @@ struct Slots {
 nb::object decode(Pool& pool, nb::handle data, const Columns& columns, const int32_t* crops,
                   const std::vector<Slots>& slots, bool exact) {
   const Buffer buffer(data);
+  guard_maps();
   const size_t count = columns.count();
   auto [status, array] = new_array<uint8_t>({count});
   {
@@ -275,6 +279,35 @@ nb::object resize(const Pixels& image, int64_t height, int64_t width) {
   return array;
 }
 
+// A system call's error as Python's OSError.
+FileMap* open_map(int descriptor) {
+  try {
+    return new FileMap(descriptor);
+  } catch (const std::system_error& error) {
+    errno = error.code().value();
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw nb::python_error();
+  }
+}
+
+nb::object map_bytes(nb::handle self) {
+  const Bytes bytes = nb::cast<const FileMap&>(self).bytes();
+  using Array = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>;
+  return nb::cast(Array(bytes.data, {bytes.size}, self));
+}
+
+// The bytes that the file has now. Further reads of the map are guarded.
+int64_t begin_reading(const FileMap& map) {
+  guard_maps();
+  return map.file_size();
+}
+
+void forget(const FileMap& map, size_t offset, size_t size) {
+  const size_t whole = map.bytes().size;
+  require(offset <= whole && size <= whole - offset, "outside the file");
+  map.forget(offset, size);
+}
+
 const char* status_message(int64_t code) {
   require(0 <= code && code < static_cast<int64_t>(Status::count), "code is not a status");
   return message(static_cast<Status>(code));
@@ -291,6 +324,16 @@ NB_MODULE(_native, m) {
   nb::class_<Pool>(m, "Pool", "Threads that decode_batch runs on; they end with this object.")
       .def(nb::init<int>(), "num_threads"_a)
       .def_prop_ro("num_threads", &Pool::num_threads);
+
+  nb::class_<FileMap>(m, "FileMap",
+                      "An open file mapped into memory, read-only. Where the file has lost bytes\n"
+                      "since, readers find zeros; with Python's mmap, SIGBUS ends the process.")
+      .def(nb::new_(&open_map), "descriptor"_a)
+      .def_prop_ro("data", &map_bytes, "uint8 [size], read-only; keeps the map.")
+      .def_prop_ro("torn", &FileMap::torn, "Whether a reader has found zeros for lost bytes.")
+      .def("begin_reading", &begin_reading, "The file's size now. Call it before a group of reads.")
+      .def("expect", &FileMap::expect, "Let the system read the file into its cache.")
+      .def("forget", &forget, "offset"_a, "size"_a, "Release the pages of a part.");
 
   m.def("random_crops", &random_crops, "width"_a.noconvert(), "height"_a.noconvert(),
         "index"_a.noconvert(), "seed"_a, "epoch"_a, "scale"_a, "ratio"_a, "flip"_a, "view"_a = 0,
