@@ -32,7 +32,6 @@ from matryoshka.data.reader import manifest_path, printable
 from matryoshka.data.sources import decode_image
 from matryoshka.environment import available_cores
 from matryoshka.files import as_text
-from matryoshka.runtime import MAX_THREADS
 
 EXAMINED = 500  # images whose JPEG header `info` reads
 SHOWN = 20  # samples that a list on the terminal names

@@ -188,12 +188,11 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if width * height <= _STRIP:
         return np.array(image.convert("RGB"))
     # A large image at once would take 14 bytes a pixel: Pillow copies it twice.
-    image.load()
     out = np.empty((height, width, 3), np.uint8)
     rows = max(1, _STRIP // width)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
-        out[top:bottom] = image.crop((0, top, width, bottom)).convert("RGB")
+        out[top:bottom] = np.asarray(image.crop((0, top, width, bottom)).convert("RGB"))
     return out
 
 

@@ -16,6 +16,7 @@ from matryoshka.data import BetonFile, ImageFolder, open_dataset
 from matryoshka.data.named import validation_part
 from matryoshka.data.split import held_out
 from matryoshka.data.subset import Subset
+from matryoshka.files import read_regular
 
 PARTS = ("test", "validation")
 _NEEDED = (
@@ -92,7 +93,7 @@ def _opened(run: Path, path: str | Path) -> BetonFile | ImageFolder:
 def _options(run: Path) -> SimpleNamespace | None:
     """The options that say what a run's images are; None if these are not among its options."""
     try:
-        params, _ = json_files.decoderead_regular(run / PARAMS)
+        params, _ = json_files.decode(read_regular(run / PARAMS))
         values = {name.partition(".")[2]: params[name] for name in _NEEDED}
         share, seed = float(values["val_share"]), int(values["seed"])
         paths = [Path(values[name]) for name in ("train_dataset", "val_dataset")]
