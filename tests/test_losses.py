@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from matryoshka import losses
 from matryoshka.losses import (
     STOP_GRADIENTS,
     byol,
@@ -184,6 +185,20 @@ def test_sigreg(size):
             )
         total += 2 * images * float(np.trapezoid(values, t)) / len(directions)
     close(sigreg(tensor(x), tensor(directions), knots=9), total)
+
+
+def test_both_forms_of_sigreg_and_their_gradients():
+    """That of a CPU, knot by knot with a gradient of its own, and that of a GPU."""
+    projected = tensor(drawn(3, 20, 6)).requires_grad_()
+    results = []
+    for form in (losses._epps_pulley, losses._EppsPulley.apply):
+        value = form(projected, 17, 3.0)
+        (gradient,) = torch.autograd.grad(3 * value, projected)
+        results.append((value.detach(), gradient))
+    (first, first_gradient), (second, second_gradient) = results
+    torch.testing.assert_close(first, second, rtol=1e-12, atol=0)
+    torch.testing.assert_close(first_gradient, second_gradient, rtol=1e-9, atol=1e-12)
+    assert float(first_gradient.abs().max()) > 1e-3
 
 
 def test_sigreg_knows_a_gaussian():

@@ -121,12 +121,7 @@ class SslConfig:
         low=0,
         high=1,
     )
-    directions: int = option(
-        0,
-        help="sigreg: random directions of each prefix in a step; 0: 256 of all prefixes together",
-        low=0,
-        high=65536,
-    )
+    directions: int = option(256, help="sigreg: random directions in a step", low=1, high=65536)
     knots: int = option(17, help="sigreg: points of the integral", low=2, high=1000)
 
     def __post_init__(self) -> None:

@@ -12,8 +12,6 @@ from matryoshka import losses
 from matryoshka.ssl.method import Method
 from matryoshka.ssl.towers import Towers
 
-DIRECTIONS = 256  # of all prefixes: every step draws others, so that a share of them is enough
-
 
 class SigReg(Method):
     """One tower, no queue, no average; statistics of the whole batch."""
@@ -27,14 +25,8 @@ class SigReg(Method):
         """generator: of the directions, in the same state on all ranks."""
         config = self.config
         width = self.online.projector.width
-        count = len(self.dims)
-        # Each prefix has its share, or all of them.
-        rows = [
-            slice(g, None, count) if not config.directions else slice(None) for g in range(count)
-        ]
-        drawn = config.directions or max(DIRECTIONS, count)
-        directions = torch.randn(drawn, width, generator=generator)
-        return self.nested(losses.lejepa, shares={"rows": rows})(
+        directions = torch.randn(config.directions, width, generator=generator)
+        return self.nested(losses.lejepa)(
             directions.to(all_ranks.online[0]),
             *all_ranks.online,
             gaussian=config.gaussian,

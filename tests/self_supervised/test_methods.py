@@ -130,21 +130,6 @@ def shuffling(**options):
     return SimpleNamespace(ssl=SslConfig(**options))
 
 
-@pytest.mark.parametrize("given", [0, 16])
-def test_directions_are_shared_by_the_prefixes(given):
-    """Each prefix has every third of 256, or all that are asked for."""
-    method = method_of("sigreg", directions=given, projector="none")
-    views = views_of()
-    own, (_, per_prefix) = one_loss(method, views)
-    generator = torch.Generator().manual_seed(5)
-    directions = torch.randn(given or 256, DIMS[-1], generator=generator)
-    for g, d in enumerate(DIMS):
-        seen = directions[:, :d] if given else directions[g::3, :d]
-        parts = [x[:, :d] for x in own.online]
-        alone = losses.lejepa(seen, *parts, gaussian=method.config.gaussian)
-        assert float(per_prefix[g]) == pytest.approx(float(alone.detach()), rel=1e-5)
-
-
 def test_skipped_keys_do_not_enter_the_queue():
     queue = KeyQueue(6, 2)
     before = queue.keys.clone()
