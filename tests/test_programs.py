@@ -16,7 +16,7 @@ from matryoshka.train import train_imagenet
 from sklearn.metrics import top_k_accuracy_score
 from training_commands import options, refused
 
-from matryoshka import cli, config
+from matryoshka import cli, config, json_files
 from matryoshka.checkpoint.model_file import load_model, save_model
 from matryoshka.data import CenterCrop, Digits, Loader, open_dataset, write_beton
 from matryoshka.data.augment import Preprocessing, normalise
@@ -62,7 +62,8 @@ def test_the_run_folder(run, digits):
     upstream += [f"top_{k}_{d}" for k in (1, 5) for d in (8, 32, 512)] + ["train_loss", "epoch"]
     assert list(lines[0])[: len(upstream)] == upstream
     assert lines[1]["train_loss"] < lines[0]["train_loss"], "train_loss of epoch 1 against epoch 0"
-    params = json.loads((run / "params.json").read_text())
+    params, is_sealed = json_files.decode((run / "params.json").read_bytes())
+    assert is_sealed
     assert params["model.mrl"] == 1
     assert params["model.dims"] == [8, 32, 512]
     resolved = config.read(train_imagenet.SECTIONS, [f"--config-file={run / 'config.yaml'}"])

@@ -28,6 +28,7 @@ from matryoshka.config.limits import MAX_THREADS
 from matryoshka.data import BetonError, BetonFile, ImageFolder, _native, layout, open_dataset
 from matryoshka.data.crops import whole_images
 from matryoshka.data.fields import TYPE_NAMES
+from matryoshka.data.fingerprint import hash_file
 from matryoshka.data.reader import manifest_path, printable
 from matryoshka.data.sources import decode_image
 from matryoshka.environment import available_cores
@@ -35,6 +36,7 @@ from matryoshka.files import as_text
 
 EXAMINED = 500  # images whose JPEG header `info` reads
 SHOWN = 20  # samples that a list on the terminal names
+DIFFERS = "differs"
 BATCH = 256  # images that `verify` decodes in one call
 SMALL = 16  # pixels per side of the decoded images, which `verify` discards
 LISTS = {  # lists of the side file
@@ -93,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     found = verify_all(open_dataset(args.path), args.workers or available_cores())
     print(json.dumps(found, indent=1) if args.json else verify_text(found))
-    return 1 if found["broken"] else 0
+    return 1 if found["broken"] or found["checksum"] == DIFFERS else 0
 
 
 # ---------------------------------------------------------------- info
@@ -355,13 +357,16 @@ def verify_all(data: BetonFile | ImageFolder, workers: int) -> dict[str, Any]:
     """The facts that `verify --json` prints.
 
     broken: [{index, name, reason}], sorted by index. noticed: the same for readable images.
+    checksum: of all bytes, against the side file of the writer; `none` without one.
     """
     start = time.perf_counter()
     broken: list[dict] = []
     noticed: list[dict] = []
     with tqdm(total=len(data), unit=" images", disable=None, file=sys.stderr, leave=False) as bar:
+        checksum = "none"
         if isinstance(data, BetonFile):
             decoded = verify_beton(data, workers, broken, bar.update)
+            checksum = compare_hashes(data)
         else:
             decoded = verify_folder(data, workers, broken, noticed, bar.update)
     seconds = time.perf_counter() - start
@@ -372,10 +377,23 @@ def verify_all(data: BetonFile | ImageFolder, workers: int) -> dict[str, Any]:
         "broken_samples": len({entry["index"] for entry in broken}),
         "broken": sorted(broken, key=lambda entry: entry["index"]),
         "noticed": noticed,
+        "checksum": checksum,
         "workers": workers,
         "seconds": round(seconds, 3),
         "images_per_s": round(len(data) / seconds, 1),
     }
+
+
+def compare_hashes(data: BetonFile) -> str:
+    """`matches`, `differs`, or `none`: all bytes of a .beton, as its writer left them or not."""
+    written = data.written_hashes()
+    if written is None:
+        return "none"
+    try:
+        found = hash_file(data.path, written["first_page"])
+    except OSError as error:
+        raise BetonError(f"{data.path}: cannot be read: {error.strerror}") from error
+    return "matches" if all(found[name] == written[name] for name in found) else DIFFERS
 
 
 def verify_beton(
@@ -490,6 +508,11 @@ def verify_text(found: dict[str, Any]) -> str:
             lines.append(f"  and {len(entries) - SHOWN:,} more; --json lists all of them")
     n = found["samples"]
     bad = found["broken_samples"]
+    if found["checksum"] == DIFFERS:
+        lines.append(
+            "BROKEN: its bytes are not those that were written (the checksum in its side file); "
+            "get another copy, or write it again"
+        )
     verdict = f"{bad:,} of {n:,} samples are BROKEN" if bad else f"sound: all {n:,} samples decode"
     lines.append(
         f"{found['path']}: {verdict}  ({amount(found['bytes'])} in {found['seconds']:.1f} s, "

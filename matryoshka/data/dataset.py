@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from matryoshka.data.fingerprint import Content
 from matryoshka.data.layout import Samples
 from matryoshka.data.pages import Feed, PagedFile
 
@@ -62,7 +63,15 @@ class Dataset(Protocol):
         ...
 
     def fingerprint(self) -> int:
-        """A number that changes with the stored images; part of a loader's state."""
+        """A number that changes with the sizes or names of the images; part of the fingerprint of
+        embeddings, and of loader states of older versions.
+        """
+        ...
+
+    def content(self) -> Content:
+        """What tells the stored images from others; part of a loader's state. BetonError if they
+        cannot be read.
+        """
         ...
 
     def preload(self) -> None:

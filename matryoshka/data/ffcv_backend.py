@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
+from functools import cached_property
 from importlib.util import find_spec
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
@@ -30,11 +31,12 @@ import torch
 from matryoshka.data import layout
 from matryoshka.data import writer as native
 from matryoshka.data.crops import EVALUATION_CROP, CenterCrop, Crop, RandomResizedCrop
+from matryoshka.data.fingerprint import Content
 from matryoshka.data.layout import BetonError
 from matryoshka.data.loader import Batch
 from matryoshka.data.reader import BetonFile, manifest_path
 from matryoshka.data.sources import decode_image, upright
-from matryoshka.data.state import StateError
+from matryoshka.data.state import StateError, check_state, content_state, expected_content
 from matryoshka.data.writer import Source, WriteOptions
 from matryoshka.environment import available_cores
 from matryoshka.files import AtomicFile, as_text
@@ -307,6 +309,7 @@ class FFCVLoader:
                 f"{os.fspath(path)}: is a folder; FFCV reads .beton files: write one, or use "
                 "loader=native"
             )
+        self.notes: list[str] = []
         self.dataset = BetonFile(path)  # FFCV checks nothing
         if batch_size % world:
             raise BetonError(
@@ -416,12 +419,28 @@ class FFCVLoader:
     def epoch(self, value: int) -> None:
         self._loader.next_epoch = value
 
-    def state_dict(self) -> dict[str, int]:
-        """The running epoch and the number of its batches that were handed out."""
-        return {"epoch": self.epoch - bool(self._batch), "batch": self._batch}
+    @cached_property
+    def _content(self) -> Content:
+        return self.dataset.content()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running epoch, the number of its batches that were handed out, and what tells the
+        images from others.
+        """
+        position = {"epoch": self.epoch - bool(self._batch), "batch": self._batch}
+        return position | content_state(self._content)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the state's epoch. StateError inside an epoch: FFCV cannot skip batches."""
+        """Continue with the state's epoch. StateError inside an epoch, because FFCV cannot skip
+        batches, and for other images.
+        """
+        expected, note = expected_content(state, self.dataset, self._content)
+        if "dataset" in state:
+            check_state(state, expected, len(self), self.dataset.path)
+        else:
+            note = f"{self.dataset.path}: the run began with a version that noted nothing of it"
+        if note:
+            self.notes.append(note)
         if state["batch"]:
             raise StateError(
                 f"{self.dataset.path}: FFCV's loader cannot resume after batch {state['batch']} of "

@@ -10,9 +10,10 @@ parts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 
 VERSION = 2
 MIN_PAGE = 1 << 21
@@ -135,7 +136,8 @@ class PageWriter:
 
     write(data, offset) stores bytes in the file. most: the largest number of samples that will be
     added; their records come before the pages, so their room is reserved. page_size: bytes. count:
-    samples so far.
+    samples so far. hashes: of every byte, once the file is finished: `first_page`, where its pages
+    begin; `head` and `pages`, XXH3 with 128 bits of the bytes before and from there on.
     """
 
     def __init__(
@@ -150,9 +152,12 @@ class PageWriter:
         self._page_at = align(
             HEADER.itemsize + self._fields.nbytes + self._records.nbytes, page_size
         )
+        self._first_page = self._page_at
+        self._pages_hash = xxhash.xxh3_128()
         self._page = bytearray(page_size)
         self._used = 0
         self.count = 0
+        self.hashes: dict[str, Any] = {}
 
     def add(
         self, payload: bytes | memoryview, mode: int, width: int, height: int, label: int
@@ -175,6 +180,7 @@ class PageWriter:
         # The buffer still has bytes of the page before; equal sources must give equal files.
         self._page[self._used :] = bytes(self._page_size - self._used)
         self._write(self._page, self._page_at)
+        self._pages_hash.update(self._page)
         self._page_at += self._page_size
         self._used = 0
 
@@ -183,8 +189,20 @@ class PageWriter:
         self._close_page()
         table = self._table[: self.count].tobytes()
         self._write(table, self._page_at)
-        self._write(self._fields.tobytes() + self._records[: self.count].tobytes(), HEADER.itemsize)
+        self._pages_hash.update(table)
+        metadata = self._fields.tobytes() + self._records[: self.count].tobytes()
+        self._write(metadata, HEADER.itemsize)
         # Last: until now its bytes are zeros, which mark an unfinished file.
-        header = (VERSION, len(self._fields), self._page_size, self.count, self._page_at)
-        self._write(np.array(header, HEADER).tobytes(), 0)
+        values = (VERSION, len(self._fields), self._page_size, self.count, self._page_at)
+        header = np.array(values, HEADER).tobytes()
+        self._write(header, 0)
+
+        head = xxhash.xxh3_128(header)
+        head.update(metadata)
+        head.update(bytes(self._first_page - len(header) - len(metadata)))
+        self.hashes = {
+            "first_page": self._first_page,
+            "head": head.hexdigest(),
+            "pages": self._pages_hash.hexdigest(),
+        }
         return self._page_at + len(table)

@@ -35,13 +35,14 @@ from matryoshka.data.crops import (
     sizes_of,
 )
 from matryoshka.data.dataset import Dataset
+from matryoshka.data.fingerprint import Content
 from matryoshka.data.layout import BetonError, Samples
 from matryoshka.data.options import ON_ERROR, ORDERS
 from matryoshka.data.order import batches, epoch_order, num_batches
 from matryoshka.data.pages import Feed
 from matryoshka.data.slots import Batch, HostSlots, PinnedSlots
 from matryoshka.data.sources import open_dataset
-from matryoshka.data.state import check_state
+from matryoshka.data.state import check_state, content_state, expected_content
 from matryoshka.environment import available_cores
 
 __all__ = ["Batch", "CenterCrop", "Loader", "PadCrop", "RandomResizedCrop", "Skipped"]
@@ -152,6 +153,7 @@ class Loader:
         if self._paged is not None and opened_here:
             self.dataset.close()  # the map, which nothing needs then
 
+        self.notes: list[str] = []
         self.batch_size = batch_size
         self.order = order
         self.crop = crop
@@ -202,22 +204,28 @@ class Loader:
         It counts batches that were handed out, not those decoded ahead. The state is that of all
         ranks: it fits a loader with another number of workers or ranks.
         """
-        return {"epoch": self._position.epoch, "batch": self._position.batch, **self._identity}
+        position = {"epoch": self._position.epoch, "batch": self._position.batch}
+        return position | self._order_identity | content_state(self._content)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at `state`: the next `iter` yields the rest of its epoch, later ones the epochs
         after it.
 
-        StateError naming the differences, when the state is of another dataset, seed, order or
-        global batch size.
+        StateError naming the differences, when the state is of other images, or of another seed,
+        order or global batch size. What cannot be compared, because an older version wrote the
+        state, is added to `notes`.
         """
-        self.epoch, batch = check_state(state, self._identity, len(self), self.dataset.path)
+        content, note = expected_content(state, self.dataset, self._content)
+        expected = self._order_identity | content
+        self.epoch, batch = check_state(state, expected, len(self), self.dataset.path)
+        if note:
+            self.notes.append(note)
         self._next = self.epoch, batch
         self._position.batch = batch
 
     @property
-    def _identity(self) -> dict[str, Any]:
-        """Everything that decides which sample is in which batch."""
+    def _order_identity(self) -> dict[str, Any]:
+        """Everything but the images that decides which sample is in which batch."""
         # With another window, quasi_random has another order; the other orders ignore it.
         window = {"window_pages": self.window_pages} if self.order == "quasi_random" else {}
         return {
@@ -227,12 +235,11 @@ class Loader:
             **window,
             "drop_last": self.drop_last,
             "samples": len(self.dataset),
-            "dataset": self._fingerprint,
         }
 
     @cached_property
-    def _fingerprint(self) -> str:
-        return f"{self.dataset.fingerprint():08x}"
+    def _content(self) -> Content:
+        return self.dataset.content()
 
     # ---------------------------------------------------------------- batches
 

@@ -22,6 +22,7 @@ import numpy as np
 from matryoshka import json_files
 from matryoshka.arrays import integers, takes
 from matryoshka.data import _native, fields, layout
+from matryoshka.data.fingerprint import Content, hash_beton, joined
 from matryoshka.data.layout import BetonError, Samples
 from matryoshka.data.pages import MapFeed, PagedFile
 from matryoshka.files import open_regular
@@ -172,8 +173,42 @@ class BetonFile:
         return self._size
 
     def fingerprint(self) -> int:
-        """Checksum of the image sizes, which differ between datasets; part of a loader's state."""
+        """Checksum of the image sizes, which differ between datasets."""
         return zlib.crc32(self.size.tobytes())
+
+    def content(self) -> Content:
+        """Metadata of all images, bytes of some; and the writer's hash of all bytes, while the side
+        file that has it is of this file. BetonError if the file cannot be read.
+        """
+        columns = (self._labels, self.width, self.height, self.mode)
+        try:
+            sampled = hash_beton(self.path, self.offset, self.size, columns)
+        except OSError as error:
+            raise self._error(f"cannot be read: {error.strerror}") from error
+        written = self.written_hashes()
+        whole = None
+        if written is not None and written.get("sampled") == sampled and self._is_older():
+            whole = joined(written["head"], written["pages"])
+        return Content(sampled, whole)
+
+    def written_hashes(self) -> dict[str, Any] | None:
+        """`xxh3_128` of the side file: hashes that the writer left, see layout.PageWriter; None
+        without.
+        """
+        written = (self.manifest or {}).get("xxh3_128")
+        kinds = {"first_page": int, "head": str, "pages": str, "sampled": str}
+        if not isinstance(written, dict):
+            return None
+        is_whole = all(isinstance(written.get(name), kind) for name, kind in kinds.items())
+        return written if is_whole else None
+
+    def _is_older(self) -> bool:
+        """Whether the file has not been written to since its side file was."""
+        try:
+            written = os.stat(self.path).st_mtime_ns
+            return written <= os.stat(manifest_path(self.path)).st_mtime_ns
+        except OSError:
+            return False
 
     def name(self, index: int) -> str:
         """A sample's name for messages; includes the original file name if the side file has it."""

@@ -24,6 +24,7 @@ from PIL import Image
 from matryoshka.arrays import integers, takes
 from matryoshka.data import _native
 from matryoshka.data.catalogue import HELD_OUT
+from matryoshka.data.fingerprint import Content, hash_folder
 from matryoshka.data.layout import JPG, RAW, BetonError, Samples
 from matryoshka.data.pages import MapFeed
 from matryoshka.data.reader import BetonFile
@@ -303,8 +304,12 @@ class ImageFolder:
         """Do nothing: no file stays open."""
 
     def fingerprint(self) -> int:
-        """Checksum of the file names; part of a loader's state."""
+        """Checksum of the file names."""
         return zlib.crc32("\n".join(self._names).encode(errors="surrogateescape"))
+
+    def content(self) -> Content:
+        """Names of all files; sizes and bytes of some. Hashes of all bytes are not known."""
+        return Content(hash_folder(self.path, self._names))
 
     @takes(indices=integers("B"))
     def fetch(self, indices: np.ndarray, unreadable: dict[int, str] | None = None) -> list[Samples]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from matryoshka.arrays import ArrayError, as_array, as_int64, integers, takes
 from matryoshka.data.dataset import Dataset
+from matryoshka.data.fingerprint import Content, selected
 from matryoshka.data.layout import Samples
 from matryoshka.data.pages import MapFeed
 from matryoshka.data.sources import ImageFolder
@@ -68,8 +69,11 @@ class Subset:
         return None
 
     def fingerprint(self) -> int:
-        # Another selection is another dataset for a loader's state.
         return zlib.crc32(self.indices.tobytes(), self.dataset.fingerprint())
+
+    def content(self) -> Content:
+        # Another selection is another dataset for a loader's state.
+        return selected(self.dataset.content(), self.indices)
 
     def preload(self) -> None:
         self.dataset.preload()

@@ -25,7 +25,7 @@ from matryoshka import json_files
 from matryoshka.data import _native, layout
 from matryoshka.data.layout import BetonError
 from matryoshka.data.options import WriteOptions
-from matryoshka.data.reader import manifest_path
+from matryoshka.data.reader import BetonFile, manifest_path
 from matryoshka.data.sources import (
     ImageFolder,
     _exif_orientation,
@@ -121,7 +121,10 @@ def write_beton(
                 f"the first is {first['name']}: {first['reason']}"
             )
         num_bytes = pages.finish()
-        content = manifest.content(pages.count, num_bytes)
+        # The hash that a reader will compute: the file is whole, only its name is to come.
+        with BetonFile(file.temporary) as written:
+            hashes = pages.hashes | {"sampled": written.content().sampled}
+        content = manifest.content(pages.count, num_bytes) | {"xxh3_128": hashes}
         side.append(json_files.encode(content))
         # Both on the disk before either gets its name.
         file.flush()

@@ -110,14 +110,11 @@ class RunLog:
                 continue
             # An epoch that is trained again would otherwise have two lines.
             kept = []
-            for line in read_regular(path).decode().splitlines(keepends=True):
-                try:
-                    values = json.loads(line)
-                except ValueError:
-                    break  # the process was killed while it wrote this line
-                if name == "events.jsonl" or values.get("epoch", -1) < epoch:
+            for line in read_regular(path).splitlines(keepends=True):
+                of_epoch = _epoch_of(line)
+                if of_epoch is not None and (name == "events.jsonl" or of_epoch < epoch):
                     kept.append(line)
-            write_atomically(path, "".join(kept).encode())
+            write_atomically(path, b"".join(kept))
 
     def _append(self, name: str, values: Mapping) -> None:
         if name not in self._files:
@@ -183,6 +180,20 @@ class RunLog:
             file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _epoch_of(line: bytes) -> int | None:
+    """The epoch of a line, -1 if it has none; None for a line that is damaged, or that a killed
+    process has not finished.
+    """
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or not line.endswith(b"\n"):
+        return None
+    epoch = values.get("epoch", -1)
+    return epoch if isinstance(epoch, int) else None
 
 
 def _start_wandb(project: str, path: Path, params: Mapping, *, resumed: bool) -> Any:

@@ -5,7 +5,7 @@
 
 The lock is flock(2) on `<folder>/run.lock`, which also says who holds it. A killed process leaves
 the file, but no lock: the next start takes it over. A file system without locks is used without,
-and `note` says so.
+which `note` reports.
 """
 
 from __future__ import annotations

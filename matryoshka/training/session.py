@@ -253,7 +253,7 @@ def _is_restart(path: Path) -> bool:
         return False
     try:
         return json.loads(read_regular(path / "env.json")).get("launch") == launch
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         # Killed before it wrote env.json; torchrun counts its restarts.
         return _restarts() > 0
 
@@ -484,6 +484,7 @@ class Session:
         skipped = distributed.gather(getattr(loader, "skipped", []), self._world)
         if skipped:
             loader.skipped.clear()
+        self._keep_folder()
         if self.log is not None:
             self.log.write_line(log_line(metrics, self.loop.epoch))
             self.log.write_scalars(epoch_scalars(metrics), self.loop.step)
@@ -522,11 +523,15 @@ class Session:
             totals = distributed.stack_over_ranks(self._state.sums.totals, self._world)
         self._saved_at = time.monotonic()
         if self._world.is_main:
-            if self._lock is not None:
-                self._lock.renew()
+            self._keep_folder()
             tensors = self._state.tensors(totals)
             self.snapshots.save(self.loop.step, tensors, self._state.values(), best=best)
             self._report_problems()
+
+    def _keep_folder(self) -> None:
+        """RunInUse if the folder was removed, and another run has it now."""
+        if self._lock is not None:
+            self._lock.renew()
 
     def _report_problems(self) -> None:
         for problem in self.snapshots.problems():
@@ -623,7 +628,7 @@ class Session:
                 older = broadcast_checkpoint(older, self._world)
                 if older is None:
                     raise
-                self._print0(f"note     {error}; going on from {older.path.name}")
+                self._print0(f"note     {error}; resuming from {older.path.name}")
                 checkpoint = older
 
     def _load(self, checkpoint: Checkpoint) -> None:
@@ -638,5 +643,9 @@ class Session:
             raise SessionError(
                 f"{checkpoint.path}: does not fit this run: {first_line(error)}"
             ) from None
+        # What the loader could not compare, because an older version wrote the checkpoint.
+        for note in self._state.loader.notes:
+            self._print0(f"note     {note}")
+        self._state.loader.notes.clear()
         self._guard.reset()
         self._consecutive_skips = 0

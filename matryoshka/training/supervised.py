@@ -88,7 +88,7 @@ class SupervisedRun(TrainingRun[NestedModel]):
         self._load_data(datasets)
         notes = self._build_model(normalisation)
         self._build_state(loss)
-        self._print_summary(notes)
+        self._print_summary([*notes, *self._validation_notes()])
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -167,8 +167,23 @@ class SupervisedRun(TrainingRun[NestedModel]):
         metadata = {
             **checkpoint.describe(self.model),
             "resident": is_resident(self.train_loader),
+            "validation": self.val_loader.dataset.content().sampled,
         }
         self.build_state(self.model, sums, metadata, ema=self.ema)
+
+    def _validation_notes(self) -> list[str]:
+        """A note if a resumed run has other images for validation than it began with.
+
+        They may be exchanged: the weights do not depend on them.
+        """
+        resumed = self.start.checkpoint
+        before = None if resumed is None else resumed.metadata.get("validation")
+        if before in (None, self.state.metadata["validation"]):
+            return []
+        return [
+            f"{self.val_loader.dataset.path}: other images than before: accuracies of earlier "
+            "epochs, and the best checkpoint, do not compare with those to come"
+        ]
 
     def _print_summary(self, notes: Sequence[str]) -> None:
         cfg = self.cfg

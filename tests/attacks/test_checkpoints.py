@@ -244,7 +244,7 @@ def test_damage_in_the_header_of_older_files_ends_no_resume(tmp_path):
 def test_an_older_file_that_does_not_fit_gives_way(digits, tmp_path, monkeypatch, capsys):
     """A run is stopped; a tensor of its newest checkpoint, of an older version, has another name.
 
-    The run goes on from the checkpoint before it, and says so.
+    The run resumes from the checkpoint before it, and prints why.
     """
     small = ["--resolution.min_res=16", "--resolution.max_res=16", "--validation.resolution=16"]
     words = options(
@@ -279,7 +279,7 @@ def test_an_older_file_that_does_not_fit_gives_way(digits, tmp_path, monkeypatch
     assert train_imagenet.main([*words, "--training.resume=auto"]) == 0
     out = capsys.readouterr().out
     assert "step_3.safetensors: does not fit this run" in out
-    assert "going on from step_2.safetensors" in out
+    assert "resuming from step_2.safetensors" in out
     assert "resume   after step 2" in out
 
 

@@ -1,4 +1,4 @@
-"""Rivals for one run folder: one owner at a time, whatever happens to the processes."""
+"""Rivals for one run folder: one owner at a time, however its processes end."""
 
 import errno
 import fcntl

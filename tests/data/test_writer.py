@@ -1,7 +1,6 @@
 """The writer, checked by an independent parser of the documented layout."""
 
 import io
-import json
 import resource
 import struct
 
@@ -12,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from matryoshka import json_files
 from matryoshka.data import BetonError, BetonFile, layout, write_beton
 from matryoshka.data.reader import manifest_path
 from matryoshka.data.sources import decode_image, upright
@@ -42,7 +42,7 @@ def test_the_writer_follows_the_layout(tmp_path, mode):
             ), "mean difference to the source"
     modes = [r[0] for r in records]
     assert set(modes) == {"raw": {1}, "smart": {1}, "jpg": {0}, "proportion": {0, 1}}[mode]
-    assert manifest == json.loads(manifest_path(path).read_text())
+    assert manifest == json_files.decode(manifest_path(path).read_bytes())[0]
     numbers = (manifest["counts"]["jpg"], manifest["num_samples"], manifest["num_bytes"])
     assert numbers == (modes.count(0), 30, len(data))
 

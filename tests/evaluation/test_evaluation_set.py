@@ -10,6 +10,7 @@ from matryoshka.inference import pytorch_inference
 from sklearn.datasets import load_digits
 from training_commands import refused
 
+from matryoshka import json_files
 from matryoshka.config import ConfigError
 from matryoshka.data import open_dataset
 from matryoshka.evaluation.evaluation_set import find_images
@@ -125,7 +126,7 @@ def test_a_run_knows_its_own_images(split, small_nested, tmp_path, capsys):
 )
 def test_parts_that_a_run_does_not_have(change, text, small_nested, tmp_path, capsys):
     (model,) = (small_nested / "runs").glob("*/*/model.safetensors")
-    params = json.loads((model.parent / "params.json").read_text())
+    params, _ = json_files.decode((model.parent / "params.json").read_bytes())
     shutil.copy(model, tmp_path / "copy.safetensors")
     (tmp_path / "params.json").write_text(json.dumps(params | change))
     split = "validation" if change else "tset"
@@ -150,7 +151,7 @@ def test_models_are_compared_on_images_that_none_has_seen(
     change, split, is_same, small_nested, tmp_path
 ):
     (model,) = (small_nested / "runs").glob("*/*/model.safetensors")
-    params = json.loads((model.parent / "params.json").read_text())
+    params, _ = json_files.decode((model.parent / "params.json").read_bytes())
     (tmp_path / "params.json").write_text(json.dumps(params | change))
     shutil.copy(model, tmp_path)
     other = str(tmp_path / model.name)

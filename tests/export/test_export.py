@@ -15,6 +15,7 @@ import torch
 from matryoshka.inference import export_models
 from PIL import Image
 
+from matryoshka import json_files
 from matryoshka.checkpoint import load_model
 from matryoshka.data import CenterCrop, Loader, open_dataset, read_images
 from matryoshka.data.augment import normalise
@@ -234,7 +235,7 @@ def test_verify_takes_the_test_images_of_the_run(small_nested, digits, tmp_path,
     # A run whose images have gone.
     copy = tmp_path / "moved"
     shutil.copytree(run, copy)
-    params = json.loads((copy / "params.json").read_text())
+    params, _ = json_files.decode((copy / "params.json").read_bytes())
     params["data.val_dataset"] = str(tmp_path / "gone.beton")
     (copy / "params.json").write_text(json.dumps(params))
     argv[0] = f"--checkpoint={copy / 'model.safetensors'}"

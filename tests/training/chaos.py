@@ -7,6 +7,10 @@ its last checkpoint must have the sha256 of the uninterrupted run, and its log m
 lines. A process is killed at a random time, inside a step, an all-reduce or an evaluation, or at a
 write, fsync, link or rename of a checkpoint. Children are forks of this process, which has imported
 everything: a restart takes one second instead of ten.
+
+While a run lives that will be killed, a rival starts at a random time with the same run id and
+`--training.resume=auto`. It must be refused in one line; a rival that comes after the kill finds
+the folder free, and leaves it at once.
 """
 
 from __future__ import annotations
@@ -34,11 +38,12 @@ from sklearn.datasets import load_digits
 
 import matryoshka.evaluation.accuracy
 from matryoshka.data import write_beton
-from matryoshka.training import snapshot
+from matryoshka.training import session, snapshot
 from matryoshka.training.guard import NonFiniteGuard
 
 PLACES = ("anywhere", "step", "all-reduce", "evaluation", "write", "fsync", "link", "rename")
 EPOCHS, TRAIN, VAL = 2, 130, 30
+REFUSED, FREE, TWO_OWNERS = 2, 77, 78  # statuses of a rival
 
 
 class Digits:
@@ -175,14 +180,70 @@ def child(
         os._exit(code)
 
 
+def rival(argv: list[str], run_folder: Path, owner: int, delay: float, out: Path) -> int:
+    """Fork a second start of a run whose rank 0 is the process `owner`; its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        time.sleep(delay)
+        file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        resolve_run = session.resolve_run
+
+        def resolved(*args, **kwargs):
+            resolve_run(*args, **kwargs)
+            # The folder is this process's own: no other may have a file of its log open.
+            os._exit(TWO_OWNERS if has_open(owner, run_folder / "events.jsonl") else FREE)
+
+        session.resolve_run = resolved
+        code = train_imagenet.main([*argv, "--training.resume=auto"])
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def has_open(pid: int, path: Path) -> bool:
+    """Whether a process has a file open; False if it has ended."""
+    try:
+        names = os.listdir(f"/proc/{pid}/fd")
+    except OSError:
+        return False
+    for name in names:
+        try:
+            if os.readlink(f"/proc/{pid}/fd/{name}") == str(path):
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def check_rival(code: int, out: Path) -> str:
+    """What became of a rival: refused or late."""
+    said = out.read_text() if out.exists() else ""
+    if code == REFUSED and said.count("\n") == 1 and "in use by process" in said:
+        return "refused"
+    if code == FREE:
+        return "late"
+    raise SystemExit(f"a rival ended with status {code}:\n{said[-3000:]}")
+
+
 # ---------------------------------------------------------------- a run
 
 
 def run(
     folder: Path, run_id: str, *, ranks: int, kills: int, rng: random.Random, seconds: float
-) -> tuple[Counter, float]:
-    """One run with `kills` kills; (where it was killed, seconds of its last attempt)."""
+) -> tuple[Counter, Counter, float]:
+    """One run with `kills` kills; (where it was killed, what became of its rivals, seconds of
+    its last attempt).
+    """
     places: Counter[str] = Counter()
+    rivals: Counter[str] = Counter()
     argv = options(folder, run_id)
     out = folder / f"{run_id}.txt"
     attempt = 0
@@ -209,7 +270,13 @@ def run(
                     fate=fate if rank == victim else None,
                 )
             children.append(pid)
-        codes = wait(children)
+        second, said = None, folder / "rival.txt"
+        if fate is not None:
+            delay = rng.uniform(0.0, seconds)
+            second = rival(argv, folder / "runs" / run_id, children[0], delay, said)
+        codes, of_rival = wait(children, second)
+        if second is not None:
+            rivals[check_rival(of_rival, said)] += 1
         attempt += 1
         if any(codes) and (fate is None or codes[victim] != -signal.SIGKILL):
             raise SystemExit(
@@ -218,20 +285,23 @@ def run(
         if fate is not None and codes[victim] == -signal.SIGKILL:
             places[fate[0]] += 1
         if not any(codes):
-            return places, time.perf_counter() - start
+            return places, rivals, time.perf_counter() - start
 
 
-def wait(children: list[int]) -> list[int]:
-    """Exit codes; after the first error the other processes are killed, as torchrun does."""
+def wait(children: list[int], second: int | None) -> tuple[list[int], int]:
+    """Exit codes, and that of the rival `second`; after the first error the other processes are
+    killed, as torchrun does.
+    """
     codes: dict[int, int] = {}
-    while len(codes) < len(children):
+    expected = {*children} if second is None else {*children, second}
+    while codes.keys() != expected:
         pid, status = os.wait()
         codes[pid] = os.waitstatus_to_exitcode(status)
-        if codes[pid] != 0:
+        if codes[pid] != 0 and pid != second:
             for other in children:
                 if other not in codes:
                     os.kill(other, signal.SIGKILL)
-    return [codes[pid] for pid in children]
+    return [codes[pid] for pid in children], codes.get(second, 0)
 
 
 def result(path: Path) -> tuple[str, list]:
@@ -260,6 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     torch.set_num_threads(1)
     rng, total, wrong, start = random.Random(args.seed), Counter(), 0, time.perf_counter()
+    rivals: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(
         dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     ) as name:
@@ -267,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
         for split, source in (("train", Digits(0, TRAIN)), ("val", Digits(TRAIN, VAL))):
             write_beton(source, folder / f"{split}.beton", max_resolution=32, write_mode="raw")
         for ranks in args.ranks:
-            _, seconds = run(folder, f"alone-{ranks}", ranks=ranks, kills=0, rng=rng, seconds=0)
+            _, _, seconds = run(folder, f"alone-{ranks}", ranks=ranks, kills=0, rng=rng, seconds=0)
             expected = result(folder / "runs" / f"alone-{ranks}")
             print(
                 f"{ranks} processes: {EPOCHS} epochs in {seconds:.1f} s, sha256 {expected[0][:16]}",
@@ -277,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
             while left > 0:
                 number += 1
                 run_id = f"killed-{ranks}-{number}"
-                places, _ = run(
+                places, second, _ = run(
                     folder,
                     run_id,
                     ranks=ranks,
@@ -286,6 +357,7 @@ def main(argv: list[str] | None = None) -> int:
                     seconds=seconds,
                 )
                 left, total = left - sum(places.values()), total + places
+                rivals += second
                 found = result(folder / "runs" / run_id)
                 if found != expected:
                     wrong += 1
@@ -297,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
     kinds = ", ".join(f"{n} {place}" for place, n in sorted(total.items()))
     print(
         f"{sum(total.values())} kills ({kinds}) in {time.perf_counter() - start:.0f} s; runs that "
-        f"differ: {wrong}"
+        f"differ: {wrong}; rivals: {rivals['refused']} refused, {rivals['late']} late"
     )
     return int(wrong > 0)
 
