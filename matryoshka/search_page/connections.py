@@ -70,7 +70,7 @@ class Connections:
         return {
             "http": partial(Connection, connections=self),
             "ws": "none",
-            # The event loop accepts so many at once, before it looks at any of them.
+            # The event loop accepts this number at once, before it looks at any of them.
             "backlog": max(1, min(64, self.limit // 16)),
         }
 

@@ -47,7 +47,7 @@ def decoding_bytes(data: bytes) -> int:
 
 
 class PixelMemory:
-    """A budget of bytes that threads take and give back."""
+    """A budget of bytes that threads take and return."""
 
     def __init__(self, budget: int = BUDGET, wait: float = WAIT) -> None:
         self.budget = budget

@@ -41,6 +41,16 @@ def read_upload(data: bytes, exif_rotate: bool = False) -> np.ndarray:
     exif_rotate: apply the EXIF orientation, as the index's images were stored; the data path does
     not apply it otherwise.
     """
+    check_upload(data)
+    try:
+        decoded = decode_image(data)
+    except ValueError:
+        raise Refusal(400, "the picture is damaged") from None
+    return upright(decoded.pixels, decoded.orientation) if exif_rotate else decoded.pixels
+
+
+def check_upload(data: bytes) -> None:
+    """Refusal for a file whose header has another format, or too many pixels."""
     try:
         with Image.open(io.BytesIO(data), formats=UPLOAD_FORMATS) as image:  # reads the header only
             width, height = image.size
@@ -58,11 +68,6 @@ def read_upload(data: bytes, exif_rotate: bool = False) -> np.ndarray:
             400,
             f"the picture has {width} x {height} pixels, more than {MAX_PIXELS // 10**6} million",
         )
-    try:
-        decoded = decode_image(data)
-    except ValueError:
-        raise Refusal(400, "the picture is damaged") from None
-    return upright(decoded.pixels, decoded.orientation) if exif_rotate else decoded.pixels
 
 
 class Pictures:
@@ -143,6 +148,7 @@ class Pictures:
     @contextmanager
     def upload(self, data: bytes, exif_rotate: bool) -> Iterator[np.ndarray]:
         """The pixels of `read_upload`, which count against `memory` until they are given back."""
+        check_upload(data)
         with self.memory.taken(decoding_bytes(data)):
             yield read_upload(data, exif_rotate)
 

@@ -38,7 +38,7 @@ Region* region_of(uintptr_t address) {
   return nullptr;
 }
 
-// Zeros in place of the page and all after it. True if the reader can go on.
+// Zeros in place of the page and all after it. True if the reader may continue.
 bool replace_rest(Region& region, uintptr_t address) {
   const uintptr_t page = address & ~static_cast<uintptr_t>(page_size - 1);
   const uintptr_t end = region.begin.load() + region.size.load();
