@@ -3,7 +3,7 @@
     python cut_reader.py FOLDER CASES SEED
 
 Prints one JSON object: by way, how often the reader raised BetonError that names the file. Any
-other exception, a reader that goes on, and any signal end the program.
+other exception, a reader that does not notice, and any signal end the program.
 """
 
 import itertools

@@ -398,10 +398,9 @@ inline void clear_block(int16_t* block) {
 // other coefficients, which overflows from kExtreme on. No encoder writes such numbers.
 constexpr int kExtreme = 1 << 13;
 
-inline uint16_t magnitude_bits(const int16_t* block) {
-  uint32_t bits = 0;
-  for (int k = 0; k < 8; ++k) bits |= static_cast<uint32_t>(block[k] ^ block[k] >> 15);
-  return static_cast<uint16_t>(bits);
+// By column, so that the compiler makes four vector instructions of it.
+inline void add_magnitudes(uint16_t* bits, const int16_t* block) {
+  for (int k = 0; k < 8; ++k) bits[k] |= static_cast<uint16_t>(block[k] ^ block[k] >> 15);
 }
 
 // ---- segments ----
@@ -411,7 +410,7 @@ bool decode_blocks(DecodeJob& job) {
   const int64_t available = static_cast<int64_t>(job.size) * 8;
   alignas(32) int16_t block[72] = {};  // 64 coefficients and the place of those beyond
   for (int i = 0; i < job.components; ++i) job.component[i].dc_pred = 0;
-  uint32_t magnitudes = 0;
+  alignas(16) uint16_t magnitudes[8] = {};
   int row = static_cast<int>(job.first / job.mcus_per_row);
   int column = static_cast<int>(job.first % job.mcus_per_row);
   for (int64_t mcu = job.first; mcu < job.last; ++mcu) {
@@ -428,7 +427,7 @@ bool decode_blocks(DecodeJob& job) {
           const size_t block_row = static_cast<size_t>(row - job.top) * c.v + y;
           const size_t block_column = static_cast<size_t>(column - job.left) * c.h + x;
           uint8_t* out = c.plane + 8 * block_row * c.stride + 8 * block_column;
-          magnitudes |= magnitude_bits(block);
+          add_magnitudes(magnitudes, block);
           if (kind == kDcOnly) {
             fill_block(block[0], out, c.stride);
           } else {
@@ -443,7 +442,9 @@ bool decode_blocks(DecodeJob& job) {
       ++row;
     }
   }
-  if (magnitudes >= kExtreme) return false;
+  for (const uint16_t bits : magnitudes) {
+    if (bits >= kExtreme) return false;
+  }
   // Up to 7 bits pad the last byte (T.81, F.1.2.3); a whole byte left over is a lost block.
   return !job.complete || available - in.bits_used() < 8;
 }

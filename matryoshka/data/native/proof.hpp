@@ -43,7 +43,7 @@ class Proof {
   Original original();
   bool holds(Bytes copy);
 
-  // Give back the memory of the images.
+  // Release the memory of the images.
   void close();
 
  private:
