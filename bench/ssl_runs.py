@@ -129,7 +129,8 @@ def right_votes(run: Path) -> np.ndarray:
         loader = Loader(open_images([path]), 1000, order="sequential", crop=crop)
         sets.append(extract_features(model, loader, len(loader.dataset)))
     (known, known_labels), (asked, labels) = sets
-    votes = KNeighborsClassifier(20, metric="cosine", weights=_weights)
+    # scikit-learn takes a function, too, which its default, a word, hides from type checkers
+    votes = KNeighborsClassifier(20, metric="cosine", weights=_weights)  # type: ignore[arg-type]
     votes.fit(known.numpy(), known_labels.numpy())
     return votes.predict(asked.numpy()) == labels.numpy()
 
