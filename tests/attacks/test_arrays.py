@@ -66,7 +66,7 @@ MOVED = {
     "data.crops.PadCrop.shift",
     "data.order.batches",
     "data.dataset.Dataset",
-    "data.loader.Batch",
+    "data.slots.Batch",
     "data.pages.ImageFeed",
     "embeddings.reading.Embeddings",
     "evaluation.dim_answers.DimAnswers",
