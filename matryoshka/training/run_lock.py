@@ -153,6 +153,11 @@ class RunLock:
             descriptor = os.open(self._path, flags, 0o666)
         except FileNotFoundError:
             return None
+        except FileExistsError as error:
+            # mkdir found the folder that a rival has removed since; or a file has its name.
+            if self.folder.is_dir() or not self.folder.exists():
+                return None
+            raise self._error(error) from error
         except OSError as error:
             raise self._error(error) from error
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
