@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import signal
 from pathlib import Path
 
 import hostile_options
@@ -16,14 +15,12 @@ from hostile_options import Declared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matryoshka import cli
 from matryoshka.checkpoint import transfer
 from matryoshka.config import ConfigError, files
 from matryoshka.environment import VariableError, count_in
 from matryoshka.models import ModelConfig, build, model_spec
 from matryoshka.models.options import ModelError
 
-SECONDS = 300  # of a run that should take two: a hang, on any machine
 MAX_LINE = 5000  # characters of an error: a path may have 4096
 DECLARED = hostile_options.declared()
 PROGRAMS = sorted({option.program for option in DECLARED})
@@ -148,30 +145,13 @@ def test_bombs(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("bomb.yaml").write_text(BOMBS[name])
     for argv in (["train", "--config-file=bomb.yaml"], ["sweep", "bomb.yaml"]):
-        assert status(argv) == 2
+        assert small_commands.status(argv) == 2
         lines = capsys.readouterr().err.splitlines()
         assert lines
         assert all(line.startswith("error: ") for line in lines)
 
 
 # ---------------------------------------------------------------- runs
-
-
-def status(argv: list[str]) -> int | str | None:
-    """cli.main(argv): its exit status. TimeoutError after SECONDS."""
-
-    def stop(*_):
-        raise TimeoutError(" ".join(argv)[:500])
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    try:
-        return cli.main(argv)
-    except SystemExit as end:
-        return end.code
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def accepted(program: str) -> list[tuple[Declared, str]]:
@@ -195,7 +175,7 @@ def test_legal_extremes_end(program, inputs, tmp_path, monkeypatch, capsys):
         folder.mkdir()
         monkeypatch.chdir(folder)
         argv = small_commands.command(program, inputs, folder / "out")
-        code = status([*argv, *option.words(text)])
+        code = small_commands.status([*argv, *option.words(text)])
         shown = capsys.readouterr()
         assert code in (0, 2), f"{option}={text}: {shown.err[-500:]}"
         assert "Traceback" not in shown.err, f"{option}={text}: {shown.err[-500:]}"
@@ -222,7 +202,7 @@ def test_a_run_id_stays_in_its_folder(program, inputs, tmp_path, capsys, monkeyp
     monkeypatch.chdir(tmp_path)
     base = small_commands.command(program, inputs, tmp_path / "deep" / "er")
     for name in OUTSIDE:
-        assert status([*base, f"--logging.run_id={name}"]) == 2
+        assert small_commands.status([*base, f"--logging.run_id={name}"]) == 2
         assert "logging.run_id" in capsys.readouterr().err
         assert list(tmp_path.iterdir()) == []
 

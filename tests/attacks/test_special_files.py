@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import shutil
-import signal
 import socket
 import threading
 from pathlib import Path
@@ -16,9 +15,7 @@ import pytest
 import small_commands
 from attacks.scale import scaled
 
-from matryoshka import cli, files
-
-SECONDS = 300  # far more than any import takes on a busy machine
+from matryoshka import files
 
 
 def bound(path: Path) -> None:
@@ -42,23 +39,6 @@ KINDS = {
     "memory": lambda path: path.symlink_to("/proc/self/mem"),
     "pages": lambda path: path.symlink_to("/proc/self/pagemap"),
 }
-
-
-def status(argv: list[str]) -> int | str | None:
-    """cli.main(argv): its exit status. TimeoutError after SECONDS."""
-
-    def stop(*_):
-        raise TimeoutError(" ".join(argv)[:500])
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    try:
-        return cli.main(argv)
-    except SystemExit as end:
-        return end.code
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 # ---------------------------------------------------------------- files.py
@@ -138,7 +118,7 @@ def test_options_that_name_a_file(program, inputs, tmp_path, monkeypatch, capsys
     random.Random(program).shuffle(cases)
     for option, kind in cases[: scaled(2, 1000)]:
         argv = small_commands.command(program, inputs, tmp_path / "out")
-        code = status([*argv, *option.words(str(tmp_path / kind))])
+        code = small_commands.status([*argv, *option.words(str(tmp_path / kind))])
         shown = capsys.readouterr()
         assert code == 2, f"{option}={kind}: {code} {shown.err[-500:]}"
         assert shown.err.startswith("error: "), f"{option}={kind}: {shown.err[-500:]}"
@@ -171,7 +151,7 @@ def test_files_inside_a_folder(program, folder, inputs, tmp_path, capsys):
         target = root / "inputs" / folder / name
         target.unlink()
         KINDS[kind](target)
-        code = status(small_commands.command(program, root, tmp_path / "out"))
+        code = small_commands.status(small_commands.command(program, root, tmp_path / "out"))
         shown = capsys.readouterr()
         assert code in (0, 2), f"{name} is a {kind}: {code} {shown.err[-500:]}"
         if code == 2:
@@ -192,7 +172,7 @@ def test_a_config_file_and_a_list_of_names(kind, inputs, tmp_path, monkeypatch, 
         ["index", "delete", str(index), f"--names-from={path}"],
         ["fit", str(inputs / "photos"), f"--labels={path}", f"--output={tmp_path / 'fit'}"],
     ):
-        assert status(argv) == 2, argv
+        assert small_commands.status(argv) == 2, argv
         shown = capsys.readouterr().err
         assert len(shown.splitlines()) == 1, shown
     with contextlib.suppress(FileNotFoundError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from matryoshka.data import ImageFolder, write_beton
 CLASSES = ("ant", "bee")
 IMAGES = {"train": 16, "val": 4}  # of a class
 SIDE = 16
+SECONDS = 300  # of a command that should take two: a hang, on any machine
 NET = [
     "--model.arch=vit",
     "--model.arch_options=dim=16,depth=1,heads=2,patch=4,image_size=8",
@@ -207,3 +209,20 @@ def _commands(root: Path, out: Path) -> dict[str, list[str]]:
             f"--output={out / 'report.html'}",
         ],
     }
+
+
+def status(argv: list[str]) -> int | str | None:
+    """cli.main(argv): its exit status. TimeoutError after SECONDS."""
+
+    def stop(*_):
+        raise TimeoutError(" ".join(argv)[:500])
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        return cli.main(argv)
+    except SystemExit as end:
+        return end.code
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
