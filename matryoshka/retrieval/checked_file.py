@@ -6,16 +6,20 @@
     file.check_whole()                  # afterwards: whether it was cut off meanwhile
 
 A block is checked when it is first read after opening, at 10 GB/s and core; later reads ask for one
-byte of a table. A file that is cut off under a map would end the process: native/guarded_map.hpp.
+byte of a table. A file that is cut off under a map would end the process:
+matryoshka/data/native/file_map.hpp.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from matryoshka.data._native import FileMap
+from matryoshka.files import open_regular
 from matryoshka.retrieval import _native
 from matryoshka.retrieval.hits import RetrievalError, pool
 
@@ -35,22 +39,26 @@ class CheckedFile:
     def __init__(
         self, path: Path, size: int, sums: np.ndarray | None, num_threads: int = 0
     ) -> None:
-        """RetrievalError for a file of another size, OSError for one that cannot be opened."""
+        """size: at least 1. RetrievalError for a file of another size, OSError for one that cannot
+        be opened.
+        """
         self.path = path
         self._num_threads = num_threads
-        try:
-            self._map = _native.GuardedMap(str(path), size)
-        except RuntimeError as error:
-            path.stat()  # raises an OSError with the reason, if there is one
-            raise RetrievalError(f"{path}: cannot be mapped: {error}; {REBUILD}") from None
-        except ValueError:
-            raise RetrievalError(
-                f"{path}: is not a regular file of {size} bytes; {REBUILD}"
-            ) from None
-        self.bytes: np.ndarray = self._map.bytes
+        self._map = self._open(size)
+        self.bytes: np.ndarray = self._map.data
         self._blocks: Any = None
         if sums is not None:
             self._blocks = self.bytes, sums, np.zeros(len(sums), np.uint8), BLOCK
+
+    def _open(self, size: int) -> FileMap:
+        with open_regular(self.path) as file:
+            if os.fstat(file.fileno()).st_size != size:
+                raise RetrievalError(f"{self.path}: is not a file of {size} bytes; {REBUILD}")
+            try:
+                return FileMap(file.fileno())
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise RetrievalError(f"{self.path}: cannot be mapped: {reason}") from None
 
     @property
     def blocks(self) -> Any:
@@ -59,7 +67,7 @@ class CheckedFile:
 
     def check(self, first: int = 0, end: int | None = None) -> None:
         """Compare the blocks of the bytes first .. end, default: all. RetrievalError."""
-        _native.keep_guard()  # other code of this process may have taken the signal
+        self.check_whole()
         if self._blocks is None:
             return
         whole = first == 0 and end is None
@@ -73,14 +81,23 @@ class CheckedFile:
             self._blocks = None
 
     def check_whole(self) -> None:
-        """RetrievalError if the file was cut off, or its disk failed, since it was opened."""
-        if self._map.is_cut:
+        """RetrievalError if the file was cut off, or its disk failed, since it was opened.
+
+        Call it before a group of reads as well: it guards them from other code of this process
+        that has taken the signal.
+        """
+        if self._is_cut:
             raise RetrievalError(f"{self.path}: was cut off while it was open; {REBUILD}")
+
+    @property
+    def _is_cut(self) -> bool:
+        left = self._map.begin_reading()
+        return self._map.torn or left < len(self.bytes)
 
     @property
     def is_damaged(self) -> bool:
         """Whether a block that was read differs from its checksum, or some of the file is gone."""
-        if self._map.is_cut:
+        if self._is_cut:
             return True
         return self._blocks is not None and bool((self._blocks[2] == 2).any())
 

@@ -303,8 +303,8 @@ class Part:
     def _explained(self, files: Sequence[CheckedFile | None], search: Callable[[], Hits]) -> Hits:
         """A search, and the error of the file that it found damaged or cut off."""
         mapped = [file for file in files if file is not None]
-        if mapped:
-            _native.keep_guard()
+        for file in mapped:
+            file.check_whole()
         try:
             found = search()
         except (_native.DamagedBlock, IndexError):  # IndexError: of an id, from a part without sums

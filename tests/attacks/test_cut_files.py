@@ -2,7 +2,9 @@
 image that is made of zeros.
 """
 
+import itertools
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -116,4 +118,70 @@ def test_other_faults_still_end_the_process(tmp_path, signal_source):
         f"{fault}\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=False)
-    assert done.returncode == -7
+    assert done.returncode == -signal.SIGBUS
+
+
+IMPORTS = ("data._native", "retrieval._native")
+CUT = ("photos.beton", "rows.f16")
+TURNS = [
+    (" ".join(imports), " ".join(cut), taken)
+    for imports in itertools.permutations(IMPORTS)
+    for cut in itertools.permutations(CUT)
+    for taken in ("taken", "left")
+]
+
+
+@pytest.mark.parametrize(("imports", "cut", "taken"), TURNS[:: scaled(3, 1)])
+def test_a_beton_and_an_index_in_one_process(files, tmp_path, imports, cut, taken):
+    """One handler serves both native modules, whichever was loaded or cut off first."""
+    (tmp_path / "photos.beton").write_bytes((files / "jpg.beton").read_bytes())
+    (tmp_path / "rows.f16").write_bytes(bytes(range(1, 251)) * 400)
+    program = Path(__file__).with_name("cut_both.py")
+    command = [sys.executable, str(program), str(tmp_path), imports, cut, taken]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == cut.split(), done.stderr[-2000:]
+    assert done.returncode == -signal.SIGBUS
+
+
+HANDLERS = {
+    "faulthandler": ("import faulthandler; faulthandler.enable()", "Fatal Python error: Bus error"),
+    "ignored": ("signal.signal(signal.SIGBUS, signal.SIG_IGN)", ""),
+    "Python": ("signal.signal(signal.SIGBUS, lambda *_: print('ours to handle'))", ""),
+}
+
+
+@pytest.mark.parametrize("handler", HANDLERS)
+@pytest.mark.parametrize("installed", ["before", "after", "between"])
+def test_handlers_of_other_code_get_their_signals(tmp_path, handler, installed):
+    """kill -BUS does what it does without us, also where others install theirs again and again."""
+    (tmp_path / "x").write_bytes(bytes(range(1, 251)) * 400)
+    install, says = HANDLERS[handler]
+    place = {
+        "before": (install, "", ""),
+        "after": ("", install, ""),
+        "between": (install, install, "guarded.begin_reading()"),
+    }[installed]
+    program = (
+        "import os, signal\n"
+        "from matryoshka.data import _native\n"
+        f"{place[0]}\n"
+        "f = open('x', 'rb')\n"
+        "guarded = _native.FileMap(f.fileno())\n"
+        f"{place[1]}\n"
+        f"{place[2]}\n"
+        "guarded.begin_reading()\n"
+        "os.truncate('x', 10)\n"
+        "assert not guarded.data[50_000:].any() and guarded.torn\n"
+        "os.kill(os.getpid(), signal.SIGBUS)\n"
+        "print('alive')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert says in done.stderr
+    if handler == "faulthandler":
+        assert done.returncode == -signal.SIGBUS
+        return
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[-2] == "alive"
+    assert ("ours to handle" in done.stdout) == (handler == "Python")

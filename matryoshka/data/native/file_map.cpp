@@ -25,10 +25,9 @@ namespace {
 using Region = FileMap::Region;
 
 std::atomic<Region*> all_regions{nullptr};
-uintptr_t page_size = 0;
-struct sigaction previous = {};  // what to do about faults outside our maps
-std::atomic<uintptr_t> last_foreign{0};
-std::atomic_flag installing = ATOMIC_FLAG_INIT;
+const uintptr_t page_size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+struct sigaction previous = {};    // what to do about faults outside our maps
+std::atomic<uintptr_t> asking{0};  // the thread that has handed a fault on
 
 Region* take_region() {
   for (Region* r = all_regions.load(); r; r = r->next) {
@@ -44,53 +43,75 @@ Region* take_region() {
 
 Region* region_of(uintptr_t address) {
   for (Region* r = all_regions.load(); r; r = r->next) {
-    if (r->begin.load() <= address && address < r->end.load()) return r;
+    const uintptr_t begin = r->begin.load();
+    const uintptr_t end = r->end.load();
+    // Equal a second time: the end is of this map, not of one that came after it.
+    if (begin <= address && address < end && begin == r->begin.load()) return r;
   }
   return nullptr;
 }
 
 // Replace the missing page, and all behind it, by zeros. As in libwayland's wayland-shm.c: mmap is
 // a plain system call, and the access that failed is repeated after the return.
-void on_bus_error(int number, siginfo_t* info, void*) {
+bool replace_rest(Region& region, uintptr_t address) {
+  const uintptr_t page = address & ~(page_size - 1);
+  region.torn.store(true);  // before the zeros: who has read one must see it
+  void* const place = reinterpret_cast<void*>(page);  // NOLINT(performance-no-int-to-ptr)
+  const size_t size = region.end.load() - page;
+  return mmap(place, size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED;
+}
+
+// What the process does without us. A fault comes again when the handler returns; a signal that
+// was sent does not.
+void act_by_default(int number, bool is_fault) {
+  struct sigaction action = {};
+  action.sa_handler = SIG_DFL;
+  sigaction(number, &action, nullptr);
+  if (!is_fault) raise(number);
+}
+
+void hand_on(int number, siginfo_t* info, void* context) {
+  const bool is_fault = info->si_code > 0;  // else sent by kill
+  const bool takes_info = previous.sa_flags & SA_SIGINFO;
+  if (!takes_info && previous.sa_handler == SIG_IGN && !is_fault) return;
+  const bool has_handler =
+      takes_info || (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN);
+  // Two libraries may each have the other's handler as the one before: it ends at the second time.
+  const uintptr_t thread = reinterpret_cast<uintptr_t>(&errno);  // one address in each thread
+  if (!has_handler || asking.exchange(thread) == thread) return act_by_default(number, is_fault);
+  if (takes_info) {
+    previous.sa_sigaction(number, info, context);
+  } else {
+    previous.sa_handler(number);
+  }
+  asking.store(0);
+}
+
+// Only calls that are safe in a signal handler.
+void on_bus_error(int number, siginfo_t* info, void* context) {
   const int saved_errno = errno;
-  const bool fault = info->si_code > 0;  // else sent by kill
   const uintptr_t address = reinterpret_cast<uintptr_t>(info->si_addr);
-  Region* const region = fault ? region_of(address) : nullptr;
-  if (region) {
-    const uintptr_t page = address & ~(page_size - 1);
-    region->torn.store(true);
-    void* const zeros = mmap(reinterpret_cast<void*>(page), region->end.load() - page, PROT_READ,
-                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
-    errno = saved_errno;
-    if (zeros != MAP_FAILED) return;
-  }
-  // The access is repeated and reaches the handler that was there before ours. Two libraries that
-  // each have the other as the one before would hand a fault to and fro: the second time is the
-  // last.
-  struct sigaction next = previous;
-  if (fault && last_foreign.exchange(address) == address) {
-    next = {};
-    next.sa_handler = SIG_DFL;
-  }
-  sigaction(number, &next, nullptr);
-  if (!fault) raise(number);
+  Region* const region = info->si_code > 0 ? region_of(address) : nullptr;
+  if (!region || !replace_rest(*region, address)) hand_on(number, info, context);
   errno = saved_errno;
+}
+
+bool is_ours(const struct sigaction& action) {
+  return (action.sa_flags & SA_SIGINFO) && action.sa_sigaction == on_bus_error;
 }
 
 }  // namespace
 
 void guard_maps() {
   struct sigaction current;
-  if (!all_regions.load() || sigaction(SIGBUS, nullptr, &current) != 0) return;
-  if ((current.sa_flags & SA_SIGINFO) && current.sa_sigaction == on_bus_error) return;
-  if (installing.test_and_set()) return;  // another thread does it
-  previous = current;
+  if (!all_regions.load() || sigaction(SIGBUS, nullptr, &current) != 0 || is_ours(current)) return;
   struct sigaction ours = {};
   ours.sa_sigaction = on_bus_error;
-  ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
+  // NODEFER: the handler that was there before may put itself back and raise the signal again.
+  ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
   sigemptyset(&ours.sa_mask);
-  sigaction(SIGBUS, &ours, nullptr);
-  installing.clear();
+  // Of several threads that come here at once, one gets the other handler; the rest get ours.
+  if (sigaction(SIGBUS, &ours, &current) == 0 && !is_ours(current)) previous = current;
 }
 
 FileMap::FileMap(int descriptor) {
@@ -108,7 +129,6 @@ FileMap::FileMap(int descriptor) {
     fail();
   }
   data_ = static_cast<const uint8_t*>(data);
-  page_size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
   region_ = take_region();
   region_->torn.store(false);

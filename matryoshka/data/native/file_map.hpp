@@ -23,7 +23,8 @@ class FileMap {
   FileMap& operator=(const FileMap&) = delete;
 
   Bytes bytes() const { return {data_, size_}; }
-  // Whether a page was missing at any time since this map exists.
+  // Whether a page was missing at any time since this map exists. The page that holds the file's
+  // new end has zeros behind it, too, without a fault: compare file_size as well.
   bool torn() const;
   // The file's size now.
   int64_t file_size() const;

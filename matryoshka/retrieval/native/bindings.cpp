@@ -16,7 +16,6 @@
 #include <vector>
 
 #include "block_sums.hpp"
-#include "guarded_map.hpp"
 #include "search.hpp"
 
 namespace nb = nanobind;
@@ -280,12 +279,6 @@ nb::object sums_of_blocks(Pool& pool, const Vector<uint8_t>& data, size_t block)
   return nb::cast(nb::ndarray<nb::numpy, uint64_t, nb::ndim<1>>(memory.release(), {count}, owner));
 }
 
-nb::object bytes_of_map(nb::handle_t<GuardedMap> self) {
-  const auto* map = nb::inst_ptr<GuardedMap>(self);
-  return nb::cast(
-      nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>(map->data(), {map->size()}, self));
-}
-
 }  // namespace
 }  // namespace matryoshka::search
 
@@ -301,12 +294,6 @@ NB_MODULE(_native, m) {
       .def_prop_ro("num_threads", &Pool::num_threads);
 
   nb::exception<DamagedBlock>(m, "DamagedBlock", PyExc_RuntimeError);
-  nb::class_<GuardedMap>(m, "GuardedMap",
-                         "A mapped file; if it is cut off meanwhile, its rest is read as zeros.")
-      .def(nb::init<const std::string&, size_t>(), "path"_a, "size"_a)
-      .def_prop_ro("bytes", &bytes_of_map, "The file, uint8 [size].")
-      .def_prop_ro("is_cut", &GuardedMap::is_cut, "Whether some of it is not there any more.");
-  m.def("keep_guard", &GuardedMap::keep_guard, "Catch SIGBUS again if other code has taken it.");
   m.def("check_blocks", &check_blocks, "pool"_a, "blocks"_a, "begin"_a, "end"_a,
         "Compare the blocks of the bytes begin .. end; DamagedBlock if one differs.");
   m.def("sum_blocks", &sums_of_blocks, "pool"_a, "data"_a, "block"_a,
