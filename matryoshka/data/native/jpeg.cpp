@@ -14,6 +14,7 @@ struct JpegDecoder::State {
   JpegSource source;
   jpeg_progress_mgr progress;
   Bytes data;
+  bool checked;  // the data has no filled stuffing
   bool created;
   int block_size;  // output pixels along one side of a block
   int x;           // of the first decoded column
@@ -88,7 +89,7 @@ Status start_image(State* s, int x, int width, bool halve) {
     case JCS_RGB: break;
     default: return Status::colour_space;
   }
-  if (has_filled_stuffing(s->data)) return Status::corrupt;
+  if (!s->checked && has_filled_stuffing(s->data)) return Status::corrupt;
   s->info.out_color_space = JCS_RGB;
   s->info.dct_method = JDCT_ISLOW;
   s->info.do_fancy_upsampling = TRUE;
@@ -129,7 +130,8 @@ JpegDecoder::~JpegDecoder() {
   if (state_->created) jpeg_destroy_decompress(&state_->info);
 }
 
-Status JpegDecoder::open(Bytes jpeg) {
+Status JpegDecoder::open(Bytes jpeg, bool checked) {
+  state_->checked = checked;
   if (jpeg.size < 2 || jpeg.data[0] != 0xFF || jpeg.data[1] != M_SOI) return Status::not_jpeg;
   const Status status = open_image(state_.get(), jpeg.data, jpeg.size);
   if (status != Status::ok) return status;

@@ -18,8 +18,9 @@ class JpegDecoder {
   JpegDecoder(const JpegDecoder&) = delete;
   JpegDecoder& operator=(const JpegDecoder&) = delete;
 
-  // Read the header. The data must stay readable until close().
-  Status open(Bytes jpeg);
+  // Read the header. The data must stay readable until close(). checked: it is known that no
+  // has_filled_stuffing.
+  Status open(Bytes jpeg, bool checked = false);
   int width() const;
   int height() const;
   int components() const;

@@ -33,7 +33,8 @@ Workspace& workspace() {
 // Opens an image and closes it at the end of the scope.
 class OpenJpeg {
  public:
-  OpenJpeg(JpegDecoder& decoder, Bytes jpeg) : status(decoder.open(jpeg)), decoder_(decoder) {}
+  OpenJpeg(JpegDecoder& decoder, Bytes jpeg, bool checked = false)
+      : status(decoder.open(jpeg, checked)), decoder_(decoder) {}
   ~OpenJpeg() { decoder_.close(); }
   OpenJpeg(const OpenJpeg&) = delete;
   OpenJpeg& operator=(const OpenJpeg&) = delete;
@@ -145,7 +146,8 @@ Status decode_stream(Bytes bytes, const Sample& sample, bool exact, bool spliced
     w.crops[0].x -= w.tiles.x();
     w.crops[0].y -= w.tiles.y();
   }
-  const OpenJpeg jpeg(w.decoder, bytes);
+  // The segments of a spliced stream are those that Tiles::find_segments has looked at.
+  const OpenJpeg jpeg(w.decoder, bytes, spliced);
   if (jpeg.status != Status::ok) return jpeg.status;
   if (!spliced && (w.decoder.width() != sample.width || w.decoder.height() != sample.height))
     return Status::wrong_dimensions;
