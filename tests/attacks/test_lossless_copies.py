@@ -14,6 +14,13 @@ from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader, layout, 
 from matryoshka.data.sources import decode_image
 
 SIDE = 48
+MOST = 4096  # pixels of a stored side; the header of a damaged photo may say more
+
+
+def stored_sides(sides):
+    """(height, width) in the file: the long side is reduced to MOST, as in FFCV's RGBImageField."""
+    ratio = min(1, MOST / max(sides))
+    return tuple(max(1, int(ratio * side)) for side in sides)
 
 
 @pytest.fixture
@@ -34,7 +41,7 @@ def folder(tmp_path):
 
 
 def test_damaged_photos_are_copied_exactly_or_not_at_all(folder, tmp_path):
-    options = {"max_resolution": 4096, "write_mode": "raw", "num_workers": 1}
+    options = {"max_resolution": MOST, "write_mode": "raw", "num_workers": 1}
     manifest = write_beton(folder, tmp_path / "copied", transcode="always", names=1, **options)
     decoded = write_beton(folder, tmp_path / "decoded", names=1, **options)
     assert manifest["broken"] == decoded["broken"]
@@ -46,7 +53,7 @@ def test_damaged_photos_are_copied_exactly_or_not_at_all(folder, tmp_path):
     data = BetonFile(tmp_path / "copied")
     for index, name in enumerate(manifest["names"]):
         expected = decode_image((folder.path / name).read_bytes()).pixels
-        assert (data.height[index], data.width[index]) == expected.shape[:2]
+        assert (data.height[index], data.width[index]) == stored_sides(expected.shape[:2]), name
     same_size = np.flatnonzero((data.width == SIDE) & (data.height == SIDE))
     assert len(same_size) > len(folder) / 2
     for batch in Loader(data, 1, order="sequential", crop=CenterCrop(SIDE, ratio=1.0)):
