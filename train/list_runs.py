@@ -5,9 +5,9 @@
     matryoshka runs trainlogs --json
 
 epochs            done / planned
-state             finished: its model exists; running: a process holds its folder, or, where nothing
-                  shows that, has written in the last minutes; stopped: by a signal, resume it with
-                  --training.resume=auto; failed: it ended without a message
+state             finished: its model exists; running: a process holds its folder, or, where no lock
+                  says whether one does, has written in the last minutes; stopped: by a signal,
+                  resume it with --training.resume=auto; failed: it ended without a message
 short, long, at   top-1 % of the shortest and the longest prefix after the epoch in which the
                   longest was best
 img/s, wait       medians over the epochs; wait: share of the time spent waiting for data
@@ -209,8 +209,10 @@ def state(run: Run, now: float) -> str:
         return "running"
     if run.events and run.events[-1].get("event") == "stopped":
         return "stopped"
-    # A run on a file system without locks, or of an older version, is alive if it has written
-    # within its checkpoint interval.
+    if run_lock.was_killed(run.path):
+        return "failed"
+    # A run of another host, of a file system without locks, or of an older version, is alive if it
+    # has written within its checkpoint interval.
     interval = run.params.get("training.checkpoint_every_minutes")
     quiet = QUIET + (60 * interval if isinstance(interval, int | float) else 0)
     return "running" if now - last_write(run.path) < quiet else "failed"

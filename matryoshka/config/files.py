@@ -64,22 +64,36 @@ def load_yaml(content: bytes) -> object:
 
     Aliases, keys that are given twice and more than MAX_FILE_VALUES values are errors.
     """
-    line = 1
-    try:
+    with _located(content):
         return _Data(content.decode("utf-8-sig")).get_single_data()
+
+
+@contextlib.contextmanager
+def _located(content: bytes, place: str = "") -> Iterator[None]:
+    """Run a reader of `content`; its error becomes a ConfigError: `<place>line N: reason`."""
+    line = 1
+    # Each library reports the position in its own way.
+    try:
+        yield
+        return
     except yaml.MarkedYAMLError as error:
         problem = error.problem
         if error.problem_mark:
             line = error.problem_mark.line + 1
     except yaml.reader.ReaderError as error:
         problem = error.reason
-    except UnicodeDecodeError:
+        line = content.decode("utf-8-sig").count("\n", 0, error.position) + 1
+    except json.JSONDecodeError as error:
+        problem = error.msg
+        line = error.lineno
+    except UnicodeDecodeError as error:
         problem = "not UTF-8 text"
+        line = content.count(b"\n", 0, error.start) + 1
     except RecursionError:
         problem = "nested too deeply"
     except (ValueError, OverflowError):  # the 13th month, a number of 5,000 digits
         problem = "a number, date or character that does not exist"
-    raise ConfigError(f"line {line}: {problem}")
+    raise ConfigError(f"{place}line {line}: {problem}")
 
 
 def read_file(name: str, options: Collection[str], errors: list[str]) -> Given:
@@ -125,9 +139,7 @@ def _parse(path: str, content: bytes, options: Collection[str]) -> list[tuple[st
     """(dotted key, value) pairs of a file; a value is text, None, a list, _Pairs or, in JSON, a
     bool.
     """
-    line = 1
-    text = ""
-    try:
+    with _located(content, f"{path}, "):
         text = content.decode("utf-8-sig")
         if path.lower().endswith(".json"):
             # Numbers stay text here, too: the option's own type decides.
@@ -136,30 +148,11 @@ def _parse(path: str, content: bytes, options: Collection[str]) -> list[tuple[st
         else:
             tree = _plain(yaml.compose(text, _Yaml))
         pairs = list(_walk(tree, options)) if isinstance(tree, _Pairs) else []
-        if (tree is None or isinstance(tree, _Pairs)) and len(pairs) <= MAX_FILE_VALUES:
-            return pairs
-        problem = f"expected options, not {show(tree)}"
-        if pairs:
-            problem = f"more than {MAX_FILE_VALUES} values"
-    # Each library reports the position in its own way; an error names the file and the line.
-    except yaml.MarkedYAMLError as error:
-        problem = error.problem
-        if error.problem_mark:
-            line = error.problem_mark.line + 1
-    except yaml.reader.ReaderError as error:
-        problem = error.reason
-        line = text.count("\n", 0, error.position) + 1
-    except json.JSONDecodeError as error:
-        problem = error.msg
-        line = error.lineno
-    except UnicodeDecodeError as error:
-        problem = "not UTF-8 text"
-        line = content.count(b"\n", 0, error.start) + 1
-    except RecursionError:
-        problem = "nested too deeply"
-    except (ValueError, OverflowError):  # an escape beyond Unicode, a version of 5,000 digits
-        problem = "a character or number that YAML does not have"
-    raise ConfigError(f"{path}, line {line}: {problem}")
+    if not (tree is None or isinstance(tree, _Pairs)):
+        raise ConfigError(f"{path}, line 1: expected options, not {show(tree)}")
+    if len(pairs) > MAX_FILE_VALUES:
+        raise ConfigError(f"{path}, line 1: more than {MAX_FILE_VALUES} values")
+    return pairs
 
 
 def _plain(node: yaml.Node | None) -> object:

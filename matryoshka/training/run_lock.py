@@ -191,19 +191,38 @@ def holder(folder: Path, name: str = LOCK) -> str | None:
     Changes nothing. None, too, where the lock cannot be asked: no file, no permission, no locks.
     """
     path = folder / name
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    return _owner(path) if _is_held(path) else None
+
+
+def was_killed(folder: Path, name: str = LOCK) -> bool:
+    """Whether a process of this host has ended without giving the folder back.
+
+    False where that cannot be known: the owner was on another host, whose locks may not be seen
+    here, or the file system has no locks.
+    """
+    path = folder / name
+    if _is_held(path) is not False:
+        return False
     try:
-        descriptor = os.open(path, flags)
+        return _about(path)["host"] == os.uname().nodename
+    except _DAMAGED:  # without locks, nobody writes the text
+        return False
+
+
+def _is_held(path: Path) -> bool | None:
+    """Whether a process has the lock; None where it cannot be asked."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
     try:
         # Shared: two that ask do not exclude each other. Freed by closing.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
-        return _owner(path) if error.errno in _BUSY else None
+        return True if error.errno in _BUSY else None
     finally:
         os.close(descriptor)
-    return None
+    return False
 
 
 def _about_this_process() -> bytes:
@@ -216,16 +235,25 @@ def _about_this_process() -> bytes:
     return (json.dumps(about) + "\n").encode()
 
 
-def _owner(path: Path) -> str:
-    """What a lock file says about its owner. Its text may be missing or damaged."""
+# What `_about` may raise: the text may be missing or damaged.
+_DAMAGED = (OSError, ValueError, TypeError, LookupError, RecursionError)
+
+
+def _about(path: Path) -> dict[str, object]:
+    """What a lock file says about its owner."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            about = json.loads(os.read(descriptor, MOST_TEXT))
-        finally:
-            os.close(descriptor)
+        return json.loads(os.read(descriptor, MOST_TEXT))
+    finally:
+        os.close(descriptor)
+
+
+def _owner(path: Path) -> str:
+    """The holder of a lock, in words."""
+    try:
+        about = _about(path)
         text = f"process {about['pid']:d} on {about['host']} since {about['since']}"
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+    except _DAMAGED:
         text = "another process"
     return f"in use by {text}" if text.isprintable() else "in use by another process"
 

@@ -277,3 +277,44 @@ def test_runs_knows_a_run_that_is_silent_but_alive(tmp_path, capsys):
     with RunLock(run):
         os.utime(run / run_lock.LOCK, (0, 0))
         assert state() == "running"
+
+
+def test_runs_knows_at_once_that_a_run_was_killed(tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "params.json").write_text('{"model.arch": "resnet18"}')
+
+    def state():
+        assert cli.main(["runs", str(tmp_path), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["state"]
+
+    def own():
+        RunLock(run)
+        time.sleep(60)
+        return 0
+
+    assert state() == "running", "without a lock, a run that has just written is alive"
+    owner = forked(own)
+    while holder(run) is None:
+        time.sleep(0.01)
+    assert state() == "running"
+    os.kill(owner, signal.SIGKILL)
+    assert status_of(owner) == -signal.SIGKILL
+    assert state() == "failed"
+
+    text = (run / run_lock.LOCK).read_text()
+    with RunLock(run):
+        assert state() == "running", "another process has taken it over"
+    assert state() == "running", "a lock that was given back says nothing"
+    other = json.loads(text) | {"host": "elsewhere"}
+    for unclear in (json.dumps(other), "", "{", "[]", '{"pid": 7}'):
+        (run / run_lock.LOCK).write_text(unclear)
+        assert state() == "running", unclear
+    (run / run_lock.LOCK).write_text(text)
+    assert state() == "failed"
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert state() == "running", "nobody can tell"
