@@ -18,19 +18,53 @@ def available_cores() -> int:
 
 def free_memory() -> int | None:
     """Bytes of memory that this process can still use; None where the system does not say."""
-    limits = []
-    if (available := _number_in("/proc/meminfo", "MemAvailable:")) is not None:
+    limits = _group_limits()
+    if (available := _number_in(_PROC / "meminfo", "MemAvailable:")) is not None:
         limits.append(1024 * available)
-    # a container's own limit, version 2 of control groups; `max` where it has none
-    group = "/sys/fs/cgroup/memory."
-    most = _number_in(f"{group}max")
-    used = _number_in(f"{group}current")
-    if most is not None and used is not None:
-        # the page cache counts as used, and is dropped when memory is needed
-        limits.append(most - used + (_number_in(f"{group}stat", "file ") or 0))
     if not limits and "SC_PHYS_PAGES" in os.sysconf_names:  # macOS: all of it
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return max(min(limits), 0) if limits else None
+
+
+_PROC = Path("/proc")
+_GROUPS = Path("/sys/fs/cgroup")
+# Of Linux's control groups: the limit, what is used, and in memory.stat the pages of files, which
+# count as used and are dropped when memory is needed. Version 2, then 1.
+_VERSION_2 = ("memory.max", "memory.current", ("inactive_file ", "active_file "))
+_VERSION_1 = (
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    ("total_inactive_file ", "total_active_file "),
+)
+
+
+def _group_limits() -> list[int]:
+    """What the control groups of this process leave it: each group's limit holds for all below."""
+    left = []
+    try:
+        lines = (_PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return left
+    for line in lines:
+        _, _, controllers_and_path = line.partition(":")
+        controllers, _, path = controllers_and_path.partition(":")
+        if controllers == "":
+            root, (limit, usage, dropped) = _GROUPS, _VERSION_2
+        elif "memory" in controllers.split(","):
+            root, (limit, usage, dropped) = _GROUPS / "memory", _VERSION_1
+        else:
+            continue
+        # A container may see the host's path, and its own group at the root.
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            most = _number_in(folder / limit)
+            used = _number_in(folder / usage)
+            if most is not None and used is not None:
+                pages = [_number_in(folder / "memory.stat", name) or 0 for name in dropped]
+                left.append(most - used + sum(pages))
+            if folder == root:
+                break
+    return left
 
 
 class VariableError(ValueError):
@@ -48,10 +82,10 @@ def count_in(variable: str, default: int | None = None) -> int:
     return int(text)
 
 
-def _number_in(path: str, prefix: str = "") -> int | None:
+def _number_in(path: Path, prefix: str = "") -> int | None:
     """The number after `prefix`, in the first line that starts with it; None without one."""
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = path.read_text().splitlines()
     except OSError:
         return None
     for line in lines:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from matryoshka.data import _native
+from matryoshka.data.budget import check_batches
 from matryoshka.data.crops import (
     EVALUATION_CROP,
     CenterCrop,
@@ -40,10 +41,10 @@ from matryoshka.data.layout import BetonError, Samples
 from matryoshka.data.options import ON_ERROR, ORDERS
 from matryoshka.data.order import batches, epoch_order, num_batches
 from matryoshka.data.pages import Feed
-from matryoshka.data.slots import Batch, HostSlots, PinnedSlots
+from matryoshka.data.slots import Batch, HostSlots, PinnedSlots, pixel_bytes
 from matryoshka.data.sources import open_dataset
 from matryoshka.data.state import check_state, content_state, expected_content
-from matryoshka.environment import available_cores
+from matryoshka.environment import available_cores, count_in
 
 __all__ = ["Batch", "CenterCrop", "Loader", "PadCrop", "RandomResizedCrop", "Skipped"]
 
@@ -100,7 +101,7 @@ class Loader:
 
     A batch that was handed out is never overwritten. Leaving an epoch half-way stops its threads.
     Errors: ValueError for a bad argument, BetonError for an unreadable dataset or sample, raised by
-    the constructor or by `next`.
+    the constructor or by `next`; BatchMemoryError, see `check_memory`.
     """
 
     def __init__(
@@ -174,6 +175,8 @@ class Loader:
         self._pool = _native.Pool(num_workers or available_cores())
         # Copies on the default stream would wait for the training step that is running there.
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._fitting = 0  # bytes of the largest batch that `check_memory` has found to fit
+        self.check_memory(self.crop)
 
     def __len__(self) -> int:
         """Global batches in an epoch."""
@@ -186,6 +189,31 @@ class Loader:
     @crop.setter
     def crop(self, value: Crop | Sequence[RandomResizedCrop]) -> None:
         self._crop = as_crop(value)
+
+    def check_memory(self, crop: Crop | Views) -> None:
+        """BatchMemoryError if the batches of `crop` do not fit into the free memory.
+
+        Counted are those that an epoch holds at once and, on a CPU, one as float32, which models
+        take. The constructor asks for its crop, and an epoch for one that needs more.
+        """
+        count = -(-min(self.batch_size, len(self.dataset)) // self.world)
+        needed = pixel_bytes(count, sizes_of(crop))
+        if needed <= self._fitting:
+            return
+        check_batches(
+            self.dataset.path,
+            count,
+            sizes_of(crop),
+            batches=min(self._held_batches, -(-len(self.dataset) // self.batch_size)),
+            as_floats=self.device.type == "cpu",
+            processes=min(self.world, count_in("LOCAL_WORLD_SIZE", 1)) or 1,
+        )
+        self._fitting = needed
+
+    @property
+    def _held_batches(self) -> int:
+        """Batches in the host's memory at once: decoded ahead, and in the consumer's hands."""
+        return self.prefetch + 2 if self._stream is None else PinnedSlots.COUNT
 
     @property
     def epoch(self) -> int:
@@ -255,6 +283,7 @@ class Loader:
 
         This is a generator because Python closes abandoned generators: that ends the threads.
         """
+        self.check_memory(crop)
         epoch = position.epoch
         slices = self._rank_batches(epoch, position.batch)
         start = time.perf_counter()

@@ -152,14 +152,24 @@ class ResidentLoader(Loader):
             )
 
     def _allocate(self, n: int, height: int, width: int) -> torch.Tensor:
+        free = free_memory() if self.device.type == "cpu" else None
+        # Beside the images those of a chunk. The system promises more memory than it has.
+        fits = free is None or 3 * (n + min(n, _CHUNK)) * height * width <= free
         try:
-            return torch.empty(n, height, width, 3, dtype=torch.uint8, device=self.device)
-        except RuntimeError as error:  # torch.OutOfMemoryError is a subclass
-            size = 3 * n * height * width / 2**30
-            raise NotResidentError(
-                f"{self.dataset.path}: its {n} images of {width}x{height} need {size:.1f} GiB on "
-                f"{self.device}, which has less; leave out data.resident=1"
-            ) from error
+            if fits:
+                return torch.empty(n, height, width, 3, dtype=torch.uint8, device=self.device)
+        except RuntimeError:  # torch.OutOfMemoryError is a subclass
+            pass
+        size = 3 * n * height * width / 2**30
+        raise NotResidentError(
+            f"{self.dataset.path}: its {n} images of {width}x{height} need {size:.1f} GiB on "
+            f"{self.device}, which has less; leave out data.resident=1"
+        )
+
+    @property
+    def _held_batches(self) -> int:
+        # Of the host: one is made of the resident images while the consumer has another.
+        return 2 if self.device.type == "cpu" else 0
 
     def _start_epoch(
         self, slices: list[tuple[int, np.ndarray]], epoch: int, crop: Crop | Views

@@ -161,13 +161,15 @@ def batch_views(piece: Tensor, count: int, size: Size) -> tuple[Any, Tensor]:
 class PinnedSlots:
     """Pinned host buffers; each batch is copied to a CUDA device in one piece, on a side stream.
 
-    count: 3 buffers, so that one is filled while another is copied and a third waits.
+    COUNT buffers: one is filled while another is copied and a third waits.
     """
 
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream, count: int = 3) -> None:
+    COUNT = 3
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
         self._device = device
         self._stream = stream
-        self._ring = Ring(count, self._allocate)
+        self._ring = Ring(self.COUNT, self._allocate)
 
     def _allocate(self, num_bytes: int) -> Tensor:
         # the current device of a new thread is GPU 0, which may belong to another process

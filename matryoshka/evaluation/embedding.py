@@ -227,6 +227,7 @@ def embed(
     """
     world = job.world
     meta = job.meta()
+    _loader(job, np.arange(len(job.data)))  # an error before the folder is made
     with EmbeddingWriter(output) as writer:
         plan = distributed.on_main(
             lambda: writer.begin(meta, job.labels, job.name, overwrite), world

@@ -55,6 +55,9 @@ def make_loaders(
         seed=cfg.training.seed,
         **native,
     )
+    if cfg.data.loader == "native":
+        # Now, not in the epoch that reaches it.
+        train_loader.check_memory(training_crop(cfg, cfg.resolution.max_res))
     # A resident loader decodes the whole file once and never reads it again.
     if cfg.data.in_memory and not is_resident(train_loader):
         train_loader.dataset.preload()
