@@ -110,7 +110,7 @@ ifeq ($(SANITIZE),1)
 	  -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir) > $(SANITIZED).log || { cat $(SANITIZED).log; exit 1; }
 	@$(BIN)/ninja -C $(SANITIZED) > $(SANITIZED).log || { cat $(SANITIZED).log; exit 1; }
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	  $(BIN)/python tests/fuzzing/fuzz.py --cases $(or $(N),20000) --limit 120 --native $$(ls $(SANITIZED)/_native*.so) $(FUZZ_ARGS)
+	  $(BIN)/python tests/fuzzing/fuzz.py --cases $(or $(N),20000) --limit 120 --native $(SANITIZED) $(FUZZ_ARGS)
 else
 	$(BIN)/python tests/fuzzing/fuzz.py --cases $(or $(N),20000) $(FUZZ_ARGS)
 endif

@@ -1,4 +1,5 @@
-"""Fuzz the .beton reader and decoder: damaged files work or raise an error that names them.
+"""Fuzz the native code: damaged .beton files work or raise an error that names them; searches of
+damaged rows are refused or right.
 
     python tests/fuzzing/fuzz.py --cases 20000 --seed 0       # case k is the same file in every run
     python tests/fuzzing/fuzz.py --case 4711                  # describes one case, keeps its file
@@ -31,14 +32,15 @@ for _name in (
     "MKL_NUM_THREADS",
 ):  # children are forked: no threads here
     os.environ[_name] = "1"
-if "--native" in sys.argv:  # another build of the native core, for example a sanitized one
-    _spec = importlib.util.spec_from_file_location(
-        "matryoshka.data._native", sys.argv[sys.argv.index("--native") + 1]
-    )
-    assert _spec
-    assert _spec.loader
-    sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules[_spec.name])
+if "--native" in sys.argv:  # another build of the native code, for example a sanitized one
+    _built = Path(sys.argv[sys.argv.index("--native") + 1])
+    for _wing, _folder in (("data", _built), ("retrieval", _built / "retrieval")):
+        (_file,) = _folder.glob("_native*.so")
+        _spec = importlib.util.spec_from_file_location(f"matryoshka.{_wing}._native", _file)
+        assert _spec
+        assert _spec.loader
+        sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules[_spec.name])
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "builders"))
 
@@ -46,8 +48,10 @@ import mutate
 import mutate_jpeg  # noqa: F401 (registers its kinds)
 from mutate_bases import bases
 from probe import VIEWS, Failure, probe
+from probe_search import probe_search
 
 from matryoshka.data import _native
+from matryoshka.retrieval import _native as _native_search
 
 NAMES = sorted(mutate.KINDS)
 BATCH = 500
@@ -92,7 +96,7 @@ def memory(key: str) -> int:
 
 
 def run_case(
-    case: int, pool, folder: Path, expected: list, left_out: frozenset[int] = frozenset()
+    case: int, pools, folder: Path, expected: list, left_out: frozenset[int] = frozenset()
 ) -> dict:
     base, draft, names = damaged(case, left_out)
     path = folder / "x.beton"
@@ -103,7 +107,8 @@ def run_case(
     if PROC:
         Path("/proc/self/clear_refs").write_text("5")  # the peak of this case alone
     try:
-        result |= probe(pool, path, Random(case), expected[base])
+        result |= probe(pools[0], path, Random(case), expected[base])
+        result["search"] = probe_search(pools[1], Random(case))
         allowed = {kind.pixels for kind in kinds}
         result["silent"] = bool(result.get("changed")) and allowed == {"same"}
         result["silent labels"] = bool(result.get("labels")) and not any(
@@ -137,6 +142,7 @@ def child(
     folder = Path(tempfile.mkdtemp(dir=scratch()))
     try:
         pool, expected = _native.Pool(2), []
+        pools = pool, _native_search.Pool(2)
         for draft in bases():
             draft.write(folder / "sound.beton")
             expected.append(probe(pool, folder / "sound.beton", Random(0), None))
@@ -145,7 +151,7 @@ def child(
             for case in cases:
                 struct.pack_into("<q", current, 0, case)
                 signal.setitimer(signal.ITIMER_REAL, limit)  # its signal ends the process
-                out.write(json.dumps(run_case(case, pool, folder, expected, left_out)) + "\n")
+                out.write(json.dumps(run_case(case, pools, folder, expected, left_out)) + "\n")
                 signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -243,6 +249,8 @@ def report(results: list[dict], seconds: float) -> str:
         f"{len(results):,} cases in {seconds:.0f} s: "
         + ", ".join(f"{n:,} {k}" for k, n in total.items()),
     ]
+    searches = Counter(r["search"] for r in results if "search" in r)
+    lines.append("searches: " + ", ".join(f"{n:,} {k}" for k, n in sorted(searches.items())))
     lines.append(f"silent changes, all mutations together: {len(combined)}")
     lines += [f"  case {r['case']}: {' + '.join(r['kinds'])}" for r in combined[:10]]
     if "ms" in slow:
@@ -269,7 +277,7 @@ def main() -> int:
         default=Path("build/fuzz-failures"),
         help="folder for the files that fail",
     )
-    p.add_argument("--native", help="path of another build of the module matryoshka.data._native")
+    p.add_argument("--native", help="build folder of other native modules than the installed ones")
     args = p.parse_args()
     if args.case is not None:
         result = run_child([args.case], args.limit)[0]

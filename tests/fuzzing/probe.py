@@ -1,5 +1,7 @@
 """Use a damaged .beton file in every way, and compare with the results of the sound file."""
 
+import contextlib
+import os
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -108,8 +110,10 @@ def probe(pool, path: Path, rng: Random, expected: dict | None) -> dict:
         compare_with_whole_decode(pool, data, view, *results[view[0]])
     if rng.random() < 0.2:
         compare_after_others(data)
-    if rng.random() < 0.1:
-        as_file_of_its_own(data, rng.randrange(len(data)))
+    if rng.random() < 0.3:
+        as_file_of_its_own(data, rng.randrange(len(data)), rng.choice((0, 1, 8, 64, 300, 65_535)))
+    if rng.random() < 0.2:
+        compare_with_views(pool, data, rng)
     for name, _ in data.fields:
         try:
             data.field(name, np.arange(len(data)))
@@ -120,6 +124,8 @@ def probe(pool, path: Path, rng: Random, expected: dict | None) -> dict:
         check_data.info_text(check_data.describe(data))
     if rng.random() < 0.03:
         through_loader(path, data, rng)
+    if rng.random() < 0.1:
+        cut_off(pool, path, data, rng)
     return {
         "outcome": "samples refused" if refused.any() else "decodes",
         "reason": _native.status_message(int(refused.max())),
@@ -143,18 +149,61 @@ def picked(rng: Random) -> list:
     return [VIEWS[0], *rng.sample(VIEWS[1:], 4)]
 
 
-def as_file_of_its_own(data: BetonFile, index: int) -> None:
+def compare_with_views(pool, data: BetonFile, rng: Random) -> None:
+    """Check that several views, decoded at once, are those of one call for each."""
+    exact = rng.random() < 0.5
+    views = rng.sample([view for view in VIEWS if view[3] == exact], rng.randint(1, 3))
+    (samples,) = data.fetch(np.arange(len(data)))
+    crops = [view[1](samples.width, samples.height, np.arange(len(data))) for view in views]
+    out = [np.full((len(data), view[2], view[2], 3), 7, np.uint8) for view in views]
+    together = _native.decode_views(pool, *samples[:6], np.stack(crops), out, exact)
+    alone = [decode(pool, data, view) for view in views]
+    failed = np.any([status != 0 for status, _ in alone], axis=0)
+    if ((together != 0) != failed).any():
+        raise Failure("views: another status than of one call for each")
+    for pixels, (_, expected) in zip(out, alone, strict=True):
+        if pixels[failed].any():
+            raise Failure("views: a refused sample has left pixels")
+        if (pixels[~failed] != expected[~failed]).any():
+            raise Failure("views: other pixels than of one call for each")
+
+
+def cut_off(pool, path: Path, data: BetonFile, rng: Random) -> None:
+    """Cut the mapped file off, and read on: an error, no signal. The last use of the file."""
+    indices = np.arange(len(data))
+    (samples,) = data.fetch(indices)
+    os.truncate(path, rng.randrange(data.num_bytes))
+    for view in rng.sample(VIEWS, 2):
+        crops = view[1](samples.width, samples.height, indices)
+        out = np.empty((len(data), view[2], view[2], 3), np.uint8)
+        _native.decode_batch(pool, *samples[:6], crops, out, view[3])
+    for use in (samples.check, lambda: data.fetch(indices)):
+        try:
+            use()
+        except BetonError as error:
+            check_message(error, path)
+        else:
+            raise Failure("a file that was cut off is read without an error")
+
+
+def as_file_of_its_own(data: BetonFile, index: int, tile: int) -> None:
     """Pass the bytes of an image to the functions of the writer."""
     (samples,) = data.fetch(np.array([index]))
     start, size = int(samples.offset[0]), int(samples.size[0])
     content = samples.data[start : start + size].tobytes()
-    for use in (_native.jpeg_size, _native.decode, _native.transcode, decode_image):
-        try:
-            result = use(content)
-        except ValueError:
-            continue
-        if use is _native.transcode and (_native.decode(result) != _native.decode(content)).any():
-            raise Failure("transcode changes pixels")
+    for use in (_native.jpeg_size, _native.decode, decode_image):
+        with contextlib.suppress(ValueError):
+            use(content)
+    try:
+        copy = _native.transcode(content, tile)
+    except ValueError:
+        return
+    if (_native.decode(copy) != _native.decode(content)).any():
+        raise Failure("transcode changes pixels")
+    # A copy is a sound file, which can be copied in turn.
+    again = _native.transcode(_native.transcode(copy, 0), tile)
+    if (_native.decode(again) != _native.decode(content)).any():
+        raise Failure("a copy of a copy has other pixels")
 
 
 def through_loader(path: Path, data: BetonFile, rng: Random) -> None:
