@@ -183,17 +183,19 @@ nb::object decode(Pool& pool, nb::handle data, const Columns& columns, const int
   return array;
 }
 
-nb::object decode_batch(Pool& pool, nb::handle data, Vector<uint64_t> offset, Vector<uint64_t> size,
-                        Vector<uint8_t> mode, Vector<int32_t> width, Vector<int32_t> height,
-                        CropRows crops, Batch out, bool exact) {
+nb::object decode_batch(Pool& pool, nb::handle data, const Vector<uint64_t>& offset,
+                        const Vector<uint64_t>& size, const Vector<uint8_t>& mode,
+                        const Vector<int32_t>& width, const Vector<int32_t>& height,
+                        const CropRows& crops, const Batch& out, bool exact) {
   const Columns columns{offset, size, mode, width, height};
   columns.require_lengths(crops.shape(0), out.shape(0));
   return decode(pool, data, columns, crops.data(), {Slots(out)}, exact);
 }
 
-nb::object decode_views(Pool& pool, nb::handle data, Vector<uint64_t> offset, Vector<uint64_t> size,
-                        Vector<uint8_t> mode, Vector<int32_t> width, Vector<int32_t> height,
-                        ViewCrops crops, const std::vector<Batch>& out, bool exact) {
+nb::object decode_views(Pool& pool, nb::handle data, const Vector<uint64_t>& offset,
+                        const Vector<uint64_t>& size, const Vector<uint8_t>& mode,
+                        const Vector<int32_t>& width, const Vector<int32_t>& height,
+                        const ViewCrops& crops, const std::vector<Batch>& out, bool exact) {
   const Columns columns{offset, size, mode, width, height};
   require(crops.shape(0) == out.size(), "crops and out differ in the number of views");
   require(!out.empty(), "out has no view");

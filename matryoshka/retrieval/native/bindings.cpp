@@ -257,7 +257,8 @@ nb::tuple rerank_candidates(Pool& pool, const std::vector<StageArgs>& stages,
 }
 
 void check_blocks(Pool& pool, const SumsArgs& blocks, size_t begin, size_t end) {
-  const auto sums = block_sums(blocks);
+  const auto found = block_sums(blocks);
+  const BlockSums* const sums = pointer_to(found);
   require(sums && begin <= end && end <= sums->size, "the bytes are outside of the file");
   nb::gil_scoped_release release;
   if (begin == 0 && end == sums->size) {
@@ -293,7 +294,7 @@ NB_MODULE(_native, m) {
       .def(nb::init<int>(), "num_threads"_a)
       .def_prop_ro("num_threads", &Pool::num_threads);
 
-  nb::exception<DamagedBlock>(m, "DamagedBlock", PyExc_RuntimeError);
+  const nb::exception<DamagedBlock> damaged_block(m, "DamagedBlock", PyExc_RuntimeError);
   m.def("check_blocks", &check_blocks, "pool"_a, "blocks"_a, "begin"_a, "end"_a,
         "Compare the blocks of the bytes begin .. end; DamagedBlock if one differs.");
   m.def("sum_blocks", &sums_of_blocks, "pool"_a, "data"_a, "block"_a,
