@@ -11,7 +11,8 @@ from matryoshka.data.slots import Size, pixel_bytes
 from matryoshka.environment import free_memory
 
 _FLOATS = 4  # bytes of a number that a model takes, which was one byte of a pixel
-_MARGIN = 0.9  # of the free memory, in what is said to fit: the next start may find less
+# Of the free memory, for the sizes that a message proposes: the next start may find less.
+_MARGIN = 0.9
 
 
 class BatchMemoryError(ValueError):

@@ -39,7 +39,7 @@ def _damage(rng: Random, *arrays: np.ndarray) -> bool:
 
 
 def _hostile(rng: Random, array: np.ndarray) -> bool:
-    """One number that is no row, place or length, in place."""
+    """Write one number that cannot be a row, a position or a length into the array."""
     if not array.size or rng.random() < 0.8:
         return False
     limits = np.iinfo(array.dtype)
