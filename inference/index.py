@@ -201,6 +201,7 @@ def read_embeddings(args: SimpleNamespace) -> IndexRows:
     another folder.
     """
     embeddings = open_embeddings(args.embeddings)
+    embeddings.verify()  # damage would get checksums of its own in the index
     model = dict(embeddings.meta["model"])
     data = dict(embeddings.meta["data"])
     for key, section in (("file", model), ("path", data), ("preprocessing", embeddings.meta)):

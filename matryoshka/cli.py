@@ -36,7 +36,8 @@ PROGRAMS = {
     ),
     "write": Program("matryoshka.train.write_imagenet", "image folder -> .beton"),
     "data": Program(
-        "matryoshka.train.check_data", "info, verify: content and integrity of a .beton"
+        "matryoshka.train.check_data",
+        "info, verify: content and integrity of data and embeddings",
     ),
     "train": Program(
         "matryoshka.train.train_imagenet",

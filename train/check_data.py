@@ -1,8 +1,9 @@
-"""Inspect and verify .beton files and image folders.
+"""Inspect and verify .beton files, image folders and embeddings.
 
     matryoshka data info train.beton
     matryoshka data verify train.beton        # decodes every image, on all cores
     matryoshka data verify photos/train       # the images of a folder, before they are written
+    matryoshka data verify embeddings/train   # what `matryoshka embed` wrote, by its hashes
 
 Exit status: 0 all samples are sound, 1 some are broken (they are listed), 2 the file is unreadable.
 """
@@ -31,12 +32,13 @@ from matryoshka.data.fields import TYPE_NAMES
 from matryoshka.data.fingerprint import hash_file
 from matryoshka.data.reader import manifest_path, printable
 from matryoshka.data.sources import decode_image
+from matryoshka.embeddings.reading import META, open_embeddings
 from matryoshka.environment import available_cores
 from matryoshka.files import as_text
 
 EXAMINED = 500  # images whose JPEG header `info` reads
 SHOWN = 20  # samples that a list on the terminal names
-DIFFERS = "differs"
+MATCHES, DIFFERS, NONE = "matches", "differs", "none"  # results of a comparison of checksums
 BATCH = 256  # images that `verify` decodes in one call
 SMALL = 16  # pixels per side of the decoded images, which `verify` discards
 LISTS = {  # lists of the side file
@@ -58,7 +60,7 @@ class FileOptions:
     """Options of both commands."""
 
     path: str = config.option(
-        help="a .beton file; verify also takes a folder of class folders",
+        help="a .beton file; verify also takes a folder of class folders, or of embeddings",
         metavar="FILE",
         positional=True,
         file_name=True,
@@ -92,6 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with BetonFile(args.path) as data:
             facts = describe(data)
         print(json.dumps(facts, indent=1) if args.json else info_text(facts))
+        return 0
+    if (Path(args.path) / META).is_file():
+        found = verify_embeddings(args.path)
+        print(json.dumps(found, indent=1) if args.json else embeddings_text(found))
         return 0
     found = verify_all(open_dataset(args.path), args.workers or available_cores())
     print(json.dumps(found, indent=1) if args.json else verify_text(found))
@@ -363,7 +369,7 @@ def verify_all(data: BetonFile | ImageFolder, workers: int) -> dict[str, Any]:
     broken: list[dict] = []
     noticed: list[dict] = []
     with tqdm(total=len(data), unit=" images", disable=None, file=sys.stderr, leave=False) as bar:
-        checksum = "none"
+        checksum = NONE
         if isinstance(data, BetonFile):
             decoded = verify_beton(data, workers, broken, bar.update)
             checksum = compare_hashes(data)
@@ -388,12 +394,12 @@ def compare_hashes(data: BetonFile) -> str:
     """`matches`, `differs`, or `none`: all bytes of a .beton, as its writer left them or not."""
     written = data.written_hashes()
     if written is None:
-        return "none"
+        return NONE
     try:
         found = hash_file(data.path, written["first_page"])
     except OSError as error:
         raise BetonError(f"{data.path}: cannot be read: {error.strerror}") from error
-    return "matches" if all(found[name] == written[name] for name in found) else DIFFERS
+    return MATCHES if all(found[name] == written[name] for name in found) else DIFFERS
 
 
 def verify_beton(
@@ -494,6 +500,25 @@ def verify_folder(
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     return total
+
+
+def verify_embeddings(path: str) -> dict[str, Any]:
+    """The facts that `verify --json` prints about a folder of embeddings. EmbeddingError."""
+    embeddings = open_embeddings(path)
+    return {
+        "path": path,
+        "rows": len(embeddings),
+        "columns": embeddings.X.shape[1],
+        "dtype": str(embeddings.X.dtype),
+        "checksum": MATCHES if embeddings.verify() else NONE,
+    }
+
+
+def embeddings_text(found: dict[str, Any]) -> str:
+    what = f"{found['path']}: {found['rows']:,} x {found['columns']:,} {found['dtype']}"
+    if found["checksum"] == MATCHES:
+        return f"sound: {what}, all hashes match"
+    return f"{what}, of an older version without hashes: only sizes and types were compared"
 
 
 def verify_text(found: dict[str, Any]) -> str:

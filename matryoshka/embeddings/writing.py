@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import secrets
 import shutil
@@ -28,11 +27,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from matryoshka import json_files
 from matryoshka.embeddings.reading import (
     ARRAYS,
+    HASHES,
     META,
     WORK,
     EmbeddingError,
+    hash_file,
     open_embeddings,
     read_meta,
 )
@@ -40,7 +42,7 @@ from matryoshka.files import read_regular, sync_folder, write_atomically
 
 PLAN = "plan.json"
 # Keys of meta.json that do not change the numbers: a resumed run may differ in them.
-_IGNORED_KEYS = ("model.file", "model.adapter.file", "data.path", "code")
+_IGNORED_KEYS = ("model.file", "model.adapter.file", "data.path", "code", HASHES, json_files.KEY)
 _NAMES_PER_WRITE = 1 << 16  # bounds the memory for names
 
 
@@ -142,7 +144,7 @@ class EmbeddingWriter:
                 out.flush()
                 os.fsync(out.fileno())
             token = secrets.token_hex(8)
-            write_atomically(self.work / PLAN, json.dumps({"token": token, "meta": meta}).encode())
+            write_atomically(self.work / PLAN, json_files.encode({"token": token, "meta": meta}))
         return Plan(token, rows, columns, dtype, missing_rows=[(0, rows)])
 
     def _write_names(self, rows: int, name: Callable[[int], str]) -> None:
@@ -165,13 +167,18 @@ class EmbeddingWriter:
         stored = self._read_plan()
         if stored is None:
             raise EmbeddingError(f"{self.work}: {PLAN} is missing; start again")
+        hashes = {}
+        for file in ARRAYS:
+            # The hidden folder lacks the files that were moved before a kill.
+            place = self.work if (self.work / file).exists() else self.folder
+            hashes[file] = hash_file(place / file)
         # First, because a reader must never see old and new files together.
         (self.folder / META).unlink(missing_ok=True)
         for file in ARRAYS:
-            if (self.work / file).exists():  # otherwise moved before a kill
+            if (self.work / file).exists():
                 os.replace(self.work / file, self.folder / file)
         # written in the hidden folder first: a kill must not leave a temporary file in `folder`
-        write_atomically(self.work / META, (json.dumps(stored["meta"], indent=1) + "\n").encode())
+        write_atomically(self.work / META, json_files.encode(stored["meta"] | {HASHES: hashes}))
         os.replace(self.work / META, self.folder / META)
         sync_folder(self.folder)
         shutil.rmtree(self.work, ignore_errors=True)
@@ -225,7 +232,7 @@ class EmbeddingWriter:
     def _read_plan(self) -> dict | None:
         """plan.json; None if it is missing or damaged."""
         try:
-            stored = json.loads(read_regular(self.work / PLAN))
+            stored, _ = json_files.decode(read_regular(self.work / PLAN))
         except (OSError, ValueError):
             return None
         if not isinstance(stored, dict) or "token" not in stored:
@@ -238,13 +245,13 @@ class EmbeddingWriter:
         files = list(self.work.glob("progress*.json"))
         for file in files:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                stored = json.loads(read_regular(file))
+                stored, _ = json_files.decode(read_regular(file))
                 # Another token: a process of an earlier attempt that still runs.
                 if stored["token"] == token:
                     ranges += [(int(start), int(stop)) for start, stop in stored["rows"]]
         done = merged(ranges)
         combined = self.work / "progress.json"
-        write_atomically(combined, json.dumps({"token": token, "rows": done}).encode())
+        write_atomically(combined, json_files.encode({"token": token, "rows": done}))
         for file in files:
             if file != combined:
                 file.unlink(missing_ok=True)
@@ -298,8 +305,8 @@ class RowWriter:
         with _name_file_in_errors(self._path):
             # First the rows, then the record: it must never list rows that a power cut can lose.
             os.fsync(self._file)
-            content = json.dumps({"token": self._token, "rows": done})
-            write_atomically(self._progress, content.encode())
+            content = {"token": self._token, "rows": done}
+            write_atomically(self._progress, json_files.encode(content))
 
     def close(self) -> None:
         os.close(self._file)

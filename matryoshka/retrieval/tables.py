@@ -79,7 +79,8 @@ class Table:
 def open_table(path: str, num_threads: int = 0) -> Table:
     """Open embeddings, an index, or an array.
 
-    RetrievalError or EmbeddingError, one line, for anything else.
+    Embeddings are read once, to compare them with their hashes. RetrievalError or EmbeddingError,
+    one line, for anything else.
     """
     location = Path(path)
     if (location / MANIFEST).is_file():
@@ -105,6 +106,7 @@ def open_table(path: str, num_threads: int = 0) -> Table:
     if not location.is_dir() or not (location / META).is_file():
         open_embeddings(location)  # raises an error that names the remedy
     embeddings = open_embeddings(location)
+    embeddings.verify()
     return Table(
         location,
         rows=embeddings.X,

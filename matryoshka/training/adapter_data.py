@@ -70,6 +70,7 @@ def _of_embed(folder: Path) -> Given:
             f"{folder}: has neither {META} of `matryoshka embed` nor {ROWS}; give a folder with one"
         )
     stored = open_embeddings(folder)
+    stored.verify()
     encoder = stored.meta["model"]
     if "adapter" in encoder:
         raise AdapterError(
