@@ -1,4 +1,4 @@
-"""Rows of bench/results/ are on the disk at once, and name the commit where there is no checkout."""
+"""Rows of bench/results/ are on the disk at once, and name the commit without a checkout, too."""
 
 import json
 import os
@@ -46,5 +46,5 @@ def test_the_commit_of_files_without_a_checkout(tmp_path, monkeypatch, with_git,
 def test_what_is_no_commit(tmp_path, monkeypatch, text):
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "matryoshka" / "environment.py"))
     monkeypatch.setenv("MATRYOSHKA_COMMIT", text)
-    with pytest.raises(environment.VariableError, match="MATRYOSHKA_COMMIT: .*a git commit"):
+    with pytest.raises(environment.VariableError, match=r"MATRYOSHKA_COMMIT: .*a git commit"):
         environment.git_state()

@@ -170,7 +170,7 @@ def test_no_search_sorts_all_columns(bench_rows, dtype, dim, k):
 
 
 def test_a_search_of_half_rows_multiplies_to_float32(bench_rows):
-    """Cosines that float16 cannot tell apart are told apart."""
+    """Its scores differ where those of float16 would be equal."""
     rows = bench_rows[0][:2000].half().numpy()
     found = DeviceSearcher(rows, "cpu").search(
         bench_rows[1][:8].numpy(), SearchParams("exact", 64, 100)
