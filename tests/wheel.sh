@@ -53,5 +53,10 @@ assert "site-packages" in images.__file__, "the wheel is not what is imported"
 assert any("matryoshka_vision.libs" in path for path in mapped), "not the wheel's libjpeg"
 assert not any(path.startswith(("/usr", "/lib")) for path in mapped), "the system's libjpeg"
 END
+# All but the tests that read or compile the sources.
+sources=(--ignore=tests/retrieval/test_cross.py
+  --deselect=tests/data/test_sources.py::test_the_program
+  --deselect=tests/data/test_sources.py::test_the_shell_script
+  --deselect=tests/retrieval/test_sweep_outlook.py::test_the_documented_numbers)
 OMP_NUM_THREADS=1 "$python" -m pytest -q -p no:cacheprovider -m "not slow" -n "${PYTEST_WORKERS:-2}" --dist worksteal \
-  "$@" tests/data tests/retrieval
+  "${sources[@]}" "$@" tests/data tests/retrieval
