@@ -68,10 +68,11 @@ prepare() {
   rm -r "$ship/wheels" "$ship/commit"
 }
 
-# Wheels for the target's Python: ready ones, or built here from pure Python
+# Wheels for the target's Python, of the versions in requirements.txt: ready ones, or built here from pure Python
 fetch() {
   local name version=${TARGET:-3.12} pip=(.venv/bin/python -m pip --disable-pip-version-check -q)
   for name in "$@"; do
+    name=$(grep "^$name==" requirements.txt || echo "$name")
     "${pip[@]}" download --no-deps --only-binary=:all: --python-version "$version" --implementation cp \
       --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
       -d "$ship/wheels" "$name" 2>/dev/null || "${pip[@]}" wheel --no-deps -w "$ship/wheels" "$name" || return 1
@@ -283,9 +284,9 @@ described() { # what the images of `sets` are
 }
 
 keep() { # RUN NAME: the small files of a run folder, in runs.tar
-  local kept=()
-  for name in params.json config.yaml env.json log results.json; do
-    [ ! -e "$1/$name" ] || kept+=("$name")
+  local kept=() file
+  for file in params.json config.yaml env.json log results.json; do
+    [ ! -e "$1/$file" ] || kept+=("$file")
   done
   tar rf "$out/runs.tar" -C "$1" --transform "s,^,$2/," "${kept[@]}"
 }
@@ -344,11 +345,14 @@ cifar_described() { [ -d "$data/cifar10-jpeg" ] && echo "CIFAR-10, JPEG copy" ||
 
 # A run that the limit stops resumes in the next call on the same machine.
 ssl() {
-  local set method
-  set=$(cifar_set) || return 1
+  local method both="--data.train_dataset=$data/cifar10-jpeg/train --data.val_dataset=$data/cifar10-jpeg/test"
+  if [ ! -d "$data/cifar10-jpeg" ]; then
+    digits || return 1
+    both="--data.train_dataset=$data/digits/train.beton --data.val_dataset=$data/digits/val.beton"
+  fi
   for method in ${METHODS:-sigreg}; do
     # shellcheck disable=SC2086  # a list of options
-    $matryoshka ssl --config-file "ssl_configs/${method}_resnet18_cifar10.yaml" --data "$set" --epochs "${SSL_EPOCHS:-12}" \
+    $matryoshka ssl --config-file "ssl_configs/${method}_resnet18_cifar10.yaml" $both --epochs "${SSL_EPOCHS:-12}" \
       --logging.folder="$runs/ssl" --logging.run_id="$method" --training.resume=auto ${SSL_TINY:-} || return 1
     keep "$runs/ssl/$method" "ssl-$method"
     "$py" bench/ssl_runs.py "$runs/ssl/$method" --recipe "${method}_resnet18_cifar10.yaml, ${SSL_EPOCHS:-12} epochs" \
