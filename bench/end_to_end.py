@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in step.py
 import torch
 from machine import Machine, current_machine, finish, ratios
 from material import Material
-from measure import Run, take_turns
+from measure import Block, Outcome, Run, take_turns
 from record import append, spread
 from training import MODES, MRL, Step, synthetic
 
@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--arch", help="default: rn18 (GPU: rn50)")
     p.add_argument("--res", type=int, help="default: 64 (GPU: 224)")
     p.add_argument("--batch", type=int, help="default: 32 (GPU: 256)")
+    p.add_argument("--blurpool", action="store_true", help="as in the recipes")
     p.add_argument("--mode", choices=MODES, default="eager", help="of torch.compile")
     p.add_argument(
         "--threads",
@@ -83,11 +84,9 @@ def main(argv: list[str] | None = None) -> int:
         data = args.data
         if data is None:
             data = written(Path(scratch), args.photos, args.images or EPOCH * args.batch)
-        rows, failed = measured(args, data, args.threads or [0 if gpu else 1], machine)
+        failed = measured(args, data, args.threads or [0 if gpu else 1], machine)
         for name, reason in failed.items():
             print(f"not measured: {name}: {reason}")
-        if rows and not args.no_record:
-            print(f"appended to {append('end_to_end', rows).name}")
     return 0
 
 
@@ -127,13 +126,13 @@ def forever(loader: Loader) -> Generator[Batch]:
 
 def measured(
     args: argparse.Namespace, data: Path, threads: list[int], machine: Machine
-) -> tuple[list[dict], dict]:
-    """(rows for bench/results/, which are also printed, failures)."""
+) -> dict[str, str]:
+    """Measure, print, and append to bench/results/, also after the first turn; the failures."""
     dataset = open_dataset(data)
     # The disk is not measured.
     dataset.preload()
     classes = max(args.classes, dataset.num_classes)
-    step = Step(MRL, args.arch, classes, machine)
+    step = Step(MRL, args.arch, classes, machine, blurpool=args.blurpool)
     step.compile(args.mode)
     waits: dict[str, list[float]] = {}
 
@@ -177,17 +176,38 @@ def measured(
     names = {f"loader, {n or 'all'} threads": n for n in threads}
     make: dict[str, Callable[[], Run]] = {SYNTHETIC: on_device}
     make |= {name: partial(fed, name, workers) for name, workers in names.items()}
-    outcome = take_turns(make, args.blocks)
-    case = f"{args.arch} {args.res} px x {args.batch}, {args.mode}"
+    pooling = ", BlurPool" if args.blurpool else ""
+    case = f"{args.arch} {args.res} px x {args.batch}, {args.mode}{pooling}"
+
+    def keep(outcome: Outcome) -> list[dict]:
+        rows = feed_rows(case, names, args, machine, blocks=outcome.blocks, waits=waits)
+        if rows and not args.no_record:
+            append("end_to_end", rows)
+        return rows
+
+    outcome = take_turns(make, args.blocks, first_turn=keep)
     print(
         f"{case:28} {'of synthetic':>12} {'low-high':>11} {'images/s':>9} {'synthetic':>9} "
         f"{'data wait':>9} {'CPU s/1000':>10} {'synthetic':>9}",
         flush=True,
     )
-    # ---- rows ----
+    for row in keep(outcome):
+        print_line(row["feed"], row)
+    return outcome.failed
+
+
+def feed_rows(
+    case: str,
+    names: dict[str, int],
+    args: argparse.Namespace,
+    machine: Machine,
+    *,
+    blocks: dict[str, list[Block]],
+    waits: dict[str, list[float]],
+) -> list[dict]:
+    """A row for each feed. names: of the feeds -> threads. waits: seconds of each block."""
     rows = []
-    blocks = outcome.blocks
-    for name in [name for name in names if name in blocks]:
+    for name in [name for name in names if blocks.get(name)]:
         row = {
             "bench": "end_to_end",
             "case": case,
@@ -196,6 +216,7 @@ def measured(
             "res": args.res,
             "batch": args.batch,
             "mode": args.mode,
+            "blurpool": args.blurpool,
             "precision": machine.precision,
             "loader": args.loader,
             "workers": names[name],
@@ -205,16 +226,15 @@ def measured(
         pairs = zip(blocks[name], waits[name][1:], strict=True)  # the first block is a warm-up
         row["data_wait"] = spread([wait / block.wall for block, wait in pairs])
         for feed, prefix in ((name, ""), (SYNTHETIC, "synthetic ")):
-            if feed in blocks:
+            if blocks.get(feed):
                 row[f"{prefix}images_per_s"] = spread([b.images / b.wall for b in blocks[feed]])
                 row[f"{prefix}cpu_s_per_1000"] = 1000 * median(
                     b.cpu / b.images for b in blocks[feed]
                 )
-        if SYNTHETIC in blocks:
+        if blocks.get(SYNTHETIC):
             row["of synthetic"] = spread(ratios(blocks[name], blocks[SYNTHETIC], "wall"))
         rows.append(row)
-        print_line(name, row)
-    return rows, outcome.failed
+    return rows
 
 
 def print_line(name: str, row: dict) -> None:

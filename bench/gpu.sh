@@ -1,62 +1,150 @@
 #!/usr/bin/env bash
-# Measurements and tests for a machine with an NVIDIA GPU, in steps. A failed step does not stop the others.
+# Measurements and tests for a machine with an NVIDIA GPU and no network, in two parts of a few minutes each.
 #
-#   bash bench/gpu.sh [STEP ...]        default: info build tests heads eager data retrieval compiled train small unlabelled profile suite
+#   bash bench/gpu.sh prepare     on a machine with a network: makes $SHIP/A and $SHIP/B, what the parts need there
+#   bash bench/gpu.sh A           540 s: info setup tests train eager blurpool compiled graphs data profile retrieval
+#   bash bench/gpu.sh B           230 s: info setup mrl ff512 ff16 mrl_e cifar ssl
+#   bash bench/gpu.sh STEP ...    some steps; also heads (head and loss alone) and suite (all tests)
 #
-# PYTHON   a python3 with torch and torchvision; the build goes to build/gpu/venv, which uses its packages
-# WHEELS   for machines without a network: a folder with the *.whl that pyproject.toml requires and python lacks and,
-#          if jpeglib.h is missing, the *.deb of it. Make it on a machine with a network; for Python 3.12 and Debian:
-#            pip wheel --no-deps -w wheels scikit-build-core nanobind pathspec fastargs terminaltables
-#            (cd wheels && apt-get download libjpeg62-turbo-dev libjpeg62-turbo)
-# DATA     a folder with train* and val*: .beton, .ffcv or image folders. Default: digits, and crops of two photos
-# CIFAR    for the steps small and unlabelled: a folder with train/ and test/ of CIFAR-10. Default: digits
-# OUT      build/gpu/results: summary.txt, log.txt, profile.txt, train.log, step.jsonl, end_to_end.jsonl,
-#          retrieval_device.jsonl
-# LIMIT    1700: seconds for all steps; steps that would begin later are skipped. If a call may take 10 minutes:
-#            LIMIT=580 bash bench/gpu.sh info build heads eager      and then, on the same machine,
-#            LIMIT=580 bash bench/gpu.sh tests data compiled         and    train profile suite
+# A failed step does not stop the others. Every measurement is a line of $OUT as soon as it is made, and names its
+# commit: what was measured remains when this script or the machine is stopped. On a machine without a GPU the steps
+# are skipped. To keep rows, append $OUT/*.jsonl to those in bench/results/ and run `make docs`.
+#
+# PYTHON   a python3, on the machine with the GPU with torch and torchvision; the environment that is made, in
+#          $WORK/venv, uses its packages. prepare takes it to build the wheel: from 3.12 on, it fits all later versions
+# SHIP     the folder of prepare (build/gpu/ship), or one of its parts: wheels/, data/ and the file `commit`
+# DATA_A, DATA_B   of prepare: archives for each part, several with spaces between. A: Tiny-ImageNet, a folder with
+#          train/ and val/, and photos in class folders. B: Tiny-ImageNet and CIFAR-10, with train/ and test/
+# TARGET   3.12: of prepare, the Python of the machine with the GPU
+# COMMIT   of the rows; default: $SHIP/commit, or git's
+# WORK     build/gpu: environment and data. FAST: /dev/shm: run folders
+# OUT      $WORK/results: summary.txt, log.txt, runs.tar, and the rows
+# LIMIT    540 for A, 230 for B, else 1700: seconds for all steps; what would not end before is not begun
+# EPOCHS   40: of the runs on Tiny-ImageNet in part B. SSL_EPOCHS: 12. METHODS: sigreg
 # SMOKE=1  tiny arguments, with or without a GPU, to test this script
 #
 # Exit status: 1 if a step failed. Skipped steps are listed and do not count as failures.
 set -uo pipefail
-for path in WHEELS DATA OUT; do # relative to the caller's folder
+for path in SHIP WORK OUT; do # relative to the caller's folder
   [ -z "${!path:-}" ] || export "$path=$(realpath -m "${!path}")"
 done
 case ${PYTHON:-} in */*) PYTHON=$(realpath -ms "$PYTHON") ;; esac
+caller=$PWD
 cd "$(dirname "$0")/.." || exit 2
+root=$PWD
 
 python=$(command -v "${PYTHON:-python3}") || { echo "no ${PYTHON:-python3}"; exit 2; }
 smoke=${SMOKE:-}
-work=$PWD/build/gpu
+work=${WORK:-$root/build/gpu}
 out=${OUT:-$work/results}
-wheels=${WHEELS:-}
-deadline=$((SECONDS + ${LIMIT:-1700}))
-steps=${*:-info build tests heads eager data retrieval compiled train small unlabelled profile suite}
 failed=0
+TRAVELS=$((64 * 1024 * 1024)) # bytes that a part and the project may have together
+
+# ---- what a machine without a network needs ----
+
+prepare() {
+  local ship=${SHIP:-$work/ship} part archive data project
+  rm -rf "$ship" && mkdir -p "$ship/wheels" || return 1
+  if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
+    make --no-print-directory wheel PYTHON="$python" || return 1
+    cp "$(ls -t dist/*.whl | head -n 1)" "$ship/wheels"
+  else # the stable ABI begins with 3.12: built there, from the sources
+    echo "note: $("$python" --version) makes no wheel for others: the sources are built on the machine with the GPU"
+    fetch scikit-build-core nanobind pathspec packaging || return 1
+    (cd "$ship/wheels" && apt-get download libjpeg62-turbo-dev libjpeg62-turbo) || return 1
+  fi
+  fetch fastargs terminaltables pyyaml xxhash || return 1
+  state >"$ship/commit"
+  project=$(git ls-files -z | xargs -0 du --apparent-size -cb | tail -n 1 | cut -f 1)
+  for part in A B; do
+    mkdir -p "$ship/$part/data"
+    cp -r "$ship/wheels" "$ship/commit" "$ship/$part"
+    data=DATA_$part
+    for archive in ${!data:-}; do
+      cp "$(cd "$caller" && realpath "$archive")" "$ship/$part/data" || return 1
+    done
+    size "$ship/$part" "$project" || return 1
+  done
+  rm -r "$ship/wheels" "$ship/commit"
+}
+
+# Wheels for the target's Python, of the versions in requirements.txt: ready ones, or built here from pure Python
+fetch() {
+  local name version=${TARGET:-3.12} pip=(.venv/bin/python -m pip --disable-pip-version-check -q)
+  for name in "$@"; do
+    name=$(grep "^$name==" requirements.txt || echo "$name")
+    "${pip[@]}" download --no-deps --only-binary=:all: --python-version "$version" --implementation cp \
+      --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+      -d "$ship/wheels" "$name" 2>/dev/null || "${pip[@]}" wheel --no-deps -w "$ship/wheels" "$name" || return 1
+  done
+}
+
+state() { # the commit, with -dirty behind it for changed files
+  echo "$(git rev-parse HEAD)$([ -z "$(git status --porcelain)" ] || echo -dirty)"
+}
+
+size() { # PART PROJECT: prints the size of a part; fails above the limit
+  local bytes all
+  bytes=$(du --apparent-size -sb "$1" | cut -f 1)
+  all=$((bytes + $2))
+  printf '%s: %.1f MiB, with the project %.1f of %d MiB\n' "$1" "$(mib "$bytes")" "$(mib "$all")" $((TRAVELS / 1048576))
+  [ "$all" -le "$TRAVELS" ] || { echo "$1: larger than what may travel; leave out an archive"; return 1; }
+}
+
+mib() { awk "BEGIN { print $1 / 1048576 }"; }
+
+if [ "${1:-}" = prepare ]; then
+  prepare
+  exit
+fi
+
+# ---- the two parts ----
+
+part_a="info setup tests train eager blurpool compiled graphs data profile retrieval"
+part_b="info setup mrl ff512 ff16 mrl_e cifar ssl"
+case ${1:-A} in
+A) steps=$part_a limit=${LIMIT:-540} ship=${SHIP:-$work/ship}/A ;;
+B) steps=$part_b limit=${LIMIT:-230} ship=${SHIP:-$work/ship}/B ;;
+*) steps=$* limit=${LIMIT:-1700} ship=${SHIP:-$work/ship} ;;
+esac
+[ -d "${SHIP:-}/wheels" ] && ship=$SHIP # SHIP may be one of the parts itself
+deadline=$((SECONDS + limit))
+data=$work/data
+fast=${FAST:-/dev/shm}
+[ -w "$fast" ] || fast=$work
+runs=$fast/matryoshka-gpu-$(id -u)
+py=$work/venv/bin/python
+matryoshka="$py -P -m matryoshka" # -P: what is installed, not the sources in this folder
 export PYTHONUNBUFFERED=1
-mkdir -p "$work" "$out" || exit 2
-: >"$out/log.txt"
-: >"$out/summary.txt"
+export BENCH_RESULTS=$out
+MATRYOSHKA_COMMIT=${COMMIT:-$(cat "$ship/commit" 2>/dev/null || state 2>/dev/null)}
+export MATRYOSHKA_COMMIT
+mkdir -p "$work" "$out" "$runs" || exit 2
+: >>"$out/log.txt"
+: >>"$out/summary.txt"
 
 note() { # STEP RESULT
   printf '%-10s %s\n' "$1" "$2" | tee -a "$out/summary.txt"
 }
 
-# run STEP SECONDS COMMAND...: within its own and the total time limit; the output also goes to log.txt
+# run STEP NEEDS SECONDS COMMAND...: within its own and the total limit, if the seconds that it needs are left. The
+# output also goes to log.txt.
 run() {
-  local step=$1 limit=$2 left=$((deadline - SECONDS)) start=$SECONDS status
-  shift 2
-  if [ "$left" -lt 10 ]; then
-    note "$step" "skipped: no time left"
+  local step=$1 needs=$2 most=$3 left=$((deadline - SECONDS)) start=$SECONDS status
+  shift 3
+  [ -z "$smoke" ] || most=$((10 * most)) # a slow machine is no failure of the script
+  if [ "$left" -lt "$needs" ]; then
+    note "$step" "skipped: $left s are left"
     return 1
   fi
   echo "== $step: $*" | tee -a "$out/log.txt"
-  timeout --kill-after=10 $((limit < left ? limit : left)) "$@" 2>&1 | tee -a "$out/log.txt"
+  timeout --kill-after=5 $((most < left ? most : left)) "$@" 2>&1 | tee -a "$out/log.txt"
   status=${PIPESTATUS[0]}
+  took=$((SECONDS - start))
   case $status in
-  0) note "$step" "ok, $((SECONDS - start)) s" && return 0 ;;
-  124 | 137) note "$step" "FAILED: stopped after $((SECONDS - start)) s" ;;
-  *) note "$step" "FAILED: status $status after $((SECONDS - start)) s" ;;
+  0) note "$step" "ok, $took s" && return 0 ;;
+  124 | 137) note "$step" "FAILED: stopped after $took s" ;;
+  *) note "$step" "FAILED: status $status after $took s" ;;
   esac
   failed=1
   return 1
@@ -64,217 +152,291 @@ run() {
 
 info() {
   nvidia-smi 2>/dev/null || echo "no nvidia-smi"
-  echo "commit $(git rev-parse HEAD 2>/dev/null || echo "${COMMIT:-unknown}"), $(nproc --all) cores, $("$python" --version)"
-  "$python" - <<'EOF'
+  echo "commit ${MATRYOSHKA_COMMIT:-unknown}, $(nproc --all) cores, $("$python" --version)"
+  "$python" - <<'END'
 import torch, torchvision
 print("torch", torch.__version__, "torchvision", torchvision.__version__, "CUDA", torch.version.cuda)
 for i in range(torch.cuda.device_count()):
     print(torch.cuda.get_device_properties(i))
-EOF
+END
 }
 
+# ---- environment and data ----
+
 # An environment that uses the packages of $python and has its own for everything installed here.
-build() {
-  local site missing
+setup() {
+  local site missing archive name
   [ -x "$py" ] || "$python" -m venv --without-pip "$work/venv" || return 1
   site=$("$py" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-  "$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' >"$site/outer.pth"
-  missing=$("$py" - <<'EOF'
-import sys, tomllib
+  "$python" - >"$site/outer.pth" <<'END'
+import sys
+for path in sys.path:
+    if path.endswith("-packages"):
+        print(f"import site; site.addsitedir({path!r})")
+END
+  if ls "$ship"/wheels/matryoshka_vision-*.whl >/dev/null 2>&1; then
+    missing=$(lacking "$ship"/wheels/*.whl) || return 1
+    # shellcheck disable=SC2086  # a list of files
+    install $missing || return 1
+  elif ! "$py" -P -c 'from matryoshka.data import _native' 2>/dev/null; then
+    from_sources || return 1
+  fi
+  "$py" -P -c 'from matryoshka.data import _native; print("native core:", _native.__file__)' || return 1
+  mkdir -p "$data"
+  for archive in "$ship"/data/*.tar*; do
+    name=$data/.$(basename "$archive")
+    [ -e "$archive" ] && [ ! -e "$name" ] || continue
+    # Several at a time; a mark for each that is whole.
+    (tar xf "$archive" -C "$data" --no-same-owner && touch "$name") &
+  done
+  wait
+  for archive in "$ship"/data/*.tar*; do
+    [ ! -e "$archive" ] || [ -e "$data/.$(basename "$archive")" ] || { echo "$archive: not unpacked"; return 1; }
+  done
+}
+
+# lacking WHEEL...: those of matryoshka, and of packages that are not there
+lacking() {
+  "$py" - "$@" <<'END'
+import sys
 from importlib import metadata
-try:
-    from packaging.requirements import Requirement
-except ImportError:  # pip's own
-    from pip._vendor.packaging.requirements import Requirement
-about = tomllib.load(open("pyproject.toml", "rb"))
-wanted = about["build-system"]["requires"] + about["project"]["dependencies"] + ["pytest", "hypothesis", "pathspec"]
-for requirement in map(Requirement, wanted):
+from pathlib import Path
+for wheel in sys.argv[1:]:
+    name = Path(wheel).name.split("-")[0]
     try:
-        if requirement.specifier.contains(metadata.version(requirement.name), prereleases=True):
-            continue
+        metadata.version(name)
     except metadata.PackageNotFoundError:
-        pass
-    print(requirement.name)
-EOF
-  ) || return 1
-  echo "missing: ${missing:-nothing}"
-  # shellcheck disable=SC2086  # a list of names
-  [ -z "$missing" ] || install $missing || return 1
-  if ! header && ! sh system-deps.sh native; then return 1; fi
-  install --no-build-isolation --config-settings=build-dir=build/gpu/{wheel_tag} -e . || return 1
-  "$py" -c 'from matryoshka.data import _native; print("native core:", _native.__file__)'
+        print(wheel)
+    else:
+        if name == "matryoshka_vision":
+            print(wheel)
+END
 }
 
 install() {
-  "$python" -m pip --python "$py" install --no-deps --disable-pip-version-check ${wheels:+--no-index --find-links "$wheels"} "$@"
+  "$python" -m pip --python "$py" install --no-deps --no-index --force-reinstall --disable-pip-version-check \
+    --find-links "$ship/wheels" "$@"
+}
+
+# The native core, for a Python without a wheel: scikit-build-core, nanobind and libjpeg are among the wheels.
+from_sources() {
+  local missing
+  missing=$(lacking "$ship"/wheels/*.whl) || return 1
+  # shellcheck disable=SC2086  # a list of files
+  [ -z "$missing" ] || install $missing || return 1
+  unpack_jpeg
+  if ! header && ! sh system-deps.sh native; then return 1; fi
+  "$python" -m pip --python "$py" install --no-deps --no-build-isolation --no-index --disable-pip-version-check \
+    --config-settings=build-dir=build/gpu/{wheel_tag} .
 }
 
 header() {
   printf '#include <cstdio>\n#include <jpeglib.h>\n' | ${CXX:-c++} -x c++ -fsyntax-only - 2>/dev/null
 }
 
-# jpeglib.h and its library from Debian packages, for this script only
+# jpeglib.h and its library from Debian packages, linked by their path: this script only
 unpack_jpeg() {
   local deb lib
   header && return
-  for deb in ${wheels:+"$wheels"/*jpeg*.deb}; do
+  for deb in "$ship"/wheels/*jpeg*.deb; do
     [ -e "$deb" ] && dpkg-deb -x "$deb" "$work/jpeg"
   done
   [ -d "$work/jpeg/usr" ] || return
   lib=$(dirname "$(find "$work/jpeg/usr/lib" -name 'libjpeg.so*' | head -n 1)")
-  export CMAKE_PREFIX_PATH=$work/jpeg/usr LD_LIBRARY_PATH=$lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
   CPATH=$(dirname "$(find "$work/jpeg/usr/include" -name jconfig.h | head -n 1)"):$work/jpeg/usr/include
-  LIBRARY_PATH=$lib
-  export CPATH LIBRARY_PATH
+  export CMAKE_PREFIX_PATH=$work/jpeg/usr CPATH LIBRARY_PATH=$lib LDFLAGS="-Wl,-rpath,$lib"
 }
 
-# one NAME: the first file or folder of DATA with this name; nothing without DATA
-one() {
-  local found
-  for found in ${DATA:+"$DATA"/"$1"*.beton "$DATA"/"$1"*.ffcv "$DATA"/"$1"}; do
-    [ -e "$found" ] && echo "$found" && return
-  done
-}
-
-# Training options; TRAIN_ARGS replaces all of them
-train() {
-  local train val options
-  train=$(one train) val=$(one val)
-  if [ -z "$train" ] || [ -z "$val" ]; then
-    rm -rf "$work/demo"
-    "$work/venv/bin/matryoshka" demo "$work/demo"
-    return
-  fi
-  options=${TRAIN_ARGS:---config-file rn18_configs/rn18_16_epochs.yaml --training.epochs=2 --training.batch_size=256}
-  # shellcheck disable=SC2086  # a list of options
-  "$work/venv/bin/matryoshka" train $options --model.mrl=1 --data.train_dataset="$train" --data.val_dataset="$val" \
-    --logging.folder="$work/trainlogs" || return 1
-  cp "$(ls -td "$work"/trainlogs/*/log | head -n 1)" "$out/train.log"
-}
-
-# Small nets on CIFAR-10, plain and nested, with their results in $out/small/
-small() {
-  local data name
-  data=$(small_data) || return 1
-  local sgd="--opt sgd --training.momentum=0.9 --training.nesterov=1 --weight_decay 0.0005 --noaug --lr 0.2 --bs 512
-    --lr.lr_schedule_type=cyclic --lr.lr_peak_epoch=5 --training.label_smoothing=0.1 --data.random_erasing=0.5"
-  local adamw="--opt adamw --weight_decay 0.06 --lr 0.001 --bs 512 --lr.warmup_epochs=3 --data.cutmix=1"
-  # shellcheck disable=SC2086  # lists of options
-  one_net fast_cnn --config-file vit_configs/fast_cnn.yaml ${EPOCHS:+--training.epochs="$EPOCHS"} && one_net res18 --net res18 $sgd --n_epochs "${EPOCHS:-30}" &&
-    one_net res18_mrl --net res18 --mrl_flag $sgd --n_epochs "${EPOCHS:-30}" &&
-    one_net cct_mrl --net cct --mrl_flag $adamw --n_epochs "${EPOCHS:-20}"
-}
-
-# The folder of small images; digits are written where there is no other.
-small_data() {
+# digits, where an archive did not come: NAME with train.beton and val.beton
+digits() {
   local part
-  [ -z "${CIFAR:-}" ] || { echo "$CIFAR" && return; }
   for part in train val; do
-    "$work/venv/bin/matryoshka" write --cfg.dataset=digits --cfg.split=$part --cfg.write_path="$work/digits/$part.beton" \
-      >&2 || return 1
-  done
-  echo "$work/digits"
-}
-
-# Self-supervised methods on CIFAR-10; METHODS and SSL_EPOCHS choose. A run that the time limit stops resumes in the
-# next call on the same machine. Results in $out/unlabelled/
-unlabelled() {
-  local data method run tiny
-  data=$(small_data) || return 1
-  for method in ${METHODS:-sigreg relic moco}; do
-    run=$work/unlabelled/$method
-    tiny=${EPOCHS:+--views.size=16 --training.batch_size=64}
-    [ "$method" != moco ] || tiny+=${EPOCHS:+ --ssl.queue=256}
-    # shellcheck disable=SC2086  # a list of options
-    "$work/venv/bin/matryoshka" ssl --config-file "ssl_configs/${method}_resnet18_cifar10.yaml" --data "$data" $tiny \
-      --epochs "${EPOCHS:-${SSL_EPOCHS:-12}}" --logging.folder="$work/unlabelled" --logging.run_id="$method" \
-      --training.resume=auto || return 1
-    mkdir -p "$out/unlabelled/$method"
-    cp "$run/results.json" "$run/log" "$run/env.json" "$out/unlabelled/$method/"
+    [ -e "$data/digits/$part.beton" ] || $matryoshka write --cfg.dataset=digits --cfg.split=$part \
+      --cfg.write_path="$data/digits/$part.beton" ${smoke:+--cfg.subset=200} >&2 || return 1
   done
 }
 
-one_net() {
-  local name=$1 run
+# sets: data.train_dataset and data.val_dataset of Tiny-ImageNet, or of digits
+sets() {
+  local set=$data/tiny-imagenet-100
+  if [ -d "$set" ]; then
+    echo "--data.train_dataset=$set/train --data.val_dataset=$set/val"
+  else
+    digits && echo "--data.train_dataset=$data/digits/train.beton --data.val_dataset=$data/digits/val.beton"
+  fi
+}
+
+cifar_set() {
+  if [ -d "$data/cifar10-jpeg" ]; then
+    echo "$data/cifar10-jpeg"
+  else
+    digits && echo "$data/digits/train.beton,$data/digits/val.beton"
+  fi
+}
+
+described() { # what the images of `sets` are
+  local set=$data/tiny-imagenet-100
+  if [ -d "$set" ]; then
+    echo "Tiny-ImageNet, $(ls "$set/train" | wc -l) classes"
+  else
+    echo digits
+  fi
+}
+
+keep() { # RUN NAME: the small files of a run folder, in runs.tar
+  local kept=() file
+  for file in params.json config.yaml env.json log results.json; do
+    [ ! -e "$1/$file" ] || kept+=("$file")
+  done
+  tar rf "$out/runs.tar" -C "$1" --transform "s,^,$2/," "${kept[@]}"
+}
+
+# ---- training ----
+
+# A ResNet-18 at 64 px: stopped after its first epochs with SIGTERM, then resumed to three
+train() {
+  local options log=$runs/train/run/log process
+  rm -rf "$runs/train"
+  options="$(sets) --config-file=rn18_configs/rn18_16_epochs.yaml --model.mrl=1 --training.compile=0
+    --training.epochs=3 --resolution.min_res=64 --resolution.max_res=64 --validation.resolution=64
+    --training.batch_size=${TRAIN_BATCH:-256} --logging.folder=$runs/train --logging.run_id=run ${TRAIN_TINY:-}" || return 1
+  # shellcheck disable=SC2086  # a list of options
+  $matryoshka train $options &
+  process=$!
+  until [ "$(cat "$log" 2>/dev/null | wc -l)" -ge 2 ] || ! kill -0 $process 2>/dev/null; do sleep 0.1; done
+  kill -TERM $process 2>/dev/null
+  wait $process
+  echo "stopped with status $? after $(wc -l <"$log") epochs"
+  # shellcheck disable=SC2086
+  $matryoshka train $options --training.resume=auto || return 1
+  [ "$(wc -l <"$log")" -eq 3 ] || { echo "$log: not 3 epochs"; return 1; }
+  keep "$runs/train/run" train
+  "$py" bench/accuracy.py "$runs/train/run" --data "$(described)" --record
+}
+
+# nested NAME OPTION...: a ResNet-18 on Tiny-ImageNet, decoded once and kept on the device
+nested() {
+  local name=$1 options
   shift
-  rm -rf "$work/small/$name"
-  "$work/venv/bin/matryoshka" cifar --data "$data" --nowandb "$@" --logging.folder="$work/small/$name" \
-    --cifar.seed_outputs=0 || return 1
-  run=$(ls -td "$work/small/$name"/* | head -n 1)
-  mkdir -p "$out/small/$name"
-  cp "$run/results.json" "$run/log" "$run/env.json" "$out/small/$name/"
+  rm -rf "${runs:?}/$name"
+  options="$(sets) --config-file=rn18_configs/rn18_16_epochs.yaml --training.compile=0 --data.resident=1
+    --training.epochs=${EPOCHS:-40} --training.batch_size=512 --training.weight_decay=0.0005
+    --training.label_smoothing=0.1 --resolution.min_res=64 --resolution.max_res=128 --validation.resolution=128
+    --resolution.start_ramp=$((${EPOCHS:-40} / 2)) --resolution.end_ramp=$((${EPOCHS:-40} * 3 / 4))
+    --logging.folder=$runs/$name --logging.run_id=run ${NESTED_TINY:-}" || return 1
+  # shellcheck disable=SC2086  # a list of options
+  $matryoshka train $options "$@" || return 1
+  keep "$runs/$name/run" "$name"
+  "$py" bench/accuracy.py "$runs/$name/run" --data "$(described)" --record
 }
 
-# fresh NAME: the rows that this run added to bench/results/
-fresh() {
-  local file=bench/results/$1.jsonl
-  [ -e "$file" ] && tail -n +"$(($2 + 1))" "$file" >"$out/$1.jsonl"
+cifar() {
+  local set
+  set=$(cifar_set) || return 1
+  rm -rf "$runs/cifar"
+  # shellcheck disable=SC2086  # a list of options
+  $matryoshka cifar --config-file vit_configs/fast_cnn.yaml --data "$set" --nowandb --logging.folder="$runs/cifar" \
+    --logging.run_id=run --cifar.seed_outputs=0 ${CIFAR_TINY:-} || return 1
+  keep "$runs/cifar/run" cifar
+  "$py" bench/small_images.py "$runs/cifar/run" --recipe fast_cnn.yaml --data "$(cifar_described)" --record
 }
 
-lines() { [ -e "bench/results/$1.jsonl" ] && wc -l <"bench/results/$1.jsonl" || echo 0; }
+cifar_described() { [ -d "$data/cifar10-jpeg" ] && echo "CIFAR-10, JPEG copy" || echo digits; }
 
-profile() {
-  set -o pipefail
-  "$py" bench/step.py --profile "$@" | tee "$out/profile.txt"
+# A run that the limit stops resumes in the next call on the same machine.
+ssl() {
+  local method both="--data.train_dataset=$data/cifar10-jpeg/train --data.val_dataset=$data/cifar10-jpeg/test"
+  if [ ! -d "$data/cifar10-jpeg" ]; then
+    digits || return 1
+    both="--data.train_dataset=$data/digits/train.beton --data.val_dataset=$data/digits/val.beton"
+  fi
+  for method in ${METHODS:-sigreg}; do
+    # shellcheck disable=SC2086  # a list of options
+    $matryoshka ssl --config-file "ssl_configs/${method}_resnet18_cifar10.yaml" $both --epochs "${SSL_EPOCHS:-12}" \
+      --logging.folder="$runs/ssl" --logging.run_id="$method" --training.resume=auto ${SSL_TINY:-} || return 1
+    keep "$runs/ssl/$method" "ssl-$method"
+    "$py" bench/ssl_runs.py "$runs/ssl/$method" --recipe "${method}_resnet18_cifar10.yaml, ${SSL_EPOCHS:-12} epochs" \
+      --data "$(cifar_described)" --record || return 1
+  done
 }
 
-py=$work/venv/bin/python
-unpack_jpeg
-step_rows=$(lines step) data_rows=$(lines end_to_end) search_rows=$(lines retrieval_device)
-export -f info build install header one train small small_data one_net unlabelled profile
-export python py wheels work out
+export -f info setup lacking install from_sources header unpack_jpeg digits sets cifar_set described keep train nested
+export -f cifar cifar_described ssl
+export python py matryoshka ship work out data runs smoke
 gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))' 2>/dev/null || echo 0)
+
+# ---- arguments of the measurements ----
+
+photos=()
+[ ! -d "$data/imagenet-samples" ] || photos=(--photos "$data/imagenet-samples")
 if [ "$smoke" ]; then
-  tiny=(--no-record --blocks 1 --seconds 0 --classes 10 --batch 4 --res 32)
-  heads=(--arch --widths 16 "${tiny[@]}") eager=(--widths --arch resnet10 --modes eager "${tiny[@]}")
-  compiled=(--widths --arch resnet10 --modes compiled --kinds FF MRL "${tiny[@]}")
-  data=(--no-record --arch resnet10 --images 32 --batch 4 --res 32 --steps 2 --blocks 1 --classes 10)
-  search=(--no-record --device cpu --rows 3000 --queries 50 --turns 1)
-  profiled=(--arch resnet10 --modes eager --batch 4 --res 32 --classes 10)
-  export EPOCHS=1
+  tiny=(--blocks 2 --seconds 0 --classes 10 --cases resnet10:32:4 --widths)
+  heads=(--arch --widths 16 --head-batch 3 --blocks 1 --seconds 0 --classes 10)
+  eager=("${tiny[@]}" --modes eager) blurpool=("${tiny[@]}" --modes eager --blurpool 1 --kinds FF MRL)
+  compiled=("${tiny[@]}" --modes eager --kinds FF MRL) graphs=("${tiny[@]}" --modes eager --kinds MRL)
+  fed=(--arch resnet10 --images 32 --batch 4 --res 32 --steps 2 --blocks 2 --classes 10)
+  search=(--device cpu --rows 3000 --queries 50 --turns 1)
+  profiled=(--cases resnet10:32:4 --modes eager --classes 10)
+  export EPOCHS=1 SSL_EPOCHS=1 TRAIN_BATCH=32 TRAIN_TINY="--model.arch=resnet10 --data.num_workers=1
+    --resolution.min_res=32 --resolution.max_res=32 --validation.resolution=32"
+  export NESTED_TINY="--model.arch=resnet10 --resolution.min_res=32 --resolution.max_res=32 --validation.resolution=32
+    --training.batch_size=100"
+  export CIFAR_TINY="--training.epochs=1" SSL_TINY="--views.size=16 --training.batch_size=64 --model.arch=resnet10
+    --ssl.hidden=64 --model.arch_options="
 else
+  turns=(--blocks 3 --seconds 0.3 --widths)
   heads=(--arch)
-  eager=(--widths --modes eager --kinds FF MRL MRL-E "official MRL" --seconds 0.3 --limit 280)
-  compiled=(--widths --modes compiled --res 224 --batch 256 --kinds FF MRL MRL-E "official MRL" --limit 200)
-  file=$(one train)
-  data=(--threads 4 8 0 ${file:+--data "$file"})
-  search=()
-  profiled=(--arch rn50 --res 224 --batch 256 --modes eager)
+  eager=("${turns[@]}" --modes eager --cases rn50:224:256 rn18:64:1024 rn50:160:512 --limit 60
+    --kinds FF MRL MRL-E "official MRL")
+  blurpool=("${turns[@]}" --modes eager --blurpool 1 --cases rn50:224:256 rn18:64:1024 --kinds FF MRL --limit 30)
+  compiled=("${turns[@]}" --modes compiled --cases rn50:224:256 --blurpool 0 1 --kinds FF MRL --limit 75)
+  graphs=("${turns[@]}" --modes graphs eager compiled --cases rn18:64:512 --kinds MRL --limit 45)
+  fed=(--threads 8 0 --blocks 3 "${photos[@]}")
+  search=(--queries 20000)
+  profiled=(--cases rn50:224:256 --modes eager)
 fi
 
-built=1
+ready=
+[ ! -x "$py" ] || ready=1
+took=10
+longest=5
 for step in $steps; do
   if [ "$gpu" = 0 ] && [ -z "$smoke" ] && [ "$step" != info ]; then
     note "$step" "skipped: torch sees no GPU"
     continue
   fi
   case $step in
-  info | build) ;;
-  *) if [ -z "$built" ] || [ ! -x "$py" ]; then
-    note "$step" "skipped: the native core is not built"
+  info | setup) ;;
+  *) if [ -z "$ready" ]; then
+    note "$step" "skipped: setup has not succeeded"
     continue
   fi ;;
   esac
   case $step in
-  info) run info 60 bash -c info ;;
-  build) run build 300 bash -c build || built= ;;
-  tests) run tests 150 "$py" -m pytest -q -p no:cacheprovider -k "gpu or cuda" tests ;;
-  heads) run heads 120 "$py" bench/step.py "${heads[@]}" ;;
-  eager) run eager 340 "$py" bench/step.py "${eager[@]}" ;;
-  compiled) run compiled 300 "$py" bench/step.py "${compiled[@]}" ;;
-  data) run data 180 "$py" bench/end_to_end.py "${data[@]}" ;;
-  retrieval) run retrieval 180 "$py" bench/retrieval_device.py "${search[@]}" ;;
-  train) run train 300 bash -c train ;;
-  small) run small 240 bash -c small ;;
-  unlabelled) run unlabelled 240 bash -c unlabelled ;;
-  profile) run profile 90 bash -c 'profile "$@"' profile "${profiled[@]}" ;;
-  suite) run suite 400 "$py" -m pytest -q -p no:cacheprovider ${smoke:+-k nested} tests ;;
+  info) run info 5 30 bash -c info ;;
+  setup) if run setup 10 150 bash -c setup; then ready=1; else ready=; fi ;;
+  tests) run tests 20 60 "$py" -P -m pytest -q -p no:cacheprovider -k "gpu or cuda" \
+    $(ls tests/test_gpu.py 2>/dev/null) tests/data/test_loader.py tests/data/test_slots.py tests/retrieval/test_device_search.py ;;
+  train) run train 20 75 bash -c train ;;
+  heads) run heads 20 120 "$py" bench/step.py "${heads[@]}" ;;
+  eager) run eager 20 100 "$py" bench/step.py "${eager[@]}" ;;
+  blurpool) run blurpool 20 60 "$py" bench/step.py "${blurpool[@]}" ;;
+  compiled) run compiled 60 170 "$py" bench/step.py "${compiled[@]}" ;;
+  graphs) run graphs 40 90 "$py" bench/step.py "${graphs[@]}" ;;
+  data) run data 30 75 "$py" bench/end_to_end.py "${fed[@]}" ;;
+  profile) run profile 15 30 "$py" bench/step.py --profile "${profiled[@]}" ;;
+  retrieval) run retrieval 30 100 "$py" bench/retrieval_device.py "${search[@]}" ;;
+  # A run that is stopped says nothing: the next one needs as long as the longest so far.
+  mrl) run mrl 10 120 bash -c 'nested mrl --model.mrl=1' && longest=$((took + 2)) ;;
+  ff512) run ff512 "$longest" 120 bash -c 'nested ff512 --model.fixed_feature=512' ;;
+  ff16) run ff16 "$longest" 120 bash -c 'nested ff16 --model.fixed_feature=16' ;;
+  mrl_e) run mrl_e "$longest" 120 bash -c 'nested mrl_e --model.efficient=1' ;;
+  cifar) run cifar 25 90 bash -c cifar ;;
+  ssl) run ssl 40 240 bash -c ssl ;;
+  suite) run suite 60 600 "$py" -P -m pytest -q -p no:cacheprovider ${smoke:+-k nested} tests ;;
   *) note "$step" "skipped: there is no such step" ;;
   esac
 done
-fresh step "$step_rows"
-fresh end_to_end "$data_rows"
-fresh retrieval_device "$search_rows"
 echo "== results in $out"
 cat "$out/summary.txt"
 exit $failed

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from matryoshka.distributed import pick_device, pick_precision
+from matryoshka.distributed import choose_kernels, pick_device, pick_precision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MATMUL = "matmul"
@@ -39,7 +39,7 @@ class Machine(NamedTuple):
 def current_machine(device: str, precision: str, threads: int) -> Machine:
     """The device and precision that the trainer would choose."""
     picked = pick_device(device, 0)
-    torch.backends.cudnn.benchmark = True
+    choose_kernels(picked)
     return Machine(picked, pick_precision(precision, picked), threads)
 
 

@@ -75,12 +75,19 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def take_turns(make: Mapping[str, Callable[[], Run]], blocks: int, limit: float = 300) -> Outcome:
+def take_turns(
+    make: Mapping[str, Callable[[], Run]],
+    blocks: int,
+    limit: float = 300,
+    *,
+    first_turn: Callable[[Outcome], object] | None = None,
+) -> Outcome:
     """Run `blocks` blocks of every competitor in turns, after one that does not count (caches,
     compilation).
 
     make: name -> function that prepares a competitor and returns its Run. limit: seconds for one
-    block or one preparation.
+    block or one preparation. first_turn: called after the first turn that counts, if more follow:
+    for what must be kept if this process is killed.
     """
     runs: dict[str, Run] = {}
     outcome = Outcome({name: [] for name in make}, {})
@@ -113,6 +120,8 @@ def take_turns(make: Mapping[str, Callable[[], Run]], blocks: int, limit: float 
                 done = Block(images, cpu_seconds() - cpu, time.perf_counter() - wall)
                 if block:  # the first one warms up
                     outcome.blocks[name].append(done)
+        if block == 1 and block < blocks and first_turn is not None:
+            first_turn(outcome)
     return outcome
 
 

@@ -1,16 +1,20 @@
-"""Rows of bench/results/: measurements with date, hardware, versions and commit."""
+"""Rows of bench/results/: measurements with date, hardware, versions and commit.
+
+The variable BENCH_RESULTS names another folder for them.
+"""
 
 from __future__ import annotations
 
 import datetime
 import json
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from matryoshka.environment import environment
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(os.environ.get("BENCH_RESULTS") or Path(__file__).resolve().parent / "results")
 AT_START = environment()  # at import: later edits do not change the code that is measured
 
 
@@ -27,14 +31,22 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def append(name: str, rows: Sequence[dict]) -> Path:
     """Append rows, with date, commit, hardware and versions, to results/<name>.jsonl; return its
     path.
+
+    The rows are in the file when it returns: a program that is killed later keeps them.
     """
     metadata = {
         "date": datetime.date.today().isoformat(),
         **{k: AT_START[k] for k in ("git", "hardware", "versions")},
     }
-    RESULTS.mkdir(exist_ok=True)
+    return append_lines(name, [metadata | row for row in rows])
+
+
+def append_lines(name: str, rows: Sequence[dict]) -> Path:
+    """Append rows that have their own metadata."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.jsonl"
     with open(path, "a") as file:
-        for row in rows:
-            file.write(json.dumps(metadata | row) + "\n")
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
     return path

@@ -31,15 +31,30 @@ How to read these numbers:
   Numbers from different runs or machines are not comparable; ratios come from one run in which all
   competitors took turns.
 - n counts repetitions. "2,224 (1,946 to 2,569)" is the median, with the lowest and highest value.
-- The machines are shared virtual machines with two cores. ImageNet training and GPUs have not been
-  measured: the ImageNet recipes are the papers', but their accuracies are not ours to claim.
+- The machines are shared virtual machines with two cores, but for those of the section on GPUs.
+  ImageNet training has not been measured: the ImageNet recipes are the papers', but their
+  accuracies are not ours to claim.
 """
+# What bench/gpu.sh measures: these computed on the GPU of a machine that has one.
+ON_BOTH = ("accuracy", "end_to_end", "retrieval_device", "small_images", "ssl_runs", "step")
+NO_GPU = (
+    "Nothing has run on a GPU yet: no number on this page says how fast or how right the CUDA code "
+    "is. [gpu.md](gpu.md) tells how to measure it."
+)
 
 
-def read(name: str) -> list[Row]:
-    """Rows of results/<name>.jsonl, in the order of measurement."""
-    lines = (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+def read(name: str, gpu: bool = False) -> list[Row]:
+    """Rows of results/<name>.jsonl, in the order of measurement.
+
+    Of files of both kinds, only the rows of machines without a GPU, or with one.
+    """
+    path = RESULTS / f"{name}.jsonl"
+    if gpu and not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if name not in ON_BOTH:
+        return rows
+    return [row for row in rows if bool(row["hardware"].get("gpus")) == gpu]
 
 
 def latest(rows: Iterable[Row], *key: str) -> list[Row]:
@@ -67,12 +82,14 @@ def measured(value: float | Row) -> str:
 
 
 def commit(row: Row) -> str:
-    return row["git"]["commit"][:7]
+    git = row["git"]
+    return git["commit"][:7] if git else "unknown"
 
 
 def cpu(row: Row) -> str:
     hardware = row["hardware"]
-    return f"{hardware['cpu'].replace('(R)', '')}, {hardware['cores']} cores"
+    cores = f"{hardware['cpu'].replace('(R)', '')}, {hardware['cores']} cores"
+    return ", ".join([*dict.fromkeys(hardware.get("gpus", ())), cores])
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -518,6 +535,156 @@ def kills() -> list[str]:
     ]
 
 
+# ---- on a GPU ----
+
+
+def on_a_gpu() -> list[str]:
+    """What bench/gpu.sh measured; or that it has not."""
+    parts = [
+        *gpu_steps(),
+        *gpu_heads(),
+        *gpu_feeds(),
+        *gpu_accuracies(),
+        *gpu_searches(),
+    ]
+    return ["## On a GPU", "", *(parts or [NO_GPU, ""])]
+
+
+def gpu_steps() -> list[str]:
+    rows = [row for row in read("step", gpu=True) if row["case"] != "head and loss"]
+    rows = latest(rows, "case", "kind")
+    body = []
+    for row in rows:
+        relative = measured(row["time / FF"]) if "time / FF" in row else ""
+        rate = row["images_per_s"]
+        shares = [f"{100 * row[key]:.0f} %" if key in row else "" for key in GPU_PEAKS]
+        cells = [row["case"], row["kind"], measured(rate), relative, *shares]
+        body.append([*cells, str(rate["n"]), commit(row)])
+    if not rows:
+        return []
+    return [
+        "### Training step on a GPU",
+        "",
+        "Images per second of wall time, batches already on the device. `of matmul`, `of copy`: "
+        "what the operators of the step need of the machine's peaks, one by one, over what the "
+        "peaks gave in the same turns; kernels that are fused move less than that.",
+        "",
+        provenance(rows, "bench/gpu.sh A"),
+        "",
+        *table(
+            ["case", "head", "images/s", "time / FF", *GPU_PEAKS, "n", "commit"],
+            body,
+        ),
+    ]
+
+
+GPU_PEAKS = ("of matmul", "of copy")
+
+
+def gpu_heads() -> list[str]:
+    rows = [row for row in read("step", gpu=True) if row["case"] == "head and loss"]
+    rows = latest(rows, "kind", "width", "batch", "alone", "way")
+    if not rows:
+        return []
+    body = []
+    for row in rows:
+        launched = "as a graph" if row["alone"] else "launched"
+        cells = [row["kind"], str(row["width"]), str(row["batch"]), launched, row["way"]]
+        body.append([*cells, measured(row["per_s"])])
+    return [
+        "Head and loss alone, calls per second of wall time:",
+        "",
+        *table(["head", "width", "batch", "how", "way", "calls/s"], body),
+    ]
+
+
+def gpu_feeds() -> list[str]:
+    rows = latest(read("end_to_end", gpu=True), "case", "feed")
+    if not rows:
+        return []
+    body = []
+    for row in rows:
+        share = ""
+        if "of synthetic" in row:
+            share = f"{100 * row['of synthetic']['median']:.1f} %"
+        wait = f"{100 * row['data_wait']['median']:.1f} %"
+        speed = measured(row["images_per_s"])
+        body.append([row["case"], row["feed"], speed, share, wait, commit(row)])
+    return [
+        "### The loader in front of a GPU",
+        "",
+        "MRL steps fed by the loader; the share is that of the same steps on a batch already on "
+        "the device.",
+        "",
+        provenance(rows, "bench/end_to_end.py"),
+        "",
+        *table(["case", "feed", "images/s", "share", "waiting for data", "commit"], body),
+    ]
+
+
+def gpu_accuracies() -> list[str]:
+    lines = []
+    trained = read("accuracy", gpu=True)
+    if trained:
+        dims = sorted({dim for row in trained for dim in row["dims"]})
+        body = []
+        for row in trained:
+            shown = dict(zip(row["dims"], zip(row["top1"], row["top5"], strict=True), strict=True))
+            cells = [f"{shown[d][0]:.1f} / {shown[d][1]:.1f}" if d in shown else "" for d in dims]
+            speed = number(row["images_per_s"])
+            body.append(
+                [row["data"], f"{row['model']}; {row['training']}", speed, *cells, commit(row)]
+            )
+        lines += [
+            "### Trained on a GPU",
+            "",
+            "Top-1 / top-5 in percent by prefix length, n = 1; images per second of whole epochs.",
+            "",
+            provenance(trained, "bench/accuracy.py"),
+            "",
+            *table(["data", "model and training", "images/s", *map(str, dims), "commit"], body),
+        ]
+    body = []
+    small = read("small_images", gpu=True)
+    for row in small:
+        cells = ", ".join(f"{dim}: {value:.2f}" for dim, value in row["top1"].items())
+        spent = f"{row['minutes']:.1f} min, {row['epochs']} epochs, {row['precision']}"
+        body.append([f"`{row['recipe']}`, {row['data']}", spent, cells, commit(row)])
+    unlabelled = read("ssl_runs", gpu=True)
+    for row in unlabelled:
+        cells = ", ".join(f"{dim}: {value:.2f}" for dim, value in row["knn20"].items())
+        spent = f"{row['minutes']:.1f} min, {row['epochs']} epochs, {row['precision']}"
+        body.append([f"`{row['recipe']}`, {row['data']}", spent, f"kNN {cells}", commit(row)])
+    if body:
+        lines += [
+            "Small images: test top-1 % of every dim; without labels the vote of 20 neighbours.",
+            "",
+            provenance([*small, *unlabelled], "bench/gpu.sh B"),
+            "",
+            *table(["recipe, data", "training", "top-1", "commit"], body),
+        ]
+    return lines
+
+
+def gpu_searches() -> list[str]:
+    rows = latest(read("retrieval_device", gpu=True), "case", "rows")
+    if not rows:
+        return []
+    body = []
+    for row in rows:
+        recall = [f"{row['recall']:.4f}", f"{row['lower']:.4f}"]
+        body.append([row["case"], *recall, measured(row["q/s"]), commit(row)])
+    return [
+        "### Search on a GPU",
+        "",
+        f"{rows[0]['rows']:,} x 2048 float16 rows, {rows[0]['queries']:,} queries at a time.",
+        "",
+        provenance(rows, "bench/retrieval_device.py"),
+        "",
+        *table(["search", "recall@10", "lower bound", "queries/s", "commit"], body),
+    ]
+
+
 # ---- evaluation ----
 
 
@@ -742,6 +909,7 @@ SECTIONS: tuple[Section, ...] = (
     ssl_steps,
     views,
     training_step,
+    on_a_gpu,
     kills,
     evaluation,
     search,

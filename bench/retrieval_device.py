@@ -59,7 +59,6 @@ def main(argv: list[str] | None = None) -> int:
 
     # ---- searches ----
     searcher = DeviceSearcher(rows, args.device)
-    out = []
     for params in SEARCHES:
         rates = []
         ids = truth
@@ -74,19 +73,17 @@ def main(argv: list[str] | None = None) -> int:
             f"{median(rates):,.0f} q/s",
             flush=True,
         )
-        out.append(
-            {
-                "case": str(params),
-                "device": args.device,
-                "rows": args.rows,
-                "queries": args.queries,
-                "recall": recall.mean,
-                "lower": recall.lower,
-                "q/s": spread(rates),
-            }
-        )
-    if not args.no_record:
-        print(f"rows     {append('retrieval_device', out)}")
+        row = {
+            "case": str(params),
+            "device": args.device,
+            "rows": args.rows,
+            "queries": args.queries,
+            "recall": recall.mean,
+            "lower": recall.lower,
+            "q/s": spread(rates),
+        }
+        if not args.no_record:
+            append("retrieval_device", [row])
     return 0
 
 

@@ -16,7 +16,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from record import RESULTS
+from record import append_lines
 
 from matryoshka.data import open_dataset
 from matryoshka.report.tables import wilson_interval
@@ -36,9 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         top1 = "  ".join(f"{dim}: {value:.2f}" for dim, value in row["top1"].items())
         print(f"{row['minutes']:.1f} min, {row['epochs']} epochs, {row['images']:,} images: {top1}")
     if args.record:
-        with open(RESULTS / "small_images.jsonl", "a") as file:
-            for row in rows:
-                file.write(json.dumps(row) + "\n")
+        append_lines("small_images", rows)
     return 0
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from record import RESULTS
+from record import append_lines
 from sklearn.neighbors import KNeighborsClassifier
 from small_images import last_of_each_start
 from width_families import wald
@@ -62,9 +62,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"full width against plain: {found['difference']:+.2f} ({low:+.2f} to {high:+.2f})"
             )
     if args.record:
-        with open(RESULTS / "ssl_runs.jsonl", "a") as file:
-            for row in rows:
-                file.write(json.dumps(row) + "\n")
+        append_lines("ssl_runs", rows)
     return 0
 
 

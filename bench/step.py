@@ -1,14 +1,16 @@
 """Compare training steps of MRL, MRL-E and a fixed feature (FF), our head and the paper's loops.
 
     python bench/step.py [--arch rn18 rn50] [--res 160 224] [--batch 256] [--modes eager compiled]
-    [--profile]
+    [--blurpool 0 1] [--profile]
+    python bench/step.py --cases rn50:224:256 rn18:64:1024
 
 A step is a forward pass, the cross-entropy of every prefix with label smoothing, a backward pass
 and fused SGD. All kinds take turns, block by block, with a matrix product and a copy, which measure
 the machine's peaks. The clock is wall time on a GPU and the CPU time of all threads on a CPU;
 `best` compares the fastest blocks, which a busy machine disturbs less than the median. The first
 table measures head and loss alone and decides `fused` of nested_logits. Cases that do not fit into
-memory, do not compile or have no time left are listed at the end.
+memory, do not compile or have no time left are listed at the end. Rows are written after the first
+turn, for a program that is killed, and again when all turns are done: the last row counts.
 """
 
 from __future__ import annotations
@@ -73,6 +75,21 @@ def main(argv: list[str] | None = None) -> int:
         "--batch", type=int, nargs="+", help="images; default: 32, from rn50 on 16 (GPU: 256 512)"
     )
     p.add_argument(
+        "--cases",
+        nargs="+",
+        type=named_case,
+        metavar="ARCH:RES:BATCH",
+        help="in this order, in place of the three above",
+    )
+    p.add_argument(
+        "--blurpool",
+        type=int,
+        nargs="+",
+        choices=(0, 1),
+        default=[0],
+        help="without and with BlurPool, which the recipes have",
+    )
+    p.add_argument(
         "--modes",
         nargs="+",
         choices=MODES,
@@ -130,12 +147,18 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     # ---- cases ----
-    resolutions = args.res or ([224, 160, 192] if gpu else [64])
+    sizes = args.cases
+    if sizes is None:
+        sizes = []
+        resolutions = args.res or ([224, 160, 192] if gpu else [64])
+        for res, arch in itertools.product(resolutions, arches):
+            on_cpu = [32 if arch == "rn18" else 16]
+            for batch in args.batch or ([256, 512] if gpu else on_cpu):
+                sizes.append((arch, res, batch))
     cases = []
-    for mode, res, arch in itertools.product(modes, resolutions, arches):
-        on_cpu = [32 if arch == "rn18" else 16]
-        for batch in args.batch or ([256, 512] if gpu else on_cpu):
-            cases.append(Case(arch, res, batch, mode))
+    for mode, blurpool in itertools.product(modes, args.blurpool):
+        for arch, res, batch in sizes:
+            cases.append(Case(arch, res, batch, mode, bool(blurpool)))
     if args.profile:
         for case in cases:
             profile(case, args.classes, machine)
@@ -164,10 +187,21 @@ class Case(NamedTuple):
     res: int
     batch: int
     mode: str
+    blurpool: bool
 
     @property
     def name(self) -> str:
-        return f"{self.arch} {self.res} px x {self.batch}, {self.mode}"
+        pooling = ", BlurPool" if self.blurpool else ""
+        return f"{self.arch} {self.res} px x {self.batch}, {self.mode}{pooling}"
+
+
+def named_case(text: str) -> tuple[str, int, int]:
+    """ARCH:RES:BATCH."""
+    try:
+        arch, res, batch = text.split(":")
+        return arch, int(res), int(batch)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: expected ARCH:RES:BATCH") from None
 
 
 class HeadCase(NamedTuple):
@@ -207,7 +241,7 @@ def steps(case: Case, args: argparse.Namespace, machine: Machine, report: Report
     needs: dict[str, Work] = {}
 
     def prepare(kind: str) -> Run:
-        step = Step(kind, case.arch, args.classes, machine)
+        step = Step(kind, case.arch, args.classes, machine, blurpool=case.blurpool)
         # Counted before compilation, which hides the operators.
         needs[kind] = work_of(lambda: step(*batch))
         step.compile(case.mode)
@@ -216,12 +250,29 @@ def steps(case: Case, args: argparse.Namespace, machine: Machine, report: Report
     # Compiled code of earlier cases is not needed again, and counts against a limit.
     torch.compiler.reset()
     make: dict[str, Callable[[], Run]] = {kind: partial(prepare, kind) for kind in args.kinds}
-    outcome = take_turns(make | peaks(machine, args.seconds / 2), args.blocks)
-    blocks = outcome.blocks
-    clock = machine.clock
+    outcome = take_turns(
+        make | peaks(machine, args.seconds / 2),
+        args.blocks,
+        first_turn=lambda found: report.add(step_rows(case, args, machine, needs, found.blocks)),
+    )
     report.failed |= {f"{name} ({case.name})": reason for name, reason in outcome.failed.items()}
+    rows = step_rows(case, args, machine, needs, outcome.blocks)
+    report.add(rows)
+    print_line(case, rows)
+    free_memory(machine)
+
+
+def step_rows(
+    case: Case,
+    args: argparse.Namespace,
+    machine: Machine,
+    needs: dict[str, Work],
+    blocks: dict[str, list[Block]],
+) -> list[dict]:
+    """A row for each kind of step. needs: the work of one step."""
+    clock = machine.clock
     rows = []
-    for kind in [kind for kind in args.kinds if kind in blocks]:
+    for kind in [kind for kind in args.kinds if blocks.get(kind)]:
         # Work per image, by the peak that limits it.
         per_image = {
             MATMUL: needs[kind].flops / case.batch,
@@ -240,21 +291,19 @@ def steps(case: Case, args: argparse.Namespace, machine: Machine, report: Report
             "flops": per_image[MATMUL],
             "bytes": per_image[COPY],
         }
-        reached = [peak for peak in (MATMUL, COPY) if peak in blocks]
+        reached = [peak for peak in (MATMUL, COPY) if blocks.get(peak)]
         for peak in reached:
             # What the step's operators need of the peak, over what the peak gave in the same turn.
             over_peak = median(ratios(blocks[kind], blocks[peak], clock))
             row[f"of {peak}"] = per_image[peak] * over_peak
         for peak in reached:
             row[peak] = rate(blocks[peak], clock)
-        if FF in blocks:
+        if blocks.get(FF):
             best = {name: max(speeds(blocks[name], clock)) for name in (FF, kind)}
             row["time / FF"] = spread(ratios(blocks[FF], blocks[kind], clock))
             row["time / FF, best blocks"] = best[FF] / best[kind]
         rows.append(row)
-    report.add(rows)
-    print_line(case, rows)
-    free_memory(machine)
+    return rows
 
 
 def print_line(case: Case, rows: list[dict]) -> None:
@@ -366,7 +415,7 @@ def profile(case: Case, classes: int, machine: Machine) -> None:
 
     torch.set_num_threads(machine.threads)
     batch = synthetic(case.batch, case.res, classes, machine)
-    step = Step(MRL, case.arch, classes, machine)
+    step = Step(MRL, case.arch, classes, machine, blurpool=case.blurpool)
     step.compile(case.mode)
     for _ in range(3):
         step(*batch)

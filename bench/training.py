@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from matryoshka.data.augment import normalise
 from matryoshka.distributed import autocast
 from matryoshka.models import backbone
+from matryoshka.models.blurpool import apply_blurpool
 from matryoshka.nested import NestedLinear, default_dims, nested_cross_entropy, nested_logits
 from matryoshka.training.optim import parameter_groups
 
@@ -87,7 +88,9 @@ class OurHead(NestedLinear):
 
 
 class _Objective(nn.Module):
-    """(images or features, labels) -> loss."""
+    """(images or features, labels) -> loss. Images of uint8 are normalised here, as in training:
+    in one piece for torch.compile.
+    """
 
     def __init__(self, trunk: nn.Module, head: nn.Module, loss: nn.Module) -> None:
         super().__init__()
@@ -96,6 +99,8 @@ class _Objective(nn.Module):
         self.loss = loss
 
     def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        if inputs.dtype == torch.uint8:
+            inputs = normalise(inputs)
         return self.loss(self.head(self.trunk(inputs)), labels)
 
 
@@ -113,9 +118,13 @@ def objective(
 class Step:
     """The trainer's step: images uint8 [B, H, W, 3] and labels [B] -> loss; updates the weights."""
 
-    def __init__(self, kind: str, arch: str, classes: int, machine: Machine) -> None:
+    def __init__(
+        self, kind: str, arch: str, classes: int, machine: Machine, *, blurpool: bool = False
+    ) -> None:
         torch.manual_seed(0)
         trunk, width = backbone(SHORT.get(arch, arch))
+        if blurpool:
+            apply_blurpool(trunk)
         self.machine = machine
         model = objective(kind, trunk, width, classes).to(
             machine.device, memory_format=torch.channels_last
@@ -127,13 +136,12 @@ class Step:
 
     def compile(self, mode: str) -> None:
         if MODES[mode] is not None:
-            self.compute = torch.compile(self.compute, mode=MODES[mode])
+            self.compute = torch.compile(self.compute, mode=MODES[mode], dynamic=False)
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        inputs = normalise(images)
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.machine.device, self.machine.precision):
-            loss = self.compute(inputs, labels)
+            loss = self.compute(images, labels)
         loss.backward()
         self.optimizer.step()
         return loss.detach()

@@ -164,6 +164,7 @@ def of_model(args: SimpleNamespace, requested: Sequence[str]) -> Subject:
     # --only makes a method that does not apply an error; otherwise it is skipped with a note.
     methods = [m for m in requested if applies(m, model, (train, val), args.only is not None)]
     device = distributed.pick_device(args.device, 0)
+    distributed.choose_kernels(device)
     precision = distributed.pick_precision(args.precision, device)
     model = model.to(device).to(memory_format=torch.channels_last)
 
@@ -224,6 +225,7 @@ def of_embeddings(args: SimpleNamespace, requested: Sequence[str]) -> Subject:
         shown = ",".join(map(str, dims))
         raise config.ConfigError(f"--dims {shown}: larger than the width {width} of {train.path}")
     device = distributed.pick_device(args.device, 0)
+    distributed.choose_kernels(device)
 
     notes = []
     splits = []

@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "is not one of the model's; use --target predicted"
         )
     device = distributed.pick_device(args.device, 0)
+    distributed.choose_kernels(device)
     model = model.to(device)
     loader = Loader(
         some_of(source, chosen),

@@ -186,7 +186,9 @@ def load(args: SimpleNamespace, index: Index) -> NestedModel:
     index.check_model(embedding_sha256(model), f"--model {name}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    return model.to(distributed.pick_device(args.device, 0))
+    device = distributed.pick_device(args.device, 0)
+    distributed.choose_kernels(device)
+    return model.to(device)
 
 
 def encoder(

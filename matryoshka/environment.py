@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -123,11 +124,16 @@ def _version(name: str) -> str | None:
 
 
 def git_state() -> dict | None:
-    """{"commit": .., "dirty": bool} of the source tree; None outside a git checkout."""
+    """{"commit": .., "dirty": bool} of the source tree.
+
+    Outside a git checkout, as on a machine that got the files alone, the variable
+    MATRYOSHKA_COMMIT says it: a commit, with "-dirty" behind it for changed files. None without it.
+    Raises VariableError where it is something else.
+    """
     root = Path(__file__).resolve().parents[1]
     # An installed package is not a checkout, although a folder above it may be.
     if not (root / ".git").exists():
-        return None
+        return _stated_commit()
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
@@ -136,8 +142,19 @@ def git_state() -> dict | None:
             ["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return _stated_commit()
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def _stated_commit() -> dict | None:
+    text = os.environ.get("MATRYOSHKA_COMMIT")
+    if not text:
+        return None
+    if not re.fullmatch("[0-9a-f]{7,64}(-dirty)?", text):
+        raise VariableError(
+            f"environment variable MATRYOSHKA_COMMIT: {text[:50]!r}, expected a git commit"
+        )
+    return {"commit": text.removesuffix("-dirty"), "dirty": text.endswith("-dirty")}
 
 
 def _cpu_name() -> str:

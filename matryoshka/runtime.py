@@ -30,7 +30,9 @@ class RuntimeOptions(DeviceOptions):
     )
     batch_size: int = option(256, help="images per process", low=1, high=65536, common=True)
     precision: str = option(
-        "fp32", help="precision of the backbone; auto: bf16 or fp16 on CUDA", choices=PRECISIONS
+        "fp32",
+        help="precision of the backbone; fp32: without TF32; auto: bf16 or fp16 on CUDA, else fp32",
+        choices=PRECISIONS,
     )
 
 

@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if count_in("WORLD_SIZE", 1) > 1:
         raise config.ConfigError("linear_probe.py runs as one process; start it without torchrun")
     world = World(distributed.pick_device(cfg.model.device, 0))
+    distributed.choose_kernels(world.device)
     run = Path(cfg.logging.folder) / (cfg.logging.run_id or new_run_id("probe"))
     check_new(run)
     sets = {

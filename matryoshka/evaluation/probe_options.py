@@ -47,7 +47,9 @@ class FrozenConfig:
         "auto", help="auto: CUDA, else MPS, else CPU", choices=DEVICES, common=True
     )
     precision: str = option(
-        "fp32", help="precision of the backbone; auto: bf16 or fp16 on CUDA", choices=PRECISIONS
+        "fp32",
+        help="precision of the backbone; fp32: without TF32; auto: bf16 or fp16 on CUDA, else fp32",
+        choices=PRECISIONS,
     )
 
 

@@ -170,6 +170,7 @@ class Run:
         images = self.state["images"]
         given = self.settings["options"]
         device = distributed.pick_device(self.settings["device"], 0)
+        distributed.choose_kernels(device)
         progress.stage("looking for published weights")
         init, start = start_weights(given, side=images["side"], gpu=device.type == "cuda")
         progress.stage("timing some steps")

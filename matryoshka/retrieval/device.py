@@ -62,7 +62,8 @@ class DeviceSearcher:
     ) -> Hits:
         """As Searcher.search with index "exact".
 
-        The shortlist multiplies in the rows' own type, the stages in float32.
+        The shortlist multiplies numbers of the rows' own type and adds in float32, the stages
+        compute in float32.
         """
         if k is not None:
             params = params.with_k(k)
@@ -116,7 +117,7 @@ class DeviceSearcher:
         best = torch.empty(len(q), 0, device=self.device)
         index = torch.empty(len(q), 0, dtype=torch.int64, device=self.device)
         for first, part in self._blocks(params.dim):
-            score = (q @ part.T).float().nan_to_num_(-torch.inf, -torch.inf, -torch.inf)
+            score = products(q, part).nan_to_num_(-torch.inf, -torch.inf, -torch.inf)
             if deleted_rows is not None:
                 score[:, deleted_rows[first : first + len(part)]] = -torch.inf
             # Rows so far come first: `stable_top_k` then keeps the lower id of equal scores.
@@ -140,3 +141,16 @@ class DeviceSearcher:
         )
         top, column = stable_top_k(score, keep)
         return ids.gather(1, column).masked_fill(top.isneginf(), -1), top
+
+
+def products(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """queries [Q, D] times rows [N, D] of the same type, float32 [Q, N].
+
+    Results of float16 would be coarse: it has 1,024 numbers between 0.5 and 1, so that most
+    searches of 262,144 rows would have ties for the last place.
+    """
+    if queries.dtype == torch.float32:
+        return queries @ rows.T
+    if queries.device.type == "cuda":  # the only device that has such a product
+        return torch.mm(queries, rows.T, out_dtype=torch.float32)
+    return queries.float() @ rows.float().T

@@ -310,7 +310,7 @@ class LoopConfig:
         False, help="the same weights in every run, slower: no compilation, no autotuning"
     )
     precision: str = option(
-        "auto", help="auto: bf16 or fp16 on CUDA, else fp32", choices=PRECISIONS
+        "auto", help="auto: bf16 or fp16 on CUDA, else fp32 (without TF32)", choices=PRECISIONS
     )
     compile: bool | None = option(None, help="torch.compile; unset: on CUDA", affects_result=False)
     device: str = option(

@@ -10,6 +10,7 @@ from pathlib import Path
 import hostile_options
 import pytest
 import small_commands
+import torch
 from attacks.scale import scaled
 from hostile_options import Declared
 from hypothesis import given, settings
@@ -167,14 +168,19 @@ def accepted(program: str) -> list[tuple[Declared, str]]:
 
 @pytest.mark.parametrize("program", small_commands.names())
 def test_legal_extremes_end(program, inputs, tmp_path, monkeypatch, capsys):
-    """In a finite result, or in one line and status 2: one run of each program, all in `attack`."""
+    """In a finite result, or in one line and status 2: one run of each program, all in `attack`.
+
+    A program that computes on a device has chosen its kernels: float32 without TF32.
+    """
     cases = accepted(program)
+    on_device = any(x.name.rpartition(".")[2] == "device" for x in options_of(program))
     random.Random(program).shuffle(cases)
     for number, (option, text) in enumerate(cases[: scaled(1, 10_000)]):
         folder = tmp_path / str(number)
         folder.mkdir()
         monkeypatch.chdir(folder)
         argv = small_commands.command(program, inputs, folder / "out")
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
         code = small_commands.status([*argv, *option.words(text)])
         shown = capsys.readouterr()
         assert code in (0, 2), f"{option}={text}: {shown.err[-500:]}"
@@ -184,6 +190,7 @@ def test_legal_extremes_end(program, inputs, tmp_path, monkeypatch, capsys):
             assert lines, f"{option}={text}: {shown.err[-500:]}"
         if code == 0:
             check_finite(folder, f"{option}={text}")
+            assert torch.backends.cudnn.allow_tf32 != on_device, "does not choose its kernels"
 
 
 def check_finite(folder: Path, case: str) -> None:

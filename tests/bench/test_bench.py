@@ -186,9 +186,10 @@ def test_the_study_of_adan(tmp_path, capsys, monkeypatch):
 
 
 def test_runs_of_small_images_are_kept(small_nested, monkeypatch, tmp_path, capsys):
+    import record
     import small_images as bench
 
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
     (run,) = (small_nested / "runs").glob("*/*")
     words = [str(run), "--recipe", "tiny", "--data", "digits", "--record"]
     assert bench.main(words) == 0

@@ -3,9 +3,6 @@ by value.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -77,6 +74,24 @@ def test_the_step_bench(capsys, tmp_path, monkeypatch):
     assert 0 < steps["MRL"]["of matmul"] < 2, "fraction of the rate of a matrix product"
 
 
+def test_cases_with_and_without_blurpool(tmp_path):
+    import step as bench
+
+    few = ["--cases", "resnet10:32:2", "--blurpool", "0", "1", "--kinds", "FF", "MRL"]
+    few += ["--device", "cpu", "--blocks", "2", "--seconds", "0", "--classes", "5", "--widths"]
+    assert bench.main(few) == 0
+    rows = rows_of(tmp_path / "step.jsonl")
+    name = "resnet10 32 px x 2, eager"
+    cases = [*4 * [name], *4 * [f"{name}, BlurPool"]]
+    assert [row["case"] for row in rows] == cases
+    # what is kept if the program is killed, then what counts
+    assert [row["images_per_s"]["n"] for row in rows] == 2 * [1, 1, 2, 2]
+    assert [row["kind"] for row in rows] == 4 * ["FF", "MRL"]
+    assert rows[4]["flops"] > rows[0]["flops"], "BlurPool adds filters"
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--cases", "resnet10:32"])
+
+
 def test_a_case_that_has_no_time_is_named(capsys):
     import step as bench
 
@@ -145,15 +160,6 @@ def test_the_end_to_end_bench(own, digits, capsys, tmp_path):
     (row,) = rows_of(tmp_path / "end_to_end.jsonl")
     assert row["of synthetic"]["n"] == 1
     assert 0 <= row["data_wait"]["median"] < 1, "data wait as a fraction of the step"
-
-
-def test_the_gpu_script_without_a_gpu(tmp_path):
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OUT": str(tmp_path), "PYTHON": sys.executable}
-    script = ["bash", ROOT / "bench/gpu.sh", "build", "suite"]
-    done = subprocess.run(script, env=env, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = (tmp_path / "summary.txt").read_text().splitlines()
-    assert lines == [f"{step:10} skipped: torch sees no GPU" for step in ("build", "suite")]
 
 
 def test_the_bench_of_resident_sets(capsys, tmp_path):

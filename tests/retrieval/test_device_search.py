@@ -1,14 +1,19 @@
 """Search in torch, as a GPU does it, against the native one and against loops."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from matryoshka.retrieval import RetrievalError, Searcher, SearchParams, Stage, exact_search
 from matryoshka.retrieval import device as module
-from matryoshka.retrieval.device import DeviceSearcher
+from matryoshka.retrieval.device import DeviceSearcher, products
+from matryoshka.retrieval.exact import stable_top_k
 from matryoshka.retrieval.hits import empty_bits, set_bits
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -78,3 +83,97 @@ def test_what_does_not_fit():
         DeviceSearcher(rows, "cpu").search(rows[:, :4], SearchParams("exact", 8, 1))
     with pytest.raises(RetrievalError, match="is empty"):
         DeviceSearcher(rows[:0], "cpu")
+
+
+class _Sorts(TorchDispatchMode):
+    """Notes the numbers that every call of torch's sorts orders, and those of the largest topk."""
+
+    def __init__(self):
+        super().__init__()
+        self.sorted = 0
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "sort" in func.overloadpacket.__name__:
+            self.sorted = max(self.sorted, args[0].shape[-1])
+        if func.overloadpacket.__name__ == "topk":
+            self.most = max(self.most, args[0].shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def by_score_then_column(score, k):
+    """The definition, with NumPy: columns in the order of falling score, then of rising column."""
+    columns = np.arange(score.shape[1])
+    return np.stack([np.lexsort((columns, -row))[:k] for row in score])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(
+    n=st.integers(1, 60),
+    k=st.integers(1, 70),
+    values=st.integers(1, 30),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_order_of_equal_scores(device, n, k, values, seed):
+    rng = np.random.default_rng(seed)
+    score = rng.integers(0, values, (7, n)).astype(np.float32) / values
+    score[rng.random(score.shape) < 0.1] = -np.inf
+    top, column = stable_top_k(torch.from_numpy(score).to(device), k)
+    expected = by_score_then_column(score, min(k, n))
+    np.testing.assert_array_equal(column.cpu().numpy(), expected)
+    np.testing.assert_array_equal(top.cpu().numpy(), np.take_along_axis(score, expected, 1))
+
+
+def test_not_a_number_is_the_highest():
+    score = torch.tensor([[1.0, 2.0, torch.nan, 2.0, 2.0, 2.0]])
+    assert set(stable_top_k(score, 3)[1][0].tolist()) == {1, 2, 3}
+
+
+@pytest.fixture(scope="module")
+def bench_rows():
+    """float32 rows [16384, 64] and queries [64, 64], as bench/retrieval_device.py makes them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "bench"))
+        import retrieval_device
+    torch.manual_seed(0)
+    points = torch.from_numpy(retrieval_device.maker(torch.device("cpu"))(2**14 + 64)).float()
+    sys.modules.pop("retrieval_device")
+    return points[:-64, :64].clone(), points[-64:, :64].clone()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "k"), [(64, 50), (16, 50)])
+def test_no_search_sorts_all_columns(bench_rows, dtype, dim, k):
+    """With products in the rows' own type most queries have ties for the last place, with float32
+    next to none; in both cases the order is exact and nothing wider than k is sorted.
+    """
+    rows, queries = (
+        torch.nn.functional.normalize(part[:, :dim], dim=1).to(dtype) for part in bench_rows
+    )
+    exact = products(queries, rows)
+    assert exact.dtype == torch.float32
+    np.testing.assert_allclose(
+        exact.numpy(), queries.double().numpy() @ rows.double().numpy().T, atol=2e-6
+    )
+    crowded = {}
+    for name, score in (("float32", exact), ("own", exact.to(dtype).float())):
+        with _Sorts() as sorts:
+            _, column = stable_top_k(score, k)
+        assert sorts.most == 2**14, "topk must see all columns"
+        assert sorts.sorted <= k, f"numbers in the widest sort: {sorts.sorted}"
+        np.testing.assert_array_equal(column.numpy(), by_score_then_column(score.numpy(), k))
+        kth = score.gather(1, column[:, -1:])
+        crowded[name] = ((score >= kth).sum(1) > k).float().mean().item()
+    assert crowded["own"] > 0.2, f"share of queries with a tie at place k: {crowded['own']}"
+    assert crowded["float32"] < 0.05, f"the same with float32 products: {crowded['float32']}"
+
+
+def test_a_search_of_half_rows_multiplies_to_float32(bench_rows):
+    """Its scores differ where those of float16 would be equal."""
+    rows = bench_rows[0][:2000].half().numpy()
+    found = DeviceSearcher(rows, "cpu").search(
+        bench_rows[1][:8].numpy(), SearchParams("exact", 64, 100)
+    )
+    steps = np.diff(-found.scores, axis=1)
+    assert (steps > 0).mean() > 0.99, "share of neighbouring scores that differ"

@@ -194,9 +194,10 @@ def test_plain_training_is_one_prefix_and_small_views_work(digits, capsys):
 def test_a_run_is_kept(moco, monkeypatch, tmp_path, capsys):
     """bench/ssl_runs.py: the run's numbers, and those of raw pixels beside them."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import record
     import ssl_runs
 
-    monkeypatch.setattr(ssl_runs, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
     argv = [str(moco), "--recipe", "moco", "--data", "digits", "--record", "--against", str(moco)]
     assert ssl_runs.main(argv) == 0
     out = capsys.readouterr().out
