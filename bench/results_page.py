@@ -523,13 +523,17 @@ def head_and_loss() -> list[str]:
 
 def kills() -> list[str]:
     row = read("chaos")[-1]
+    differ = row["kills"] - row["identical"]
+    end = "each run ended" if differ == 0 else f"{differ} did not end"
     return [
         "## Killed training runs",
         "",
-        f"{row['kills']} training runs were killed with SIGKILL at random points (steps, "
-        f"all-reduces, evaluations, checkpoint writes), {row['with_two_processes']} of them with "
-        f"two processes, and resumed: {row['identical']} ended with the same sha256 as the run "
-        f"without a kill (`{row['command']}`, {row['minutes']} minutes, reported with commit "
+        f"Training runs were killed {row['kills']} times with SIGKILL at random points (steps, "
+        f"all-reduces, evaluations, checkpoint writes), {row['with_two_processes']} times with two "
+        f"processes, and resumed: {end} with the same sha256 as the run without a kill. In each "
+        "attempt a second process started on the same run folder: "
+        f"{row['rivals_refused']} were refused in one line, {row['rivals_after_the_kill']} came "
+        f"after the kill and found it free (`{row['command']}`, {row['minutes']} minutes, commit "
         f"{commit(row)}, {cpu(row)}).",
         "",
     ]
