@@ -415,7 +415,7 @@ for step in $steps; do
   case $step in
   info) run info 5 30 bash -c info ;;
   setup) if run setup 10 150 bash -c setup; then ready=1; else ready=; fi ;;
-  tests) run tests 20 60 "$py" -P -m pytest -q -p no:cacheprovider -k "gpu or cuda" \
+  tests) run tests 20 60 "$py" -P -m pytest -q -p no:cacheprovider -k "cuda or (gpu and not cpu)" \
     $(ls tests/test_gpu.py 2>/dev/null) tests/data/test_loader.py tests/data/test_slots.py tests/retrieval/test_device_search.py ;;
   train) run train 20 75 bash -c train ;;
   heads) run heads 20 120 "$py" bench/step.py "${heads[@]}" ;;
