@@ -20,6 +20,7 @@ from matryoshka.data.augment import normalise
 from matryoshka.data.subset import Subset
 from matryoshka.distributed import World
 from matryoshka.models import NestedModel
+from matryoshka.training.compiling import Forward, forward_of, part_sizes, requested
 from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.meter import EpochMeter
 from matryoshka.training.optim import configured_optimizer, lr_at, parameter_groups, peak_lr
@@ -209,12 +210,38 @@ class TrainingRun(Generic[M]):
             prefixes=prefixes,
         )
 
+    def compiled(self, ddp: nn.Module, *, obstacle: str | None = None) -> tuple[Forward, str]:
+        """The forward pass of `ddp` as training.compile wants it, and the line of the device.
+
+        obstacle: why this run cannot be compiled.
+        """
+        t = self.cfg.training
+        device = self.world.device
+        shapes = len(set(self.resolutions))
+        how = requested(t, device, t.epochs * self.steps // shapes)
+        first_ranks = self.global_batch % self.world.size  # they take one image more
+        local_batch = self.global_batch // self.world.size + (self.world.rank < first_ranks)
+        sizes = part_sizes(local_batch, t.batch_size)
+        forward, text = forward_of(
+            ddp,
+            how,
+            device,
+            sizes=sizes,
+            shapes=shapes * len(sizes),
+            obstacle=obstacle,
+            processes=self.world.size,
+        )
+        line = f"device   {self.world.size} x {device.type}, {self.precision}{text}"
+        if forward.is_compiled:
+            line += "; the first steps at each size of images compile, their epochs show it"
+        return forward, line
+
     def print_notes(self, notes: Sequence[str]) -> None:
         for note in notes:
             self.print0(f"note     {note}")
 
 
-# ---------------------------------------------------------------- processes and compilation
+# ---------------------------------------------------------------- processes
 
 
 def distribute(model: nn.Module, world: World, find_unused: bool = False) -> nn.Module:
@@ -226,17 +253,3 @@ def distribute(model: nn.Module, world: World, find_unused: bool = False) -> nn.
         return model
     device_ids = [world.device] if world.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=find_unused)
-
-
-def compile_model(ddp: nn.Module, cfg: SimpleNamespace, device: torch.device) -> str:
-    """Compile the forward and backward pass if requested and possible; return a text about it."""
-    requested = cfg.training.compile
-    if requested is None:
-        requested = device.type == "cuda" and not cfg.training.deterministic
-    if not requested:
-        return ""
-    reason = distributed.why_not_compile(device)
-    if reason is not None:
-        return f", not compiled ({reason})"
-    ddp.compile()
-    return ", compiled"

@@ -87,7 +87,8 @@ class _HostCopy:
         on_gpu = any(tensor.is_cuda for tensor in tensors.values())
         self.block = torch.empty(end, dtype=torch.uint8, pin_memory=on_gpu)
         self._views = [_view(self.block, self.entries[name]) for name in self._names]
-        self.event = torch.cuda.Event() if on_gpu else None
+        # blocking: the writer would otherwise spin, on a core of the decoders
+        self.event = torch.cuda.Event(blocking=True) if on_gpu else None
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Queue the copy on the current stream; call `wait` before the block is read."""

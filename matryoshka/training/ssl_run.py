@@ -36,7 +36,7 @@ from matryoshka.training.loaders import (
     validation_loader,
 )
 from matryoshka.training.meter import EpochMeter
-from matryoshka.training.run import TrainingRun, compile_model, distribute
+from matryoshka.training.run import TrainingRun, distribute
 from matryoshka.training.session import ResumePoint, Session
 from matryoshka.training.ssl_setup import (
     Images,
@@ -45,7 +45,7 @@ from matryoshka.training.ssl_setup import (
     view_crops,
     view_options,
 )
-from matryoshka.training.ssl_step import Learner, ViewMaker, bn_group, train_step
+from matryoshka.training.ssl_step import Learner, Passes, ViewMaker, bn_group, train_step
 from matryoshka.training.summary import batch_notes, schedule_notes, size_text
 
 WATCHED = 2048  # images whose two views the monitors of collapse look at
@@ -147,10 +147,11 @@ class SslRun(TrainingRun[Learner]):
         self.learner = Learner(method, probe).to(self.world.device)
         if cfg.training.sync_bn:
             nn.SyncBatchNorm.convert_sync_batchnorm(self.learner)
+        passes = Passes(method, encoder.preprocessing, self.precision)
         # All ranks push the same keys: nothing of the queue needs to travel in each step.
-        of_queue = [name for name, _ in method.named_buffers() if name.startswith("queue.")]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(method, of_queue)
-        self._ddp = distribute(method, self.world)
+        of_queue = [name for name, _ in passes.named_buffers() if name.startswith("method.queue.")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(passes, of_queue)
+        self._ddp = distribute(passes, self.world)
         self._views = ViewMaker(
             [view_options(cfg.views, view) for view in range(cfg.views.count + cfg.views.small)],
             encoder.preprocessing,
@@ -174,7 +175,6 @@ class SslRun(TrainingRun[Learner]):
         cfg = self.cfg
         method = self.learner.method
         train, evaluation = self.images.train, self.images.evaluation
-        device = self.world.device
         kept = "target" if method.evaluates_target else "online"
         self.print0(f"run      {self.start.path}")
         ignored = f" (its {train.num_classes} classes are ignored)" if train.num_classes > 1 else ""
@@ -184,8 +184,8 @@ class SslRun(TrainingRun[Learner]):
             f"method   {cfg.ssl.method}, projector {cfg.ssl.projector}, saves the {kept} encoder"
         )
         self.print0(f"model    {cfg.model.arch}, prefixes {list(self.dims)}")
-        compiled = compile_model(self._ddp, cfg, device)
-        self.print0(f"device   {self.world.size} x {device.type}, {self.precision}{compiled}")
+        self._forward, line = self.compiled(self._ddp)
+        self.print0(line)
         self.print0(
             f"steps    {cfg.training.epochs} epochs x {self.steps} steps of {self.global_batch} "
             f"images, peak lr {self.peak:.4g}"
@@ -230,12 +230,11 @@ class SslRun(TrainingRun[Learner]):
             lr,
             cfg=self.cfg,
             world=self.world,
-            ddp=self._ddp,
+            forward=self._forward,
             state=self.state,
             guard=self.guard,
             views=self._views,
             momentum=momentum,
-            precision=self.precision,
         )
 
     def metrics(
