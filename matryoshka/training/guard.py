@@ -47,6 +47,7 @@ class NonFiniteGuard:
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self.reset()
 
+    @torch.no_grad()
     def reset(self) -> None:
         """Accept the current buffers and drop pending reports; call after loading weights."""
         self._current = [flat_view(buffer) for buffer in self._buffers]

@@ -20,10 +20,18 @@ from matryoshka.data.augment import normalise
 from matryoshka.data.subset import Subset
 from matryoshka.distributed import World
 from matryoshka.models import NestedModel
-from matryoshka.training.compiling import Forward, forward_of, part_sizes, requested
+from matryoshka.training import memory
+from matryoshka.training.compiling import (
+    Forward,
+    forward_of,
+    part_sizes,
+    requested,
+    skipped_graphs,
+)
 from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.meter import EpochMeter
 from matryoshka.training.optim import configured_optimizer, lr_at, parameter_groups, peak_lr
+from matryoshka.training.options import GRAPHS
 from matryoshka.training.progress import Forecast, Progress
 from matryoshka.training.run_folder import new_run_id
 from matryoshka.training.session import (
@@ -88,6 +96,7 @@ class TrainingRun(Generic[M]):
         self.print0 = print0
         self.start = start
         self.options = config.flat(cfg)
+        self._noted_graphs = False
         distributed.prepare(world.device, cfg.training.seed, cfg.training.deterministic)
 
     @property
@@ -171,6 +180,7 @@ class TrainingRun(Generic[M]):
         cfg = self.cfg
         session_options = SessionOptions(
             best_metric=best_metric,
+            epochs=cfg.training.epochs,
             tensorboard=cfg.logging.tensorboard,
             resume_hint=resume_hint or SessionOptions.resume_hint,
             keep_last=cfg.training.keep_last,
@@ -207,6 +217,7 @@ class TrainingRun(Generic[M]):
             session,
             self.progress,
             log_level=self.cfg.logging.log_level,
+            device=self.world.device,
             prefixes=prefixes,
         )
 
@@ -235,6 +246,44 @@ class TrainingRun(Generic[M]):
         if forward.is_compiled:
             line += "; the first steps at each size of images compile, their epochs show it"
         return forward, line
+
+    def with_memory(
+        self, size: int, attempt: Callable[[int], None], *, accumulates: bool = True
+    ) -> contextlib.AbstractContextManager:
+        """A block with a step of `size` images per pass; OutOfMemory if the GPU has too little.
+
+        attempt: does a forward and backward pass of fewer images. accumulates: whether a step may
+        consist of several passes.
+        """
+
+        def remedy(fits: int) -> str:
+            alone = f"--training.batch_size={fits}"
+            if not accumulates:
+                return f"{alone}, in smaller steps"
+            whole = f"{alone} --training.global_batch_size={self.global_batch}"
+            if self.cfg.training.accumulate > 1:
+                whole += ", without training.accumulate,"
+            return f"{whole} makes the same steps of them"
+
+        if self.world.size > 1:
+            # DDP's hooks would send the gradients of an attempt to ranks that make none.
+            return memory.explained(self.world.device, size, None, remedy)
+
+        return memory.explained(self.world.device, size, attempt, remedy)
+
+    def note_graphs(self) -> None:
+        """Say once, after the first step, that parts of it could not be recorded as CUDA graphs."""
+        if self._noted_graphs or self.cfg.training.compile != GRAPHS:
+            return
+        self._noted_graphs = True
+        skipped = skipped_graphs()
+        if skipped:
+            self.print_notes(
+                [
+                    f"training.compile=graphs: {skipped} parts of the step could not be recorded "
+                    "and are launched as with training.compile=1; TORCH_LOGS=perf_hints says why"
+                ]
+            )
 
     def print_notes(self, notes: Sequence[str]) -> None:
         for note in notes:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,6 +41,7 @@ from matryoshka.training.run import TrainingRun, distribute
 from matryoshka.training.session import ResumePoint, Session
 from matryoshka.training.ssl_setup import (
     Images,
+    accumulates,
     check_batch,
     encoder_spec,
     view_crops,
@@ -147,11 +149,12 @@ class SslRun(TrainingRun[Learner]):
         self.learner = Learner(method, probe).to(self.world.device)
         if cfg.training.sync_bn:
             nn.SyncBatchNorm.convert_sync_batchnorm(self.learner)
-        passes = Passes(method, encoder.preprocessing, self.precision)
+        self._passes = Passes(method, encoder.preprocessing, self.precision)
         # All ranks push the same keys: nothing of the queue needs to travel in each step.
-        of_queue = [name for name, _ in passes.named_buffers() if name.startswith("method.queue.")]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(passes, of_queue)
-        self._ddp = distribute(passes, self.world)
+        buffers = [name for name, _ in self._passes.named_buffers()]
+        of_queue = [name for name in buffers if name.startswith("method.queue.")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self._passes, of_queue)
+        self._ddp = distribute(self._passes, self.world)
         self._views = ViewMaker(
             [view_options(cfg.views, view) for view in range(cfg.views.count + cfg.views.small)],
             encoder.preprocessing,
@@ -225,17 +228,31 @@ class SslRun(TrainingRun[Learner]):
 
     def step(self, batch: Batch, lr: float, momentum: float) -> tuple[Tensor, ...]:
         """One optimizer step on this rank's part of a global batch; see `train_step`."""
-        return train_step(
-            batch,
-            lr,
-            cfg=self.cfg,
-            world=self.world,
-            forward=self._forward,
-            state=self.state,
-            guard=self.guard,
-            views=self._views,
-            momentum=momentum,
-        )
+        views = batch.images
+        method = self.learner.method
+
+        def attempt(size: int) -> None:
+            queries = method.query_views(len(views), self.cfg.views.count)
+            keys = method.key_views(self.cfg.views.count)
+            own = self._passes([views[v][:size] for v in queries], [views[v][:size] for v in keys])
+            torch.stack([embedding.sum() for embedding in own.online]).sum().backward()
+            self.state.optimizer.zero_grad(set_to_none=True)
+
+        size = min(len(batch.labels), self.cfg.training.batch_size)
+        with self.with_memory(size, attempt, accumulates=accumulates(self.cfg.ssl)):
+            numbers = train_step(
+                batch,
+                lr,
+                cfg=self.cfg,
+                world=self.world,
+                forward=self._forward,
+                state=self.state,
+                guard=self.guard,
+                views=self._views,
+                momentum=momentum,
+            )
+        self.note_graphs()
+        return numbers
 
     def metrics(
         self, session: Session, meter: EpochMeter, *, lr: float, momentum: float

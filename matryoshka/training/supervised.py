@@ -248,15 +248,25 @@ class SupervisedRun(TrainingRun[NestedModel]):
 
     def step(self, batch: Batch, lr: float) -> tuple[Tensor, Tensor, Tensor]:
         """One optimizer step on this rank's part of a global batch; see `train_step`."""
-        return train_step(
-            batch,
-            lr,
-            cfg=self.cfg,
-            world=self.world,
-            forward=self._forward,
-            state=self.state,
-            guard=self.guard,
-        )
+        images, labels = batch.images, batch.labels
+
+        def attempt(size: int) -> None:
+            loss, _ = self._objective(images[:size], labels[:size])
+            loss.backward()
+            self.state.optimizer.zero_grad(set_to_none=True)
+
+        with self.with_memory(min(len(labels), self.cfg.training.batch_size), attempt):
+            numbers = train_step(
+                batch,
+                lr,
+                cfg=self.cfg,
+                world=self.world,
+                forward=self._forward,
+                state=self.state,
+                guard=self.guard,
+            )
+        self.note_graphs()
+        return numbers
 
     def metrics(self, means: Mapping[str, Any], meter: EpochMeter, lr: float) -> dict[str, float]:
         """The metrics of an epoch's training steps, under the names of `run_folder`."""

@@ -1,0 +1,172 @@
+"""Training steps on a GPU that does not exist: fake tensors have its device, and no numbers.
+
+What needs a real one is replaced: the backward pass gives every parameter a gradient, fused
+optimizers are counted without being run (`_fused_sgd_` has no fake kernel), and events do nothing.
+A fake tensor cannot be read, so that a wait for a number ends the test by an error.
+"""
+
+import contextlib
+import importlib
+from collections import Counter
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from matryoshka import nested
+from matryoshka.data import augment
+from matryoshka.data.augment import Preprocessing
+from matryoshka.data.slots import Batch
+from matryoshka.distributed import World
+from matryoshka.models import ModelSpec, build
+from matryoshka.models.ema import Ema
+from matryoshka.nested import nested_cross_entropy
+from matryoshka.training.compiling import Forward
+from matryoshka.training.guard import NonFiniteGuard
+from matryoshka.training.optim import make_optimizer, parameter_groups
+from matryoshka.training.options import DataConfig
+from matryoshka.training.state import TrainState
+from matryoshka.training.sums import Sums
+from matryoshka.training.supervised_step import Objective, train_step
+
+CUDA = torch.device("cuda", 0)
+# They move no data: aten's views, and new tensors without a value.
+FREE = (
+    "alias as_strided detach empty empty_like empty_strided expand new_empty new_empty_strided "
+    "permute select slice split split_with_sizes squeeze t transpose unbind unsqueeze view _unsafe_view"
+).split()
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be launched, and copies between host and device.
+
+    waits: copies for which the host waits. to_host: all copies to the host. counts: calls of each
+    operation, a backward pass left out.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+        self.waits = []
+        self.to_host = 0
+
+    @property
+    def launched(self):
+        return sum(n for name, n in self.counts.items() if name not in FREE)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        if "::" not in name:  # not prim::device, profiler::...
+            self.counts[name] += 1
+        if name.startswith("_fused_"):
+            return None
+        result = func(*args, **kwargs)
+        if name in ("_to_copy", "copy_", "lift_fresh", "lift_fresh_copy"):
+            source = args[-1] if name != "copy_" else args[1]
+            source = source if isinstance(source, torch.Tensor) else args[0]
+            self._note_copy(name, source, result, args, kwargs)
+        return result
+
+    def _note_copy(self, name, source, result, args, kwargs):
+        asynchronous = kwargs.get("non_blocking", False) or (name == "copy_" and args[2:] == (True,))
+        if name.startswith("lift_fresh"):
+            # torch.tensor(..., device="cuda"): made on the host, and copied there and then.
+            if result.is_cuda:
+                self.waits.append(name)
+            return
+        if source.device.type != result.device.type:
+            self.to_host += not result.is_cuda
+            if not asynchronous:
+                self.waits.append(f"{name} to {result.device.type}")
+
+
+class _Event:
+    def __init__(self, **_):
+        pass
+
+    def record(self, stream=None):
+        pass
+
+
+@contextlib.contextmanager
+def fake_cuda(monkeypatch):
+    """Fake tensors may be on a GPU in this block."""
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    # autocast and GradScaler ask whether there is a GPU; without one they switch themselves off.
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.amp.autocast_mode.torch.cuda, "is_bf16_supported", lambda: True)
+    # torch asks for its own types, before it takes one launch for many tensors.
+    for name in ("torch.utils._foreach_utils", "torch.optim.optimizer"):
+        module = importlib.import_module(name)
+        types = [*module._foreach_supported_types, FakeTensor]
+        monkeypatch.setattr(module, "_foreach_supported_types", types)
+    # Cached constants would belong to the mode of an earlier block, or stay fake after this one.
+    caches = (augment._scale_and_shift, nested._inside)
+    for cached in caches:
+        cached.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+class FakeStep:
+    """A training step of a small nested model, in a `fake_cuda` block.
+
+    data: options of DataConfig. size: of the images.
+    """
+
+    def __init__(
+        self, monkeypatch, optimizer, *, precision="bf16", ema=False, arch="fast_cnn", size=32, data=None
+    ):
+        dims = (4, 8) if arch == "fast_cnn" else (8, 32, 512)
+        options = {"dim": 8} if arch == "fast_cnn" else {}
+        with CUDA:
+            self.model = build(ModelSpec(arch, 10, dims, arch_options=options))
+        self.model.preprocessing = Preprocessing(size=size)
+        self.guard = NonFiniteGuard(self.model, CUDA)
+        groups = parameter_groups(self.model, 1e-4, 0.0)
+        self.state = TrainState(
+            model=self.model,
+            optimizer=make_optimizer(optimizer, groups, 0.1, 0.9, CUDA),
+            loader=SimpleNamespace(batch_size=8),
+            scaler=torch.amp.GradScaler("cuda", enabled=precision == "fp16"),
+            sums=Sums({"loss": (), "prefix_loss": (len(dims),)}, CUDA),
+            metadata={},
+            ema=Ema(self.model, 0.9) if ema else None,
+        )
+        loss = partial(nested_cross_entropy, label_smoothing=0.1)
+        self.objective = Objective(self.model, loss, weights=None, precision=precision)
+        images = torch.zeros(8, size, size, 3, dtype=torch.uint8, device=CUDA)
+        labels = torch.zeros(8, dtype=torch.int64, device=CUDA)
+        self.batch = Batch(images, labels, labels)
+        training = SimpleNamespace(seed=0, batch_size=8, sandwich=None)
+        self.cfg = SimpleNamespace(data=DataConfig(**(data or {})), training=training)
+
+        def backward(loss, *_, **__):
+            for p in self.model.parameters():
+                p.grad = torch.empty_like(p) if p.requires_grad else None
+
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+
+    def __call__(self):
+        """One step; its launches."""
+        with Launches() as launches:
+            self._step()
+        return launches
+
+    def _step(self):
+        loss, norm, skipped = train_step(
+            self.batch,
+            0.1,
+            cfg=self.cfg,
+            world=World(CUDA),
+            forward=Forward(self.objective),
+            state=self.state,
+            guard=self.guard,
+        )
+        self.guard.after_step(self.state.loop.step, loss, norm, skipped)
+        self.state.loop.step += 1
