@@ -39,6 +39,11 @@ FREE = (
 ).split()
 
 
+# Steps are never freed: the process crashed in later blocks when fake tensors of a GPU were freed
+# outside of their own (torch 2.15).
+KEPT = []
+
+
 class Launches(TorchDispatchMode):
     """Counts what would be launched, and copies between host and device.
 
@@ -95,6 +100,8 @@ class _Event:
 def fake_cuda(monkeypatch):
     """Fake tensors may be on a GPU in this block."""
     monkeypatch.setattr(torch.cuda, "Event", _Event)
+    h200 = SimpleNamespace(L2_cache_size=60 * 2**20, total_memory=140 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
     # autocast and GradScaler ask whether there is a GPU; without one they switch themselves off.
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.amp.autocast_mode.torch.cuda, "is_bf16_supported", lambda: True)
@@ -151,6 +158,7 @@ class FakeStep:
                 p.grad = torch.empty_like(p) if p.requires_grad else None
 
         monkeypatch.setattr(torch.Tensor, "backward", backward)
+        KEPT.append(self)
 
     def __call__(self):
         """One step; its launches."""
