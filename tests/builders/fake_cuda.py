@@ -8,35 +8,41 @@ A fake tensor cannot be read, so that a wait for a number ends the test by an er
 import contextlib
 import importlib
 from collections import Counter
-from functools import partial
 from types import SimpleNamespace
 
 import torch
+from small_steps import SmallStep
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from matryoshka import nested
 from matryoshka.data import augment
-from matryoshka.data.augment import Preprocessing
-from matryoshka.data.slots import Batch
-from matryoshka.distributed import World
-from matryoshka.models import ModelSpec, build
-from matryoshka.models.ema import Ema
-from matryoshka.nested import nested_cross_entropy
-from matryoshka.training.compiling import Forward
-from matryoshka.training.guard import NonFiniteGuard
-from matryoshka.training.optim import make_optimizer, parameter_groups
-from matryoshka.training.options import DataConfig
-from matryoshka.training.state import TrainState
-from matryoshka.training.sums import Sums
-from matryoshka.training.supervised_step import Objective, train_step
 
 CUDA = torch.device("cuda", 0)
 # They move no data: aten's views, and new tensors without a value.
-FREE = (
-    "alias as_strided detach empty empty_like empty_strided expand new_empty new_empty_strided "
-    "permute select slice split split_with_sizes squeeze t transpose unbind unsqueeze view _unsafe_view"
-).split()
+FREE = [
+    "alias",
+    "as_strided",
+    "detach",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "expand",
+    "new_empty",
+    "new_empty_strided",
+    "permute",
+    "select",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "squeeze",
+    "t",
+    "transpose",
+    "unbind",
+    "unsqueeze",
+    "view",
+    "_unsafe_view",
+]
 
 
 # Steps are never freed: the process crashed in later blocks when fake tensors of a GPU were freed
@@ -76,7 +82,9 @@ class Launches(TorchDispatchMode):
         return result
 
     def _note_copy(self, name, source, result, args, kwargs):
-        asynchronous = kwargs.get("non_blocking", False) or (name == "copy_" and args[2:] == (True,))
+        asynchronous = kwargs.get("non_blocking", False) or (
+            name == "copy_" and args[2:] == (True,)
+        )
         if name.startswith("lift_fresh"):
             # torch.tensor(..., device="cuda"): made on the host, and copied there and then.
             if result.is_cuda:
@@ -120,38 +128,12 @@ def fake_cuda(monkeypatch):
         cached.cache_clear()
 
 
-class FakeStep:
-    """A training step of a small nested model, in a `fake_cuda` block.
+class FakeStep(SmallStep):
+    """A SmallStep in a `fake_cuda` block."""
 
-    data: options of DataConfig. size: of the images.
-    """
-
-    def __init__(
-        self, monkeypatch, optimizer, *, precision="bf16", ema=False, arch="fast_cnn", size=32, data=None
-    ):
-        dims = (4, 8) if arch == "fast_cnn" else (8, 32, 512)
-        options = {"dim": 8} if arch == "fast_cnn" else {}
+    def __init__(self, monkeypatch, optimizer, **options):
         with CUDA:
-            self.model = build(ModelSpec(arch, 10, dims, arch_options=options))
-        self.model.preprocessing = Preprocessing(size=size)
-        self.guard = NonFiniteGuard(self.model, CUDA)
-        groups = parameter_groups(self.model, 1e-4, 0.0)
-        self.state = TrainState(
-            model=self.model,
-            optimizer=make_optimizer(optimizer, groups, 0.1, 0.9, CUDA),
-            loader=SimpleNamespace(batch_size=8),
-            scaler=torch.amp.GradScaler("cuda", enabled=precision == "fp16"),
-            sums=Sums({"loss": (), "prefix_loss": (len(dims),)}, CUDA),
-            metadata={},
-            ema=Ema(self.model, 0.9) if ema else None,
-        )
-        loss = partial(nested_cross_entropy, label_smoothing=0.1)
-        self.objective = Objective(self.model, loss, weights=None, precision=precision)
-        images = torch.zeros(8, size, size, 3, dtype=torch.uint8, device=CUDA)
-        labels = torch.zeros(8, dtype=torch.int64, device=CUDA)
-        self.batch = Batch(images, labels, labels)
-        training = SimpleNamespace(seed=0, batch_size=8, sandwich=None)
-        self.cfg = SimpleNamespace(data=DataConfig(**(data or {})), training=training)
+            super().__init__(CUDA, optimizer, **options)
 
         def backward(loss, *_, **__):
             for p in self.model.parameters():
@@ -163,18 +145,5 @@ class FakeStep:
     def __call__(self):
         """One step; its launches."""
         with Launches() as launches:
-            self._step()
+            super().__call__()
         return launches
-
-    def _step(self):
-        loss, norm, skipped = train_step(
-            self.batch,
-            0.1,
-            cfg=self.cfg,
-            world=World(CUDA),
-            forward=Forward(self.objective),
-            state=self.state,
-            guard=self.guard,
-        )
-        self.guard.after_step(self.state.loop.step, loss, norm, skipped)
-        self.state.loop.step += 1
