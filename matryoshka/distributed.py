@@ -172,7 +172,7 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 
 def _why_no_cuda() -> str | None:
     """The warning with which torch finds no GPU, such as that of a driver older than its CUDA; None
-    if there is none.
+    without a warning.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""Training on a real GPU. What makes sense without one runs on a CPU, too."""
+"""Training on a real GPU. What needs none runs on a CPU, too."""
 
 import numpy as np
 import pytest
@@ -128,7 +128,7 @@ def test_graphs_survive_an_odd_batch_and_skip_a_bad_one(device):
 
 @pytest.mark.parametrize("device", ANY)
 def test_a_snapshot_holds_the_step_at_which_it_was_taken(device, tmp_path):
-    """Training goes on, and changes all tensors, while the snapshot is copied and written."""
+    """Further steps change all tensors while the snapshot is copied and written."""
     step = SmallStep(device, "adamw", precision="fp32", ema=True)
     losses_of(step, 1)
     snapshots = Snapshots(tmp_path, {"config": {}, "global_batch": 8}, keep_last=1)

@@ -83,7 +83,7 @@ def compile_step(
     """
     if how is None:
         return Forward(module)
-    # Beyond this limit torch goes on without compiling, for the rest of the run.
+    # Beyond this limit torch stops compiling, for the rest of the run.
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, shapes + SPARE)
     graphs = how == GRAPHS

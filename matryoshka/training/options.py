@@ -296,7 +296,9 @@ class LoopConfig:
         low=0,
         high=1e9,
     )
-    sync_bn: bool = option(False, help="batch norm over all processes (GPUs only)")
+    sync_bn: bool = option(
+        False, help="batch norm over all processes; every layer waits for the GPU (GPUs only)"
+    )
     epochs: int = option(
         30, help="passes over the training set", low=1, common=True, high=MAX_EPOCHS
     )

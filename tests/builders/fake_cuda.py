@@ -132,8 +132,7 @@ class FakeStep(SmallStep):
     """A SmallStep in a `fake_cuda` block."""
 
     def __init__(self, monkeypatch, optimizer, **options):
-        with CUDA:
-            super().__init__(CUDA, optimizer, **options)
+        super().__init__(CUDA, optimizer, **options)
 
         def backward(loss, *_, **__):
             for p in self.model.parameters():

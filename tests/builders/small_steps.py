@@ -47,7 +47,8 @@ class SmallStep:
         options = {"dim": 8} if arch == "fast_cnn" else {}
         spec = ModelSpec(arch, 10, dims, efficient=shared, arch_options=options)
         self.device = device
-        self.model = build(spec).to(device)
+        with device:  # not `.to(device)`, which fake tensors do not support
+            self.model = build(spec)
         self.model.preprocessing = Preprocessing(size=size)
         self.guard = NonFiniteGuard(self.model, device)
         groups = parameter_groups(self.model, 1e-4, 0.0)

@@ -44,12 +44,12 @@ def holds(monkeypatch):
         (
             16,
             ["--training.accumulate=2"],
-            "--training.batch_size=16 --training.global_batch_size=128, without training.accumulate",
+            "--training.batch_size=16 --training.global_batch_size=128, without training.accum",
         ),
         (0, [], "not even one image fits"),
     ],
 )
-def test_a_batch_that_does_not_fit(holds, digits, tmp_path, capsys, most, more, words):
+def test_a_batch_that_does_not_fit(holds, digits, tmp_path, capsys, *, most, more, words):
     holds(most)
     line = refused(train_imagenet.main, options(digits, tmp_path, "run", *more), capsys)
     assert line.startswith("error: training.batch_size=64: a step needs more memory than the GPU")
@@ -70,7 +70,7 @@ def test_what_is_proposed_makes_the_same_steps(holds, digits, tmp_path):
         ("vicreg", "--training.batch_size=16, in smaller steps"),
     ],
 )
-def test_a_batch_of_views_that_does_not_fit(holds, digits, tmp_path, capsys, method, words):
+def test_a_batch_of_views_that_does_not_fit(holds, tmp_path, capsys, method, words):
     holds(16)
     argv = ["--data", "digits", "--method", method, "--net", "fast_cnn"]
     argv += ["--training.batch_size=32", "--epochs", "1", "--training.device=cpu"]
