@@ -5,13 +5,14 @@ from functools import partial
 
 import pytest
 import torch
-from fake_cuda import CUDA, FakeStep, fake_cuda
+from fake_cuda import CUDA, FakeSslStep, FakeStep, fake_cuda
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._pytree import tree_leaves
 
 from matryoshka import nested
 from matryoshka.models import ModelSpec, build
 from matryoshka.nested import nested_cross_entropy
+from matryoshka.ssl.options import METHODS
 from matryoshka.training import compiling
 from matryoshka.training.compiling import compile_step, part_sizes
 from matryoshka.training.options import OPTIMIZERS
@@ -35,6 +36,17 @@ def test_no_step_waits_for_the_gpu(monkeypatch, optimizer, precision):
             launches = step()
             assert launches.waits == []
             assert launches.to_host == 1, "loss, norm and streak of skipped steps: one copy"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_step_without_labels_waits_for_the_gpu(monkeypatch, method):
+    """Views with every augmentation, both towers, the queue, the probe."""
+    with fake_cuda(monkeypatch):
+        step = FakeSslStep(monkeypatch, method=method)
+        step()
+        launches = step()
+    assert launches.waits == []
+    assert launches.to_host == 1
 
 
 def test_launches_of_a_step_are_few_beside_the_network(monkeypatch):
@@ -128,12 +140,12 @@ def counted_compilations(monkeypatch) -> list[int]:
 
 
 def test_each_size_of_images_is_compiled_once_and_an_odd_batch_never(monkeypatch):
-    """64 to 128 px in steps of 32 and of 4, more sizes than torch would compile by itself."""
+    """64 to 128 px in steps of 32; twelve sizes, more than torch would compile by itself."""
     model = build(ModelSpec("fast_cnn", 10, (4, 8), arch_options={"dim": 8}))
     loss = partial(nested_cross_entropy, label_smoothing=0.1)
     objective = Objective(model, loss, weights=None, precision="fp32").train()
     compiled = counted_compilations(monkeypatch)
-    for sizes in ([64, 96, 128], [*range(64, 129, 4)]):
+    for sizes in ([64, 96, 128], [*range(32, 80, 4)]):
         torch._dynamo.reset()
         compiled.clear()
         forward = compile_step(objective, "1", sizes={4}, shapes=len(sizes))

@@ -114,11 +114,13 @@ def train_step(
     queries = method.query_views(len(pixels), cfg.views.count)
     keys = method.key_views(cfg.views.count)
     seen: list[Towers] = []
-    # Parts of rows, which index the views; several with gradient accumulation.
-    rows = Batch(torch.arange(len(batch.labels)), batch.labels, batch.index)
+    # Parts of the rows of all views; several with gradient accumulation.
+    rows = Batch(batch.labels, batch.labels, batch.index)
+    start = 0
     global_batch = state.loader.batch_size
     for part in micro_batches(rows, t.batch_size, world=world, global_batch=global_batch):
-        of_part = slice(int(part.images[0]), int(part.images[-1]) + 1)
+        of_part = slice(start, start + len(part))
+        start = of_part.stop
         generator = torch.Generator().manual_seed(int(shared.integers(2**62)))
         order = key_order(cfg, world, len(part), shared)
         with gradient_sync(forward.module, part.sync):
@@ -200,7 +202,7 @@ def reordered(images: Tensor, order: np.ndarray | None, world: World) -> Tensor:
         return images[torch.from_numpy(order).to(images.device, non_blocking=True)]
     everyone = distributed.gather_rows(images, world)
     own = order[world.rank * len(images) : (world.rank + 1) * len(images)]
-    return everyone[torch.from_numpy(own).to(images.device)]
+    return everyone[torch.from_numpy(own).to(images.device, non_blocking=True)]
 
 
 def of_all_ranks(

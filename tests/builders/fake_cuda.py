@@ -10,6 +10,7 @@ import importlib
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from small_steps import SmallStep
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -17,6 +18,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from matryoshka import nested
 from matryoshka.data import augment
+from matryoshka.data.augment import Preprocessing
+from matryoshka.data.slots import Batch
+from matryoshka.data.views import ViewOptions
+from matryoshka.distributed import World
+from matryoshka.evaluation.online_probe import OnlineProbe
+from matryoshka.models import ModelSpec, build
+from matryoshka.ssl import make_method
+from matryoshka.ssl.options import SslConfig
+from matryoshka.training import ssl_step
+from matryoshka.training.compiling import Forward
+from matryoshka.training.guard import NonFiniteGuard
+from matryoshka.training.optim import make_optimizer, parameter_groups
+from matryoshka.training.state import TrainState
+from matryoshka.training.sums import Sums
 
 CUDA = torch.device("cuda", 0)
 # They move no data: aten's views, and new tensors without a value.
@@ -133,16 +148,89 @@ class FakeStep(SmallStep):
 
     def __init__(self, monkeypatch, optimizer, **options):
         super().__init__(CUDA, optimizer, **options)
-
-        def backward(loss, *_, **__):
-            for p in self.model.parameters():
-                p.grad = torch.empty_like(p) if p.requires_grad else None
-
-        monkeypatch.setattr(torch.Tensor, "backward", backward)
+        give_gradients(monkeypatch, self.model)
         KEPT.append(self)
 
     def __call__(self):
         """One step; its launches."""
         with Launches() as launches:
             super().__call__()
+        return launches
+
+
+def give_gradients(monkeypatch, model):
+    """Replace the backward pass, which would start CUDA: every parameter gets a gradient."""
+
+    def backward(loss, *_, **__):
+        for p in model.parameters():
+            p.grad = torch.empty_like(p) if p.requires_grad else None
+
+    def grad(total, parameters):
+        return [torch.empty_like(p) for p in parameters]
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+
+
+class FakeSslStep:
+    """A step of self-supervised training, with a probe, in a `fake_cuda` block.
+
+    options: of SslConfig. Calls return the step's launches.
+    """
+
+    def __init__(self, monkeypatch, **options):
+        dims = (4, 8)
+        self.config = SslConfig(**options, hidden=8, out=4, queue=16, directions=8)
+        with CUDA:
+            encoder = build(ModelSpec("fast_cnn", 3, dims, arch_options={"dim": 8}))
+            method = make_method(encoder, self.config)
+            learner = ssl_step.Learner(method, OnlineProbe(dims, 3))
+        give_gradients(monkeypatch, learner)
+        self.forward = Forward(ssl_step.Passes(method, Preprocessing(), "bf16"))
+        self.guard = NonFiniteGuard(learner, CUDA)
+        sums = {"loss": (), "prefix_loss": (len(dims),), "right": (len(dims),)}
+        self.state = TrainState(
+            model=learner,
+            optimizer=make_optimizer("sgd", parameter_groups(learner, 0, 0), 0.1, 0.9, CUDA),
+            loader=SimpleNamespace(batch_size=8),
+            scaler=torch.amp.GradScaler("cuda", enabled=False),
+            sums=Sums(sums, CUDA),
+            metadata={},
+        )
+        numbers = torch.zeros(8, dtype=torch.int64, device=CUDA)
+        pixels = [torch.zeros(8, 32, 32, 3, dtype=torch.uint8, device=CUDA)] * 2
+        self.batch = Batch(pixels, numbers, numbers).with_host_index(np.arange(8))
+        all_on = ViewOptions(
+            flip=0.0,
+            jitter=0.8,
+            strengths=(0.4, 0.4, 0.2, 0.1),
+            grey=0.2,
+            blur=0.5,
+            kernel=3,
+            sigma=(0.1, 2.0),
+            solarise=0.2,
+        )
+        self.views = ssl_step.ViewMaker([all_on] * 2, Preprocessing(), 0)
+        KEPT.append(self)
+
+    def __call__(self):
+        cfg = SimpleNamespace(
+            ssl=self.config,
+            views=SimpleNamespace(count=2),
+            training=SimpleNamespace(seed=3, batch_size=8),
+        )
+        with Launches() as launches:
+            loss, norm, skipped, prefix_losses = ssl_step.train_step(
+                self.batch,
+                0.1,
+                cfg=cfg,
+                world=World(CUDA),
+                forward=self.forward,
+                state=self.state,
+                guard=self.guard,
+                views=self.views,
+                momentum=0.9,
+            )
+            self.guard.after_step(0, loss, norm, skipped, prefix_losses=prefix_losses)
+        self.state.loop.step += 1
         return launches
