@@ -185,7 +185,7 @@ DEMO_OPTIONS = {
     "data.flip": 0.0,
     "data.scale": (0.7, 1.0),
     "data.ratio": (0.9, 1.1),
-    "training.compile": False,
+    "training.compile": "0",
 }
 DEMO_MINUTES = 2.0
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -166,6 +167,10 @@ def pick_device(name: str, local_rank: int) -> torch.device:
         else:
             name = "cpu"
     if name == "cuda":
+        if (reason := _why_no_cuda()) is not None:
+            raise DistributedError(
+                f"device=cuda: {reason}; install what it asks for, or device=cpu"
+            )
         if local_rank >= torch.cuda.device_count():
             raise DistributedError(
                 f"device=cuda: {torch.cuda.device_count()} GPUs are visible, process "
@@ -177,12 +182,44 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     return torch.device(name)
 
 
+def _why_no_cuda() -> str | None:
+    """The warning with which torch finds no GPU, such as that of a driver older than its CUDA; None
+    without a warning.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available() or not caught:
+            return None
+    # "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040).
+    # Please update ... (Triggered internally at ...)"
+    text = str(caught[0].message).partition("(Triggered internally")[0]
+    first, _, _ = text.removeprefix("CUDA initialization: ").partition(" Please ")
+    return " ".join(first.split()).rstrip(".")
+
+
 def _on_own_slice(device: str) -> bool:
     """Whether this process of torchrun works on a slice of a GPU, which it then sees alone."""
     if device not in ("auto", "cuda") or not started_by_torchrun():
         return False
     local_size = count_in("LOCAL_WORLD_SIZE", 1)
     return mig.use_own_slice(local_rank(), local_size) is not None
+
+
+def start_device(device: torch.device) -> None:
+    """DistributedError for a GPU that cannot be used now: that of another process alone, or full.
+
+    Otherwise the error would come from the first tensor on it, after the run has taken its folder.
+    """
+    if device.type != "cuda":
+        return
+    try:
+        torch.zeros(1, device=device)
+    except RuntimeError as error:  # and its subclasses for accelerators and their memory
+        reason = str(error).partition("\n")[0]
+        raise DistributedError(
+            f"device={device}: {reason}; choose another GPU by CUDA_VISIBLE_DEVICES, wait until "
+            "this one is free (nvidia-smi shows who uses it), or device=cpu"
+        ) from None
 
 
 def pick_backend(name: str, device: torch.device, *, on_slice: bool = False) -> str:
@@ -207,6 +244,7 @@ def joined(device: str, backend: str = "auto") -> Iterator[World]:
     """
     if not started_by_torchrun():
         world = World(pick_device(device, 0))
+        start_device(world.device)
         choose_kernels(world.device)
         yield world
         return
@@ -230,6 +268,7 @@ def joined(device: str, backend: str = "auto") -> Iterator[World]:
     on_slice = _on_own_slice(device)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+        start_device(world.device)
     if pick_backend(backend, world.device, on_slice=on_slice) == "nccl":
         if on_slice:
             # NCCL takes the slices of a GPU for ranks that share it, which it refuses by default

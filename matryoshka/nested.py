@@ -87,7 +87,9 @@ def _in_one_product(features: Tensor, heads: Sequence[Head], dims: Sequence[int]
     width = dims[-1]
     if len(heads) == 1:  # the features of each prefix, followed by zeros
         weight, bias = heads[0]
-        prefixes = features * _inside(tuple(dims), features.device)[:, None].to(features.dtype)
+        compiling = torch.compiler.is_compiling()
+        inside = (_compare if compiling else _inside)(tuple(dims), features.device)
+        prefixes = features * inside[:, None].to(features.dtype)
         return F.linear(prefixes, weight[:, :width], bias)
     # Independent classifiers have different widths: zeros make them one batch of matrices.
     padded = torch.stack(  # [G, C, D]
@@ -102,10 +104,16 @@ def _in_one_product(features: Tensor, heads: Sequence[Head], dims: Sequence[int]
 
 @cache
 def _inside(dims: tuple[int, ...], device: torch.device) -> Tensor:
-    """[G, D]: whether a prefix has a column. Cached: making it would copy from the host in every
-    step.
+    """[G, D]: whether a prefix has a column. Cached: making it takes G + 2 launches."""
+    return _compare(dims, device)
+
+
+def _compare(dims: tuple[int, ...], device: torch.device) -> Tensor:
+    """`_inside`, made on the device. torch.compile ignores the cache, and a tensor of the host in
+    its graph would be copied, with a wait, in every step and rule CUDA graphs out.
     """
-    return (torch.arange(dims[-1]) < torch.tensor(dims)[:, None]).to(device)
+    columns = torch.arange(dims[-1], device=device)
+    return torch.stack([columns < d for d in dims])
 
 
 def _prefix_by_prefix(features: Tensor, heads: Sequence[Head], dims: Sequence[int]) -> Tensor:

@@ -293,6 +293,8 @@ MISTAKES = [
     (["--data.num_workers=-1"], ["data.num_workers=-1"]),
     (["--training.seed=-1"], ["training.seed=-1"]),
     (["--training.sync_bn=1"], ["training.sync_bn=1", "GPU"]),
+    (["--training.compile=fast"], ["training.compile", "fast", "graphs"]),
+    (["--training.compile=graphs", "--training.device=cpu"], ["training.compile=graphs", "GPU"]),
     (
         ["--training.compile=1", "--training.deterministic=1"],
         ["training.compile", "training.deterministic"],

@@ -189,7 +189,8 @@ class Option(Checker):
         word = str(value).strip().lower()
         if self.optional and word in NONE:
             return None
-        if self.choices == AUTO and word in TRUE + FALSE:  # yaml's true is a bool, not text
+        is_switch = {"1", "0"}.issubset(self.choices)  # with further words, such as AUTO
+        if is_switch and word in TRUE + FALSE:  # yaml's true is a bool, not text
             value = "1" if word in TRUE else "0"
         return self._typed(value, self.help())
 

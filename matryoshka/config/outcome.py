@@ -84,7 +84,7 @@ def _message(error: Exception) -> str | None:
         return error.strerror or str(error)
     if isinstance(error, UnicodeEncodeError) and not _is_text(error.object):
         return f"{legible(error.object)}: not text in UTF-8; give it another name"
-    return _lack_of_memory(error)
+    return _lack_of_memory(error) or _unusable_gpu(error)
 
 
 def _name(name: object) -> str:
@@ -108,3 +108,25 @@ def _lack_of_memory(error: Exception) -> str | None:
         return None
     reason = legible(text.splitlines()[0]) if text else "no reason given"
     return f"not enough memory ({reason}): smaller batches, images or models need less"
+
+
+# How CUDA's errors begin that say nothing about this package: its own are those of a kernel.
+GPU_ERRORS = (
+    "CUDA error: all CUDA-capable devices are busy or unavailable",
+    "CUDA error: out of memory",
+    "CUDA error: no CUDA-capable device is detected",
+    "CUDA driver initialization failed",
+    "The NVIDIA driver on your system is too old",
+    "Found no NVIDIA driver on your system",
+)
+
+
+def _unusable_gpu(error: Exception) -> str | None:
+    """A line for a GPU that cannot be used, or a driver that does not fit; None for other errors.
+
+    torch.AcceleratorError is a RuntimeError, too.
+    """
+    text = str(error).strip()
+    if not isinstance(error, RuntimeError) or not text.startswith(GPU_ERRORS):
+        return None
+    return f"{text.splitlines()[0]}; nvidia-smi shows who uses the GPU; a CPU needs none of it"

@@ -38,7 +38,8 @@ def normalise(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """(x / 255 - mean) / std: uint8 [B, H, W, 3] -> `dtype` [B, 3, H, W], channels_last."""
-    scale, shift = _scale_and_shift(mean, std, images.device)
+    compiling = torch.compiler.is_compiling()
+    scale, shift = (_filled if compiling else _scale_and_shift)(mean, std, images.device)
     # a permuted NHWC tensor is channels_last already: the conversion to float is the only copy
     return torch.addcmul(shift, images.permute(0, 3, 1, 2).float(), scale).to(dtype)
 
@@ -52,6 +53,16 @@ def _scale_and_shift(
     """
     scale = torch.tensor([1 / (255 * s) for s in std], device=device)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
+    return scale.view(1, 3, 1, 1), shift.view(1, 3, 1, 1)
+
+
+def _filled(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`_scale_and_shift` for torch.compile, which ignores the cache: filled in on the device."""
+    scale = torch.stack([torch.full((), 1 / (255 * s), device=device) for s in std])
+    shifts = [-m / s for m, s in zip(mean, std, strict=True)]
+    shift = torch.stack([torch.full((), value, device=device) for value in shifts])
     return scale.view(1, 3, 1, 1), shift.view(1, 3, 1, 1)
 
 
@@ -130,7 +141,7 @@ class Mixed(NamedTuple):
     images: Tensor  # [B, 3, H, W]
     labels: Tensor  # int64 [B]
     other: Tensor  # int64 [B]
-    share: float
+    share: float | Tensor  # of a compiled step: float32, 0-d, on the device
 
 
 def mix(
@@ -182,10 +193,10 @@ def mixed_loss(
     loss_of returns the scalar and the losses per prefix [G], and so does this.
     """
     loss, per_prefix = loss_of(logits, mixed.labels)
-    if mixed.share == 1:
+    share = mixed.share
+    if not isinstance(share, Tensor) and share == 1:
         return loss, per_prefix
     other, other_per_prefix = loss_of(logits, mixed.other)
-    share = mixed.share
     return share * loss + (1 - share) * other, share * per_prefix + (1 - share) * other_per_prefix
 
 
@@ -272,10 +283,21 @@ def augmented(
     Colour jitter, RandAugment, normalisation, random erasing, then mixup or CutMix; what the
     options leave off draws no random numbers. labels: int64 [B].
     """
-    images = colour_jitter(images, options.color_jitter, rng)
-    if options.randaugment:
-        images = rand_augment(images, options.randaugment, rng, options.randaugment_ops)
+    images = changed_pixels(images, options, rng)
     images = normalise(images, preprocessing.mean, preprocessing.std)
     if options.random_erasing:
         images = random_erasing(images, options.random_erasing, rng)
     return mix(images, labels, options.mixup, options.cutmix, rng)
+
+
+def changed_pixels(images: Tensor, options: Augmentations, rng: np.random.Generator) -> Tensor:
+    """The part of `augmented` before the normalisation: uint8 [B, H, W, 3] -> the same."""
+    images = colour_jitter(images, options.color_jitter, rng)
+    if options.randaugment:
+        images = rand_augment(images, options.randaugment, rng, options.randaugment_ops)
+    return images
+
+
+def ends_with_normalisation(options: Augmentations) -> bool:
+    """Whether nothing of `augmented` follows the normalisation."""
+    return not (options.random_erasing or options.mixup or options.cutmix)

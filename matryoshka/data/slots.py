@@ -193,7 +193,8 @@ class PinnedSlots:
         numbers = batch_views(self._entry.buffer, self._count, self._size)[1]
         numbers[0] = torch.from_numpy(labels)
         numbers[1] = torch.from_numpy(index)
-        copied = torch.cuda.Event()
+        # blocking: a spinning `synchronize` would take a core from decoding
+        copied = torch.cuda.Event(blocking=True)
         with torch.cuda.stream(self._stream):
             # Images, labels and indices in one transfer; every transfer has a fixed cost.
             piece = self._entry.buffer[:num_bytes].to(self._device, non_blocking=True)

@@ -23,7 +23,12 @@ class Ema(Generic[M]):
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self._average: list[Tensor] = list(self.module.parameters())
         self._source: list[Tensor] = list(model.parameters())
-        self._buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
+        # By type: a call for tensors of several types would copy them one by one.
+        self._buffers: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for averaged, current in zip(self.module.buffers(), model.buffers(), strict=True):
+            copies, sources = self._buffers.setdefault(current.dtype, ([], []))
+            copies.append(averaged)
+            sources.append(current)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -35,5 +40,5 @@ class Ema(Generic[M]):
         )
         # Copied, not averaged: batch norm's statistics are running averages already, and its
         # counter of batches is an integer.
-        for averaged, current in self._buffers:
-            averaged.copy_(current)
+        for copies, sources in self._buffers.values():
+            torch._foreach_copy_(copies, sources)  # pyright: ignore[reportPrivateImportUsage]

@@ -27,7 +27,7 @@ class SigReg(Method):
         width = self.online.projector.width
         directions = torch.randn(config.directions, width, generator=generator)
         return self.nested(losses.lejepa)(
-            directions.to(all_ranks.online[0]),
+            directions.to(all_ranks.online[0], non_blocking=True),
             *all_ranks.online,
             gaussian=config.gaussian,
             knots=config.knots,

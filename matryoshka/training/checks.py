@@ -10,6 +10,7 @@ from matryoshka.data import open_dataset
 from matryoshka.data.sources import parts_in
 from matryoshka.models import ModelSpec, model_spec
 from matryoshka.training.loaders import check_classes, check_crops, check_loader, resolution_at
+from matryoshka.training.options import GRAPHS
 
 
 def requested_batch_size(cfg: SimpleNamespace, processes: int) -> int:
@@ -112,10 +113,15 @@ def check_device_options(cfg: SimpleNamespace) -> None:
         raise config.ConfigError(
             f"training.sync_bn=1 needs GPUs, the device is {device.type}; leave it out"
         )
-    if training.deterministic and training.compile:
+    if training.compile == GRAPHS and device.type != "cuda":
         raise config.ConfigError(
-            "training.compile=1 and training.deterministic=1: compiled code is not deterministic; "
-            "leave one out"
+            f"training.compile=graphs needs a GPU, the device is {device.type}; leave it out, or "
+            "give training.compile=1"
+        )
+    if training.deterministic and training.compile not in (None, "0"):
+        raise config.ConfigError(
+            f"training.compile={training.compile} and training.deterministic=1: compiled code is "
+            "not deterministic; leave one out"
         )
 
 

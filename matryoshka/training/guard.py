@@ -2,17 +2,18 @@
 
 Every rank decides the same, because the decision uses the gradient norm after DDP has averaged the
 gradients. Non-finite running statistics of batch norm, which the optimizer does not protect, are
-reset to their last finite values.
+reset to their last finite values, before anything copies them.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from matryoshka.training.undoable import flat_view, undoable_step
 
 
 class StepReport(NamedTuple):
@@ -46,29 +47,57 @@ class NonFiniteGuard:
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self.reset()
 
+    @torch.no_grad()
     def reset(self) -> None:
         """Accept the current buffers and drop pending reports; call after loading weights."""
-        self._good_buffers = _flatten(self._buffers)
+        self._current = [flat_view(buffer) for buffer in self._buffers]
+        if self._current:
+            # Their last good values in one block, with a view for each: made once, because the
+            # making of many views takes longer than their copies.
+            self._good = torch.cat(self._current)
+            self._good_views = self._good.split([len(buffer) for buffer in self._current])
         self._skips.zero_()
         self._pending.clear()
 
     @torch.no_grad()
     def before_step(self) -> tuple[Tensor, Tensor]:
-        """Clip the gradients; return (their norm before clipping, 0-d bool: skip this step)."""
+        """Clip the gradients; return (their norm before clipping, 0-d bool: skip this step).
+
+        The buffers that the forward pass of a bad step has changed get their last good values.
+        """
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         # One number answers for all gradients: a NaN or infinity in any of them makes it
         # non-finite.
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.clip:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self.clip, norm)
-        return norm, ~torch.isfinite(norm)
+        skip = ~torch.isfinite(norm)
+        self._mend_buffers(skip)
+        return norm, skip
+
+    def _mend_buffers(self, skip: Tensor) -> None:
+        if not self._current:
+            return
+        current = torch.cat(self._current)
+        bad = skip | ~torch.isfinite(current).all()
+        # torch.where instead of `if`: the host never waits for the device.
+        torch.where(bad, self._good, current, out=self._good)
+        # One kernel launch for all of them.
+        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+            self._current, self._good_views
+        )
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
         """Run optimizer.step() unless `skip`."""
-        skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
-        if not skip.is_cuda or not skips_on_device:
-            if not skip:  # on a GPU this waits for it
+        if not skip.is_cuda:
+            if not skip:
+                optimizer.step()
+            return
+        if not getattr(optimizer, "_step_supports_amp_scaling", False):
+            if getattr(optimizer, "undoable", False):
+                undoable_step(optimizer, skip)
+            elif not skip:  # waits for the device
                 optimizer.step()
             return
 
@@ -90,14 +119,7 @@ class NonFiniteGuard:
         *,
         prefix_losses: Tensor | None = None,
     ) -> list[StepReport]:
-        """Repair the buffers, count the skips and return the reports that have arrived."""
-        # The forward pass of a bad step has already changed batch norm's running statistics.
-        if self._buffers:
-            current = _flatten(self._buffers)
-            bad = skip | ~torch.isfinite(current).all()
-            # torch.where instead of `if`: the host never waits for the device.
-            self._good_buffers = torch.where(bad, self._good_buffers, current)
-            _copy_from_flat(self._buffers, self._good_buffers)
+        """Count the skips and return the reports that have arrived."""
         self._skips = torch.where(skip, self._skips + 1, torch.zeros_like(self._skips))
 
         # One copy to the host for all numbers of the step.
@@ -107,7 +129,8 @@ class NonFiniteGuard:
         event = None
         if numbers.is_cuda:
             numbers = numbers.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
+            # blocking: a wait would otherwise spin, on a core of the decoders
+            event = torch.cuda.Event(blocking=True)
             event.record()
         self._pending.append((step, numbers, event))
         return self._arrived(self.lag)
@@ -134,15 +157,3 @@ def _guarded_buffers(model: nn.Module) -> list[Tensor]:
         if not getattr(module, "stays_finite", False):
             buffers += [b for b in module.buffers(recurse=False) if b.is_floating_point()]
     return buffers
-
-
-def _flatten(tensors: Iterable[Tensor]) -> Tensor:
-    parts = [tensor.reshape(-1) for tensor in tensors]
-    return torch.cat(parts) if parts else torch.zeros(0)
-
-
-def _copy_from_flat(tensors: list[Tensor], flat: Tensor) -> None:
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    views = [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
-    # One kernel launch for all of them.
-    torch._foreach_copy_(tensors, views)  # pyright: ignore[reportPrivateImportUsage]

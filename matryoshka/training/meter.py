@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+import torch
 from tqdm import tqdm
 
 from matryoshka.data.loader import Batch, Loader
@@ -18,7 +19,7 @@ from matryoshka.training.session import Session
 class EpochMeter:
     """Iterates over the batches that are left of an epoch and measures it.
 
-        with EpochMeter(loader, session, progress, log_level=1, prefixes=7) as meter:
+        with EpochMeter(loader, session, progress, log_level=1, device=device) as meter:
             for batch in meter:
                 ...
                 meter.update(session.after_step(loss, norm, skipped), lr)
@@ -26,8 +27,8 @@ class EpochMeter:
 
     A terminal shows a progress bar with the remaining time of the run; without one, `progress`
     prints a line every few seconds. log_level 2 writes every step to TensorBoard and, without a
-    terminal, prints a line for it. prefixes: number of prefixes, over whose losses a step's loss is
-    a sum.
+    terminal, prints a line for it. device: of the steps. prefixes: number of prefixes, over whose
+    losses a step's loss is a sum.
     """
 
     def __init__(
@@ -37,9 +38,11 @@ class EpochMeter:
         progress: Progress,
         *,
         log_level: int,
+        device: torch.device,
         prefixes: int = 1,
     ) -> None:
         self._loader = loader
+        self._device = device
         self._session = session
         self._progress = progress
         self._log_steps = log_level > 1
@@ -66,6 +69,9 @@ class EpochMeter:
         return self
 
     def __exit__(self, *_) -> None:
+        if self._device.type == "cuda":
+            # The last steps are queued, not done: their time belongs to this epoch.
+            torch.cuda.synchronize(self._device)
         self._seconds = time.perf_counter() - self._started
         self._bar.close()
 

@@ -61,6 +61,8 @@ def make_muon(
         # timm itself finds the kernels; the classifiers must be kept from it.
         split = _split(groups, "use_fallback", lambda parameter: True)
         betas = {"betas": rules.betas, "fallback_lr_scale": rules.rest_lr}
+        # AdamW's counters on the device, where a step can be undone without waiting for it.
+        betas["capturable"] = device.type == "cuda"
         return _timm_class(module, device)(split, lr=lr, **settings, **betas)
 
     is_filters = rules.scale == "filters"

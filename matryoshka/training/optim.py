@@ -15,6 +15,8 @@ from matryoshka.ssl.towers import LearnedTemperature
 from matryoshka.training.muon import MuonRules, make_muon
 from matryoshka.training.options import ADAN_BETAS, OPTIMIZERS, LrConfig, TrainingConfig
 
+KERNELS = ("fused", "capturable")  # options of an optimizer that depend on the device
+
 
 class OptimError(ValueError):
     """An optimizer that is not available; the message names the option and the remedy."""
@@ -201,7 +203,9 @@ def make_optimizer(
         _timm(name)
         rules = (muon or MuonRules())._replace(betas=pair, nesterov=nesterov)
         optimizer = make_muon(groups, lr, momentum, rules, device)
-    optimizer.register_load_state_dict_pre_hook(_keep_fused)
+    # Whether a step changes nothing but tensors of the device: see undoable.py.
+    optimizer.undoable = name in ("lars", "muon")  # type: ignore[attr-defined]
+    optimizer.register_load_state_dict_pre_hook(_keep_kernels)
     optimizer.register_load_state_dict_post_hook(_restore_layout)
     return optimizer
 
@@ -216,10 +220,10 @@ def _timm(name: str) -> Any:
     return timm.optim
 
 
-def _keep_fused(optimizer: torch.optim.Optimizer, state: dict) -> dict:
+def _keep_kernels(optimizer: torch.optim.Optimizer, state: dict) -> dict:
     """Keep this device's choice of kernels when a state from another kind of device is loaded."""
-    fused = {"fused": optimizer.defaults["fused"]} if "fused" in optimizer.defaults else {}
-    return {**state, "param_groups": [{**group, **fused} for group in state["param_groups"]]}
+    own = {name: optimizer.defaults[name] for name in KERNELS if name in optimizer.defaults}
+    return {**state, "param_groups": [{**group, **own} for group in state["param_groups"]]}
 
 
 def _restore_layout(optimizer: torch.optim.Optimizer) -> None:

@@ -36,6 +36,8 @@ MOMENTUM = 0.9
 ADAN_BETAS = (0.98, 0.92, 0.99)  # of the authors' code
 BETAS = {"adam": 2, "adamw": 2, "adan": 3, "muon": 2}  # their number, by optimizer
 CROPS = ("resized", "padded")
+GRAPHS = "graphs"  # of training.compile: CUDA graphs
+COMPILE = ("1", "0", GRAPHS)
 SHORTEST_HANG = 1  # second; every step counts as progress, and the first one takes longest
 
 
@@ -294,7 +296,9 @@ class LoopConfig:
         low=0,
         high=1e9,
     )
-    sync_bn: bool = option(False, help="batch norm over all processes (GPUs only)")
+    sync_bn: bool = option(
+        False, help="batch norm over all processes; every layer waits for the GPU (GPUs only)"
+    )
     epochs: int = option(
         30, help="passes over the training set", low=1, common=True, high=MAX_EPOCHS
     )
@@ -312,7 +316,13 @@ class LoopConfig:
     precision: str = option(
         "auto", help="auto: bf16 or fp16 on CUDA, else fp32 (without TF32)", choices=PRECISIONS
     )
-    compile: bool | None = option(None, help="torch.compile; unset: on CUDA", affects_result=False)
+    compile: str | None = option(
+        None,
+        help="1: torch.compile; graphs: as CUDA graphs, too, for small networks, images and "
+        "batches on one GPU; unset: 1 on CUDA, in runs of 5,000 steps and more",
+        choices=COMPILE,
+        affects_result=False,
+    )
     device: str = option(
         "auto",
         help="auto: CUDA, else MPS, else CPU",

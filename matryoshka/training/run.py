@@ -20,9 +20,18 @@ from matryoshka.data.augment import normalise
 from matryoshka.data.subset import Subset
 from matryoshka.distributed import World
 from matryoshka.models import NestedModel
+from matryoshka.training import memory
+from matryoshka.training.compiling import (
+    Forward,
+    forward_of,
+    part_sizes,
+    requested,
+    skipped_graphs,
+)
 from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.meter import EpochMeter
 from matryoshka.training.optim import configured_optimizer, lr_at, parameter_groups, peak_lr
+from matryoshka.training.options import GRAPHS
 from matryoshka.training.progress import Forecast, Progress
 from matryoshka.training.run_folder import new_run_id
 from matryoshka.training.session import (
@@ -87,6 +96,7 @@ class TrainingRun(Generic[M]):
         self.print0 = print0
         self.start = start
         self.options = config.flat(cfg)
+        self._noted_graphs = False
         distributed.prepare(world.device, cfg.training.seed, cfg.training.deterministic)
 
     @property
@@ -170,6 +180,7 @@ class TrainingRun(Generic[M]):
         cfg = self.cfg
         session_options = SessionOptions(
             best_metric=best_metric,
+            epochs=cfg.training.epochs,
             tensorboard=cfg.logging.tensorboard,
             resume_hint=resume_hint or SessionOptions.resume_hint,
             keep_last=cfg.training.keep_last,
@@ -206,15 +217,80 @@ class TrainingRun(Generic[M]):
             session,
             self.progress,
             log_level=self.cfg.logging.log_level,
+            device=self.world.device,
             prefixes=prefixes,
         )
+
+    def compiled(self, ddp: nn.Module, *, obstacle: str | None = None) -> tuple[Forward, str]:
+        """The forward pass of `ddp` as training.compile wants it, and the line of the device.
+
+        obstacle: why this run cannot be compiled.
+        """
+        t = self.cfg.training
+        device = self.world.device
+        shapes = len(set(self.resolutions))
+        how = requested(t, device, t.epochs * self.steps // shapes)
+        first_ranks = self.global_batch % self.world.size  # they take one image more
+        local_batch = self.global_batch // self.world.size + (self.world.rank < first_ranks)
+        sizes = part_sizes(local_batch, t.batch_size)
+        forward, text = forward_of(
+            ddp,
+            how,
+            device,
+            sizes=sizes,
+            shapes=shapes * len(sizes),
+            obstacle=obstacle,
+            processes=self.world.size,
+        )
+        line = f"device   {self.world.size} x {device.type}, {self.precision}{text}"
+        if forward.is_compiled:
+            line += "; the first steps at each size of images compile, their epochs show it"
+        return forward, line
+
+    def with_memory(
+        self, size: int, attempt: Callable[[int], None], *, accumulates: bool = True
+    ) -> contextlib.AbstractContextManager:
+        """A block with a step of `size` images per pass; OutOfMemory if the GPU has too little.
+
+        attempt: does a forward and backward pass of fewer images. accumulates: whether a step may
+        consist of several passes.
+        """
+
+        def remedy(fits: int) -> str:
+            alone = f"--training.batch_size={fits}"
+            if not accumulates:
+                return f"{alone}, in smaller steps"
+            whole = f"{alone} --training.global_batch_size={self.global_batch}"
+            if self.cfg.training.accumulate > 1:
+                whole += ", without training.accumulate,"
+            return f"{whole} makes the same steps of them"
+
+        if self.world.size > 1:
+            # DDP's hooks would send the gradients of an attempt to ranks that make none.
+            return memory.explained(self.world.device, size, None, remedy)
+
+        return memory.explained(self.world.device, size, attempt, remedy)
+
+    def note_graphs(self) -> None:
+        """Say once, after the first step, that parts of it could not be recorded as CUDA graphs."""
+        if self._noted_graphs or self.cfg.training.compile != GRAPHS:
+            return
+        self._noted_graphs = True
+        skipped = skipped_graphs()
+        if skipped:
+            self.print_notes(
+                [
+                    f"training.compile=graphs: {skipped} parts of the step could not be recorded "
+                    "and are launched as with training.compile=1; TORCH_LOGS=perf_hints says why"
+                ]
+            )
 
     def print_notes(self, notes: Sequence[str]) -> None:
         for note in notes:
             self.print0(f"note     {note}")
 
 
-# ---------------------------------------------------------------- processes and compilation
+# ---------------------------------------------------------------- processes
 
 
 def distribute(model: nn.Module, world: World, find_unused: bool = False) -> nn.Module:
@@ -226,17 +302,3 @@ def distribute(model: nn.Module, world: World, find_unused: bool = False) -> nn.
         return model
     device_ids = [world.device] if world.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=find_unused)
-
-
-def compile_model(ddp: nn.Module, cfg: SimpleNamespace, device: torch.device) -> str:
-    """Compile the forward and backward pass if requested and possible; return a text about it."""
-    requested = cfg.training.compile
-    if requested is None:
-        requested = device.type == "cuda" and not cfg.training.deterministic
-    if not requested:
-        return ""
-    reason = distributed.why_not_compile(device)
-    if reason is not None:
-        return f", not compiled ({reason})"
-    ddp.compile()
-    return ", compiled"

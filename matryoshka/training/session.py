@@ -47,6 +47,10 @@ T = TypeVar("T")
 ROLLBACK_LR_FACTOR = 0.1  # of the learning rate after a rollback ...
 ROLLBACK_LR_STEPS = 100  # ... for this many steps after the bad one
 MAX_ROLLBACKS = 5
+# A run waits for its disk for at most this share of its time, and these seconds: epochs shorter
+# than the writing of a checkpoint then go without one of their own.
+DISK_SHARE = 0.05
+DISK_SECONDS = 1.0
 # Seconds in which the process that torchrun has replaced frees its folder.
 RESTART_PATIENCE = 30.0
 
@@ -86,7 +90,8 @@ class ResumePoint:
 class SessionOptions:
     """Checkpoints and failure handling of a session.
 
-    best_metric: the metric whose highest value marks the best checkpoint. keep_last: step
+    best_metric: the metric whose highest value marks the best checkpoint. epochs: of the run; 0:
+    unknown, and each has its checkpoint, however long the disk takes. keep_last: step
     checkpoints to keep. checkpoint_every_steps, checkpoint_every_minutes: checkpoints within an
     epoch; 0: none. skip_limit: consecutive steps with non-finite gradients that cause a rollback.
     hang_timeout: seconds without progress until the process ends; 0: never. wandb: project of
@@ -95,6 +100,7 @@ class SessionOptions:
     """
 
     best_metric: str
+    epochs: int = 0
     keep_last: int = 3
     checkpoint_every_steps: int = 0
     checkpoint_every_minutes: float = 10.0
@@ -377,6 +383,8 @@ class Session:
         self._flags = AnyRankFlags(2, world)  # stop, checkpoint
         self._watch = HangWatch(self.path / "stacks", world.rank, options.hang_timeout)
         self._saved_at = time.monotonic()
+        self._began = time.monotonic()
+        self._is_postponed = False  # an epoch's checkpoint, until the disk is free
         self._epoch_totals: Tensor | None = None  # of all ranks, once an epoch is trained
         self._consecutive_skips = 0
 
@@ -446,7 +454,11 @@ class Session:
         return reports
 
     def _minutes_passed(self) -> bool:
-        """Whether rank 0, which writes, has not written for checkpoint_every_minutes."""
+        """Whether rank 0, which writes, has not written for checkpoint_every_minutes, or has a
+        checkpoint to write that it has postponed.
+        """
+        if self._is_postponed and not self.snapshots.is_writing:
+            return True
         seconds = 60 * self._options.checkpoint_every_minutes
         return self._world.is_main and 0 < seconds < time.monotonic() - self._saved_at
 
@@ -498,7 +510,9 @@ class Session:
     def epoch_done(self, metrics: Mapping[str, float]) -> None:
         """Count the epoch and write its checkpoint; the best one if best_metric is a new maximum.
 
-        An epoch without best_metric in its metrics was not evaluated and is never the best.
+        An epoch without best_metric in its metrics was not evaluated and is never the best. If the
+        run has waited much for its disk and the last checkpoint is still being written, that of an
+        epoch which is neither the best nor the last follows as soon as it is done.
         """
         value = metrics.get(self._options.best_metric)
         is_best = value is not None and value > self.loop.best
@@ -507,26 +521,43 @@ class Session:
         # Before saving: the checkpoint must start the next epoch, not repeat this one.
         self.loop.epoch += 1
         self._state.sums.reset()
-        self.save(best=is_best)
+        is_last = self.loop.epoch >= self._options.epochs
+        self.save(best=is_best, may_wait=not is_best and not is_last)
 
     # -- checkpoints
 
-    def save(self, best: bool = False, totals: Tensor | None = None, always: bool = False) -> None:
+    def save(
+        self,
+        best: bool = False,
+        totals: Tensor | None = None,
+        always: bool = False,
+        *,
+        may_wait: bool = False,
+    ) -> None:
         """Start writing a checkpoint of the current state. Collective unless `totals` are given.
 
         Skipped while gradients are non-finite, because the weights may be corrupt too; `always`
-        overrides this.
+        overrides this. may_wait: it may be written after a later step instead.
         """
         if self._consecutive_skips and not always:
             return
         if totals is None:
             totals = distributed.stack_over_ranks(self._state.sums.totals, self._world)
+        if self._world.is_main and may_wait and self._disk_is_slow():
+            self._is_postponed = True
+            return
+        self._is_postponed = False
         self._saved_at = time.monotonic()
         if self._world.is_main:
             self._keep_folder()
             tensors = self._state.tensors(totals)
             self.snapshots.save(self.loop.step, tensors, self._state.values(), best=best)
             self._report_problems()
+
+    def _disk_is_slow(self) -> bool:
+        """Whether another wait for the writer would cost too much of the run's time."""
+        allowed = max(DISK_SECONDS, DISK_SHARE * (time.monotonic() - self._began))
+        return self.snapshots.is_writing and self.snapshots.waited > allowed
 
     def _keep_folder(self) -> None:
         """RunInUse if the folder was removed, and another run has it now."""

@@ -87,7 +87,8 @@ class _HostCopy:
         on_gpu = any(tensor.is_cuda for tensor in tensors.values())
         self.block = torch.empty(end, dtype=torch.uint8, pin_memory=on_gpu)
         self._views = [_view(self.block, self.entries[name]) for name in self._names]
-        self.event = torch.cuda.Event() if on_gpu else None
+        # blocking: the writer would otherwise spin, on a core of the decoders
+        self.event = torch.cuda.Event(blocking=True) if on_gpu else None
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Queue the copy on the current stream; call `wait` before the block is read."""
@@ -122,7 +123,8 @@ class Snapshots:
 
     folder: created with the first checkpoint. metadata: constant over the run, part of every file.
     keep_last: number of step_N files to keep. blocked: the longest time in seconds for which `save`
-    has blocked its caller. A failed write (disk full) leaves older checkpoints unchanged and is
+    has blocked its caller, without the wait for an earlier write; waited: the sum of these waits. A
+    failed write (disk full) leaves older checkpoints unchanged and is
     reported by `problems()`; training continues.
     """
 
@@ -130,6 +132,7 @@ class Snapshots:
         self.folder = folder
         self.keep_last = keep_last
         self.blocked = 0.0
+        self.waited = 0.0
         self._metadata = dict(metadata)
         self._copy: _HostCopy | None = None
         self._thread: threading.Thread | None = None
@@ -148,8 +151,10 @@ class Snapshots:
         Waits for an earlier write. progress: JSON values that change between checkpoints. best:
         this is also the most accurate checkpoint so far.
         """
+        began = time.perf_counter()
         self.wait()  # one block of host memory: the earlier write still reads it
         start = time.perf_counter()
+        self.waited += start - began
         if self._copy is None or self._copy.layout != _layout(tensors):
             self._copy = _HostCopy(tensors)
         self._copy.fill(tensors)
@@ -170,6 +175,11 @@ class Snapshots:
         """Resume from here: make the links that a killed writer may have left out."""
         if checkpoint.path.stem.startswith("step_"):
             _link_names(checkpoint.path, checkpoint.metadata["best"])
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
         """Wait until no checkpoint is being written."""

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,16 +37,17 @@ from matryoshka.training.loaders import (
     validation_loader,
 )
 from matryoshka.training.meter import EpochMeter
-from matryoshka.training.run import TrainingRun, compile_model, distribute
+from matryoshka.training.run import TrainingRun, distribute
 from matryoshka.training.session import ResumePoint, Session
 from matryoshka.training.ssl_setup import (
     Images,
+    accumulates,
     check_batch,
     encoder_spec,
     view_crops,
     view_options,
 )
-from matryoshka.training.ssl_step import Learner, ViewMaker, bn_group, train_step
+from matryoshka.training.ssl_step import Learner, Passes, ViewMaker, bn_group, train_step
 from matryoshka.training.summary import batch_notes, schedule_notes, size_text
 
 WATCHED = 2048  # images whose two views the monitors of collapse look at
@@ -147,10 +149,12 @@ class SslRun(TrainingRun[Learner]):
         self.learner = Learner(method, probe).to(self.world.device)
         if cfg.training.sync_bn:
             nn.SyncBatchNorm.convert_sync_batchnorm(self.learner)
+        self._passes = Passes(method, encoder.preprocessing, self.precision)
         # All ranks push the same keys: nothing of the queue needs to travel in each step.
-        of_queue = [name for name, _ in method.named_buffers() if name.startswith("queue.")]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(method, of_queue)
-        self._ddp = distribute(method, self.world)
+        buffers = [name for name, _ in self._passes.named_buffers()]
+        of_queue = [name for name in buffers if name.startswith("method.queue.")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self._passes, of_queue)
+        self._ddp = distribute(self._passes, self.world)
         self._views = ViewMaker(
             [view_options(cfg.views, view) for view in range(cfg.views.count + cfg.views.small)],
             encoder.preprocessing,
@@ -174,7 +178,6 @@ class SslRun(TrainingRun[Learner]):
         cfg = self.cfg
         method = self.learner.method
         train, evaluation = self.images.train, self.images.evaluation
-        device = self.world.device
         kept = "target" if method.evaluates_target else "online"
         self.print0(f"run      {self.start.path}")
         ignored = f" (its {train.num_classes} classes are ignored)" if train.num_classes > 1 else ""
@@ -184,8 +187,8 @@ class SslRun(TrainingRun[Learner]):
             f"method   {cfg.ssl.method}, projector {cfg.ssl.projector}, saves the {kept} encoder"
         )
         self.print0(f"model    {cfg.model.arch}, prefixes {list(self.dims)}")
-        compiled = compile_model(self._ddp, cfg, device)
-        self.print0(f"device   {self.world.size} x {device.type}, {self.precision}{compiled}")
+        self._forward, line = self.compiled(self._ddp)
+        self.print0(line)
         self.print0(
             f"steps    {cfg.training.epochs} epochs x {self.steps} steps of {self.global_batch} "
             f"images, peak lr {self.peak:.4g}"
@@ -225,18 +228,31 @@ class SslRun(TrainingRun[Learner]):
 
     def step(self, batch: Batch, lr: float, momentum: float) -> tuple[Tensor, ...]:
         """One optimizer step on this rank's part of a global batch; see `train_step`."""
-        return train_step(
-            batch,
-            lr,
-            cfg=self.cfg,
-            world=self.world,
-            ddp=self._ddp,
-            state=self.state,
-            guard=self.guard,
-            views=self._views,
-            momentum=momentum,
-            precision=self.precision,
-        )
+        views = batch.images
+        method = self.learner.method
+
+        def attempt(size: int) -> None:
+            queries = method.query_views(len(views), self.cfg.views.count)
+            keys = method.key_views(self.cfg.views.count)
+            own = self._passes([views[v][:size] for v in queries], [views[v][:size] for v in keys])
+            torch.stack([embedding.sum() for embedding in own.online]).sum().backward()
+            self.state.optimizer.zero_grad(set_to_none=True)
+
+        size = min(len(batch.labels), self.cfg.training.batch_size)
+        with self.with_memory(size, attempt, accumulates=accumulates(self.cfg.ssl)):
+            numbers = train_step(
+                batch,
+                lr,
+                cfg=self.cfg,
+                world=self.world,
+                forward=self._forward,
+                state=self.state,
+                guard=self.guard,
+                views=self._views,
+                momentum=momentum,
+            )
+        self.note_graphs()
+        return numbers
 
     def metrics(
         self, session: Session, meter: EpochMeter, *, lr: float, momentum: float

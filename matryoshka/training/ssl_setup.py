@@ -337,6 +337,11 @@ def check(cfg: SimpleNamespace, processes: int) -> Images:
     return images
 
 
+def accumulates(ssl: SslConfig) -> bool:
+    """Whether a step may consist of several passes: no image is compared with those of another."""
+    return ssl.method in ACCUMULATES and not (ssl.method == "moco" and ssl.version == 3)
+
+
 def check_batch(cfg: SimpleNamespace, processes: int, batch: int) -> None:
     """ConfigError for batches that the method cannot work with."""
     ssl = cfg.ssl
@@ -368,7 +373,7 @@ def check_batch(cfg: SimpleNamespace, processes: int, batch: int) -> None:
             "ssl.stop_gradient=columns: compares the images of one process; give "
             "--ssl.stop_gradient=none for several"
         )
-    if ssl.method not in ACCUMULATES or (ssl.method == "moco" and ssl.version == 3):
+    if not accumulates(ssl):
         world = distributed.World(device=None, size=processes)  # type: ignore[arg-type]
         check_whole_batch(
             f"ssl.method={ssl.method}", cfg.training.batch_size, world=world, global_batch=batch

@@ -16,6 +16,7 @@ from matryoshka.data.views import ViewOptions, apply_views, draw_views
 from matryoshka.distributed import World
 from matryoshka.evaluation.online_probe import OnlineProbe
 from matryoshka.ssl import Method, Towers
+from matryoshka.training.compiling import Forward
 from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.state import TrainState
 from matryoshka.training.step import apply_gradients, begin_step, gradient_sync, micro_batches
@@ -62,47 +63,71 @@ class ViewMaker:
         return normalise(images, self._preprocessing.mean, self._preprocessing.std)
 
 
+class Passes(nn.Module):
+    """Both passes of a method, with the normalisation: one piece for torch.compile.
+
+    precision: of the passes; losses are computed in float32, from the embeddings of all ranks.
+    """
+
+    def __init__(self, method: Method, preprocessing: Preprocessing, precision: str) -> None:
+        super().__init__()
+        self.method = method
+        self._preprocessing = preprocessing
+        self._precision = precision
+
+    def forward(self, queries: list[Tensor], keys: list[Tensor]) -> Towers:
+        """Embeddings of views, uint8 [B, h, w, 3] each; none is in half precision."""
+        scale = self._preprocessing
+        with distributed.autocast(queries[0].device, self._precision):
+            own = self.method(
+                [normalise(view, scale.mean, scale.std) for view in queries],
+                [normalise(view, scale.mean, scale.std) for view in keys],
+            )
+        # The losses in float32: their sums lose too much in half precision.
+        return own.map(_not_half)
+
+
 def train_step(
     batch: Batch,
     lr: float,
     *,
     cfg: SimpleNamespace,
     world: World,
-    ddp: nn.Module,
+    forward: Forward,
     state: TrainState[Learner],
     guard: NonFiniteGuard,
     views: ViewMaker,
     momentum: float,
-    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One optimizer step on this rank's part of a global batch.
 
-    momentum: of the target after this step. Returns (mean loss, gradient norm, whether the step was
-    skipped), 0-d tensors on the device, and the loss of each prefix [G].
+    forward: of the Passes of the method. momentum: of the target after this step. Returns (mean
+    loss, gradient norm, whether the step was skipped), 0-d tensors on the device, and the loss of
+    each prefix [G].
     """
     t = cfg.training
     method, probe = state.model.method, state.model.probe
     begin_step(state, seed=t.seed, rank=world.rank)
+    forward.begin_step()
     shared = step_rng(t.seed, state.loop.step, SHARED)
     pixels = views(batch, state.loop.epoch)
     queries = method.query_views(len(pixels), cfg.views.count)
     keys = method.key_views(cfg.views.count)
     seen: list[Towers] = []
-    # Parts of rows, which index the views; several with gradient accumulation.
-    rows = Batch(torch.arange(len(batch.labels)), batch.labels, batch.index)
+    # Parts of the rows of all views; several with gradient accumulation.
+    rows = Batch(batch.labels, batch.labels, batch.index)
+    start = 0
     global_batch = state.loader.batch_size
     for part in micro_batches(rows, t.batch_size, world=world, global_batch=global_batch):
-        of_part = slice(int(part.images[0]), int(part.images[-1]) + 1)
+        of_part = slice(start, start + len(part))
+        start = of_part.stop
         generator = torch.Generator().manual_seed(int(shared.integers(2**62)))
         order = key_order(cfg, world, len(part), shared)
-        with gradient_sync(ddp, part.sync):
-            with distributed.autocast(batch.labels.device, precision):
-                own = ddp(
-                    [views.normalised(pixels[v][of_part]) for v in queries],
-                    [views.normalised(reordered(pixels[v][of_part], order, world)) for v in keys],
-                )
-            # The losses in float32: their sums lose too much in half precision.
-            own = own.map(_not_half)
+        with gradient_sync(forward.module, part.sync):
+            own = forward(
+                [pixels[v][of_part] for v in queries],
+                [reordered(pixels[v][of_part], order, world) for v in keys],
+            )
             everyone = of_all_ranks(own, order, world, target_features=method.evaluates_target)
             first = world.rank * len(part)
             loss, prefix_loss = method.loss(own, everyone, first=first, generator=generator)
@@ -177,7 +202,7 @@ def reordered(images: Tensor, order: np.ndarray | None, world: World) -> Tensor:
         return images[torch.from_numpy(order).to(images.device, non_blocking=True)]
     everyone = distributed.gather_rows(images, world)
     own = order[world.rank * len(images) : (world.rank + 1) * len(images)]
-    return everyone[torch.from_numpy(own).to(images.device)]
+    return everyone[torch.from_numpy(own).to(images.device, non_blocking=True)]
 
 
 def of_all_ranks(

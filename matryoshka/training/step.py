@@ -118,11 +118,13 @@ def apply_gradients(
 
     state.scaler.unscale_(state.optimizer)
     norm, skipped = guard.before_step()
-    if state.scaler.is_enabled():
-        state.scaler.step(state.optimizer)  # skips non-finite gradients by itself
-        state.scaler.update()
+    scaler = state.scaler
+    if scaler.is_enabled() and not getattr(state.optimizer, "undoable", False):
+        scaler.step(state.optimizer)  # skips non-finite gradients by itself
     else:
         guard.step(state.optimizer, skipped)
+    if scaler.is_enabled():
+        scaler.update()
 
     # Also after a skipped step, which left the weights unchanged: `skipped` is on the device, and
     # reading it would wait for it.

@@ -37,7 +37,7 @@ from matryoshka.data.dataset import Dataset
 from matryoshka.data.loader import Batch
 from matryoshka.distributed import World
 from matryoshka.evaluation.evaluate import Evaluation, evaluate
-from matryoshka.models import NestedModel, model_spec
+from matryoshka.models import FamilyModel, NestedModel, model_spec
 from matryoshka.models.ema import Ema
 from matryoshka.nested import distilled_cross_entropy, nested_cross_entropy
 from matryoshka.training.checks import global_batch_size
@@ -49,13 +49,13 @@ from matryoshka.training.loaders import (
     validation_loader,
 )
 from matryoshka.training.meter import EpochMeter
-from matryoshka.training.run import Normalisation, TrainingRun, compile_model, distribute
+from matryoshka.training.run import Normalisation, TrainingRun, distribute
 from matryoshka.training.run_folder import accuracy_metrics
 from matryoshka.training.session import ResumePoint, Session, broadcast_checkpoint
 from matryoshka.training.snapshot import Checkpoint
 from matryoshka.training.snapshot import read as read_checkpoint
 from matryoshka.training.summary import batch_notes, schedule_notes, size_text
-from matryoshka.training.supervised_step import LossFn, train_step
+from matryoshka.training.supervised_step import Objective, train_step
 
 
 class SupervisedRun(TrainingRun[NestedModel]):
@@ -141,11 +141,6 @@ class SupervisedRun(TrainingRun[NestedModel]):
             # In place: the model itself is not a batch norm, only its layers are replaced.
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.ema = Ema(self.model, cfg.training.ema) if cfg.training.ema else None
-        # `model` remains the module to save and to evaluate: DDP's keys start with `module.`.
-        # A step of the sandwich rule leaves out widths, which may have weights of their own.
-        self._ddp = distribute(
-            self.model, self.world, find_unused=cfg.training.sandwich is not None
-        )
         return notes
 
     def _build_state(self, loss: Callable) -> None:
@@ -159,7 +154,15 @@ class SupervisedRun(TrainingRun[NestedModel]):
             loss = partial(
                 distilled_cross_entropy, share=t.distill, temperature=t.distill_temperature
             )
-        self._loss_fn: LossFn = partial(loss, weights=weights, label_smoothing=t.label_smoothing)
+        # `model` remains the module to save, and to evaluate, which is not compiled.
+        self._objective = Objective(
+            self.model,
+            partial(loss, label_smoothing=t.label_smoothing),
+            weights=weights,
+            precision=self.precision,
+        )
+        # A step of the sandwich rule leaves out widths, which may have weights of their own.
+        self._ddp = distribute(self._objective, self.world, find_unused=t.sandwich is not None)
 
         sums: dict[str, tuple[int, ...]] = {"loss": (), "prefix_loss": (len(self.dims),)}
         if t.sandwich is not None:
@@ -188,7 +191,6 @@ class SupervisedRun(TrainingRun[NestedModel]):
     def _print_summary(self, notes: Sequence[str]) -> None:
         cfg = self.cfg
         dataset = self.train_loader.dataset
-        device = self.world.device
         spec = self.model.spec
         self.print0(f"run      {self.start.path}")
         self.print0(
@@ -196,10 +198,11 @@ class SupervisedRun(TrainingRun[NestedModel]):
             f"{len(self.val_loader.dataset):,} {self._val_role}"
         )
         self.print0(f"model    {spec.arch}, {spec.head_name}, dims {list(spec.dims)}")
-        # compile() changes DDP's wrapper in place: the model's keys stay, and evaluation is not
-        # compiled.
-        compiled = compile_model(self._ddp, cfg, device)
-        self.print0(f"device   {self.world.size} x {device.type}, {self.precision}{compiled}")
+        obstacle = None
+        if cfg.training.sandwich is not None and isinstance(self.model, FamilyModel):
+            obstacle = "training.sandwich draws other widths in every step"
+        self._forward, line = self.compiled(self._ddp, obstacle=obstacle)
+        self.print0(line)
         self.print0(
             f"steps    {cfg.training.epochs} epochs x {self.steps} steps of {self.global_batch} "
             f"images, peak lr {self.peak:.4g}"
@@ -245,17 +248,25 @@ class SupervisedRun(TrainingRun[NestedModel]):
 
     def step(self, batch: Batch, lr: float) -> tuple[Tensor, Tensor, Tensor]:
         """One optimizer step on this rank's part of a global batch; see `train_step`."""
-        return train_step(
-            batch,
-            lr,
-            cfg=self.cfg,
-            world=self.world,
-            ddp=self._ddp,
-            state=self.state,
-            guard=self.guard,
-            loss_fn=self._loss_fn,
-            precision=self.precision,
-        )
+        images, labels = batch.images, batch.labels
+
+        def attempt(size: int) -> None:
+            loss, _ = self._objective(images[:size], labels[:size])
+            loss.backward()
+            self.state.optimizer.zero_grad(set_to_none=True)
+
+        with self.with_memory(min(len(labels), self.cfg.training.batch_size), attempt):
+            numbers = train_step(
+                batch,
+                lr,
+                cfg=self.cfg,
+                world=self.world,
+                forward=self._forward,
+                state=self.state,
+                guard=self.guard,
+            )
+        self.note_graphs()
+        return numbers
 
     def metrics(self, means: Mapping[str, Any], meter: EpochMeter, lr: float) -> dict[str, float]:
         """The metrics of an epoch's training steps, under the names of `run_folder`."""

@@ -1,7 +1,6 @@
 """data.on_error: a sample that cannot be decoded ends the run, or is left out and listed."""
 
 import contextlib
-import functools
 import json
 import shutil
 from types import SimpleNamespace
@@ -26,6 +25,7 @@ from matryoshka.data.slots import Batch
 from matryoshka.distributed import World
 from matryoshka.nested import nested_cross_entropy
 from matryoshka.training import supervised_step
+from matryoshka.training.compiling import Forward
 from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.options import DataConfig
 from matryoshka.training.state import TrainState
@@ -146,10 +146,13 @@ def test_the_gradient_is_that_of_the_images_that_are_left_over_the_whole_batch()
     model = torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Linear(48, 3), torch.nn.Unflatten(0, (1, -1))
     )
-    model.preprocessing, model.no_sync = Preprocessing(), contextlib.nullcontext
+    model.preprocessing = Preprocessing()
     plain = DataConfig()
     cfg = SimpleNamespace(data=plain, training=SimpleNamespace(seed=0, batch_size=3, sandwich=None))
-    loss_fn = functools.partial(nested_cross_entropy, weights=None, label_smoothing=0.0)
+    objective = supervised_step.Objective(
+        model, nested_cross_entropy, weights=None, precision="fp32"
+    )
+    objective.no_sync = contextlib.nullcontext
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     world = World(torch.device("cpu"), 0, 2)
 
@@ -170,11 +173,9 @@ def test_the_gradient_is_that_of_the_images_that_are_left_over_the_whole_batch()
             0.0,
             cfg=cfg,
             world=world,
-            ddp=model,
+            forward=Forward(objective),
             state=state,
             guard=NonFiniteGuard(model, world.device),
-            loss_fn=loss_fn,
-            precision="fp32",
         )
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 

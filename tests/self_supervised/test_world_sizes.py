@@ -37,6 +37,7 @@ from matryoshka.evaluation.online_probe import OnlineProbe
 from matryoshka.models import ModelSpec, build
 from matryoshka.ssl import SslConfig, make_method
 from matryoshka.training import ssl_step
+from matryoshka.training.compiling import Forward
 from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.run import distribute
 from matryoshka.training.state import TrainState
@@ -54,7 +55,8 @@ def step(options, small, world):
     config = SslConfig(**options, hidden=8, out=4, queue=16, directions=8)
     learner = ssl_step.Learner(make_method(encoder, config), OnlineProbe(DIMS, 3)).double()
     learner.probe.float()
-    ddp = distribute(learner.method, world)
+    passes = ssl_step.Passes(learner.method, Preprocessing(), "fp32")
+    ddp = distribute(passes, world)
     learner.eval()
     generator = torch.Generator().manual_seed(1)
     images = [
@@ -77,10 +79,10 @@ def step(options, small, world):
         training=SimpleNamespace(seed=3, batch_size=BATCH),
     )
     ssl_step.train_step(
-        batch, 0.0, cfg=cfg, world=world, ddp=ddp, state=state,
+        batch, 0.0, cfg=cfg, world=world, forward=Forward(ddp), state=state,
         guard=NonFiniteGuard(learner, world.device),
         views=ssl_step.ViewMaker([ViewOptions(flip=0)] * len(images), Preprocessing(), 0),
-        momentum=0.5, precision="fp32",
+        momentum=0.5,
     )
     totals = distributed.sum_over_ranks(state.sums.totals, world)
     return {

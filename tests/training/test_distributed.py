@@ -31,6 +31,7 @@ from types import SimpleNamespace
 from forked_ranks import as_ranks
 from matryoshka import distributed
 from matryoshka.data import Loader, RandomResizedCrop, augment
+from matryoshka.training.compiling import Forward
 from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.options import DataConfig
 from matryoshka.evaluation.accuracy import PrefixAccuracy
@@ -48,12 +49,13 @@ micro = int(sys.argv[5])
 torch.set_num_threads(1)
 in_float32 = augment.normalise
 augment.normalise = lambda images, *scale: in_float32(images, *scale, dtype=torch.float64)
+program.normalise = augment.normalise
 program.nested_cross_entropy = None  # the step must use the loss that it is given
 
 class NoFloat(torch.nn.Module):  # keeps the logits in float64
     def __init__(self, inner):
         super().__init__()
-        self.inner, self.no_sync = inner, getattr(inner, "no_sync", None)
+        self.inner, self.preprocessing = inner, inner.preprocessing
     def forward(self, x):
         return SimpleNamespace(float=functools.partial(lambda logits: logits, self.inner(x)))
 
@@ -61,7 +63,12 @@ def work():
     with distributed.joined("cpu") as world:
         torch.manual_seed(0)
         model = build(ModelSpec("resnet10", 10, (8, 32, 512))).double()
-        ddp = distribute(model, world).eval()
+        weights = torch.tensor([2.0, 1.0, 1.0]).double()
+        loss_fn = functools.partial(nested_cross_entropy, label_smoothing=0.1)
+        objective = program.Objective(
+            NoFloat(model), loss_fn, weights=weights, precision="fp32"
+        )
+        ddp = distribute(objective, world).eval()
         ranks = dict(rank=world.rank, world=world.size, num_workers=1)
         loader = Loader(beton, batch, crop=RandomResizedCrop(32), drop_last=True, seed=7, **ranks)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -70,8 +77,6 @@ def work():
         state = TrainState(
             model=model, optimizer=optimizer, loader=loader, scaler=scaler, sums=sums, metadata={}
         )
-        weights = torch.tensor([2.0, 1.0, 1.0]).double()
-        loss_fn = functools.partial(nested_cross_entropy, weights=weights, label_smoothing=0.1)
         cfg = SimpleNamespace(
             data=DataConfig(),
             training=SimpleNamespace(seed=1, batch_size=micro, sandwich=None),
@@ -81,8 +86,8 @@ def work():
             order.append(b.index.tolist())
             if k == 0:
                 program.train_step(
-                    b, 0.0, cfg=cfg, world=world, ddp=NoFloat(ddp), state=state, loss_fn=loss_fn,
-                    guard=NonFiniteGuard(model, world.device), precision="fp32",
+                    b, 0.0, cfg=cfg, world=world, forward=Forward(ddp), state=state,
+                    guard=NonFiniteGuard(model, world.device),
                 )
         metric = PrefixAccuracy(model.dims)
         evaluation = Loader(val, 30, order="sequential", **ranks)

@@ -255,3 +255,50 @@ def test_a_session_hands_its_project_on(tmp_path, monkeypatch):
             print0=print,
         )
     assert given == [None, "project"]
+
+
+def test_short_epochs_do_not_wait_for_the_disk_for_long(tmp_path, monkeypatch):
+    """An epoch's checkpoint is left to a later step once the disk has cost more than its share."""
+    saved = []
+    disk = SimpleNamespace(is_writing=True, waited=0.0, problems=list)
+    disk.save = lambda step, tensors, values, best: saved.append((step, best))
+    sums = SimpleNamespace(totals=torch.zeros(2), reset=lambda: None)
+    loop = LoopState()
+    state = SimpleNamespace(loop=loop, metadata={}, loader=SimpleNamespace(batch_size=1), sums=sums)
+    state.tensors, state.values = (lambda totals: {}), dict
+    run = session.Session(
+        state,
+        SimpleNamespace(after_step=lambda *_, **__: []),
+        World(torch.device("cpu")),
+        session.ResumePoint(tmp_path),
+        options=session.SessionOptions(best_metric="top_1/8", epochs=6, tensorboard=False),
+        config={},
+        config_yaml="",
+        print0=print,
+    )
+    run.snapshots = disk
+
+    def epoch(**metrics):
+        run.after_step(*torch.zeros(3))
+        run.epoch_done(metrics)
+
+    epoch()
+    assert saved == [(1, False)]  # it may wait: nothing was waited for yet
+    disk.waited = 2.0
+    epoch()
+    assert saved == [(1, False)]
+    disk.is_writing = False  # the postponed one follows after the next step, in its epoch
+    run.after_step(*torch.zeros(3))
+    assert saved == [(1, False), (3, False)]
+    disk.is_writing = True
+    epoch(**{"top_1/8": 50.0})
+    assert saved[2:] == [(4, True)], "the best one always"
+    monkeypatch.setattr(session.time, "monotonic", lambda: run._began + 100)
+    epoch()
+    assert saved[3:] == [(5, False)], "2 of 100 seconds are a small share"
+    monkeypatch.undo()
+    epoch()
+    assert saved[4:] == []
+    epoch()
+    assert saved[4:] == [(7, False)], "the last epoch always"
+    run.log.close()
