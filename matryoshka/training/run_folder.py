@@ -11,11 +11,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from matryoshka import json_files
 from matryoshka.environment import environment
-from matryoshka.files import open_append, read_regular, write_atomically
+from matryoshka.files import AppendedFile, open_append, read_regular, write_atomically
 from matryoshka.training.run_lock import is_unused
 
 
@@ -81,7 +81,7 @@ class RunLog:
             for name in ("log", "events.jsonl", "skipped.jsonl"):
                 (path / name).unlink(missing_ok=True)
             shutil.rmtree(path / "tensorboard", ignore_errors=True)
-        self._files: dict[str, TextIO] = {}
+        self._files: dict[str, AppendedFile] = {}
         self.truncate(0 if resumed_at is None else resumed_at[1])
         # TensorBoard hides the scalars of the steps that are trained again.
         purge_step = None if resumed_at is None else resumed_at[0] + 1
@@ -118,7 +118,7 @@ class RunLog:
 
     def _append(self, name: str, values: Mapping) -> None:
         if name not in self._files:
-            # Line-buffered: a kill loses at most the line that is being written.
+            # Not buffered: a kill loses at most the line that is being written.
             self._files[name] = open_append(self.path / name)
         self._files[name].write(json.dumps(values) + "\n")
 

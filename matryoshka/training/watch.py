@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from matryoshka.distributed import REQUEUE, World
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stopped(Exception):
@@ -29,7 +29,7 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Handles SIGTERM and SIGUSR1 inside a `with` block.
+    """Handles SIGTERM, SIGUSR1 and SIGHUP inside a `with` block, unless ignored, as by nohup.
 
     The first signal sets `received` to its name; a second one ends the process at once.
     """
@@ -42,7 +42,8 @@ class StopSignal:
         # Python allows signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                self._previous[number] = signal.signal(number, self._handle)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_) -> None:
