@@ -31,7 +31,8 @@ class Stopped(Exception):
 class StopSignal:
     """Handles SIGTERM, SIGUSR1 and SIGHUP inside a `with` block, unless ignored, as by nohup.
 
-    The first signal sets `received` to its name; a second one ends the process at once.
+    The first signal sets `received` to its name; a second one ends the process at once, but for
+    SIGHUP, which a terminal sends to every process, and torchrun to its own once more.
     """
 
     def __init__(self) -> None:
@@ -51,6 +52,8 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGHUP:
+            return
         if self.received is not None:  # the second one: the user does not want to wait
             os._exit(128 + number)
         self.received = signal.Signals(number).name

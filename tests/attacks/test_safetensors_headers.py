@@ -61,7 +61,7 @@ def training(path):
 def start(path):
     """`--model.init` of a net like the small model."""
     options = ("dim=16", "depth=1", "heads=2", "patch=4", "image_size=8")
-    config = ModelConfig(arch="vit", arch_options=options, mrl=1, dims=(4, 16), init=str(path))
+    config = ModelConfig(arch="vit", arch_options=options, mrl=True, dims=(4, 16), init=str(path))
     check_start(config, model_spec(config, 2))
 
 
