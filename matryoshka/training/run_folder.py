@@ -90,7 +90,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter  # 2 s: only where a run starts
 
             self._board = SummaryWriter(str(path / "tensorboard"), purge_step=purge_step)
-        self._start = time.time()
+        self._start = time.monotonic()
 
     def lines(self) -> list[dict[str, Any]]:
         """The epochs' lines of `log` so far."""
@@ -124,8 +124,9 @@ class RunLog:
 
     def write_line(self, values: Mapping) -> None:
         """Append a line to `log`: upstream's `timestamp` and `relative_time`, then `values`."""
-        now = time.time()
-        self._append("log", {"timestamp": now, "relative_time": now - self._start, **values})
+        # Two clocks: that of the day may be set while a run is training.
+        times = {"timestamp": time.time(), "relative_time": time.monotonic() - self._start}
+        self._append("log", {**times, **values})
         if "epoch" in values:
             by_epoch = {f"epoch/{name}": v for name, v in values.items() if name != "epoch"}
             self.send(by_epoch, "epoch", values["epoch"])

@@ -273,7 +273,8 @@ def _ended(study: optuna.Study, sweep: Sweep, folder: Path) -> list[Trial]:
         state = states.get(trial.state.name)
         if state is None or trial.number in repeated:
             continue
-        seconds = trial.duration.total_seconds() if trial.duration else 0.0
+        # Optuna takes it from the clock of the day, which may have been set back.
+        seconds = max(0.0, trial.duration.total_seconds()) if trial.duration else 0.0
         found.append(
             Trial(
                 number=trial.number,

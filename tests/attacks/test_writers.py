@@ -73,12 +73,6 @@ with open(os.path.join(folder, "log"), "w") as log:
 """
 
 
-@pytest.fixture(scope="module")
-def disk(tmp_path_factory):
-    with FaultyDisk(tmp_path_factory.mktemp("disk")) as disk:
-        yield disk
-
-
 @dataclass
 class Writer:
     """A program and its outputs. before: an earlier result, which every run begins with."""
