@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from matryoshka.config.options import legible, show
 from matryoshka.models.options import ModelError
 
 # Upper bounds, far above any sensible net: a checkpoint can claim any number, and building a net of
@@ -28,12 +29,17 @@ LIMITS = {
 }
 
 
+def _shown(value: object) -> str:
+    """A value, which may come from a file, on one line."""
+    return legible(value) if isinstance(value, str) else show(value)
+
+
 def check_counts(net: str, **counts: object) -> None:
     """Each of `counts` is a whole number from 1 to its limit in LIMITS."""
     for name, value in counts.items():
         if type(value) is not int or not 1 <= value <= LIMITS[name]:  # a bool is an int
             raise ModelError(
-                f"model.arch_options: {net}: {name}={value}: expected a whole number from 1 to "
+                f"model.arch_options: {net}: {name}={_shown(value)}: expected a whole number from 1 to "
                 f"{LIMITS[name]}"
             )
 
@@ -43,7 +49,7 @@ def check_shares(net: str, **shares: object) -> None:
     for name, value in shares.items():
         if type(value) not in (int, float) or not 0 <= value < 1:  # pyright: ignore[reportOperatorIssue]
             raise ModelError(
-                f"model.arch_options: {net}: {name}={value}: expected 0 or more, and less than 1"
+                f"model.arch_options: {net}: {name}={_shown(value)}: expected 0 or more, and less than 1"
             )
 
 
@@ -52,7 +58,7 @@ def check_scales(net: str, **scales: object) -> None:
     for name, value in scales.items():
         if type(value) not in (int, float) or not 0 < value <= 100:  # pyright: ignore[reportOperatorIssue]
             raise ModelError(
-                f"model.arch_options: {net}: {name}={value}: expected more than 0, at most 100"
+                f"model.arch_options: {net}: {name}={_shown(value)}: expected more than 0, at most 100"
             )
 
 
@@ -62,7 +68,7 @@ def check_choices(net: str, legal: Iterable[str], **choices: object) -> None:
     for name, value in choices.items():
         if value not in legal:
             raise ModelError(
-                f"model.arch_options: {net}: {name}={value}: expected one of {', '.join(legal)}"
+                f"model.arch_options: {net}: {name}={_shown(value)}: expected one of {', '.join(legal)}"
             )
 
 

@@ -63,6 +63,8 @@ PROGRAMS = list(AGAIN) if LONG else list(QUICK)
 HIDDEN = re.compile(r"(^|/)\.[^/]*\.tmp$")
 # What an interrupted program continues from, and locks that are free.
 KEPT = re.compile(r"(^|/)\.unfinished/|(^|/)(run|fit|\.?index)?\.?lock$|\.lock$")
+# Drawn once the run is finished; the report draws its own.
+CHARTS = {"run/accuracy.png"}
 TRIAL = """
 import json, os, sys
 given = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:])
@@ -198,6 +200,14 @@ def check_line(ended: Ended, what: str) -> None:
     assert "/out" in lines[0], f"{what}: {lines}"
 
 
+def start_again(writer: Writer, what: str) -> None:
+    """The next start works, or finds that the work was done."""
+    is_done = writer.program == "probe" and (writer.out / "run" / "model.safetensors").exists()
+    ended = writer.run(*AGAIN[writer.program])
+    assert ended.status == (2 if is_done else 0), f"{what}, then: {ended.status} {ended.err}"
+    assert "Traceback" not in ended.err, f"{what}, then: {ended.err}"
+
+
 # ---------------------------------------------------------------- kills
 
 
@@ -212,11 +222,11 @@ def test_a_kill_at_a_call_that_writes(program, disk, inputs, tmp_path):
             ended = writer.run(at=number, action=action)
             assert ended.status in (-signal.SIGKILL, 0), f"{what}: {ended}"
             check_whole(writer.out)
-            ended = writer.run(*AGAIN[program])
-            assert ended.status == 0, f"{what}, then: {ended.status} {ended.err}"
-            assert "Traceback" not in ended.err
-            assert names_in(writer.out) >= writer.names, what
+            start_again(writer, what)
+            missing = writer.names - names_in(writer.out)
+            assert not missing - CHARTS, f"{what}: {missing}"
             extra = [name for name in names_in(writer.out) if HIDDEN.search(name)]
+            extra = [name for name in extra if "/.accuracy.png." not in name]  # see CHARTS
             assert not extra, f"{what}: {extra}"
             check_whole(writer.out)
 
@@ -235,9 +245,9 @@ def test_a_disk_that_fills_up(program, disk, inputs, tmp_path):
             check_line(ended, what)
         assert not litter(writer), f"{what}: {litter(writer)}"
         check_whole(writer.out)
-        ended = writer.run(*AGAIN[program])
-        assert ended.status == 0, f"{what}, then: {ended.status} {ended.err}"
-        assert names_in(writer.out) >= writer.names, what
+        start_again(writer, what)
+        missing = writer.names - names_in(writer.out)
+        assert not missing - CHARTS, f"{what}: {missing}"
         assert not litter(writer) or program == "index add", what  # what it has replaced
 
 
@@ -276,5 +286,4 @@ def test_a_signal_at_a_call_that_writes(program, disk, inputs, tmp_path):
             assert ended.err == expected, f"{what}: {ended}"
             assert not litter(writer), f"{what}: {litter(writer)}"
             check_whole(writer.out)
-            ended = writer.run(*AGAIN[program])
-            assert ended.status == 0, f"{what}, then: {ended.status} {ended.err}"
+            start_again(writer, what)
