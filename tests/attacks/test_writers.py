@@ -7,10 +7,13 @@ outputs. After an error or a signal: one line, and nothing unfinished.
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
 import signal
+import subprocess
+import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,7 @@ from matryoshka import tensor_files
 from matryoshka.data.reader import BetonFile
 from matryoshka.embeddings import open_embeddings
 from matryoshka.retrieval.store import Index
+from matryoshka.training import snapshot
 
 RESUME = ["--training.resume=auto"]
 # Program: the words with which it is started again. The first are fast enough for every run of the
@@ -287,3 +291,103 @@ def test_a_signal_at_a_call_that_writes(program, disk, inputs, tmp_path):
             assert not litter(writer), f"{what}: {litter(writer)}"
             check_whole(writer.out)
             start_again(writer, what)
+
+
+@pytest.mark.skipif(not LONG, reason="takes minutes: `make attack`")
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_signal_at_any_time(program, disk, inputs, tmp_path):
+    """Also while it computes, reads or imports."""
+    writer = writer_of(disk, program, inputs, tmp_path)
+    rng = random.Random(program)
+    began = time.monotonic()
+    writer.reset()
+    writer.run()
+    seconds = time.monotonic() - began
+    for _ in range(12):
+        which = rng.choice([signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+        delay = rng.uniform(0.001, seconds)
+        what = f"{program} {which.name} after {delay:.3f} s"
+        writer.reset()
+        ended = writer.run(seconds=delay, signal_after=which)
+        assert ended.status in (0, 75, 128 + which), f"{what}: {ended}"
+        assert len(ended.err.splitlines()) == (ended.status == 128 + which), f"{what}: {ended}"
+        assert not litter(writer), f"{what}: {litter(writer)}"
+        check_whole(writer.out)
+        start_again(writer, what)
+
+
+# ---------------------------------------------------------------- full disks of the system itself
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_files_of_a_limited_size(program, disk, inputs, tmp_path):
+    """`ulimit -f`: SIGXFSZ kills no program; an earlier result stays."""
+    writer = writer_of(disk, program, inputs, tmp_path)
+    largest = max(path.stat().st_size for path in writer.out.rglob("*") if path.is_file())
+    for share in (0.5, 0.01)[: scaled(1, 2)]:
+        writer.reset()
+        ended = writer.run(file_size=max(1, int(share * largest)))
+        if ended.status != 0:
+            check_line(ended, program)
+            assert "File too large" in ended.err, ended.err
+        assert not litter(writer), litter(writer)
+        check_whole(writer.out)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A file system of 256 kB; skips where mount is refused."""
+    root = tmp_path / "out"
+    root.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(root)]
+    if os.geteuid() != 0 or not shutil.which("mount"):
+        pytest.skip("needs root")
+    if subprocess.run(words, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mount is refused here")
+    try:
+        yield root
+    finally:
+        subprocess.run(["umount", str(root)], check=True)
+
+
+def test_a_small_file_system(small, disk, inputs):
+    """Filled up, but for a few pages; then there is space again."""
+    for program in PROGRAMS:
+        if program == "sweep" or (program.startswith("index ") and program != "index build"):
+            continue
+        out = small / program.replace(" ", "-")
+        argv = small_commands.command(program, inputs, out)
+        for pages in (0, 1, 3)[: scaled(2, 3)]:
+            out.mkdir()
+            ballast = small / "ballast"
+            free = os.statvfs(small).f_bavail - pages
+            ballast.write_bytes(bytes(4096 * max(0, free)))
+            ended = disk.run(argv, below=out)
+            if ended.status != 0:
+                check_line(ended, program)
+            found = [name for name in names_in(out) if HIDDEN.search(name)]
+            assert not found, f"{program}: {found}"
+            check_whole(out)
+            ballast.unlink()
+            shutil.rmtree(out)
+
+
+def test_a_disk_that_fills_up_while_a_run_saves(disk, inputs, tmp_path):
+    """The run ends in one line, keeps its last whole checkpoint, and resumes from it."""
+    writer = writer_of(disk, "train", inputs, tmp_path)
+    writer.argv += ["--training.checkpoint_every_steps=1", "--training.batch_size=8"]
+    writer.reset()
+    calls = writer.run().calls
+    writes = [i for i, call in enumerate(calls, 1) if re.match(r"write .*/\.step_", call)]
+    at = writes[len(writes) // 2]
+    writer.reset()
+    ended = writer.run(at=at, action=Action.FULL)
+    check_line(ended, "train")
+    checkpoint, notes = snapshot.newest(writer.out / "run" / "checkpoints")
+    assert checkpoint is not None
+    assert notes == []
+    assert not [name for name in names_in(writer.out) if HIDDEN.search(name)]
+    ended = writer.run(*RESUME)
+    assert (ended.status, ended.err) == (0, "")
+    assert f"after step {checkpoint.metadata['step']}" in ended.out
+    check_whole(writer.out)
