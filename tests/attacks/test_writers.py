@@ -48,11 +48,11 @@ AGAIN = {
     "ssl": RESUME,
     "probe": [],
     "dims": [],
-    "adapt": [],
+    "adapt": ["--overwrite"],
     "analyze": [],
     "gradcam": [],
     "baselines": [],
-    "export": [],
+    "export": ["--overwrite"],
     "index add": ["--replace"],
     "index delete": ["--missing-ok"],
     "index compact": [],
@@ -61,7 +61,7 @@ AGAIN = {
 # Every call of these; of the others, trained in seconds, some.
 EVERY = ("write", "index build", "index add", "index compact", "index delete", "embed", "report")
 EVERY += ("sweep", "export", "retrieve", "eval", "vqvae", "adapt", "analyze")
-SOME = 10
+MOST, SOME = 100, 10
 QUICK = ("write", "index build", "report", "retrieve")
 PROGRAMS = list(AGAIN) if LONG else list(QUICK)
 HIDDEN = re.compile(r"(^|/)\.[^/]*\.tmp$")
@@ -105,7 +105,7 @@ class Writer:
         """Numbers of calls, from the first to the last."""
         every = range(1, self.calls + 1)
         if LONG:
-            count = self.calls if self.program in EVERY else SOME
+            count = MOST if self.program in EVERY else SOME
         return sorted(random.Random(self.program).sample(every, min(count, self.calls)))
 
 
