@@ -212,7 +212,6 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _open(sweep: Sweep, folder: Path) -> Any:
     """The storage of a study, a new one where the folder does not exist or is empty."""
-    optuna = _optuna()
     known = folder / "sweep.json"
     searched = json.loads(json.dumps(sweep.search()))
     # A start that was killed early has left these two, and hidden temporary files.
