@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import small_commands
 from attacks.scale import LONG
-from attacks.test_writers import check_line
 from faulty_disk import Action
+from writing_programs import check_line
 
 WRITERS = ("write", "train", "cifar", "ssl", "vqvae", "probe", "eval", "dims", "embed", "adapt")
 WRITERS += ("index build", "retrieve", "analyze", "gradcam", "baselines", "export", "report")
