@@ -145,7 +145,8 @@ def names_in(folder: Path) -> frozenset[str]:
     for path in folder.rglob("*"):
         if path.is_file() or path.is_symlink():
             name = str(path.relative_to(folder))
-            found.add(re.sub(r"(part|deleted)-[0-9a-f]{8}", r"\1", name))
+            # Of a sweep, trials that were killed are repeated under other numbers.
+            found.add(re.sub(r"(part|deleted|trial)[-_][0-9a-f]{5,8}", r"\1", name))
     return frozenset(found)
 
 
