@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
+import socket
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -102,7 +105,10 @@ def launch(processes: int, config: DistConfig, script: str, argv: Sequence[str])
 
     rendezvous = ["--standalone"]
     if config.port:
-        rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint={config.address}:{config.port}"]
+        _check_port(config)
+        endpoint = f"--rdzv-endpoint={config.address}:{config.port}"
+        # An id of its own, as --standalone has it: two runs must never meet at one port.
+        rendezvous = ["--rdzv-backend=c10d", endpoint, f"--rdzv-id={uuid.uuid4()}"]
     try:
         run(parse_args([*rendezvous, f"--nproc-per-node={processes}", script, *argv]))
     except ChildFailedError as error:
@@ -110,6 +116,31 @@ def launch(processes: int, config: DistConfig, script: str, argv: Sequence[str])
     except SignalException:  # the processes have received it and saved a checkpoint
         return REQUEUE
     return 0
+
+
+def _check_port(config: DistConfig) -> None:
+    """DistributedError if another process of this machine has the port, or none may have it.
+
+    torchrun would take the other process for its own rendezvous, and wait.
+    """
+    option = f"dist.port={config.port}"
+    try:
+        socket.getaddrinfo(config.address, config.port)
+    except socket.gaierror:
+        raise DistributedError(f"dist.address={config.address}: no such host") from None
+    try:
+        socket.create_server((config.address, config.port)).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise DistributedError(
+                f"{option}: another process of this machine uses it; give another one, or 0 for "
+                "any that is free"
+            ) from None
+        if error.errno == errno.EACCES:
+            raise DistributedError(
+                f"{option}: {error.strerror}; ports from 1024 on are for everybody"
+            ) from None
+        # EADDRNOTAVAIL: an address of another machine
 
 
 def prepare(device: torch.device, seed: int, deterministic: bool) -> None:

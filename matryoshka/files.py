@@ -11,9 +11,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import functools
 import io
 import os
+import re
+import secrets
 import select
 import stat
 import tempfile
@@ -37,15 +40,14 @@ class AtomicFile:
 
     Until then it has a temporary name in the same folder (a rename is atomic only inside one file
     system); leaving the context without `publish` removes it. `temporary` is that name, for writers
-    that open files themselves.
+    that open files themselves. Temporary files of killed writers of the same path are removed.
 
     An OSError of any of these methods names `path`, never the temporary file.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        # The process id keeps two writers of the same path apart; the last to publish wins.
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self.temporary = _temporary_name(self.path)
         self._written = 0  # bytes, of `write`
 
     def __enter__(self) -> AtomicFile:
@@ -54,18 +56,47 @@ class AtomicFile:
             mode = _status(self.path, follow_links=False).st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):
                 raise OSError(errno.EINVAL, "is not a regular file", str(self.path))
-        flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
+        _remove_left_behind(self.path)
         try:
-            self._descriptor = os.open(self.temporary, flags, 0o666)
+            while not self._open():
+                self.temporary = _temporary_name(self.path)
         except OSError as error:
+            self._unlink()
             raise self._explained(error) from error
+        except BaseException:  # a signal, between the file and its descriptor
+            self._unlink()
+            raise
         return self
+
+    def _open(self) -> bool:
+        """Create and lock the temporary file; False if another process has removed it already.
+
+        The lock says that its writer is alive. Before that, `_remove_left_behind` may take the file
+        for one of a killed writer.
+        """
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
+        self._descriptor = os.open(self.temporary, flags, 0o666)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.lexists(self.temporary)
+        except BlockingIOError:
+            is_ours = False
+        except OSError:  # a file system without locks: then nobody removes it
+            is_ours = True
+        if not is_ours:
+            os.close(self._descriptor)
+        return is_ours
 
     def __exit__(self, *_) -> None:
         # Failures of the clean-up must not replace the exception that ended the context.
-        with suppress(OSError):
-            os.close(self._descriptor)
-        with suppress(FileNotFoundError):  # `publish` has renamed it
+        try:
+            with suppress(OSError):
+                os.close(self._descriptor)
+        finally:
+            self._unlink()
+
+    def _unlink(self) -> None:
+        with suppress(OSError):  # `publish` has renamed it, or the disk is read-only by now
             self.temporary.unlink()
 
     def append(self, data: bytes | memoryview) -> None:
@@ -107,11 +138,51 @@ class AtomicFile:
             raise self._explained(error) from error
 
     def _explained(self, error: OSError, needed: int = 0) -> OSError:
-        reason = error.strerror or str(error)
-        if error.errno in _NO_SPACE:
-            hint = f" ({needed} bytes or more are needed)" if needed else ""
-            return FileError(error.errno, reason + hint, str(self.path))
-        return OSError(error.errno, reason, str(self.path))
+        return _explained(error, self.path, needed)
+
+
+def _explained(error: OSError, path: Path, needed: int = 0) -> OSError:
+    reason = error.strerror or str(error)
+    if error.errno in _NO_SPACE:
+        hint = f" ({needed} bytes or more are needed)" if needed else ""
+        return FileError(error.errno, reason + hint, str(path))
+    return OSError(error.errno, reason, str(path))
+
+
+def _temporary_name(path: Path) -> Path:
+    # Random: two writers of a path are apart, on two machines, too; the last to publish wins.
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _remove_left_behind(path: Path) -> None:
+    """Remove the temporary files of writers of `path` that were killed."""
+    for name in _found_temporary(str(path.parent)):
+        if not re.fullmatch(rf"\.{re.escape(path.name)}\.[0-9a-f]+\.tmp", name):
+            continue
+        with suppress(OSError):
+            temporary = path.with_name(name)
+            # For writing: a lock on NFS needs it.
+            flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            descriptor = os.open(temporary, flags)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails: its writer lives
+                temporary.unlink()
+            finally:
+                os.close(descriptor)
+
+
+@functools.lru_cache(maxsize=64)
+def _found_temporary(folder: str) -> list[str]:
+    """Names of the temporary files in a folder when this process first wrote into it.
+
+    Once, because a folder may have a million files: what is killed later is found by the next
+    process.
+    """
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    return [name for name in names if name.startswith(".") and name.endswith(".tmp")]
 
 
 def as_text(name: str) -> str:
@@ -199,11 +270,74 @@ def check_regular(path: str | Path) -> None:
     _check_kind(path, _status(path))
 
 
-def open_append(path: str | Path) -> io.TextIOWrapper:
-    """Open a text file, new or regular, for whole lines at its end."""
-    if os.path.lexists(path):
-        check_regular(path)
-    return open(path, "a", encoding="utf-8", buffering=1)
+class AppendedFile:
+    """A file that grows by whole pieces: one that does not fit leaves no half of it behind.
+
+    Nothing is buffered. An OSError names the file; FileError if the disk is full. The file must
+    have one writer at a time.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if os.path.lexists(path):
+            check_regular(path)
+        flags = os.O_CREAT | os.O_APPEND | os.O_RDWR | os.O_CLOEXEC
+        try:
+            self._descriptor = os.open(path, flags, 0o666)
+        except OSError as error:
+            raise _explained(error, self.path) from error
+
+    def __enter__(self) -> AppendedFile:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def write(self, piece: str | bytes) -> None:
+        """Append a piece; text as UTF-8."""
+        rest = memoryview(piece.encode() if isinstance(piece, str) else piece)
+        end = self.size()
+        try:
+            while rest:  # a system call may write a part only
+                rest = rest[os.write(self._descriptor, rest) :]
+        except BaseException as error:  # a signal as well
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, end)
+            if isinstance(error, OSError):
+                raise _explained(error, self.path) from error
+            raise
+
+    def size(self) -> int:
+        """Bytes of the file."""
+        return os.fstat(self._descriptor).st_size
+
+    def cut(self, size: int) -> None:
+        """Drop what is behind the first `size` bytes."""
+        try:
+            os.ftruncate(self._descriptor, size)
+        except OSError as error:
+            raise _explained(error, self.path) from error
+
+    def sync(self) -> None:
+        """Wait until the content is on the disk."""
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise _explained(error, self.path) from error
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            with suppress(OSError):
+                os.close(descriptor)
+
+
+def open_append(path: str | Path) -> AppendedFile:
+    """Open a file, new or regular, for whole pieces at its end."""
+    return AppendedFile(path)
 
 
 def read_stream(path: str | Path, *, max_bytes: int) -> bytes:

@@ -189,6 +189,13 @@ def read(path: str | Path) -> Stored:
     return Stored(header.metadata, header.is_sealed, header.entries, data)
 
 
+def is_safetensors(path: str | Path) -> bool:
+    """Whether a file of any name, such as checkpoint/vit-4-ckpt.t7, starts as this format does."""
+    with open_regular(path) as file:
+        start = file.read(9)  # the length of a JSON object, and its brace
+    return len(start) == 9 and start[8:] == b"{"
+
+
 def read_header(file: BinaryIO) -> Header:
     """Read and verify the start of a file; its data follow. TensorFileError if it is damaged."""
     length = file.read(8)
@@ -205,6 +212,8 @@ def read_header(file: BinaryIO) -> Header:
     if HEADER in own and _digest(length + text) != own[HEADER]:
         raise TensorFileError("damaged: the checksum of its header does not match")
     if KEY not in own:
+        if names & {DATA, HEADER}:
+            raise TensorFileError(f"damaged: its metadata lack the entry {KEY}")
         return Header(None, entries, None, is_sealed=False)
     if names not in KNOWN:
         raise TensorFileError(f"damaged: its metadata have the entries {', '.join(sorted(names))}")

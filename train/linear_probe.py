@@ -74,11 +74,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_new(run: Path) -> None:
-    """Raise ConfigError for a folder that has something in it."""
-    if not is_unused(run):
+    """Raise ConfigError for a folder that has something in it, but what a killed probe leaves."""
+    if not is_unused(run) and not is_unfinished(run):
         raise config.ConfigError(
             f"{run}: exists; choose another --logging.run_id or --logging.folder"
         )
+
+
+def is_unfinished(run: Path) -> bool:
+    """Whether a folder has nothing but the files that a probe writes before its model."""
+    names = {path.name for path in run.iterdir() if path.suffix not in (".lock", ".tmp")}
+    return names <= {"params.json", "config.yaml", "results.json"}
 
 
 def check_sets(train, val) -> None:

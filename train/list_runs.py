@@ -215,7 +215,8 @@ def state(run: Run, now: float) -> str:
     # has written within its checkpoint interval.
     interval = run.params.get("training.checkpoint_every_minutes")
     quiet = QUIET + (60 * interval if isinstance(interval, int | float) else 0)
-    return "running" if now - last_write(run.path) < quiet else "failed"
+    # Of either sign: the clock may have been set back since.
+    return "running" if abs(now - last_write(run.path)) < quiet else "failed"
 
 
 def last_write(folder: Path) -> float:

@@ -108,14 +108,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def stop_signals(stopped: list[int]) -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; the signal's number is appended to `stopped`."""
+    """An event that SIGINT, SIGTERM and SIGHUP set; their number is appended to `stopped`."""
     stop = threading.Event()
 
     def handle(number: int, _frame: object) -> None:
         stopped.append(number)
         stop.set()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heard}
     try:
         yield stop
     finally:

@@ -30,7 +30,7 @@ from matryoshka.checkpoint.contents import (
 from matryoshka.checkpoint.torch_files import load_plain
 from matryoshka.data import CenterCrop
 from matryoshka.data.augment import Preprocessing
-from matryoshka.files import open_regular, write_atomically
+from matryoshka.files import write_atomically
 from matryoshka.models import FAMILIES, ModelSpec, NestedModel, build, extract
 
 EXPORTS = ("safetensors", "pth")  # formats of `export_dims`
@@ -158,7 +158,7 @@ def read(
         raise CheckpointError(
             f"{path}: no such checkpoint file; give a model.safetensors or a .pt file"
         )
-    if path.resolve().suffix == ".safetensors" or _is_safetensors(path):
+    if path.resolve().suffix == ".safetensors" or tensor_files.is_safetensors(path):
         _refuse_old_style(path, old_ckpt)
         contents = _read_safetensors(path)
     else:
@@ -176,13 +176,6 @@ def read(
             f"{path}: {problem}; write the checkpoint again, or get another copy of it"
         )
     return contents
-
-
-def _is_safetensors(path: Path) -> bool:
-    """Whether a file of any name, such as checkpoint/vit-4-ckpt.t7, starts as this format does."""
-    with open_regular(path) as file:
-        start = file.read(9)  # the length of a JSON object, and its brace
-    return len(start) == 9 and start[8:] == b"{"
 
 
 def _refuse_old_style(path: Path, old_ckpt: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from matryoshka import tensor_files
 from matryoshka.checkpoint.contents import CheckpointError
 from matryoshka.files import check_regular
 
@@ -20,10 +21,15 @@ def load_plain(path: Path) -> Any:
     CheckpointError for it, and for a file that cannot be read.
     """
     try:
+        if tensor_files.is_safetensors(path):
+            # torch.load reads these, too (2.15), and takes no notice of our checksums.
+            raise CheckpointError(f"{path}: a safetensors file, not one of torch.save")
         with warnings.catch_warnings():  # torch warns of plain pickles before it refuses them
             warnings.simplefilter("ignore")
             check_regular(path)
             return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from matryoshka import checkpoint
+from matryoshka import checkpoint, tensor_files
 from matryoshka.checkpoint.torch_files import is_whole, load_plain
 from matryoshka.data.augment import Preprocessing
 from matryoshka.environment import free_memory
@@ -262,14 +262,13 @@ def _read_init(path: str, arch: str) -> checkpoint.Contents:
 def _bare_trunk(
     path: str, model: NestedModel
 ) -> tuple[dict[str, Tensor], Preprocessing, str] | None:
-    """As _from_file, of a file of torch.save in which the trunk's weights are somewhere, under
+    """As _from_file, of a file of another program in which the trunk's weights are somewhere, under
     their own names: encoder.pth, relic_model.pth, best_model.pt; None if they are not all there.
     """
     try:
-        stored = load_plain(Path(path))
-    except checkpoint.CheckpointError:
+        tensors = _foreign_tensors(Path(path))
+    except (checkpoint.CheckpointError, tensor_files.TensorFileError, OSError):
         return None
-    tensors = dict(_named_tensors(stored))
     wanted = {name: tensor.shape for name, tensor in model.trunk.state_dict().items()}
     first = next(iter(wanted))
     prefixes = [name.removesuffix(first) for name in tensors if name.endswith(first)]
@@ -285,6 +284,16 @@ def _bare_trunk(
             note = f"trunk from {path}{where}; the head is initialised at random"
             return state, Preprocessing(), note
     return None
+
+
+def _foreign_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of torch.save, or of a safetensors file that is not ours; by name."""
+    if not tensor_files.is_safetensors(path):
+        return dict(_named_tensors(load_plain(path)))
+    stored = tensor_files.read(path)
+    if stored.metadata is not None:
+        raise tensor_files.TensorFileError("a file of this project has another reader")
+    return stored.tensors()
 
 
 def _named_tensors(stored: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -10,8 +10,14 @@ from collections.abc import Callable
 from typing import NoReturn, ParamSpec, TypeVar
 
 from matryoshka.config.options import legible
-from matryoshka.config.streams import complaint, guarded
-from matryoshka.interrupts import INTERRUPTED, is_interrupt, raise_on_interrupt
+from matryoshka.config.streams import Guarded, complaint, guarded
+from matryoshka.interrupts import (
+    INTERRUPTED,
+    StopRequested,
+    cause_of,
+    raise_on_interrupt,
+    raising_stops,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,8 +33,10 @@ def program(main: Callable[P, R]) -> Callable[P, R]:
 
     These are exceptions whose class has `user_error = True`, OSErrors that name a file or a
     resource of the machine, and a lack of memory; with MATRYOSHKA_TRACEBACK=1 in the environment
-    they propagate. An interrupt exits with status 130. Any other exception is a bug of this package
-    and propagates.
+    they propagate. Any other exception is a bug of this package and propagates.
+
+    A signal ends it in one line, once what was being written is removed: the status is 130 for an
+    interrupt, 143 for SIGTERM and 129 for SIGHUP.
 
     A closed standard output changes nothing: the program does its work and exits with its status. A
     full disk behind it is an error once the work is done.
@@ -37,33 +45,44 @@ def program(main: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         with guarded() as output:
-            if output is not None:  # the outermost program: its imports are done
-                raise_on_interrupt()
-            try:
-                result = main(*args, **kwargs)
-            except SystemExit as end:
-                if not end.code:
-                    _check_output(complaint(output))
-                raise
-            except KeyboardInterrupt:
-                _interrupted()
-            except Exception as error:
-                if is_interrupt(error):
-                    _interrupted()
-                message = _message(error)
-                if message is None or os.environ.get("MATRYOSHKA_TRACEBACK") == "1":
-                    raise
-                for line in message.splitlines():
-                    print(f"error: {line}", file=sys.stderr)
-                raise SystemExit(2) from None
-            if not result:
-                _check_output(complaint(output))
-            return result
+            if output is None:  # inside another program, which says how it ended
+                return _ended(output, main, *args, **kwargs)
+            raise_on_interrupt()  # its imports are done
+            with raising_stops():
+                return _ended(output, main, *args, **kwargs)
 
     return run
 
 
-def _interrupted() -> NoReturn:
+def _ended(output: Guarded | None, main: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    try:
+        result = main(*args, **kwargs)
+    except SystemExit as end:
+        if not end.code:
+            _check_output(complaint(output))
+        raise
+    except KeyboardInterrupt as interrupt:
+        _interrupted(interrupt)
+    except Exception as error:
+        interrupt = cause_of(error)
+        if interrupt is not None:
+            _interrupted(interrupt)
+        message = _message(error)
+        if message is None or os.environ.get("MATRYOSHKA_TRACEBACK") == "1":
+            raise
+        for line in message.splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if not result:
+        _check_output(complaint(output))
+    return result
+
+
+def _interrupted(interrupt: KeyboardInterrupt) -> NoReturn:
+    """One line, and the status that a shell gives to a program which the signal has ended."""
+    if isinstance(interrupt, StopRequested):
+        print(interrupt, file=sys.stderr)
+        raise SystemExit(interrupt.status) from None
     print("interrupted", file=sys.stderr)
     raise SystemExit(INTERRUPTED) from None
 

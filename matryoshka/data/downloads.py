@@ -17,11 +17,10 @@ import urllib.request
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO
 
 from matryoshka.data.catalogue import RemoteFile
 from matryoshka.data.layout import BetonError
-from matryoshka.files import open_regular, sync_folder
+from matryoshka.files import AppendedFile, open_append, open_regular, sync_folder
 
 NETWORK_SECONDS = 10.0  # to reach the server, and the longest stall of a download
 _BLOCK = 1 << 20
@@ -76,23 +75,22 @@ def within(seconds: float, work: Callable[[], None]) -> bool:
 def _fetched(file: RemoteFile, path: Path, progress: Progress | None) -> bool:
     """Fetch and verify `path`; False if another process has done so in the meantime."""
     part = path.with_name(f"{path.name}.part")
-    with open(part, "ab") as output:
+    with open_append(part) as output:
         # Two processes that append to one file would damage it: the second one waits.
         fcntl.flock(output, fcntl.LOCK_EX)
         if not part.exists() or not os.path.samestat(os.fstat(output.fileno()), part.stat()):
             # The other process has finished, or has refused what it received: look again.
             return not path.exists() and _fetched(file, path, progress)
-        output.seek(0, os.SEEK_END)  # the position from before the wait
         if path.exists():
-            if os.fstat(output.fileno()).st_size == 0:  # created by the line above
+            if output.size() == 0:  # created by the line above
                 part.unlink(missing_ok=True)
             return False
         try:
             _receive(file, path, output, progress)
         finally:
-            if os.fstat(output.fileno()).st_size == 0:
-                part.unlink()
-        os.fsync(output.fileno())
+            if output.size() == 0:
+                part.unlink(missing_ok=True)
+        output.sync()
         found = _md5(part)
         if found != file.md5:
             part.unlink()
@@ -105,31 +103,31 @@ def _fetched(file: RemoteFile, path: Path, progress: Progress | None) -> bool:
     return True
 
 
-def _receive(file: RemoteFile, path: Path, output: BinaryIO, progress: Progress | None) -> None:
+def _receive(file: RemoteFile, path: Path, output: AppendedFile, progress: Progress | None) -> None:
     """Append the missing bytes to `output`. DownloadError if they do not come."""
     failures = 0
-    while (start := output.tell()) < file.size:
+    while (start := output.size()) < file.size:
         reason = "the connection ended"
         try:
             with _opened(file.url, start) as response:
                 _check_length(file, start, response)
                 if start and response.status != 206:  # the server sends all of it
                     start = _emptied(output)
-                while output.tell() < file.size and (block := response.read(_BLOCK)):
+                while output.size() < file.size and (block := response.read(_BLOCK)):
                     _append(block, output, path)
                     if progress is not None:
-                        progress(f"download {file.name}", output.tell(), file.size)
+                        progress(f"download {file.name}", output.size(), file.size)
         except (OSError, HTTPException) as error:
             reason = _reason(error)
             if isinstance(error, urllib.error.HTTPError) and error.code != 416:
                 failures = _ATTEMPTS  # asking again does not help
             elif isinstance(error, urllib.error.HTTPError):
                 start = _emptied(output)
-        if output.tell() > start:
+        if output.size() > start:
             failures = 0
             continue
         failures += 1
-        if failures >= _ATTEMPTS or output.tell() == 0:
+        if failures >= _ATTEMPTS or output.size() == 0:
             received = f" after {start:,} of {file.size:,} bytes" if start else ""
             raise DownloadError(
                 f"{file.url}: cannot be fetched{received} ({reason}); start again with a network "
@@ -137,17 +135,16 @@ def _receive(file: RemoteFile, path: Path, output: BinaryIO, progress: Progress 
             )
 
 
-def _append(block: bytes, output: BinaryIO, path: Path) -> None:
+def _append(block: bytes, output: AppendedFile, path: Path) -> None:
     try:
         output.write(block)
-        output.flush()
     except OSError as error:  # a full disk, which must not look like a problem of the network
         raise DownloadError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def _emptied(output: BinaryIO) -> int:
-    output.truncate(0)
-    return output.seek(0)
+def _emptied(output: AppendedFile) -> int:
+    output.cut(0)
+    return 0
 
 
 def _opened(url: str, start: int):

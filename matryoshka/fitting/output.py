@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from matryoshka.files import open_append
+from matryoshka.files import AppendedFile, open_append
 from matryoshka.training.progress import LINE_SECONDS, duration
 
 Report = Callable[[str], None]
@@ -36,7 +36,7 @@ class Progress:
         self._stage_began = self._printed = time.perf_counter()
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._log: io.TextIOWrapper | None = None
+        self._log: AppendedFile | None = None
         self._output = _Output(sys.stdout)
         self._thread = threading.Thread(target=self._repeat, name="matryoshka-fit", daemon=True)
 

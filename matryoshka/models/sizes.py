@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from matryoshka.config.options import legible, show
 from matryoshka.models.options import ModelError
 
 # Upper bounds, far above any sensible net: a checkpoint can claim any number, and building a net of
@@ -28,13 +29,18 @@ LIMITS = {
 }
 
 
+def _shown(net: str, name: str, value: object) -> str:
+    """An option and its value, which may come from a file, on one line."""
+    text = legible(value) if isinstance(value, str) else show(value)
+    return f"model.arch_options: {net}: {name}={text}"
+
+
 def check_counts(net: str, **counts: object) -> None:
     """Each of `counts` is a whole number from 1 to its limit in LIMITS."""
     for name, value in counts.items():
         if type(value) is not int or not 1 <= value <= LIMITS[name]:  # a bool is an int
             raise ModelError(
-                f"model.arch_options: {net}: {name}={value}: expected a whole number from 1 to "
-                f"{LIMITS[name]}"
+                f"{_shown(net, name, value)}: expected a whole number from 1 to {LIMITS[name]}"
             )
 
 
@@ -42,18 +48,14 @@ def check_shares(net: str, **shares: object) -> None:
     """Each of `shares` is a number from 0 to less than 1: a probability of dropping."""
     for name, value in shares.items():
         if type(value) not in (int, float) or not 0 <= value < 1:  # pyright: ignore[reportOperatorIssue]
-            raise ModelError(
-                f"model.arch_options: {net}: {name}={value}: expected 0 or more, and less than 1"
-            )
+            raise ModelError(f"{_shown(net, name, value)}: expected 0 or more, and less than 1")
 
 
 def check_scales(net: str, **scales: object) -> None:
     """Each of `scales` is a number above 0, at most 100."""
     for name, value in scales.items():
         if type(value) not in (int, float) or not 0 < value <= 100:  # pyright: ignore[reportOperatorIssue]
-            raise ModelError(
-                f"model.arch_options: {net}: {name}={value}: expected more than 0, at most 100"
-            )
+            raise ModelError(f"{_shown(net, name, value)}: expected more than 0, at most 100")
 
 
 def check_choices(net: str, legal: Iterable[str], **choices: object) -> None:
@@ -61,9 +63,7 @@ def check_choices(net: str, legal: Iterable[str], **choices: object) -> None:
     legal = tuple(legal)
     for name, value in choices.items():
         if value not in legal:
-            raise ModelError(
-                f"model.arch_options: {net}: {name}={value}: expected one of {', '.join(legal)}"
-            )
+            raise ModelError(f"{_shown(net, name, value)}: expected one of {', '.join(legal)}")
 
 
 MAX_SIDE = 128  # tokens per side of an image: attention has the square of all as its scores

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from matryoshka.files import write_atomically
 from matryoshka.report.run import Run, best_of, read_run, short_dims
 from matryoshka.report.tables import wilson_interval
 
@@ -54,7 +56,7 @@ def plot_accuracy(
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_methods(
@@ -100,7 +102,7 @@ def plot_methods(
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
-    figure.savefig(path, format="png")
+    _save(figure, path)
 
 
 def plot_importances(path: str | Path, shares: Mapping[str, float], title: str) -> None:
@@ -125,7 +127,17 @@ def plot_importances(path: str | Path, shares: Mapping[str, float], title: str) 
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path | IO[bytes]) -> None:
+    """Write a figure as a whole file, of the format that its name ends in, or PNG."""
+    if not isinstance(path, str | Path):
+        figure.savefig(path, format="png")
+        return
+    picture = io.BytesIO()
+    figure.savefig(picture, format=Path(path).suffix.removeprefix(".") or "png")
+    write_atomically(path, picture.getbuffer())
 
 
 def _plot_curve(
@@ -202,7 +214,7 @@ def plot_run(folder: str | Path, path: str | Path) -> Figure:
     below.set_xlim(min(run.epochs, default=0) - 0.5, max(run.epochs, default=0) + 0.5)
     below.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     below.grid(alpha=0.3)
-    figure.savefig(path, format="png")
+    _save(figure, path)
     return figure
 
 

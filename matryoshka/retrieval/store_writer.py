@@ -110,8 +110,14 @@ class Writer:
             ) from None
         return self
 
-    def __exit__(self, *_: object) -> None:
-        os.close(self._lock)  # this releases the lock
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is not None:  # a part that the index does not name: of use to nobody
+                with contextlib.suppress(OSError, RetrievalError):
+                    present = (self.path / MANIFEST).exists()
+                    self._sweep(read_checked(self.path / MANIFEST) if present else {})
+        finally:
+            os.close(self._lock)  # this releases the lock
 
     # ---------------------------------------------------------------- changes
 

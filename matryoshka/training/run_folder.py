@@ -11,11 +11,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from matryoshka import json_files
 from matryoshka.environment import environment
-from matryoshka.files import open_append, read_regular, write_atomically
+from matryoshka.files import AppendedFile, open_append, read_regular, write_atomically
 from matryoshka.training.run_lock import is_unused
 
 
@@ -81,7 +81,7 @@ class RunLog:
             for name in ("log", "events.jsonl", "skipped.jsonl"):
                 (path / name).unlink(missing_ok=True)
             shutil.rmtree(path / "tensorboard", ignore_errors=True)
-        self._files: dict[str, TextIO] = {}
+        self._files: dict[str, AppendedFile] = {}
         self.truncate(0 if resumed_at is None else resumed_at[1])
         # TensorBoard hides the scalars of the steps that are trained again.
         purge_step = None if resumed_at is None else resumed_at[0] + 1
@@ -90,7 +90,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter  # 2 s: only where a run starts
 
             self._board = SummaryWriter(str(path / "tensorboard"), purge_step=purge_step)
-        self._start = time.time()
+        self._start = time.monotonic()
 
     def lines(self) -> list[dict[str, Any]]:
         """The epochs' lines of `log` so far."""
@@ -118,14 +118,15 @@ class RunLog:
 
     def _append(self, name: str, values: Mapping) -> None:
         if name not in self._files:
-            # Line-buffered: a kill loses at most the line that is being written.
+            # Not buffered: a kill loses at most the line that is being written.
             self._files[name] = open_append(self.path / name)
         self._files[name].write(json.dumps(values) + "\n")
 
     def write_line(self, values: Mapping) -> None:
         """Append a line to `log`: upstream's `timestamp` and `relative_time`, then `values`."""
-        now = time.time()
-        self._append("log", {"timestamp": now, "relative_time": now - self._start, **values})
+        # Two clocks: that of the day may be set while a run is training.
+        times = {"timestamp": time.time(), "relative_time": time.monotonic() - self._start}
+        self._append("log", {**times, **values})
         if "epoch" in values:
             by_epoch = {f"epoch/{name}": v for name, v in values.items() if name != "epoch"}
             self.send(by_epoch, "epoch", values["epoch"])

@@ -398,19 +398,22 @@ class Session:
         return ROLLBACK_LR_FACTOR if self.loop.step < self.loop.reduced_lr_until else 1.0
 
     def __enter__(self) -> Session:
-        self._open = contextlib.ExitStack()
-        self._open.enter_context(self._signal)
-        self._open.enter_context(self._watch)
-        if not self._resumed:
-            self.save()  # step 0: a checkpoint to roll back to exists from the start
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(self._signal)
+            opened.enter_context(self._watch)
+            if not self._resumed:
+                self.save()  # step 0: a checkpoint to roll back to exists from the start
+            self._open = opened.pop_all()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self.snapshots.wait()
-        self._report_problems()
-        if self.log is not None:
-            self.log.close()
-        self._open.close()
+        with self._open:  # closed also if the disk takes no line of the log any more
+            self.snapshots.wait()
+            try:
+                self._report_problems()
+            finally:
+                if self.log is not None:
+                    self.log.close()
 
     def event(self, kind: str, **values: Any) -> None:
         """Append a line to the run's events.jsonl."""

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from matryoshka import json_files
-from matryoshka.files import open_append, read_regular, write_atomically
+from matryoshka.files import open_append, read_regular, sync_folder, write_atomically
 from matryoshka.training.sweep_file import Sweep, SweepError, command_line
 from matryoshka.training.sweep_trial import (
     Log,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import optuna
 
 STUDY = "sweep"
+DATABASE = "study.db"  # in the folder of a sweep
 RUN_FLAGS = "--logging.folder={folder} --logging.run_id={name}"
 MAX_FAILURES = 3  # in a row
 MIN_FOR_IMPORTANCE = 4  # complete trials
@@ -120,6 +121,20 @@ def run_sweep(
     command_line(sweep, program, {}, options.extra)  # raises for an unknown macro
     _run_words(options.run_flags, folder, "trial_00000")
 
+    with _named_errors(folder):
+        return _run_workers(sweep, folder, program, options, goal=goal, report=report, stop=stop)
+
+
+def _run_workers(
+    sweep: Sweep,
+    folder: Path,
+    program: Sequence[str],
+    options: SweepOptions,
+    *,
+    goal: int | None,
+    report: Callable[[str], None],
+    stop: threading.Event | None,
+) -> list[Trial]:
     storage = _open(sweep, folder)
     seconds = math.inf if options.timeout is None else options.timeout
     shared = _Shared(stop or threading.Event(), time.monotonic() + seconds, goal)
@@ -143,10 +158,11 @@ def run_sweep(
 
 def read_study(sweep: Sweep, folder: str | Path) -> list[Trial]:
     """The trials of a study that have ended. SweepError if the folder is not one of this sweep."""
-    if not (Path(folder) / "study.db").exists():
+    folder = Path(folder)
+    if not (folder / DATABASE).exists():
         raise SweepError(f"{folder}: not the folder of a sweep")
-    study = _load(_open(sweep, Path(folder)))
-    return _ended(study, sweep, Path(folder))
+    with _named_errors(folder):
+        return _ended(_load(_open(sweep, folder)), sweep, folder)
 
 
 def best_first(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
@@ -161,8 +177,10 @@ def importances(sweep: Sweep, folder: str | Path) -> dict[str, float]:
     Empty where it cannot be known: fewer than 4 complete trials, or a metric that never varies.
     """
     optuna = _optuna()
-    study = _load(_open(sweep, Path(folder)))
-    complete = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
+    folder = Path(folder)
+    with _named_errors(folder):
+        study = _load(_open(sweep, folder))
+        complete = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
     if len(complete) < MIN_FOR_IMPORTANCE or len({t.value for t in complete}) == 1:
         return {}
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
@@ -194,7 +212,6 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _open(sweep: Sweep, folder: Path) -> Any:
     """The storage of a study, a new one where the folder does not exist or is empty."""
-    optuna = _optuna()
     known = folder / "sweep.json"
     searched = json.loads(json.dumps(sweep.search()))
     # A start that was killed early has left these two, and hidden temporary files.
@@ -216,17 +233,62 @@ def _open(sweep: Sweep, folder: Path) -> Any:
                 )
         else:
             write_atomically(known, json_files.encode(searched))
-        storage = optuna.storages.RDBStorage(
-            f"sqlite:///{(folder / 'study.db').resolve()}",
-            engine_kwargs={"connect_args": {"timeout": 60}},
-        )
-        optuna.create_study(
+        database = folder / DATABASE
+        if not database.exists():
+            _create(sweep, database)
+    return _storage(database)
+
+
+def _create(sweep: Sweep, database: Path) -> None:
+    """Make the database of a study, whole or not at all.
+
+    Optuna makes its tables one by one. Killed meanwhile, it would later take a database without the
+    constraint that a name is that of one study.
+    """
+    new = database.with_name(f".{database.name}")
+
+    def remove() -> None:
+        for path in database.parent.glob(f"{new.name}*"):  # with SQLite's journal
+            path.unlink()
+
+    remove()  # of a process that was killed
+    try:
+        storage = _storage(new)
+        _optuna().create_study(
             study_name=STUDY,
             storage=storage,
             direction="maximize" if sweep.maximise else "minimize",
-            load_if_exists=True,
         )
-    return storage
+        storage.engine.dispose()
+        os.replace(new, database)
+        sync_folder(database.parent)
+    except BaseException:
+        remove()
+        raise
+
+
+def _storage(database: Path) -> Any:
+    return _optuna().storages.RDBStorage(
+        f"sqlite:///{database.resolve()}", engine_kwargs={"connect_args": {"timeout": 60}}
+    )
+
+
+@contextlib.contextmanager
+def _named_errors(folder: Path) -> Iterator[None]:
+    """SweepError for a database that cannot be used: on a full disk, damaged, read-only."""
+    _optuna()  # its absence has an error of its own
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except Exception as error:
+        found: BaseException | None = error
+        while found is not None and not isinstance(found, SQLAlchemyError):
+            found = found.__cause__  # Optuna wraps them
+        if found is None:
+            raise
+        reason = str(getattr(found, "orig", None) or found).splitlines()[0]
+        raise SweepError(f"{folder / DATABASE}: {reason}") from None
 
 
 def _load(storage: Any) -> optuna.Study:
@@ -273,7 +335,8 @@ def _ended(study: optuna.Study, sweep: Sweep, folder: Path) -> list[Trial]:
         state = states.get(trial.state.name)
         if state is None or trial.number in repeated:
             continue
-        seconds = trial.duration.total_seconds() if trial.duration else 0.0
+        # Optuna takes it from the clock of the day, which may have been set back.
+        seconds = max(0.0, trial.duration.total_seconds()) if trial.duration else 0.0
         found.append(
             Trial(
                 number=trial.number,

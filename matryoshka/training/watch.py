@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from matryoshka.distributed import REQUEUE, World
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Stopped(Exception):
@@ -29,9 +29,10 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Handles SIGTERM and SIGUSR1 inside a `with` block.
+    """Handles SIGTERM, SIGUSR1 and SIGHUP inside a `with` block, unless ignored, as by nohup.
 
-    The first signal sets `received` to its name; a second one ends the process at once.
+    The first signal sets `received` to its name; a second one ends the process at once, but for
+    SIGHUP, which a terminal sends to every process, and torchrun to its own once more.
     """
 
     def __init__(self) -> None:
@@ -42,7 +43,8 @@ class StopSignal:
         # Python allows signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                self._previous[number] = signal.signal(number, self._handle)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_) -> None:
@@ -50,6 +52,8 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGHUP:
+            return
         if self.received is not None:  # the second one: the user does not want to wait
             os._exit(128 + number)
         self.received = signal.Signals(number).name

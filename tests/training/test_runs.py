@@ -28,7 +28,11 @@ def write(tmp_path, monkeypatch):
     monkeypatch.setenv("TZ", "UTC")
     time.tzset()
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(log, "time", SimpleNamespace(time=lambda: clock.now))
+
+    def now():
+        return clock.now
+
+    monkeypatch.setattr(log, "time", SimpleNamespace(time=now, monotonic=now))
 
     def make(name, started, params, epochs, *, events=(), written=86400):
         clock.now = started
