@@ -58,7 +58,7 @@ AGAIN = {
 EVERY = ("write", "index build", "index add", "index compact", "index delete", "embed", "report")
 EVERY += ("sweep", "export", "retrieve", "eval", "vqvae", "adapt", "analyze")
 MOST, SOME = 100, 10
-QUICK = ("write", "index build", "report", "retrieve")
+QUICK = ("write", "index build", "report")
 PROGRAMS = list(AGAIN) if LONG else list(QUICK)
 HIDDEN = re.compile(r"(^|/)\.[^/]*\.tmp$")
 # What an interrupted program continues from, and locks that are free. SQLite repairs its file.
