@@ -1,4 +1,4 @@
-"""Two runs that want one port: the second says so in one line, before it starts a process."""
+"""Two runs that want one port: the second is refused in one line, before it starts a process."""
 
 import socket
 

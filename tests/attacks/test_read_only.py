@@ -16,7 +16,7 @@ from writing_programs import check_line
 WRITERS = ("write", "train", "cifar", "ssl", "vqvae", "probe", "eval", "dims", "embed", "adapt")
 WRITERS += ("index build", "retrieve", "analyze", "gradcam", "baselines", "export", "report")
 READERS = (*WRITERS, "data info", "data verify", "runs", "index info")
-QUICK = ("write", "index build", "report", "data verify", "runs", "index info")
+QUICK = ("write", "report", "data verify", "runs", "index info")
 CACHES = ("HOME", "XDG_CACHE_HOME", "TORCH_HOME", "HF_HOME", "MPLCONFIGDIR", "TMPDIR")
 CACHES += ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 

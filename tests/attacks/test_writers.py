@@ -41,7 +41,7 @@ def test_a_kill_at_a_call_that_writes(program, disk, inputs, tmp_path):
     """Before the call, and in the middle of a write."""
     writer = writer_of(disk, program, inputs, tmp_path)
     for action in (Action.SIGNAL, Action.TORN):
-        for number in writer.places(4):
+        for number in writer.places(3):
             what = f"{program} {action.name} at {number}"
             writer.reset()
             ended = writer.run(at=number, action=action)
@@ -62,7 +62,7 @@ def test_a_kill_at_a_call_that_writes(program, disk, inputs, tmp_path):
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_disk_that_fills_up(program, disk, inputs, tmp_path):
     writer = writer_of(disk, program, inputs, tmp_path)
-    for number in writer.places(4):
+    for number in writer.places(3):
         what = f"{program} full at {number}"
         writer.reset()
         ended = writer.run(at=number, action=Action.FULL)
@@ -101,7 +101,7 @@ def test_a_signal_at_a_call_that_writes(program, disk, inputs, tmp_path):
         signal.SIGHUP: "stopped by SIGHUP\n",
         signal.SIGINT: "interrupted\n",
     }
-    for turn, number in enumerate(writer.places(3)):
+    for turn, number in enumerate(writer.places(2)):
         for which, line in list(lines.items())[turn % 3 :][: scaled(1, 3)]:
             what = f"{program} {which.name} at {number}"
             writer.reset()
@@ -130,7 +130,8 @@ def test_a_signal_at_any_time(program, disk, inputs, tmp_path):
         what = f"{program} {which.name} after {delay:.3f} s"
         writer.reset()
         ended = writer.run(seconds=delay, signal_after=which)
-        assert ended.status in (0, 75, 128 + which), f"{what}: {ended}"
+        # -which: before the program handles it, when it holds nothing.
+        assert ended.status in (0, 75, 128 + which, -which), f"{what}: {ended}"
         assert len(ended.err.splitlines()) == (ended.status == 128 + which), f"{what}: {ended}"
         assert not litter(writer), f"{what}: {litter(writer)}"
         check_whole(writer.out)

@@ -214,9 +214,6 @@ def _run(task: Task) -> None:
         os.setgroups([])
         os.setgid(task.user)
         os.setuid(task.user)
-    if task.seconds:
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), task.signal_after))
-        signal.setitimer(signal.ITIMER_REAL, task.seconds)
     if task.clock:
         _jump(task.clock)
     sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
@@ -225,8 +222,14 @@ def _run(task: Task) -> None:
     library = ctypes.CDLL(os.environ[LIBRARY])
     library.faults_arm(below, ctypes.c_long(task.at), task.action, task.value, trace)
     status: Any = 1
+    if task.seconds:
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), task.signal_after))
+        signal.setitimer(signal.ITIMER_REAL, task.seconds)
     try:
-        status = cli.main(task.argv)
+        try:
+            status = cli.main(task.argv)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
     except SystemExit as end:
         status = end.code
     except BaseException:

@@ -58,11 +58,11 @@ AGAIN = {
 EVERY = ("write", "index build", "index add", "index compact", "index delete", "embed", "report")
 EVERY += ("sweep", "export", "retrieve", "eval", "vqvae", "adapt", "analyze")
 MOST, SOME = 100, 10
-QUICK = ("write", "index build", "report", "retrieve")
+QUICK = ("write", "index build", "report")
 PROGRAMS = list(AGAIN) if LONG else list(QUICK)
 HIDDEN = re.compile(r"(^|/)\.[^/]*\.tmp$")
-# What an interrupted program continues from, and locks that are free.
-KEPT = re.compile(r"(^|/)\.unfinished/|(^|/)(run|fit|\.?index)?\.?lock$|\.lock$")
+# What an interrupted program continues from, and locks that are free. SQLite repairs its file.
+KEPT = re.compile(r"(^|/)\.unfinished/|\.lock$|/step_\d+\.safetensors$|\.db-journal$")
 # Drawn once the run is finished; the report draws its own.
 CHARTS = {"run/accuracy.png"}
 TRIAL = """
