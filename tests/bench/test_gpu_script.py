@@ -175,3 +175,27 @@ def processes_with(text):
         except OSError:
             continue
     return [pid for pid in found if pid != os.getpid()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("part", "files"), [("A", 4), ("B", 3)])
+def test_a_whole_part_with_tiny_arguments(part, files, tmp_path):
+    """The programs themselves, on digits: every step succeeds and leaves its rows."""
+    env = os.environ | {
+        "PYTHON": sys.executable,
+        "SMOKE": "1",
+        "LIMIT": "3000",
+        "WORK": str(tmp_path / "work"),
+        "FAST": str(tmp_path),
+        "OUT": str(tmp_path / "out"),
+        "SHIP": str(tmp_path / "none"),
+        "OMP_NUM_THREADS": "1",
+    }
+    words = ["bash", SCRIPT, part]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    steps = {"A": PART_A, "B": PART_B}[part]
+    assert [step for step, _ in summary(tmp_path)] == steps
+    rows = sorted(path.name for path in (tmp_path / "out").glob("*.jsonl"))
+    assert len(rows) == files, rows
+    assert (tmp_path / "out" / "runs.tar").exists()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from matryoshka.retrieval import RetrievalError, Searcher, SearchParams, Stage, exact_search
@@ -177,3 +178,11 @@ def test_a_search_of_half_rows_multiplies_to_float32(bench_rows):
     )
     steps = np.diff(-found.scores, axis=1)
     assert (steps > 0).mean() > 0.99, "share of neighbouring scores that differ"
+
+
+def test_products_on_a_gpu_are_one_call():
+    """Without a GPU: shapes and types of the call that only CUDA has."""
+    with FakeTensorMode():
+        rows = torch.empty(9, 16, device="cuda", dtype=torch.float16)
+        found = products(rows[:4], rows)
+    assert (found.shape, found.dtype, found.device.type) == ((4, 9), torch.float32, "cuda")
