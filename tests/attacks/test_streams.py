@@ -165,7 +165,7 @@ def test_the_handlers_of_imports():
 # (a module that is imported once the handler is set, the command)
 COMMANDS = [
     ("yaml", ["-m", "matryoshka", "eval", "--path=timm:resnet18", "--data-root=."]),
-    ("yaml", ["-m", "matryoshka", "demo", "photos"]),
+    ("yaml", ["-m", "matryoshka", "demo", "pyproject.toml"]),
     ("numpy.version", ["inference/analyze.py", "--results=pyproject.toml"]),
 ]
 
@@ -181,6 +181,8 @@ def test_an_interrupt_during_the_imports(module, words, pytestconfig):
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
+            # A shell starts what it runs in the background with interrupts ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         for line in child.stderr:
             if line.endswith(f" {module}\n"):
