@@ -19,7 +19,9 @@ from matryoshka.distributed import autocast
 from matryoshka.models import backbone
 from matryoshka.models.blurpool import apply_blurpool
 from matryoshka.nested import NestedLinear, default_dims, nested_cross_entropy, nested_logits
+from matryoshka.training.compiling import compile_step
 from matryoshka.training.optim import parameter_groups
+from matryoshka.training.options import GRAPHS
 
 FF = "FF"
 MRL = "MRL"
@@ -27,7 +29,7 @@ MRL_E = "MRL-E"
 OFFICIAL = "official MRL"
 OFFICIAL_E = "official MRL-E"
 KINDS = (FF, MRL, MRL_E, OFFICIAL, OFFICIAL_E)
-MODES = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}  # torch.compile's
+MODES = {"eager": None, "compiled": "1", "graphs": GRAPHS}  # values of training.compile
 SMOOTHING = 0.1
 SHORT = {
     "rn18": "resnet18",
@@ -132,16 +134,17 @@ class Step:
         self.optimizer = torch.optim.SGD(
             parameter_groups(model, 5e-5, 0), lr=0.01, momentum=0.9, fused=True
         )
-        self.compute: Callable[[Tensor, Tensor], Tensor] = model
+        self.forward = compile_step(model, None)
 
     def compile(self, mode: str) -> None:
-        if MODES[mode] is not None:
-            self.compute = torch.compile(self.compute, mode=MODES[mode], dynamic=False)
+        """As the trainer does: with static shapes, from the uint8 images to the loss."""
+        self.forward = compile_step(self.forward.module, MODES[mode])
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
+        self.forward.begin_step()
         with autocast(self.machine.device, self.machine.precision):
-            loss = self.compute(images, labels)
+            loss = self.forward(images, labels)
         loss.backward()
         self.optimizer.step()
         return loss.detach()
