@@ -13,7 +13,10 @@ gradients' norm, the optimizer and the average stay launches, a few for all tens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import contextlib
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +30,45 @@ from matryoshka.training.options import GRAPHS
 # some tens of milliseconds: shorter runs end sooner without it.
 LEAST_STEPS = 5000
 SPARE = 8  # compilations of a function beyond those of the shapes that a run has: torch's default
+
+
+class CompileError(ValueError):
+    """Code of torch.compile that fails; the message names the option."""
+
+    user_error = True
+
+
+@contextlib.contextmanager
+def explained(forward: Forward) -> Iterator[None]:
+    """Raise CompileError for a failure of the compiler, or of the code that it made, in the block.
+
+    A small network that compiles, see `distributed.why_not_compile`, is no proof: on CPUs torch
+    2.11 compiles ResNets of 32-pixel images into a backward pass that uses a name before it has a
+    value.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not forward.is_compiled or not _is_of_compiler(error):
+            raise
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise CompileError(
+            f"training.compile: torch.compile of torch {torch.__version__} fails for this model "
+            f"({reason}); go on without it: --training.compile=0 --training.resume=auto"
+        ) from error
+
+
+def _is_of_compiler(error: Exception) -> bool:
+    """Whether the compiler's own frames are in the stack; a lack of memory is none of its errors,
+    nor is one that the GPU reports.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+        return False
+    if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        return True
+    compiler = Path(torch.__file__).parent / "_inductor"
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    return any(compiler in file.parents for file in files)
 
 
 class Forward:

@@ -29,6 +29,7 @@ from matryoshka.models import NestedModel, module_multiply_adds, pflop
 from matryoshka.ssl import make_method, momentum_at
 from matryoshka.ssl.options import WITH_TARGET
 from matryoshka.training.checks import global_batch_size
+from matryoshka.training.compiling import explained
 from matryoshka.training.loaders import (
     is_resident,
     loader_resources,
@@ -239,7 +240,10 @@ class SslRun(TrainingRun[Learner]):
             self.state.optimizer.zero_grad(set_to_none=True)
 
         size = min(len(batch.labels), self.cfg.training.batch_size)
-        with self.with_memory(size, attempt, accumulates=accumulates(self.cfg.ssl)):
+        with (
+            explained(self._forward),
+            self.with_memory(size, attempt, accumulates=accumulates(self.cfg.ssl)),
+        ):
             numbers = train_step(
                 batch,
                 lr,

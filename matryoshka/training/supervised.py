@@ -41,6 +41,7 @@ from matryoshka.models import FamilyModel, NestedModel, model_spec
 from matryoshka.models.ema import Ema
 from matryoshka.nested import distilled_cross_entropy, nested_cross_entropy
 from matryoshka.training.checks import global_batch_size
+from matryoshka.training.compiling import explained
 from matryoshka.training.loaders import (
     is_resident,
     make_loaders,
@@ -255,7 +256,8 @@ class SupervisedRun(TrainingRun[NestedModel]):
             loss.backward()
             self.state.optimizer.zero_grad(set_to_none=True)
 
-        with self.with_memory(min(len(labels), self.cfg.training.batch_size), attempt):
+        size = min(len(labels), self.cfg.training.batch_size)
+        with explained(self._forward), self.with_memory(size, attempt):
             numbers = train_step(
                 batch,
                 lr,

@@ -170,6 +170,15 @@ COMMANDS = [
 ]
 
 
+@pytest.fixture
+def heeded_interrupts():
+    """A shell starts what it runs in the background, and all that this starts, without them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded_interrupts")
 @pytest.mark.parametrize(("module", "words"), COMMANDS)
 def test_an_interrupt_during_the_imports(module, words, pytestconfig):
     """Python's own start, before that, has no handler of ours."""
@@ -181,8 +190,6 @@ def test_an_interrupt_during_the_imports(module, words, pytestconfig):
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
-            # A shell starts what it runs in the background with interrupts ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         for line in child.stderr:
             if line.endswith(f" {module}\n"):

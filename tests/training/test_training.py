@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,9 @@ from matryoshka import distributed
 from matryoshka.checkpoint.model_file import load_model
 from matryoshka.models.ema import Ema
 from matryoshka.training import progress
+from matryoshka.training.compiling import Forward, explained
+
+COMPILE = torch.compile
 
 
 def train(digits, folder, run_id, *more):
@@ -236,6 +240,66 @@ def test_compilation_is_tried_and_reported(digits, tmp_path, capsys, monkeypatch
         train(digits, tmp_path, run, *words)
         assert "compile" not in capsys.readouterr().out
     assert len(compiled) == 1
+
+
+def broken_code(function):
+    """A compiled function whose code, as the compiler wrote it, fails in the backward pass."""
+    place = Path(torch.__file__).parent / "_inductor" / "made.py"
+    made: dict = {}
+    exec(compile("def run(gradient):\n    buf25 += gradient", str(place), "exec"), made)
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            return made["run"](*gradients)
+
+    def forward(*args, **kwargs):
+        loss, per_prefix = function(*args, **kwargs)
+        return Broken.apply(loss), per_prefix
+
+    return forward
+
+
+def broken_backend(graph, inputs):
+    raise RuntimeError("no such instruction\nmore")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (lambda module, **_: broken_code(module), "UnboundLocalError: "),
+        (
+            lambda module, **_: COMPILE(module, backend=broken_backend),
+            "BackendCompilerFailed: backend='broken_backend' raised:",
+        ),
+    ],
+)
+def test_code_of_the_compiler_that_fails_is_one_line(digits, tmp_path, monkeypatch, capsys, case):
+    broken, reason = case
+    monkeypatch.setattr(distributed, "why_not_compile", lambda device: None)
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(SystemExit, match="2"):
+        train(digits, tmp_path, "run", "--training.compile=1")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: training.compile: torch.compile of torch {torch.__version__} ")
+    assert f"({reason}" in line
+    monkeypatch.undo()
+    train(digits, tmp_path, "run", "--training.compile=0", "--training.resume=auto")
+
+
+def test_an_error_of_the_model_is_not_the_compilers(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("of the model")
+
+    with (
+        pytest.raises(RuntimeError, match=r"^of the model$"),
+        explained(Forward(torch.nn.Identity(), broken)),
+    ):
+        broken()
 
 
 def test_why_it_does_not_compile(monkeypatch):
