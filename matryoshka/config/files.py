@@ -91,7 +91,9 @@ def _located(content: bytes, place: str = "") -> Iterator[None]:
         line = content.count(b"\n", 0, error.start) + 1
     except RecursionError:
         problem = "nested too deeply"
-    except (ValueError, OverflowError):  # the 13th month, a number of 5,000 digits
+    # The 13th month, a number of 5,000 digits; PyYAML checks nothing of an explicit type: `!!int`
+    # without a number, `!!bool x`, `!!timestamp x`.
+    except (ValueError, OverflowError, LookupError, AttributeError, TypeError):
         problem = "a number, date or character that does not exist"
     raise ConfigError(f"{place}line {line}: {problem}")
 

@@ -108,6 +108,16 @@ def test_values_of_any_type_in_a_file(tmp_path_factory, values, ending):
 
 PIECES = ["a: ", "- ", "[", "]", "{", "}", "&x ", "*x", "!!int ", "!!binary ", "? ", "|\n", ">\n"]
 PIECES += ["'", '"', "\\0", "\\U99999999", "\\ud800", "%YAML 1.1\n", "---\n", "...\n", "#", "\t"]
+PIECES += [
+    "!!bool ",
+    "!!float ",
+    "!!timestamp ",
+    "!!set ",
+    "!!omap ",
+    "!!pairs ",
+    "!!str ",
+    "!!null ",
+]
 PIECES += ["\n", " ", "<<: ", "lr", ".lr", "1e308", "2026-13-45", "0x", "\0", "\x85", "\u2028", "~"]
 
 

@@ -11,6 +11,8 @@ import pytest
 from matryoshka.inference import report
 from PIL import Image
 
+from matryoshka import json_files
+
 DIMS = [8, 64, 96]
 CLASSES = ["ant", "bee"]
 EVIL = "<script>alert(1)</script>"
@@ -67,9 +69,9 @@ def run(tmp_path_factory):
 
 
 def say_where(embeddings, photos):
-    meta = json.loads((embeddings / "meta.json").read_text())
+    meta, _ = json_files.decode((embeddings / "meta.json").read_bytes())
     meta["data"]["path"] = str(photos)
-    (embeddings / "meta.json").write_text(json.dumps(meta))
+    (embeddings / "meta.json").write_bytes(json_files.encode(meta))
 
 
 def page_of(run, tmp_path, *more):
