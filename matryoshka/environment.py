@@ -7,7 +7,18 @@ import platform
 import re
 import subprocess
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported.
+
+    A folder of its name without `__init__.py` does not count, though Python would import it: after
+    `git clone` of FFCV beside this repository, its editable installation finds a folder `ffcv`.
+    """
+    found = find_spec(package)
+    return found is not None and found.origin is not None
 
 
 def available_cores() -> int:

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from functools import cached_property
-from importlib.util import find_spec
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from matryoshka.data.reader import BetonFile, manifest_path
 from matryoshka.data.sources import decode_image, upright
 from matryoshka.data.state import StateError, check_state, content_state, expected_content
 from matryoshka.data.writer import Source, WriteOptions
-from matryoshka.environment import available_cores
+from matryoshka.environment import available_cores, is_installed
 from matryoshka.files import AtomicFile, as_text
 
 # The options of FFCV's image field, then those that we implement around it (subset, EXIF, names).
@@ -55,7 +54,7 @@ _ORDERS = {"random": "RANDOM", "quasi_random": "QUASI_RANDOM", "sequential": "SE
 
 def check_installed(option: str) -> None:
     """BetonError with installation instructions if FFCV, which `option` needs, is missing."""
-    if find_spec("ffcv") is None:
+    if not is_installed("ffcv"):
         raise _not_installed(option, "which is not installed")
 
 

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,10 +27,11 @@ from matryoshka.data.fingerprint import Content, hash_folder
 from matryoshka.data.layout import JPG, RAW, BetonError, Samples
 from matryoshka.data.pages import MapFeed
 from matryoshka.data.reader import BetonFile
+from matryoshka.environment import is_installed
 from matryoshka.files import as_text, read_regular
 
 HEIF_EXTENSIONS = (".heic", ".heif")
-HAS_HEIF = find_spec("pillow_heif") is not None  # the extra [heif]
+HAS_HEIF = is_installed("pillow_heif")  # the extra [heif]
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"),
     *(HEIF_EXTENSIONS if HAS_HEIF else ()),

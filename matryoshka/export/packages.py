@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 
+from matryoshka.environment import is_installed
 from matryoshka.export.options import ExportError
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -15,7 +15,7 @@ def check_packages(formats: Sequence[str]) -> None:
     for name in formats:
         if name not in ("onnx", "int8"):
             continue
-        missing = [package for package in ONNX_PACKAGES if find_spec(package) is None]
+        missing = [package for package in ONNX_PACKAGES if not is_installed(package)]
         if missing:
             raise ExportError(
                 f"--format {name} needs {', '.join(missing)}: "

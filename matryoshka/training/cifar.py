@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from matryoshka.config import ConfigError
 from matryoshka.data.bars import Bars
 from matryoshka.data.catalogue import HUGGING_FACE
 from matryoshka.data.named import named_dataset
+from matryoshka.environment import is_installed
 from matryoshka.files import read_regular
 from matryoshka.models import FAMILIES, model_spec, option_names
 from matryoshka.training.checks import check_options
@@ -123,7 +123,7 @@ def _with_wandb(cfg: SimpleNamespace) -> tuple[Any, list[str]]:
 
 
 def _why_no_wandb() -> str | None:
-    if importlib.util.find_spec("wandb") is None:
+    if not is_installed("wandb"):
         return "wandb is not installed"
     mode = os.environ.get("WANDB_MODE")
     if mode in ("offline", "online", "shared", "dryrun"):  # dryrun: the old word for offline

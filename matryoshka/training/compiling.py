@@ -64,7 +64,8 @@ def _is_of_compiler(error: Exception) -> bool:
     """
     if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
         return False
-    if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+    dynamo: Any = torch._dynamo
+    if isinstance(error, dynamo.exc.TorchDynamoException):
         return True
     compiler = Path(torch.__file__).parent / "_inductor"
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import ffcv_child as child
@@ -17,9 +16,10 @@ from ffcv_child import FILES, SIDE, N, picture, values
 from PIL import Image
 
 from matryoshka.data import BetonFile, CenterCrop, Loader, layout, write_beton
+from matryoshka.environment import is_installed
 
 pytestmark = pytest.mark.skipif(
-    find_spec("ffcv") is None, reason="FFCV is not installed: make interop"
+    not is_installed("ffcv"), reason="FFCV is not installed: make interop"
 )
 SECONDS = 300  # FFCV compiles each pipeline anew, and takes long to import; a hang lasts longer
 

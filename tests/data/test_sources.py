@@ -24,6 +24,7 @@ from matryoshka.data import (
     sources,
 )
 from matryoshka.data.sources import decode_image, write_digits_folder
+from matryoshka.environment import is_installed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -157,3 +158,13 @@ def test_the_shell_script(folder, tmp_path):
     assert train.manifest["options"]["compress_probability"] == 0.5
     for done in (run("24", "0.50"), run("24", "0.50", "90", without="WRITE_DIR")):
         assert (done.returncode, "usage:" in done.stderr) == (2, True)
+
+
+def test_a_folder_is_no_installed_package(tmp_path, monkeypatch):
+    (tmp_path / "folder_of_this_name" / "inner").mkdir(parents=True)
+    (tmp_path / "package_of_this_name").mkdir()
+    (tmp_path / "package_of_this_name" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not is_installed("folder_of_this_name")
+    assert not is_installed("nothing_of_this_name")
+    assert is_installed("package_of_this_name")

@@ -1,6 +1,5 @@
 """Mistakes of a user: one line, exit code 2, and no file."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -172,10 +171,7 @@ def test_a_link_with_another_name(tmp_path, monkeypatch):
 
 
 def test_a_missing_package(checkpoint, tmp_path, monkeypatch, capsys):
-    def find_spec(name):
-        return None if name == "onnxruntime" else importlib.util.find_spec(name)
-
-    monkeypatch.setattr(packages, "find_spec", find_spec)
+    monkeypatch.setattr(packages, "is_installed", lambda name: name != "onnxruntime")
     argv = [f"--checkpoint={checkpoint}", f"--output_dir={tmp_path / 'out'}"]
     message = refused(argv, capsys)
     expected = "--format onnx needs onnxruntime: pip install 'matryoshka-vision[export]'"
