@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -206,3 +207,12 @@ def test_graphs_begin_a_step_and_no_other_mode_does(monkeypatch):
 def test_what_is_compiled_when(given, device, steps, want):
     training = type("T", (), {"compile": given, "deterministic": False})
     assert compiling.requested(training, torch.device(device), steps) == want
+
+
+def test_what_stays_outside_of_graphs_is_said():
+    data, none = SimpleNamespace(randaugment=9.0), SimpleNamespace()
+    of = {name: SimpleNamespace(optimizer=name) for name in OPTIMIZERS}
+    assert compiling.outside_graphs(none, of["sgd"]) == []
+    assert compiling.outside_graphs(data, of["adamw"]) == ["RandAugment"]
+    assert compiling.outside_graphs(data, of["lars"]) == ["RandAugment", "the update of lars"]
+    assert compiling.outside_graphs(none, of["muon"]) == ["the update of muon"]

@@ -29,6 +29,8 @@ from matryoshka.training.options import GRAPHS
 # Compiling takes about a minute for each size of images and saves a tenth to a fifth of a step of
 # some tens of milliseconds: shorter runs end sooner without it.
 LEAST_STEPS = 5000
+# Optimizers whose update is many launches: those of torch, fused, are a few.
+UNRECORDED = ("lars", "muon", "adan")
 SPARE = 8  # compilations of a function beyond those of the shapes that a run has: torch's default
 
 
@@ -92,7 +94,7 @@ class Forward:
         self.is_compiled = compiled is not None
         self._compiled = compiled
         self._sizes = frozenset(sizes)
-        self._graphs = graphs
+        self.has_graphs = graphs
 
     def begin_step(self) -> None:
         """Before the first forward pass of a step, when nothing of the last one is needed.
@@ -100,7 +102,7 @@ class Forward:
         With several passes per step, torch would otherwise reuse the memory of the gradients that
         the first one has left.
         """
-        if self._graphs:
+        if self.has_graphs:
             torch.compiler.cudagraph_mark_step_begin()
 
     def __call__(self, images: Any, *rest: Any, **more: Any) -> Any:
@@ -144,6 +146,16 @@ def requested(training: SimpleNamespace, device: torch.device, steps: int) -> st
     if device.type != "cuda" or training.deterministic or steps < LEAST_STEPS:
         return None
     return "1"
+
+
+def outside_graphs(data: SimpleNamespace, training: SimpleNamespace) -> list[str]:
+    """What of a run's options is launched as before, because graphs cannot have it."""
+    found = []
+    if getattr(data, "randaugment", 0):  # numbers of the host for every image
+        found.append("RandAugment")
+    if training.optimizer in UNRECORDED:
+        found.append(f"the update of {training.optimizer}")
+    return found
 
 
 def skipped_graphs() -> int:

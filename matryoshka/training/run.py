@@ -24,6 +24,7 @@ from matryoshka.training import memory
 from matryoshka.training.compiling import (
     Forward,
     forward_of,
+    outside_graphs,
     part_sizes,
     requested,
     skipped_graphs,
@@ -243,6 +244,9 @@ class TrainingRun(Generic[M]):
             processes=self.world.size,
         )
         line = f"device   {self.world.size} x {device.type}, {self.precision}{text}"
+        outside = outside_graphs(self.cfg.data, t) if forward.has_graphs else []
+        if outside:
+            line += f" without {' and '.join(outside)}"
         if forward.is_compiled:
             line += "; the first steps at each size of images compile, their epochs show it"
         return forward, line
