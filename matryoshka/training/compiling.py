@@ -56,7 +56,7 @@ def explained(forward: Forward) -> Iterator[None]:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CompileError(
             f"training.compile: torch.compile of torch {torch.__version__} fails for this model "
-            f"({reason}); go on without it: --training.compile=0 --training.resume=auto"
+            f"({reason}); resume without it: --training.compile=0 --training.resume=auto"
         ) from error
 
 
