@@ -9,7 +9,7 @@ from matryoshka.data import BetonError, ffcv_backend
 
 @pytest.fixture
 def missing(monkeypatch):
-    monkeypatch.setattr(ffcv_backend, "find_spec", lambda name: None)
+    monkeypatch.setattr(ffcv_backend, "is_installed", lambda name: False)
 
 
 def test_without_ffcv_one_line_says_how_to_install_it(missing, digits, tmp_path, capsys):
@@ -39,7 +39,7 @@ def test_without_ffcv_one_line_says_how_to_install_it(missing, digits, tmp_path,
 
 
 def test_a_folder_is_not_for_ffcvs_loader(folder, digits, monkeypatch, capsys):
-    monkeypatch.setattr(ffcv_backend, "find_spec", lambda name: name)
+    monkeypatch.setattr(ffcv_backend, "is_installed", lambda name: True)
     with pytest.raises(SystemExit):
         train_imagenet.main(
             [
