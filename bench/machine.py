@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from matryoshka.distributed import choose_kernels, pick_device, pick_precision
+from matryoshka.devices import choose_kernels, pick_precision
+from matryoshka.distributed import pick_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MATMUL = "matmul"

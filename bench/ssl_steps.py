@@ -24,7 +24,7 @@ from machine import Machine, current_machine, ratios, repeated
 from measure import Run, rate, take_turns
 from record import append, spread
 
-from matryoshka.distributed import autocast
+from matryoshka.devices import autocast
 from matryoshka.models import BACKBONES, ModelSpec, backbone, build
 from matryoshka.nested import default_dims
 from matryoshka.ssl import METHODS, SslConfig, make_method

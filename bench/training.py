@@ -15,7 +15,7 @@ from machine import Machine
 from torch import Tensor, nn
 
 from matryoshka.data.augment import normalise
-from matryoshka.distributed import autocast
+from matryoshka.devices import autocast
 from matryoshka.models import backbone
 from matryoshka.models.blurpool import apply_blurpool
 from matryoshka.nested import NestedLinear, default_dims, nested_cross_entropy, nested_logits

@@ -55,7 +55,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from matryoshka import distributed
+from matryoshka import devices, distributed
 from matryoshka.checkpoint.options import load_flags
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data import CenterCrop, Loader, open_dataset
@@ -164,8 +164,8 @@ def of_model(args: SimpleNamespace, requested: Sequence[str]) -> Subject:
     # --only makes a method that does not apply an error; otherwise it is skipped with a note.
     methods = [m for m in requested if applies(m, model, (train, val), args.only is not None)]
     device = distributed.pick_device(args.device, 0)
-    distributed.choose_kernels(device)
-    precision = distributed.pick_precision(args.precision, device)
+    devices.choose_kernels(device)
+    precision = devices.pick_precision(args.precision, device)
     model = model.to(device).to(memory_format=torch.channels_last)
 
     seconds = {}
@@ -225,7 +225,7 @@ def of_embeddings(args: SimpleNamespace, requested: Sequence[str]) -> Subject:
         shown = ",".join(map(str, dims))
         raise config.ConfigError(f"--dims {shown}: larger than the width {width} of {train.path}")
     device = distributed.pick_device(args.device, 0)
-    distributed.choose_kernels(device)
+    devices.choose_kernels(device)
 
     notes = []
     splits = []

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from matryoshka import distributed
+from matryoshka import devices, distributed
 from matryoshka.checkpoint.run_files import run_of
 from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader
 from matryoshka.data.subset import Subset
@@ -169,7 +169,7 @@ def all_answers(
 ) -> DimAnswers:
     rows = sample_of(len(dataset), args.max_samples if args.map != "none" else 0, args.seed)
     answers = DimAnswers(np.asarray(dataset.labels), rows)
-    precision = distributed.pick_precision(args.precision, world.device)
+    precision = devices.pick_precision(args.precision, world.device)
     for each in models:
         preprocessing = each.model.preprocessing
         loader = Loader(

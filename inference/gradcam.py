@@ -41,7 +41,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from matryoshka import checkpoint, distributed
+from matryoshka import checkpoint, devices, distributed
 from matryoshka.checkpoint.options import load_flags
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data import BetonError, BetonFile, CenterCrop, ImageFolder, Loader
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "is not one of the model's; use --target predicted"
         )
     device = distributed.pick_device(args.device, 0)
-    distributed.choose_kernels(device)
+    devices.choose_kernels(device)
     model = model.to(device)
     loader = Loader(
         some_of(source, chosen),

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from matryoshka import distributed
+from matryoshka import devices, distributed
 from matryoshka.checkpoint.options import load_flags
 from matryoshka.checkpoint.published import load_any
 from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader, open_dataset
@@ -271,7 +271,7 @@ def evaluate_images(
     from matryoshka.evaluation.accuracy import PrefixAccuracy
 
     args, model = request.args, request.model
-    precision = distributed.pick_precision(args.precision, world.device)
+    precision = devices.pick_precision(args.precision, world.device)
     loader = make_loader(request, data, world)
     started = time.perf_counter()
     metric = PrefixAccuracy(model.dims).to(world.device)

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from matryoshka import distributed
+from matryoshka import devices, distributed
 from matryoshka.checkpoint.adapter_file import add_adapter
 from matryoshka.checkpoint.published import PREFIXES, load_any
 from matryoshka.data import CenterCrop
@@ -187,7 +187,7 @@ def load(args: SimpleNamespace, index: Index) -> NestedModel:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = distributed.pick_device(args.device, 0)
-    distributed.choose_kernels(device)
+    devices.choose_kernels(device)
     return model.to(device)
 
 

@@ -30,6 +30,7 @@ ORDER = [
     "losses",
     "nested",
     "distributed",
+    "devices",
     "mig",
     "runtime",
     "config",

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from matryoshka import checkpoint, distributed, json_files
+from matryoshka import checkpoint, devices, distributed, json_files
 from matryoshka.checkpoint.published import load_any
 from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.data import CenterCrop, Loader, open_dataset
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if count_in("WORLD_SIZE", 1) > 1:
         raise config.ConfigError("linear_probe.py runs as one process; start it without torchrun")
     world = World(distributed.pick_device(cfg.model.device, 0))
-    distributed.choose_kernels(world.device)
+    devices.choose_kernels(world.device)
     run = Path(cfg.logging.folder) / (cfg.logging.run_id or new_run_id("probe"))
     check_new(run)
     sets = {
@@ -134,7 +134,7 @@ def probe_and_save(
 
     # ---- features ----
     model = model.to(device).to(memory_format=torch.channels_last)
-    precision = distributed.pick_precision(cfg.model.precision, device)
+    precision = devices.pick_precision(cfg.model.precision, device)
     features = {}
     labels = {}
     seconds = {}

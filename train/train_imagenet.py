@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 import torch
 
-from matryoshka import checkpoint, distributed
+from matryoshka import checkpoint, devices, distributed
 from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.distributed import World
 from matryoshka.evaluation.evaluate import evaluate
@@ -132,7 +132,7 @@ def evaluate_checkpoint(cfg: SimpleNamespace, world: World) -> None:
     result = evaluate(
         model,
         loader,
-        precision=distributed.pick_precision(cfg.training.precision, world.device),
+        precision=devices.pick_precision(cfg.training.precision, world.device),
         tta=cfg.validation.lr_tta,
         world=world,
     )

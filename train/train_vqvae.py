@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from matryoshka import distributed
+from matryoshka import devices, distributed
 from matryoshka.data import CenterCrop, Loader, open_dataset
 from matryoshka.data.augment import normalise
 from matryoshka.models.vqvae import EncoderSizes, VqVae, save_vqvae
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"data.size={cfg.data.size}: not a multiple of model.patch={m.patch}"
         )
     device = distributed.pick_device(cfg.training.device, 0)
-    distributed.choose_kernels(device)
+    devices.choose_kernels(device)
     train_set = open_dataset(cfg.data.train_dataset)
     val_set = open_dataset(cfg.data.val_dataset) if cfg.data.val_dataset else train_set
     for dataset in (train_set, val_set):

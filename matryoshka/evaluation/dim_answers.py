@@ -12,7 +12,7 @@ from torch import Tensor
 from matryoshka.arrays import integers, takes
 from matryoshka.data.augment import normalise
 from matryoshka.data.loader import Batch
-from matryoshka.distributed import autocast
+from matryoshka.devices import autocast
 from matryoshka.models import NestedModel
 from matryoshka.nested import nested_logits
 

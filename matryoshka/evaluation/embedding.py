@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from matryoshka import __version__, distributed
+from matryoshka import __version__, devices, distributed
 from matryoshka.checkpoint.adapter_file import adapted_model
 from matryoshka.data import BetonFile, CenterCrop, ImageFolder, Loader
 from matryoshka.data.order import rank_slice
@@ -88,7 +88,7 @@ class EmbeddingJob:
         self.world = world
         self.labels = data.labels if labels is None else labels
         self.columns: int = columns or width
-        self.precision = distributed.pick_precision(options.precision, world.device)
+        self.precision = devices.pick_precision(options.precision, world.device)
 
     @property
     def source(self) -> BetonFile | ImageFolder:
@@ -281,7 +281,7 @@ def write_rows(job: EmbeddingJob, output: str | Path, plan: Plan) -> RankResult:
     )
     with flushing(RowWriter(output, plan, world.rank)) as write, torch.inference_mode():
         for batch in bar:
-            with distributed.autocast(world.device, job.precision):
+            with devices.autocast(world.device, job.precision):
                 features = job.model.encode(batch.images, options.truncate_dim, options.normalize)
             values = features.to(dtype).cpu().numpy()  # [B, D]
             batch_rows = rows[batch.index.cpu().numpy()]

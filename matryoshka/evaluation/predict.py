@@ -10,7 +10,7 @@ from torch import Tensor
 
 from matryoshka.data.augment import normalise
 from matryoshka.data.loader import Batch
-from matryoshka.distributed import autocast
+from matryoshka.devices import autocast
 from matryoshka.models import NestedModel
 
 

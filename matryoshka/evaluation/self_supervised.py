@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from matryoshka import distributed
 from matryoshka.data import Loader
 from matryoshka.data.augment import normalise
-from matryoshka.distributed import World, autocast
+from matryoshka.devices import autocast
+from matryoshka.distributed import World
 from matryoshka.evaluation.collapse import collapse_monitors
 from matryoshka.evaluation.neighbours import NeighbourHits, labelled, neighbour_hits
 from matryoshka.evaluation.online_probe import OnlineProbe

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matryoshka import distributed, json_files
+from matryoshka import devices, distributed, json_files
 from matryoshka.checkpoint.run_files import FINAL
 from matryoshka.data.photos import Found, PhotoError, count_reasons, find_photos
 from matryoshka.data.writer import write_beton
@@ -170,7 +170,7 @@ class Run:
         images = self.state["images"]
         given = self.settings["options"]
         device = distributed.pick_device(self.settings["device"], 0)
-        distributed.choose_kernels(device)
+        devices.choose_kernels(device)
         progress.stage("looking for published weights")
         init, start = start_weights(given, side=images["side"], gpu=device.type == "cuda")
         progress.stage("timing some steps")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from matryoshka import config, distributed
+from matryoshka import config, devices, distributed
 from matryoshka.checkpoint.transfer import check_start
 from matryoshka.data import open_dataset
 from matryoshka.data.sources import parts_in
@@ -108,7 +108,7 @@ def check_device_options(cfg: SimpleNamespace) -> None:
     distributed.check(training.distributed, training.device)
     device = distributed.pick_device(training.device, distributed.local_rank())
     distributed.pick_backend(cfg.dist.backend, device)
-    distributed.pick_precision(training.precision, device)
+    devices.pick_precision(training.precision, device)
     if training.sync_bn and device.type != "cuda":
         raise config.ConfigError(
             f"training.sync_bn=1 needs GPUs, the device is {device.type}; leave it out"

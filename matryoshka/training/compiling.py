@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from matryoshka import distributed
+from matryoshka import devices
 from matryoshka.training.options import GRAPHS
 
 # Compiling takes about a minute for each size of images and saves a tenth to a fifth of a step of
@@ -44,7 +44,7 @@ class CompileError(ValueError):
 def explained(forward: Forward) -> Iterator[None]:
     """Raise CompileError for a failure of the compiler, or of the code that it made, in the block.
 
-    A small network that compiles, see `distributed.why_not_compile`, is no proof: on CPUs torch
+    A small network that compiles, see `devices.why_not_compile`, is no proof: on CPUs torch
     2.11 compiles ResNets of 32-pixel images into a backward pass that uses a name before it has a
     value.
     """
@@ -180,7 +180,7 @@ def forward_of(
     """
     if how is None:
         return Forward(module), ""
-    reason = obstacle or distributed.why_not_compile(device)
+    reason = obstacle or devices.why_not_compile(device)
     if reason is not None:
         return Forward(module), f", not compiled ({reason})"
     if how == GRAPHS and processes > 1:

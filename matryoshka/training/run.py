@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from matryoshka import config, distributed
+from matryoshka import config, devices, distributed
 from matryoshka.data import CenterCrop, Loader
 from matryoshka.data.augment import normalise
 from matryoshka.data.subset import Subset
@@ -98,7 +98,7 @@ class TrainingRun(Generic[M]):
         self.start = start
         self.options = config.flat(cfg)
         self._noted_graphs = False
-        distributed.prepare(world.device, cfg.training.seed, cfg.training.deterministic)
+        devices.prepare(world.device, cfg.training.seed, cfg.training.deterministic)
 
     @property
     def resumed(self) -> bool:
@@ -168,7 +168,7 @@ class TrainingRun(Generic[M]):
 
     @cached_property
     def precision(self) -> str:
-        return distributed.pick_precision(self.cfg.training.precision, self.world.device)
+        return devices.pick_precision(self.cfg.training.precision, self.world.device)
 
     # ---------------------------------------------------------------- the loop's parts
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from matryoshka import distributed
+from matryoshka import devices, distributed
 from matryoshka.data.augment import Preprocessing, normalise, step_rng
 from matryoshka.data.loader import Batch
 from matryoshka.data.views import ViewOptions, apply_views, draw_views
@@ -78,7 +78,7 @@ class Passes(nn.Module):
     def forward(self, queries: list[Tensor], keys: list[Tensor]) -> Towers:
         """Embeddings of views, uint8 [B, h, w, 3] each; none is in half precision."""
         scale = self._preprocessing
-        with distributed.autocast(queries[0].device, self._precision):
+        with devices.autocast(queries[0].device, self._precision):
             own = self.method(
                 [normalise(view, scale.mean, scale.std) for view in queries],
                 [normalise(view, scale.mean, scale.std) for view in keys],

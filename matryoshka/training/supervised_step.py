@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from matryoshka import distributed
+from matryoshka import devices
 from matryoshka.data.augment import (
     Mixed,
     augmented,
@@ -70,7 +70,7 @@ class Objective(nn.Module):
         if images.dtype == torch.uint8:
             scale = self.model.preprocessing
             images = normalise(images, scale.mean, scale.std)
-        with distributed.autocast(images.device, self._precision):
+        with devices.autocast(images.device, self._precision):
             logits = self.model(images) if members is None else self.model(images, which=members)
         if which is not None and members is None:
             logits = logits.index_select(0, which)

@@ -10,7 +10,7 @@ import torch
 
 from matryoshka.data.augment import normalise
 from matryoshka.data.loader import Batch
-from matryoshka.distributed import autocast, pick_precision
+from matryoshka.devices import autocast, pick_precision
 from matryoshka.models import ModelSpec, NestedModel, build
 from matryoshka.nested import nested_cross_entropy
 

@@ -18,7 +18,8 @@ from matryoshka import checkpoint
 from matryoshka.data import CenterCrop, Loader, open_dataset
 from matryoshka.data.augment import normalise
 from matryoshka.data.split import stratified_split
-from matryoshka.distributed import pick_device, pick_precision
+from matryoshka.devices import pick_precision
+from matryoshka.distributed import pick_device
 from matryoshka.training import cifar_outputs, snapshot
 from matryoshka.training.guard import NonFiniteGuard
 from matryoshka.training.watch import REQUEUE

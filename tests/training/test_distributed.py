@@ -16,7 +16,7 @@ from matryoshka.inference import pytorch_inference
 from matryoshka.train import train_cifar10, train_imagenet
 from torchrun_starts import ROOT, free_ports, torchrun
 
-from matryoshka import distributed
+from matryoshka import devices, distributed
 from matryoshka.checkpoint import load_model
 from matryoshka.data import CenterCrop, Loader, open_dataset
 from matryoshka.data.augment import normalise
@@ -29,7 +29,7 @@ import functools, sys
 import torch
 from types import SimpleNamespace
 from forked_ranks import as_ranks
-from matryoshka import distributed
+from matryoshka import devices, distributed
 from matryoshka.data import Loader, RandomResizedCrop, augment
 from matryoshka.training.compiling import Forward
 from matryoshka.training.guard import NonFiniteGuard
@@ -364,15 +364,15 @@ def test_a_gpu_where_none_is():
     with pytest.raises(DistributedError, match=r"device=mps"):
         distributed.pick_device("mps", 0)
     assert distributed.pick_device("auto", 0).type == "cpu"
-    assert distributed.pick_precision("auto", torch.device("cpu")) == "fp32"
-    with pytest.raises(DistributedError, match="fp16"):
-        distributed.pick_precision("fp16", torch.device("cpu"))
+    assert devices.pick_precision("auto", torch.device("cpu")) == "fp32"
+    with pytest.raises(devices.DeviceError, match="fp16"):
+        devices.pick_precision("fp16", torch.device("cpu"))
 
 
 def test_bf16_on_a_cpu_computes_in_bf16():
     layer = torch.nn.Linear(4, 4)
-    with distributed.autocast(torch.device("cpu"), "bf16"):
+    with devices.autocast(torch.device("cpu"), "bf16"):
         assert layer(torch.zeros(1, 4)).dtype == torch.bfloat16
-    with distributed.autocast(torch.device("cpu"), "fp32"):
+    with devices.autocast(torch.device("cpu"), "fp32"):
         assert layer(torch.zeros(1, 4)).dtype == torch.float32
     assert np.isfinite(layer(torch.zeros(1, 4)).detach().numpy()).all()

@@ -10,7 +10,7 @@ import torch
 from matryoshka.inference import pytorch_inference
 from matryoshka.train import train_imagenet
 
-from matryoshka import distributed
+from matryoshka import devices
 from matryoshka.checkpoint.model_file import load_model
 from matryoshka.models.ema import Ema
 from matryoshka.training import progress
@@ -226,13 +226,13 @@ def test_compilation_is_tried_and_reported(digits, tmp_path, capsys, monkeypatch
         return module
 
     monkeypatch.setattr(torch, "compile", counted)
-    monkeypatch.setattr(distributed, "why_not_compile", lambda device: None)
+    monkeypatch.setattr(devices, "why_not_compile", lambda device: None)
     train(digits, tmp_path, "yes", "--training.compile=1")
     assert "fp32, compiled; the first steps at each size" in capsys.readouterr().out
     # Static shapes, and not the model itself, which is evaluated as it is.
     assert compiled == [("Objective", {"dynamic": False, "mode": None})]
     monkeypatch.setattr(
-        distributed, "why_not_compile", lambda device: "torch.compile fails: no compiler"
+        devices, "why_not_compile", lambda device: "torch.compile fails: no compiler"
     )
     train(digits, tmp_path, "no", "--training.compile=true")
     assert "not compiled (torch.compile fails: no compiler)\n" in capsys.readouterr().out
@@ -280,7 +280,7 @@ def broken_backend(graph, inputs):
 )
 def test_code_of_the_compiler_that_fails_is_one_line(digits, tmp_path, monkeypatch, capsys, case):
     broken, reason = case
-    monkeypatch.setattr(distributed, "why_not_compile", lambda device: None)
+    monkeypatch.setattr(devices, "why_not_compile", lambda device: None)
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(SystemExit, match="2"):
         train(digits, tmp_path, "run", "--training.compile=1")
@@ -310,5 +310,5 @@ def test_why_it_does_not_compile(monkeypatch):
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    reason = distributed.why_not_compile(torch.device("cpu"))
+    reason = devices.why_not_compile(torch.device("cpu"))
     assert reason == "torch.compile fails: InvalidCxxCompiler: No working C++ compiler found"
