@@ -56,6 +56,8 @@ def row_of(run: Path, data: str) -> dict:
     pixels = " to ".join(str(size) for size in dict.fromkeys(sizes))
     minutes = sum(last_of_each_start([line["relative_time"] for line in log])) / 60
     speeds = [line["images_per_s"] for line in log]
+    # Upstream's keys: a single prefix has top_1, without its dim.
+    ends = [f"_{dim}" for dim in spec.dims] if len(spec.dims) > 1 else [""]
     return {
         "date": datetime.date.fromtimestamp(last["timestamp"]).isoformat(),
         "case": "classification",
@@ -65,8 +67,8 @@ def row_of(run: Path, data: str) -> dict:
         "images": images,
         "n": 1,
         "dims": list(spec.dims),
-        "top1": [round(100 * last[f"top_1_{d}"], 3) for d in spec.dims],
-        "top5": [round(100 * last[f"top_5_{d}"], 3) for d in spec.dims],
+        "top1": [round(100 * last[f"top_1{end}"], 3) for end in ends],
+        "top5": [round(100 * last[f"top_5{end}"], 3) for end in ends],
         "epochs": len(log),
         "minutes": minutes,
         # The first epoch has the choice of kernels in it.
