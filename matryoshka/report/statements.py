@@ -187,8 +187,8 @@ def cascade_sentence(analysis: Json) -> str:
         "unknown": "it remains open whether the cascade of all prefixes matches the longest",
     }
     counted = (
-        f"{pair.first_only:,} images are right only in the cascade, {pair.second_only:,} only "
-        "with the longest prefix"
+        f"the cascade alone is right on {pair.first_only:,}, the longest prefix alone on "
+        f"{pair.second_only:,}"
     )
     return f"{where}, {said[verdict(pair)]}: {counted}."
 
